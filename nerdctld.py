@@ -56,6 +56,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import zlib
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 VERSION = "0.1.0"
@@ -576,11 +577,11 @@ class Process:
         """Up to `size` bytes of stdout as soon as there are any; b"" at its end."""
         return os.read(self.stdout.fileno(), size)
 
-    def lines(self) -> Iterator[str]:
-        """The lines of stdout as they come, without line ends."""
-        rest = b""
+    def lines(self, source: Any = None) -> Iterator[str]:
+        """The lines of stdout, or of another of its pipes, as they come and without line ends."""
+        rest, descriptor = b"", (source or self.stdout).fileno()
         while True:
-            data = self.read(65536)
+            data = os.read(descriptor, 65536)
             if not data:
                 break
             *whole, rest = (rest + data).split(b"\n")
@@ -671,7 +672,6 @@ class Nerdctl:
         if buildkit_host:
             self.environment["BUILDKIT_HOST"] = buildkit_host
         self.places = threading.BoundedSemaphore(max(4, 2 * (os.cpu_count() or 1)))
-        self.streams = threading.BoundedSemaphore(512)
         self.processes: set = set()
 
     def missing(self, error: OSError) -> ApiError:
@@ -748,6 +748,21 @@ class Nerdctl:
     def rows(self, *arguments: str, timeout: float = SHORT_CALL) -> List[Any]:
         """The JSON values that a command with a `{{json …}}` format prints, one a line."""
         return parse_rows(self.run(*arguments, timeout=timeout).stdout)
+
+    def buildkit_addresses(self) -> List[str]:
+        """Where nerdctl looks for buildkitd, in its order."""
+        if self.environment.get("BUILDKIT_HOST"):
+            return [self.environment["BUILDKIT_HOST"]]
+        base = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+        return [f"unix://{base}/{name}/buildkitd.sock" for name in (f"buildkit-{self.namespace}", "buildkit-default", "buildkit")]
+
+    def buildctl(self, *arguments: str, timeout: float = SHORT_CALL) -> Output:
+        """Run BuildKit's own client, which nerdctl needs for builds anyway, for what nerdctl has no command for."""
+        address = next((each for each in self.buildkit_addresses()
+                        if not each.startswith("unix://") or os.path.exists(each[len("unix://"):])), self.buildkit_addresses()[-1])
+        other = Nerdctl(["buildctl", f"--addr={address}"])
+        other.options, other.places, other.processes, other.debug = [], self.places, self.processes, self.debug
+        return other.output(*arguments, timeout=timeout)
 
     def end_all(self) -> None:
         """End every process that is still running."""
@@ -831,7 +846,8 @@ def remove_tree(path: str) -> None:
             os.chmod(name, 0o700)
             function(name)
 
-    shutil.rmtree(path, onerror=make_writable)
+    # Python 3.12 has another name for it.
+    shutil.rmtree(path, **{"onexc" if sys.version_info >= (3, 12) else "onerror": make_writable})
 
 
 ###############################################################################
@@ -3028,7 +3044,316 @@ def image_attestations(engine: Engine, request: Request, name: str) -> Response:
     return Response(200, [])
 
 
-# @@BUILD@@
+###############################################################################
+# Build
+###############################################################################
+
+
+class BodyFile(io.RawIOBase):
+    """A request body as a raw file, for tarfile."""
+
+    def __init__(self, body: Any):
+        super().__init__()
+        self.body = body
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, view: Any) -> int:
+        return self.body.readinto(memoryview(view))
+
+
+def unpack_context(body: Any, root: str) -> None:
+    """Unpack the tar of a build context (plain, gzip, bzip2, xz) below `root`, and nothing anywhere else: no entry is
+    written through a link. 400 for what is no tar, or names a place outside; 500 when the disk is full."""
+    # Not at the top: only builds need it, and it costs memory.
+    import tarfile
+
+    try:
+        with tarfile.open(fileobj=io.BufferedReader(BodyFile(body), 1 << 20), mode="r|*", bufsize=1 << 20) as archive:
+            for member in archive:
+                unpack_member(archive, member, root)
+    except tarfile.TarError as error:
+        raise BadParameter(f"invalid build context: {error}") from None
+    except (EOFError, UnicodeError, ValueError, zlib.error) as error:
+        raise BadParameter(f"invalid build context: {error}") from None
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ApiError("no space left on device while unpacking the build context (TMPDIR says where)") from None
+        raise BadParameter(f"invalid build context: {error.strerror or error}") from None
+
+
+def inside(root: str, name: str) -> str:
+    """The place of an archive's entry below `root`; 400 when it is outside, or below a link."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if ".." in parts or "\0" in name:
+        raise BadParameter(f"invalid build context: {name!r} is outside of it")
+    path = root
+    for part in parts[:-1]:
+        path = os.path.join(path, part)
+        try:
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                raise BadParameter(f"invalid build context: {name!r} is below what is no folder")
+        except FileNotFoundError:
+            os.mkdir(path, 0o755)
+    return os.path.join(path, parts[-1]) if parts else root
+
+
+def unpack_member(archive: Any, member: Any, root: str) -> None:
+    """Unpack one entry. Owners are left out: BuildKit takes every file of a context as root's."""
+    path = inside(root, member.name)
+    if member.isdir():
+        if os.path.islink(path) or (os.path.lexists(path) and not os.path.isdir(path)):
+            os.unlink(path)
+        if not os.path.isdir(path):
+            os.mkdir(path)
+        # Folders must stay writable for what comes below them and for the cleaning up.
+        os.chmod(path, (member.mode & 0o7777) | 0o700)
+        return
+    if path == root:
+        raise BadParameter("invalid build context: an entry stands for the whole of it")
+    if os.path.lexists(path):
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+    if member.issym():
+        os.symlink(member.linkname, path)
+    elif member.islnk():
+        source = inside(root, member.linkname)
+        if not os.path.lexists(source) or os.path.isdir(source):
+            raise BadParameter(f"invalid build context: {member.name!r} is a link to what is not there")
+        os.link(source, path, follow_symlinks=False)
+    elif member.isreg():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            shutil.copyfileobj(archive.extractfile(member), file, 1 << 20)
+            os.fchmod(file.fileno(), member.mode & 0o7777)
+        os.utime(path, (member.mtime, member.mtime))
+    elif member.isfifo():
+        os.mkfifo(path, member.mode & 0o777)
+    else:
+        raise BadParameter(f"invalid build context: {member.name!r} is a device")
+
+
+def json_parameter(request: Request, name: str, kind: type) -> Any:
+    """A query parameter that is JSON, an empty value of `kind` when absent; 400 otherwise."""
+    text = request.value(name)
+    return typed(parse_json(text.encode("utf-8", "surrogateescape")), kind, name) if text else kind()
+
+
+def build_args(request: Request) -> Tuple[List[str], List[str]]:
+    """argv of `nerdctl build` but for context, Dockerfile and tags, and warnings about what nerdctl cannot express. 400
+    for bad values, 501 for what would make another image than asked for."""
+    arguments = ["build", "--progress=plain"]
+    warnings = []
+    for key, value in json_parameter(request, "buildargs", dict).items():
+        # Without a value it is the client's own environment that is meant, and that is not here.
+        if value is not None:
+            arguments.append(f"--build-arg={key}={typed(value, str, 'buildargs')}")
+    for key, value in string_map(json_parameter(request, "labels", dict), "labels").items():
+        arguments.append(f"--label={key}={value}")
+    arguments += [f"--cache-from={each}" for each in string_list(json_parameter(request, "cachefrom", list), "cachefrom")]
+    arguments += [f"--add-host={each}" for value in request.values("extrahosts") for each in value.split(",") if each]
+    for name, flag in (("nocache", "--no-cache"), ("pull", "--pull")):
+        if request.flag(name):
+            arguments.append(flag)
+    if request.value("target"):
+        arguments.append(f"--target={request.value('target')}")
+    if request.value("platform"):
+        arguments.append(f"--platform={platform_words(request.value('platform'))}")
+    mode = request.value("networkmode")
+    if mode in ("host", "none"):
+        arguments.append(f"--network={mode}")
+        if mode == "host":
+            arguments.append("--allow=network.host")
+    elif mode not in ("", "default", "bridge"):
+        raise NotImplementedHere(f"nerdctl cannot build in the network {mode!r}: only default, host and none")
+    if request.flag("squash"):
+        raise NotImplementedHere("nerdctl cannot squash an image")
+    if request.value("outputs") not in ("", "[]", "null"):
+        raise NotImplementedHere("outputs are for BuildKit builds: use docker buildx")
+    for name in ("memory", "memswap", "cpushares", "cpusetcpus", "cpuperiod", "cpuquota", "shmsize", "ulimits", "cgroupparent"):
+        if request.value(name) not in ("", "0", "[]", "null"):
+            warnings.append(f"[Warning] {name} is not carried out: nerdctl cannot limit a build")
+    return arguments, warnings
+
+
+def registry_config(request: Request) -> Dict[str, Dict[str, str]]:
+    """The `auths` of an X-Registry-Config header: registry -> credentials."""
+    text = request.headers.get("X-Registry-Config") or ""
+    if not text:
+        return {}
+    try:
+        value = json.loads(base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4)))
+    except (ValueError, binascii.Error):
+        raise BadParameter("invalid X-Registry-Config header: it is not base64url of JSON") from None
+    entries = typed(value, dict, "X-Registry-Config")
+    auths: Dict[str, Dict[str, str]] = {}
+    for registry, entry in typed(entries.get("auths", entries), dict, "X-Registry-Config").items():
+        host = re.sub(r"^https?://", "", registry).partition("/")[0]
+        auths.update(registry_auths({key: each for key, each in typed(entry, dict, registry).items() if isinstance(each, str)}, host))
+    return auths
+
+
+FAILED_STEP = re.compile(r'process "(?P<command>.*)" did not complete successfully: exit code: (?P<code>\d+)')
+
+
+def build_failure(lines: Iterable[str]) -> Dict[str, Any]:
+    """The last message of a failed build, from the last lines of its progress."""
+    lines = list(lines)
+    for line in reversed(lines):
+        found = FAILED_STEP.search(line)
+        if found:
+            text = f"The command '{found.group('command')}' returned a non-zero code: {found.group('code')}"
+            return {"errorDetail": {"code": int(found.group("code")), "message": text}, "error": text}
+    told = [line for line in lines if re.match(r"(error|ERROR):? ", line)]
+    text = re.sub(r"^(error|ERROR):? ", "", told[-1]) if told else str(nerdctl_error("\n".join(lines)))
+    return {"errorDetail": {"message": text}, "error": text}
+
+
+REMOTE_LIMIT = 1 << 20
+
+
+def build_context(request: Request, folder: str) -> None:
+    """Fill `folder` with the context of a build: the body unpacked, or what `remote` names (a tar, or a Dockerfile)."""
+    remote = request.value("remote")
+    if not remote or remote == "client-session":
+        unpack_context(request.body, folder)
+        return
+    if re.match(r"git://|git@|ssh://|github\.com/|https?://\S+\.git(#\S*)?$", remote):
+        raise NotImplementedHere("nerdctl cannot build from a git repository: clone it, or use docker buildx")
+    if not re.fullmatch(r"https?://\S+", remote):
+        raise BadParameter(f"unable to prepare context: {remote!r} is not a URL")
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(remote, timeout=60) as answer:
+            source = io.BufferedReader(answer, 1 << 20) if not isinstance(answer, io.BufferedIOBase) else answer
+            if (answer.headers.get("Content-Type") or "").startswith("text/plain"):
+                data = source.read(REMOTE_LIMIT + 1)
+                if len(data) > REMOTE_LIMIT:
+                    raise BadParameter("unable to prepare context: the Dockerfile is larger than 1 MiB")
+                with open(inside(folder, request.value("dockerfile") or "Dockerfile"), "wb") as file:
+                    file.write(data)
+            else:
+                unpack_context(source, folder)
+    except (OSError, http.client.HTTPException) as error:
+        raise BadParameter(f"unable to prepare context: cannot download {remote}: {error}") from None
+
+
+def dockerfile_args(request: Request, folder: str) -> List[str]:
+    """The flag for the Dockerfile; 400 when it is not in the context."""
+    name = request.value("dockerfile") or "Dockerfile"
+    path = os.path.realpath(os.path.join(folder, name.lstrip("/")))
+    if not path.startswith(os.path.realpath(folder) + "/"):
+        raise BadParameter(f"Forbidden path outside the build context: {name}")
+    if not os.path.isfile(path):
+        raise BadParameter(f"Cannot locate specified Dockerfile: {name}")
+    return [f"--file={path}"]
+
+
+@route("POST", "/build")
+def image_build(engine: Engine, request: Request) -> Response:
+    """Build an image from a tar or a URL: progress as a stream, the id in `aux`, a failure as its last message."""
+    if request.value("version") == "2":
+        raise NotImplementedHere("a BuildKit build comes over /session and /grpc: use the buildx plugin")
+    arguments, warnings = build_args(request)
+    auths = registry_config(request)
+    tags = [parse_reference(each) for each in request.values("t") if each]
+    if any(each.digest for each in tags):
+        raise BadParameter("refusing to create a tag with a digest reference")
+    names = [each.name for each in tags] or [f"{WORKING_NAME}build:{os.urandom(8).hex()}"]
+    quiet = request.flag("q")
+
+    def chunks() -> Iterator[bytes]:
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(engine.workspace.temporary("build"))
+            environment = stack.enter_context(engine.workspace.docker_config(auths)) if auths else None
+            build_context(request, folder)
+            words = [*arguments, *dockerfile_args(request, folder), *(f"--tag={name}" for name in names), "--", folder]
+            for each in warnings:
+                yield message_line({"stream": each + "\n"})
+            stack.enter_context(engine.changing_images())
+            last: collections.deque = collections.deque(maxlen=200)
+            with engine.nerdctl.start(*words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, environment=environment,
+                                      client=request.client) as process:
+                for line in process.lines(process.stderr):
+                    last.append(line)
+                    if not quiet and parse_logrus(line)[0] == "":
+                        yield message_line({"stream": line + "\n"})
+                if process.wait():
+                    raise_unavailable(last)
+                    yield message_line(build_failure(last))
+                    return
+        group = engine.snapshot.image(names[0])
+        for name in names if tags else ():
+            engine.journal.emit("image", "tag", group.id, {"name": familiar(name)})
+        if quiet:
+            yield message_line({"stream": group.id + "\n"})
+            return
+        yield message_line({"aux": {"ID": group.id}})
+        yield message_line({"stream": f"Successfully built {group.id[7:19]}\n"})
+        for name in names if tags else ():
+            yield message_line({"stream": f"Successfully tagged {familiar(name)}\n"})
+
+    return Response(200, Stream(as_error_detail(chunks()), primed=True), "application/json")
+
+
+def raise_unavailable(lines: Iterable[str]) -> None:
+    """503 when a build failed because there is no buildkitd, which is not the build's fault."""
+    error = nerdctl_error("\n".join(lines))
+    if isinstance(error, Unavailable):
+        raise error
+
+
+def docker_cache(record: Dict[str, Any]) -> Dict[str, Any]:
+    """A record of BuildKit's cache as Docker shows it."""
+    return {
+        "ID": record.get("id") or "", "Parents": record.get("parents") or None, "Type": record.get("recordType") or record.get("type") or "regular",
+        "Description": record.get("description") or "", "InUse": bool(record.get("inUse")), "Shared": bool(record.get("shared")),
+        "Size": record.get("size") or 0, "CreatedAt": record.get("createdAt") or ZERO_TIME, "LastUsedAt": record.get("lastUsedAt"),
+        "UsageCount": record.get("usageCount") or 0,
+    }
+
+
+def build_cache(engine: Engine) -> List[Dict[str, Any]]:
+    """The records of BuildKit's cache; none where no buildkitd answers."""
+    output = engine.nerdctl.buildctl("du", "--format", "{{json .}}")
+    if output.status:
+        return []
+    found = []
+    for row in parse_rows(output.stdout):
+        found += [docker_cache(each) for each in (row if isinstance(row, list) else [row])]
+    return found
+
+
+PRUNE_FILTERS = ("description", "id", "inuse", "label", "parent", "private", "shared", "type", "until", "unused-for")
+
+
+@route("POST", "/build/prune")
+def build_prune(engine: Engine, request: Request) -> Response:
+    """Remove build cache, by BuildKit's own filters and `until`; 503 where no buildkitd answers."""
+    filters = request.filters(*PRUNE_FILTERS)
+    arguments = ["prune", "--format", "{{json .}}", *(["--all"] if request.flag("all") else [])]
+    for key, values in filters.items():
+        for value in values:
+            if key in ("until", "unused-for"):
+                arguments.append(f"--keep-duration={max(0, int(time.time() - (until_limit([value]) or 0)))}s")
+            else:
+                arguments.append(f"--filter={key}=={value}" if key not in ("inuse", "private", "shared") else f"--filter={key}")
+    for name in ("keep-storage", "reserved-space"):
+        if request.integer(name):
+            arguments.append(f"--keep-storage={request.integer(name) / 1e6:g}")
+    output = engine.nerdctl.buildctl(*arguments, timeout=600)
+    if output.status:
+        raise nerdctl_error(output.stderr) if "dial" not in output.stderr else Unavailable(
+            "buildkitd does not answer: start it with a containerd worker, or say where it is with --buildkit-host")
+    rows = [each for row in parse_rows(output.stdout) for each in (row if isinstance(row, list) else [row])]
+    engine.journal.emit("builder", "prune", "", {"reclaimed": str(sum(row.get("size") or 0 for row in rows))})
+    return Response(200, {"CachesDeleted": [row.get("id") for row in rows] or None, "SpaceReclaimed": sum(row.get("size") or 0 for row in rows)})
+
+
 ###############################################################################
 # Containers
 ###############################################################################
@@ -3652,6 +3977,81 @@ def find_volume(engine: Engine, name: str) -> Dict[str, Any]:
 def volume_inspect(engine: Engine, request: Request, name: str) -> Response:
     """One volume."""
     return Response(200, find_volume(engine, name))
+
+
+def volume_sizes(engine: Engine) -> Dict[str, int]:
+    """Volume name -> bytes in it."""
+    rows = engine.nerdctl.rows("volume", "ls", "--size", "--format", "{{json .}}")
+    return {row["Name"]: size_bytes(row.get("Size") or "") for row in rows}
+
+
+def docker_usage(items: List[Dict[str, Any]], active: int, total: int, reclaimable: int) -> Dict[str, Any]:
+    """One of the summaries that API 1.52 added to `/system/df`."""
+    return {"ActiveCount": active, "TotalCount": len(items), "TotalSize": total, "Reclaimable": reclaimable, "Items": items}
+
+
+@route("GET", "/system/df")
+def system_df(engine: Engine, request: Request) -> Response:
+    """What images, containers, volumes and build cache take; `type` restricts it. Sizes are read anew, no event tells of
+    them."""
+    kinds = [each for each in request.values("type") if each]
+    for each in kinds:
+        if each not in ("container", "image", "volume", "build-cache"):
+            raise BadParameter(f"unknown object type: {each}")
+    everything, answer = not kinds, {}
+    groups = list(engine.snapshot.image_groups().values())
+    if everything or "image" in kinds:
+        users, shared = image_users(engine), shared_sizes(groups)
+        answer["LayersSize"] = sum({each["digest"]: each.get("size") or 0 for group in groups
+                                    for each in (group.detail.get("Manifest") or {}).get("layers") or []}.values()) + sum(
+            group.detail.get("size") or 0 for group in groups)
+        answer["Images"] = [docker_image_row(group, request.version, len(users.get(group.id, [])), shared.get(group.id, 0)) for group in groups]
+    if everything or "container" in kinds:
+        answer["Containers"] = disk_usage_containers(engine, request)
+    if everything or "volume" in kinds:
+        users, sizes = volume_users(engine), volume_sizes(engine)
+        answer["Volumes"] = [{**volume, "UsageData": {"Size": sizes.get(name, 0), "RefCount": users.get(name, 0)}}
+                             for name, volume in engine.snapshot.volumes.get().items()]
+    if everything or "build-cache" in kinds:
+        answer["BuildCache"] = build_cache(engine)
+    if request.version >= (1, 52):
+        answer.update(usage_summaries(answer))
+    return Response(200, answer)
+
+
+def disk_usage_containers(engine: Engine, request: Request) -> List[Dict[str, Any]]:
+    """Every container as the list shows it, with its sizes."""
+    sizes, rows = container_sizes(engine), []
+    images = {image.name: image.id for image in engine.snapshot.names.get()}
+    for container in engine.snapshot.containers.get().values():
+        row = docker_container_row(container, images.get(container.image, ""), docker_networks(container, engine.snapshot.networks.get(), []),
+                                   time.time(), request.version)
+        row["SizeRw"], row["SizeRootFs"] = sizes.get(container.real, (0, 0))
+        rows.append(row)
+    return rows
+
+
+def usage_summaries(answer: Dict[str, Any]) -> Dict[str, Any]:
+    """The summaries of an answer's lists, as API 1.52 has them."""
+    found = {}
+    if "Images" in answer:
+        rows = answer["Images"]
+        found["ImageUsage"] = docker_usage(rows, sum(row["Containers"] > 0 for row in rows), answer["LayersSize"],
+                                           sum(row["Size"] for row in rows if not row["Containers"]))
+    if "Containers" in answer:
+        rows = answer["Containers"]
+        found["ContainerUsage"] = docker_usage(rows, sum(row["State"] in ("running", "paused") for row in rows), sum(row["SizeRw"] for row in rows),
+                                               sum(row["SizeRw"] for row in rows if row["State"] not in ("running", "paused")))
+    if "Volumes" in answer:
+        rows = answer["Volumes"]
+        found["VolumeUsage"] = docker_usage(rows, sum(row["UsageData"]["RefCount"] > 0 for row in rows),
+                                            sum(row["UsageData"]["Size"] for row in rows),
+                                            sum(row["UsageData"]["Size"] for row in rows if not row["UsageData"]["RefCount"]))
+    if "BuildCache" in answer:
+        rows = answer["BuildCache"]
+        found["BuildCacheUsage"] = docker_usage(rows, sum(row["InUse"] for row in rows), sum(row["Size"] for row in rows),
+                                                sum(row["Size"] for row in rows if not row["InUse"]))
+    return found
 
 
 ###############################################################################
