@@ -9,8 +9,8 @@ The way of a request, in one direction only:
 Sections, each using only what stands above it:
 
     Errors · Requests, responses · Routes · nerdctl process · Conversions · Events · Snapshot · Engine ·
-    System · Images · Build · Containers · Container create · Streams · Archive · Networks · Volumes ·
-    Swarm and plugins · BuildKit · HTTP server · Sockets · Command line
+    System · Images · Build · Containers · Networks · Volumes · Swarm and plugins · HTTP server · Sockets ·
+    Command line
 
 To add an endpoint:
     1. write `<op>_args()`, `parse_<thing>()` and `docker_<thing>()` as pure functions in the section of its resource;
