@@ -2657,7 +2657,7 @@ def image_create(engine: Engine, request: Request) -> Response:
         if not reference.tag and not reference.digest:
             _, body = registry_of(request, reference).ask("tags/list")
             tags = typed(parse_json(body), dict, "tags").get("tags") or []
-            references = [reference._replace(tag=each) for each in sorted(tags) if isinstance(each, str) and TAG.fullmatch(each)]
+            references = [reference._replace(tag=each) for each in sorted(filter(lambda each: isinstance(each, str), tags)) if TAG.fullmatch(each)]
         begun = False
         with credentials_for(engine, request, reference.repository.partition("/")[0]) as environment:
             for each in references:
@@ -2850,7 +2850,7 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     platform = request.value("platform")
     wanted = list(dict.fromkeys(each for name in names for each in expand_names(engine, name)))
     if platform:
-        for name in names:
+        for name in wanted:
             check_platform(engine.snapshot.image(name), platform)
     arguments = ["save", *([f"--platform={platform_words(platform)}"] if platform else []), "--", *wanted]
 
@@ -2859,9 +2859,10 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
             widen_pipe(process.stdout)
             yield from iter(process.read, b"")
             process.check()
-        for name in names:
-            group = engine.snapshot.image(name)
-            engine.journal.emit("image", "save", group.id, {"name": name})
+        for name in wanted:
+            # Too late for an error: somebody may have removed it meanwhile.
+            with contextlib.suppress(ApiError):
+                engine.journal.emit("image", "save", engine.snapshot.image(name).id, {"name": familiar(name)})
 
     return Response(200, Stream(chunks(), primed=True), "application/x-tar")
 

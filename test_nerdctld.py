@@ -9,7 +9,9 @@ with one line. `python3 test_nerdctld.py --bench` prints ratios instead.
 import ast
 import base64
 import contextlib
+import hashlib
 import http.client
+import http.server
 import io
 import json
 import os
@@ -1556,6 +1558,499 @@ class TestSnapshot:
     def test_images_of_older_ones(self, recording, size):
         images = nerdctld.parse_images(nerdctld.parse_rows(recording.stdout.encode()))
         assert [(each.name, each.id, each.size) for each in images] == [(BASE, BB, size)]
+
+
+###############################################################################
+# System
+###############################################################################
+
+
+def encoded(value):
+    """A value as X-Registry-Auth carries it."""
+    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode()
+
+
+def filtered(**filters):
+    """The query of a filters parameter."""
+    return "filters=" + urllib.parse.quote(json.dumps(filters))
+
+
+class TestSystem:
+    def test_ping(self, engine, scripted):
+        answer = ask(engine, "GET", "/_ping")
+        assert (answer.status, answer.body, answer.headers["Builder-Version"], answer.headers["Swarm"]) == (200, b"OK", "2", "inactive")
+        head = ask(engine, "HEAD", "/v1.24/_ping")
+        assert (head.status, head.body) == (200, b"")
+        assert scripted.calls() == []
+
+    def test_version(self, furnished):
+        told = ask(furnished, "GET", "/version").json
+        assert [(each["Name"], each["Version"]) for each in told["Components"]] == [
+            ("Engine", nerdctld.VERSION), ("nerdctl", "v2.3.5"), ("containerd", "v2.3.1"), ("runc", "1.1.5+ds1"), ("buildctl", "v0.34.2")]
+        assert (told["ApiVersion"], told["MinAPIVersion"], told["Os"]) == ("1.56", "1.24", "linux")
+
+    def test_version_without_nerdctl(self, tmp_path):
+        engine = nerdctld.Engine(nerdctld.Nerdctl([str(tmp_path / "none")]))
+        answer = ask(engine, "GET", "/version")
+        assert answer.status == 200 and "--nerdctl" in answer.json["Platform"]["Name"]
+        assert ask(engine, "GET", "/_ping").status == 200
+        for path in ("/info", "/containers/json", "/images/json", "/networks", "/volumes", "/system/df"):
+            answer = ask(engine, "GET", path)
+            assert answer.status == 503 and "install nerdctl" in answer.message, path
+        engine.close()
+
+    def test_containerd_down(self, engine, scripted):
+        for command in ("version", "info", "ps", "images"):
+            scripted.on(command, stderr=FAILURES[0][1], status=1)
+        assert ask(engine, "GET", "/version").status == 200
+        answer = ask(engine, "GET", "/info")
+        assert answer.status == 503 and "systemctl start containerd" in answer.message
+
+    def test_info(self, furnished):
+        told = ask(furnished, "GET", "/info").json
+        assert (told["Containers"], told["ContainersRunning"], told["ContainersPaused"], told["ContainersStopped"], told["Images"]) == (4, 1, 1, 2, 2)
+        assert (told["CgroupDriver"], told["MemTotal"], told["Driver"]) == ("cgroupfs", 25276510208, "overlayfs")
+        assert told["Swarm"]["LocalNodeState"] == "inactive"
+
+    def test_auth(self, engine, scripted):
+        scripted.on("login", reads=True, stdout="Login Succeeded\n")
+        answer = ask(engine, "POST", "/auth", {"username": "-u", "password": "p", "serveraddress": "http://localhost:5000/v1/"})
+        assert (answer.status, answer.json) == (200, {"IdentityToken": "", "Status": "Login Succeeded"})
+        call = scripted.calls("login")[0]
+        assert call["argv"] == ["login", "--username", "-u", "--password-stdin", "--", "localhost:5000"] and call["text"] == "p"
+        assert call["auth"] == {"auths": {}}, "not in a folder of its own"
+
+    def test_auth_refused(self, engine, scripted):
+        scripted.on("login", stderr=level("error", "failed to call tryLoginWithRegHost") + fatal("too many 401 (probably)"), status=1)
+        assert ask(engine, "POST", "/auth", {"username": "u", "password": "p", "serveraddress": "localhost:5998"}).status == 401
+
+    def test_auth_without_answer(self, engine, scripted):
+        scripted.on("login", stderr=fatal('failed to call rh.Client.Do: Get "http://localhost:5999/v2/": dial tcp 127.0.0.1:5999: connect: '
+                                          "connection refused"), status=1)
+        assert ask(engine, "POST", "/auth", {"username": "u", "password": "p", "serveraddress": "localhost:5999"}).status == 500
+
+    @pytest.mark.parametrize("body", [b"", b"{", b"[]", {"username": 1}, {"password": "x"}, {"username": "u", "serveraddress": "-x"}, {"username": "u", "serveraddress": "a b"},
+                                      b'{"username":"\\ud800"}', b"[" * 100000])
+    def test_auth_refuses(self, engine, scripted, body):
+        assert ask(engine, "POST", "/auth", body).status == 400
+        assert scripted.calls() == []
+
+    @pytest.mark.parametrize("credentials, entry", [
+        ({"username": "u", "password": "p"}, {"auth": base64.b64encode(b"u:p").decode()}), ({"auth": "dTpw"}, {"auth": "dTpw"}),
+        ({"identitytoken": "t"}, {"identitytoken": "t", "auth": base64.b64encode(b"00000000-0000-0000-0000-000000000000:").decode()})])
+    def test_credentials(self, credentials, entry):
+        assert nerdctld.registry_auths(credentials, "localhost:5000") == {"localhost:5000": entry}
+        assert list(nerdctld.registry_auths(credentials, "docker.io")) == ["https://index.docker.io/v1/"]
+
+    @pytest.mark.parametrize("text", ["!", "e30", encoded([]), encoded("x"), "é", base64.urlsafe_b64encode(b"[" * 40000).decode()])
+    def test_bad_credentials(self, text):
+        if text == "e30":
+            assert nerdctld.decode_auth(text) == {}
+            return
+        with pytest.raises(nerdctld.BadParameter):
+            nerdctld.decode_auth(text)
+
+    def test_df(self, furnished, scripted, tmp_path):
+        buildctl = tmp_path / "bin" / "buildctl"
+        buildctl.parent.mkdir()
+        buildctl.write_text(f"#!/bin/sh\ncat <<'END'\n{BUILDCTL_DU.stdout}END\n")
+        buildctl.chmod(0o755)
+        furnished.nerdctl.environment["PATH"] = f"{buildctl.parent}:{os.environ['PATH']}"
+        path, os.environ["PATH"] = os.environ["PATH"], furnished.nerdctl.environment["PATH"]
+        try:
+            old, new = ask(furnished, "GET", "/v1.51/system/df").json, ask(furnished, "GET", "/system/df").json
+        finally:
+            os.environ["PATH"] = path
+        assert sorted(old) == ["BuildCache", "Containers", "Images", "LayersSize", "Volumes"]
+        assert set(new) - set(old) == {"ImageUsage", "ContainerUsage", "VolumeUsage", "BuildCacheUsage"}
+        assert old["Volumes"][0]["UsageData"] == {"Size": 0, "RefCount": 1}
+        assert {each["Names"][0]: each["SizeRw"] for each in old["Containers"]}["/tstweb"] == 28672
+        assert new["BuildCacheUsage"]["TotalCount"] == 2 and new["ContainerUsage"]["ActiveCount"] == 2
+        images = {each["Id"]: each["Containers"] for each in old["Images"]}
+        assert images[BB] == 4
+
+    def test_df_of_a_type(self, furnished, scripted):
+        assert list(ask(furnished, "GET", "/v1.51/system/df?type=volume").json) == ["Volumes"]
+        assert ask(furnished, "GET", "/system/df?type=nothing").status == 400
+        assert scripted.calls("ps --size") == []
+
+
+###############################################################################
+# Images
+###############################################################################
+
+
+class TestImages:
+    def test_list(self, furnished, scripted):
+        rows = ask(furnished, "GET", "/v1.51/images/json").json
+        assert rows[0] == {
+            "Containers": -1, "Created": 1700000000, "Id": BB, "Labels": {"base": "busybox"}, "ParentId": "",
+            "RepoDigests": ["tst@" + BB, "localhost:5000/bb@" + BB], "RepoTags": ["tst:a", "localhost:5000/bb:1"], "SharedSize": -1,
+            "Size": rows[0]["Size"], "Descriptor": {"mediaType": "application/vnd.docker.distribution.manifest.v2+json", "digest": BB, "size": 422}}
+        assert rows[0]["Size"] > 2129920
+        assert scripted.argv("images") == ["images", "--no-trunc", "--format", "{{json .}}"]
+        assert scripted.calls("image inspect")[0]["argv"][5] == "--"
+
+    def test_shapes_of_versions(self, furnished):
+        assert "VirtualSize" in ask(furnished, "GET", "/v1.43/images/json").json[0]
+        assert "VirtualSize" not in ask(furnished, "GET", "/v1.44/images/json").json[0]
+        assert "Descriptor" not in ask(furnished, "GET", "/v1.47/images/json").json[0]
+        nameless = [each for each in ask(furnished, "GET", "/v1.42/images/json").json if each["RepoTags"] == ["<none>:<none>"]]
+        assert len(nameless) == 1
+
+    def test_shared_size_and_manifests(self, furnished):
+        row = ask(furnished, "GET", "/images/json?shared-size=1&manifests=1").json[0]
+        assert row["SharedSize"] >= 0 and row["Containers"] == 4
+        assert row["Manifests"][0]["Kind"] == "image" and len(row["Manifests"][0]["ImageData"]["Containers"]) == 4
+        assert row["Manifests"][0]["ImageData"]["Platform"] == {"architecture": "amd64", "os": "linux"}
+
+    @pytest.mark.parametrize("filters, names", [
+        ({"reference": ["tst"]}, ["tst:a"]), ({"reference": ["localhost:5000/*"]}, ["tst:a"]), ({"reference": ["loc*"]}, []), ({"reference": ["t?t:a"]}, ["tst:a"]),
+        ({"dangling": ["true"]}, []), ({"dangling": {"false": True}}, ["tst:a"]), ({"label": ["base"]}, ["tst:a"]), ({"label": ["base=x"]}, []),
+        ({"before": ["tst:a"]}, []), ({"since": ["tst:a"]}, []), ({"until": ["2023-01-01"]}, []), ({"until": ["1h"]}, ["tst:a"])])
+    def test_filters(self, furnished, filters, names):
+        rows = [each for each in ask(furnished, "GET", "/images/json?" + filtered(**filters)).json if each["RepoTags"]]
+        assert [each["RepoTags"][0] for each in rows] == names
+
+    @pytest.mark.parametrize("query", ["filters={", "filters=%7B%22x%22%3A%5B%22a%22%5D%7D", filtered(dangling=["maybe"]), filtered(until=["yesterday"]),
+                                       filtered(until=["1h", "2h"])])
+    def test_bad_filters(self, furnished, query):
+        assert ask(furnished, "GET", "/images/json?" + query).status == 400
+
+    @pytest.mark.parametrize("name", ["localhost:5000/bb:1", "tst:a", BB, BB[7:19]])
+    def test_inspect(self, furnished, name):
+        told = ask(furnished, "GET", f"/v1.51/images/{name}/json").json
+        assert (told["Id"], told["Architecture"], told["Os"], told["Created"]) == (BB, "amd64", "linux", "2023-11-14T22:13:20Z")
+        assert told["Config"]["Cmd"] == ["sh"] and told["Config"]["Env"] == ["PATH=/bin"]
+        assert told["RootFS"] == {"Type": "layers", "Layers": ["sha256:79df1f41608a3f38b48a83fe14064950d9924360817997b533735fd9961ebb17"]}
+
+    def test_inspect_none(self, furnished):
+        answer = ask(furnished, "GET", "/images/nosuch/json")
+        assert (answer.status, answer.message) == (404, "No such image: nosuch:latest")
+        answer = ask(furnished, "GET", "/images/tst:a/json?platform=" + urllib.parse.quote('{"os":"linux","architecture":"arm64"}'))
+        assert answer.status == 404 and "linux/arm64" in answer.message
+        assert ask(furnished, "GET", "/images/tst:a/json?platform=" + urllib.parse.quote('{"os":"linux","architecture":"amd64"}')).status == 200
+        assert ask(furnished, "GET", "/images/tst:a/json?platform={").status == 400
+
+    def test_history(self, furnished, scripted):
+        assert ask(furnished, "GET", "/images/tst:a/history").json == [{
+            "Comment": "", "Created": 1700000000, "CreatedBy": "busybox-static", "Id": BB, "Size": 2019000, "Tags": ["tst:a", "localhost:5000/bb:1"]}]
+        assert scripted.argv("history")[-2:] == ["--", "docker.io/library/tst:a"]
+
+    def test_history_of_steps_without_layer(self, furnished, scripted):
+        scripted.on("images", stdout=IMAGES.stdout.splitlines()[0].replace(BB, json.loads(BUILT_INSPECT.stdout)["Image"]["Target"]["digest"]))
+        scripted.on("image inspect", BUILT_INSPECT)
+        scripted.on("history", BUILT_HISTORY)
+        assert [(each["CreatedBy"][:8], each["Size"]) for each in ask(furnished, "GET", "/images/tst:a/history").json] == [
+            ('CMD ["sh', 0), ("RUN /bin", 20480), ("ENV A=1", 0), ("busybox-", 2019000)]
+
+    def test_history_of_1_7(self, furnished, scripted):
+        scripted.on("history", V17_HISTORY)
+        assert ask(furnished, "GET", "/images/tst:a/history").json[0]["Size"] == 1992294
+
+    def pulled(self, scripted):
+        scripted.on("pull", PULL)
+        scripted.on("images", stdout=IMAGES.stdout + IMAGES.stdout.splitlines()[1].replace("localhost:5000/bb:1", "localhost:5000/tst/rec:1") + "\n")
+
+    def test_pull(self, furnished, scripted):
+        self.pulled(scripted)
+        answer = ask(furnished, "POST", "/images/create?fromImage=localhost:5000/tst/rec&tag=1")
+        assert answer.status == 200 and b"}\r\n{" in answer.body
+        assert answer.lines[0] == {"status": "Pulling from tst/rec", "id": "1"}
+        assert answer.lines[-2:] == [{"status": f"Digest: {BB}"}, {"status": "Status: Image is up to date for localhost:5000/tst/rec:1"}]
+        assert scripted.argv("pull") == ["pull", "--", "localhost:5000/tst/rec:1"]
+
+    def test_pull_with_platform_and_credentials(self, furnished, scripted):
+        self.pulled(scripted)
+        answer = ask(furnished, "POST", "/images/create?fromImage=localhost:5000/tst/rec:1&platform=linux/riscv64",
+                     headers={"X-Registry-Auth": encoded({"username": "u", "password": "p"})})
+        assert answer.status == 200
+        call = scripted.calls("pull")[0]
+        assert call["argv"] == ["pull", "--platform=linux/riscv64", "--unpack=false", "--", "localhost:5000/tst/rec:1"]
+        assert call["auth"] == {"auths": {"localhost:5000": {"auth": "dTpw"}}} and call["mode"] == 0o600
+        assert os.listdir(furnished.workspace.folder()) == []
+
+    def test_pull_of_what_is_not_there(self, furnished, scripted):
+        scripted.on("pull", stderr=fatal("failed to resolve image: localhost:5000/tst/nope:1: not found"), status=1)
+        answer = ask(furnished, "POST", "/images/create?fromImage=localhost:5000/tst/nope&tag=1")
+        assert answer.status == 404 and "localhost:5000/tst/nope:1: not found" in answer.message
+
+    @pytest.mark.parametrize("query", ["", "fromImage=", "fromImage=-x", "fromImage=A", "fromImage=a&tag=b%20c", "fromImage=a:1&platform=a;b", "fromImage=a%00:1",
+                                       "fromImage=a&tag=sha256:1"])
+    def test_pull_refuses(self, furnished, scripted, query):
+        assert ask(furnished, "POST", "/images/create?" + query).status == 400
+        assert scripted.calls("pull") == []
+
+    @pytest.mark.parametrize("line, messages", [
+        ("└──layer-sha256:79df1f41608a3f38b48a8\twaiting    \t|\x1b[32m\x1b[0m--------------------------------------|\t", []),
+        ("   ├──layer-sha256:79df1f41608a3f38b48a8\tdownloading\t|\x1b[32m++++\x1b[0m----| 1.0 MiB/4.0 MiB\t", ["Pulling fs layer", "Downloading"]),
+        ("   └──layer-sha256:79df1f41608a3f38b48a8\tcomplete   \t|\x1b[32m++++++\x1b[0m|\t", ["Pulling fs layer", "Download complete", "Pull complete"]),
+        ("   └──layer-sha256:79df1f41608a3f38b48a8\talready exists\t", ["Already exists"]), ("Pulling from OCI Registry\telapsed: 0.0 s", []),
+        ("layer-sha256:79df1f41608a3f38b48a83fe:    done           |\x1b[32m++++++\x1b[0m| ", ["Pulling fs layer", "Download complete", "Pull complete"])])
+    def test_progress(self, line, messages):
+        table = nerdctld.ProgressTable(nerdctld.PULL_WORDS)
+        told = table.messages(line)
+        assert [each["status"] for each in told if each["status"] != "Pulling fs layer" or messages] == messages
+        assert all(each["id"] == "79df1f41608a" for each in told)
+        if "Downloading" in messages:
+            assert told[-1]["progressDetail"] == {"current": 1048576, "total": 4194304}
+
+    def test_push(self, furnished, scripted):
+        scripted.on("push", PUSH)
+        answer = ask(furnished, "POST", "/images/localhost:5000/bb/push?tag=1", headers={"X-Registry-Auth": encoded({"username": "u", "password": "p"})})
+        assert answer.lines == [
+            {"status": "The push refers to repository [localhost:5000/bb]"}, {"status": "Pushed", "progressDetail": {}, "id": "79df1f41608a"},
+            {"status": f"1: digest: {BB} size: 422"}, {"progressDetail": {}, "aux": {"Tag": "1", "Digest": BB, "Size": 422}}]
+        call = scripted.calls("push")[0]
+        assert call["argv"] == ["push", "--", "localhost:5000/bb:1"] and call["auth"] == {"auths": {"localhost:5000": {"auth": "dTpw"}}}
+
+    def test_push_of_all_tags(self, furnished, scripted):
+        scripted.on("push", PUSH)
+        scripted.on("images", stdout=IMAGES.stdout + IMAGES.stdout.splitlines()[1].replace("bb:1", "bb:2") + "\n")
+        ask(furnished, "POST", "/images/localhost:5000/bb/push")
+        assert [each["argv"][-1] for each in scripted.calls("push")] == ["localhost:5000/bb:1", "localhost:5000/bb:2"]
+
+    def test_push_refused(self, furnished, scripted):
+        scripted.on("push", stderr=FAILURES[14][1], status=1)
+        last = ask(furnished, "POST", "/images/localhost:5000/bb/push?tag=1").lines[-1]
+        assert last["error"] == last["errorDetail"]["message"] and "push access denied" in last["error"]
+        answer = ask(furnished, "POST", "/images/localhost:5000/nosuch/push?tag=1")
+        assert (answer.status, answer.message) == (404, "An image does not exist locally with the tag: localhost:5000/nosuch")
+
+    def test_tag(self, furnished, scripted):
+        scripted.on("tag")
+        answer = ask(furnished, "POST", "/images/tst:a/tag?repo=localhost:5000/x/y&tag=2")
+        assert (answer.status, answer.body) == (201, b"")
+        assert scripted.argv("tag") == ["tag", "--", "docker.io/library/tst:a", "localhost:5000/x/y:2"]
+
+    @pytest.mark.parametrize("query, status", [("repo=A", 400), ("repo=", 400), ("repo=a&tag=-", 400), ("repo=a@" + BB, 400)])
+    def test_tag_refuses(self, furnished, scripted, query, status):
+        assert ask(furnished, "POST", "/images/tst:a/tag?" + query).status == status
+        assert ask(furnished, "POST", "/images/nosuch/tag?repo=a").status == 404
+        assert scripted.calls("tag") == []
+
+    def test_delete_of_one_of_two_names(self, furnished, scripted):
+        scripted.on("rmi")
+        answer = ask(furnished, "DELETE", "/images/tst:a")
+        assert (answer.status, answer.json) == (200, [{"Untagged": "tst:a"}])
+        assert scripted.argv("rmi")[-2:] == ["--", "docker.io/library/tst:a"]
+
+    def test_delete_of_the_last_name(self, furnished, scripted):
+        scripted.on("rmi")
+        scripted.on("ps", stdout="")
+        scripted.on("images", stdout=IMAGES.stdout.splitlines()[0] + "\n")
+        ask(furnished, "GET", "/images/json")
+        original = furnished.nerdctl.run
+
+        def run(*words, **options):
+            if words[0] == "rmi":
+                scripted.on("images", stdout="")
+            return original(*words, **options)
+        furnished.nerdctl.run = run
+        with furnished.journal.subscribe() as (_, new):
+            assert ask(furnished, "DELETE", "/images/tst:a").json == [{"Untagged": "tst:a"}, {"Deleted": BB}]
+            assert [new.get(timeout=1)["Action"] for _ in range(2)] == ["untag", "delete"]
+
+    @pytest.mark.parametrize("name, force, words", [
+        (BB, "", "must be forced"), (BB, "?force=1", "cannot be forced"), ])
+    def test_delete_conflicts(self, furnished, scripted, name, force, words):
+        answer = ask(furnished, "DELETE", f"/images/{name}{force}")
+        assert answer.status == 409 and words in answer.message
+        assert scripted.calls("rmi") == []
+
+    def test_delete_of_a_used_name(self, furnished, scripted):
+        scripted.on("images", stdout=IMAGES.stdout.splitlines()[1] + "\n")
+        answer = ask(furnished, "DELETE", "/images/localhost:5000/bb:1")
+        assert answer.status == 409
+        assert re.fullmatch(r'conflict: unable to remove repository reference "localhost:5000/bb:1" \(must force\) - container [0-9a-f]{12} is using '
+                            r"its referenced image 4cfb279d3e24", answer.message)
+
+    def test_delete_none(self, furnished):
+        assert ask(furnished, "DELETE", "/images/-f").status == 404
+
+    def test_prune(self, furnished, scripted):
+        scripted.on("rmi")
+        answer = ask(furnished, "POST", "/images/prune")
+        assert answer.status == 200
+        assert [each["argv"][-1].partition("@")[0] for each in scripted.calls("rmi")] == ["import"]
+        ask(furnished, "POST", "/images/prune?" + filtered(dangling=["false"], **{"label!": ["base"]}))
+        assert {each["argv"][-1].partition("@")[0] for each in scripted.calls("rmi")} == {"import"}, "what has the label or containers stays"
+        assert ask(furnished, "POST", "/images/prune?" + filtered(x=["1"])).status == 400
+
+    def test_search(self, furnished, scripted):
+        scripted.on("search", stdout='{"Name":"busybox","Description":"d","StarCount":7,"IsOfficial":true}\n')
+        answer = ask(furnished, "GET", "/images/search?term=-x&limit=5&" + filtered(**{"is-official": ["true"]}))
+        assert answer.json == [{"name": "busybox", "description": "d", "star_count": 7, "is_official": True, "is_automated": False}]
+        assert scripted.argv("search") == ["search", "--no-trunc", "--format={{json .}}", "--limit=5", "--filter=is-official=true", "--", "-x"]
+        for query in ("", "term=x&limit=101", "term=x&limit=-1", "term=x&" + filtered(nothing=["x"])):
+            assert ask(furnished, "GET", "/images/search?" + query).status == 400
+
+    def test_search_without_network(self, furnished, scripted):
+        scripted.on("search", stderr=fatal('Get "https://index.docker.io/v1/search?q=busybox": dial tcp: lookup index.docker.io: no such host'), status=1)
+        assert ask(furnished, "GET", "/images/search?term=busybox").status == 500
+
+    def test_load(self, furnished, scripted):
+        scripted.on("load", LOAD, reads=True)
+        scripted.on("rmi")
+        data = os.urandom(3 << 20)
+        answer = ask(furnished, "POST", "/images/load?quiet=1", data, {"Content-Type": "application/x-tar"})
+        assert answer.lines == [{"stream": "Loaded image: localhost:5000/bb:1\n"}]
+        call = scripted.calls("load")[0]
+        assert (call["argv"], call["stdin"]) == (["load", "--all-platforms"], len(data))
+
+    def test_load_removes_the_name_of_the_index(self, furnished, scripted):
+        scripted.on("load", LOAD, reads=True)
+        scripted.on("rmi")
+        scripted.on("images", stdout="")
+        original = furnished.nerdctl.start
+
+        def start(*words, **options):
+            if words[0] == "load":
+                scripted.on("images", IMAGES)
+            return original(*words, **options)
+        furnished.nerdctl.start = start
+        ask(furnished, "POST", "/images/load", b"x")
+        assert [each["argv"][-1].partition("@")[0] for each in scripted.calls("rmi")] == ["import"]
+
+    @pytest.mark.parametrize("recording", [V21_LOAD, V17_LOAD], ids=["2.1.6", "1.7.7"])
+    def test_load_of_older_ones(self, recording):
+        assert nerdctld.parse_loaded(recording.stdout) == ["localhost:5000/bb:1"]
+
+    def test_load_of_garbage(self, furnished, scripted):
+        scripted.on("load", stderr=fatal("unexpected EOF"), status=1, reads=True)
+        answer = ask(furnished, "POST", "/images/load?quiet=1", b"garbage")
+        assert "unexpected EOF" in answer.message and answer.status >= 400
+
+    @pytest.mark.parametrize("path, names", [
+        ("/images/tst:a/get", ["docker.io/library/tst:a"]), ("/images/get?names=tst:a&names=localhost:5000/bb:1", ["docker.io/library/tst:a", "localhost:5000/bb:1"]),
+        ("/images/get?names=tst:a,tst:a", ["docker.io/library/tst:a"]), ("/images/tst/get", ["docker.io/library/tst:a"]),
+        (f"/images/{BB}/get", ["docker.io/library/tst:a"]), ("/images/tst:a/get?platform=linux/amd64", ["docker.io/library/tst:a"])])
+    def test_save(self, furnished, scripted, path, names):
+        scripted.on("save", stdout="archive")
+        answer = ask(furnished, "GET", path)
+        assert (answer.status, answer.body) == (200, b"archive")
+        assert scripted.argv("save") == ["save", *(["--platform=linux/amd64"] if "platform" in path else []), "--", *names]
+
+    def test_save_refuses_before_the_first_byte(self, furnished, scripted):
+        assert ask(furnished, "GET", "/images/get").status == 400
+        assert ask(furnished, "GET", "/images/get?names=tst:a&names=nosuch").status == 404
+        assert ask(furnished, "GET", "/images/tst:a/get?platform=linux/arm64").status == 404
+        assert scripted.calls("save") == []
+
+    def test_save_that_fails_at_once(self, furnished, scripted):
+        scripted.on("save", stderr=fatal("no space left on device"), status=1)
+        assert ask(furnished, "GET", "/images/tst:a/get").status == 500
+
+    def test_import(self, furnished, scripted):
+        scripted.on("import", IMPORT, reads=True)
+        answer = ask(furnished, "POST", "/images/create?fromSrc=-&message=m&repo=tst&tag=a&changes=", b"tar")
+        assert answer.lines == [{"status": BB}]
+        assert (scripted.argv("import"), scripted.calls("import")[0]["stdin"]) == (["import", "--message=m", "--", "-", "docker.io/library/tst:a"], 3)
+
+    def test_import_with_changes(self, furnished, scripted):
+        scripted.on("import", IMPORT, reads=True)
+        scripted.on("build")
+        scripted.on("rmi")
+        changes = urllib.parse.quote('CMD ["x"]\nENV A=1')
+        assert ask(furnished, "POST", f"/images/create?fromSrc=-&repo=tst:a&changes={changes}", b"tar").status == 200
+        working = scripted.argv("import")[-1]
+        assert working.startswith(nerdctld.WORKING_NAME)
+        assert scripted.argv("build")[:4] == ["build", "--progress=plain", "--provenance=false", "--tag=docker.io/library/tst:a"]
+        assert scripted.argv("rmi") == ["rmi", "--force", "--", working]
+
+    @pytest.mark.parametrize("query, body", [("repo=A", b"x"), ("repo=tst:a&changes=RUN%20x", b"x"), ("repo=tst@" + BB, b"x"), ("repo=tst:a&platform=;", b"x"), ("repo=tst:a", b"")])
+    def test_import_refuses(self, furnished, scripted, query, body):
+        scripted.on("import", IMPORT, stays=5)
+        assert ask(furnished, "POST", "/images/create?fromSrc=-&" + query, body).status == 400
+
+    def test_commit(self, furnished, scripted):
+        scripted.on("commit", stdout="sha256:1\n")
+        answer = ask(furnished, "POST", "/commit?container=tstweb&repo=tst&tag=a&author=x&comment=-c&changes=" + urllib.parse.quote('CMD ["a"]'))
+        assert (answer.status, answer.json) == (201, {"Id": BB})
+        assert scripted.argv("commit") == ["commit", "--message=-c", "--author=x", "--pause=true", '--change=CMD ["a"]', "--", ID, "docker.io/library/tst:a"]
+
+    def test_commit_with_config(self, furnished, scripted):
+        scripted.on("commit", stdout="sha256:1\n")
+        scripted.on("build")
+        scripted.on("rmi")
+        answer = ask(furnished, "POST", "/commit?container=tstweb&repo=tst:a&pause=False", {"Env": ["A=b c"], "Labels": {"x": "y"}, "Cmd": ["z"]})
+        assert answer.status == 201 and "--pause=false" in scripted.argv("commit")
+        assert len(scripted.calls("build")) == 1 and len(scripted.calls("rmi")) == 1
+
+    @pytest.mark.parametrize("query, body, status", [
+        ("container=nosuch", {}, 404), ("container=tstnew", {}, 501), ("container=tstweb&changes=RUN%20x", {}, 400), ("container=tstweb&repo=A", {}, 400),
+        ("container=tstweb", {"Env": "x\ny"}, 400), ("container=tstweb", {"User": "a\nRUN x"}, 400), ("container=tstweb", {"Labels": []}, 400), ("", {}, 400)])
+    def test_commit_refuses(self, furnished, scripted, query, body, status):
+        assert ask(furnished, "POST", "/commit?" + query, body).status == status
+        assert scripted.calls("commit") == []
+
+    def test_attestations(self, furnished):
+        assert ask(furnished, "GET", "/images/tst:a/attestations").json == []
+        assert ask(furnished, "GET", "/images/nosuch/attestations").status == 404
+
+
+class FakeRegistry(http.server.BaseHTTPRequestHandler):
+    """A registry with one image, behind a token."""
+
+    protocol_version = "HTTP/1.1"
+    CONFIG = json.dumps({"architecture": "arm64", "os": "linux", "variant": "v8", "rootfs": {}}).encode()
+    MANIFEST = json.dumps({"mediaType": "application/vnd.oci.image.manifest.v1+json", "config": {"digest": "sha256:c"}, "layers": []}).encode()
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        host = f"127.0.0.1:{self.server.server_address[1]}"
+        bodies = {"/v2/a/b/manifests/1": self.MANIFEST, "/v2/a/b/blobs/sha256:c": self.CONFIG, "/v2/a/b/tags/list": b'{"tags":["2","1","-x",3]}',
+                  "/token": b'{"token":"good"}'}
+        body, status, headers = bodies.get(path, b"{}"), 200 if path in bodies else 404, {}
+        if path == "/token":
+            if self.headers.get("Authorization") != "Basic " + base64.b64encode(b"u:p").decode():
+                status = 401
+        elif self.headers.get("Authorization") != "Bearer good":
+            status, headers = 401, {"WWW-Authenticate": f'Bearer realm="http://{host}/token",service="s",scope="x"'}
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def registry():
+    """host:port of a fake registry."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeRegistry)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+class TestRegistry:
+    HEADERS = {"X-Registry-Auth": encoded({"username": "u", "password": "p"})}
+
+    def test_distribution(self, engine, registry):
+        answer = ask(engine, "GET", f"/distribution/{registry}/a/b:1/json", headers=self.HEADERS)
+        assert answer.status == 200
+        assert answer.json == {"Descriptor": {"mediaType": "application/vnd.oci.image.manifest.v1+json", "size": len(FakeRegistry.MANIFEST),
+                                              "digest": "sha256:" + hashlib.sha256(FakeRegistry.MANIFEST).hexdigest()},
+                               "Platforms": [{"architecture": "arm64", "os": "linux", "variant": "v8"}]}
+
+    def test_refused(self, engine, registry):
+        assert ask(engine, "GET", f"/distribution/{registry}/a/b:1/json").status == 401
+        assert ask(engine, "GET", f"/distribution/{registry}/a/b:2/json", headers=self.HEADERS).status == 404
+        assert ask(engine, "GET", "/distribution/127.0.0.1:1/a/json").status == 500
+        assert ask(engine, "GET", "/distribution/-x/json").status == 400
+
+    def test_pull_of_all_tags(self, furnished, scripted, registry):
+        scripted.on("pull", PULL)
+        lines = IMAGES.stdout.splitlines()
+        scripted.on("images", stdout="".join(lines[1].replace(BASE, f"{registry}/a/b:{tag}") + "\n" for tag in "12"))
+        answer = ask(furnished, "POST", f"/images/create?fromImage={registry}/a/b", headers=self.HEADERS)
+        assert answer.status == 200 and "error" not in answer.lines[-1]
+        assert [each["argv"][-1] for each in scripted.calls("pull")] == [f"{registry}/a/b:1", f"{registry}/a/b:2"]
 
 
 if __name__ == "__main__":
