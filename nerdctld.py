@@ -3371,7 +3371,7 @@ def build_prune(engine: Engine, request: Request) -> Response:
     for key, values in filters.items():
         for value in values:
             if key in ("until", "unused-for"):
-                arguments.append(f"--keep-duration={max(0, int(time.time() - (until_limit([value]) or 0)))}s")
+                arguments.append(f"--keep-duration={max(0, round(time.time() - (until_limit([value]) or 0)))}s")
             else:
                 arguments.append(f"--filter={key}=={value}" if key not in ("inuse", "private", "shared") else f"--filter={key}")
     for name in ("keep-storage", "reserved-space"):

@@ -14,6 +14,7 @@ import http.client
 import http.server
 import io
 import json
+import marshal
 import os
 import pathlib
 import re
@@ -50,22 +51,29 @@ class Recording:
         self.of, self.stdout, self.stderr, self.status = of, stdout, stderr, status
 
 
-SCRIPT = '''#!%s -SE
-import json, os, sys, time
+# Most tests need nothing but silence of `events`, and a shell starts faster.
+SHELL = '''#!/bin/sh
+[ -e "{folder}/events" ] || for word; do [ "$word" != events ] || exec sleep 600; done
+exec {python} -ISE "{folder}/answer.py" "$@"
+'''
+# No json, and rules by marshal: importing json takes as long as the rest.
+SCRIPT = '''import marshal, os, sys, time
 folder = os.path.dirname(os.path.abspath(__file__))
 words = [each for each in sys.argv[1:] if not each.startswith(("--namespace=", "--address=", "--snapshotter="))]
-rules = json.load(open(os.path.join(folder, "rules.json")))
+with open(os.path.join(folder, "rules"), "rb") as file:
+    rules = marshal.load(file)
 rule = next((each for each in rules if words[:len(each["match"])] == each["match"]), None)
 call = {"argv": words, "stdin": 0, "auth": None}
-config = os.environ.get("DOCKER_CONFIG")
-if config and os.path.exists(os.path.join(config, "config.json")):
-    call["auth"] = json.load(open(os.path.join(config, "config.json")))
-    call["mode"] = os.stat(os.path.join(config, "config.json")).st_mode & 0o777
-if rule and rule.get("reads"):
+config = os.path.join(os.environ.get("DOCKER_CONFIG", "/nosuch"), "config.json")
+if os.path.exists(config):
+    with open(config) as file:
+        call["auth"] = file.read()
+    call["mode"] = os.stat(config).st_mode & 0o777
+if rule and rule["reads"]:
     data = sys.stdin.buffer.read()
     call["stdin"], call["text"] = len(data), data[:200].decode(errors="replace")
-with open(os.path.join(folder, "calls.jsonl"), "a") as file:
-    file.write(json.dumps(call) + chr(10))
+with open(os.path.join(folder, "calls"), "a") as file:
+    file.write(ascii(call) + chr(10))
 if rule is None:
     sys.stderr.write('time="2026-11-24T00:00:00Z" level=fatal msg="not in the script: ' + " ".join(words) + '"' + chr(10))
     sys.exit(1)
@@ -73,7 +81,7 @@ sys.stdout.write(rule["stdout"])
 sys.stdout.flush()
 sys.stderr.write(rule["stderr"])
 sys.stderr.flush()
-if rule.get("stays"):
+if rule["stays"]:
     time.sleep(rule["stays"])
 sys.exit(rule["status"])
 '''
@@ -85,29 +93,35 @@ class Scripted:
     def __init__(self, folder):
         self.folder = folder
         self.program = folder / "nerdctl"
-        self.program.write_text(SCRIPT % sys.executable)
+        (folder / "answer.py").write_text(SCRIPT)
+        self.program.write_text(SHELL.format(folder=folder, python=sys.executable))
         self.program.chmod(0o755)
         self.rules = []
-        self.on("events", stays=600)
+        self.on(["events"])
+        (folder / "events").unlink()
 
     def on(self, command, recording=None, stdout="", stderr="", status=0, stays=0, reads=False):
         """From now on `command` (the first words, or a list of them) answers so; later rules win."""
         if recording is not None:
             stdout, stderr, status = recording.stdout, recording.stderr, recording.status
         words = command.split() if isinstance(command, str) else command
+        if words[0] == "events":
+            (self.folder / "events").touch()
         self.rules.insert(0, {"match": words, "stdout": stdout, "stderr": stderr, "status": status, "stays": stays, "reads": reads})
         temporary = self.folder / "rules.new"
-        temporary.write_text(json.dumps(self.rules))
-        temporary.rename(self.folder / "rules.json")
+        temporary.write_bytes(marshal.dumps(self.rules))
+        temporary.rename(self.folder / "rules")
 
     def calls(self, command=""):
         """The calls so far that begin with these words, but for the resident events."""
         wanted = command.split()
         try:
-            lines = (self.folder / "calls.jsonl").read_text().splitlines()
+            lines = (self.folder / "calls").read_text().splitlines()
         except FileNotFoundError:
             return []
-        calls = [json.loads(line) for line in lines]
+        calls = [ast.literal_eval(line) for line in lines]
+        for each in calls:
+            each["auth"] = json.loads(each["auth"]) if each["auth"] else None
         return [each for each in calls if each["argv"][:len(wanted)] == wanted and each["argv"][:1] != ["events"]]
 
     def argv(self, command=""):
@@ -2051,6 +2065,368 @@ class TestRegistry:
         answer = ask(furnished, "POST", f"/images/create?fromImage={registry}/a/b", headers=self.HEADERS)
         assert answer.status == 200 and "error" not in answer.lines[-1]
         assert [each["argv"][-1] for each in scripted.calls("pull")] == [f"{registry}/a/b:1", f"{registry}/a/b:2"]
+
+
+###############################################################################
+# Build
+###############################################################################
+
+
+def tar_of(*entries, mode="w"):
+    """A tar of (name, content or TarInfo fields)."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode=mode) as archive:
+        for name, content in entries:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, dict):
+                for key, value in content.items():
+                    setattr(info, key, value)
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+CONTEXT = tar_of(("Dockerfile", b"FROM x\n"), ("sub/a.txt", b"a"))
+TAR = {"Content-Type": "application/x-tar"}
+
+
+class TestBuild:
+    @pytest.fixture(autouse=True)
+    def answers(self, furnished, scripted):
+        scripted.on("build", BUILD)
+
+    @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+    def test_context(self, tmp_path, mode):
+        nerdctld.unpack_context(io.BytesIO(tar_of(("Dockerfile", b"FROM x\n"), ("./sub/a", b"1" * 100000), mode=mode)), str(tmp_path))
+        assert (tmp_path / "Dockerfile").read_bytes() == b"FROM x\n" and (tmp_path / "sub" / "a").stat().st_size == 100000
+
+    def test_kinds_of_entries(self, tmp_path):
+        nerdctld.unpack_context(io.BytesIO(tar_of(
+            (".", {"type": tarfile.DIRTYPE, "mode": 0o755}), ("d", {"type": tarfile.DIRTYPE, "mode": 0o500}), ("d/x", b"1"),
+            ("l", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}), ("h", {"type": tarfile.LNKTYPE, "linkname": "d/x"}),
+            ("p", {"type": tarfile.FIFOTYPE, "mode": 0o600}), ("d/x", b"22"), ("l", b"now a file"))), str(tmp_path))
+        assert (tmp_path / "d" / "x").read_bytes() == b"22" and (tmp_path / "h").read_bytes() == b"1"
+        assert (tmp_path / "l").read_bytes() == b"now a file" and not (tmp_path / "l").is_symlink()
+        assert stat.S_ISFIFO((tmp_path / "p").stat().st_mode)
+
+    @pytest.mark.parametrize("entries", [
+        [("../evil", b"x")], [("a/../../evil", b"x")], [("s", {"type": tarfile.SYMTYPE, "linkname": ".."}), ("s/evil", b"x")],
+        [("s", {"type": tarfile.SYMTYPE, "linkname": ".."}), ("s/evil", {"type": tarfile.DIRTYPE})],
+        [("h", {"type": tarfile.LNKTYPE, "linkname": "../secret"})], [("s", {"type": tarfile.SYMTYPE, "linkname": ".."}),
+                                                                    ("h", {"type": tarfile.LNKTYPE, "linkname": "s/secret"})],
+        [("dev", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3})], [("dev", {"type": tarfile.BLKTYPE})], [(".", b"x")],
+        [("h", {"type": tarfile.LNKTYPE, "linkname": "nothing"})], [("f", b"x"), ("f/evil", b"x")], [("x" * 300, b"x")],
+        [("a", {"mtime": 1e30, "pax_headers": {"mtime": "1e30"}})], [("a", {"pax_headers": {"mtime": "nan"}})]],
+        ids=["dots", "dots inside", "through a link", "folder through a link", "hard link out", "hard link through a link", "character device",
+             "block device", "the whole", "hard link to nothing", "below a file", "long name", "far future", "no time"])
+    def test_hostile(self, tmp_path, entries):
+        tmp_path = tmp_path / "outer"
+        root = tmp_path / "root"
+        root.mkdir(parents=True)
+        (tmp_path / "secret").write_text("s")
+        with contextlib.suppress(nerdctld.BadParameter):
+            nerdctld.unpack_context(io.BytesIO(tar_of(*entries)), str(root))
+            assert [name for name, _ in entries] == ["a"], "was not refused"
+        assert sorted(os.listdir(tmp_path)) == ["root", "secret"] and (tmp_path / "secret").stat().st_nlink == 1
+
+    def test_absolute_names_stay_inside(self, tmp_path):
+        nerdctld.unpack_context(io.BytesIO(tar_of(("/etc/x-nerdctld-test", b"x"))), str(tmp_path))
+        assert (tmp_path / "etc" / "x-nerdctld-test").exists() and not os.path.exists("/etc/x-nerdctld-test")
+
+    def test_a_link_is_replaced_and_not_followed(self, tmp_path):
+        root = tmp_path / "root"
+        root.mkdir()
+        (tmp_path / "secret").write_text("s")
+        nerdctld.unpack_context(io.BytesIO(tar_of(("s", {"type": tarfile.SYMTYPE, "linkname": "../secret"}), ("s", b"new"))), str(root))
+        assert (tmp_path / "secret").read_text() == "s" and (root / "s").read_text() == "new"
+
+    @pytest.mark.parametrize("data", [b"", b"garbage" * 200, CONTEXT[:700], tar_of(("a", b"x"), mode="w:gz")[:40], b"\xfd7zXZ\x00" + b"x" * 600, b"BZh9" + b"x" * 600],
+                             ids=["empty", "garbage", "cut", "cut gzip", "broken xz", "broken bzip2"])
+    def test_no_tar(self, furnished, scripted, data):
+        assert ask(furnished, "POST", "/build", data, TAR).status == 400
+        assert scripted.calls("build") == [] and os.listdir(furnished.workspace.folder()) == []
+
+    def test_build(self, furnished, scripted):
+        answer = ask(furnished, "POST", "/build?t=tst:a&t=localhost:5000/bb:1&dockerfile=Dockerfile&version=1", CONTEXT, TAR)
+        assert answer.status == 200
+        assert {"stream": "#5 [2/2] RUN echo hi; echo > /x\n"} in answer.lines
+        assert answer.lines[-4:] == [{"aux": {"ID": BB}}, {"stream": "Successfully built 4cfb279d3e24\n"}, {"stream": "Successfully tagged tst:a\n"},
+                                     {"stream": "Successfully tagged localhost:5000/bb:1\n"}]
+        words = scripted.argv("build")
+        folder = words[-1]
+        assert words == ["build", "--progress=plain", f"--file={folder}/Dockerfile", "--tag=docker.io/library/tst:a", "--tag=localhost:5000/bb:1", "--", folder]
+        assert not os.path.exists(folder)
+
+    def test_quiet(self, furnished):
+        assert ask(furnished, "POST", "/build?t=tst:a&q=1", CONTEXT, TAR).lines == [{"stream": BB + "\n"}]
+
+    @pytest.mark.parametrize("query, words", [
+        ("buildargs=" + urllib.parse.quote('{"A":"-b c","N":null}'), ["--build-arg=A=-b c"]), ("labels=" + urllib.parse.quote('{"x":"y"}'), ["--label=x=y"]),
+        ("cachefrom=" + urllib.parse.quote('["a"]'), ["--cache-from=a"]), ("extrahosts=a:1.2.3.4", ["--add-host=a:1.2.3.4"]), ("nocache=1", ["--no-cache"]),
+        ("nocache=0", []), ("pull=true", ["--pull"]), ("target=-x", ["--target=-x"]), ("platform=linux/arm64", ["--platform=linux/arm64"]),
+        ("networkmode=host", ["--network=host", "--allow=network.host"]), ("networkmode=none", ["--network=none"]), ("networkmode=default", [])])
+    def test_options(self, furnished, scripted, query, words):
+        assert ask(furnished, "POST", "/build?t=tst:a&" + query, CONTEXT, TAR).status == 200
+        assert scripted.argv("build")[2:-4] == words
+
+    def test_credentials(self, furnished, scripted):
+        ask(furnished, "POST", "/build?t=tst:a", CONTEXT, {**TAR, "X-Registry-Config": encoded({"localhost:5000": {"username": "u", "password": "p"}})})
+        assert scripted.calls("build")[0]["auth"] == {"auths": {"localhost:5000": {"auth": "dTpw"}}}
+        ask(furnished, "POST", "/build?t=tst:a", CONTEXT, {**TAR, "X-Registry-Config": encoded({"auths": {}})})
+        assert scripted.calls("build")[1]["auth"] is None
+
+    def test_limits_are_warned_about(self, furnished):
+        assert "memory is not carried out" in ask(furnished, "POST", "/build?t=tst:a&memory=100", CONTEXT, TAR).lines[0]["stream"]
+
+    @pytest.mark.parametrize("query, status", [
+        ("t=A", 400), ("t=a@" + BB, 400), ("dockerfile=nothing", 400), ("dockerfile=../x", 400), ("dockerfile=/etc/passwd", 400), ("buildargs=[", 400),
+        ("buildargs=[]", 400), ("labels=" + urllib.parse.quote('{"a":1}'), 400), ("platform=;", 400), ("remote=ftp://x", 400), ("remote=git://x/y", 501),
+        ("remote=-x", 400), ("version=2", 501), ("squash=1", 501), ("networkmode=container:x", 501), ("outputs=x", 501)])
+    def test_refuses(self, furnished, scripted, query, status):
+        answer = ask(furnished, "POST", "/build?" + query, CONTEXT, TAR)
+        assert answer.status == status and answer.message
+        assert scripted.calls("build") == []
+
+    def test_dockerfile_through_a_link(self, furnished, scripted):
+        context = tar_of(("Dockerfile", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}))
+        assert ask(furnished, "POST", "/build", context, TAR).status == 400
+
+    def test_failed_step(self, furnished, scripted):
+        scripted.on("build", BUILD_FAILED)
+        answer = ask(furnished, "POST", "/build?t=tst:a", CONTEXT, TAR)
+        text = "The command '/bin/sh -c exit 7' returned a non-zero code: 7"
+        assert (answer.status, answer.lines[-1]) == (200, {"errorDetail": {"code": 7, "message": text}, "error": text})
+
+    def test_failed_parsing(self, furnished, scripted):
+        scripted.on("build", BUILD_UNPARSED)
+        assert ask(furnished, "POST", "/build?t=tst:a", CONTEXT, TAR).lines[-1]["error"] == (
+            "failed to solve: dockerfile parse error on line 2: unknown instruction: FOO (did you mean FROM?)")
+
+    @pytest.mark.parametrize("stderr", [FAILURES[4][1], ""], ids=["words", "silence"])
+    def test_no_buildkitd(self, furnished, scripted, stderr):
+        scripted.on("build", stderr=stderr, status=1)
+        answer = ask(furnished, "POST", "/build?t=tst:a", CONTEXT, TAR)
+        assert "buildkitd does not answer" in (answer.message if answer.status == 503 else answer.lines[-1]["error"])
+
+    def test_remote(self, furnished, scripted, tmp_path):
+        class Files(http.server.SimpleHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+        (tmp_path / "web").mkdir()
+        (tmp_path / "web" / "context.tar").write_bytes(CONTEXT)
+        (tmp_path / "web" / "Dockerfile.txt").write_text("FROM x\n")
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *words: Files(*words, directory=str(tmp_path / "web")))
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_address[1]}"
+        assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/context.tar").status == 200
+        assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/Dockerfile.txt").status == 200
+        assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/nothing").status == 400
+        server.shutdown()
+        server.server_close()
+        assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/context.tar").status == 400
+
+    def buildctl(self, furnished, monkeypatch, tmp_path, script):
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        (folder / "buildctl").write_text(f"#!/bin/sh\necho \"$@\" >>{tmp_path}/args\n{script}\n")
+        (folder / "buildctl").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def test_prune(self, furnished, monkeypatch, tmp_path):
+        self.buildctl(furnished, monkeypatch, tmp_path, f"cat <<'END'\n{BUILDCTL_DU.stdout}END")
+        answer = ask(furnished, "POST", "/build/prune?all=1&keep-storage=2000000&" + filtered(until=["1h"], type=["regular"]))
+        assert answer.json == {"CachesDeleted": [each["id"] for each in json.loads(BUILDCTL_DU.stdout)], "SpaceReclaimed": sum(each["size"] for each in json.loads(BUILDCTL_DU.stdout))}
+        words = (tmp_path / "args").read_text()
+        for each in ("--all", "--filter=type==regular", "--keep-duration=3600s", "--keep-storage=2"):
+            assert each in words
+        assert ask(furnished, "POST", "/build/prune?filters=").status == 200
+        assert ask(furnished, "POST", "/build/prune?" + filtered(x=["1"])).status == 400
+
+    def test_prune_without_buildkitd(self, furnished, monkeypatch, tmp_path):
+        self.buildctl(furnished, monkeypatch, tmp_path, 'echo \'error: failed to call prune: Unavailable: connection error: desc = "transport: Error '
+                      'while dialing: dial unix /nosuch: connect: no such file or directory"\' >&2; exit 1')
+        answer = ask(furnished, "POST", "/build/prune")
+        assert answer.status == 503 and "buildkitd" in answer.message
+
+
+###############################################################################
+# Containers
+###############################################################################
+
+
+class TestContainers:
+    def names(self, engine, query):
+        return [each["Names"][0] for each in ask(engine, "GET", "/containers/json?" + query).json]
+
+    def test_list(self, furnished):
+        rows = {each["Names"][0]: each for each in ask(furnished, "GET", "/v1.51/containers/json?all=1").json}
+        web = rows["/tstweb"]
+        assert (web["Id"], web["Image"], web["ImageID"], web["Command"], web["State"]) == (ID, BASE, BB, "sleep 1000", "running")
+        assert web["Labels"] == {"a": "b,c", "base": "busybox"}
+        assert web["Ports"] == [{"IP": "0.0.0.0", "PrivatePort": 80, "PublicPort": 18080, "Type": "tcp"}]
+        assert [each["Destination"] for each in web["Mounts"]] == ["/data", "/host"]
+        assert list(web["NetworkSettings"]["Networks"]) == ["tstnet"] and web["HostConfig"] == {"NetworkMode": "tstnet"}
+        assert re.fullmatch(r"Up \d+ \w+|Up (About|Less) .*", web["Status"])
+        assert re.fullmatch(r"Exited \(3\) .* ago", rows["/tstdone"]["Status"])
+        assert (rows["/tstnew"]["Status"], rows["/tstnew"]["State"], rows["/tstpaused"]["State"]) == ("Created", "created", "paused")
+
+    def test_newest_first(self, furnished):
+        assert self.names(furnished, "all=1") == ["/tstpaused", "/tstnew", "/tstdone", "/tstweb"]
+
+    @pytest.mark.parametrize("query, names", [
+        ("", "paused web"), ("all=1", "paused new done web"), ("limit=1", "paused"), ("limit=-1", "paused web"), ("limit=0&all=1", "paused new done web"),
+        (filtered(status=["exited"]), "done"), (filtered(status=["created", "running"]), "new web"), (filtered(exited=["3"]), "done"),
+        (filtered(exited=["0"]), ""), ("all=1&" + filtered(name=["web"]), "web"), ("all=1&" + filtered(name=["^/?tst"]), "paused new done web"),
+        ("all=1&" + filtered(id=["da86"]), "web"), ("all=1&" + filtered(label=["a=b,c"]), "web"), ("all=1&" + filtered(label=["a", "z"]), ""),
+        (filtered(before=["tstnew"]), "done web"), (filtered(since=["tstnew"]), "paused"), ("all=1&" + filtered(network=["tstnet"]), "web"),
+        ("all=1&" + filtered(network=["none"]), "paused new done"), ("all=1&" + filtered(volume=["tstvol"]), "web"), ("all=1&" + filtered(volume=["/host"]), "web"),
+        ("all=1&" + filtered(publish=["18080"]), "web"), ("all=1&" + filtered(expose=["80/tcp"]), "web"), ("all=1&" + filtered(expose=["70-90/udp"]), ""),
+        ("all=1&" + filtered(ancestor=["tst:a"]), "paused new done web"), ("all=1&" + filtered(ancestor=["nosuch"]), ""),
+        ("all=1&" + filtered(health=["none"]), "paused new done web"), ("all=1&" + filtered(**{"is-task": ["true"]}), "")])
+    def test_filters(self, furnished, query, names):
+        assert self.names(furnished, query) == ["/tst" + each for each in names.split()]
+
+    @pytest.mark.parametrize("query, status", [
+        ("filters=[", 400), (filtered(status=["gone"]), 400), (filtered(exited=["x"]), 400), (filtered(health=["ill"]), 400), (filtered(x=["1"]), 400),
+        (filtered(before=["nosuch"]), 404), ("limit=x", 400), ("all=1&" + filtered(publish=["x"]), 400)])
+    def test_list_refuses(self, furnished, query, status):
+        assert ask(furnished, "GET", "/containers/json?" + query).status == status
+
+    def test_size(self, furnished):
+        rows = ask(furnished, "GET", "/containers/json?all=1&size=1").json
+        assert rows[-1]["SizeRw"] == 28672 and rows[-1]["SizeRootFs"] == 2097152
+
+    def test_inspect_of_a_running_one(self, furnished, scripted):
+        told = ask(furnished, "GET", "/v1.51/containers/tstweb/json").json
+        assert (told["Id"], told["Name"], told["Image"], told["Path"], told["Args"]) == (ID, "/tstweb", BB, "sleep", ["1000"])
+        assert told["State"]["Running"] and not told["State"]["Restarting"] and told["State"]["Pid"] == 32149
+        assert told["HostConfig"]["RestartPolicy"] == {"Name": "always", "MaximumRetryCount": 0}
+        assert told["HostConfig"]["Binds"] == ["/tmp:/host:ro"] and told["HostConfig"]["LogConfig"] == {"Type": "json-file", "Config": {}}
+        assert told["Config"]["Cmd"] == ["sleep", "1000"] and told["Config"]["Env"] == ["PATH=/bin", "X=1"] and told["Config"]["Image"] == BASE
+        assert told["Config"]["Labels"] == {"a": "b,c", "base": "busybox"}
+        assert told["NetworkSettings"]["Networks"]["tstnet"]["IPAddress"] == told["NetworkSettings"]["IPAddress"] == "10.77.0.2"
+        assert told["NetworkSettings"]["Networks"]["tstnet"]["Gateway"] == "10.77.0.1"
+        assert told["NetworkSettings"]["Ports"] == {"80/tcp": [{"HostIp": "0.0.0.0", "HostPort": "18080"}]}
+        assert scripted.argv("container inspect")[-2:] == ["--", ID]
+
+    @pytest.mark.parametrize("name, state", [
+        ("tstdone", {"Status": "exited", "Running": False, "ExitCode": 3, "FinishedAt": "2026-11-24T03:57:10.624517029Z", "Pid": 0}),
+        ("tstnew", {"Status": "created", "Running": False, "ExitCode": 0, "FinishedAt": "0001-01-01T00:00:00Z"}),
+        ("tstpaused", {"Status": "paused", "Running": True, "Paused": True, "Pid": 32448})])
+    def test_states(self, furnished, name, state):
+        told = ask(furnished, "GET", f"/containers/{name}/json").json["State"]
+        assert {key: told[key] for key in state} == state
+
+    def test_shapes_of_versions(self, furnished):
+        old, new = (ask(furnished, "GET", f"{version}/containers/tstweb/json").json for version in ("/v1.47", ""))
+        assert "IPAddress" in old["NetworkSettings"] and "IPAddress" not in new["NetworkSettings"]
+        assert "ImageManifestDescriptor" in new and "ImageManifestDescriptor" not in old
+        assert "Health" in ask(furnished, "GET", "/containers/json").json[0] and "Health" not in ask(furnished, "GET", "/v1.51/containers/json").json[0]
+
+    def test_none(self, furnished):
+        answer = ask(furnished, "GET", "/containers/nosuch/json")
+        assert (answer.status, answer.message) == (404, "No such container: nosuch")
+        assert ask(furnished, "GET", "/containers/-x/json").status == 404
+
+    @pytest.mark.parametrize("text, ports", [
+        ("0.0.0.0:8000-8001->80-81/tcp", [(80, 8000), (81, 8001)]), ("[::]:53->53/udp, 127.0.0.1:1->2/tcp", [(53, 53), (2, 1)]), ("", []), ("x", [])])
+    def test_ports(self, text, ports):
+        assert [(each["PrivatePort"], each["PublicPort"]) for each in nerdctld.parse_ports(text)] == ports
+
+    def test_a_request_is_kept_whole(self):
+        body = {"Image": "x", "Env": ["A=" + "é" * 9000]}
+        labels = nerdctld.request_labels(body)
+        assert all(len(key) + len(value) < 4096 for key, value in labels.items())
+        row = {"ID": "1" * 64, "Status": "Up"}
+        assert nerdctld.stored_request(nerdctld.Container(row, labels)) == body
+
+
+###############################################################################
+# Networks
+###############################################################################
+
+
+class TestNetworks:
+    def test_list(self, furnished, scripted):
+        rows = {each["Name"]: each for each in ask(furnished, "GET", "/networks").json}
+        assert sorted(rows) == ["bridge", "host", "none", "tstnet"]
+        assert rows["tstnet"]["IPAM"]["Config"] == [{"Subnet": "10.77.0.0/24", "Gateway": "10.77.0.1"}]
+        assert [rows[name]["Driver"] for name in sorted(rows)] == ["bridge", "host", "null", "bridge"]
+        assert all(re.fullmatch("[0-9a-f]{64}", each["Id"]) for each in rows.values())
+        assert rows["bridge"]["Labels"] == {}
+        assert scripted.argv("network inspect")[-3:] == ["--", "bridge", "tstnet"]
+
+    @pytest.mark.parametrize("filters, names", [
+        ({"name": ["tst"]}, "tstnet"), ({"driver": ["host"]}, "host"), ({"type": ["custom"]}, "tstnet"), ({"type": ["builtin"]}, "bridge host none"),
+        ({"id": ["6cbb"]}, "tstnet"), ({"scope": ["swarm"]}, ""), ({"label": ["x"]}, ""), ({"dangling": ["true"]}, ""), ({"dangling": ["false"]}, "bridge host none tstnet")])
+    def test_filters(self, furnished, filters, names):
+        assert [each["Name"] for each in ask(furnished, "GET", "/networks?" + filtered(**filters)).json] == names.split()
+
+    def test_refuses(self, furnished):
+        for query in (filtered(type=["x"]), filtered(x=["1"]), filtered(dangling=["x"]), "filters=1"):
+            assert ask(furnished, "GET", "/networks?" + query).status == 400
+
+    @pytest.mark.parametrize("name", ["tstnet", "6cbb982de144", "6cbb982de14435e0565b06c4b6e90e672db1541e321fc75065985811f6a2d6b5"])
+    def test_inspect(self, furnished, name):
+        told = ask(furnished, "GET", "/networks/" + name).json
+        assert told["Containers"][ID]["IPv4Address"] == "10.77.0.2/24" and told["Containers"][ID]["Name"] == "tstweb"
+
+    def test_none(self, furnished):
+        answer = ask(furnished, "GET", "/networks/nosuch")
+        assert (answer.status, answer.message) == (404, "network nosuch not found")
+        assert ask(furnished, "GET", "/networks/tstnet?scope=swarm").status == 404
+
+
+###############################################################################
+# Volumes
+###############################################################################
+
+
+class TestVolumes:
+    def test_list(self, furnished):
+        told = ask(furnished, "GET", "/volumes").json
+        assert told["Warnings"] is None
+        assert told["Volumes"][0] == {
+            "CreatedAt": "0001-01-01T00:00:00Z", "Driver": "local", "Labels": None, "Mountpoint": "/var/lib/nerdctl/1935db59/volumes/tstrec/tstvol/_data",
+            "Name": "tstvol", "Options": None, "Scope": "local"}
+
+    @pytest.mark.parametrize("filters, count", [({"name": ["vol"]}, 1), ({"name": ["x"]}, 0), ({"driver": ["local"]}, 1), ({"driver": ["x"]}, 0),
+                                                ({"label": ["x"]}, 0), ({"dangling": ["true"]}, 0), ({"dangling": ["false"]}, 1)])
+    def test_filters(self, furnished, filters, count):
+        assert len(ask(furnished, "GET", "/volumes?" + filtered(**filters)).json["Volumes"]) == count
+
+    def test_inspect(self, furnished):
+        assert ask(furnished, "GET", "/volumes/tstvol").json["Name"] == "tstvol"
+        answer = ask(furnished, "GET", "/volumes/nosuch")
+        assert (answer.status, answer.message) == (404, "get nosuch: no such volume")
+
+    def test_none_at_all(self, engine, scripted):
+        scripted.on("volume ls")
+        assert ask(engine, "GET", "/volumes").json == {"Volumes": [], "Warnings": None}
+
+
+###############################################################################
+# Swarm and plugins
+###############################################################################
+
+
+class TestSwarmAndPlugins:
+    @pytest.mark.parametrize("method, path", [
+        ("GET", "/swarm"), ("GET", "/nodes"), ("GET", "/services?status=true"), ("GET", "/tasks"), ("GET", "/secrets"), ("GET", "/configs"),
+        ("POST", "/services/create"), ("DELETE", "/nodes/x"), ("GET", "/services/x/logs")])
+    def test_no_manager(self, engine, scripted, method, path):
+        answer = ask(engine, method, path)
+        assert answer.status == 503 and answer.message.startswith("This node is not a swarm manager.")
+        assert scripted.calls() == []
+
+    def test_others(self, engine):
+        assert ask(engine, "POST", "/swarm/leave").message == "This node is not part of a swarm"
+        assert ask(engine, "POST", "/swarm/init").status == 501
+        assert ask(engine, "GET", "/plugins").json == []
+        assert ask(engine, "GET", "/plugins/a/b:1/json").status == 404
+        assert ask(engine, "POST", "/plugins/pull?remote=x").status == 501
 
 
 if __name__ == "__main__":
