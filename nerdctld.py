@@ -4641,8 +4641,8 @@ def inherited_socket() -> Optional[socket.socket]:
         return None
     if count != "1":
         raise StartError(f"LISTEN_FDS is {count}: exactly one socket is expected (nerdctl.socket has one ListenStream)")
-    os.set_inheritable(3, False)
     try:
+        os.set_inheritable(3, False)
         listener = socket.socket(fileno=3)
     except OSError as error:
         raise StartError(f"file descriptor 3 is not a socket: {error.strerror}") from None
@@ -4776,8 +4776,11 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
     parser.add_argument("--debug", action="store_true", help="log each request and each nerdctl command with its time")
     parser.add_argument("--version", action="version", version=f"nerdctld {VERSION}")
     options = parser.parse_args(argv)
-    if not shlex.split(options.nerdctl):
-        parser.error("--nerdctl: no command")
+    try:
+        if not shlex.split(options.nerdctl):
+            parser.error("--nerdctl: no command")
+    except ValueError as error:
+        parser.error(f"--nerdctl: {error}")
     if not re.fullmatch(r"[A-Za-z0-9]+(?:[._-]+[A-Za-z0-9]+)*", options.namespace):
         parser.error(f"--namespace: {options.namespace!r} is not a containerd namespace")
     return options
@@ -4795,12 +4798,13 @@ def listen(address: str) -> Tuple[socket.socket, str]:
 def serve_until_told(server: Server, idle_timeout: float) -> None:
     """Serve until SIGTERM, SIGINT or, with a timeout, until idle for so long; then let running requests end, for a
     bounded time."""
-    told = threading.Event()
+    reader, writer = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: told.set())
+        # Not an Event: its lock may be held by the very code that the signal interrupts.
+        signal.signal(number, lambda *_: os.write(writer, b"\0"))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    while not told.wait(min(1.0, idle_timeout / 4) if idle_timeout else None):
+    while not poll_readable(reader, min(1.0, idle_timeout / 4) if idle_timeout else None):
         if server.idle_seconds() >= idle_timeout:
             log(f"idle for {idle_timeout:g} seconds: ending")
             break

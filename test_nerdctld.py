@@ -2429,5 +2429,461 @@ class TestSwarmAndPlugins:
         assert ask(engine, "POST", "/plugins/pull?remote=x").status == 501
 
 
+###############################################################################
+# HTTP server
+###############################################################################
+
+
+def receive(sock, seconds=5.0):
+    """Everything until the other end closes."""
+    sock.settimeout(seconds)
+    parts = []
+    with contextlib.suppress(ConnectionError):
+        while True:
+            part = sock.recv(65536)
+            if not part:
+                break
+            parts.append(part)
+    return b"".join(parts)
+
+
+def send(daemon, data, half=True):
+    """Raw bytes on a connection of their own, and all of the answer."""
+    with daemon.connect() as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(data)
+            if half:
+                sock.shutdown(socket.SHUT_WR)
+        return receive(sock)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One daemon over recorded output for all tests that do not end it."""
+    folder = tmp_path_factory.mktemp("http")
+    (folder / "scripted").mkdir()
+    scripted = furnish(Scripted(folder / "scripted"))
+    found = Daemon(folder, "--nerdctl", str(scripted.program), "--debug")
+    found.scripted = scripted
+    yield found
+    found.end()
+
+
+class TestHTTPServer:
+    def test_headers(self, shared):
+        answer = shared.ask("GET", "/_ping")
+        told = {name: answer.headers[name] for name in ("Api-Version", "Docker-Experimental", "Ostype", "Server", "Content-Length", "Content-Type")}
+        assert told == {"Api-Version": "1.56", "Docker-Experimental": "false", "Ostype": "linux", "Server": f"nerdctld/{nerdctld.VERSION} (linux)",
+                        "Content-Length": "2", "Content-Type": "text/plain; charset=utf-8"}
+
+    def test_keep_alive(self, shared):
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = shared.connect()
+        for path, status in (("/_ping", 200), ("/nothing", 404), ("/images/nosuch/json", 404), ("/v1.99/info", 400), ("/version", 200)):
+            connection.request("GET", path)
+            response = connection.getresponse()
+            response.read()
+            assert (response.status, response.will_close) == (status, False)
+        connection.close()
+
+    def test_head(self, shared):
+        assert send(shared, b"HEAD /_ping HTTP/1.1\r\nHost: x\r\n\r\n").endswith(b"Content-Length: 0\r\n\r\n")
+        assert send(shared, b"HEAD /nothing HTTP/1.1\r\nHost: x\r\n\r\n").endswith(b"\r\n\r\n")
+
+    def test_pipelining(self, shared):
+        data = send(shared, b"GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n" * 5 + b"POST /auth HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}GET /_ping HTTP/1.1\r\n\r\n")
+        assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"200"] * 5 + [b"400", b"200"]
+
+    def test_old_protocol(self, shared):
+        assert send(shared, b"GET /_ping HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 OK")
+        assert send(shared, b"GET /_ping\r\n\r\n").startswith(b"HTTP/1.1 400")
+
+    def test_unread_body_is_not_the_next_request(self, shared):
+        data = send(shared, b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 26\r\n\r\nGET /version HTTP/1.1\r\n\r\n\nGET /_ping HTTP/1.1\r\n\r\n")
+        assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"404", b"200"]
+
+    def test_chunked(self, shared):
+        shared.scripted.on("login", reads=True)
+        body = json.dumps({"username": "u", "password": "p", "serveraddress": "localhost:5000"}).encode()
+        chunks = b"".join(b"%x;ext=1\r\n%b\r\n" % (len(body[at:at + 7]), body[at:at + 7]) for at in range(0, len(body), 7)) + b"0\r\nTrailer: x\r\n\r\n"
+        head = b"POST /auth HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        data = send(shared, head + chunks + b"GET /_ping HTTP/1.1\r\n\r\n")
+        assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"200", b"200"]
+
+    def test_expect(self, shared):
+        body = json.dumps({"username": "u", "password": "p", "serveraddress": "localhost:5000"}).encode()
+        shared.scripted.on("login", reads=True)
+        head = b"POST %b HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+        with shared.connect() as sock:
+            sock.sendall(head % (b"/auth", len(body)))
+            assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            sock.sendall(body)
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        with shared.connect() as sock:
+            sock.sendall(head % (b"/nothing", len(body)))
+            assert sock.recv(65536).startswith(b"HTTP/1.1 404"), "not asked for a body nobody wants"
+
+    @pytest.mark.parametrize("data", [
+        b"\r\n\r\n\r\n", b"garbage\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1 x\r\n\r\n", b"GET /\xff\xfe HTTP/1.1\r\n\r\n", b"\x00\x01\x02\r\n\r\n",
+        b"GET /%ff HTTP/1.1\r\n\r\n", b"GET /a%00b HTTP/1.1\r\n\r\n", b"GET /a?x=%ff HTTP/1.1\r\n\r\n", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"GET / HTTP/1.1\r\nX: " + b"y" * 70000 + b"\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"y" * 60000 + (b"\r\nX: " + b"y" * 60000) * 20 + b"\r\n\r\n",
+        b"POST /auth HTTP/1.1\r\nContent-Length: x\r\n\r\n", b"POST /auth HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"POST /auth HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}", b"POST /auth HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST /auth HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n", b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nab\r\n0\r\n\r\n",
+        b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n", b"GET /v1.1/info HTTP/1.1\r\n\r\n", b"GET /v9999.9999/info HTTP/1.1\r\n\r\n",
+        b"POST /auth HTTP/1.1\r\nContent-Length: 3\r\n\r\n{,}", b"BREW /coffee HTTP/1.1\r\n\r\n", b"GET /images/json?filters=%7B HTTP/1.1\r\n\r\n",
+        b"GET /images/json?" + b"&a=" * 1500 + b" HTTP/1.1\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"])
+    def test_malformed(self, shared, data):
+        answer = send(shared, data)
+        statuses = re.findall(rb"HTTP/1.1 (\d+)", answer)
+        assert data.startswith(b"\r\n") or (statuses and all(b"400" <= each < b"500" for each in statuses)), answer[:200]
+        for body in re.findall(rb"^(\{.*\})$", answer, re.M):
+            assert json.loads(body)["message"]
+        assert b"Traceback" not in answer
+        assert shared.ask("GET", "/_ping").status == 200
+
+    def test_body_that_breaks_off(self, shared):
+        for body in (b"Content-Length: 100\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n5\r\n{", b"Transfer-Encoding: chunked\r\n\r\n"):
+            assert b"HTTP/1.1 200" not in send(shared, b"POST /auth HTTP/1.1\r\n" + body)
+
+    def test_a_load_that_breaks_off_is_not_taken_for_the_whole(self, shared):
+        shared.scripted.on("load", stays=0, reads=True)
+        before = len(shared.scripted.calls("load"))
+        send(shared, b"POST /images/load HTTP/1.1\r\nContent-Length: 1000\r\n\r\nhalf")
+        assert until(lambda: not [each for each in shared.children() if "answer.py" in each])
+        assert [each["stdin"] for each in shared.scripted.calls("load")[before:]] == [], "nerdctl saw an end of the archive"
+
+    def test_body_beyond_the_limit(self, shared):
+        with shared.connect() as sock:
+            sock.sendall(b"POST /auth HTTP/1.1\r\nHost: x\r\nContent-Length: 20000000\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                for _ in range(20):
+                    sock.sendall(b" " * 1000000)
+            assert b"413" in receive(sock)[:20]
+
+    def test_big_answer(self, shared):
+        shared.scripted.on("save", stdout="x" * 5000000)
+        assert len(shared.ask("GET", "/images/tst:a/get").body) == 5000000
+
+    def test_a_stream_that_fails_late_has_no_end(self, shared):
+        shared.scripted.on("save", stdout="x" * 1000000, stderr=fatal("unexpected EOF"), status=1)
+        with pytest.raises(http.client.IncompleteRead):
+            shared.ask("GET", "/images/tst:a/get")
+
+    @pytest.mark.parametrize("request_line", [b"GET /events", b"GET /images/tst:a/get", b"POST /images/create?fromImage=localhost:5000/x&tag=1",
+                                              b"POST /images/localhost:5000/bb/push?tag=1"])
+    def test_a_client_that_leaves_leaves_no_child(self, shared, request_line):
+        for command in ("save", "pull", "push"):
+            shared.scripted.on(command, stdout="x\n", stays=600)
+        with shared.connect() as sock:
+            sock.sendall(request_line + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+            time.sleep(0.2)
+        assert until(lambda: not [each for each in shared.children() if "sleep" not in each]), shared.children()
+
+    def test_descriptors_do_not_leak(self, shared):
+        shared.scripted.on("save", stdout="x")
+        count = lambda: len(os.listdir(f"/proc/{shared.process.pid}/fd"))
+        for path in ("/containers/json", "/images/tst:a/get", "/events?until=1"):
+            shared.ask("GET", path)
+        time.sleep(0.2)
+        before = count()
+        for _ in range(10):
+            shared.ask("GET", "/containers/nosuch/json")
+            shared.ask("GET", "/images/tst:a/get")
+            shared.ask("GET", "/events?until=1")
+        assert until(lambda: count() <= before + 1), (before, count())
+
+    def test_many_at_once(self, shared):
+        statuses = []
+        threads = [threading.Thread(target=lambda: statuses.append(shared.ask("GET", "/containers/json?all=1").status)) for _ in range(30)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(20)
+        assert statuses == [200] * 30
+
+    def test_credentials_are_not_logged(self, shared):
+        shared.scripted.on("login", reads=True)
+        shared.ask("POST", "/auth", {"username": "u", "password": "verysecret", "serveraddress": "localhost:5000"})
+        shared.scripted.on("push", PUSH)
+        shared.ask("POST", "/images/localhost:5000/bb/push?tag=1", headers={"X-Registry-Auth": encoded({"username": "u", "password": "verysecret"})})
+        text = shared.log.read_text()
+        assert "POST /auth -> 200" in text and "verysecret" not in text and base64.b64encode(b"u:verysecret").decode() not in text
+
+    def test_internal_error_is_not_told(self, engine, monkeypatch):
+        server, client = socket.socketpair()
+        monkeypatch.setattr(nerdctld, "dispatch", lambda *_: 1 / 0)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind("")
+        fake = nerdctld.Server(engine, listener)
+        threading.Thread(target=lambda: (fake.finish_request(server, ""), fake.shutdown_request(server)), daemon=True).start()
+        client.sendall(b"GET /_ping HTTP/1.1\r\n\r\n")
+        client.shutdown(socket.SHUT_WR)
+        answer = receive(client)
+        assert answer.startswith(b"HTTP/1.1 500") and b"internal error" in answer and b"ZeroDivision" not in answer
+        listener.close()
+
+    def test_second_watcher_of_one_connection(self):
+        hangups, told = nerdctld.Hangups(), []
+        server, client = socket.socketpair()
+        with hangups.watch(server, lambda: told.append(1)):
+            client.close()
+            assert until(lambda: told == [1])
+            with hangups.watch(server, lambda: told.append(2)):
+                assert until(lambda: 2 in told)
+        server.close()
+
+
+###############################################################################
+# Sockets
+###############################################################################
+
+
+HAND_OVER = """import os, socket, sys
+kind, count, pid = sys.argv[1:4]
+found = socket.socket(socket.AF_UNIX if kind != "inet" else socket.AF_INET, socket.SOCK_DGRAM if kind == "datagram" else socket.SOCK_STREAM)
+if kind == "inet":
+    found.bind(("127.0.0.1", 0))
+else:
+    found.bind(sys.argv[4])
+if kind not in ("datagram", "silent"):
+    found.listen(5)
+if kind == "file":
+    found = open("/dev/null")
+os.dup2(found.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ.update(LISTEN_FDS=count, LISTEN_PID=str(os.getpid()) if pid == "own" else pid, LISTEN_FDNAMES="nerdctl.socket")
+os.execv(sys.executable, [sys.executable, *sys.argv[5:]])
+"""
+
+
+class TestSockets:
+    def hand_over(self, path, kind="stream", count="1", pid="own", options=()):
+        return [sys.executable, "-c", HAND_OVER, kind, count, pid, str(path), str(HERE / "nerdctld.py"), *options]
+
+    def test_socket_of_systemd(self, tmp_path, scripted):
+        scripted.on("version", VERSION_TOLD)
+        found = Daemon(tmp_path, command=self.hand_over(tmp_path / "nd.sock", options=["--nerdctl", str(scripted.program), "--idle-timeout", "600"]))
+        assert found.ask("GET", "/_ping").body == b"OK"
+        assert found.end() == 0
+        assert (tmp_path / "nd.sock").exists(), "it is not ours to remove"
+
+    @pytest.mark.parametrize("kind, count, words", [("stream", "2", "exactly one"), ("stream", "0", "exactly one"), ("inet", "1", "not a unix stream socket"),
+                                                    ("datagram", "1", "not a unix stream socket"), ("silent", "1", "not listening"), ("file", "1", "not a socket")])
+    def test_not_exactly_one_stream_socket(self, tmp_path, kind, count, words):
+        done = subprocess.run(self.hand_over(tmp_path / "nd.sock", kind, count), capture_output=True, text=True, timeout=20)
+        assert done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1
+
+    def test_variables_for_somebody_else(self, tmp_path):
+        found = Daemon(tmp_path, command=self.hand_over(tmp_path / "other.sock", pid="1", options=["-H", f"unix://{tmp_path}/nd.sock"]))
+        assert found.ask("GET", "/_ping").status == 200
+        assert found.end() == 0 and not (tmp_path / "nd.sock").exists()
+
+    def test_idle_timeout(self, tmp_path):
+        found = Daemon(tmp_path, command=self.hand_over(tmp_path / "nd.sock", options=["--idle-timeout", "0.4"]))
+        assert found.process.wait(10) == 0
+        assert "idle for 0.4 seconds" in found.log.read_text()
+
+    def test_mode(self, daemon):
+        assert stat.S_IMODE(os.stat(daemon.socket).st_mode) == 0o660
+
+    def test_stale_file_is_replaced(self, tmp_path):
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(tmp_path / "nd.sock"))
+        found = Daemon(tmp_path)
+        assert found.ask("GET", "/_ping").status == 200
+        assert found.end() == 0 and not (tmp_path / "nd.sock").exists()
+
+    def test_live_one_is_never_stolen(self, daemon):
+        done = subprocess.run([sys.executable, str(HERE / "nerdctld.py"), "-H", "unix://" + daemon.socket], capture_output=True, text=True, timeout=20)
+        assert done.returncode == 1 and "another daemon is listening there" in done.stderr
+        assert daemon.ask("GET", "/_ping").status == 200
+
+    def test_removed_only_if_ours(self, tmp_path):
+        found = Daemon(tmp_path)
+        os.unlink(found.socket)
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(found.socket)
+            assert found.end() == 0
+        assert os.path.exists(found.socket)
+
+    @pytest.mark.parametrize("address, words", [("tcp://127.0.0.1:2375", "only unix:///PATH is served"), ("unix://x.sock", "only unix:///PATH"),
+                                                ("unix:///nosuch/x.sock", "/nosuch is not a folder"), ("unix://" + str(HERE / "README.md"), "not a socket"),
+                                                ("unix:///tmp/" + "x" * 200, "cannot listen")])
+    def test_places_that_cannot_be(self, address, words):
+        done = subprocess.run([sys.executable, str(HERE / "nerdctld.py"), "-H", address], capture_output=True, text=True, timeout=20)
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+    def test_running_requests_end(self, daemon, scripted):
+        furnish(scripted)
+        scripted.on("save", stdout="x", stays=0.7)
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(daemon.ask("GET", "/images/tst:a/get")))
+        thread.start()
+        assert until(lambda: scripted.calls("save"))
+        assert daemon.end() == 0
+        thread.join(5)
+        assert (answers[0].status, answers[0].body) == (200, b"x")
+
+    def test_events_do_not_hold_up_the_end(self, daemon):
+        with daemon.connect() as sock:
+            sock.sendall(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert sock.recv(65536)
+            began = time.monotonic()
+            assert daemon.end() == 0
+            assert time.monotonic() - began < 5
+
+    def test_children_end_with_it(self, tmp_path, scripted):
+        found = Daemon(tmp_path, "--nerdctl", str(scripted.program), environment={"TMPDIR": str(tmp_path)})
+        furnish(scripted)
+        found.ask("GET", "/containers/json")
+        children = [int(pid) for task in pathlib.Path(f"/proc/{found.process.pid}/task").iterdir() for pid in (task / "children").read_text().split()]
+        assert children
+        found.end()
+        assert until(lambda: not [pid for pid in children if os.path.exists(f"/proc/{pid}")])
+        assert not [each for each in os.listdir(tmp_path) if each.startswith("nerdctld-")]
+
+    def test_notify(self, tmp_path):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(str(tmp_path / "notify"))
+            manager.settimeout(10)
+            found = Daemon(tmp_path, environment={"NOTIFY_SOCKET": str(tmp_path / "notify")})
+            assert manager.recv(100) == b"READY=1"
+            found.end()
+            assert manager.recv(100) == b"STOPPING=1"
+
+    def test_dial_stdio(self, daemon):
+        process = subprocess.Popen([sys.executable, str(HERE / "nerdctld.py"), "-H", "unix://" + daemon.socket, "dial-stdio"], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE)
+        process.stdin.write(b"GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n")
+        process.stdin.close()
+        assert process.stdout.read().endswith(b"\r\n\r\nOK")
+        process.stdout.close()
+        assert process.wait(10) == 0
+
+    def test_dial_stdio_to_nobody(self, tmp_path):
+        done = subprocess.run([sys.executable, str(HERE / "nerdctld.py"), "-H", f"unix://{tmp_path}/no.sock", "dial-stdio"], capture_output=True, text=True,
+                              timeout=20, stdin=subprocess.DEVNULL)
+        assert done.returncode == 1 and "cannot connect" in done.stderr
+
+
+###############################################################################
+# Command line
+###############################################################################
+
+
+class TestCommandLine:
+    def test_defaults(self, monkeypatch):
+        for name in ("NERDCTL", "CONTAINERD_NAMESPACE", "CONTAINERD_ADDRESS", "CONTAINERD_SNAPSHOTTER", "BUILDKIT_HOST"):
+            monkeypatch.delenv(name, raising=False)
+        found = nerdctld.parse_args([])
+        assert (found.nerdctl, found.namespace, found.address, found.addr, found.debug) == ("nerdctl", "default", "", "", False)
+
+    def test_environment(self, monkeypatch):
+        for name, value in (("NERDCTL", "lima nerdctl"), ("CONTAINERD_NAMESPACE", "k8s.io"), ("CONTAINERD_ADDRESS", "/a"), ("BUILDKIT_HOST", "unix:///b")):
+            monkeypatch.setenv(name, value)
+        found = nerdctld.parse_args(["--namespace", "x"])
+        assert (found.nerdctl, found.namespace, found.address, found.buildkit_host) == ("lima nerdctl", "x", "/a", "unix:///b")
+
+    @pytest.mark.parametrize("argv", [["--nothing"], ["x"], ["--namespace", "-a"], ["--namespace", "a/b"], ["--namespace", ""], ["--nerdctl", " "], ["--idle-timeout", "x"]])
+    def test_refuses(self, argv, capsys):
+        with pytest.raises(SystemExit) as caught:
+            nerdctld.parse_args(argv)
+        assert caught.value.code == 2 and "usage:" in capsys.readouterr().err
+
+    def test_version(self):
+        done = subprocess.run([str(HERE / "nerdctld.py"), "--version"], capture_output=True, text=True, timeout=20)
+        assert (done.returncode, done.stdout) == (0, f"nerdctld {nerdctld.VERSION}\n")
+
+    @pytest.mark.parametrize("euid, path", [(0, "/var/run/nerdctl.sock"), (1000, "/run/user/1/nerdctl.sock")])
+    def test_socket_path(self, monkeypatch, euid, path):
+        monkeypatch.setattr(os, "geteuid", lambda: euid)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1")
+        assert nerdctld.default_socket_path() == path
+
+    def test_quotes_that_do_not_end(self):
+        done = subprocess.run([sys.executable, str(HERE / "nerdctld.py"), "--nerdctl", "a 'b"], capture_output=True, text=True, timeout=20)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+###############################################################################
+# Units and wrapper
+###############################################################################
+
+
+class TestUnits:
+    def test_verify(self, tmp_path):
+        if not shutil.which("systemd-analyze"):
+            pytest.skip("no systemd-analyze")
+        for name in ("nerdctl.service", "nerdctl.socket"):
+            text = (HERE / name).read_text()
+            (tmp_path / name).write_text(text.replace("ExecStart=nerdctld.py", f"ExecStart={HERE}/nerdctld.py"))
+        done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(tmp_path / "nerdctl.service"), str(tmp_path / "nerdctl.socket")],
+                              capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "nerdctl." not in done.stderr, done.stderr
+
+    def test_options_are_known(self):
+        line = re.search(r"^ExecStart=(\S+) (.*)$", (HERE / "nerdctl.service").read_text(), re.M)
+        assert line.group(1) == "nerdctld.py" and nerdctld.parse_args(line.group(2).split()).idle_timeout == 600
+
+    def test_socket_activation(self, tmp_path, scripted):
+        if not shutil.which("systemd-socket-activate"):
+            pytest.skip("no systemd-socket-activate")
+        found = Daemon(tmp_path, command=["systemd-socket-activate", "-l", str(tmp_path / "nd.sock"), "-E", "PATH", sys.executable, str(HERE / "nerdctld.py"),
+                                          "--nerdctl", str(scripted.program)])
+        assert found.ask("GET", "/_ping").body == b"OK"
+        assert found.end() == 0
+
+
+class TestWrapper:
+    def run(self, path, *words, name="docker", **options):
+        return subprocess.run(["sh", str(path / name), *words] if name == "sh" else [str(path / name), *words], capture_output=True, text=True, timeout=20, **options)
+
+    @pytest.fixture
+    def place(self, tmp_path):
+        """The wrapper installed as docker, and a program that stands for the real nerdctl."""
+        first, second = tmp_path / "first", tmp_path / "second"
+        first.mkdir()
+        second.mkdir()
+        shutil.copy(HERE / "nerdctl", first / "docker")
+        shutil.copy(HERE / "nerdctl", first / "nerdctl")
+        (second / "nerdctl").write_text('#!/bin/sh\necho "real $*"\nexit 3\n')
+        (second / "nerdctl").chmod(0o755)
+        return first, {"PATH": f"{first}:{second}:/usr/bin:/bin"}
+
+    def test_finds_the_real_one(self, place):
+        path, environment = place
+        for name in ("docker", "nerdctl"):
+            done = self.run(path, "ps", "-a", "--", "a b", name=name, env=environment)
+            assert (done.returncode, done.stdout) == (3, "real ps -a -- a b\n")
+
+    def test_through_a_link(self, place, tmp_path):
+        path, environment = place
+        (tmp_path / "third").mkdir()
+        (tmp_path / "third" / "nerdctl").symlink_to(path / "docker")
+        environment["PATH"] = f"{tmp_path}/third:" + environment["PATH"]
+        assert self.run(tmp_path / "third", "info", name="nerdctl", env=environment).stdout == "real info\n"
+
+    def test_without_a_real_one(self, place):
+        path, _ = place
+        done = self.run(path, "ps", env={"PATH": f"{path}:/nosuch:/usr/bin:/bin"})
+        if shutil.which("nerdctl", path="/usr/bin:/bin") is None:
+            assert done.returncode == 127 and "not on PATH" in done.stderr
+
+    def test_dial_stdio(self, place, daemon):
+        path, environment = place
+        environment["NERDCTLD"] = str(HERE / "nerdctld.py")
+        environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment['PATH']}"
+        done = self.run(path, "--host", "unix://" + daemon.socket, "system", "dial-stdio", env=environment, input="GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert done.stdout.endswith("OK") and done.returncode == 0
+
+    def test_dial_stdio_without_daemon(self, place):
+        path, environment = place
+        environment["NERDCTLD"] = "/nosuch"
+        done = self.run(path, "system", "dial-stdio", env=environment)
+        assert done.returncode == 127 and "NERDCTLD" in done.stderr
+
+
 if __name__ == "__main__":
     sys.exit(bench(sys.argv[1:]) if "--bench" in sys.argv else pytest.main(["-q", __file__, *sys.argv[1:]]))
