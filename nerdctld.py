@@ -2410,7 +2410,11 @@ def image_history(engine: Engine, request: Request, name: str) -> Response:
     """How an image was made, a row a step; sizes as unpacked."""
     group = engine.snapshot.image(name)
     check_platform(group, request.value("platform"))
-    rows = engine.nerdctl.rows("history", "--no-trunc", "--format", "{{json .}}", "--", group.names[0])
+    rows = group.detail.get("History")
+    if rows is None:
+        rows = engine.nerdctl.rows("history", "--no-trunc", "--format", "{{json .}}", "--", group.names[0])
+        # Kept like the rest of what is behind a digest.
+        group.detail["History"] = rows
     # nerdctl gives a size to each step; those of steps with a layer are in the order of the history.
     steps = list(reversed(group.config.get("history") or []))
     sizes = [size_bytes(row.get("Size") or "") for row, step in zip(rows, steps) if not step.get("empty_layer")]
@@ -2709,6 +2713,19 @@ def parse_loaded(text: str) -> List[str]:
     return list(found)
 
 
+def loaded_names(engine: Engine, told: List[str], before: Iterable[str]) -> List[str]:
+    """The names with a tag that an archive brought. nerdctl now and then ends before it has told all of them, so new names
+    count too, and where there are none the one that the index of the archive has."""
+    known, after = set(before), [image.name for image in engine.snapshot.names.get()]
+    found = [name for name in [*told, *(each for each in after if each not in known)] if "@sha256:" not in name]
+    groups = {} if found else engine.snapshot.image_groups()
+    for name in [] if found else told:
+        manifest = groups[name.partition("@")[2]].detail.get("ManifestDesc") if name.partition("@")[2] in groups else {}
+        noted = ((manifest or {}).get("annotations") or {}).get("io.containerd.image.name")
+        found += [noted] if noted in after else []
+    return list(dict.fromkeys(found))
+
+
 @route("POST", "/images/load")
 def image_load(engine: Engine, request: Request) -> Response:
     """Load an archive; a stream with `Loaded image: …` for each name in it, and with the bytes read unless `quiet`."""
@@ -2737,7 +2754,7 @@ def image_load(engine: Engine, request: Request) -> Response:
                 text = b"".join(iter(process.read, b"")).decode(errors="replace")
                 process.check()
         loaded = parse_loaded(text)
-        named = [name for name in loaded if "@sha256:" not in name]
+        named = loaded_names(engine, loaded, before)
         if named:
             with engine.changing_images():
                 remove_extra_names(engine, "import", before)
@@ -4812,15 +4829,16 @@ def listen(address: str) -> Tuple[socket.socket, str]:
     return own_socket(path), path
 
 
-def serve_until_told(server: Server, idle_timeout: float) -> None:
-    """Serve until SIGTERM, SIGINT or, with a timeout, until idle for so long; then let running requests end, for a
-    bounded time."""
+def serve_until_told(server: Server, idle_timeout: float, ready: Callable[[], None]) -> None:
+    """Serve until SIGTERM, SIGINT or, with a timeout, until idle for so long. `ready` is called when a signal would be
+    heeded."""
     reader, writer = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT):
         # Not an Event: its lock may be held by the very code that the signal interrupts.
         signal.signal(number, lambda *_: os.write(writer, b"\0"))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
+    ready()
     while not poll_readable(reader, min(1.0, idle_timeout / 4) if idle_timeout else None):
         if server.idle_seconds() >= idle_timeout:
             log(f"idle for {idle_timeout:g} seconds: ending")
@@ -4845,9 +4863,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     engine.workspace.sweep()
     server = Server(engine, listener)
     inode = os.lstat(path).st_ino if path else 0
-    notify_systemd("READY=1", notify)
     log(f"listening on {path or 'the socket of systemd'}, namespace {nerdctl.namespace}")
-    serve_until_told(server, 0.0 if path else options.idle_timeout)
+    serve_until_told(server, 0.0 if path else options.idle_timeout, lambda: notify_systemd("READY=1", notify))
     notify_systemd("STOPPING=1", notify)
     if path:
         with contextlib.suppress(OSError):
