@@ -1428,6 +1428,17 @@ def furnished(scripted, engine):
     return engine
 
 
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory):
+    """The same for tests that only read: one for all of them, which keeps what it has read."""
+    folder = tmp_path_factory.mktemp("reading")
+    found = nerdctld.Engine(nerdctld.Nerdctl([str(furnish(Scripted(folder)).program)]))
+    found.feed.SETTLE, found.feed.LINGER = 0.0, 600
+    assert found.feed.wait_live()
+    yield found
+    found.close()
+
+
 BB = "sha256:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892"
 BB_CONFIG = "sha256:4e848621cfa6a3a51a22d2d9a7f5a1ecb7f5a0b203f3a0eb45efdb3c050758bf"
 
@@ -1475,6 +1486,14 @@ class TestSnapshot:
         assert scripted.argv("ps")[:5] == ["ps", "-a", "--no-trunc", "--filter", "id=" + ID]
         assert (len(scripted.calls("ps")), len(scripted.calls("images"))) == (2, 2)
 
+    def test_everything_is_dropped_when_anything_may_have_happened(self, furnished, scripted):
+        self.settle(furnished)
+        for _ in range(2):
+            ask(furnished, "GET", "/containers/json?all=1")
+            ask(furnished, "GET", "/images/json")
+            furnished.feed._tell(None)
+        assert len(scripted.calls("ps")) == len(scripted.calls("images")) == 2
+
     def test_break_of_the_feed_drops_everything(self, furnished, scripted):
         self.settle(furnished)
         ask(furnished, "GET", "/containers/json?all=1")
@@ -1507,14 +1526,14 @@ class TestSnapshot:
         assert len(reads) == 1
 
     @pytest.mark.parametrize("name", [ID, ID[:12], "d", "tstweb", "/tstweb"])
-    def test_container_by(self, furnished, name):
-        assert furnished.snapshot.container(name).id == ID
+    def test_container_by(self, reading, name):
+        assert reading.snapshot.container(name).id == ID
 
     @pytest.mark.parametrize("name, kind, words", [("nosuch", nerdctld.NotFound, "No such container: nosuch"), ("/", nerdctld.BadParameter, "empty"),
                                                    ("-x", nerdctld.NotFound, "No such container: -x"), ("tstwe", nerdctld.NotFound, "tstwe")])
-    def test_no_container_by(self, furnished, name, kind, words):
+    def test_no_container_by(self, reading, name, kind, words):
         with pytest.raises(kind, match=words):
-            furnished.snapshot.container(name)
+            reading.snapshot.container(name)
 
     def test_a_name_comes_before_the_beginning_of_an_id(self, furnished, scripted):
         scripted.on("ps", stdout=PS.stdout.replace("tstdone", "da8682"))
@@ -1527,13 +1546,13 @@ class TestSnapshot:
 
     @pytest.mark.parametrize("name", ["localhost:5000/bb:1", "tst:a", "library/tst:a", "docker.io/library/tst:a", BB, BB[7:], BB[7:19], BB[:15],
                                       "tst@" + BB, "localhost:5000/bb@" + BB, BB_CONFIG, BB_CONFIG[7:19]])
-    def test_image_by(self, furnished, name):
-        assert furnished.snapshot.image(name).id == BB
+    def test_image_by(self, reading, name):
+        assert reading.snapshot.image(name).id == BB
 
     @pytest.mark.parametrize("name", ["tst", "bb:1", "4cfb279d3e25", "other@" + BB, "TST:a", "-f", "a b"])
-    def test_no_image_by(self, furnished, name):
+    def test_no_image_by(self, reading, name):
         with pytest.raises(nerdctld.NotFound, match="No such image"):
-            furnished.snapshot.image(name)
+            reading.snapshot.image(name)
 
     def test_ambiguous_image(self, furnished, scripted):
         scripted.on("images", stdout=IMAGES.stdout.replace("630252620c", "4cfb279d3f"))
@@ -1709,15 +1728,15 @@ class TestImages:
         assert scripted.argv("images") == ["images", "--no-trunc", "--format", "{{json .}}"]
         assert scripted.calls("image inspect")[0]["argv"][5] == "--"
 
-    def test_shapes_of_versions(self, furnished):
-        assert "VirtualSize" in ask(furnished, "GET", "/v1.43/images/json").json[0]
-        assert "VirtualSize" not in ask(furnished, "GET", "/v1.44/images/json").json[0]
-        assert "Descriptor" not in ask(furnished, "GET", "/v1.47/images/json").json[0]
-        nameless = [each for each in ask(furnished, "GET", "/v1.42/images/json").json if each["RepoTags"] == ["<none>:<none>"]]
+    def test_shapes_of_versions(self, reading):
+        assert "VirtualSize" in ask(reading, "GET", "/v1.43/images/json").json[0]
+        assert "VirtualSize" not in ask(reading, "GET", "/v1.44/images/json").json[0]
+        assert "Descriptor" not in ask(reading, "GET", "/v1.47/images/json").json[0]
+        nameless = [each for each in ask(reading, "GET", "/v1.42/images/json").json if each["RepoTags"] == ["<none>:<none>"]]
         assert len(nameless) == 1
 
-    def test_shared_size_and_manifests(self, furnished):
-        row = ask(furnished, "GET", "/images/json?shared-size=1&manifests=1").json[0]
+    def test_shared_size_and_manifests(self, reading):
+        row = ask(reading, "GET", "/images/json?shared-size=1&manifests=1").json[0]
         assert row["SharedSize"] >= 0 and row["Containers"] == 4
         assert row["Manifests"][0]["Kind"] == "image" and len(row["Manifests"][0]["ImageData"]["Containers"]) == 4
         assert row["Manifests"][0]["ImageData"]["Platform"] == {"architecture": "amd64", "os": "linux"}
@@ -1726,29 +1745,29 @@ class TestImages:
         ({"reference": ["tst"]}, ["tst:a"]), ({"reference": ["localhost:5000/*"]}, ["localhost:5000/bb:1"]), ({"reference": ["loc*"]}, []), ({"reference": ["t?t:a"]}, ["tst:a"]),
         ({"dangling": ["true"]}, []), ({"dangling": {"false": True}}, ["tst:a"]), ({"label": ["base"]}, ["tst:a"]), ({"label": ["base=x"]}, []),
         ({"before": ["tst:a"]}, []), ({"since": ["tst:a"]}, []), ({"until": ["2023-01-01"]}, []), ({"until": ["1h"]}, ["tst:a"])])
-    def test_filters(self, furnished, filters, names):
-        rows = [each for each in ask(furnished, "GET", "/images/json?" + filtered(**filters)).json if each["RepoTags"]]
+    def test_filters(self, reading, filters, names):
+        rows = [each for each in ask(reading, "GET", "/images/json?" + filtered(**filters)).json if each["RepoTags"]]
         assert [each["RepoTags"][0] for each in rows] == names
 
     @pytest.mark.parametrize("query", ["filters={", "filters=%7B%22x%22%3A%5B%22a%22%5D%7D", filtered(dangling=["maybe"]), filtered(until=["yesterday"]),
                                        filtered(until=["1h", "2h"])])
-    def test_bad_filters(self, furnished, query):
-        assert ask(furnished, "GET", "/images/json?" + query).status == 400
+    def test_bad_filters(self, reading, query):
+        assert ask(reading, "GET", "/images/json?" + query).status == 400
 
     @pytest.mark.parametrize("name", ["localhost:5000/bb:1", "tst:a", BB, BB[7:19]])
-    def test_inspect(self, furnished, name):
-        told = ask(furnished, "GET", f"/v1.51/images/{name}/json").json
+    def test_inspect(self, reading, name):
+        told = ask(reading, "GET", f"/v1.51/images/{name}/json").json
         assert (told["Id"], told["Architecture"], told["Os"], told["Created"]) == (BB, "amd64", "linux", "2023-11-14T22:13:20Z")
         assert told["Config"]["Cmd"] == ["sh"] and told["Config"]["Env"] == ["PATH=/bin"]
         assert told["RootFS"] == {"Type": "layers", "Layers": ["sha256:79df1f41608a3f38b48a83fe14064950d9924360817997b533735fd9961ebb17"]}
 
-    def test_inspect_none(self, furnished):
-        answer = ask(furnished, "GET", "/images/nosuch/json")
+    def test_inspect_none(self, reading):
+        answer = ask(reading, "GET", "/images/nosuch/json")
         assert (answer.status, answer.message) == (404, "No such image: nosuch:latest")
-        answer = ask(furnished, "GET", "/images/tst:a/json?platform=" + urllib.parse.quote('{"os":"linux","architecture":"arm64"}'))
+        answer = ask(reading, "GET", "/images/tst:a/json?platform=" + urllib.parse.quote('{"os":"linux","architecture":"arm64"}'))
         assert answer.status == 404 and "linux/arm64" in answer.message
-        assert ask(furnished, "GET", "/images/tst:a/json?platform=" + urllib.parse.quote('{"os":"linux","architecture":"amd64"}')).status == 200
-        assert ask(furnished, "GET", "/images/tst:a/json?platform={").status == 400
+        assert ask(reading, "GET", "/images/tst:a/json?platform=" + urllib.parse.quote('{"os":"linux","architecture":"amd64"}')).status == 200
+        assert ask(reading, "GET", "/images/tst:a/json?platform={").status == 400
 
     def test_history(self, furnished, scripted):
         scripted.on("images", stdout="".join(line + "\n" for line in IMAGES.stdout.splitlines()[:2]))
@@ -2016,9 +2035,9 @@ class TestImages:
         assert ask(furnished, "POST", "/commit?" + query, body).status == status
         assert scripted.calls("commit") == []
 
-    def test_attestations(self, furnished):
-        assert ask(furnished, "GET", "/images/tst:a/attestations").json == []
-        assert ask(furnished, "GET", "/images/nosuch/attestations").status == 404
+    def test_attestations(self, reading):
+        assert ask(reading, "GET", "/images/tst:a/attestations").json == []
+        assert ask(reading, "GET", "/images/nosuch/attestations").status == 404
 
 
 class FakeRegistry(http.server.BaseHTTPRequestHandler):
@@ -2278,8 +2297,8 @@ class TestContainers:
     def names(self, engine, query):
         return [each["Names"][0] for each in ask(engine, "GET", "/containers/json?" + query).json]
 
-    def test_list(self, furnished):
-        rows = {each["Names"][0]: each for each in ask(furnished, "GET", "/v1.51/containers/json?all=1").json}
+    def test_list(self, reading):
+        rows = {each["Names"][0]: each for each in ask(reading, "GET", "/v1.51/containers/json?all=1").json}
         web = rows["/tstweb"]
         assert (web["Id"], web["Image"], web["ImageID"], web["Command"], web["State"]) == (ID, BASE, BB, "sleep 1000", "running")
         assert web["Labels"] == {"a": "b,c", "base": "busybox"}
@@ -2290,8 +2309,8 @@ class TestContainers:
         assert re.fullmatch(r"Exited \(3\) .* ago", rows["/tstdone"]["Status"])
         assert (rows["/tstnew"]["Status"], rows["/tstnew"]["State"], rows["/tstpaused"]["State"]) == ("Created", "created", "paused")
 
-    def test_newest_first(self, furnished):
-        assert self.names(furnished, "all=1") == ["/tstpaused", "/tstnew", "/tstdone", "/tstweb"]
+    def test_newest_first(self, reading):
+        assert self.names(reading, "all=1") == ["/tstpaused", "/tstnew", "/tstdone", "/tstweb"]
 
     @pytest.mark.parametrize("query, names", [
         ("", "paused web"), ("all=1", "paused new done web"), ("limit=1", "paused"), ("limit=-1", "paused web"), ("limit=0&all=1", "paused new done web"),
@@ -2303,17 +2322,17 @@ class TestContainers:
         ("all=1&" + filtered(publish=["18080"]), "web"), ("all=1&" + filtered(expose=["80/tcp"]), "web"), ("all=1&" + filtered(expose=["70-90/udp"]), ""),
         ("all=1&" + filtered(ancestor=["tst:a"]), "paused new done web"), ("all=1&" + filtered(ancestor=["nosuch"]), ""),
         ("all=1&" + filtered(health=["none"]), "paused new done web"), ("all=1&" + filtered(**{"is-task": ["true"]}), "")])
-    def test_filters(self, furnished, query, names):
-        assert self.names(furnished, query) == ["/tst" + each for each in names.split()]
+    def test_filters(self, reading, query, names):
+        assert self.names(reading, query) == ["/tst" + each for each in names.split()]
 
     @pytest.mark.parametrize("query, status", [
         ("filters=[", 400), (filtered(status=["gone"]), 400), (filtered(exited=["x"]), 400), (filtered(health=["ill"]), 400), (filtered(x=["1"]), 400),
         (filtered(before=["nosuch"]), 404), ("limit=x", 400), ("all=1&" + filtered(publish=["x"]), 400)])
-    def test_list_refuses(self, furnished, query, status):
-        assert ask(furnished, "GET", "/containers/json?" + query).status == status
+    def test_list_refuses(self, reading, query, status):
+        assert ask(reading, "GET", "/containers/json?" + query).status == status
 
-    def test_size(self, furnished):
-        rows = ask(furnished, "GET", "/containers/json?all=1&size=1").json
+    def test_size(self, reading):
+        rows = ask(reading, "GET", "/containers/json?all=1&size=1").json
         assert rows[-1]["SizeRw"] == 28672 and rows[-1]["SizeRootFs"] == 2097152
 
     def test_inspect_of_a_running_one(self, furnished, scripted):
@@ -2333,20 +2352,20 @@ class TestContainers:
         ("tstdone", {"Status": "exited", "Running": False, "ExitCode": 3, "FinishedAt": "2026-11-24T03:57:10.624517029Z", "Pid": 0}),
         ("tstnew", {"Status": "created", "Running": False, "ExitCode": 0, "FinishedAt": "0001-01-01T00:00:00Z"}),
         ("tstpaused", {"Status": "paused", "Running": True, "Paused": True, "Pid": 32448})])
-    def test_states(self, furnished, name, state):
-        told = ask(furnished, "GET", f"/containers/{name}/json").json["State"]
+    def test_states(self, reading, name, state):
+        told = ask(reading, "GET", f"/containers/{name}/json").json["State"]
         assert {key: told[key] for key in state} == state
 
-    def test_shapes_of_versions(self, furnished):
-        old, new = (ask(furnished, "GET", f"{version}/containers/tstweb/json").json for version in ("/v1.47", ""))
+    def test_shapes_of_versions(self, reading):
+        old, new = (ask(reading, "GET", f"{version}/containers/tstweb/json").json for version in ("/v1.47", ""))
         assert "IPAddress" in old["NetworkSettings"] and "IPAddress" not in new["NetworkSettings"]
         assert "ImageManifestDescriptor" in new and "ImageManifestDescriptor" not in old
-        assert "Health" in ask(furnished, "GET", "/containers/json").json[0] and "Health" not in ask(furnished, "GET", "/v1.51/containers/json").json[0]
+        assert "Health" in ask(reading, "GET", "/containers/json").json[0] and "Health" not in ask(reading, "GET", "/v1.51/containers/json").json[0]
 
-    def test_none(self, furnished):
-        answer = ask(furnished, "GET", "/containers/nosuch/json")
+    def test_none(self, reading):
+        answer = ask(reading, "GET", "/containers/nosuch/json")
         assert (answer.status, answer.message) == (404, "No such container: nosuch")
-        assert ask(furnished, "GET", "/containers/-x/json").status == 404
+        assert ask(reading, "GET", "/containers/-x/json").status == 404
 
     @pytest.mark.parametrize("text, ports", [
         ("0.0.0.0:8000-8001->80-81/tcp", [(80, 8000), (81, 8001)]), ("[::]:53->53/udp, 127.0.0.1:1->2/tcp", [(53, 53), (2, 1)]), ("", []), ("x", [])])
@@ -2379,22 +2398,22 @@ class TestNetworks:
     @pytest.mark.parametrize("filters, names", [
         ({"name": ["tst"]}, "tstnet"), ({"driver": ["host"]}, "host"), ({"type": ["custom"]}, "tstnet"), ({"type": ["builtin"]}, "bridge host none"),
         ({"id": ["6cbb"]}, "tstnet"), ({"scope": ["swarm"]}, ""), ({"label": ["x"]}, ""), ({"dangling": ["true"]}, ""), ({"dangling": ["false"]}, "bridge host none tstnet")])
-    def test_filters(self, furnished, filters, names):
-        assert [each["Name"] for each in ask(furnished, "GET", "/networks?" + filtered(**filters)).json] == names.split()
+    def test_filters(self, reading, filters, names):
+        assert [each["Name"] for each in ask(reading, "GET", "/networks?" + filtered(**filters)).json] == names.split()
 
-    def test_refuses(self, furnished):
+    def test_refuses(self, reading):
         for query in (filtered(type=["x"]), filtered(x=["1"]), filtered(dangling=["x"]), "filters=1"):
-            assert ask(furnished, "GET", "/networks?" + query).status == 400
+            assert ask(reading, "GET", "/networks?" + query).status == 400
 
     @pytest.mark.parametrize("name", ["tstnet", "6cbb982de144", "6cbb982de14435e0565b06c4b6e90e672db1541e321fc75065985811f6a2d6b5"])
-    def test_inspect(self, furnished, name):
-        told = ask(furnished, "GET", "/networks/" + name).json
+    def test_inspect(self, reading, name):
+        told = ask(reading, "GET", "/networks/" + name).json
         assert told["Containers"][ID]["IPv4Address"] == "10.77.0.2/24" and told["Containers"][ID]["Name"] == "tstweb"
 
-    def test_none(self, furnished):
-        answer = ask(furnished, "GET", "/networks/nosuch")
+    def test_none(self, reading):
+        answer = ask(reading, "GET", "/networks/nosuch")
         assert (answer.status, answer.message) == (404, "network nosuch not found")
-        assert ask(furnished, "GET", "/networks/tstnet?scope=swarm").status == 404
+        assert ask(reading, "GET", "/networks/tstnet?scope=swarm").status == 404
 
 
 ###############################################################################
@@ -2403,8 +2422,8 @@ class TestNetworks:
 
 
 class TestVolumes:
-    def test_list(self, furnished):
-        told = ask(furnished, "GET", "/volumes").json
+    def test_list(self, reading):
+        told = ask(reading, "GET", "/volumes").json
         assert told["Warnings"] is None
         assert told["Volumes"][0] == {
             "CreatedAt": "0001-01-01T00:00:00Z", "Driver": "local", "Labels": None, "Mountpoint": "/var/lib/nerdctl/1935db59/volumes/tstrec/tstvol/_data",
@@ -2412,12 +2431,12 @@ class TestVolumes:
 
     @pytest.mark.parametrize("filters, count", [({"name": ["vol"]}, 1), ({"name": ["x"]}, 0), ({"driver": ["local"]}, 1), ({"driver": ["x"]}, 0),
                                                 ({"label": ["x"]}, 0), ({"dangling": ["true"]}, 0), ({"dangling": ["false"]}, 1)])
-    def test_filters(self, furnished, filters, count):
-        assert len(ask(furnished, "GET", "/volumes?" + filtered(**filters)).json["Volumes"]) == count
+    def test_filters(self, reading, filters, count):
+        assert len(ask(reading, "GET", "/volumes?" + filtered(**filters)).json["Volumes"]) == count
 
-    def test_inspect(self, furnished):
-        assert ask(furnished, "GET", "/volumes/tstvol").json["Name"] == "tstvol"
-        answer = ask(furnished, "GET", "/volumes/nosuch")
+    def test_inspect(self, reading):
+        assert ask(reading, "GET", "/volumes/tstvol").json["Name"] == "tstvol"
+        answer = ask(reading, "GET", "/volumes/nosuch")
         assert (answer.status, answer.message) == (404, "get nosuch: no such volume")
 
     def test_none_at_all(self, engine, scripted):
@@ -2560,6 +2579,10 @@ class TestHTTPServer:
             assert json.loads(body)["message"]
         assert b"Traceback" not in answer
         assert shared.ask("GET", "/_ping").status == 200
+
+    def test_head_beyond_the_limit(self, shared):
+        answer = send(shared, b"GET /_ping HTTP/1.1\r\n" + (b"X: " + b"y" * 60000 + b"\r\n") * 20 + b"\r\n")
+        assert answer.startswith(b"HTTP/1.1 431") and shared.ask("GET", "/_ping").status == 200
 
     def test_body_that_breaks_off(self, shared):
         for body in (b"Content-Length: 100\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n5\r\n{", b"Transfer-Encoding: chunked\r\n\r\n"):
@@ -3347,7 +3370,7 @@ class TestRecordedCalls:
         assert len(CALLS) > 15 and {"image_list", "container_inspect", "system_version"} <= {each[0] for each in CALLS}
 
     @pytest.mark.parametrize("key", sorted(CALLS), ids=lambda key: f"{key[0]} {'%d.%d' % key[1]} {key[2]}")
-    def test_status_and_keys(self, furnished, key, monkeypatch):
+    def test_status_and_keys(self, reading, key, monkeypatch):
         name, version, status, manifests = key
         scenario, method, place, query, body = CALLS[key]
         if name == "image_distribution":
@@ -3356,7 +3379,7 @@ class TestRecordedCalls:
             monkeypatch.setattr(nerdctld, "build_cache", lambda engine: [nerdctld.docker_cache(each) for each in json.loads(BUILDCTL_DU.stdout)])
         place = (OURS if status < 400 else NONE).get(name, place)
         query = "&".join(each for each in query.split("&") if not each.startswith(("filters=", "limit=", "platform=")))
-        answer = ask(furnished, method, f"/v{version[0]}.{version[1]}{place}" + (f"?{query}" if query else ""))
+        answer = ask(reading, method, f"/v{version[0]}.{version[1]}{place}" + (f"?{query}" if query else ""))
         if status == 400 and version < (1, 40):
             # dockerd 29 has given up what is older; here it is still served.
             assert answer.status == 200
@@ -3461,10 +3484,10 @@ class TestDescription:
         ("/containers/tstdone/json", "ContainerInspectResponse", False), ("/info", "SystemInfo", False), ("/version", "SystemVersion", False),
         ("/networks", "NetworkSummary", True), ("/networks/tstnet", "NetworkInspect", False), ("/volumes", "VolumeListResponse", False),
         ("/volumes/tstvol", "Volume", False), (f"/images/{BASE}/history", "ImageHistoryResponseItem", True)])
-    def test_types(self, furnished, description, path, name, many):
+    def test_types(self, reading, description, path, name, many):
         if name not in description.definitions:
             pytest.skip(f"no definition {name}")
-        answer = ask(furnished, "GET", path)
+        answer = ask(reading, "GET", path)
         assert answer.status == 200
         for each in answer.json if many else [answer.json]:
             # The description asks for it without saying what it is, and dockerd has none.
