@@ -54,6 +54,7 @@ import termios
 import threading
 import time
 import traceback
+import tty
 import urllib.parse
 import zlib
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
@@ -311,6 +312,11 @@ class Connection:
             return self.sock.recv(size)
         except OSError:
             return b""
+
+    def stop_input(self) -> None:
+        """Let a recv() that waits return with the end of file."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RD)
 
     def send(self, *parts: bytes) -> None:
         """Send all parts in order; ClientGone when nobody is there any more."""
@@ -1404,7 +1410,7 @@ class ContainerTable:
         with self.lock:
             if len(self.changed) > self.FEW:
                 self.whole.drop()
-            table = self.whole.get(asked)
+            self.whole.get(asked)
             while self.changed:
                 try:
                     real = self.changed.pop()
@@ -4739,9 +4745,10 @@ class Attachment:
         self.finish()
 
     def finish(self) -> None:
-        """There is nothing more to come."""
+        """There is nothing more to come; whoever waits for input from the client need not any more."""
         self.done.set()
         self.ready.set()
+        self.connection.stop_input()
 
 
 class Terminal:
@@ -4749,6 +4756,8 @@ class Terminal:
 
     def __init__(self, height: int = 0, width: int = 0):
         self.master, self.slave = pty.openpty()
+        # The container's own terminal makes line ends and echoes.
+        tty.setraw(self.slave)
         self.pid = 0
         if height and width:
             self.resize(height, width)
@@ -5842,8 +5851,10 @@ def container_resize(engine: Engine, request: Request, name: str) -> Response:
     """Tell the container's terminal its size in characters; 200. Without a session there is no terminal to be told."""
     height, width = request.integer("h"), request.integer("w")
     container = engine.snapshot.find(name)
-    require_running(container)
-    resize(engine.sessions.get(container.id), height, width)
+    session = engine.sessions.get(container.id)
+    if session is None:
+        require_running(container)
+    resize(session, height, width)
     return Response(200)
 
 
