@@ -21,7 +21,6 @@ To add an endpoint:
 
 import argparse
 import base64
-import binascii
 import calendar
 import collections
 import contextlib
@@ -250,9 +249,16 @@ class Request:
 def parse_json(data: bytes) -> Any:
     """A JSON value; 400 for what is none, has something behind it, or nests without end."""
     try:
-        return json.loads(data)
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BadParameter(f"invalid JSON: {str(error).splitlines()[0][:200]}") from None
+    if b"\\ud" in data or b"\\uD" in data:
+        # Half of a surrogate pair is no text that could be given to a process.
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadParameter("invalid JSON: it has half of a surrogate pair") from None
+    return value
 
 
 def read_limited(body: Any, limit: int) -> bytes:
@@ -453,7 +459,7 @@ NERDCTL_ERRORS: List[Tuple[Any, type, str]] = [
         (r"image not available: \"?([^\"\s]+)", NotFound, "No such image: {0}"),
         (r"no such image:? \"?([^\s\"]+)", NotFound, "No such image: {0}"),
         (r"image \"([^\"]+)\": not found", NotFound, "No such image: {0}"),
-        (r"no such object:? (\S+)", NotFound, "No such object: {0}"),
+        (r"no such object:? ([^\s\]]+)", NotFound, "No such object: {0}"),
         (r"unauthorized|no basic auth credentials|authorization failed|401 Unauthorized", Unauthorized, ""),
         (r"(?:access denied|insufficient_scope|403 Forbidden)", NotFound, ""),
         (r"failed to resolve (?:image|reference)[^\n]*not found", NotFound, ""),
@@ -501,7 +507,7 @@ def nerdctl_message(stderr: str) -> str:
     """What went wrong, from everything nerdctl wrote on stderr: the fatal line, or the error and warning lines before
     a fatal line that only counts them, or the last line there is."""
     lines = [parse_logrus(line) for line in stderr.splitlines() if line.strip()]
-    fatal = [message for level, message in lines if level == "fatal"]
+    fatal = [re.sub(r"^\d+ errors:\n", "", message) for level, message in lines if level == "fatal"]
     if fatal and not re.match(r"^(\d+ errors?:?|.*\d+ errors?:)\s*$", fatal[-1].strip()):
         return re.sub(r"^1 errors:\s*", "", fatal[-1].strip())
     for wanted in (("error",), ("",), ("warning",)):
@@ -514,7 +520,8 @@ def nerdctl_message(stderr: str) -> str:
 def nerdctl_error(stderr: str) -> ApiError:
     """The ApiError for what nerdctl wrote on stderr before it ended with a status other than 0."""
     message = nerdctl_message(stderr)
-    for text in (message, stderr[-4096:]):
+    # Some fatal lines only say that there was an error, and the lines before say which.
+    for text in (message, "\n".join(parse_logrus(line)[1] for line in stderr[-4096:].splitlines())):
         for pattern, kind, words in NERDCTL_ERRORS:
             found = pattern.search(text)
             if found:
@@ -715,6 +722,8 @@ class Nerdctl:
 
     def missing(self, error: OSError) -> ApiError:
         """The ApiError for a nerdctl that could not be started."""
+        if error.errno == errno.E2BIG:
+            return BadParameter("invalid value: it is longer than a command line may be")
         if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR):
             return Unavailable(
                 f"{self.command[0]} cannot be run ({error.strerror}): install nerdctl on PATH, or say where it is with --nerdctl"
@@ -2293,8 +2302,8 @@ def decode_auth(text: str) -> Dict[str, str]:
     if not text:
         return {}
     try:
-        value = json.loads(base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4)))
-    except (ValueError, binascii.Error):
+        value = parse_json(base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4)))
+    except (ValueError, BadParameter):
         raise BadParameter("invalid X-Registry-Auth header: it is not base64url of JSON") from None
     return string_map({key: each for key, each in typed(value, dict, "X-Registry-Auth").items() if isinstance(each, str)}, "X-Registry-Auth")
 
@@ -2371,7 +2380,7 @@ def match_event(event: Dict[str, Any], filters: Dict[str, List[str]]) -> bool:
                 return False
         elif key == "image":
             told = [identity, name] if kind == "image" else [attributes.get("image", "")]
-            if not any(each == text or text.partition(":")[0] == each for each in wanted for text in told):
+            if not any(each == text or re.fullmatch(re.escape(each) + r":[^:/]+", text) for each in wanted for text in told):
                 return False
         elif kind != key or not any(each in (identity, name) or identity.startswith(each) for each in wanted):
             return False
@@ -3401,7 +3410,7 @@ def unpack_context(body: Any, root: str) -> None:
                 unpack_member(archive, member, root)
     except tarfile.TarError as error:
         raise BadParameter(f"invalid build context: {error}") from None
-    except (EOFError, UnicodeError, ValueError, zlib.error) as error:
+    except (EOFError, UnicodeError, ValueError, OverflowError, zlib.error) as error:
         raise BadParameter(f"invalid build context: {error}") from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -3511,8 +3520,8 @@ def registry_config(request: Request) -> Dict[str, Dict[str, str]]:
     if not text:
         return {}
     try:
-        value = json.loads(base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4)))
-    except (ValueError, binascii.Error):
+        value = parse_json(base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4)))
+    except (ValueError, BadParameter):
         raise BadParameter("invalid X-Registry-Config header: it is not base64url of JSON") from None
     entries = typed(value, dict, "X-Registry-Config")
     auths: Dict[str, Dict[str, str]] = {}
@@ -3628,7 +3637,8 @@ def image_build(engine: Engine, request: Request) -> Response:
 
 def raise_unavailable(lines: Iterable[str]) -> None:
     """503 when a build failed because there is no buildkitd, which is not the build's fault."""
-    error = nerdctl_error("\n".join(lines))
+    # With BUILDKIT_HOST set, nerdctl ends without a word when nobody answers there.
+    error = nerdctl_error("\n".join(lines) or "no buildkit host is available")
     if isinstance(error, Unavailable):
         raise error
 
@@ -7172,8 +7182,9 @@ class Hangups:
                 threading.Thread(target=self._run, name="hangups", daemon=True).start()
             callbacks = self.watched.setdefault(descriptor, [])
             callbacks.append(callback)
-            if len(callbacks) == 1:
-                self.poller.register(descriptor, select.EPOLLONESHOT | (select.EPOLLRDHUP if half else 0))
+            events = select.EPOLLONESHOT | (select.EPOLLRDHUP if half else 0)
+            # Modified for a second one too: the one shot may have been for the first.
+            (self.poller.register if len(callbacks) == 1 else self.poller.modify)(descriptor, events)
         try:
             yield
         finally:
@@ -7204,6 +7215,24 @@ class SocketClient(Client):
         return self.handler.server.hangups.watch(self.handler.connection, callback, half)
 
 
+class HeadReader:
+    """Reads the lines of a request's head, up to as many bytes as dockerd takes."""
+
+    LIMIT = 1 << 20
+
+    def __init__(self, file: Any):
+        self.file = file
+        self.left = self.LIMIT
+
+    def readline(self, size: int) -> bytes:
+        """One line; http.server answers 431 to what is raised beyond the limit."""
+        line = self.file.readline(size)
+        self.left -= len(line)
+        if self.left < 0:
+            raise http.client.LineTooLong("header")
+        return line
+
+
 class RequestHandler(http.server.BaseHTTPRequestHandler):
     """One connection. Every method of every request goes through serve()."""
 
@@ -7230,6 +7259,13 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     def handle_expect_100(self) -> bool:
         self.expects = True
         return True
+
+    def parse_request(self) -> bool:
+        file, self.rfile = self.rfile, HeadReader(self.rfile)
+        try:
+            return super().parse_request()
+        finally:
+            self.rfile = file
 
     def handle_one_request(self) -> None:
         try:
@@ -7705,6 +7741,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         with contextlib.suppress(OSError):
             if os.lstat(path).st_ino == inode:
                 os.unlink(path)
+    # Streams of events would last until their clients leave.
+    engine.journal.close()
     deadline = time.monotonic() + 10.0
     while server.active and time.monotonic() < deadline:
         time.sleep(0.02)
