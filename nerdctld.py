@@ -297,9 +297,11 @@ class Hijack:
     """A body that takes the connection over: `serve(connection)` is called after the 101 (or, where the client asked
     for no upgrade, the 200), and the connection ends with it. `protocol` is what the Upgrade header answers."""
 
-    def __init__(self, serve: Callable[["Connection"], None], protocol: str = "tcp"):
+    def __init__(self, serve: Callable[["Connection"], None], protocol: str = "tcp", abandon: Callable[[], None] = lambda: None):
         self.serve = serve
         self.protocol = protocol
+        # Called instead of serve where the client has left already.
+        self.abandon = abandon
 
 
 class Connection:
@@ -1246,13 +1248,20 @@ class Cached:
         self.stamp = stamp
         self.lock = threading.Lock()
         self.value: Any = None
-        self.valid = False
         self.began = 0.0
         self.stamped: Any = None
+        # How often it was dropped, now and when what is kept was begun to be read.
+        self.drops = 0
+        self.read_at = -1
+
+    @property
+    def valid(self) -> bool:
+        """Whether nothing was dropped since what is kept was begun to be read."""
+        return self.read_at == self.drops
 
     def drop(self) -> None:
         """What is kept is no longer so. Called after a change, also while a read is under way."""
-        self.valid = False
+        self.drops += 1
 
     def fresh(self) -> bool:
         """Whether what is kept may be given out."""
@@ -1266,16 +1275,10 @@ class Cached:
         with self.lock:
             if self.fresh() or (self.valid and self.began > asked):
                 return self.value
-            # Before the read: a drop() during it must win.
-            self.began = time.monotonic()
-            self.stamped = self.stamp()
-            self.valid = True
-            try:
-                self.value = self.read()
-            except BaseException:
-                self.valid = False
-                raise
-            return self.value
+            began, drops, stamped = time.monotonic(), self.drops, self.stamp()
+            value = self.read()
+            self.value, self.began, self.stamped, self.read_at = value, began, stamped, drops
+            return value
 
 
 class Container:
@@ -4725,8 +4728,10 @@ class DetachKeys:
 class Attachment:
     """A client on the streams of a container or exec: which of them it wants, and whether in frames."""
 
-    def __init__(self, connection: Connection, stdout: bool, stderr: bool, framed: bool, stdin: bool = False):
-        self.connection = connection
+    def __init__(self, stdout: bool, stderr: bool, framed: bool, stdin: bool = False):
+        # The client is waited for before its connection has been handed over.
+        self.connection: Optional[Connection] = None
+        self.connected = threading.Event()
         self.wanted = {STDOUT: stdout, STDERR: stderr}
         self.framed = framed
         self.stdin = stdin
@@ -4737,9 +4742,17 @@ class Attachment:
         self.ready = threading.Event()
         self.session: Any = None
 
+    def connect(self, connection: Connection) -> None:
+        """The client's connection is there."""
+        self.connection = connection
+        self.connected.set()
+
     def put(self, kind: int, data: bytes) -> None:
         """Send some output; a client that has left is marked so."""
         if self.gone or not self.wanted[kind] or not data:
+            return
+        if not self.connected.wait(60):
+            self.leave()
             return
         try:
             if self.framed:
@@ -4758,7 +4771,9 @@ class Attachment:
         """There is nothing more to come; whoever waits for input from the client need not any more."""
         self.done.set()
         self.ready.set()
-        self.connection.stop_input()
+        self.connected.set()
+        if self.connection:
+            self.connection.stop_input()
 
 
 class Terminal:
@@ -5764,17 +5779,17 @@ def follow_attached(engine: Engine, container: Container, attachment: Attachment
 
 
 def await_session(engine: Engine, container: Container, attachment: Attachment, file: LogFile, since: int) -> None:
-    """Hold a client that attached before the start until a session has taken it. Where the container was started with
-    nobody waiting (a race that the client has lost), its log is as good."""
+    """Hold a client that attached before the start until a session has taken it, or the container was started without
+    one (by a bare nerdctl, say), when its log is as good."""
     while not attachment.ready.wait(0.2):
-        if engine.tasks.started_since(container.real, since) and container.id not in engine.sessions:
-            engine.leave_waiting(container.id, attachment)
-            if not attachment.ready.is_set():
-                follow_attached(engine, container, attachment, file)
+        session = engine.sessions.get(container.id)
+        if session and session.join(attachment):
             return
-        if engine.feed.live and container.id not in engine.replaced:
+        if session is None and engine.tasks.started_since(container.real, since):
+            follow_attached(engine, container, attachment, file)
+        elif engine.feed.live and container.id not in engine.replaced:
             try:
-                engine.snapshot.container(container.id)
+                engine.snapshot.find(container.id)
             except ApiError:
                 attachment.finish()
 
@@ -5793,13 +5808,36 @@ def serve_attachment(engine: Engine, request: Request, container: Container, att
             threading.Thread(target=follow_attached, args=(engine, container, attachment, file, request.flag("stream", True)),
                              name="attach", daemon=True).start()
         elif not container.running:
-            engine.add_waiting(container.id, attachment)
             await_session(engine, container, attachment, file, since)
         if attachment.session is not None and attachment.stdin and pump_stdin(attachment, attachment.session, keys):
             attachment.leave()
             engine.tell(container, "detach")
         attachment.done.wait()
+
+
+def attach(engine: Engine, request: Request, name: str, framed: bool) -> Tuple[Attachment, Callable[[Connection], None], Callable[[], None], str]:
+    """What the two ways to attach share: the client, how it is served, what is done where it has left before that, and the
+    media type. From here on it is waited for, so that a start that comes right behind loses nothing."""
+    container, tty, keys = prepare_attach(engine, request, name)
+    stream, logs = request.flag("stream"), request.flag("logs")
+    attachment = Attachment(request.flag("stdout"), request.flag("stderr"), framed and not tty, request.flag("stdin") and stream and has_stdin(container))
+    waits = stream and not logs and not container.running
+    if waits:
+        engine.add_waiting(container.id, attachment)
+
+    def abandon() -> None:
+        attachment.leave()
         engine.leave_waiting(container.id, attachment)
+
+    def serve(connection: Connection) -> None:
+        attachment.connect(connection)
+        try:
+            if stream or logs:
+                serve_attachment(engine, request, container, attachment, logs, keys)
+        finally:
+            abandon()
+
+    return attachment, serve, abandon, stream_type(tty, request.version)
 
 
 def prepare_attach(engine: Engine, request: Request, name: str) -> Tuple[Container, bool, Optional[DetachKeys]]:
@@ -5820,15 +5858,8 @@ def prepare_attach(engine: Engine, request: Request, name: str) -> Tuple[Contain
 def container_attach(engine: Engine, request: Request, name: str) -> Response:
     """Take the connection over for the container's streams; also before its start. 404, 409, or 501 where its stdin is
     out of reach."""
-    container, tty, keys = prepare_attach(engine, request, name)
-
-    def serve(connection: Connection) -> None:
-        attachment = Attachment(connection, request.flag("stdout"), request.flag("stderr"), not tty,
-                                request.flag("stdin") and request.flag("stream") and has_stdin(container))
-        if request.flag("stream") or request.flag("logs"):
-            serve_attachment(engine, request, container, attachment, request.flag("logs"), keys)
-
-    return Response(101, Hijack(serve), stream_type(tty, request.version))
+    _, serve, abandon, media_type = attach(engine, request, name, framed=True)
+    return Response(101, Hijack(serve, abandon=abandon), media_type)
 
 
 WEBSOCKET_KEY = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -5840,20 +5871,18 @@ def container_attach_websocket(engine: Engine, request: Request, name: str) -> R
     key = request.headers.get("Sec-WebSocket-Key") or ""
     if "websocket" not in (request.headers.get("Upgrade") or "").lower() or not key:
         raise BadParameter("not a websocket handshake")
-    container, _, keys = prepare_attach(engine, request, name)
+    attachment, serve, abandon, _ = attach(engine, request, name, framed=False)
     accept = base64.b64encode(hashlib.sha1((key + WEBSOCKET_KEY).encode()).digest()).decode()
 
-    def serve(connection: Connection) -> None:
+    def serve_frames(connection: Connection) -> None:
         sock = WebSocket(connection)
-        attachment = Attachment(sock, request.flag("stdout"), request.flag("stderr"), False,
-                                request.flag("stdin") and request.flag("stream") and has_stdin(container))
         if not attachment.stdin:
             # Somebody has to answer pings and notice the closing.
             threading.Thread(target=lambda: (sock.drop_input(), attachment.leave()), name="websocket", daemon=True).start()
-        serve_attachment(engine, request, container, attachment, request.flag("logs"), keys)
+        serve(sock)
         sock.close()
 
-    return Response(101, Hijack(serve, protocol="websocket"), "", {"Sec-WebSocket-Accept": accept})
+    return Response(101, Hijack(serve_frames, protocol="websocket", abandon=abandon), "", {"Sec-WebSocket-Accept": accept})
 
 
 @route("POST", "/containers/{id}/resize")
@@ -6041,8 +6070,8 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
 
     def serve(connection: Connection) -> None:
         config = instance.config
-        attachment = Attachment(connection, bool(config.get("AttachStdout")), bool(config.get("AttachStderr")), not instance.tty,
-                                bool(config.get("AttachStdin")))
+        attachment = Attachment(bool(config.get("AttachStdout")), bool(config.get("AttachStderr")), not instance.tty, bool(config.get("AttachStdin")))
+        attachment.connect(connection)
         keys = DetachKeys(typed(config.get("DetachKeys"), str, "DetachKeys")) if instance.tty and attachment.stdin else None
         try:
             session = begin_exec(engine, instance, [attachment])
@@ -6342,15 +6371,23 @@ def container_changes(engine: Engine, request: Request, name: str) -> Response:
     return Response(200, parse_changes(text) or json_null())
 
 
+# Where nerdctl mounts what is not of the container.
+MOUNT_POINTS = ("/dev", "/proc", "/sys", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf")
+
+
 def parse_changes(text: str) -> List[Dict[str, Any]]:
-    """The lines of nerdctl's diff, without those for the root, which Docker does not tell."""
+    """The lines of nerdctl's diff, without the root and the mount points that every container gets, which Docker does
+    not tell."""
     kinds = {"C": 0, "A": 1, "D": 2}
     found = []
     for line in text.splitlines():
         kind, _, path = line.partition(" ")
-        if kind in kinds and path.startswith("/") and path != "/":
+        if kind in kinds and path.startswith("/") and path != "/" and not (kind == "A" and path in MOUNT_POINTS):
             found.append({"Path": path, "Kind": kinds[kind]})
-    return found
+    if not any(each["Path"].startswith("/etc/") for each in found):
+        # It has changed by those mount points alone.
+        found = [each for each in found if each != {"Path": "/etc", "Kind": 0}]
+    return sorted(found, key=lambda each: each["Path"])
 
 
 def json_null() -> bytes:
@@ -7460,6 +7497,10 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         lines += [f"{name}: {value}" for name, value in told.items()]
         try:
             self.wfile.write(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+        except OSError:
+            response.body.abandon()
+            return 499
+        try:
             response.body.serve(Connection(self.connection, early[: len(early)]))
         except (ClientGone, OSError):
             pass
