@@ -449,13 +449,15 @@ NERDCTL_ERRORS: List[Tuple[Any, type, str]] = [
          "containerd is not running at {0}: start it (systemctl start containerd), or say where it is with --address"),
         (r"(?:connection error|failed to dial|connection refused|error reading server preface).*?(containerd\.sock)", Unavailable,
          "containerd does not answer: see systemctl status containerd"),
+        (r"connection error: desc = \"transport: Error while dialing: dial unix (?!\S*buildkit)(\S+): ", Unavailable,
+         "containerd does not answer at {0}: see systemctl status containerd"),
         (r"rootless containerd not running", Unavailable,
          "rootless containerd is not running: containerd-rootless-setuptool.sh install sets it up"),
         (r"(?:no buildkit host is available|failed to ping to host|buildctl.* executable file not found|"
          r"could not connect to buildkit|listing workers)", Unavailable,
          "buildkitd does not answer: start it with a containerd worker, or say where it is with --buildkit-host"),
         (r"executable file not found in \$PATH", BadParameter, ""),
-        (r"permission denied: unknown", BadParameter, ""),
+        (r"exec: \"[^\"]*\": (?:permission denied|stat \S+: no such file or directory)|permission denied: unknown", BadParameter, ""),
         (r"(?:no such container:? |no container found for: |no running task found for container |container not found: )"
          r"\"?([^\s\"]+)", NotFound, "No such container: {0}"),
         (r"image not available: \"?([^\"\s]+)", NotFound, "No such image: {0}"),
@@ -509,7 +511,7 @@ def nerdctl_message(stderr: str) -> str:
     """What went wrong, from everything nerdctl wrote on stderr: the fatal line, or the error and warning lines before
     a fatal line that only counts them, or the last line there is."""
     lines = [parse_logrus(line) for line in stderr.splitlines() if line.strip()]
-    fatal = [re.sub(r"^\d+ errors:\n", "", message) for level, message in lines if level == "fatal"]
+    fatal = [re.sub(r"^\d+ errors:\n(?=.)", "", message) for level, message in lines if level == "fatal"]
     if fatal and not re.match(r"^(\d+ errors?:?|.*\d+ errors?:)\s*$", fatal[-1].strip()):
         return re.sub(r"^1 errors:\s*", "", fatal[-1].strip())
     for wanted in (("error",), ("",), ("warning",)):
@@ -1349,6 +1351,7 @@ class ContainerTable:
         self.nerdctl = nerdctl
         self.feed = feed
         self.changed: set = set()
+        self.unlabelled = False
         self.whole = Cached(self._read_all, lambda: feed.live)
         self.lock = threading.Lock()
         self.patching = threading.Lock()
@@ -1423,6 +1426,8 @@ class ContainerTable:
             if len(self.changed) > self.FEW:
                 self.whole.drop()
             self.whole.get(asked)
+            with self.patching:
+                self.whole.value = self._settled(self.whole.value)
             while self.changed:
                 try:
                     real = self.changed.pop()
@@ -1441,13 +1446,28 @@ class ContainerTable:
     def _read_all(self) -> Dict[str, Container]:
         self.changed.clear()
         self.patched.clear()
-        found = parse_containers(self.nerdctl.rows("ps", "-a", "--no-trunc", "--format", CONTAINER_ROW))
+        found = parse_containers(self._rows())
         with self.patching:
             return self._settled(found)
 
+    def _rows(self, *options: str) -> List[Any]:
+        arguments = ("ps", "-a", "--no-trunc", *options, "--format")
+        if not self.unlabelled:
+            try:
+                return self.nerdctl.rows(*arguments, CONTAINER_ROW)
+            except ApiError as error:
+                if "LabelsMap" not in str(error):
+                    raise
+                self.unlabelled = True
+        # nerdctl 1.7 has the labels of `ps` only as a string that cannot be taken apart for sure.
+        rows = self.nerdctl.rows(*arguments, "{{json .}}")
+        names = [row["ID"] for row in rows]
+        told = self.nerdctl.rows("container", "inspect", "--mode=native", "--format", "[{{json .ID}},{{json .Labels}}]", "--", *names) if names else []
+        labels = dict(told)
+        return [(row, labels.get(row["ID"])) for row in rows]
+
     def _read_one(self, real: str) -> Optional[Container]:
-        rows = self.nerdctl.rows("ps", "-a", "--no-trunc", "--filter", "id=" + real, "--format", CONTAINER_ROW)
-        return parse_containers(rows).get(real)
+        return parse_containers(self._rows("--filter", "id=" + real)).get(real)
 
     def _with(self, table: Dict[str, Container], real: str, found: Optional[Container]) -> Dict[str, Container]:
         result = dict(table)
@@ -1723,7 +1743,9 @@ class Snapshot:
 
     def _read_networks(self) -> Dict[str, Dict[str, Any]]:
         """Docker-shaped networks by name; bridge, host and none are always among them."""
-        names = [row["Name"] for row in self.nerdctl.rows("network", "ls", "--format", "{{json .}}") if row.get("Name")]
+        names = [row["Name"] for row in self.nerdctl.rows("network", "ls", "--format", "{{json .}}")
+                 # These two are nothing but names, and nerdctl 1.7 refuses to inspect them.
+                 if row.get("Name") not in (None, "", "host", "none")]
         found: Dict[str, Dict[str, Any]] = {}
         if names:
             output = self.nerdctl.run("network", "inspect", "--mode=native", "--format", "{{json .}}", "--", *names)
@@ -3099,7 +3121,8 @@ def image_import(engine: Engine, request: Request) -> Response:
     if source != "-" and not re.match(r"https?://", source):
         source = "http://" + source
     lines = change_lines(request.values("changes"))
-    arguments = ["import", f"--message={request.value('message')}"]
+    # nerdctl 1.7 has no --message.
+    arguments = ["import", *([f"--message={request.value('message')}"] if request.value("message") else [])]
     if request.value("platform"):
         arguments.append(f"--platform={platform_words(request.value('platform'))}")
 
