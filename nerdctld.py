@@ -4179,8 +4179,8 @@ def field(number: int, value: bytes) -> bytes:
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
-def fields(data: bytes) -> Iterator[Field]:
-    """The fields of a message in order; ValueError for what is no message."""
+def fields(data: Any) -> Iterator[Field]:
+    """The fields of a message, bytes or a view of them, in order; ValueError for what is no message."""
     at = 0
     while at < len(data):
         tag, start = read_varint(data, at)
@@ -4203,7 +4203,7 @@ def fields(data: bytes) -> Iterator[Field]:
 def read_entry(data: bytes) -> Tuple[str, str]:
     """Key and value of an entry of a map of strings."""
     found = {each.number: each.value for each in fields(data)}
-    return found.get(1, b"").decode(), found.get(2, b"").decode()
+    return str(found.get(1, b""), "utf-8"), str(found.get(2, b""), "utf-8")
 
 
 def full_names(text: str) -> List[str]:
@@ -4226,7 +4226,7 @@ def rewrite_exporter(exporter: bytes) -> Tuple[bytes, Optional[List[str]]]:
     parts, kind, attributes = list(fields(exporter)), "", {}
     for each in parts:
         if each.number == 1:
-            kind = each.value.decode()
+            kind = str(each.value, "utf-8")
         elif each.number == 2:
             key, value = read_entry(each.value)
             attributes[key] = value
@@ -4346,9 +4346,9 @@ class Frames:
         self.preface = preface
         self.rest = b""
 
-    def feed(self, data: bytes) -> List[Frame]:
+    def feed(self, data: Any) -> List[Frame]:
         """The frames that are complete by now; ValueError for what is not HTTP/2."""
-        data = self.rest + data if self.rest else data
+        data = b"".join((self.rest, data))
         found, at = [], 0
         if self.preface:
             if data[:len(self.preface)] != self.preface[:len(data)]:
@@ -4381,9 +4381,10 @@ class Frames:
 
 
 class Sender:
-    """DATA towards buildkitd, never more than its windows have room for; the rest waits here. Sizes are in bytes."""
+    """DATA towards buildkitd, appended to `out` as its windows have room; the rest waits here. Sizes are in bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: bytearray):
+        self.out = out
         self.connection = self.initial = WINDOW
         self.frame_size = 16384
         # Only streams on which more or other data is sent than the client sends: of all others it minds the window.
@@ -4398,41 +4399,40 @@ class Sender:
         """How much waits for room."""
         return sum(map(len, self.queues.values())) if self.queues else 0
 
-    def push(self, stream: int, data: Any, end: bool = False) -> bytes:
-        """Take data for a stream; the frames there is room for now."""
-        self.queues.setdefault(stream, bytearray()).extend(data)
+    def push(self, stream: int, *parts: Any, end: bool = False) -> None:
+        """Send data on a stream now or later."""
+        queue = self.queues.setdefault(stream, bytearray())
+        for part in parts:
+            queue += part
         if end:
             self.ending.add(stream)
-        return self.flush()
+        self._flush(stream)
 
-    def flush(self) -> bytes:
-        """The frames there is room for now."""
-        parts: List[Any] = []
+    def flush(self) -> None:
+        """Send what there is room for by now."""
         for stream in list(self.queues):
-            queue, at = self.queues[stream], 0
-            with memoryview(queue) as view:
-                while at < len(queue):
-                    room = min(self.connection, self.frame_size, self.windows.get(stream, WINDOW), len(queue) - at)
-                    if room <= 0:
-                        break
-                    last = stream in self.ending and at + room == len(queue)
-                    parts += (struct.pack(">IBI", room << 8, END_STREAM if last else 0, stream), bytes(view[at:at + room]))
-                    at += room
-                    self._sent(stream, room)
-            if not queue and stream in self.ending:
-                parts.append(frame(DATA, END_STREAM, stream))
-            if at == len(queue):
-                self.ending.discard(stream)
-                del self.queues[stream]
-            else:
-                del queue[:at]
-        return b"".join(parts)
+            self._flush(stream)
 
-    def _sent(self, stream: int, size: int) -> None:
-        self.connection -= size
-        if stream in self.windows:
-            self.windows[stream] -= size
-            self.owed += size
+    def _flush(self, stream: int) -> None:
+        queue, at, end = self.queues[stream], 0, stream in self.ending
+        with memoryview(queue) as view:
+            while at < len(queue):
+                room = min(self.connection, self.frame_size, self.windows.get(stream, WINDOW), len(queue) - at)
+                if room <= 0:
+                    break
+                self.out += struct.pack(">IBI", room << 8, END_STREAM if end and at + room == len(queue) else 0, stream)
+                self.out += view[at:at + room]
+                at += room
+                self.connection -= room
+                if stream in self.windows:
+                    self.windows[stream] -= room
+                    self.owed += room
+        if end and not queue:
+            self.out += frame(DATA, END_STREAM, stream)
+        del queue[:at]
+        if not queue:
+            self.ending.discard(stream)
+            del self.queues[stream]
 
     def settings(self, payload: bytes) -> int:
         """Heed a SETTINGS frame; by how much the window of every stream has changed."""
@@ -4467,7 +4467,7 @@ class Splice:
         self.prepare = prepare
         self.to_client, self.to_server = bytearray(), bytearray()
         self.client_frames, self.server_frames = Frames(PREFACE), Frames()
-        self.sender = Sender()
+        self.sender = Sender(self.to_server)
         self.fresh: set = set()
         self.begun: Dict[int, bool] = {}
         self.held: Dict[int, bytearray] = {}
@@ -4511,14 +4511,14 @@ class Splice:
                 self.held[stream] += data
                 self._release(stream, each.ends)
             else:
-                self.to_server += self.sender.push(stream, data, each.ends)
+                self.sender.push(stream, data, end=each.ends)
         elif size == len(data) <= self.sender.connection and stream not in self.sender.queues:
             self.sender.connection -= size
             self.to_server += each.raw
         else:
             # Of padding buildkitd sees nothing, so that it will not credit it.
             self.to_client += credit(0, size - len(data)) + (b"" if each.ends else credit(stream, size - len(data)))
-            self.to_server += self.sender.push(stream, data, each.ends)
+            self.sender.push(stream, data, end=each.ends)
 
     def _release(self, stream: int, end: bool) -> None:
         """Let a held request go, if it is complete or turns out to be something else."""
@@ -4538,7 +4538,7 @@ class Splice:
                 self.to_server += frame(RESET, 0, stream, struct.pack(">I", 8))
                 self._forget(stream)
                 return
-        self.to_server += self.sender.push(stream, message, end)
+        self.sender.push(stream, message, end=end)
 
     def _answer_alone(self, each: Frame) -> None:
         """Answer a frame of the client in place of a buildkitd that is not there."""
@@ -4559,7 +4559,7 @@ class Splice:
                 change = self.sender.settings(each.data)
                 # The client's view of a window that is kept here must not shrink with it.
                 self.to_client += b"".join(credit(stream, -change) for stream in self.sender.windows)
-                self.to_server += self.sender.flush()
+                self.sender.flush()
             elif each.kind == HEADERS and each.stream in self.begun:
                 self.begun[each.stream] = True
             elif each.kind == DATA and each.stream in self.answers:
@@ -4582,7 +4582,7 @@ class Splice:
         else:
             self.to_client += each.raw
             return
-        self.to_server += self.sender.flush()
+        self.sender.flush()
 
     def _forget(self, stream: int) -> None:
         self.fresh.discard(stream)
@@ -4611,8 +4611,6 @@ class Call:
     LONGEST = 1 << 26
 
     def __init__(self, method: str, headers: Iterable[Tuple[str, str]] = ()):
-        self.sender = Sender()
-        self.sender.windows[1] = WINDOW
         self.frames = Frames()
         self.body = bytearray()
         self.received = 0
@@ -4622,15 +4620,17 @@ class Call:
         first = [(":method", "POST"), (":scheme", "http"), (":path", method), (":authority", "localhost"),
                  ("content-type", "application/grpc"), ("te", "trailers")]
         self.out = bytearray(PREFACE + frame(SETTINGS, 0, 0, settings) + credit(0, self.WINDOW - WINDOW))
+        self.sender = Sender(self.out)
+        self.sender.windows[1] = WINDOW
         self.out += header_frames(1, [*first, *((name.lower(), value) for name, value in headers)])
 
-    def send(self, message: bytes, end: bool = False) -> None:
-        """Send a message and, with `end`, nothing after it."""
-        self.out += self.sender.push(1, struct.pack(">BI", 0, len(message)) + message, end)
+    def send(self, *parts: Any) -> None:
+        """Send a message that is the sum of its parts."""
+        self.sender.push(1, struct.pack(">BI", 0, sum(map(len, parts))), *parts)
 
     def finish(self) -> None:
         """Say that no more messages come."""
-        self.out += self.sender.push(1, b"", True)
+        self.sender.push(1, end=True)
 
     def feed(self, data: bytes) -> List[bytes]:
         """The messages that are complete by now; `ended` is set with the last. ValueError for what is not gRPC."""
@@ -4640,7 +4640,8 @@ class Call:
                 self.body += each.data
             elif each.kind == SETTINGS and not each.flags & ACK:
                 self.sender.settings(each.data)
-                self.out += frame(SETTINGS, ACK, 0) + self.sender.flush()
+                self.out += frame(SETTINGS, ACK, 0)
+                self.sender.flush()
             elif each.kind == PING and not each.flags & ACK:
                 self.out += frame(PING, ACK, 0, bytes(each.data))
             elif each.kind == WINDOW_UPDATE:
@@ -4648,7 +4649,7 @@ class Call:
                     self.sender.windows[1] += each.number
                 else:
                     self.sender.connection += each.number
-                self.out += self.sender.flush()
+                self.sender.flush()
             self.ended = self.ended or each.ends and each.stream == 1
         return self._messages()
 
@@ -4660,7 +4661,8 @@ class Call:
                 raise ValueError("buildkitd sent a message that is compressed or too long")
             if len(self.body) < end:
                 break
-            found.append(bytes(self.body[at + 5:end]))
+            with memoryview(self.body) as view:
+                found.append(bytes(view[at + 5:end]))
             at = end
         del self.body[:at]
         return found
@@ -4695,12 +4697,12 @@ class Session:
 
     def from_client(self, data: bytes) -> None:
         """Bytes of the client: one message."""
-        self.call.send(field(1, data))
+        self.call.send(varint(1 << 3 | 2) + varint(len(data)), data)
 
     def from_server(self, data: bytes) -> None:
         """Bytes of buildkitd."""
         for message in self.call.feed(data):
-            for each in fields(message):
+            for each in fields(memoryview(message)):
                 if each.number == 1:
                     self.to_client += each.value
 
@@ -4721,16 +4723,17 @@ class End:
         self.out = out
         self.feed = feed
         self.broken = False
+        self.buffer = memoryview(bytearray(BLOCK))
         sock.setblocking(False)
 
-    def read(self) -> Optional[bytes]:
-        """What has come, b"" at the end, None when nothing has."""
+    def read(self) -> Optional[memoryview]:
+        """What has come, to be used up before the next; empty at the end, None when nothing has."""
         try:
-            return self.sock.recv(BLOCK)
+            return self.buffer[:self.sock.recv_into(self.buffer)]
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:
-            return b""
+            return self.buffer[:0]
 
     def flush(self) -> None:
         """Write as much as goes; what nobody can take any more is dropped, and the end is `broken`."""
@@ -4826,7 +4829,8 @@ def parse_workers(message: bytes) -> List[Dict[str, str]]:
 def list_workers(address: str, timeout: float = 10.0) -> List[Dict[str, str]]:
     """The labels of a buildkitd's workers; 503 when it does not tell them in time."""
     call, deadline = Call("/moby.buildkit.v1.Control/ListWorkers"), time.monotonic() + timeout
-    call.send(b"", True)
+    call.send()
+    call.finish()
     try:
         with dial(address) as sock:
             while not call.ended:
@@ -4857,7 +4861,7 @@ def worker_complaint(workers: List[Dict[str, str]], namespace: str) -> str:
 
 def solved_digest(answer: bytes) -> str:
     """The image's digest in a SolveResponse, "" when there is none."""
-    with contextlib.suppress(ValueError, AttributeError):
+    with contextlib.suppress(ValueError, TypeError):
         return dict(read_entry(each.value) for each in fields(answer) if each.number == 1).get("containerimage.digest", "")
     return ""
 
@@ -4876,7 +4880,7 @@ def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, 
     does not say where it would go."""
     try:
         message, names = rewrite_solve(message)
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, TypeError):
         return message, None
     if names is None:
         return message, None
@@ -4920,8 +4924,7 @@ def buildkit_grpc(engine: Engine, request: Request) -> Response:
 @route("POST", "/session")
 def buildkit_session(engine: Engine, request: Request) -> Response:
     """101, then a session of buildkitd; without a buildkitd one that ends at once."""
-    names = [name for name in request.headers if name.lower().startswith("x-docker-expose-session-")]
-    headers = [(name, value) for name in dict.fromkeys(names) for value in request.headers.get_all(name)]
+    headers = [(name, value) for name, value in request.headers.items() if name.lower().startswith("x-docker-expose-session-")]
     server = None
     with contextlib.suppress(ApiError):
         server, _ = dial_buildkit(engine.nerdctl)
