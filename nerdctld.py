@@ -10,7 +10,7 @@ Sections, each using only what stands above it:
 
     Errors · Requests, responses · Routes · nerdctl process · Conversions · Events · Snapshot · Engine ·
     System · Images · Build · Containers · Container create · Streams · Archive · Networks · Volumes ·
-    Swarm and plugins · BuildKit · HTTP server · Sockets · Command line
+    Swarm and plugins · gRPC · Relay · BuildKit · HTTP server · Sockets · Command line
 
 To add an endpoint:
     1. write `<op>_args()`, `parse_<thing>()` and `docker_<thing>()` as pure functions in the section of its resource;
@@ -4126,20 +4126,16 @@ for _method, _path in (("GET", "/plugins/privileges"), ("POST", "/plugins/pull")
 
 
 ###############################################################################
-# BuildKit
+# gRPC
 ###############################################################################
 
-# `docker build` of today speaks gRPC with the builder itself. On /grpc the client is the HTTP/2 client and buildkitd the
-# server: bytes pass as they are, but for the Solve requests that ask for dockerd's own exporter. On /session the roles are
-# turned: what the client sends is carried inside one call of buildkitd's Control/Session, whose HTTP/2 client is here.
+# As much of protobuf, HTTP/2 and gRPC as it takes to speak with BuildKit; no I/O.
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RESET, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
+DATA, HEADERS, RESET, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
 END_STREAM = ACK = 1
 END_HEADERS, PADDED = 4, 8
 WINDOW = 65535
 GRPC_CODES = {400: 3, 409: 9, 503: 14}
-NO_BUILDKIT = "start it with a containerd worker, or say where it is with --buildkit-host"
-WORKER_NAMESPACE = "org.mobyproject.buildkit.worker.containerd.namespace"
 
 
 class Field(NamedTuple):
@@ -4206,78 +4202,6 @@ def read_entry(data: bytes) -> Tuple[str, str]:
     return str(found.get(1, b""), "utf-8"), str(found.get(2, b""), "utf-8")
 
 
-def full_names(text: str) -> List[str]:
-    """The tags of a build, joined by commas, in full; 400 for what is no tag."""
-    names = []
-    for each in filter(None, (part.strip() for part in text.split(","))):
-        try:
-            reference = parse_reference(each)
-        except BadParameter as error:
-            raise BadParameter(f"invalid tag {each!r}: {error}") from None
-        if reference.digest:
-            raise BadParameter(f"invalid tag {each!r}: a tag of a build has no digest")
-        names.append(reference.name)
-    return names
-
-
-def rewrite_exporter(exporter: bytes) -> Tuple[bytes, Optional[List[str]]]:
-    """An exporter as buildkitd knows it: `moby` becomes `image` with the attributes that dockerd gives it, any other stays.
-    With it the names it puts into the image store, None when it puts nothing there. 400 for a bad name."""
-    parts, kind, attributes = list(fields(exporter)), "", {}
-    for each in parts:
-        if each.number == 1:
-            kind = str(each.value, "utf-8")
-        elif each.number == 2:
-            key, value = read_entry(each.value)
-            attributes[key] = value
-    if kind == "image":
-        names = [each for each in attributes.get("name", "").split(",") if each]
-        return exporter, None if attributes.get("store", "").lower() in ("0", "f", "false") else names
-    if kind != "moby":
-        return exporter, None
-    names = full_names(attributes.get("name", ""))
-    changed = {"name": ",".join(names)} if names else {}
-    for key, value in (("unpack", "true"), ("dangling-name-prefix", "moby-dangling")):
-        if key not in attributes:
-            changed[key] = value
-    # Spelled so in BuildKit.
-    changed["danging-name-empty-only"] = "true"
-    kept = [each.raw for each in parts if each.number != 1 and not (each.number == 2 and read_entry(each.value)[0] in changed)]
-    added = [field(2, field(1, key.encode()) + field(2, value.encode())) for key, value in changed.items()]
-    return b"".join([field(1, b"image"), *kept, *added]), names
-
-
-def rewrite_solve(message: bytes) -> Tuple[bytes, Optional[List[str]]]:
-    """A SolveRequest as buildkitd understands it, with its other fields untouched, and the names it puts into the image
-    store, None when it puts nothing there. 400 for a bad name, ValueError for what is no SolveRequest."""
-    parts = list(fields(message))
-    exporters = [each.value for each in parts if each.number == 13]
-    if not exporters:
-        # The one exporter of older clients.
-        old = [field(1 if each.number == 3 else 2, each.value) for each in parts if each.number in (3, 4)]
-        exporters = [b"".join(old)] if old else []
-    rewritten = [rewrite_exporter(each) for each in exporters]
-    stored = [names for _, names in rewritten if names is not None]
-    told = [name for names in stored for name in names] if stored else None
-    if [each for each, _ in rewritten] == exporters:
-        return message, told
-    kept = [each.raw for each in parts if each.number not in (3, 4, 13)]
-    return b"".join([*kept, *(field(13, each) for each, _ in rewritten)]), told
-
-
-def like_solve(data: bytes) -> Optional[bool]:
-    """Whether a stream that begins with `data` may be a Solve: an uncompressed message that begins with a reference, which
-    is a short word. None when more has to be seen. Status and a few others look the same."""
-    if data[:1] not in (b"", b"\0") or data[5:6] not in (b"", b"\x0a") or data[6:7] > b"\x40":
-        return False
-    if len(data) < 7:
-        return None
-    word = data[7:7 + data[6]]
-    if word and not re.fullmatch(rb"[A-Za-z0-9]+", word):
-        return False
-    return True if len(word) == data[6] else None
-
-
 class Frame(NamedTuple):
     """An HTTP/2 frame: `raw` is all of it, a header block with its continuations. `kind` -1 is the preface."""
 
@@ -4329,11 +4253,12 @@ def header_frames(stream: int, headers: Iterable[Tuple[str, str]], flags: int = 
                     for at, part in enumerate(parts))
 
 
-def grpc_failure(stream: int, error: ApiError, begun: bool = False) -> bytes:
-    """The end of a gRPC stream with an error; `begun` when the answer's headers were sent before."""
+def grpc_end(stream: int, error: Optional[ApiError], begun: bool = False) -> bytes:
+    """The end of a gRPC stream, with an error or without; `begun` when the answer's headers were sent before."""
     headers = [] if begun else [(":status", "200"), ("content-type", "application/grpc")]
-    message = urllib.parse.quote(str(error), safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}")
-    headers += [("grpc-status", str(GRPC_CODES.get(error.status, 13))), ("grpc-message", message)]
+    headers.append(("grpc-status", str(GRPC_CODES.get(error.status, 13)) if error else "0"))
+    if error:
+        headers.append(("grpc-message", urllib.parse.quote(str(error), safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}")))
     return header_frames(stream, headers, END_STREAM)
 
 
@@ -4453,157 +4378,6 @@ class Sender:
         return 0 if self.windows.pop(stream, None) is not None else left
 
 
-class Splice:
-    """/grpc: the client's frames to buildkitd and buildkitd's to the client, without I/O.
-
-    `prepare(message)` takes a SolveRequest and returns the one to send and, unless it is None, a function to be called with
-    buildkitd's answer; its ApiError ends the stream. Such a request can be larger than the windows: it is taken off the
-    client at once and sent as buildkitd has room, so that on its stream both windows are ours to keep."""
-
-    HELD = 1 << 25
-    over = False
-
-    def __init__(self, prepare: Callable[[bytes], Tuple[bytes, Optional[Callable[[bytes], None]]]]):
-        self.prepare = prepare
-        self.to_client, self.to_server = bytearray(), bytearray()
-        self.client_frames, self.server_frames = Frames(PREFACE), Frames()
-        self.sender = Sender(self.to_server)
-        self.fresh: set = set()
-        self.begun: Dict[int, bool] = {}
-        self.held: Dict[int, bytearray] = {}
-        self.answers: Dict[int, Tuple[bytearray, Callable[[bytes], None]]] = {}
-        self.lost: Optional[ApiError] = None
-        self.greeted = False
-
-    def room(self) -> Tuple[bool, bool]:
-        """Whether more may be read from the client, and from buildkitd."""
-        return len(self.to_server) + self.sender.waiting < 4 * BLOCK, len(self.to_client) < 4 * BLOCK
-
-    def flushed(self) -> None:
-        """Nothing depends on what was written."""
-
-    def from_client(self, data: bytes) -> None:
-        """Bytes of the client."""
-        for each in self.client_frames.feed(data):
-            if self.lost:
-                self._answer_alone(each)
-            elif each.kind == DATA:
-                self._client_data(each)
-            else:
-                if each.kind == HEADERS and each.stream not in self.begun:
-                    self.begun[each.stream] = False
-                    if not each.ends:
-                        self.fresh.add(each.stream)
-                elif each.kind == RESET:
-                    self._forget(each.stream)
-                self.to_server += each.raw
-
-    def _client_data(self, each: Frame) -> None:
-        stream, data, size = each.stream, each.data, len(each.raw) - 9
-        if stream in self.fresh and size:
-            self.fresh.discard(stream)
-            if like_solve(bytes(data[:80])) is not False:
-                self.held[stream] = bytearray()
-                self.sender.windows[stream] = self.sender.initial
-        if stream in self.sender.windows:
-            self.to_client += credit(0, size) + (b"" if each.ends else credit(stream, size))
-            if stream in self.held:
-                self.held[stream] += data
-                self._release(stream, each.ends)
-            else:
-                self.sender.push(stream, data, end=each.ends)
-        elif size == len(data) <= self.sender.connection and stream not in self.sender.queues:
-            self.sender.connection -= size
-            self.to_server += each.raw
-        else:
-            # Of padding buildkitd sees nothing, so that it will not credit it.
-            self.to_client += credit(0, size - len(data)) + (b"" if each.ends else credit(stream, size - len(data)))
-            self.sender.push(stream, data, end=each.ends)
-
-    def _release(self, stream: int, end: bool) -> None:
-        """Let a held request go, if it is complete or turns out to be something else."""
-        held = self.held[stream]
-        like, size = like_solve(bytes(held[:80])), 5 + int.from_bytes(held[1:5], "big")
-        if not end and like is not False and size <= self.HELD and len(held) < max(size, 5):
-            return
-        message = bytes(self.held.pop(stream))
-        if like and len(message) >= size:
-            try:
-                solve, answered = self.prepare(message[5:size])
-                message = struct.pack(">BI", 0, len(solve)) + solve + message[size:]
-                if answered:
-                    self.answers[stream] = (bytearray(), answered)
-            except ApiError as error:
-                self.to_client += grpc_failure(stream, error)
-                self.to_server += frame(RESET, 0, stream, struct.pack(">I", 8))
-                self._forget(stream)
-                return
-        self.sender.push(stream, message, end=end)
-
-    def _answer_alone(self, each: Frame) -> None:
-        """Answer a frame of the client in place of a buildkitd that is not there."""
-        if each.kind == HEADERS:
-            self.to_client += grpc_failure(each.stream, self.lost)
-        elif each.kind in (SETTINGS, PING) and not each.flags & ACK:
-            self.to_client += frame(each.kind, ACK, 0, bytes(each.data) if each.kind == PING else b"")
-
-    def from_server(self, data: bytes) -> None:
-        """Bytes of buildkitd."""
-        self.greeted = True
-        for each in self.server_frames.feed(data):
-            if each.kind == WINDOW_UPDATE:
-                self._server_credit(each)
-                continue
-            self.to_client += each.raw
-            if each.kind == SETTINGS and not each.flags & ACK:
-                change = self.sender.settings(each.data)
-                # The client's view of a window that is kept here must not shrink with it.
-                self.to_client += b"".join(credit(stream, -change) for stream in self.sender.windows)
-                self.sender.flush()
-            elif each.kind == HEADERS and each.stream in self.begun:
-                self.begun[each.stream] = True
-            elif each.kind == DATA and each.stream in self.answers:
-                answer = self.answers[each.stream][0]
-                answer += each.data[:max(0, self.HELD - len(answer))]
-            if each.ends:
-                if each.stream in self.answers:
-                    answer, answered = self.answers[each.stream]
-                    answered(bytes(answer[5:]))
-                self._forget(each.stream)
-
-    def _server_credit(self, each: Frame) -> None:
-        if each.stream == 0:
-            swallowed = min(self.sender.owed, each.number)
-            self.sender.owed -= swallowed
-            self.sender.connection += each.number
-            self.to_client += credit(0, each.number - swallowed)
-        elif each.stream in self.sender.windows:
-            self.sender.windows[each.stream] += each.number
-        else:
-            self.to_client += each.raw
-            return
-        self.sender.flush()
-
-    def _forget(self, stream: int) -> None:
-        self.fresh.discard(stream)
-        for table in (self.begun, self.held, self.answers):
-            table.pop(stream, None)
-        self.to_client += credit(0, self.sender.forget(stream))
-
-    def client_ended(self) -> None:
-        """The client is gone: buildkitd notices by the end of its own connection."""
-
-    def server_ended(self, error: Optional[ApiError] = None) -> None:
-        """buildkitd is gone or was never there: end every stream with the reason, those to come too."""
-        self.lost = error or Unavailable("buildkitd has ended: see its log, and build again when it is back")
-        if not self.greeted:
-            self.to_client += frame(SETTINGS, 0, 0)
-        for stream, begun in self.begun.items():
-            self.to_client += grpc_failure(stream, self.lost, begun)
-        for table in (self.begun, self.held, self.answers):
-            table.clear()
-
-
 class Call:
     """One gRPC call as the HTTP/2 client of a connection of its own, without I/O: `out` is to be written to it."""
 
@@ -4672,6 +4446,191 @@ class Call:
         if self.received >= self.WINDOW // 4:
             self.out += credit(0, self.received) + credit(1, self.received)
             self.received = 0
+
+
+###############################################################################
+# Relay
+###############################################################################
+
+# `docker build` of today speaks gRPC with the builder itself. On /grpc the client is the HTTP/2 client and buildkitd the
+# server: bytes pass as they are, but for the Solve requests that ask for dockerd's own exporter. On /session the roles are
+# turned: what the client sends is carried inside one call of buildkitd's Control/Session, whose HTTP/2 client is here.
+
+
+def like_solve(data: bytes) -> Optional[bool]:
+    """Whether a stream that begins with `data` may be a Solve: an uncompressed message that begins with a reference, which
+    is a short word. None when more has to be seen. Status and a few others look the same."""
+    if data[:1] not in (b"", b"\0") or data[5:6] not in (b"", b"\x0a") or data[6:7] > b"\x40":
+        return False
+    if len(data) < 7:
+        return None
+    word = data[7:7 + data[6]]
+    if word and not re.fullmatch(rb"[A-Za-z0-9]+", word):
+        return False
+    return True if len(word) == data[6] else None
+
+
+class Splice:
+    """/grpc: the client's frames to buildkitd and buildkitd's to the client, without I/O.
+
+    `prepare(message)` takes a SolveRequest and returns the one to send and, unless it is None, a function to be called with
+    buildkitd's answer; its ApiError ends the stream. Such a request can be larger than the windows: it is taken off the
+    client at once and sent as buildkitd has room, so that on its stream both windows are ours to keep."""
+
+    HELD = 1 << 25
+    over = False
+
+    def __init__(self, prepare: Callable[[bytes], Tuple[bytes, Optional[Callable[[bytes], None]]]]):
+        self.prepare = prepare
+        self.to_client, self.to_server = bytearray(), bytearray()
+        self.client_frames, self.server_frames = Frames(PREFACE), Frames()
+        self.sender = Sender(self.to_server)
+        self.fresh: set = set()
+        self.begun: Dict[int, bool] = {}
+        self.held: Dict[int, bytearray] = {}
+        self.answers: Dict[int, Tuple[bytearray, Callable[[bytes], None]]] = {}
+        # The build that a stream belongs to, and those that were refused: who follows their progress would wait in vain.
+        self.builds: Dict[int, bytes] = {}
+        self.refused: set = set()
+        self.lost: Optional[ApiError] = None
+        self.greeted = False
+
+    def room(self) -> Tuple[bool, bool]:
+        """Whether more may be read from the client, and from buildkitd."""
+        return len(self.to_server) + self.sender.waiting < 4 * BLOCK, len(self.to_client) < 4 * BLOCK
+
+    def flushed(self) -> None:
+        """Nothing depends on what was written."""
+
+    def from_client(self, data: bytes) -> None:
+        """Bytes of the client."""
+        for each in self.client_frames.feed(data):
+            if self.lost:
+                self._answer_alone(each)
+            elif each.kind == DATA:
+                self._client_data(each)
+            else:
+                if each.kind == HEADERS and each.stream not in self.begun:
+                    self.begun[each.stream] = False
+                    if not each.ends:
+                        self.fresh.add(each.stream)
+                elif each.kind == RESET:
+                    self._forget(each.stream)
+                self.to_server += each.raw
+
+    def _client_data(self, each: Frame) -> None:
+        stream, data, size = each.stream, each.data, len(each.raw) - 9
+        if stream in self.fresh and size:
+            self.fresh.discard(stream)
+            if like_solve(bytes(data[:80])) is not False:
+                self.held[stream] = bytearray()
+                self.sender.windows[stream] = self.sender.initial
+        if stream in self.sender.windows:
+            self.to_client += credit(0, size) + (b"" if each.ends else credit(stream, size))
+            if stream in self.held:
+                self.held[stream] += data
+                self._release(stream, each.ends)
+            else:
+                self.sender.push(stream, data, end=each.ends)
+        elif size == len(data) <= self.sender.connection and stream not in self.sender.queues:
+            self.sender.connection -= size
+            self.to_server += each.raw
+        else:
+            # Of padding buildkitd sees nothing, so that it will not credit it.
+            self.to_client += credit(0, size - len(data)) + (b"" if each.ends else credit(stream, size - len(data)))
+            self.sender.push(stream, data, end=each.ends)
+
+    def _release(self, stream: int, end: bool) -> None:
+        """Let a held request go, if it is complete or turns out to be something else."""
+        held = self.held[stream]
+        like, size = like_solve(bytes(held[:80])), 5 + int.from_bytes(held[1:5], "big")
+        if not end and like is not False and size <= self.HELD and len(held) < max(size, 5):
+            return
+        message = bytes(self.held.pop(stream))
+        if like and len(message) >= size:
+            build = self.builds[stream] = message[7:7 + message[6]]
+            if build in self.refused:
+                self._refuse(stream, None)
+                return
+            try:
+                solve, answered = self.prepare(message[5:size])
+            except ApiError as error:
+                self.refused.add(build)
+                for each in [each for each, its in self.builds.items() if its == build]:
+                    self._refuse(each, error if each == stream else None)
+                return
+            message = struct.pack(">BI", 0, len(solve)) + solve + message[size:]
+            if answered:
+                self.answers[stream] = (bytearray(), answered)
+        self.sender.push(stream, message, end=end)
+
+    def _refuse(self, stream: int, error: Optional[ApiError]) -> None:
+        self.to_client += grpc_end(stream, error, self.begun.get(stream, False))
+        self.to_server += frame(RESET, 0, stream, struct.pack(">I", 8))
+        self._forget(stream)
+
+    def _answer_alone(self, each: Frame) -> None:
+        """Answer a frame of the client in place of a buildkitd that is not there."""
+        if each.kind == HEADERS:
+            self.to_client += grpc_end(each.stream, self.lost)
+        elif each.kind in (SETTINGS, PING) and not each.flags & ACK:
+            self.to_client += frame(each.kind, ACK, 0, bytes(each.data) if each.kind == PING else b"")
+
+    def from_server(self, data: bytes) -> None:
+        """Bytes of buildkitd."""
+        self.greeted = True
+        for each in self.server_frames.feed(data):
+            if each.kind == WINDOW_UPDATE:
+                self._server_credit(each)
+                continue
+            self.to_client += each.raw
+            if each.kind == SETTINGS and not each.flags & ACK:
+                change = self.sender.settings(each.data)
+                # The client's view of a window that is kept here must not shrink with it.
+                self.to_client += b"".join(credit(stream, -change) for stream in self.sender.windows)
+                self.sender.flush()
+            elif each.kind == HEADERS and each.stream in self.begun:
+                self.begun[each.stream] = True
+            elif each.kind == DATA and each.stream in self.answers:
+                answer = self.answers[each.stream][0]
+                answer += each.data[:max(0, self.HELD - len(answer))]
+            if each.ends:
+                if each.stream in self.answers:
+                    answer, answered = self.answers[each.stream]
+                    answered(bytes(answer[5:]))
+                self._forget(each.stream)
+
+    def _server_credit(self, each: Frame) -> None:
+        if each.stream == 0:
+            swallowed = min(self.sender.owed, each.number)
+            self.sender.owed -= swallowed
+            self.sender.connection += each.number
+            self.to_client += credit(0, each.number - swallowed)
+        elif each.stream in self.sender.windows:
+            self.sender.windows[each.stream] += each.number
+        else:
+            self.to_client += each.raw
+            return
+        self.sender.flush()
+
+    def _forget(self, stream: int) -> None:
+        self.fresh.discard(stream)
+        for table in (self.begun, self.held, self.answers, self.builds):
+            table.pop(stream, None)
+        self.to_client += credit(0, self.sender.forget(stream))
+
+    def client_ended(self) -> None:
+        """The client is gone: buildkitd notices by the end of its own connection."""
+
+    def server_ended(self, error: Optional[ApiError] = None) -> None:
+        """buildkitd is gone or was never there: end every stream with the reason, those to come too."""
+        self.lost = error or Unavailable("buildkitd has ended: see its log, and build again when it is back")
+        if not self.greeted:
+            self.to_client += frame(SETTINGS, 0, 0)
+        for stream, begun in self.begun.items():
+            self.to_client += grpc_end(stream, self.lost, begun)
+        for table in (self.begun, self.held, self.answers, self.builds):
+            table.clear()
 
 
 class Session:
@@ -4785,6 +4744,73 @@ def relay(joint: Any, client: socket.socket, server: Optional[socket.socket], ea
                 joint.server_ended()
 
 
+###############################################################################
+# BuildKit
+###############################################################################
+
+NO_BUILDKIT = "start it with a containerd worker, or say where it is with --buildkit-host"
+WORKER_LABEL = "org.mobyproject.buildkit.worker.containerd."
+
+
+def full_names(text: str) -> List[str]:
+    """The tags of a build, joined by commas, in full; 400 for what is no tag."""
+    names = []
+    for each in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            reference = parse_reference(each)
+        except BadParameter as error:
+            raise BadParameter(f"invalid tag {each!r}: {error}") from None
+        if reference.digest:
+            raise BadParameter(f"invalid tag {each!r}: a tag of a build has no digest")
+        names.append(reference.name)
+    return names
+
+
+def rewrite_exporter(exporter: bytes) -> Tuple[bytes, Optional[List[str]]]:
+    """An exporter as buildkitd knows it: `moby` becomes `image` with the attributes that dockerd gives it, any other stays.
+    With it the names it puts into the image store, None when it puts nothing there. 400 for a bad name."""
+    parts, kind, attributes = list(fields(exporter)), "", {}
+    for each in parts:
+        if each.number == 1:
+            kind = str(each.value, "utf-8")
+        elif each.number == 2:
+            key, value = read_entry(each.value)
+            attributes[key] = value
+    if kind == "image":
+        names = [each for each in attributes.get("name", "").split(",") if each]
+        return exporter, None if attributes.get("store", "").lower() in ("0", "f", "false") else names
+    if kind != "moby":
+        return exporter, None
+    names = full_names(attributes.get("name", ""))
+    changed = {"name": ",".join(names)} if names else {}
+    for key, value in (("unpack", "true"), ("dangling-name-prefix", "moby-dangling")):
+        if key not in attributes:
+            changed[key] = value
+    # Spelled so in BuildKit.
+    changed["danging-name-empty-only"] = "true"
+    kept = [each.raw for each in parts if each.number != 1 and not (each.number == 2 and read_entry(each.value)[0] in changed)]
+    added = [field(2, field(1, key.encode()) + field(2, value.encode())) for key, value in changed.items()]
+    return b"".join([field(1, b"image"), *kept, *added]), names
+
+
+def rewrite_solve(message: bytes) -> Tuple[bytes, Optional[List[str]]]:
+    """A SolveRequest as buildkitd understands it, with its other fields untouched, and the names it puts into the image
+    store, None when it puts nothing there. 400 for a bad name, ValueError for what is no SolveRequest."""
+    parts = list(fields(message))
+    exporters = [each.value for each in parts if each.number == 13]
+    if not exporters:
+        # The one exporter of older clients.
+        old = [field(1 if each.number == 3 else 2, each.value) for each in parts if each.number in (3, 4)]
+        exporters = [b"".join(old)] if old else []
+    rewritten = [rewrite_exporter(each) for each in exporters]
+    stored = [names for _, names in rewritten if names is not None]
+    told = [name for names in stored for name in names] if stored else None
+    if [each for each, _ in rewritten] == exporters:
+        return message, told
+    kept = [each.raw for each in parts if each.number not in (3, 4, 13)]
+    return b"".join([*kept, *(field(13, each) for each, _ in rewritten)]), told
+
+
 def dial(address: str, timeout: float = 5.0) -> socket.socket:
     """A connection to a buildkitd; 503 with the reason."""
     kind, _, place = address.partition("://")
@@ -4848,15 +4874,21 @@ def list_workers(address: str, timeout: float = 10.0) -> List[Dict[str, str]]:
     raise Unavailable(f"buildkitd at {address} does not tell its workers: see its log")
 
 
-def worker_complaint(workers: List[Dict[str, str]], namespace: str) -> str:
-    """Why an image built by the first of these workers would be in no store of nerdctl's, "" when it would be there."""
+def worker_complaint(workers: List[Dict[str, str]], namespace: str, containerd: str) -> str:
+    """Why nerdctl would not see an image built by the first of these workers, "" when it would. `containerd` is the UUID of
+    nerdctl's."""
     labels = workers[0] if workers else {}
-    found = labels.get(WORKER_NAMESPACE)
-    if found == namespace:
+    found, uuid = labels.get(WORKER_LABEL + "namespace"), labels.get(WORKER_LABEL + "uuid")
+    if found is None:
+        what = "has no containerd worker, or not as its first"
+    elif found != namespace:
+        what = f"builds for the containerd namespace {found!r}"
+    elif uuid and containerd and uuid != containerd:
+        what = "builds for another containerd"
+    else:
         return ""
-    what = "has no containerd worker" if found is None else f"builds for the containerd namespace {found!r}"
-    return (f"buildkitd {what}, so that nerdctl would never see the image: write `enabled = false` under [worker.oci], and `enabled = true` "
-            f"and `namespace = \"{namespace}\"` under [worker.containerd], into buildkitd.toml, and restart buildkitd")
+    return (f"buildkitd {what}, so that nerdctl would never see the image: in buildkitd.toml, write `enabled = false` under [worker.oci], and "
+            f"`enabled = true`, `namespace = \"{namespace}\"` and containerd's `address` under [worker.containerd], and restart buildkitd")
 
 
 def solved_digest(answer: bytes) -> str:
@@ -4884,7 +4916,8 @@ def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, 
         return message, None
     if names is None:
         return message, None
-    complaint = worker_complaint(list_workers(address), engine.nerdctl.namespace)
+    containerd = engine.snapshot.info.get().get("ID") or ""
+    complaint = worker_complaint(list_workers(address), engine.nerdctl.namespace, containerd)
     if complaint:
         raise Conflict(complaint)
     before = replaced_images(engine, names)
