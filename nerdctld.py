@@ -4134,6 +4134,8 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RESET, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
 END_STREAM = ACK = 1
 END_HEADERS, PADDED = 4, 8
+# Length and kind, flags, stream.
+FRAME_HEAD = struct.Struct(">IBI")
 WINDOW = 65535
 GRPC_CODES = {400: 3, 409: 9, 503: 14}
 
@@ -4228,7 +4230,7 @@ class Frame(NamedTuple):
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     """The bytes of a frame."""
-    return struct.pack(">IBI", len(payload) << 8 | kind, flags, stream) + payload
+    return FRAME_HEAD.pack(len(payload) << 8 | kind, flags, stream) + payload
 
 
 def credit(stream: int, size: int) -> bytes:
@@ -4282,27 +4284,20 @@ class Frames:
                 found.append(Frame(-1, 0, 0, self.preface))
                 at, self.preface = len(self.preface), b""
         view = memoryview(data)
-        while not self.preface:
-            end = self._end(data, at)
-            if not end:
+        while not self.preface and len(data) >= at + 9:
+            head, flags, stream = FRAME_HEAD.unpack_from(data, at)
+            kind, end = head & 255, at + 9 + (head >> 8)
+            while kind == HEADERS and not flags & END_HEADERS and len(data) >= end + 9:
+                head, more, _ = FRAME_HEAD.unpack_from(data, end)
+                flags, end = flags | more & END_HEADERS, end + 9 + (head >> 8)
+            if end > len(data) or kind == HEADERS and not flags & END_HEADERS:
                 break
-            found.append(Frame(data[at + 3], data[at + 4], int.from_bytes(data[at + 5:at + 9], "big") & 0x7FFFFFFF, view[at:end]))
+            found.append(Frame(kind, flags, stream & 0x7FFFFFFF, view[at:end]))
             at = end
         self.rest = data[at:]
         if len(self.rest) > self.LIMIT:
             raise ValueError("an HTTP/2 header block has no end")
         return found
-
-    @staticmethod
-    def _end(data: bytes, at: int) -> int:
-        while len(data) >= at + 9:
-            kind, flags = data[at + 3], data[at + 4]
-            at += 9 + int.from_bytes(data[at:at + 3], "big")
-            if len(data) < at:
-                break
-            if kind not in (HEADERS, CONTINUATION) or flags & END_HEADERS:
-                return at
-        return 0
 
 
 class Sender:
@@ -4345,7 +4340,7 @@ class Sender:
                 room = min(self.connection, self.frame_size, self.windows.get(stream, WINDOW), len(queue) - at)
                 if room <= 0:
                     break
-                self.out += struct.pack(">IBI", room << 8, END_STREAM if end and at + room == len(queue) else 0, stream)
+                self.out += FRAME_HEAD.pack(room << 8 | DATA, END_STREAM if end and at + room == len(queue) else 0, stream)
                 self.out += view[at:at + room]
                 at += room
                 self.connection -= room
