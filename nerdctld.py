@@ -4454,8 +4454,8 @@ class Call:
 
 def like_solve(data: bytes) -> Optional[bool]:
     """Whether a stream that begins with `data` may be a Solve: an uncompressed message that begins with a reference, which
-    is a short word. None when more has to be seen. Status and a few others look the same."""
-    if data[:1] not in (b"", b"\0") or data[5:6] not in (b"", b"\x0a") or data[6:7] > b"\x40":
+    is a short word. None when more has to be seen. Status looks the same."""
+    if data[:1] not in (b"", b"\0") or data[5:6] not in (b"", b"\x0a") or data[6:7] == b"\0" or data[6:7] > b"\x40":
         return False
     if len(data) < 7:
         return None
