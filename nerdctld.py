@@ -4515,6 +4515,10 @@ class Splice:
 
     def _client_data(self, each: Frame) -> None:
         stream, data, size = each.stream, each.data, len(each.raw) - 9
+        if stream not in self.begun:
+            # It has ended on the other side meanwhile.
+            self.to_client += credit(0, size)
+            return
         if stream in self.fresh and size:
             self.fresh.discard(stream)
             if like_solve(bytes(data[:80])) is not False:
