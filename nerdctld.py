@@ -10,7 +10,8 @@ Sections, each using only what stands above it:
 
     Errors · Requests, responses · Routes · nerdctl process · Conversions · Events · Snapshot · Engine ·
     System · Images · Build · Containers · Container create · Sessions · Container lifecycle · Streams · Exec ·
-    Archive · Statistics · Networks · Volumes · Swarm and plugins · HTTP server · Sockets · Command line
+    Archive · Statistics · Networks · Volumes · Swarm and plugins · gRPC · Relay · BuildKit · HTTP server ·
+    Sockets · Command line
 
 To add an endpoint:
     1. write `<op>_args()`, `parse_<thing>()` and `docker_<thing>()` as pure functions in the section of its resource;
@@ -7120,6 +7121,860 @@ for _method, _path in (("GET", "/plugins/privileges"), ("POST", "/plugins/pull")
                        ("POST", "/plugins/{image}/disable"), ("POST", "/plugins/{image}/upgrade"), ("POST", "/plugins/{image}/push"),
                        ("POST", "/plugins/{image}/set")):
     route(_method, _path)(plugin_refused)
+
+
+###############################################################################
+# gRPC
+###############################################################################
+
+# As much of protobuf, HTTP/2 and gRPC as it takes to speak with BuildKit; no I/O.
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, RESET, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
+END_STREAM = ACK = 1
+END_HEADERS, PADDED = 4, 8
+# Length and kind, flags, stream.
+FRAME_HEAD = struct.Struct(">IBI")
+WINDOW = 65535
+GRPC_CODES = {400: 3, 409: 9, 503: 14}
+
+
+class Field(NamedTuple):
+    """A field of a protobuf message: its number, its value (bytes, or an int for a varint) and all of its bytes."""
+
+    number: int
+    value: Any
+    raw: bytes
+
+
+def varint(number: int) -> bytes:
+    """A number as protobuf and HPACK write it, seven bits a byte."""
+    parts = bytearray()
+    while number > 127:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    parts.append(number)
+    return bytes(parts)
+
+
+def read_varint(data: bytes, at: int) -> Tuple[int, int]:
+    """The number that begins at `at`, and where it ends; ValueError for one that is cut short or has over 64 bits."""
+    number = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            break
+        byte = data[at]
+        at += 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, at
+    raise ValueError("not a varint")
+
+
+def field(number: int, value: bytes) -> bytes:
+    """A field that holds bytes, text or a message."""
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def fields(data: Any) -> Iterator[Field]:
+    """The fields of a message, bytes or a view of them, in order; ValueError for what is no message."""
+    at = 0
+    while at < len(data):
+        tag, start = read_varint(data, at)
+        wire, value = tag & 7, b""
+        if wire == 0:
+            value, end = read_varint(data, start)
+        elif wire in (1, 5):
+            end = start + (8 if wire == 1 else 4)
+        elif wire == 2:
+            size, start = read_varint(data, start)
+            end = start + size
+        else:
+            raise ValueError("not a protobuf message")
+        if not tag >> 3 or end > len(data):
+            raise ValueError("not a protobuf message")
+        yield Field(tag >> 3, value if wire == 0 else data[start:end], data[at:end])
+        at = end
+
+
+def read_entry(data: bytes) -> Tuple[str, str]:
+    """Key and value of an entry of a map of strings."""
+    found = {each.number: each.value for each in fields(data)}
+    return str(found.get(1, b""), "utf-8"), str(found.get(2, b""), "utf-8")
+
+
+class Frame(NamedTuple):
+    """An HTTP/2 frame: `raw` is all of it, a header block with its continuations. `kind` -1 is the preface."""
+
+    kind: int
+    flags: int
+    stream: int
+    raw: Any
+
+    @property
+    def ends(self) -> bool:
+        """Whether its sender says nothing more on the stream."""
+        return self.kind == RESET or self.kind in (DATA, HEADERS) and bool(self.flags & END_STREAM)
+
+    @property
+    def data(self) -> Any:
+        """What it carries, without padding."""
+        return self.raw[10:len(self.raw) - self.raw[9]] if self.kind == DATA and self.flags & PADDED else self.raw[9:]
+
+    @property
+    def number(self) -> int:
+        """The increment of a WINDOW_UPDATE."""
+        return int.from_bytes(self.raw[9:13], "big") & 0x7FFFFFFF
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """The bytes of a frame."""
+    return FRAME_HEAD.pack(len(payload) << 8 | kind, flags, stream) + payload
+
+
+def credit(stream: int, size: int) -> bytes:
+    """A WINDOW_UPDATE; nothing for 0 bytes."""
+    return frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", size)) if size > 0 else b""
+
+
+def header_block(headers: Iterable[Tuple[str, str]]) -> bytes:
+    """Headers in HPACK, all as literals that are kept in no table, so that they may stand between anybody else's."""
+    def text(value: str) -> bytes:
+        data = value.encode("latin-1", "replace")
+        return (varint(len(data)) if len(data) < 127 else b"\x7f" + varint(len(data) - 127)) + data
+
+    return b"".join(b"\x10" + text(name) + text(value) for name, value in headers)
+
+
+def header_frames(stream: int, headers: Iterable[Tuple[str, str]], flags: int = 0) -> bytes:
+    """HEADERS and as many CONTINUATIONs as the smallest limit of a frame demands."""
+    block = header_block(headers)
+    parts = [block[at:at + 16384] for at in range(0, len(block), 16384)]
+    return b"".join(frame(CONTINUATION if at else HEADERS, (0 if at else flags) | (END_HEADERS if at + 1 == len(parts) else 0), stream, part)
+                    for at, part in enumerate(parts))
+
+
+def grpc_end(stream: int, error: Optional[ApiError], begun: bool = False) -> bytes:
+    """The end of a gRPC stream, with an error or without; `begun` when the answer's headers were sent before."""
+    headers = [] if begun else [(":status", "200"), ("content-type", "application/grpc")]
+    headers.append(("grpc-status", str(GRPC_CODES.get(error.status, 13)) if error else "0"))
+    if error:
+        headers.append(("grpc-message", urllib.parse.quote(str(error), safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}")))
+    return header_frames(stream, headers, END_STREAM)
+
+
+class Frames:
+    """Cuts bytes, as they come, into frames."""
+
+    LIMIT = 1 << 25
+
+    def __init__(self, preface: bytes = b""):
+        self.preface = preface
+        self.rest = b""
+
+    def feed(self, data: Any) -> List[Frame]:
+        """The frames that are complete by now; ValueError for what is not HTTP/2."""
+        data = b"".join((self.rest, data))
+        found, at = [], 0
+        if self.preface:
+            if data[:len(self.preface)] != self.preface[:len(data)]:
+                raise ValueError("not HTTP/2")
+            if len(data) >= len(self.preface):
+                found.append(Frame(-1, 0, 0, self.preface))
+                at, self.preface = len(self.preface), b""
+        view = memoryview(data)
+        while not self.preface and len(data) >= at + 9:
+            head, flags, stream = FRAME_HEAD.unpack_from(data, at)
+            kind, end = head & 255, at + 9 + (head >> 8)
+            while kind == HEADERS and not flags & END_HEADERS and len(data) >= end + 9:
+                head, more, _ = FRAME_HEAD.unpack_from(data, end)
+                flags, end = flags | more & END_HEADERS, end + 9 + (head >> 8)
+            if end > len(data) or kind == HEADERS and not flags & END_HEADERS:
+                break
+            found.append(Frame(kind, flags, stream & 0x7FFFFFFF, view[at:end]))
+            at = end
+        self.rest = data[at:]
+        if len(self.rest) > self.LIMIT:
+            raise ValueError("an HTTP/2 header block has no end")
+        return found
+
+
+class Sender:
+    """DATA towards buildkitd, appended to `out` as its windows have room; the rest waits here. Sizes are in bytes."""
+
+    def __init__(self, out: bytearray):
+        self.out = out
+        self.connection = self.initial = WINDOW
+        self.frame_size = 16384
+        # Only streams on which more or other data is sent than the client sends: of all others it minds the window.
+        self.windows: Dict[int, int] = {}
+        self.queues: Dict[int, bytearray] = {}
+        self.ending: set = set()
+        # What was sent on those streams. The client must not be credited for it a second time.
+        self.owed = 0
+
+    @property
+    def waiting(self) -> int:
+        """How much waits for room."""
+        return sum(map(len, self.queues.values())) if self.queues else 0
+
+    def push(self, stream: int, *parts: Any, end: bool = False) -> None:
+        """Send data on a stream now or later."""
+        queue = self.queues.setdefault(stream, bytearray())
+        for part in parts:
+            queue += part
+        if end:
+            self.ending.add(stream)
+        self._flush(stream)
+
+    def flush(self) -> None:
+        """Send what there is room for by now."""
+        for stream in list(self.queues):
+            self._flush(stream)
+
+    def _flush(self, stream: int) -> None:
+        queue, at, end = self.queues[stream], 0, stream in self.ending
+        with memoryview(queue) as view:
+            while at < len(queue):
+                room = min(self.connection, self.frame_size, self.windows.get(stream, WINDOW), len(queue) - at)
+                if room <= 0:
+                    break
+                self.out += FRAME_HEAD.pack(room << 8 | DATA, END_STREAM if end and at + room == len(queue) else 0, stream)
+                self.out += view[at:at + room]
+                at += room
+                self.connection -= room
+                if stream in self.windows:
+                    self.windows[stream] -= room
+                    self.owed += room
+        if end and not queue:
+            self.out += frame(DATA, END_STREAM, stream)
+        del queue[:at]
+        if not queue:
+            self.ending.discard(stream)
+            del self.queues[stream]
+
+    def settings(self, payload: bytes) -> int:
+        """Heed a SETTINGS frame; by how much the window of every stream has changed."""
+        change = 0
+        for key, value in struct.iter_unpack(">HI", bytes(payload[:len(payload) // 6 * 6])):
+            if key == 5:
+                self.frame_size = max(16384, value)
+            elif key == 4:
+                change += value - self.initial
+                self.windows = {stream: window + value - self.initial for stream, window in self.windows.items()}
+                self.initial = value
+        return change
+
+    def forget(self, stream: int) -> int:
+        """Drop a stream; how many bytes of the client's own wait no more."""
+        left = len(self.queues.pop(stream, b""))
+        self.ending.discard(stream)
+        return 0 if self.windows.pop(stream, None) is not None else left
+
+
+class Call:
+    """One gRPC call as the HTTP/2 client of a connection of its own, without I/O: `out` is to be written to it."""
+
+    WINDOW = 1 << 22
+    LONGEST = 1 << 26
+
+    def __init__(self, method: str, headers: Iterable[Tuple[str, str]] = ()):
+        self.frames = Frames()
+        self.body = bytearray()
+        self.received = 0
+        self.ended = False
+        settings = struct.pack(">HIHI", 2, 0, 4, self.WINDOW)
+        # Without an authority or a content type buildkitd refuses the call; with an upper-case name too.
+        first = [(":method", "POST"), (":scheme", "http"), (":path", method), (":authority", "localhost"),
+                 ("content-type", "application/grpc"), ("te", "trailers")]
+        self.out = bytearray(PREFACE + frame(SETTINGS, 0, 0, settings) + credit(0, self.WINDOW - WINDOW))
+        self.sender = Sender(self.out)
+        self.sender.windows[1] = WINDOW
+        self.out += header_frames(1, [*first, *((name.lower(), value) for name, value in headers)])
+
+    def send(self, *parts: Any) -> None:
+        """Send a message that is the sum of its parts."""
+        self.sender.push(1, struct.pack(">BI", 0, sum(map(len, parts))), *parts)
+
+    def finish(self) -> None:
+        """Say that no more messages come."""
+        self.sender.push(1, end=True)
+
+    def feed(self, data: bytes) -> List[bytes]:
+        """The messages that are complete by now; `ended` is set with the last. ValueError for what is not gRPC."""
+        for each in self.frames.feed(data):
+            if each.kind == DATA:
+                self.received += len(each.raw) - 9
+                self.body += each.data
+            elif each.kind == SETTINGS and not each.flags & ACK:
+                self.sender.settings(each.data)
+                self.out += frame(SETTINGS, ACK, 0)
+                self.sender.flush()
+            elif each.kind == PING and not each.flags & ACK:
+                self.out += frame(PING, ACK, 0, bytes(each.data))
+            elif each.kind == WINDOW_UPDATE:
+                if each.stream:
+                    self.sender.windows[1] += each.number
+                else:
+                    self.sender.connection += each.number
+                self.sender.flush()
+            self.ended = self.ended or each.ends and each.stream == 1
+        return self._messages()
+
+    def _messages(self) -> List[bytes]:
+        found, at = [], 0
+        while len(self.body) >= at + 5:
+            end = at + 5 + int.from_bytes(self.body[at + 1:at + 5], "big")
+            if self.body[at] or end - at > self.LONGEST:
+                raise ValueError("buildkitd sent a message that is compressed or too long")
+            if len(self.body) < end:
+                break
+            with memoryview(self.body) as view:
+                found.append(bytes(view[at + 5:end]))
+            at = end
+        del self.body[:at]
+        return found
+
+    def consumed(self) -> None:
+        """Make room for more, since what came has been used up."""
+        if self.received >= self.WINDOW // 4:
+            self.out += credit(0, self.received) + credit(1, self.received)
+            self.received = 0
+
+
+###############################################################################
+# Relay
+###############################################################################
+
+# `docker build` of today speaks gRPC with the builder itself. On /grpc the client is the HTTP/2 client and buildkitd the
+# server: bytes pass as they are, but for the Solve requests that ask for dockerd's own exporter. On /session the roles are
+# turned: what the client sends is carried inside one call of buildkitd's Control/Session, whose HTTP/2 client is here.
+
+
+def like_solve(data: bytes) -> Optional[bool]:
+    """Whether a stream that begins with `data` may be a Solve: an uncompressed message that begins with a reference, which
+    is a short word. None when more has to be seen. Status looks the same."""
+    if data[:1] not in (b"", b"\0") or data[5:6] not in (b"", b"\x0a") or data[6:7] == b"\0" or data[6:7] > b"\x40":
+        return False
+    if len(data) < 7:
+        return None
+    word = data[7:7 + data[6]]
+    if word and not re.fullmatch(rb"[A-Za-z0-9]+", word):
+        return False
+    return True if len(word) == data[6] else None
+
+
+class Splice:
+    """/grpc: the client's frames to buildkitd and buildkitd's to the client, without I/O.
+
+    `prepare(message)` takes a SolveRequest and returns the one to send and, unless it is None, a function to be called with
+    buildkitd's answer; its ApiError ends the stream. Such a request can be larger than the windows: it is taken off the
+    client at once and sent as buildkitd has room, so that on its stream both windows are ours to keep."""
+
+    HELD = 1 << 25
+    over = False
+
+    def __init__(self, prepare: Callable[[bytes], Tuple[bytes, Optional[Callable[[bytes], None]]]]):
+        self.prepare = prepare
+        self.to_client, self.to_server = bytearray(), bytearray()
+        self.client_frames, self.server_frames = Frames(PREFACE), Frames()
+        self.sender = Sender(self.to_server)
+        self.fresh: set = set()
+        self.begun: Dict[int, bool] = {}
+        self.held: Dict[int, bytearray] = {}
+        self.answers: Dict[int, Tuple[bytearray, Callable[[bytes], None]]] = {}
+        # The build that a stream belongs to, and those that were refused: who follows their progress would wait in vain.
+        self.builds: Dict[int, bytes] = {}
+        self.refused: set = set()
+        self.lost: Optional[ApiError] = None
+        self.greeted = False
+
+    def room(self) -> Tuple[bool, bool]:
+        """Whether more may be read from the client, and from buildkitd."""
+        return len(self.to_server) + self.sender.waiting < 4 * BLOCK, len(self.to_client) < 4 * BLOCK
+
+    def flushed(self) -> None:
+        """Nothing depends on what was written."""
+
+    def from_client(self, data: bytes) -> None:
+        """Bytes of the client."""
+        for each in self.client_frames.feed(data):
+            if self.lost:
+                self._answer_alone(each)
+            elif each.kind == DATA:
+                self._client_data(each)
+            else:
+                if each.kind == HEADERS and each.stream not in self.begun:
+                    self.begun[each.stream] = False
+                    if not each.ends:
+                        self.fresh.add(each.stream)
+                elif each.kind == RESET:
+                    self._forget(each.stream)
+                self.to_server += each.raw
+
+    def _client_data(self, each: Frame) -> None:
+        stream, data, size = each.stream, each.data, len(each.raw) - 9
+        if stream not in self.begun:
+            # It has ended on the other side meanwhile.
+            self.to_client += credit(0, size)
+            return
+        if stream in self.fresh and size:
+            self.fresh.discard(stream)
+            if like_solve(bytes(data[:80])) is not False:
+                self.held[stream] = bytearray()
+                self.sender.windows[stream] = self.sender.initial
+        if stream in self.sender.windows:
+            self.to_client += credit(0, size) + (b"" if each.ends else credit(stream, size))
+            if stream in self.held:
+                self.held[stream] += data
+                self._release(stream, each.ends)
+            else:
+                self.sender.push(stream, data, end=each.ends)
+        elif size == len(data) <= self.sender.connection and stream not in self.sender.queues:
+            self.sender.connection -= size
+            self.to_server += each.raw
+        else:
+            # Of padding buildkitd sees nothing, so that it will not credit it.
+            self.to_client += credit(0, size - len(data)) + (b"" if each.ends else credit(stream, size - len(data)))
+            self.sender.push(stream, data, end=each.ends)
+
+    def _release(self, stream: int, end: bool) -> None:
+        """Let a held request go, if it is complete or turns out to be something else."""
+        held = self.held[stream]
+        like, size = like_solve(bytes(held[:80])), 5 + int.from_bytes(held[1:5], "big")
+        if not end and like is not False and size <= self.HELD and len(held) < max(size, 5):
+            return
+        message = bytes(self.held.pop(stream))
+        if like and len(message) >= size:
+            build = self.builds[stream] = message[7:7 + message[6]]
+            if build in self.refused:
+                self._refuse(stream, None)
+                return
+            try:
+                solve, answered = self.prepare(message[5:size])
+            except ApiError as error:
+                self.refused.add(build)
+                for each in [each for each, its in self.builds.items() if its == build]:
+                    self._refuse(each, error if each == stream else None)
+                return
+            message = struct.pack(">BI", 0, len(solve)) + solve + message[size:]
+            if answered:
+                self.answers[stream] = (bytearray(), answered)
+        self.sender.push(stream, message, end=end)
+
+    def _refuse(self, stream: int, error: Optional[ApiError]) -> None:
+        self.to_client += grpc_end(stream, error, self.begun.get(stream, False))
+        self.to_server += frame(RESET, 0, stream, struct.pack(">I", 8))
+        self._forget(stream)
+
+    def _answer_alone(self, each: Frame) -> None:
+        """Answer a frame of the client in place of a buildkitd that is not there."""
+        if each.kind == HEADERS:
+            self.to_client += grpc_end(each.stream, self.lost)
+        elif each.kind in (SETTINGS, PING) and not each.flags & ACK:
+            self.to_client += frame(each.kind, ACK, 0, bytes(each.data) if each.kind == PING else b"")
+
+    def from_server(self, data: bytes) -> None:
+        """Bytes of buildkitd."""
+        self.greeted = True
+        for each in self.server_frames.feed(data):
+            if each.kind == WINDOW_UPDATE:
+                self._server_credit(each)
+                continue
+            self.to_client += each.raw
+            if each.kind == SETTINGS and not each.flags & ACK:
+                change = self.sender.settings(each.data)
+                # The client's view of a window that is kept here must not shrink with it.
+                self.to_client += b"".join(credit(stream, -change) for stream in self.sender.windows)
+                self.sender.flush()
+            elif each.kind == HEADERS and each.stream in self.begun:
+                self.begun[each.stream] = True
+            elif each.kind == DATA and each.stream in self.answers:
+                answer = self.answers[each.stream][0]
+                answer += each.data[:max(0, self.HELD - len(answer))]
+            if each.ends:
+                if each.stream in self.answers:
+                    answer, answered = self.answers[each.stream]
+                    answered(bytes(answer[5:]))
+                self._forget(each.stream)
+
+    def _server_credit(self, each: Frame) -> None:
+        if each.stream == 0:
+            swallowed = min(self.sender.owed, each.number)
+            self.sender.owed -= swallowed
+            self.sender.connection += each.number
+            self.to_client += credit(0, each.number - swallowed)
+        elif each.stream in self.sender.windows:
+            self.sender.windows[each.stream] += each.number
+        else:
+            self.to_client += each.raw
+            return
+        self.sender.flush()
+
+    def _forget(self, stream: int) -> None:
+        self.fresh.discard(stream)
+        for table in (self.begun, self.held, self.answers, self.builds):
+            table.pop(stream, None)
+        self.to_client += credit(0, self.sender.forget(stream))
+
+    def client_ended(self) -> None:
+        """The client is gone: buildkitd notices by the end of its own connection."""
+
+    def server_ended(self, error: Optional[ApiError] = None) -> None:
+        """buildkitd is gone or was never there: end every stream with the reason, those to come too."""
+        self.lost = error or Unavailable("buildkitd has ended: see its log, and build again when it is back")
+        if not self.greeted:
+            self.to_client += frame(SETTINGS, 0, 0)
+        for stream, begun in self.begun.items():
+            self.to_client += grpc_end(stream, self.lost, begun)
+        for table in (self.begun, self.held, self.answers, self.builds):
+            table.clear()
+
+
+class Session:
+    """/session: what the client sends as messages of one call, and back, without I/O."""
+
+    def __init__(self, headers: Iterable[Tuple[str, str]]):
+        self.call = Call("/moby.buildkit.v1.Control/Session", headers)
+        self.to_client, self.to_server = bytearray(), self.call.out
+
+    @property
+    def over(self) -> bool:
+        """Whether buildkitd has said all."""
+        return self.call.ended
+
+    def room(self) -> Tuple[bool, bool]:
+        """Whether more may be read from the client, and from buildkitd: always, since its window is bounded."""
+        return len(self.to_server) + self.call.sender.waiting < 4 * BLOCK, True
+
+    def flushed(self) -> None:
+        """Let buildkitd send more when the client has taken most of what came."""
+        if len(self.to_client) < BLOCK:
+            self.call.consumed()
+
+    def from_client(self, data: bytes) -> None:
+        """Bytes of the client: one message."""
+        self.call.send(varint(1 << 3 | 2) + varint(len(data)), data)
+
+    def from_server(self, data: bytes) -> None:
+        """Bytes of buildkitd."""
+        for message in self.call.feed(data):
+            for each in fields(memoryview(message)):
+                if each.number == 1:
+                    self.to_client += each.value
+
+    def client_ended(self) -> None:
+        """The client has said all."""
+        self.call.finish()
+
+    def server_ended(self) -> None:
+        """buildkitd is gone: so is the session."""
+        self.call.ended = True
+
+
+class End:
+    """One end of a relay: a socket that does not block, what is to be written to it, and who takes what is read."""
+
+    def __init__(self, sock: socket.socket, out: bytearray, feed: Callable[[bytes], None]):
+        self.sock = sock
+        self.out = out
+        self.feed = feed
+        self.broken = False
+        self.buffer = memoryview(bytearray(BLOCK))
+        sock.setblocking(False)
+
+    def read(self) -> Optional[memoryview]:
+        """What has come, to be used up before the next; empty at the end, None when nothing has."""
+        try:
+            return self.buffer[:self.sock.recv_into(self.buffer)]
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            return self.buffer[:0]
+
+    def flush(self) -> None:
+        """Write as much as goes; what nobody can take any more is dropped, and the end is `broken`."""
+        while self.out:
+            try:
+                del self.out[:0 if self.broken else self.sock.send(self.out)]
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                self.broken = True
+            if self.broken:
+                self.out.clear()
+
+
+def relay(joint: Any, client: socket.socket, server: Optional[socket.socket], early: bytes = b"") -> None:
+    """Carry bytes between the two through a Splice or a Session until one of them has ended. After buildkitd's end the
+    client is answered for a few seconds more."""
+    near = End(client, joint.to_client, joint.from_client)
+    far = End(server, joint.to_server, joint.from_server) if server else None
+    deadline = None if far else time.monotonic() + 10.0
+    poller = select.poll()
+    if early:
+        joint.from_client(early)
+    while True:
+        near.flush()
+        if near.broken or joint.over and not near.out or deadline and time.monotonic() > deadline:
+            return
+        joint.flushed()
+        if far:
+            far.flush()
+        for end, room in zip((near, far), joint.room()):
+            if end:
+                poller.register(end.sock, (select.POLLIN if room else 0) | (select.POLLOUT if end.out else 0))
+        for descriptor, what in poller.poll(1000 if deadline else None):
+            if not what & ~select.POLLOUT:
+                continue
+            end = near if descriptor == client.fileno() else far
+            data = end.read()
+            if data:
+                end.feed(data)
+            elif data is not None and end is near:
+                joint.client_ended()
+                if far:
+                    far.flush()
+                return
+            elif data is not None:
+                poller.unregister(server)
+                far, deadline = None, time.monotonic() + 10.0
+                joint.server_ended()
+
+
+###############################################################################
+# BuildKit
+###############################################################################
+
+NO_BUILDKIT = "start it with a containerd worker, or say where it is with --buildkit-host"
+WORKER_LABEL = "org.mobyproject.buildkit.worker.containerd."
+
+
+def full_names(text: str) -> List[str]:
+    """The tags of a build, joined by commas, in full; 400 for what is no tag."""
+    names = []
+    for each in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            reference = parse_reference(each)
+        except BadParameter as error:
+            raise BadParameter(f"invalid tag {each!r}: {error}") from None
+        if reference.digest:
+            raise BadParameter(f"invalid tag {each!r}: a tag of a build has no digest")
+        names.append(reference.name)
+    return names
+
+
+def rewrite_exporter(exporter: bytes) -> Tuple[bytes, Optional[List[str]]]:
+    """An exporter as buildkitd knows it: `moby` becomes `image` with the attributes that dockerd gives it, any other stays.
+    With it the names it puts into the image store, None when it puts nothing there. 400 for a bad name."""
+    parts, kind, attributes = list(fields(exporter)), "", {}
+    for each in parts:
+        if each.number == 1:
+            kind = str(each.value, "utf-8")
+        elif each.number == 2:
+            key, value = read_entry(each.value)
+            attributes[key] = value
+    if kind == "image":
+        names = [each for each in attributes.get("name", "").split(",") if each]
+        return exporter, None if attributes.get("store", "").lower() in ("0", "f", "false") else names
+    if kind != "moby":
+        return exporter, None
+    names = full_names(attributes.get("name", ""))
+    changed = {"name": ",".join(names)} if names else {}
+    for key, value in (("unpack", "true"), ("dangling-name-prefix", "moby-dangling")):
+        if key not in attributes:
+            changed[key] = value
+    # Spelled so in BuildKit.
+    changed["danging-name-empty-only"] = "true"
+    kept = [each.raw for each in parts if each.number != 1 and not (each.number == 2 and read_entry(each.value)[0] in changed)]
+    added = [field(2, field(1, key.encode()) + field(2, value.encode())) for key, value in changed.items()]
+    return b"".join([field(1, b"image"), *kept, *added]), names
+
+
+def rewrite_solve(message: bytes) -> Tuple[bytes, Optional[List[str]]]:
+    """A SolveRequest as buildkitd understands it, with its other fields untouched, and the names it puts into the image
+    store, None when it puts nothing there. 400 for a bad name, ValueError for what is no SolveRequest."""
+    parts = list(fields(message))
+    exporters = [each.value for each in parts if each.number == 13]
+    if not exporters:
+        # The one exporter of older clients.
+        old = [field(1 if each.number == 3 else 2, each.value) for each in parts if each.number in (3, 4)]
+        exporters = [b"".join(old)] if old else []
+    rewritten = [rewrite_exporter(each) for each in exporters]
+    stored = [names for _, names in rewritten if names is not None]
+    told = [name for names in stored for name in names] if stored else None
+    if [each for each, _ in rewritten] == exporters:
+        return message, told
+    kept = [each.raw for each in parts if each.number not in (3, 4, 13)]
+    return b"".join([*kept, *(field(13, each) for each, _ in rewritten)]), told
+
+
+def dial(address: str, timeout: float = 5.0) -> socket.socket:
+    """A connection to a buildkitd; 503 with the reason."""
+    kind, _, place = address.partition("://")
+    try:
+        if kind == "unix":
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(timeout)
+                sock.connect(place)
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+        if kind == "tcp":
+            host, _, port = place.rstrip("/").rpartition(":")
+            sock = socket.create_connection((host.strip("[]"), int(port)), timeout)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            return sock
+    except (OSError, ValueError, OverflowError) as error:
+        raise Unavailable(f"{address}: {getattr(error, 'strerror', None) or error}") from None
+    raise Unavailable(f"{address}: only unix://PATH and tcp://HOST:PORT can be reached")
+
+
+def dial_buildkit(nerdctl: Nerdctl) -> Tuple[socket.socket, str]:
+    """A connection to the buildkitd that nerdctl would use, and its address; 503 when there is none."""
+    reasons = []
+    for address in nerdctl.buildkit_addresses():
+        try:
+            return dial(address), address
+        except Unavailable as error:
+            reasons.append(str(error))
+    raise Unavailable(f"buildkitd does not answer ({'; '.join(reasons)}): {NO_BUILDKIT}")
+
+
+def parse_workers(message: bytes) -> List[Dict[str, str]]:
+    """The labels of each worker of a ListWorkersResponse, the worker that builds first."""
+    return [dict(read_entry(label.value) for label in fields(record.value) if label.number == 2)
+            for record in fields(message) if record.number == 1]
+
+
+def list_workers(address: str, timeout: float = 10.0) -> List[Dict[str, str]]:
+    """The labels of a buildkitd's workers; 503 when it does not tell them in time."""
+    call, deadline = Call("/moby.buildkit.v1.Control/ListWorkers"), time.monotonic() + timeout
+    call.send()
+    call.finish()
+    try:
+        with dial(address) as sock:
+            while not call.ended:
+                sock.settimeout(max(0.01, deadline - time.monotonic()))
+                sock.sendall(call.out)
+                call.out.clear()
+                data = sock.recv(BLOCK)
+                messages = call.feed(data)
+                if messages:
+                    return parse_workers(messages[0])
+                if not data:
+                    break
+    except (OSError, ValueError):
+        pass
+    raise Unavailable(f"buildkitd at {address} does not tell its workers: see its log")
+
+
+def worker_complaint(workers: List[Dict[str, str]], namespace: str, containerd: str) -> str:
+    """Why nerdctl would not see an image built by the first of these workers, "" when it would. `containerd` is the UUID of
+    nerdctl's."""
+    labels = workers[0] if workers else {}
+    found, uuid = labels.get(WORKER_LABEL + "namespace"), labels.get(WORKER_LABEL + "uuid")
+    if found is None:
+        what = "has no containerd worker, or not as its first"
+    elif found != namespace:
+        what = f"builds for the containerd namespace {found!r}"
+    elif uuid and containerd and uuid != containerd:
+        what = "builds for another containerd"
+    else:
+        return ""
+    return (f"buildkitd {what}, so that nerdctl would never see the image: in buildkitd.toml, write `enabled = false` under [worker.oci], and "
+            f"`enabled = true`, `namespace = \"{namespace}\"` and containerd's `address` under [worker.containerd], and restart buildkitd")
+
+
+def solved_digest(answer: bytes) -> str:
+    """The image's digest in a SolveResponse, "" when there is none."""
+    with contextlib.suppress(ValueError, TypeError):
+        return dict(read_entry(each.value) for each in fields(answer) if each.number == 1).get("containerimage.digest", "")
+    return ""
+
+
+def replaced_images(engine: Engine, names: List[str]) -> Dict[str, str]:
+    """The ids of the images that have these names now. Only told while somebody listens to events: it costs a process."""
+    if not engine.journal.queues:
+        return {}
+    with contextlib.suppress(ApiError):
+        return {each.name: each.id for each in engine.snapshot.names.get() if each.name in names}
+    return {}
+
+
+def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, Optional[Callable[[bytes], None]]]:
+    """What a Splice asks of a SolveRequest. 400 for a bad tag; 409 when the image would get lost; 503 when buildkitd
+    does not say where it would go."""
+    try:
+        message, names = rewrite_solve(message)
+    except (ValueError, TypeError):
+        return message, None
+    if names is None:
+        return message, None
+    containerd = engine.snapshot.info.get().get("ID") or ""
+    complaint = worker_complaint(list_workers(address), engine.nerdctl.namespace, containerd)
+    if complaint:
+        raise Conflict(complaint)
+    before = replaced_images(engine, names)
+
+    def answered(answer: bytes) -> None:
+        engine.snapshot.names.drop()
+        digest = solved_digest(answer)
+        # A name that is new is told by containerd.
+        for name in names if digest else ():
+            if before.get(name, digest) != digest:
+                engine.journal.emit("image", "untag", before[name], {"name": familiar(name)})
+            if name in before:
+                engine.journal.emit("image", "tag", digest, {"name": familiar(name)})
+
+    return message, answered
+
+
+@route("POST", "/grpc")
+def buildkit_grpc(engine: Engine, request: Request) -> Response:
+    """101, then buildkitd. 101 also without one: after anything else clients would set up a builder of their own."""
+    try:
+        server, address = dial_buildkit(engine.nerdctl)
+        failure = None
+    except ApiError as error:
+        server, address, failure = None, "", error
+
+    def serve(connection: Connection) -> None:
+        splice = Splice(functools.partial(prepare_solve, engine, address))
+        if failure:
+            log(f"build: {failure}")
+            splice.server_ended(failure)
+        join(splice, connection, server)
+
+    return Response(101, Hijack(serve, protocol="h2c"))
+
+
+@route("POST", "/session")
+def buildkit_session(engine: Engine, request: Request) -> Response:
+    """101, then a session of buildkitd; without a buildkitd one that ends at once."""
+    headers = [(name, value) for name, value in request.headers.items() if name.lower().startswith("x-docker-expose-session-")]
+    server = None
+    with contextlib.suppress(ApiError):
+        server, _ = dial_buildkit(engine.nerdctl)
+
+    def serve(connection: Connection) -> None:
+        if server:
+            join(Session(headers), connection, server)
+
+    return Response(101, Hijack(serve, protocol="h2c"))
+
+
+def join(joint: Any, connection: Connection, server: Optional[socket.socket]) -> None:
+    """Relay until the end and close buildkitd's side."""
+    try:
+        relay(joint, connection.sock, server, connection.early)
+    except ValueError as error:
+        log(f"build: {error}")
+    finally:
+        if server:
+            server.close()
 
 
 ###############################################################################
