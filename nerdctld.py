@@ -29,6 +29,7 @@ import copy
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import http.client
 import http.server
