@@ -7631,7 +7631,7 @@ class Splice:
             table.clear()
 
 
-class Session:
+class BuildSession:
     """/session: what the client sends as messages of one call, and back, without I/O."""
 
     def __init__(self, headers: Iterable[Tuple[str, str]]):
@@ -7962,7 +7962,7 @@ def buildkit_session(engine: Engine, request: Request) -> Response:
 
     def serve(connection: Connection) -> None:
         if server:
-            join(Session(headers), connection, server)
+            join(BuildSession(headers), connection, server)
 
     return Response(101, Hijack(serve, protocol="h2c"))
 

@@ -934,6 +934,15 @@ class TestShape:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 assert ast.get_docstring(node), f"{node.name} has no docstring"
 
+    def test_no_name_is_given_twice(self):
+        names = []
+        for node in ast.parse(SOURCE).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.append(node.name)
+            elif isinstance(node, ast.Assign):
+                names += [each.id for each in node.targets if isinstance(each, ast.Name)]
+        assert sorted(names) == sorted(set(names))
+
     def test_sections_are_those_of_the_docstring(self):
         banners = re.findall(r"^#{79}\n# (.+)\n#{79}$", SOURCE, re.M)
         listed = re.search(r"stands above it:\n\n(.*?)\n\n", nerdctld.__doc__, re.S).group(1)
