@@ -1986,10 +1986,10 @@ class Tasks:
         """Whether a command in a container was started after the count stood so."""
         return self.execs.get(real, 0) > count
 
-    def wait(self, container: Container, condition: str, since: int, gone: threading.Event) -> Optional[int]:
-        """Wait as `POST /containers/{id}/wait` says; the exit status, None when the client has gone."""
+    def wait(self, container: Container, condition: str, since: int, gone: Callable[[], bool]) -> Optional[int]:
+        """Wait as `POST /containers/{id}/wait` says; the exit status, None when there is nobody to be told."""
         began = time.time_ns()
-        while not gone.is_set():
+        while not gone():
             seen = self.count
             status = self._status(container, condition, since, began)
             if status is not None:
@@ -2028,6 +2028,7 @@ class Engine:
         self.snapshot = Snapshot(nerdctl, self.feed)
         self.started = time.time()
         self.lock = threading.Lock()
+        self.closing = threading.Event()
         self.tasks = Tasks(self.feed, self.snapshot)
         # By the ids that clients know: what holds a container's streams, and who waits for its start.
         self.sessions: Dict[str, Any] = {}
@@ -2048,11 +2049,22 @@ class Engine:
 
     def busy(self) -> bool:
         """Whether something depends on the daemon although no request is running."""
-        return self.feed.needs > 0
+        return self.feed.needs > 0 or bool(self.sessions) or any(each.running for each in list(self.execs.values()))
+
+    def hang_up(self) -> None:
+        """The daemon is about to end: those who only follow something are let go."""
+        self.closing.set()
+        self.journal.close()
+        self.tasks.wake()
+        with self.lock:
+            clients = [each for waiting in self.waiting.values() for each in waiting]
+            clients += [each for session in self.sessions.values() for each in session.attachments]
+        for each in clients:
+            each.leave()
 
     def close(self) -> None:
         """End everything that was started and remove every temporary file."""
-        self.journal.close()
+        self.hang_up()
         self.feed.close()
         self.nerdctl.end_all()
         self.workspace.remove()
@@ -5083,7 +5095,7 @@ def follow_log(engine: Engine, container: Container, file: LogFile, follow: bool
     `stop()`. Yields a line without text now and then, for the caller to look around."""
     pause = 0.002
     patience = time.monotonic() + 2.0
-    while not stop():
+    while not stop() and not engine.closing.is_set():
         complete = log_is_complete(container)
         lines = file.lines()
         if lines:
@@ -5106,7 +5118,7 @@ def may_run(engine: Engine, container: Container) -> bool:
     if not engine.feed.live:
         return not log_is_complete(container)
     with contextlib.suppress(ApiError):
-        now = engine.snapshot.containers.get().get(container.real)
+        now = engine.snapshot.containers.known().get(container.real)
         return now is not None and now.state in ("running", "paused", "restarting")
     return False
 
@@ -5159,7 +5171,7 @@ def start_container(engine: Engine, container: Container) -> None:
     try:
         with engine.feed.needed():
             if stdin and not tty and not was_started(container):
-                start_with_stdin(engine, container, waiting)
+                start_with_stdin(engine, engine.snapshot.container(container.id), waiting)
             elif waiting:
                 start_attached(engine, container, waiting, tty, any(each.stdin for each in waiting))
             else:
@@ -5427,7 +5439,7 @@ def container_wait(engine: Engine, request: Request, name: str) -> Response:
         yield b""
         gone = threading.Event()
         with engine.feed.needed(), request.client.when_gone(lambda: (gone.set(), engine.tasks.wake())):
-            status = engine.tasks.wait(container, condition, since, gone)
+            status = engine.tasks.wait(container, condition, since, lambda: gone.is_set() or engine.closing.is_set())
         if status is not None:
             yield json_bytes({"StatusCode": status}) + b"\n"
 
@@ -5544,7 +5556,7 @@ class Caretaker:
         """After the end of a container (any, for ""): remove it if it is to be, and stop caring for what does not run."""
         if not real and not self.cared:
             return
-        table = self.engine.snapshot.containers.get()
+        table = self.engine.snapshot.containers.known()
         for container in [table[real]] if real in table else list(table.values()) if not real else []:
             if container.running or container.state in ("restarting", "created") or container.id in self.engine.replaced:
                 continue
@@ -5555,7 +5567,7 @@ class Caretaker:
                 with contextlib.suppress(NotFound):
                     remove_container(self.engine, container, force=True, volumes=True)
             self.release(container.id)
-        known = {each.id for each in self.engine.snapshot.containers.get().values()}
+        known = {each.id for each in self.engine.snapshot.containers.known().values()}
         for identity in [each for each in self.cared if each not in known and each not in self.engine.replaced]:
             self.release(identity)
 
@@ -6577,7 +6589,7 @@ def container_stats(engine: Engine, request: Request, name: str) -> Response:
         gone = threading.Event()
         before: Dict[str, Any] = {}
         with engine.feed.needed(), request.client.when_gone(gone.set):
-            while not gone.is_set():
+            while not gone.is_set() and not engine.closing.is_set():
                 try:
                     found = sample(before)
                 except NotFound:
@@ -8339,6 +8351,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                 return self.respond(error_response(error), body)
             # Too late for a status: the missing end of the chunks tells the client.
             self.close_connection = True
+            if self.server.engine.nerdctl.debug:
+                log(f"{self.command} {self.path.partition('?')[0]}: broken off: {error}")
         except (ClientGone, OSError):
             self.close_connection = True
         except Exception:
@@ -8663,6 +8677,7 @@ def main(argv: Optional[List[str]] = None) -> int:
                 os.unlink(path)
     # Streams of events would last until their clients leave.
     engine.journal.close()
+    engine.hang_up()
     deadline = time.monotonic() + 10.0
     while server.active and time.monotonic() < deadline:
         time.sleep(0.02)
