@@ -991,7 +991,7 @@ class TestBuildKitLive:
         assert images[0]["RepoTags"] == ["live:dir"]
 
     def test_stdin_tar(self, builder, context, tmp_path):
-        with tarfile.open(tmp_path / "c.tar", "w") as archive:
+        with tarfile.open(tmp_path / "c.tar", "w", format=tarfile.GNU_FORMAT) as archive:
             archive.add(context, ".")
         builder.run("build", "-t", "live:tar", "-", data=(tmp_path / "c.tar").read_bytes())
         assert builder.result("live:tar") == "x=1\nhi\n"
