@@ -7170,7 +7170,7 @@ def varint(number: int) -> bytes:
 
 
 def read_varint(data: bytes, at: int) -> Tuple[int, int]:
-    """The number that begins at `at`, and where it ends; ValueError for one that is cut short or has over 64 bits."""
+    """The number that begins at `at`, and where it ends; ValueError for one that is cut short or has over ten bytes."""
     number = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
