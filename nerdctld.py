@@ -10,7 +10,7 @@ Sections, each using only what stands above it:
 
     Errors · Requests, responses · Routes · nerdctl process · Conversions · Events · Snapshot · Engine ·
     System · Images · Build · Containers · Container create · Streams · Archive · Networks · Volumes ·
-    Swarm and plugins · BuildKit · HTTP server · Sockets · Command line
+    Swarm and plugins · BuildKit · HTTP server · Sockets · ctr · Command line
 
 To add an endpoint:
     1. write `<op>_args()`, `parse_<thing>()` and `docker_<thing>()` as pure functions in the section of its resource;
@@ -435,6 +435,7 @@ NERDCTL_ERRORS: List[Tuple[Any, type, str]] = [
          "containerd is not running at {0}: start it (systemctl start containerd), or say where it is with --address"),
         (r"(?:connection error|failed to dial|connection refused|error reading server preface).*?(containerd\.sock)", Unavailable,
          "containerd does not answer: see systemctl status containerd"),
+        (r"nerdctl is not installed, and", NotImplementedHere, ""),
         (r"rootless containerd not running", Unavailable,
          "rootless containerd is not running: containerd-rootless-setuptool.sh install sets it up"),
         (r"(?:no buildkit host is available|failed to ping to host|buildctl.* executable file not found|"
@@ -662,7 +663,7 @@ class Nerdctl:
         self.address = address
         self.debug = debug
         # Whether nerdctl's files are files of this machine.
-        self.local = len(self.command) == 1
+        self.local = len(self.command) == 1 or self.command[0] == sys.executable
         self.options = [f"--namespace={self.namespace}"]
         if address:
             self.options.append(f"--address={address}")
@@ -4694,6 +4695,426 @@ def dial_stdio(path: str) -> int:
 
 
 ###############################################################################
+# ctr
+###############################################################################
+
+# Where nerdctl is not installed, this file stands in for it: `nerdctld.py nerdctl COMMAND …` takes the commands, flags and
+# formats that the sections above use, has containerd's own ctr do the work, and prints what nerdctl would print. ctr promises
+# no stable output: names, digests, JSON and the few columns below are all that is read of it, alike from 1.6 to 2.3.
+NO_NERDCTL = "nerdctl is not installed"
+UNKNOWN_CTR = "this ctr is not known: "
+CTR_WORDS = [(re.compile(pattern), words) for pattern, words in (
+    (r"^failed to resolve reference \"[^\"]*\": ", "failed to resolve image: "),
+    (r"^container \"([^\"]+)\" in namespace \S+: not found$", r"no such container: \1"),
+    (r"^(?:cannot access socket|failed to dial) \"?([^\s\":]+)\"?: ", r'cannot access containerd socket "\1": '),
+)]
+Flags = Dict[str, List[str]]  # Name -> values, "" for a flag without one.
+
+
+def parse_ctr_error(stderr: str) -> str:
+    """What ctr says went wrong, in nerdctl's words."""
+    lines = [line for line in stderr.splitlines() if line.strip()] or ["ctr failed without a word"]
+    message = re.sub(r"^ctr: ", "", next((line for line in lines if line.startswith("ctr: ")), lines[-1]))
+    for pattern, words in CTR_WORDS:
+        message = pattern.sub(words, message)
+    return message
+
+
+def parse_ctr_table(text: str, head: str, row: str) -> List[Tuple[str, ...]]:
+    """The groups of `row` in each line of a table whose first columns are `head`; 500 for anything else."""
+    first, *lines = [line for line in text.splitlines() if line.strip()] or [""]
+    for line in lines if first.split()[:3] == head.split() else [first]:
+        if first.split()[:3] != head.split() or not re.match(row, line):
+            raise ApiError(f"{UNKNOWN_CTR}it prints {line[:80]!r} for {head!r}")
+    return [re.match(row, line).groups() for line in lines]
+
+
+class Ctr:
+    """Runs ctr. `command` is the argv in front ("ctr", or "k3s ctr" as two words). What it starts stays in this process's
+    group, so that who ends the one ends the other. What goes wrong is an ApiError in nerdctl's words."""
+
+    def __init__(self, command: List[str], namespace: str, address: str, snapshotter: str):
+        self.namespace, self.snapshotter = namespace, [f"--snapshotter={snapshotter}"] if snapshotter else []
+        self.path = address.replace("unix://", "", 1) or ("" if "k3s" in command[0] else "/run/containerd/containerd.sock")
+        self.command = [*command, *([f"--address={self.path}"] if self.path else []), f"--namespace={namespace}"]
+
+    def start(self, *words: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE) -> subprocess.Popen:
+        """A running ctr, its stderr piped."""
+        if self.path and not os.path.exists(self.path):
+            # ctr 1.6 would look for it for ten seconds.
+            raise ApiError(f'cannot access containerd socket "{self.path}": no such file or directory')
+        return subprocess.Popen([*self.command, *words], stdin=stdin, stdout=stdout, stderr=subprocess.PIPE)
+
+    def finish(self, process: subprocess.Popen) -> str:
+        """What is left of a ctr's stdout, at its end."""
+        output, errors = process.communicate()
+        if process.returncode:
+            raise ApiError(parse_ctr_error(errors.decode(errors="replace")))
+        return (output or b"").decode()
+
+    def run(self, *words: str, **pipes: Any) -> str:
+        """The stdout of a ctr that succeeded."""
+        return self.finish(self.start(*words, **pipes))
+
+    def local(self, *words: str) -> List[str]:
+        """A command with --local where this ctr has that: the transfer service, which it uses otherwise, does not say what
+        it loads, and its progress is mixed into what is saved."""
+        return [*words, "--local"] if "--local" in self.run(*words, "--help") else list(words)
+
+    def each(self, commands: Iterable[List[str]]) -> Iterator[str]:
+        """The stdout of each command, a few of which run at a time; "" where its object is not there."""
+        waiting = list(commands)
+        while waiting:
+            for process in [self.start(*words) for words in waiting[:4]]:
+                try:
+                    yield self.finish(process)
+                except ApiError as error:
+                    if not re.search(r"not found$|^no such container", str(error)):
+                        raise
+                    yield ""
+            del waiting[:4]
+
+    def images(self) -> Dict[str, Tuple[str, str]]:
+        """All images: name -> digest and media type."""
+        rows = parse_ctr_table(self.run("images", "ls"), "REF TYPE DIGEST", r"(\S+)\s+(\S+)\s+(\w+:[0-9a-f]{32,})\s")
+        return {name: (digest, kind) for name, kind, digest in rows}
+
+    def tasks(self) -> Dict[str, Tuple[int, str]]:
+        """Container id -> process id and status (RUNNING, PAUSED, STOPPED …) of those that have a task."""
+        rows = parse_ctr_table(self.run("tasks", "ls"), "TASK PID STATUS", r"(\S+)\s+(\d+)\s+([A-Z]+)\s*$")
+        return {identity: (int(pid), status) for identity, pid, status in rows}
+
+    def blobs(self, digests: Iterable[str]) -> Dict[str, Tuple[int, Any]]:
+        """Digest -> size and value of JSON in the content store; those that are not there are left out."""
+        wanted = list(dict.fromkeys(digests))
+        found = {digest: text.encode() for digest, text in zip(wanted, self.each(["content", "get", each] for each in wanted)) if text}
+        if any(digest != "sha256:" + hashlib.sha256(data).hexdigest() for digest, data in found.items()):
+            raise ApiError(UNKNOWN_CTR + "the content it prints is not what its digest says")
+        return {digest: (len(data), json.loads(data)) for digest, data in found.items()}
+
+    def usage(self, tips: Iterable[str]) -> Dict[str, Tuple[int, int]]:
+        """Snapshot key -> its own bytes and all with those below it, for the keys in `tips` that there are and what is below."""
+        words, row = ["snapshots", *self.snapshotter], r"(\S+)\s+(?:(\S+)\s+)?(?:Active|Committed|View)\s*$"
+        parents, wanted = dict(parse_ctr_table(self.run(*words, "ls"), "KEY PARENT KIND", row)), {}
+        for key in tips:
+            while key in parents and key not in wanted:
+                wanted[key], key = parents[key], parents[key]
+        told = self.run(*words, "usage", "-b", "--", *wanted) if wanted else "KEY SIZE INODES"
+        own = {key: int(size) for key, size in parse_ctr_table(told, "KEY SIZE INODES", r"(\S+)\s+(\d+)\s+\d+\s*$")}
+        total = lambda key: own.get(key, 0) + total(parents[key]) if key in parents else 0
+        return {key: (size, total(key)) for key, size in own.items()}
+
+    def transfer(self, verb: str, reference: str, *words: str) -> None:
+        """Pull or push, the progress going to our stdout, with the credentials of $DOCKER_CONFIG. The password goes in by a
+        pseudo-terminal, since everybody could read it on a command line."""
+        flags = ["--hosts-dir=/etc/containerd/certs.d"] if os.path.isdir("/etc/containerd/certs.d") else []
+        (user, password), ours, theirs = docker_login(reference.partition("/")[0]), -1, subprocess.DEVNULL
+        if user:
+            ours, theirs = pty.openpty()
+            mode = termios.tcgetattr(theirs)
+            mode[0] = mode[3] = 0
+            termios.tcsetattr(theirs, termios.TCSANOW, mode)
+            os.write(ours, password.encode() + b"\n")
+            flags.append(f"--user={user}")
+        self.run(*self.local("images", verb), *flags, *words, stdin=theirs, stdout=None)
+
+
+def docker_login(host: str) -> Tuple[str, str]:
+    """User and password for a registry in Docker's config.json, ("", "") without; 501 for a token, which ctr takes on its
+    command line only."""
+    path = os.path.join(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker"), "config.json")
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+        for key, entry in (json.load(file).get("auths") or {}).items():
+            if re.sub(r"^https?://(index\.(?=docker\.io))?", "", key).partition("/")[0] == host:
+                if entry.get("identitytoken"):
+                    raise NotImplementedHere(f"{NO_NERDCTL}, and ctr cannot be given the identity token for {host}")
+                user, _, password = base64.b64decode(entry.get("auth") or "").decode().partition(":")
+                return user, password
+    return "", ""
+
+
+# Command -> the method that runs it, the flags it takes, the formats it knows.
+CTR_COMMANDS: Dict[str, Tuple[Callable[["CtrCommands", Flags, List[str]], Any], List[str], Tuple[str, ...]]] = {}
+
+
+def ctr_command(name: str, flags: str = "", *formats: str):
+    """Put the method below into the table. It returns what is printed, a line each: JSON values, or text as it is."""
+    def register(function):
+        CTR_COMMANDS[name] = (function, flags.split() + (["format="] if formats else []), formats)
+        return function
+
+    return register
+
+
+def parse_flags(words: List[str], known: List[str]) -> Tuple[Flags, List[str]]:
+    """The flags that stand in front, and the words behind them or behind `--`; 400 for a flag that is not `known`."""
+    import getopt
+
+    flags: Flags = {}
+    try:
+        pairs, rest = getopt.getopt(words, "a", known)
+    except getopt.GetoptError as error:
+        raise BadParameter(f"unknown flag: --{error.opt}") from None
+    for name, value in pairs:
+        flags.setdefault(name.lstrip("-"), []).append(value)
+    return flags, rest
+
+
+def ctr_main(argv: List[str]) -> int:
+    """`nerdctld.py nerdctl …`: the exit status. A failure is a line on stderr as nerdctl writes it."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        options, words = parse_flags(argv, ["namespace=", "address=", "snapshotter=", "ctr="])
+        command, namespace, address, snapshotter = (options.get(key, [""])[-1] for key in ("ctr", "namespace", "address", "snapshotter"))
+        name = next((each for each in (" ".join(words[:2]), *words[:1]) if each in CTR_COMMANDS), "")
+        if not name:
+            raise NotImplementedHere(f"{NO_NERDCTL}, and containerd's ctr cannot do what `nerdctl {' '.join(words[:1])}` does: install nerdctl "
+                                     "for running containers, networks and volumes")
+        run, known, formats = CTR_COMMANDS[name]
+        flags, rest = parse_flags(words[len(name.split()):], known)
+        if formats and flags.get("format", [""])[-1] not in formats:
+            raise NotImplementedHere(f"{NO_NERDCTL}, and what stands in for it does not know this --format of {name}")
+        ctr = Ctr(shlex.split(command) or find_ctr() or ["ctr"], namespace or "default", address, snapshotter)
+        for row in run(CtrCommands(ctr), flags, rest) or ():
+            print(row if isinstance(row, str) else json_bytes(row).decode(), flush=True)
+        return 0
+    except (ApiError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        message = str(error) if isinstance(error, (ApiError, OSError)) else UNKNOWN_CTR + repr(error)
+        print(f'time="{rfc3339(time.time_ns())}" level=fatal msg={json.dumps(message, ensure_ascii=False)}', file=sys.stderr)
+        return 1
+
+
+def find_ctr() -> List[str]:
+    """argv of the ctr on PATH, or of k3s's; [] where there is none."""
+    return next((words for words in (["ctr"], ["k3s", "ctr"]) if shutil.which(words[0])), [])
+
+
+def nerdctl_command() -> List[str]:
+    """argv of nerdctl; where it is not on PATH but ctr is, of what stands in for it, with a warning in the log."""
+    if shutil.which("nerdctl") or not find_ctr():
+        return ["nerdctl"]
+    log(f"warning: {NO_NERDCTL}: images, listings and builds go by {' '.join(find_ctr())}, everything else is answered with 501")
+    return [sys.executable, "-IS", os.path.abspath(__file__), "nerdctl"]
+
+
+def whole_manifests(ctr: Ctr, index: Dict[str, Any]) -> List[Tuple[str, Dict[str, Any], Dict[str, Any]]]:
+    """Platform, descriptor and manifest of those in an index whose content is all here: this machine's first, attestations
+    (of `unknown/unknown`) last."""
+    present, whole = set(ctr.run("content", "ls", "-q").split()), []
+    read = ctr.blobs(each["digest"] for each in index["manifests"] if each["digest"] in present)
+    for each in index["manifests"]:
+        manifest = read.get(each["digest"], (0, {}))[1]
+        if manifest and all(part["digest"] in present for part in [manifest["config"], *manifest["layers"]]):
+            platform = each.get("platform") or {}
+            whole.append(("/".join(platform.get(key, "") for key in ("os", "architecture", "variant")).rstrip("/"), each, manifest))
+    return sorted(whole, key=lambda found: (found[0] == "unknown/unknown", not fits_machine(found[0])))
+
+
+def chain_ids(config: Dict[str, Any]) -> List[str]:
+    """The keys of an image's snapshots, from the lowest layer up."""
+    return list(itertools.accumulate(config["rootfs"]["diff_ids"], lambda below, each: "sha256:" + hashlib.sha256(f"{below} {each}".encode()).hexdigest()))
+
+
+def native_images(ctr: Ctr, names: List[str]) -> Tuple[List[Dict[str, Any]], Dict[str, Tuple[int, int]]]:
+    """Images as nerdctl's native inspect has them, without those that are not all here (404 when that leaves none), and the
+    bytes of their snapshots."""
+    images, found = ctr.images(), []
+    read = ctr.blobs(images[name][0] for name in names if name in images)
+    for name in names:
+        digest, kind = images.get(name, ("", ""))
+        size, manifest = read.get(digest, (0, {}))
+        described = {"mediaType": kind, "digest": digest, "size": size}
+        entry = {"Image": {"Name": name, "Target": described}}
+        if "manifests" in manifest:
+            entry.update({"IndexDesc": described, "Index": manifest})
+            described, manifest = next((each[1:] for each in whole_manifests(ctr, manifest)), ({}, {}))
+        if manifest:
+            found.append({**entry, "ManifestDesc": described, "Manifest": manifest, "ImageConfigDesc": manifest["config"]})
+    configs = ctr.blobs(each["ImageConfigDesc"]["digest"] for each in found)
+    found = [{**each, "ImageConfig": configs[each["ImageConfigDesc"]["digest"]][1]} for each in found if each["ImageConfigDesc"]["digest"] in configs]
+    if not found:
+        raise NotFound(f"no such image: {names[0]}")
+    sizes = ctr.usage(key for each in found for key in chain_ids(each["ImageConfig"])[-1:])
+    return [{**each, "size": sizes.get((chain_ids(each["ImageConfig"]) or [""])[-1], (0, 0))[1]} for each in found], sizes
+
+
+class CtrCommands:
+    """The commands of nerdctl that ctr can do, a method each. Flags stand in front of words, as the daemon writes them."""
+
+    def __init__(self, ctr: Ctr):
+        self.ctr = ctr
+
+    @ctr_command("version", "", "{{json .}}")
+    def version(self, flags: Flags, words: List[str]) -> Any:
+        """Versions of ctr and containerd; in the place of nerdctl's that there is none."""
+        own, server = (dict(re.findall(r"^ *(\w+): *(\S*)$", part, re.M)) for part in self.ctr.run("version").partition("Server:")[::2])
+        details = {"GitCommit": server.get("Revision") or "", "UUID": server.get("UUID") or ""}
+        return [{"Client": {"Version": f"{NO_NERDCTL}: ctr {own['Version']}", "Components": [{"Name": "ctr", "Version": own["Version"]}]},
+                 "Server": {"Components": [{"Name": "containerd", "Version": server["Version"], "Details": details}]}}]
+
+    @ctr_command("info", "", "{{json .}}")
+    def info(self, flags: Flags, words: List[str]) -> Any:
+        """What is known of the machine and of containerd, with a warning that nerdctl is not there."""
+        server, unified = self.version({}, [])[0]["Server"]["Components"][0], os.path.exists("/sys/fs/cgroup/cgroup.controllers")
+        limits = ("MemoryLimit", "SwapLimit", "CpuCfsPeriod", "CpuCfsQuota", "CPUShares", "CPUSet", "PidsLimit", "IPv4Forwarding", "OomKillDisable")
+        return [{
+            **dict.fromkeys(limits, True), "ID": server["Details"]["UUID"], "Driver": "".join(self.ctr.snapshotter)[14:] or "overlayfs",
+            "CgroupDriver": "systemd" if unified and os.path.isdir("/run/systemd/system") else "cgroupfs", "CgroupVersion": "2" if unified else "1",
+            "ServerVersion": server["Version"], "MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "Warnings": [f"WARNING: {NO_NERDCTL}: over containerd's ctr there are images, listings and builds only"],
+        }]
+
+    @ctr_command("events", "", "{{json .}}")
+    def events(self, flags: Flags, words: List[str]) -> Any:
+        """containerd's events as they come, an empty line after each as nerdctl has it."""
+        process = self.ctr.start("events")
+        for line in process.stdout:
+            found = re.match(r"([\d-]+) ([\d:.]+) \+0000 UTC (\S+) (/\S+) ?(.*)", line.decode(errors="replace"))
+            if not found:
+                process.kill()
+                raise ApiError(f"{UNKNOWN_CTR}it tells the event {line[:80]!r}")
+            day, hour, namespace, topic, payload = found.groups()
+            yield {"Timestamp": f"{day}T{hour}Z", "Namespace": namespace, "Topic": topic, "Event": payload}
+            yield ""
+        self.ctr.finish(process)
+
+    @ctr_command("network ls", "", "{{json .}}")
+    @ctr_command("volume ls", "size", "{{json .}}")
+    def nothing(self, flags: Flags, words: List[str]) -> Any:
+        """Networks and volumes are nerdctl's own: without it there are none."""
+
+    @ctr_command("images", "no-trunc", "{{json .}}")
+    def images(self, flags: Flags, words: List[str]) -> Any:
+        """The names of images with their digests; what nerdctl says besides is read by image inspect."""
+        return [{"Name": name, "Digest": digest, "ID": digest} for name, (digest, _) in self.ctr.images().items()]
+
+    @ctr_command("image inspect", "mode=", "{{json .}}")
+    def image_inspect(self, flags: Flags, words: List[str]) -> Any:
+        """Images with manifest, configuration and unpacked size."""
+        return native_images(self.ctr, words)[0]
+
+    @ctr_command("history", "no-trunc", "{{json .}}")
+    def history(self, flags: Flags, words: List[str]) -> Any:
+        """The steps an image was made in, newest first, with their unpacked sizes."""
+        (image, *_), sizes = native_images(self.ctr, words)
+        keys, rows = iter(chain_ids(image["ImageConfig"])), []
+        for step in image["ImageConfig"].get("history") or []:
+            size, _ = (0, 0) if step.get("empty_layer") else sizes.get(next(keys, ""), (0, 0))
+            rows.insert(0, {"CreatedBy": step.get("created_by") or "", "Size": f"{size}B"})
+        return rows
+
+    @ctr_command("tag")
+    def tag(self, flags: Flags, words: List[str]) -> Any:
+        """Give an image another name, which may be another image's until then."""
+        if words[0] != words[1]:
+            self.ctr.run(*self.ctr.local("images", "tag"), "--force", "--", *words)
+
+    @ctr_command("rmi", "force")
+    def rmi(self, flags: Flags, words: List[str]) -> Any:
+        """Remove names, and what nothing else needs any more."""
+        for name in set(words) - set(self.ctr.images()):
+            raise NotFound(f"no such image: {name}")
+        self.ctr.run("images", "rm", "--sync", "--", *words)
+
+    @ctr_command("pull", "platform= unpack=")
+    def pull(self, flags: Flags, words: List[str]) -> Any:
+        """Pull one image. ctr unpacks it for any platform, so --unpack makes no difference."""
+        self.ctr.transfer("pull", words[0], *(f"--platform={each}" for each in flags.get("platform", [])), *self.ctr.snapshotter, "--", words[0])
+
+    @ctr_command("push", "platform=")
+    def push(self, flags: Flags, words: List[str]) -> Any:
+        """Push one image; of an index that is only partly here, or with --platform, the manifest that is."""
+        digest, options, wanted = self.ctr.images().get(words[0], ("", ""))[0], [], flags.get("platform", [""])[-1]
+        if not digest:
+            raise NotFound(f'image "{words[0]}": not found')
+        index = self.ctr.blobs([digest])[digest][1]
+        whole = whole_manifests(self.ctr, index) if "manifests" in index else []
+        if whole and (wanted or len(whole) < len(index["manifests"])):
+            chosen = next(each[1] for each in whole if each[0].startswith(wanted))
+            options = [f"--manifest={chosen['digest']}", f"--manifest-type={chosen['mediaType']}"]
+            print(f"pushing as a reduced-platform image ({chosen['mediaType']}, {chosen['digest']})", file=sys.stderr)
+        self.ctr.transfer("push", words[0], *options, "--", words[0])
+
+    @ctr_command("load", "platform= all-platforms")
+    def load(self, flags: Flags, words: List[str], stdin: Any = None) -> Any:
+        """Load an archive from standard input. One without a name becomes import@DIGEST, as with nerdctl."""
+        options = [*([f"--platform={each}" for each in flags.get("platform", [])] or ["--all-platforms"]), *self.ctr.snapshotter]
+        told = self.ctr.run(*self.ctr.local("images", "import"), "--digests", "--skip-digest-for-named", *options, "--", "-", stdin=stdin)
+        loaded, images = re.findall(r"^unpacking (\S+) \((\S+)\)", told, re.M), self.ctr.images()
+        if not loaded or any(images.get(name, ("",))[0] != digest for name, digest in loaded):
+            raise ApiError(f"{UNKNOWN_CTR}it says of what it loaded {told[:80]!r}")
+        for name, digest in loaded:
+            if name.endswith("@" + digest):
+                self.tag({}, [name, "import@" + digest])
+                self.rmi({}, [name])
+            yield "Loaded image: " + ("import@" + digest if name.endswith("@" + digest) else name)
+
+    @ctr_command("save", "platform=")
+    def save(self, flags: Flags, words: List[str]) -> Any:
+        """Write the archive of images to standard output."""
+        platforms = [f"--platform={each}" for each in flags.get("platform", [])]
+        self.ctr.run(*self.ctr.local("images", "export"), *platforms, "--", "-", *words, stdout=None)
+
+    @ctr_command("login", "username= password-stdin")
+    def login(self, flags: Flags, words: List[str]) -> Any:
+        """Ask the registry whether it takes the credentials. Nothing is kept: clients send theirs with each request."""
+        registry = Registry(Reference(words[0] + "/login", "", ""), {"username": flags["username"][-1], "password": sys.stdin.read()})
+        status, headers, _ = registry._send(registry.host, "/v2/", "")
+        if status == 401:
+            status = registry._send(registry.host, "/v2/", registry._authorize(headers.get("www-authenticate") or ""))[0]
+        if status != 200:
+            raise ApiError(f"{registry.host} answered {status}" + (" Unauthorized" if status == 401 else ""))
+
+    @ctr_command("container inspect", "mode=", INSPECT_FORMAT)
+    def container_inspect(self, flags: Flags, words: List[str]) -> Any:
+        """One container as INSPECT_FORMAT has it. ctr tells no exit codes: 255 is containerd's own for one that is not known."""
+        told, (pid, status) = json.loads(self.ctr.run("containers", "info", "--", words[0])), self.ctr.tasks().get(words[0], (0, ""))
+        spec = told.get("Spec") and {**told["Spec"], **(told["Spec"].get("linux") or {})}
+        task = {"Pid": pid, "Status": {"Status": status.lower(), "ExitStatus": 255 if status == "STOPPED" else 0}} if status else None
+        return [{**told, "Runtime": told["Runtime"]["Name"], "Task": task, "Spec": spec}]
+
+    @ctr_command("ps", "no-trunc size filter=", CONTAINER_ROW, '{"ID":{{json .ID}},"Size":{{json .Size}}}')
+    def ps(self, flags: Flags, words: List[str]) -> Any:
+        """Containers as CONTAINER_ROW has them, or their sizes; all, or that of the filter `id=`."""
+        wanted = [each.partition("id=")[2] for each in flags.get("filter", [])] or self.ctr.run("containers", "ls", "-q").split()
+        found = [json.loads(text) for text in self.ctr.each(["containers", "info", "--", each] for each in wanted) if text]
+        if "size" in flags:
+            sizes = self.ctr.usage(each["SnapshotKey"] for each in found)
+            return [{"ID": each["ID"], "Size": "%dB (virtual %dB)" % sizes.get(each["SnapshotKey"], (0, 0))} for each in found]
+        tasks, rows = self.ctr.tasks(), []
+        for each in sorted(found, key=lambda each: -(nanoseconds_of(each["CreatedAt"]) or 0)):
+            labels, status = each.get("Labels") or {}, tasks.get(each["ID"], (0, "CREATED"))[1]
+            pod = [labels.get("io.kubernetes." + key) for key in ("pod.namespace", "pod.name", "container.name")]
+            rows.append([{
+                "ID": each["ID"], "Image": each["Image"], "CreatedAt": each["CreatedAt"], "Runtime": each["Runtime"]["Name"],
+                "Names": labels.get("nerdctl/name") or ("k8s://" + "/".join(filter(None, pod)) if pod[0] else ""),
+                "Command": json.dumps(" ".join((each.get("Spec") or {}).get("process", {}).get("args") or [])),
+                "Status": {"RUNNING": "Up", "STOPPED": "Exited"}.get(status, status.capitalize()),
+            }, labels])
+        return rows
+
+    @ctr_command("build", "progress= build-arg= label= cache-from= add-host= no-cache pull target= platform= network= allow= provenance= file= tag=")
+    def build(self, flags: Flags, words: List[str]) -> Any:
+        """Build by buildctl and load what comes of it: so it does not matter which worker and namespace buildkitd has."""
+        addresses, file = Nerdctl(["buildctl"], self.ctr.namespace).buildkit_addresses(), flags.get("file", [words[0] + "/Dockerfile"])[-1]
+        address = next((each for each in addresses if os.path.exists(each.replace("unix://", "", 1))), addresses[-1])
+        options = [f"--local=context={words[0]}", f"--local=dockerfile={os.path.dirname(file)}", f"--opt=filename={os.path.basename(file)}"]
+        for key, form in (("build-arg", "--opt=build-arg:"), ("label", "--opt=label:"), ("cache-from", "--import-cache=type=registry,ref="),
+                          ("target", "--opt=target="), ("platform", "--opt=platform="), ("network", "--opt=force-network-mode="), ("allow", "--allow=")):
+            options += [form + value for value in flags.get(key, [])]
+        options += [{"no-cache": "--no-cache", "pull": "--opt=image-resolve-mode=pull"}[key] for key in ("no-cache", "pull") if key in flags]
+        if "add-host" in flags:
+            options.append("--opt=add-hosts=" + ",".join(each.replace(":", "=", 1) for each in flags["add-host"]))
+        output = f'--output=type=docker,"name={",".join(flags["tag"])}",dest=-'
+        command = ["buildctl", "--addr=" + address, "build", "--progress=plain", "--frontend=dockerfile.v0", *options, output]
+        building = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        try:
+            return list(self.load({}, [], building.stdout))
+        except ApiError as error:
+            raise ApiError("exit status 1" if building.wait() else str(error)) from None
+
+
+###############################################################################
 # Command line
 ###############################################################################
 
@@ -4707,8 +5128,8 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
     parser.add_argument("command", nargs="?", choices=["dial-stdio"], help=argparse.SUPPRESS)
     parser.add_argument("-H", "--addr", metavar="unix://PATH", default="",
                         help=f"socket to listen on (default: the one systemd hands over, else {default_socket_path()})")
-    parser.add_argument("--nerdctl", metavar="COMMAND", default=environment("NERDCTL") or "nerdctl",
-                        help='nerdctl to run, such as "lima nerdctl" (default: $NERDCTL or nerdctl)')
+    parser.add_argument("--nerdctl", metavar="COMMAND", default=environment("NERDCTL") or "",
+                        help='nerdctl to run, such as "lima nerdctl" (default: $NERDCTL, nerdctl, or where that is missing containerd\'s ctr)')
     parser.add_argument("--namespace", default=environment("CONTAINERD_NAMESPACE") or "default", help="containerd namespace")
     parser.add_argument("--address", default=environment("CONTAINERD_ADDRESS") or "", help="containerd's socket")
     parser.add_argument("--snapshotter", default=environment("CONTAINERD_SNAPSHOTTER") or "", help="containerd snapshotter")
@@ -4718,7 +5139,7 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
     parser.add_argument("--debug", action="store_true", help="log each request and each nerdctl command with its time")
     parser.add_argument("--version", action="version", version=f"nerdctld {VERSION}")
     options = parser.parse_args(argv)
-    if not shlex.split(options.nerdctl):
+    if options.nerdctl and not shlex.split(options.nerdctl):
         parser.error("--nerdctl: no command")
     if not re.fullmatch(r"[A-Za-z0-9]+(?:[._-]+[A-Za-z0-9]+)*", options.namespace):
         parser.error(f"--namespace: {options.namespace!r} is not a containerd namespace")
@@ -4751,7 +5172,10 @@ def serve_until_told(server: Server, idle_timeout: float) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the daemon; the exit status."""
-    options = parse_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["nerdctl"]:
+        return ctr_main(argv[1:])
+    options = parse_args(argv)
     notify = os.environ.pop("NOTIFY_SOCKET", "")
     try:
         if options.command == "dial-stdio":
@@ -4760,7 +5184,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except StartError as error:
         log(str(error))
         return 1
-    nerdctl = Nerdctl(shlex.split(options.nerdctl), options.namespace, options.address, options.snapshotter,
+    nerdctl = Nerdctl(shlex.split(options.nerdctl) or nerdctl_command(), options.namespace, options.address, options.snapshotter,
                       options.buildkit_host, options.debug)
     engine = Engine(nerdctl)
     engine.workspace.sweep()
