@@ -29,6 +29,7 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import getopt
 import hashlib
 import http.client
 import http.server
@@ -4764,17 +4765,16 @@ class Ctr:
     def each(self, commands: Iterable[List[str]]) -> Iterator[str]:
         """The stdout of each command, a few of which run at a time; "" where its object is not there."""
         waiting = list(commands)
-        while waiting:
-            for process in [self.start(*words) for words in waiting[:4]]:
+        for start in range(0, len(waiting), 4):
+            for process in [self.start(*words) for words in waiting[start:start + 4]]:
                 try:
                     yield self.finish(process)
                 except ApiError as error:
                     if not re.search(r"not found$|^no such container", str(error)):
                         raise
                     yield ""
-            del waiting[:4]
 
-    def images(self) -> Dict[str, Tuple[str, str]]:
+    def targets(self) -> Dict[str, Tuple[str, str]]:
         """All images: name -> digest and media type."""
         rows = parse_ctr_table(self.run("images", "ls"), "REF TYPE DIGEST", r"(\S+)\s+(\S+)\s+(\w+:[0-9a-f]{32,})\s")
         return {name: (digest, kind) for name, kind, digest in rows}
@@ -4820,8 +4820,7 @@ class Ctr:
 
 
 def docker_login(host: str) -> Tuple[str, str]:
-    """User and password for a registry in Docker's config.json, ("", "") without; 501 for a token, which ctr takes on its
-    command line only."""
+    """User and password for a registry in Docker's config.json, ("", "") without; 501 for a token."""
     path = os.path.join(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker"), "config.json")
     with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
         for key, entry in (json.load(file).get("auths") or {}).items():
@@ -4833,23 +4832,20 @@ def docker_login(host: str) -> Tuple[str, str]:
     return "", ""
 
 
-# Command -> the method that runs it, the flags it takes, the formats it knows.
-CTR_COMMANDS: Dict[str, Tuple[Callable[["CtrCommands", Flags, List[str]], Any], List[str], Tuple[str, ...]]] = {}
-
-
-def ctr_command(name: str, flags: str = "", *formats: str):
-    """Put the method below into the table. It returns what is printed, a line each: JSON values, or text as it is."""
-    def register(function):
-        CTR_COMMANDS[name] = (function, flags.split() + (["format="] if formats else []), formats)
-        return function
-
-    return register
+# Command -> the flags it takes (with a value: `name=`) and the formats it knows; the method of CtrCommands is called like it.
+CTR_COMMANDS: Dict[str, Tuple[str, ...]] = {
+    "version": ("", "{{json .}}"), "info": ("", "{{json .}}"), "events": ("", "{{json .}}"),
+    "network ls": ("", "{{json .}}"), "volume ls": ("size", "{{json .}}"),
+    "images": ("no-trunc", "{{json .}}"), "image inspect": ("mode=", "{{json .}}"), "history": ("no-trunc", "{{json .}}"),
+    "tag": ("",), "rmi": ("force",), "pull": ("platform= unpack=",), "push": ("platform=",), "save": ("platform=",),
+    "load": ("platform= all-platforms",), "login": ("username= password-stdin",),
+    "ps": ("no-trunc size filter=", CONTAINER_ROW, '{"ID":{{json .ID}},"Size":{{json .Size}}}'), "container inspect": ("mode=", INSPECT_FORMAT),
+    "build": ("progress= build-arg= label= cache-from= add-host= no-cache pull target= platform= network= allow= provenance= file= tag=",),
+}
 
 
 def parse_flags(words: List[str], known: List[str]) -> Tuple[Flags, List[str]]:
     """The flags that stand in front, and the words behind them or behind `--`; 400 for a flag that is not `known`."""
-    import getopt
-
     flags: Flags = {}
     try:
         pairs, rest = getopt.getopt(words, "a", known)
@@ -4870,12 +4866,12 @@ def ctr_main(argv: List[str]) -> int:
         if not name:
             raise NotImplementedHere(f"{NO_NERDCTL}, and containerd's ctr cannot do what `nerdctl {' '.join(words[:1])}` does: install nerdctl "
                                      "for running containers, networks and volumes")
-        run, known, formats = CTR_COMMANDS[name]
-        flags, rest = parse_flags(words[len(name.split()):], known)
+        known, *formats = CTR_COMMANDS[name]
+        flags, rest = parse_flags(words[len(name.split()):], [*known.split(), *(["format="] if formats else [])])
         if formats and flags.get("format", [""])[-1] not in formats:
             raise NotImplementedHere(f"{NO_NERDCTL}, and what stands in for it does not know this --format of {name}")
-        ctr = Ctr(shlex.split(command) or find_ctr() or ["ctr"], namespace or "default", address, snapshotter)
-        for row in run(CtrCommands(ctr), flags, rest) or ():
+        ctr = CtrCommands(shlex.split(command) or find_ctr() or ["ctr"], namespace or "default", address, snapshotter)
+        for row in getattr(ctr, name.replace(" ", "_"))(flags, rest) or ():
             print(row if isinstance(row, str) else json_bytes(row).decode(), flush=True)
         return 0
     except (ApiError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -4894,19 +4890,25 @@ def nerdctl_command() -> List[str]:
     if shutil.which("nerdctl") or not find_ctr():
         return ["nerdctl"]
     log(f"warning: {NO_NERDCTL}: images, listings and builds go by {' '.join(find_ctr())}, everything else is answered with 501")
-    return [sys.executable, "-IS", os.path.abspath(__file__), "nerdctl"]
+    import importlib.util
+    import marshal
+
+    # Each call is a new Python, and compiling this file would be half of its time: it is done once, into memory.
+    compiled = os.memfd_create("nerdctld.pyc")
+    with open(__file__, "rb") as file:
+        os.write(compiled, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(compile(file.read(), __file__, "exec")))
+    return [sys.executable, "-IS", f"/proc/{os.getpid()}/fd/{compiled}", "nerdctl"]
 
 
 def whole_manifests(ctr: Ctr, index: Dict[str, Any]) -> List[Tuple[str, Dict[str, Any], Dict[str, Any]]]:
-    """Platform, descriptor and manifest of those in an index whose content is all here: this machine's first, attestations
-    (of `unknown/unknown`) last."""
+    """Platform, descriptor and manifest of those in an index that are all here: this machine's first, attestations last."""
     present, whole = set(ctr.run("content", "ls", "-q").split()), []
     read = ctr.blobs(each["digest"] for each in index["manifests"] if each["digest"] in present)
     for each in index["manifests"]:
         manifest = read.get(each["digest"], (0, {}))[1]
         if manifest and all(part["digest"] in present for part in [manifest["config"], *manifest["layers"]]):
-            platform = each.get("platform") or {}
-            whole.append(("/".join(platform.get(key, "") for key in ("os", "architecture", "variant")).rstrip("/"), each, manifest))
+            platform = map((each.get("platform") or {}).get, ("os", "architecture", "variant"))
+            whole.append(("/".join(filter(None, platform)), each, manifest))
     return sorted(whole, key=lambda found: (found[0] == "unknown/unknown", not fits_machine(found[0])))
 
 
@@ -4916,9 +4918,8 @@ def chain_ids(config: Dict[str, Any]) -> List[str]:
 
 
 def native_images(ctr: Ctr, names: List[str]) -> Tuple[List[Dict[str, Any]], Dict[str, Tuple[int, int]]]:
-    """Images as nerdctl's native inspect has them, without those that are not all here (404 when that leaves none), and the
-    bytes of their snapshots."""
-    images, found = ctr.images(), []
+    """Images as nerdctl's native inspect has them, but for those not all here (404 when none is), and their snapshots' bytes."""
+    images, found = ctr.targets(), []
     read = ctr.blobs(images[name][0] for name in names if name in images)
     for name in names:
         digest, kind = images.get(name, ("", ""))
@@ -4926,7 +4927,6 @@ def native_images(ctr: Ctr, names: List[str]) -> Tuple[List[Dict[str, Any]], Dic
         described = {"mediaType": kind, "digest": digest, "size": size}
         entry = {"Image": {"Name": name, "Target": described}}
         if "manifests" in manifest:
-            entry.update({"IndexDesc": described, "Index": manifest})
             described, manifest = next((each[1:] for each in whole_manifests(ctr, manifest)), ({}, {}))
         if manifest:
             found.append({**entry, "ManifestDesc": described, "Manifest": manifest, "ImageConfigDesc": manifest["config"]})
@@ -4938,36 +4938,30 @@ def native_images(ctr: Ctr, names: List[str]) -> Tuple[List[Dict[str, Any]], Dic
     return [{**each, "size": sizes.get((chain_ids(each["ImageConfig"]) or [""])[-1], (0, 0))[1]} for each in found], sizes
 
 
-class CtrCommands:
-    """The commands of nerdctl that ctr can do, a method each. Flags stand in front of words, as the daemon writes them."""
+class CtrCommands(Ctr):
+    """nerdctl's commands, a method each, which returns what is printed: JSON values or text, a line each."""
 
-    def __init__(self, ctr: Ctr):
-        self.ctr = ctr
-
-    @ctr_command("version", "", "{{json .}}")
     def version(self, flags: Flags, words: List[str]) -> Any:
         """Versions of ctr and containerd; in the place of nerdctl's that there is none."""
-        own, server = (dict(re.findall(r"^ *(\w+): *(\S*)$", part, re.M)) for part in self.ctr.run("version").partition("Server:")[::2])
+        own, server = (dict(re.findall(r"^ *(\w+): *(\S*)$", part, re.M)) for part in self.run("version").partition("Server:")[::2])
         details = {"GitCommit": server.get("Revision") or "", "UUID": server.get("UUID") or ""}
         return [{"Client": {"Version": f"{NO_NERDCTL}: ctr {own['Version']}", "Components": [{"Name": "ctr", "Version": own["Version"]}]},
                  "Server": {"Components": [{"Name": "containerd", "Version": server["Version"], "Details": details}]}}]
 
-    @ctr_command("info", "", "{{json .}}")
     def info(self, flags: Flags, words: List[str]) -> Any:
         """What is known of the machine and of containerd, with a warning that nerdctl is not there."""
         server, unified = self.version({}, [])[0]["Server"]["Components"][0], os.path.exists("/sys/fs/cgroup/cgroup.controllers")
         limits = ("MemoryLimit", "SwapLimit", "CpuCfsPeriod", "CpuCfsQuota", "CPUShares", "CPUSet", "PidsLimit", "IPv4Forwarding", "OomKillDisable")
         return [{
-            **dict.fromkeys(limits, True), "ID": server["Details"]["UUID"], "Driver": "".join(self.ctr.snapshotter)[14:] or "overlayfs",
+            **dict.fromkeys(limits, True), "ID": server["Details"]["UUID"], "Driver": "".join(self.snapshotter)[14:] or "overlayfs",
             "CgroupDriver": "systemd" if unified and os.path.isdir("/run/systemd/system") else "cgroupfs", "CgroupVersion": "2" if unified else "1",
             "ServerVersion": server["Version"], "MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "Warnings": [f"WARNING: {NO_NERDCTL}: over containerd's ctr there are images, listings and builds only"],
         }]
 
-    @ctr_command("events", "", "{{json .}}")
     def events(self, flags: Flags, words: List[str]) -> Any:
         """containerd's events as they come, an empty line after each as nerdctl has it."""
-        process = self.ctr.start("events")
+        process = self.start("events")
         for line in process.stdout:
             found = re.match(r"([\d-]+) ([\d:.]+) \+0000 UTC (\S+) (/\S+) ?(.*)", line.decode(errors="replace"))
             if not found:
@@ -4976,71 +4970,63 @@ class CtrCommands:
             day, hour, namespace, topic, payload = found.groups()
             yield {"Timestamp": f"{day}T{hour}Z", "Namespace": namespace, "Topic": topic, "Event": payload}
             yield ""
-        self.ctr.finish(process)
+        self.finish(process)
 
-    @ctr_command("network ls", "", "{{json .}}")
-    @ctr_command("volume ls", "size", "{{json .}}")
-    def nothing(self, flags: Flags, words: List[str]) -> Any:
+    def network_ls(self, flags: Flags, words: List[str]) -> Any:
         """Networks and volumes are nerdctl's own: without it there are none."""
 
-    @ctr_command("images", "no-trunc", "{{json .}}")
+    volume_ls = network_ls
+
     def images(self, flags: Flags, words: List[str]) -> Any:
         """The names of images with their digests; what nerdctl says besides is read by image inspect."""
-        return [{"Name": name, "Digest": digest, "ID": digest} for name, (digest, _) in self.ctr.images().items()]
+        return [{"Name": name, "Digest": digest, "ID": digest} for name, (digest, _) in self.targets().items()]
 
-    @ctr_command("image inspect", "mode=", "{{json .}}")
     def image_inspect(self, flags: Flags, words: List[str]) -> Any:
         """Images with manifest, configuration and unpacked size."""
-        return native_images(self.ctr, words)[0]
+        return native_images(self, words)[0]
 
-    @ctr_command("history", "no-trunc", "{{json .}}")
     def history(self, flags: Flags, words: List[str]) -> Any:
         """The steps an image was made in, newest first, with their unpacked sizes."""
-        (image, *_), sizes = native_images(self.ctr, words)
+        (image, *_), sizes = native_images(self, words)
         keys, rows = iter(chain_ids(image["ImageConfig"])), []
         for step in image["ImageConfig"].get("history") or []:
             size, _ = (0, 0) if step.get("empty_layer") else sizes.get(next(keys, ""), (0, 0))
             rows.insert(0, {"CreatedBy": step.get("created_by") or "", "Size": f"{size}B"})
         return rows
 
-    @ctr_command("tag")
     def tag(self, flags: Flags, words: List[str]) -> Any:
         """Give an image another name, which may be another image's until then."""
         if words[0] != words[1]:
-            self.ctr.run(*self.ctr.local("images", "tag"), "--force", "--", *words)
+            self.run(*self.local("images", "tag"), "--force", "--", *words)
 
-    @ctr_command("rmi", "force")
     def rmi(self, flags: Flags, words: List[str]) -> Any:
         """Remove names, and what nothing else needs any more."""
-        for name in set(words) - set(self.ctr.images()):
+        for name in set(words) - set(self.targets()):
             raise NotFound(f"no such image: {name}")
-        self.ctr.run("images", "rm", "--sync", "--", *words)
+        self.run("images", "rm", "--sync", "--", *words)
 
-    @ctr_command("pull", "platform= unpack=")
     def pull(self, flags: Flags, words: List[str]) -> Any:
         """Pull one image. ctr unpacks it for any platform, so --unpack makes no difference."""
-        self.ctr.transfer("pull", words[0], *(f"--platform={each}" for each in flags.get("platform", [])), *self.ctr.snapshotter, "--", words[0])
+        self.transfer("pull", words[0], *(f"--platform={each}" for each in flags.get("platform", [])), *self.snapshotter, "--", words[0])
 
-    @ctr_command("push", "platform=")
     def push(self, flags: Flags, words: List[str]) -> Any:
         """Push one image; of an index that is only partly here, or with --platform, the manifest that is."""
-        digest, options, wanted = self.ctr.images().get(words[0], ("", ""))[0], [], flags.get("platform", [""])[-1]
+        digest, options, wanted = self.targets().get(words[0], ("", ""))[0], [], flags.get("platform", [""])[-1]
         if not digest:
             raise NotFound(f'image "{words[0]}": not found')
-        index = self.ctr.blobs([digest])[digest][1]
-        whole = whole_manifests(self.ctr, index) if "manifests" in index else []
+        index = self.blobs([digest])[digest][1]
+        whole = whole_manifests(self, index) if "manifests" in index else []
         if whole and (wanted or len(whole) < len(index["manifests"])):
             chosen = next(each[1] for each in whole if each[0].startswith(wanted))
             options = [f"--manifest={chosen['digest']}", f"--manifest-type={chosen['mediaType']}"]
             print(f"pushing as a reduced-platform image ({chosen['mediaType']}, {chosen['digest']})", file=sys.stderr)
-        self.ctr.transfer("push", words[0], *options, "--", words[0])
+        self.transfer("push", words[0], *options, "--", words[0])
 
-    @ctr_command("load", "platform= all-platforms")
     def load(self, flags: Flags, words: List[str], stdin: Any = None) -> Any:
         """Load an archive from standard input. One without a name becomes import@DIGEST, as with nerdctl."""
-        options = [*([f"--platform={each}" for each in flags.get("platform", [])] or ["--all-platforms"]), *self.ctr.snapshotter]
-        told = self.ctr.run(*self.ctr.local("images", "import"), "--digests", "--skip-digest-for-named", *options, "--", "-", stdin=stdin)
-        loaded, images = re.findall(r"^unpacking (\S+) \((\S+)\)", told, re.M), self.ctr.images()
+        options = [*([f"--platform={each}" for each in flags.get("platform", [])] or ["--all-platforms"]), *self.snapshotter]
+        told = self.run(*self.local("images", "import"), "--digests", "--skip-digest-for-named", *options, "--", "-", stdin=stdin)
+        loaded, images = re.findall(r"^unpacking (\S+) \((\S+)\)", told, re.M), self.targets()
         if not loaded or any(images.get(name, ("",))[0] != digest for name, digest in loaded):
             raise ApiError(f"{UNKNOWN_CTR}it says of what it loaded {told[:80]!r}")
         for name, digest in loaded:
@@ -5049,13 +5035,11 @@ class CtrCommands:
                 self.rmi({}, [name])
             yield "Loaded image: " + ("import@" + digest if name.endswith("@" + digest) else name)
 
-    @ctr_command("save", "platform=")
     def save(self, flags: Flags, words: List[str]) -> Any:
         """Write the archive of images to standard output."""
         platforms = [f"--platform={each}" for each in flags.get("platform", [])]
-        self.ctr.run(*self.ctr.local("images", "export"), *platforms, "--", "-", *words, stdout=None)
+        self.run(*self.local("images", "export"), *platforms, "--", "-", *words, stdout=None)
 
-    @ctr_command("login", "username= password-stdin")
     def login(self, flags: Flags, words: List[str]) -> Any:
         """Ask the registry whether it takes the credentials. Nothing is kept: clients send theirs with each request."""
         registry = Registry(Reference(words[0] + "/login", "", ""), {"username": flags["username"][-1], "password": sys.stdin.read()})
@@ -5065,23 +5049,21 @@ class CtrCommands:
         if status != 200:
             raise ApiError(f"{registry.host} answered {status}" + (" Unauthorized" if status == 401 else ""))
 
-    @ctr_command("container inspect", "mode=", INSPECT_FORMAT)
     def container_inspect(self, flags: Flags, words: List[str]) -> Any:
         """One container as INSPECT_FORMAT has it. ctr tells no exit codes: 255 is containerd's own for one that is not known."""
-        told, (pid, status) = json.loads(self.ctr.run("containers", "info", "--", words[0])), self.ctr.tasks().get(words[0], (0, ""))
+        told, (pid, status) = json.loads(self.run("containers", "info", "--", words[0])), self.tasks().get(words[0], (0, ""))
         spec = told.get("Spec") and {**told["Spec"], **(told["Spec"].get("linux") or {})}
         task = {"Pid": pid, "Status": {"Status": status.lower(), "ExitStatus": 255 if status == "STOPPED" else 0}} if status else None
         return [{**told, "Runtime": told["Runtime"]["Name"], "Task": task, "Spec": spec}]
 
-    @ctr_command("ps", "no-trunc size filter=", CONTAINER_ROW, '{"ID":{{json .ID}},"Size":{{json .Size}}}')
     def ps(self, flags: Flags, words: List[str]) -> Any:
         """Containers as CONTAINER_ROW has them, or their sizes; all, or that of the filter `id=`."""
-        wanted = [each.partition("id=")[2] for each in flags.get("filter", [])] or self.ctr.run("containers", "ls", "-q").split()
-        found = [json.loads(text) for text in self.ctr.each(["containers", "info", "--", each] for each in wanted) if text]
+        wanted = [each.partition("id=")[2] for each in flags.get("filter", [])] or self.run("containers", "ls", "-q").split()
+        found = [json.loads(text) for text in self.each(["containers", "info", "--", each] for each in wanted) if text]
         if "size" in flags:
-            sizes = self.ctr.usage(each["SnapshotKey"] for each in found)
+            sizes = self.usage(each["SnapshotKey"] for each in found)
             return [{"ID": each["ID"], "Size": "%dB (virtual %dB)" % sizes.get(each["SnapshotKey"], (0, 0))} for each in found]
-        tasks, rows = self.ctr.tasks(), []
+        tasks, rows = self.tasks(), []
         for each in sorted(found, key=lambda each: -(nanoseconds_of(each["CreatedAt"]) or 0)):
             labels, status = each.get("Labels") or {}, tasks.get(each["ID"], (0, "CREATED"))[1]
             pod = [labels.get("io.kubernetes." + key) for key in ("pod.namespace", "pod.name", "container.name")]
@@ -5093,16 +5075,15 @@ class CtrCommands:
             }, labels])
         return rows
 
-    @ctr_command("build", "progress= build-arg= label= cache-from= add-host= no-cache pull target= platform= network= allow= provenance= file= tag=")
     def build(self, flags: Flags, words: List[str]) -> Any:
         """Build by buildctl and load what comes of it: so it does not matter which worker and namespace buildkitd has."""
-        addresses, file = Nerdctl(["buildctl"], self.ctr.namespace).buildkit_addresses(), flags.get("file", [words[0] + "/Dockerfile"])[-1]
+        addresses, file = Nerdctl(["buildctl"], self.namespace).buildkit_addresses(), flags.get("file", [words[0] + "/Dockerfile"])[-1]
         address = next((each for each in addresses if os.path.exists(each.replace("unix://", "", 1))), addresses[-1])
         options = [f"--local=context={words[0]}", f"--local=dockerfile={os.path.dirname(file)}", f"--opt=filename={os.path.basename(file)}"]
         for key, form in (("build-arg", "--opt=build-arg:"), ("label", "--opt=label:"), ("cache-from", "--import-cache=type=registry,ref="),
-                          ("target", "--opt=target="), ("platform", "--opt=platform="), ("network", "--opt=force-network-mode="), ("allow", "--allow=")):
+                          ("target", "--opt=target="), ("platform", "--opt=platform="), ("network", "--opt=force-network-mode="), ("allow", "--allow="),
+                          ("no-cache", "--no-cache"), ("pull", "--opt=image-resolve-mode=pull")):
             options += [form + value for value in flags.get(key, [])]
-        options += [{"no-cache": "--no-cache", "pull": "--opt=image-resolve-mode=pull"}[key] for key in ("no-cache", "pull") if key in flags]
         if "add-host" in flags:
             options.append("--opt=add-hosts=" + ",".join(each.replace(":", "=", 1) for each in flags["add-host"]))
         output = f'--output=type=docker,"name={",".join(flags["tag"])}",dest=-'
