@@ -4876,6 +4876,8 @@ def ctr_main(argv: List[str]) -> int:
         return 0
     except (ApiError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         message = str(error) if isinstance(error, (ApiError, OSError)) else UNKNOWN_CTR + repr(error)
+        if isinstance(error, FileNotFoundError):
+            message = f'exec: "{error.filename}": executable file not found in $PATH'
         print(f'time="{rfc3339(time.time_ns())}" level=fatal msg={json.dumps(message, ensure_ascii=False)}', file=sys.stderr)
         return 1
 
