@@ -828,9 +828,8 @@ class TestCtrLive:
         before = docker.json("image", "inspect", "saved:1")[0]
         docker("save", "-o", str(docker.folder / "saved.tar"), "saved:1")
         with tarfile.open(docker.folder / "saved.tar") as file:
-            names = file.getnames()
-            assert {"manifest.json", "index.json"} <= set(names)
-            assert json.load(file.extractfile("manifest.json"))[0]["RepoTags"] == ["docker.io/library/saved:1"] or True
+            assert "index.json" in file.getnames()
+            assert json.load(file.extractfile("manifest.json"))[0]["RepoTags"] == ["saved:1"]
         docker("rmi", "saved:1")
         assert docker("load", "-i", str(docker.folder / "saved.tar")) == "Loaded image: saved:1\n"
         after = docker.json("image", "inspect", "saved:1")[0]
@@ -840,9 +839,12 @@ class TestCtrLive:
 
     def test_load_without_a_name(self, docker):
         archive(docker.folder / "nameless.tar", "", b"?")
-        found = re.fullmatch(r"Loaded image ID: (sha256:[0-9a-f]{64})\n", docker("load", "-i", str(docker.folder / "nameless.tar")))
-        assert docker.json("image", "inspect", found.group(1))[0]["RepoTags"] == []
-        assert "Deleted: " + found.group(1) in docker("rmi", found.group(1))
+        # nerdctl's transfer service keeps the archive's index as an image of its own, beside the image.
+        found = re.findall(r"^Loaded image ID: (sha256:[0-9a-f]{64})$", docker("load", "-i", str(docker.folder / "nameless.tar")), re.M)
+        assert len(found) == 1 or not docker.over_ctr
+        for identity in found:
+            assert docker.json("image", "inspect", identity)[0]["RepoTags"] == []
+            assert "Deleted: " + identity in docker("rmi", identity)
 
     def test_load_of_garbage(self, docker):
         (docker.folder / "garbage.tar").write_bytes(b"garbage" * 100)
@@ -858,7 +860,7 @@ class TestCtrLive:
         told = docker("pull", name)
         assert f"Digest: {digest}\n" in told and f"Status: Downloaded newer image for {name}" in told
         assert "Image is up to date" in docker("pull", name)
-        assert docker.json("image", "inspect", name)[0]["RepoDigests"] == [f"{name.rpartition(':')[0]}@{digest}"] or True
+        assert f"{name.rpartition(':')[0]}@{digest}" in docker.json("image", "inspect", name)[0]["RepoDigests"]
         docker("rmi", name)
         assert "not found" in docker("pull", f"{REGISTRY}/nerdctld-test/nope:1", status=1)
         assert "does not exist locally" in docker("push", f"{REGISTRY}/nerdctld-test/nope:1", status=1)
@@ -902,7 +904,7 @@ class TestCtrLive:
         told = docker("build", "--build-arg", "WHAT=-y", "-t", "built:1", "-t", "built:2", str(folder))
         assert "Successfully tagged built:1" in told and "Successfully tagged built:2" in told
         (image,) = docker.json("image", "inspect", "built:2")
-        assert (image["Config"]["Labels"], image["Config"]["Cmd"], image["RepoTags"]) == ({"what": "-y"}, ["/f"], ["built:1", "built:2"])
+        assert (image["Config"]["Labels"], image["Config"]["Cmd"], sorted(image["RepoTags"])) == ({"what": "-y"}, ["/f"], ["built:1", "built:2"])
         docker("rmi", "built:1", "built:2")
         (folder / "Dockerfile").write_text("FROM scratch\nCOPY nothing /\n")
         assert "nothing" in docker("build", "-t", "built:3", str(folder), status=1)
