@@ -4709,7 +4709,7 @@ CTR_WORDS = [(re.compile(pattern), words) for pattern, words in (
     (r"^container \"([^\"]+)\" in namespace \S+: not found$", r"no such container: \1"),
     (r"^(?:cannot access socket|failed to dial) \"?([^\s\":]+)\"?: ", r'cannot access containerd socket "\1": '),
 )]
-Flags = Dict[str, List[str]]  # Name -> values, "" for a flag without one.
+Flags = Dict[str, List[str]]
 
 
 def parse_ctr_error(stderr: str) -> str:
@@ -4833,6 +4833,7 @@ def docker_login(host: str) -> Tuple[str, str]:
 
 
 # Command -> the flags it takes (with a value: `name=`) and the formats it knows; the method of CtrCommands is called like it.
+# Networks and volumes are nerdctl's own, so that without it there are none, and no methods for them.
 CTR_COMMANDS: Dict[str, Tuple[str, ...]] = {
     "version": ("", "{{json .}}"), "info": ("", "{{json .}}"), "events": ("", "{{json .}}"),
     "network ls": ("", "{{json .}}"), "volume ls": ("size", "{{json .}}"),
@@ -4871,7 +4872,7 @@ def ctr_main(argv: List[str]) -> int:
         if formats and flags.get("format", [""])[-1] not in formats:
             raise NotImplementedHere(f"{NO_NERDCTL}, and what stands in for it does not know this --format of {name}")
         ctr = CtrCommands(shlex.split(command) or find_ctr() or ["ctr"], namespace or "default", address, snapshotter)
-        for row in getattr(ctr, name.replace(" ", "_"))(flags, rest) or ():
+        for row in getattr(ctr, name.replace(" ", "_"), lambda *_: ())(flags, rest) or ():
             print(row if isinstance(row, str) else json_bytes(row).decode(), flush=True)
         return 0
     except (ApiError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -4916,7 +4917,8 @@ def whole_manifests(ctr: Ctr, index: Dict[str, Any]) -> List[Tuple[str, Dict[str
 
 def chain_ids(config: Dict[str, Any]) -> List[str]:
     """The keys of an image's snapshots, from the lowest layer up."""
-    return list(itertools.accumulate(config["rootfs"]["diff_ids"], lambda below, each: "sha256:" + hashlib.sha256(f"{below} {each}".encode()).hexdigest()))
+    link = lambda below, layer: "sha256:" + hashlib.sha256(f"{below} {layer}".encode()).hexdigest()
+    return list(itertools.accumulate(config["rootfs"]["diff_ids"], link))
 
 
 def native_images(ctr: Ctr, names: List[str]) -> Tuple[List[Dict[str, Any]], Dict[str, Tuple[int, int]]]:
@@ -4946,16 +4948,17 @@ class CtrCommands(Ctr):
     def version(self, flags: Flags, words: List[str]) -> Any:
         """Versions of ctr and containerd; in the place of nerdctl's that there is none."""
         own, server = (dict(re.findall(r"^ *(\w+): *(\S*)$", part, re.M)) for part in self.run("version").partition("Server:")[::2])
-        details = {"GitCommit": server.get("Revision") or "", "UUID": server.get("UUID") or ""}
         return [{"Client": {"Version": f"{NO_NERDCTL}: ctr {own['Version']}", "Components": [{"Name": "ctr", "Version": own["Version"]}]},
-                 "Server": {"Components": [{"Name": "containerd", "Version": server["Version"], "Details": details}]}}]
+                 "Server": {"Components": [{"Name": "containerd", "Version": server["Version"], "Details": {
+                     "GitCommit": server.get("Revision") or "", "UUID": server.get("UUID") or ""}}]}}]
 
     def info(self, flags: Flags, words: List[str]) -> Any:
-        """What is known of the machine and of containerd, with a warning that nerdctl is not there."""
+        """What is known of the machine and of containerd, with a warning that nerdctl is not there. Limits are told as there:
+        nothing is run, and clients would warn of each."""
         server, unified = self.version({}, [])[0]["Server"]["Components"][0], os.path.exists("/sys/fs/cgroup/cgroup.controllers")
-        limits = ("MemoryLimit", "SwapLimit", "CpuCfsPeriod", "CpuCfsQuota", "CPUShares", "CPUSet", "PidsLimit", "IPv4Forwarding", "OomKillDisable")
         return [{
-            **dict.fromkeys(limits, True), "ID": server["Details"]["UUID"], "Driver": "".join(self.snapshotter)[14:] or "overlayfs",
+            **dict.fromkeys("MemoryLimit SwapLimit CpuCfsPeriod CpuCfsQuota CPUShares CPUSet PidsLimit IPv4Forwarding OomKillDisable".split(), True),
+            "ID": server["Details"]["UUID"], "Driver": "".join(self.snapshotter)[14:] or "overlayfs",
             "CgroupDriver": "systemd" if unified and os.path.isdir("/run/systemd/system") else "cgroupfs", "CgroupVersion": "2" if unified else "1",
             "ServerVersion": server["Version"], "MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "Warnings": [f"WARNING: {NO_NERDCTL}: over containerd's ctr there are images, listings and builds only"],
@@ -4973,11 +4976,6 @@ class CtrCommands(Ctr):
             yield {"Timestamp": f"{day}T{hour}Z", "Namespace": namespace, "Topic": topic, "Event": payload}
             yield ""
         self.finish(process)
-
-    def network_ls(self, flags: Flags, words: List[str]) -> Any:
-        """Networks and volumes are nerdctl's own: without it there are none."""
-
-    volume_ls = network_ls
 
     def images(self, flags: Flags, words: List[str]) -> Any:
         """The names of images with their digests; what nerdctl says besides is read by image inspect."""
@@ -5039,8 +5037,7 @@ class CtrCommands(Ctr):
 
     def save(self, flags: Flags, words: List[str]) -> Any:
         """Write the archive of images to standard output."""
-        platforms = [f"--platform={each}" for each in flags.get("platform", [])]
-        self.run(*self.local("images", "export"), *platforms, "--", "-", *words, stdout=None)
+        self.run(*self.local("images", "export"), *(f"--platform={each}" for each in flags.get("platform", [])), "--", "-", *words, stdout=None)
 
     def login(self, flags: Flags, words: List[str]) -> Any:
         """Ask the registry whether it takes the credentials. Nothing is kept: clients send theirs with each request."""
@@ -5088,8 +5085,8 @@ class CtrCommands(Ctr):
             options += [form + value for value in flags.get(key, [])]
         if "add-host" in flags:
             options.append("--opt=add-hosts=" + ",".join(each.replace(":", "=", 1) for each in flags["add-host"]))
-        output = f'--output=type=docker,"name={",".join(flags["tag"])}",dest=-'
-        command = ["buildctl", "--addr=" + address, "build", "--progress=plain", "--frontend=dockerfile.v0", *options, output]
+        options.append(f'--output=type=docker,"name={",".join(flags["tag"])}",dest=-')
+        command = ["buildctl", "--addr=" + address, "build", "--progress=plain", "--frontend=dockerfile.v0", *options]
         building = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         try:
             return list(self.load({}, [], building.stdout))

@@ -743,6 +743,13 @@ class Docker:
         """The JSON that docker prints."""
         return json.loads(self(*words))
 
+    def load(self, name):
+        """Load `name`.tar from the folder as the image `name`:1. nerdctl now and then leaves out what it loaded last, since it
+        reads it from its progress, so the words are compared over ctr only."""
+        told = self("load", "-i", str(self.folder / f"{name}.tar"))
+        assert told == f"Loaded image: {name}:1\n" or not self.over_ctr
+        assert f"{name}:1" in self.json("image", "inspect", f"{name}:1")[0]["RepoTags"]
+
     def close(self):
         """Remove the containers and images of the namespace, end the daemon."""
         ctr = ["ctr", "--namespace", self.namespace]
@@ -786,7 +793,7 @@ def docker(request, tmp_path_factory):
     found.over_ctr = request.param.startswith("ctr ")
     try:
         archive(found.folder / "hello.tar", "hello:1")
-        assert found("load", "-i", str(found.folder / "hello.tar")) == "Loaded image: hello:1\n"
+        found.load("hello")
         yield found
     finally:
         found.close()
@@ -815,23 +822,27 @@ class TestCtrLive:
         assert "hello" in docker("images")
 
     def test_a_tag_moves(self, docker):
-        archive(docker.folder / "second.tar", "hello:second", b"!")
-        docker("load", "-i", str(docker.folder / "second.tar"))
+        archive(docker.folder / "second.tar", "second:1", b"!")
+        docker.load("second")
         docker("tag", "hello:1", "moving:1")
-        docker("tag", "hello:second", "moving:1")
-        assert docker.json("image", "inspect", "moving:1")[0]["Id"] == docker.json("image", "inspect", "hello:second")[0]["Id"]
-        told = docker("rmi", "moving:1", "hello:second").splitlines()
-        assert told[:2] == ["Untagged: moving:1", "Untagged: hello:second"] and told[2].startswith("Deleted: sha256:")
+        docker("tag", "second:1", "moving:1")
+        assert docker.json("image", "inspect", "moving:1")[0]["Id"] == docker.json("image", "inspect", "second:1")[0]["Id"]
+        told = docker("rmi", "moving:1", "second:1").splitlines()
+        assert told[:2] == ["Untagged: moving:1", "Untagged: second:1"] and told[2].startswith("Deleted: sha256:")
 
     def test_save_and_load(self, docker):
         docker("tag", "hello:1", "saved:1")
         before = docker.json("image", "inspect", "saved:1")[0]
-        docker("save", "-o", str(docker.folder / "saved.tar"), "saved:1")
+        for _ in range(10):
+            docker("save", "-o", str(docker.folder / "saved.tar"), "saved:1")
+            # nerdctl 2.3.5 now and then ends with status 0 before it has written the whole of it.
+            if docker.over_ctr or (docker.folder / "saved.tar").read_bytes().endswith(bytes(1024)):
+                break
         with tarfile.open(docker.folder / "saved.tar") as file:
             assert "index.json" in file.getnames()
             assert json.load(file.extractfile("manifest.json"))[0]["RepoTags"] == ["saved:1"]
         docker("rmi", "saved:1")
-        assert docker("load", "-i", str(docker.folder / "saved.tar")) == "Loaded image: saved:1\n"
+        docker.load("saved")
         after = docker.json("image", "inspect", "saved:1")[0]
         assert (after["RootFS"], after["Config"], after["Size"]) == (before["RootFS"], before["Config"], before["Size"])
         docker("rmi", "saved:1")
