@@ -1431,10 +1431,10 @@ def parse_images(rows: List[Any]) -> List[Image]:
     return list(found.values())
 
 
-# Names that stand for none: of nerdctl's load, of BuildKit, and our own for imports and commits without one. containerd
-# keeps no image without a name.
+# Names that stand for none: of nerdctl's load, of BuildKit, of Kubernetes (`sha256:…`, the digest of the configuration), and
+# our own for imports and commits without one. containerd keeps no image without a name.
 WORKING_NAME = "nerdctld.invalid/"
-NAMELESS = (WORKING_NAME, "import/", "moby-dangling/")
+NAMELESS = (WORKING_NAME, "import/", "moby-dangling/", "sha256:", "sha256/")
 
 
 class ImageGroup:

@@ -525,6 +525,11 @@ class TestCtr:
         size = '{"ID":{{json .ID}},"Size":{{json .Size}}}'
         assert rows(run("ps", "-a", "--no-trunc", "--size", "--filter=id=c1", "--format", size)) == [{"ID": "c1", "Size": "20480B (virtual 2039808B)"}]
 
+    def test_image_names_of_kubernetes(self):
+        group = nerdctld.ImageGroup(DIGESTS["<M>"])
+        group.names = [BASE, BASE[:-2] + "@" + DIGESTS["<M>"], DIGESTS["<C>"]]
+        assert (group.repo_tags, group.repo_digests) == ([BASE], [BASE[:-2] + "@" + DIGESTS["<M>"]])
+
     def test_names_of_kubernetes(self, ctr, run):
         told = json.loads(ctr.rules["containers info -- c1"][1])
         told["Labels"] = {"io.kubernetes.pod.namespace": "kube-system", "io.kubernetes.pod.name": "dns", "io.kubernetes.container.name": "main"}
