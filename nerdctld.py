@@ -5690,9 +5690,11 @@ def container_logs(engine: Engine, request: Request, name: str) -> Response:
     request.timestamp("since"), request.timestamp("until")
     tty = is_terminal(engine, container)
     details = log_details(container) if request.flag("details") else b""
+    follow = request.flag("follow")
 
     def chunks() -> Iterator[bytes]:
-        yield b""
+        if follow:
+            yield b""
         parts: List[bytes] = []
         for line in log_lines(engine, request, container):
             if line.text:
@@ -5705,7 +5707,8 @@ def container_logs(engine: Engine, request: Request, name: str) -> Response:
                 parts = []
         yield b"".join(parts)
 
-    return Response(200, Stream(chunks()), stream_type(tty, request.version))
+    # What there is already begins at once, so an error before it can still be told.
+    return Response(200, Stream(chunks(), primed=not follow), stream_type(tty, request.version))
 
 
 def rfc3339_full(nanoseconds: int) -> str:
