@@ -3051,9 +3051,10 @@ def remove_extra_names(engine: Engine, base: str, before: Iterable[str]) -> None
 
 
 def parse_loaded(text: str) -> List[str]:
-    """The names that `nerdctl load` says it loaded, each once."""
-    found = dict.fromkeys(re.findall(r"^Loaded image: (\S+)", text, re.M))
-    return list(found)
+    """The names that `nerdctl load` says it loaded, each once. nerdctl 2.3 sometimes leaves out the last of its
+    `Loaded image:` lines (3 of 25 times on a busy machine), but names it in its progress."""
+    told = [*re.findall(r"^Loaded image: (\S+)", text, re.M), *re.findall(r"^(\S+:\S+)[ \t]+saved[ \t]*$", ANSI.sub("", text), re.M)]
+    return list(dict.fromkeys(told))
 
 
 @route("POST", "/images/load")
@@ -3207,6 +3208,34 @@ def expand_names(engine: Engine, name: str) -> List[str]:
     return engine.snapshot.image(name).names[:1]
 
 
+ARCHIVE_END = bytes(1024)
+SAVE_ATTEMPTS = 4
+
+
+def whole_archive(engine: Engine, request: Request, arguments: List[str]) -> Iterator[bytes]:
+    """The tar that `nerdctl save` writes, to its end. nerdctl 2.3 sometimes ends, with status 0, before it has written all
+    of it (2 of 30 times on a busy machine): then it is run again for the rest, which is the same each time."""
+    sent, tail = 0, b""
+    for attempt in range(SAVE_ATTEMPTS):
+        with engine.nerdctl.start(*arguments, client=request.client) as process:
+            widen_pipe(process.stdout)
+            seen, again = 0, b""
+            for block in iter(process.read, b""):
+                known = min(len(block), max(0, sent - seen))
+                again = (again + block[:known])[-len(ARCHIVE_END):]
+                seen += len(block)
+                if known and seen >= sent and again != tail:
+                    raise ApiError("nerdctl did not write the whole archive")
+                if known < len(block):
+                    tail = (tail + block[known:])[-len(ARCHIVE_END):]
+                    sent += len(block) - known
+                    yield block[known:]
+            process.check()
+        if tail == ARCHIVE_END:
+            return
+    raise ApiError("nerdctl did not write the whole archive")
+
+
 def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     """Stream the archive of images, all looked up before the first byte."""
     if not names:
@@ -3219,10 +3248,7 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     arguments = ["save", *([f"--platform={platform_words(platform)}"] if platform else []), "--", *wanted]
 
     def chunks() -> Iterator[bytes]:
-        with engine.nerdctl.start(*arguments, client=request.client) as process:
-            widen_pipe(process.stdout)
-            yield from iter(process.read, b"")
-            process.check()
+        yield from whole_archive(engine, request, arguments)
         for name in wanted:
             # Too late for an error: somebody may have removed it meanwhile.
             with contextlib.suppress(ApiError):
@@ -9058,16 +9084,23 @@ def listen(address: str) -> Tuple[socket.socket, str]:
     return own_socket(path), path
 
 
-def serve_until_told(server: Server, idle_timeout: float) -> None:
-    """Serve until SIGTERM, SIGINT or, with a timeout, until idle for so long; then let running requests end, for a
-    bounded time."""
+def watch_signals() -> int:
+    """From now on SIGTERM and SIGINT make the returned descriptor readable instead of ending the process."""
     reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     for number in (signal.SIGTERM, signal.SIGINT):
-        # Not an Event: its lock may be held by the very code that the signal interrupts.
-        signal.signal(number, lambda *_: os.write(writer, b"\0"))
+        signal.signal(number, lambda *_: None)
+    # Written to at once whichever thread the kernel picks, while a handler would wait for the main thread to wake up.
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    return reader
+
+
+def serve_until_told(server: Server, idle_timeout: float, signals: int) -> None:
+    """Serve until a signal or, with a timeout, until idle for so long; then let running requests end, for a bounded
+    time."""
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    while not poll_readable(reader, min(1.0, idle_timeout / 4) if idle_timeout else None):
+    while not poll_readable(signals, min(1.0, idle_timeout / 4) if idle_timeout else None):
         if server.idle_seconds() >= idle_timeout:
             log(f"idle for {idle_timeout:g} seconds: ending")
             break
@@ -9084,6 +9117,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         if options.command == "dial-stdio":
             return dial_stdio(socket_path(options.addr) if options.addr else default_socket_path())
+        signals = watch_signals()
         listener, path = listen(options.addr)
     except StartError as error:
         log(str(error))
@@ -9098,7 +9132,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     notify_systemd("READY=1", notify)
     threading.Thread(target=engine.caretaker.look, name="look", daemon=True).start()
     log(f"listening on {path or 'the socket of systemd'}, namespace {nerdctl.namespace}")
-    serve_until_told(server, 0.0 if path else options.idle_timeout)
+    serve_until_told(server, 0.0 if path else options.idle_timeout, signals)
     notify_systemd("STOPPING=1", notify)
     if path:
         with contextlib.suppress(OSError):

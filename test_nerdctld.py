@@ -4943,7 +4943,7 @@ class TestCommandLine:
         for name in ("NERDCTL", "CONTAINERD_NAMESPACE", "CONTAINERD_ADDRESS", "CONTAINERD_SNAPSHOTTER", "BUILDKIT_HOST"):
             monkeypatch.delenv(name, raising=False)
         found = nerdctld.parse_args([])
-        assert (found.nerdctl, found.namespace, found.address, found.addr, found.debug) == ("nerdctl", "default", "", "", False)
+        assert (found.nerdctl, found.namespace, found.address, found.addr, found.debug) == ("", "default", "", "", False)
 
     def test_environment(self, monkeypatch):
         for name, value in (("NERDCTL", "lima nerdctl"), ("CONTAINERD_NAMESPACE", "k8s.io"), ("CONTAINERD_ADDRESS", "/a"), ("BUILDKIT_HOST", "unix:///b")):
