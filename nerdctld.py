@@ -462,6 +462,7 @@ NERDCTL_ERRORS: List[Tuple[Any, type, str]] = [
         (r"exec: \"[^\"]*\": (?:permission denied|stat \S+: no such file or directory)|permission denied: unknown", BadParameter, ""),
         (r"(?:no such container:? |no container found for: |no running task found for container |container not found: )"
          r"\"?([^\s\"]+)", NotFound, "No such container: {0}"),
+        (r"container \"([0-9a-f]{64})\" in namespace \"[^\"]*\": not found", NotFound, "No such container: {0}"),
         (r"image not available: \"?([^\"\s]+)", NotFound, "No such image: {0}"),
         (r"no such image:? \"?([^\s\"]+)", NotFound, "No such image: {0}"),
         (r"image \"([^\"]+)\": not found", NotFound, "No such image: {0}"),
@@ -1336,6 +1337,15 @@ class Container:
 
 
 CONTAINER_ROW = "[{{json .}},{{json .LabelsMap}}]"
+
+
+def list_rows(nerdctl: Nerdctl, *arguments: str) -> List[Any]:
+    """Rows of `ps -a --no-trunc` with these arguments. nerdctl fails as a whole when any container goes while it lists, so
+    it is asked again then."""
+    for _ in range(10):
+        with contextlib.suppress(NotFound):
+            return nerdctl.rows("ps", "-a", "--no-trunc", *arguments)
+    return nerdctl.rows("ps", "-a", "--no-trunc", *arguments)
 
 
 def parse_containers(rows: List[Any]) -> Dict[str, Container]:
@@ -4003,9 +4013,9 @@ def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: b
 
 def container_sizes(engine: Engine, container: Optional[Container] = None) -> Dict[str, Tuple[int, int]]:
     """Real id -> bytes written and bytes in all, of one container or of all; read anew, since no event tells of them."""
-    arguments = ["ps", "-a", "--no-trunc", "--size", *([f"--filter=id={container.real}"] if container else [])]
+    arguments = ["--size", *([f"--filter=id={container.real}"] if container else [])]
     found = {}
-    for row in engine.nerdctl.rows(*arguments, "--format", '{"ID":{{json .ID}},"Size":{{json .Size}}}'):
+    for row in list_rows(engine.nerdctl, *arguments, "--format", '{"ID":{{json .ID}},"Size":{{json .Size}}}'):
         written, _, whole = (row.get("Size") or "").partition(" (virtual ")
         found[row["ID"]] = (size_bytes(written), size_bytes(whole.rstrip(")")))
     return found
