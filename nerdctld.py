@@ -749,7 +749,8 @@ class Nerdctl:
         """Under --debug, log the command with its time."""
         if self.debug:
             took = (time.monotonic() - process.began) * 1000
-            log(f"{shlex.join(process.argv)} -> {process.popen.returncode} in {took:.0f} ms")
+            said = process.error_text() if process.popen.returncode > 0 else ""
+            log(f"{shlex.join(process.argv)} -> {process.popen.returncode} in {took:.0f} ms{' ' + nerdctl_message(said) if said else ''}")
 
     def start(self, *arguments: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE, stderr: Any = None,
               environment: Optional[Dict[str, str]] = None, client: Client = Client(), lasting: bool = False) -> Process:
@@ -8348,6 +8349,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                 stream.close()
                 return self.respond(error_response(error), body)
             # Too late for a status: the missing end of the chunks tells the client.
+            log(f"{self.command} {self.path.partition('?')[0]}: broken off: {error}")
             self.close_connection = True
         except (ClientGone, OSError):
             self.close_connection = True
