@@ -11,7 +11,7 @@ Sections, each using only what stands above it:
     Errors · Requests, responses · Routes · nerdctl process · Conversions · Events · Snapshot · Engine ·
     System · Images · Build · Containers · Container create · Sessions · Container lifecycle · Streams · Exec ·
     Archive · Statistics · Networks · Volumes · Swarm and plugins · gRPC · Relay · BuildKit · HTTP server ·
-    Sockets · Command line
+    Sockets · ctr · Command line
 
 To add an endpoint:
     1. write `<op>_args()`, `parse_<thing>()` and `docker_<thing>()` as pure functions in the section of its resource;
@@ -30,6 +30,7 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import getopt
 import hashlib
 import http.client
 import http.server
@@ -451,6 +452,7 @@ NERDCTL_ERRORS: List[Tuple[Any, type, str]] = [
          "containerd is not running at {0}: start it (systemctl start containerd), or say where it is with --address"),
         (r"(?:connection error|failed to dial|connection refused|error reading server preface).*?(containerd\.sock)", Unavailable,
          "containerd does not answer: see systemctl status containerd"),
+        (r"nerdctl is not installed, and", NotImplementedHere, ""),
         (r"connection error: desc = \"transport: Error while dialing: dial unix (?!\S*buildkit)(\S+): ", Unavailable,
          "containerd does not answer at {0}: see systemctl status containerd"),
         (r"rootless containerd not running", Unavailable,
@@ -714,7 +716,7 @@ class Nerdctl:
         self.address = address
         self.debug = debug
         # Whether nerdctl's files are files of this machine.
-        self.local = len(self.command) == 1
+        self.local = len(self.command) == 1 or self.command[0] == sys.executable
         self.options = [f"--namespace={self.namespace}"]
         if address:
             self.options.append(f"--address={address}")
@@ -1594,10 +1596,10 @@ def parse_images(rows: List[Any]) -> List[Image]:
     return list(found.values())
 
 
-# Names that stand for none: of nerdctl's load, of BuildKit, and our own for imports and commits without one. containerd
-# keeps no image without a name.
+# Names that stand for none: of nerdctl's load, of BuildKit, of Kubernetes (`sha256:…`, the digest of the configuration), and
+# our own for imports and commits without one. containerd keeps no image without a name.
 WORKING_NAME = "nerdctld.invalid/"
-NAMELESS = (WORKING_NAME, "import/", "moby-dangling/")
+NAMELESS = (WORKING_NAME, "import/", "moby-dangling/", "sha256:", "sha256/")
 
 
 class ImageGroup:
@@ -1997,10 +1999,10 @@ class Tasks:
         """Whether a command in a container was started after the count stood so."""
         return self.execs.get(real, 0) > count
 
-    def wait(self, container: Container, condition: str, since: int, gone: threading.Event) -> Optional[int]:
-        """Wait as `POST /containers/{id}/wait` says; the exit status, None when the client has gone."""
+    def wait(self, container: Container, condition: str, since: int, gone: Callable[[], bool]) -> Optional[int]:
+        """Wait as `POST /containers/{id}/wait` says; the exit status, None when there is nobody to be told."""
         began = time.time_ns()
-        while not gone.is_set():
+        while not gone():
             seen = self.count
             status = self._status(container, condition, since, began)
             if status is not None:
@@ -2039,6 +2041,7 @@ class Engine:
         self.snapshot = Snapshot(nerdctl, self.feed)
         self.started = time.time()
         self.lock = threading.Lock()
+        self.closing = threading.Event()
         self.tasks = Tasks(self.feed, self.snapshot)
         # By the ids that clients know: what holds a container's streams, and who waits for its start.
         self.sessions: Dict[str, Any] = {}
@@ -2059,11 +2062,22 @@ class Engine:
 
     def busy(self) -> bool:
         """Whether something depends on the daemon although no request is running."""
-        return self.feed.needs > 0
+        return self.feed.needs > 0 or bool(self.sessions) or any(each.running for each in list(self.execs.values()))
+
+    def hang_up(self) -> None:
+        """The daemon is about to end: those who only follow something are let go."""
+        self.closing.set()
+        self.journal.close()
+        self.tasks.wake()
+        with self.lock:
+            clients = [each for waiting in self.waiting.values() for each in waiting]
+            clients += [each for session in self.sessions.values() for each in session.attachments]
+        for each in clients:
+            each.leave()
 
     def close(self) -> None:
         """End everything that was started and remove every temporary file."""
-        self.journal.close()
+        self.hang_up()
         self.feed.close()
         self.nerdctl.end_all()
         self.workspace.remove()
@@ -5094,7 +5108,7 @@ def follow_log(engine: Engine, container: Container, file: LogFile, follow: bool
     `stop()`. Yields a line without text now and then, for the caller to look around."""
     pause = 0.002
     patience = time.monotonic() + 2.0
-    while not stop():
+    while not stop() and not engine.closing.is_set():
         complete = log_is_complete(container)
         lines = file.lines()
         if lines:
@@ -5117,7 +5131,7 @@ def may_run(engine: Engine, container: Container) -> bool:
     if not engine.feed.live:
         return not log_is_complete(container)
     with contextlib.suppress(ApiError):
-        now = engine.snapshot.containers.get().get(container.real)
+        now = engine.snapshot.containers.known().get(container.real)
         return now is not None and now.state in ("running", "paused", "restarting")
     return False
 
@@ -5170,7 +5184,7 @@ def start_container(engine: Engine, container: Container) -> None:
     try:
         with engine.feed.needed():
             if stdin and not tty and not was_started(container):
-                start_with_stdin(engine, container, waiting)
+                start_with_stdin(engine, engine.snapshot.container(container.id), waiting)
             elif waiting:
                 start_attached(engine, container, waiting, tty, any(each.stdin for each in waiting))
             else:
@@ -5438,7 +5452,7 @@ def container_wait(engine: Engine, request: Request, name: str) -> Response:
         yield b""
         gone = threading.Event()
         with engine.feed.needed(), request.client.when_gone(lambda: (gone.set(), engine.tasks.wake())):
-            status = engine.tasks.wait(container, condition, since, gone)
+            status = engine.tasks.wait(container, condition, since, lambda: gone.is_set() or engine.closing.is_set())
         if status is not None:
             yield json_bytes({"StatusCode": status}) + b"\n"
 
@@ -5555,7 +5569,7 @@ class Caretaker:
         """After the end of a container (any, for ""): remove it if it is to be, and stop caring for what does not run."""
         if not real and not self.cared:
             return
-        table = self.engine.snapshot.containers.get()
+        table = self.engine.snapshot.containers.known()
         for container in [table[real]] if real in table else list(table.values()) if not real else []:
             if container.running or container.state in ("restarting", "created") or container.id in self.engine.replaced:
                 continue
@@ -5566,7 +5580,7 @@ class Caretaker:
                 with contextlib.suppress(NotFound):
                     remove_container(self.engine, container, force=True, volumes=True)
             self.release(container.id)
-        known = {each.id for each in self.engine.snapshot.containers.get().values()}
+        known = {each.id for each in self.engine.snapshot.containers.known().values()}
         for identity in [each for each in self.cared if each not in known and each not in self.engine.replaced]:
             self.release(identity)
 
@@ -5699,9 +5713,11 @@ def container_logs(engine: Engine, request: Request, name: str) -> Response:
     request.timestamp("since"), request.timestamp("until")
     tty = is_terminal(engine, container)
     details = log_details(container) if request.flag("details") else b""
+    follow = request.flag("follow")
 
     def chunks() -> Iterator[bytes]:
-        yield b""
+        if follow:
+            yield b""
         parts: List[bytes] = []
         for line in log_lines(engine, request, container):
             if line.text:
@@ -5714,7 +5730,8 @@ def container_logs(engine: Engine, request: Request, name: str) -> Response:
                 parts = []
         yield b"".join(parts)
 
-    return Response(200, Stream(chunks()), stream_type(tty, request.version))
+    # What there is already begins at once, so an error before it can still be told.
+    return Response(200, Stream(chunks(), primed=not follow), stream_type(tty, request.version))
 
 
 def rfc3339_full(nanoseconds: int) -> str:
@@ -6588,7 +6605,7 @@ def container_stats(engine: Engine, request: Request, name: str) -> Response:
         gone = threading.Event()
         before: Dict[str, Any] = {}
         with engine.feed.needed(), request.client.when_gone(gone.set):
-            while not gone.is_set():
+            while not gone.is_set() and not engine.closing.is_set():
                 try:
                     found = sample(before)
                 except NotFound:
@@ -7169,7 +7186,7 @@ def varint(number: int) -> bytes:
 
 
 def read_varint(data: bytes, at: int) -> Tuple[int, int]:
-    """The number that begins at `at`, and where it ends; ValueError for one that is cut short or has over 64 bits."""
+    """The number that begins at `at`, and where it ends; ValueError for one that is cut short or has over ten bytes."""
     number = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
@@ -8351,6 +8368,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             # Too late for a status: the missing end of the chunks tells the client.
             log(f"{self.command} {self.path.partition('?')[0]}: broken off: {error}")
             self.close_connection = True
+            if self.server.engine.nerdctl.debug:
+                log(f"{self.command} {self.path.partition('?')[0]}: broken off: {error}")
         except (ClientGone, OSError):
             self.close_connection = True
         except Exception:
@@ -8591,6 +8610,405 @@ def dial_stdio(path: str) -> int:
 
 
 ###############################################################################
+# ctr
+###############################################################################
+
+# Where nerdctl is not installed, this file stands in for it: `nerdctld.py nerdctl COMMAND …` takes the commands, flags and
+# formats that the sections above use, has containerd's own ctr do the work, and prints what nerdctl would print. ctr promises
+# no stable output: names, digests, JSON and the few columns below are all that is read of it, alike from 1.6 to 2.3.
+NO_NERDCTL = "nerdctl is not installed"
+UNKNOWN_CTR = "this ctr is not known: "
+CTR_WORDS = [(re.compile(pattern), words) for pattern, words in (
+    (r"^failed to resolve reference \"[^\"]*\": ", "failed to resolve image: "),
+    (r"^container \"([^\"]+)\" in namespace \S+: not found$", r"no such container: \1"),
+    (r"^(?:cannot access socket|failed to dial) \"?([^\s\":]+)\"?: ", r'cannot access containerd socket "\1": '),
+)]
+Flags = Dict[str, List[str]]
+
+
+def parse_ctr_error(stderr: str) -> str:
+    """What ctr says went wrong, in nerdctl's words."""
+    lines = [line for line in stderr.splitlines() if line.strip()] or ["ctr failed without a word"]
+    message = re.sub(r"^ctr: ", "", next((line for line in lines if line.startswith("ctr: ")), lines[-1]))
+    for pattern, words in CTR_WORDS:
+        message = pattern.sub(words, message)
+    return message
+
+
+def parse_ctr_table(text: str, head: str, row: str) -> List[Tuple[str, ...]]:
+    """The groups of `row` in each line of a table whose first columns are `head`; 500 for anything else."""
+    first, *lines = [line for line in text.splitlines() if line.strip()] or [""]
+    for line in lines if first.split()[:3] == head.split() else [first]:
+        if first.split()[:3] != head.split() or not re.match(row, line):
+            raise ApiError(f"{UNKNOWN_CTR}it prints {line[:80]!r} for {head!r}")
+    return [re.match(row, line).groups() for line in lines]
+
+
+class Ctr:
+    """Runs ctr. `command` is the argv in front ("ctr", or "k3s ctr" as two words). What it starts stays in this process's
+    group, so that who ends the one ends the other. What goes wrong is an ApiError in nerdctl's words."""
+
+    def __init__(self, command: List[str], namespace: str, address: str, snapshotter: str):
+        self.namespace, self.snapshotter = namespace, [f"--snapshotter={snapshotter}"] if snapshotter else []
+        self.path = address.replace("unix://", "", 1) or ("" if "k3s" in command[0] else "/run/containerd/containerd.sock")
+        self.command = [*command, *([f"--address={self.path}"] if self.path else []), f"--namespace={namespace}"]
+
+    def start(self, *words: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE) -> subprocess.Popen:
+        """A running ctr, its stderr piped."""
+        if self.path and not os.path.exists(self.path):
+            # ctr 1.6 would look for it for ten seconds.
+            raise ApiError(f'cannot access containerd socket "{self.path}": no such file or directory')
+        return subprocess.Popen([*self.command, *words], stdin=stdin, stdout=stdout, stderr=subprocess.PIPE)
+
+    def finish(self, process: subprocess.Popen) -> str:
+        """What is left of a ctr's stdout, at its end."""
+        output, errors = process.communicate()
+        if process.returncode:
+            raise ApiError(parse_ctr_error(errors.decode(errors="replace")))
+        return (output or b"").decode()
+
+    def run(self, *words: str, **pipes: Any) -> str:
+        """The stdout of a ctr that succeeded."""
+        return self.finish(self.start(*words, **pipes))
+
+    def local(self, *words: str) -> List[str]:
+        """A command with --local where this ctr has that: the transfer service, which it uses otherwise, does not say what
+        it loads, and its progress is mixed into what is saved."""
+        return [*words, "--local"] if "--local" in self.run(*words, "--help") else list(words)
+
+    def each(self, commands: Iterable[List[str]]) -> Iterator[str]:
+        """The stdout of each command, a few of which run at a time; "" where its object is not there."""
+        waiting = list(commands)
+        for start in range(0, len(waiting), 4):
+            for process in [self.start(*words) for words in waiting[start:start + 4]]:
+                try:
+                    yield self.finish(process)
+                except ApiError as error:
+                    if not re.search(r"not found$|^no such container", str(error)):
+                        raise
+                    yield ""
+
+    def targets(self) -> Dict[str, Tuple[str, str]]:
+        """All images: name -> digest and media type."""
+        rows = parse_ctr_table(self.run("images", "ls"), "REF TYPE DIGEST", r"(\S+)\s+(\S+)\s+(\w+:[0-9a-f]{32,})\s")
+        return {name: (digest, kind) for name, kind, digest in rows}
+
+    def tasks(self) -> Dict[str, Tuple[int, str]]:
+        """Container id -> process id and status (RUNNING, PAUSED, STOPPED …) of those that have a task."""
+        rows = parse_ctr_table(self.run("tasks", "ls"), "TASK PID STATUS", r"(\S+)\s+(\d+)\s+([A-Z]+)\s*$")
+        return {identity: (int(pid), status) for identity, pid, status in rows}
+
+    def blobs(self, digests: Iterable[str]) -> Dict[str, Tuple[int, Any]]:
+        """Digest -> size and value of JSON in the content store; those that are not there are left out."""
+        wanted = list(dict.fromkeys(digests))
+        found = {digest: text.encode() for digest, text in zip(wanted, self.each(["content", "get", each] for each in wanted)) if text}
+        if any(digest != "sha256:" + hashlib.sha256(data).hexdigest() for digest, data in found.items()):
+            raise ApiError(UNKNOWN_CTR + "the content it prints is not what its digest says")
+        return {digest: (len(data), json.loads(data)) for digest, data in found.items()}
+
+    def usage(self, tips: Iterable[str]) -> Dict[str, Tuple[int, int]]:
+        """Snapshot key -> its own bytes and all with those below it, for the keys in `tips` that there are and what is below."""
+        words, row = ["snapshots", *self.snapshotter], r"(\S+)\s+(?:(\S+)\s+)?(?:Active|Committed|View)\s*$"
+        parents, wanted = dict(parse_ctr_table(self.run(*words, "ls"), "KEY PARENT KIND", row)), {}
+        for key in tips:
+            while key in parents and key not in wanted:
+                wanted[key], key = parents[key], parents[key]
+        told = self.run(*words, "usage", "-b", "--", *wanted) if wanted else "KEY SIZE INODES"
+        own = {key: int(size) for key, size in parse_ctr_table(told, "KEY SIZE INODES", r"(\S+)\s+(\d+)\s+\d+\s*$")}
+        total = lambda key: own.get(key, 0) + total(parents[key]) if key in parents else 0
+        return {key: (size, total(key)) for key, size in own.items()}
+
+    def transfer(self, verb: str, reference: str, *words: str) -> None:
+        """Pull or push, the progress going to our stdout, with the credentials of $DOCKER_CONFIG. The password goes in by a
+        pseudo-terminal, since everybody could read it on a command line."""
+        flags = ["--hosts-dir=/etc/containerd/certs.d"] if os.path.isdir("/etc/containerd/certs.d") else []
+        (user, password), ours, theirs = docker_login(reference.partition("/")[0]), -1, subprocess.DEVNULL
+        if user:
+            ours, theirs = pty.openpty()
+            mode = termios.tcgetattr(theirs)
+            mode[0] = mode[3] = 0
+            termios.tcsetattr(theirs, termios.TCSANOW, mode)
+            os.write(ours, password.encode() + b"\n")
+            flags.append(f"--user={user}")
+        self.run(*self.local("images", verb), *flags, *words, stdin=theirs, stdout=None)
+
+
+def docker_login(host: str) -> Tuple[str, str]:
+    """User and password for a registry in Docker's config.json, ("", "") without; 501 for a token."""
+    path = os.path.join(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker"), "config.json")
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+        for key, entry in (json.load(file).get("auths") or {}).items():
+            if re.sub(r"^https?://(index\.(?=docker\.io))?", "", key).partition("/")[0] == host:
+                if entry.get("identitytoken"):
+                    raise NotImplementedHere(f"{NO_NERDCTL}, and ctr cannot be given the identity token for {host}")
+                user, _, password = base64.b64decode(entry.get("auth") or "").decode().partition(":")
+                return user, password
+    return "", ""
+
+
+# Command -> the flags it takes (with a value: `name=`) and the formats it knows; the method of CtrCommands is called like it.
+# Networks and volumes are nerdctl's own, so that without it there are none, and no methods for them.
+CTR_COMMANDS: Dict[str, Tuple[str, ...]] = {
+    "version": ("", "{{json .}}"), "info": ("", "{{json .}}"), "events": ("", "{{json .}}"),
+    "network ls": ("", "{{json .}}"), "volume ls": ("size", "{{json .}}"),
+    "images": ("no-trunc", "{{json .}}"), "image inspect": ("mode=", "{{json .}}"), "history": ("no-trunc", "{{json .}}"),
+    "tag": ("",), "rmi": ("force",), "pull": ("platform= unpack=",), "push": ("platform=",), "save": ("platform=",),
+    "load": ("platform= all-platforms",), "login": ("username= password-stdin",),
+    "ps": ("no-trunc size filter=", CONTAINER_ROW, '{"ID":{{json .ID}},"Size":{{json .Size}}}'), "container inspect": ("mode=", INSPECT_FORMAT, "{{json .State}}"),
+    "build": ("progress= build-arg= label= cache-from= add-host= no-cache pull target= platform= network= allow= provenance= file= tag=",),
+}
+
+
+def parse_flags(words: List[str], known: List[str]) -> Tuple[Flags, List[str]]:
+    """The flags that stand in front, and the words behind them or behind `--`; 400 for a flag that is not `known`."""
+    flags: Flags = {}
+    try:
+        pairs, rest = getopt.getopt(words, "a", known)
+    except getopt.GetoptError as error:
+        raise BadParameter(f"unknown flag: --{error.opt}") from None
+    for name, value in pairs:
+        flags.setdefault(name.lstrip("-"), []).append(value)
+    return flags, rest
+
+
+def ctr_main(argv: List[str]) -> int:
+    """`nerdctld.py nerdctl …`: the exit status. A failure is a line on stderr as nerdctl writes it."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        options, words = parse_flags(argv, ["namespace=", "address=", "snapshotter=", "ctr="])
+        command, namespace, address, snapshotter = (options.get(key, [""])[-1] for key in ("ctr", "namespace", "address", "snapshotter"))
+        name = next((each for each in (" ".join(words[:2]), *words[:1]) if each in CTR_COMMANDS), "")
+        if not name:
+            raise NotImplementedHere(f"{NO_NERDCTL}, and containerd's ctr cannot do what `nerdctl {' '.join(words[:1])}` does: install nerdctl "
+                                     "for running containers, networks and volumes")
+        known, *formats = CTR_COMMANDS[name]
+        flags, rest = parse_flags(words[len(name.split()):], [*known.split(), *(["format="] if formats else [])])
+        if formats and flags.get("format", [""])[-1] not in formats:
+            raise NotImplementedHere(f"{NO_NERDCTL}, and what stands in for it does not know this --format of {name}")
+        ctr = CtrCommands(shlex.split(command) or find_ctr() or ["ctr"], namespace or "default", address, snapshotter)
+        for row in getattr(ctr, name.replace(" ", "_"), lambda *_: ())(flags, rest) or ():
+            print(row if isinstance(row, str) else json_bytes(row).decode(), flush=True)
+        return 0
+    except (ApiError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        message = str(error) if isinstance(error, (ApiError, OSError)) else UNKNOWN_CTR + repr(error)
+        if isinstance(error, FileNotFoundError):
+            message = f'exec: "{error.filename}": executable file not found in $PATH'
+        print(f'time="{rfc3339(time.time_ns())}" level=fatal msg={json.dumps(message, ensure_ascii=False)}', file=sys.stderr)
+        return 1
+
+
+def find_ctr() -> List[str]:
+    """argv of the ctr on PATH, or of k3s's; [] where there is none."""
+    return next((words for words in (["ctr"], ["k3s", "ctr"]) if shutil.which(words[0])), [])
+
+
+def nerdctl_command() -> List[str]:
+    """argv of nerdctl; where it is not on PATH but ctr is, of what stands in for it, with a warning in the log."""
+    if shutil.which("nerdctl") or not find_ctr():
+        return ["nerdctl"]
+    log(f"warning: {NO_NERDCTL}: images, listings and builds go by {' '.join(find_ctr())}, everything else is answered with 501")
+    import importlib.util
+    import marshal
+
+    # Each call is a new Python, and compiling this file would be half of its time: it is done once, into memory.
+    compiled = os.memfd_create("nerdctld.pyc")
+    with open(__file__, "rb") as file:
+        os.write(compiled, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(compile(file.read(), __file__, "exec")))
+    return [sys.executable, "-IS", f"/proc/{os.getpid()}/fd/{compiled}", "nerdctl"]
+
+
+def whole_manifests(ctr: Ctr, index: Dict[str, Any]) -> List[Tuple[str, Dict[str, Any], Dict[str, Any]]]:
+    """Platform, descriptor and manifest of those in an index that are all here: this machine's first, attestations last."""
+    present, whole = set(ctr.run("content", "ls", "-q").split()), []
+    read = ctr.blobs(each["digest"] for each in index["manifests"] if each["digest"] in present)
+    for each in index["manifests"]:
+        manifest = read.get(each["digest"], (0, {}))[1]
+        if manifest and all(part["digest"] in present for part in [manifest["config"], *manifest["layers"]]):
+            platform = map((each.get("platform") or {}).get, ("os", "architecture", "variant"))
+            whole.append(("/".join(filter(None, platform)), each, manifest))
+    return sorted(whole, key=lambda found: (found[0] == "unknown/unknown", not fits_machine(found[0])))
+
+
+def chain_ids(config: Dict[str, Any]) -> List[str]:
+    """The keys of an image's snapshots, from the lowest layer up."""
+    link = lambda below, layer: "sha256:" + hashlib.sha256(f"{below} {layer}".encode()).hexdigest()
+    return list(itertools.accumulate(config["rootfs"]["diff_ids"], link))
+
+
+def native_images(ctr: Ctr, names: List[str]) -> Tuple[List[Dict[str, Any]], Dict[str, Tuple[int, int]]]:
+    """Images as nerdctl's native inspect has them, but for those not all here (404 when none is), and their snapshots' bytes."""
+    images, found = ctr.targets(), []
+    read = ctr.blobs(images[name][0] for name in names if name in images)
+    for name in names:
+        digest, kind = images.get(name, ("", ""))
+        size, manifest = read.get(digest, (0, {}))
+        described = {"mediaType": kind, "digest": digest, "size": size}
+        entry = {"Image": {"Name": name, "Target": described}}
+        if "manifests" in manifest:
+            described, manifest = next((each[1:] for each in whole_manifests(ctr, manifest)), ({}, {}))
+        if manifest:
+            found.append({**entry, "ManifestDesc": described, "Manifest": manifest, "ImageConfigDesc": manifest["config"]})
+    configs = ctr.blobs(each["ImageConfigDesc"]["digest"] for each in found)
+    found = [{**each, "ImageConfig": configs[each["ImageConfigDesc"]["digest"]][1]} for each in found if each["ImageConfigDesc"]["digest"] in configs]
+    if not found:
+        raise NotFound(f"no such image: {names[0]}")
+    sizes = ctr.usage(key for each in found for key in chain_ids(each["ImageConfig"])[-1:])
+    return [{**each, "size": sizes.get((chain_ids(each["ImageConfig"]) or [""])[-1], (0, 0))[1]} for each in found], sizes
+
+
+class CtrCommands(Ctr):
+    """nerdctl's commands, a method each, which returns what is printed: JSON values or text, a line each."""
+
+    def version(self, flags: Flags, words: List[str]) -> Any:
+        """Versions of ctr and containerd; in the place of nerdctl's that there is none."""
+        own, server = (dict(re.findall(r"^ *(\w+): *(\S*)$", part, re.M)) for part in self.run("version").partition("Server:")[::2])
+        return [{"Client": {"Version": f"{NO_NERDCTL}: ctr {own['Version']}", "Components": [{"Name": "ctr", "Version": own["Version"]}]},
+                 "Server": {"Components": [{"Name": "containerd", "Version": server["Version"], "Details": {
+                     "GitCommit": server.get("Revision") or "", "UUID": server.get("UUID") or ""}}]}}]
+
+    def info(self, flags: Flags, words: List[str]) -> Any:
+        """What is known of the machine and of containerd, with a warning that nerdctl is not there. Limits are told as there:
+        nothing is run, and clients would warn of each."""
+        server, unified = self.version({}, [])[0]["Server"]["Components"][0], os.path.exists("/sys/fs/cgroup/cgroup.controllers")
+        return [{
+            **dict.fromkeys("MemoryLimit SwapLimit CpuCfsPeriod CpuCfsQuota CPUShares CPUSet PidsLimit IPv4Forwarding OomKillDisable".split(), True),
+            "ID": server["Details"]["UUID"], "Driver": "".join(self.snapshotter)[14:] or "overlayfs",
+            "CgroupDriver": "systemd" if unified and os.path.isdir("/run/systemd/system") else "cgroupfs", "CgroupVersion": "2" if unified else "1",
+            "ServerVersion": server["Version"], "MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "Warnings": [f"WARNING: {NO_NERDCTL}: over containerd's ctr there are images, listings and builds only"],
+        }]
+
+    def events(self, flags: Flags, words: List[str]) -> Any:
+        """containerd's events as they come, an empty line after each as nerdctl has it."""
+        process = self.start("events")
+        for line in process.stdout:
+            found = re.match(r"([\d-]+) ([\d:.]+) \+0000 UTC (\S+) (/\S+) ?(.*)", line.decode(errors="replace"))
+            if not found:
+                process.kill()
+                raise ApiError(f"{UNKNOWN_CTR}it tells the event {line[:80]!r}")
+            day, hour, namespace, topic, payload = found.groups()
+            yield {"Timestamp": f"{day}T{hour}Z", "Namespace": namespace, "Topic": topic, "Event": payload}
+            yield ""
+        self.finish(process)
+
+    def images(self, flags: Flags, words: List[str]) -> Any:
+        """The names of images with their digests; what nerdctl says besides is read by image inspect."""
+        return [{"Name": name, "Digest": digest, "ID": digest} for name, (digest, _) in self.targets().items()]
+
+    def image_inspect(self, flags: Flags, words: List[str]) -> Any:
+        """Images with manifest, configuration and unpacked size."""
+        return native_images(self, words)[0]
+
+    def history(self, flags: Flags, words: List[str]) -> Any:
+        """The steps an image was made in, newest first, with their unpacked sizes."""
+        (image, *_), sizes = native_images(self, words)
+        keys, rows = iter(chain_ids(image["ImageConfig"])), []
+        for step in image["ImageConfig"].get("history") or []:
+            size, _ = (0, 0) if step.get("empty_layer") else sizes.get(next(keys, ""), (0, 0))
+            rows.insert(0, {"CreatedBy": step.get("created_by") or "", "Size": f"{size}B"})
+        return rows
+
+    def tag(self, flags: Flags, words: List[str]) -> Any:
+        """Give an image another name, which may be another image's until then."""
+        if words[0] != words[1]:
+            self.run(*self.local("images", "tag"), "--force", "--", *words)
+
+    def rmi(self, flags: Flags, words: List[str]) -> Any:
+        """Remove names, and what nothing else needs any more."""
+        for name in set(words) - set(self.targets()):
+            raise NotFound(f"no such image: {name}")
+        self.run("images", "rm", "--sync", "--", *words)
+
+    def pull(self, flags: Flags, words: List[str]) -> Any:
+        """Pull one image. ctr unpacks it for any platform, so --unpack makes no difference."""
+        self.transfer("pull", words[0], *(f"--platform={each}" for each in flags.get("platform", [])), *self.snapshotter, "--", words[0])
+
+    def push(self, flags: Flags, words: List[str]) -> Any:
+        """Push one image; of an index that is only partly here, or with --platform, the manifest that is."""
+        digest, options, wanted = self.targets().get(words[0], ("", ""))[0], [], flags.get("platform", [""])[-1]
+        if not digest:
+            raise NotFound(f'image "{words[0]}": not found')
+        index = self.blobs([digest])[digest][1]
+        whole = whole_manifests(self, index) if "manifests" in index else []
+        if whole and (wanted or len(whole) < len(index["manifests"])):
+            chosen = next(each[1] for each in whole if each[0].startswith(wanted))
+            options = [f"--manifest={chosen['digest']}", f"--manifest-type={chosen['mediaType']}"]
+            print(f"pushing as a reduced-platform image ({chosen['mediaType']}, {chosen['digest']})", file=sys.stderr)
+        self.transfer("push", words[0], *options, "--", words[0])
+
+    def load(self, flags: Flags, words: List[str], stdin: Any = None) -> Any:
+        """Load an archive from standard input. One without a name becomes import@DIGEST, as with nerdctl."""
+        options = [*([f"--platform={each}" for each in flags.get("platform", [])] or ["--all-platforms"]), *self.snapshotter]
+        told = self.run(*self.local("images", "import"), "--digests", "--skip-digest-for-named", *options, "--", "-", stdin=stdin)
+        loaded, images = re.findall(r"^unpacking (\S+) \((\S+)\)", told, re.M), self.targets()
+        if not loaded or any(images.get(name, ("",))[0] != digest for name, digest in loaded):
+            raise ApiError(f"{UNKNOWN_CTR}it says of what it loaded {told[:80]!r}")
+        for name, digest in loaded:
+            if name.endswith("@" + digest):
+                self.tag({}, [name, "import@" + digest])
+                self.rmi({}, [name])
+            yield "Loaded image: " + ("import@" + digest if name.endswith("@" + digest) else name)
+
+    def save(self, flags: Flags, words: List[str]) -> Any:
+        """Write the archive of images to standard output."""
+        self.run(*self.local("images", "export"), *(f"--platform={each}" for each in flags.get("platform", [])), "--", "-", *words, stdout=None)
+
+    def login(self, flags: Flags, words: List[str]) -> Any:
+        """Ask the registry whether it takes the credentials. Nothing is kept: clients send theirs with each request."""
+        registry = Registry(Reference(words[0] + "/login", "", ""), {"username": flags["username"][-1], "password": sys.stdin.read()})
+        status, headers, _ = registry._send(registry.host, "/v2/", "")
+        if status == 401:
+            status = registry._send(registry.host, "/v2/", registry._authorize(headers.get("www-authenticate") or ""))[0]
+        if status != 200:
+            raise ApiError(f"{registry.host} answered {status}" + (" Unauthorized" if status == 401 else ""))
+
+    def container_inspect(self, flags: Flags, words: List[str]) -> Any:
+        """One container as INSPECT_FORMAT has it, or an empty State: ctr tells none, and for an unknown exit code containerd says 255."""
+        told, (pid, status) = json.loads(self.run("containers", "info", "--", words[0])), self.tasks().get(words[0], (0, ""))
+        task = {"Pid": pid, "Status": {"Status": status.lower(), "ExitStatus": 255 if status == "STOPPED" else 0}} if status else None
+        found = {**told, "Runtime": told["Runtime"]["Name"], "Task": task, "Spec": {**told["Spec"], **(told["Spec"].get("linux") or {})}}
+        return [found if flags["format"][-1] == INSPECT_FORMAT else {}]
+
+    def ps(self, flags: Flags, words: List[str]) -> Any:
+        """Containers as CONTAINER_ROW has them, or their sizes; all, or that of the filter `id=`."""
+        wanted = [each.partition("id=")[2] for each in flags.get("filter", [])] or self.run("containers", "ls", "-q").split()
+        found = [json.loads(text) for text in self.each(["containers", "info", "--", each] for each in wanted) if text]
+        if "size" in flags:
+            sizes = self.usage(each["SnapshotKey"] for each in found)
+            return [{"ID": each["ID"], "Size": "%dB (virtual %dB)" % sizes.get(each["SnapshotKey"], (0, 0))} for each in found]
+        tasks, rows = self.tasks(), []
+        for each in sorted(found, key=lambda each: -(nanoseconds_of(each["CreatedAt"]) or 0)):
+            labels, status = each.get("Labels") or {}, tasks.get(each["ID"], (0, "CREATED"))[1]
+            pod = [labels.get("io.kubernetes." + key) for key in ("pod.namespace", "pod.name", "container.name")]
+            rows.append([{
+                "ID": each["ID"], "Image": each["Image"], "CreatedAt": each["CreatedAt"], "Runtime": each["Runtime"]["Name"],
+                "Names": labels.get("nerdctl/name") or ("k8s://" + "/".join(filter(None, pod)) if pod[0] else ""),
+                "Command": json.dumps(" ".join((each.get("Spec") or {}).get("process", {}).get("args") or [])),
+                "Status": {"RUNNING": "Up", "STOPPED": "Exited"}.get(status, status.capitalize()),
+            }, labels])
+        return rows
+
+    def build(self, flags: Flags, words: List[str]) -> Any:
+        """Build by buildctl and load what comes of it: so it does not matter which worker and namespace buildkitd has."""
+        addresses, file = Nerdctl(["buildctl"], self.namespace).buildkit_addresses(), flags.get("file", [words[0] + "/Dockerfile"])[-1]
+        address = next((each for each in addresses if os.path.exists(each.replace("unix://", "", 1))), addresses[-1])
+        options = [f"--local=context={words[0]}", f"--local=dockerfile={os.path.dirname(file)}", f"--opt=filename={os.path.basename(file)}"]
+        for key, form in (("build-arg", "--opt=build-arg:"), ("label", "--opt=label:"), ("cache-from", "--import-cache=type=registry,ref="),
+                          ("target", "--opt=target="), ("platform", "--opt=platform="), ("network", "--opt=force-network-mode="), ("allow", "--allow="),
+                          ("no-cache", "--no-cache"), ("pull", "--opt=image-resolve-mode=pull")):
+            options += [form + value for value in flags.get(key, [])]
+        if "add-host" in flags:
+            options.append("--opt=add-hosts=" + ",".join(each.replace(":", "=", 1) for each in flags["add-host"]))
+        options.append(f'--output=type=docker,"name={",".join(flags["tag"])}",dest=-')
+        command = ["buildctl", "--addr=" + address, "build", "--progress=plain", "--frontend=dockerfile.v0", *options]
+        building = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        try:
+            return list(self.load({}, [], building.stdout))
+        except ApiError as error:
+            raise ApiError("exit status 1" if building.wait() else str(error)) from None
+
+
+###############################################################################
 # Command line
 ###############################################################################
 
@@ -8604,8 +9022,8 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
     parser.add_argument("command", nargs="?", choices=["dial-stdio"], help=argparse.SUPPRESS)
     parser.add_argument("-H", "--addr", metavar="unix://PATH", default="",
                         help=f"socket to listen on (default: the one systemd hands over, else {default_socket_path()})")
-    parser.add_argument("--nerdctl", metavar="COMMAND", default=environment("NERDCTL") or "nerdctl",
-                        help='nerdctl to run, such as "lima nerdctl" (default: $NERDCTL or nerdctl)')
+    parser.add_argument("--nerdctl", metavar="COMMAND", default=environment("NERDCTL") or "",
+                        help='nerdctl to run, such as "lima nerdctl" (default: $NERDCTL, nerdctl, or where that is missing containerd\'s ctr)')
     parser.add_argument("--namespace", default=environment("CONTAINERD_NAMESPACE") or "default", help="containerd namespace")
     parser.add_argument("--address", default=environment("CONTAINERD_ADDRESS") or "", help="containerd's socket")
     parser.add_argument("--snapshotter", default=environment("CONTAINERD_SNAPSHOTTER") or "", help="containerd snapshotter")
@@ -8615,7 +9033,7 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
     parser.add_argument("--debug", action="store_true", help="log each request and each nerdctl command with its time")
     parser.add_argument("--version", action="version", version=f"nerdctld {VERSION}")
     options = parser.parse_args(argv)
-    if not shlex.split(options.nerdctl):
+    if options.nerdctl and not shlex.split(options.nerdctl):
         parser.error("--nerdctl: no command")
     if not re.fullmatch(r"[A-Za-z0-9]+(?:[._-]+[A-Za-z0-9]+)*", options.namespace):
         parser.error(f"--namespace: {options.namespace!r} is not a containerd namespace")
@@ -8648,7 +9066,10 @@ def serve_until_told(server: Server, idle_timeout: float) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the daemon; the exit status."""
-    options = parse_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["nerdctl"]:
+        return ctr_main(argv[1:])
+    options = parse_args(argv)
     notify = os.environ.pop("NOTIFY_SOCKET", "")
     try:
         if options.command == "dial-stdio":
@@ -8657,7 +9078,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except StartError as error:
         log(str(error))
         return 1
-    nerdctl = Nerdctl(shlex.split(options.nerdctl), options.namespace, options.address, options.snapshotter,
+    nerdctl = Nerdctl(shlex.split(options.nerdctl) or nerdctl_command(), options.namespace, options.address, options.snapshotter,
                       options.buildkit_host, options.debug)
     engine = Engine(nerdctl)
     engine.workspace.sweep()
@@ -8675,6 +9096,7 @@ def main(argv: Optional[List[str]] = None) -> int:
                 os.unlink(path)
     # Streams of events would last until their clients leave.
     engine.journal.close()
+    engine.hang_up()
     deadline = time.monotonic() + 10.0
     while server.active and time.monotonic() < deadline:
         time.sleep(0.02)

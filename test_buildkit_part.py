@@ -832,7 +832,7 @@ def missing():
     """Why the live tests cannot run here, "" when they can."""
     if os.geteuid():
         return "the live tests need root"
-    for name in ("docker", "buildkitd", "buildctl", "nerdctl", "containerd"):
+    for name in ("docker", "buildkitd", "nerdctl", "containerd", "ctr"):
         if not shutil.which(name):
             return f"{name} is not installed"
     if subprocess.run(["docker", "buildx", "version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=30).returncode:
@@ -931,13 +931,7 @@ class Builder:
             return int(re.search(r"VmHWM:\s+(\d+)", file.read()).group(1)) / 1024
 
     def close(self):
-        """End all of it and take away what it left."""
-        with contextlib.suppress(Exception):
-            images = self.nerdctl("images", "-q", "--no-trunc").split()
-            if images:
-                self.nerdctl("rmi", "-f", *set(images))
-        with contextlib.suppress(Exception):
-            subprocess.run(["buildctl", f"--addr={self.address}", "prune", "--all"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+        """End all of it and take away what it left, also what a killed buildkitd no longer could."""
         for each in (self.daemon, self.buildkitd):
             each.terminate()
             try:
@@ -945,6 +939,32 @@ class Builder:
             except subprocess.TimeoutExpired:
                 each.kill()
                 each.wait()
+        for namespace in (NAMESPACE, NAMESPACE + "-2"):
+            for owner in (namespace, namespace + "_history"):
+                self.purge(owner)
+
+    @staticmethod
+    def purge(namespace):
+        """Remove everything in a containerd namespace."""
+        def ctr(*arguments):
+            done = subprocess.run(["ctr", "--namespace", namespace, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, timeout=30)
+            return done.stdout.decode().split("\n")
+
+        for kind, remove in (("tasks", ["rm", "-f"]), ("containers", ["rm"]), ("images", ["rm"]), ("leases", ["rm"])):
+            for name in filter(None, ctr(kind, "ls", "-q")):
+                ctr(kind, *remove, name)
+        names = True
+        while names:
+            # A snapshot goes only after those that stand on it.
+            before, names = names, [line.split()[0] for line in ctr("snapshots", "ls")[1:] if line]
+            if names == before:
+                break
+            for name in names:
+                ctr("snapshots", "rm", name)
+        for name in filter(None, ctr("content", "ls", "-q")):
+            ctr("content", "rm", name)
+        ctr("namespaces", "rm", namespace)
 
 
 @pytest.fixture(scope="class")
@@ -991,7 +1011,7 @@ class TestBuildKitLive:
         assert images[0]["RepoTags"] == ["live:dir"]
 
     def test_stdin_tar(self, builder, context, tmp_path):
-        with tarfile.open(tmp_path / "c.tar", "w") as archive:
+        with tarfile.open(tmp_path / "c.tar", "w", format=tarfile.GNU_FORMAT) as archive:
             archive.add(context, ".")
         builder.run("build", "-t", "live:tar", "-", data=(tmp_path / "c.tar").read_bytes())
         assert builder.result("live:tar") == "x=1\nhi\n"

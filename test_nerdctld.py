@@ -847,6 +847,8 @@ FAILURES = [
     ("ps", fatal("rootless containerd not running? (hint: use `containerd-rootless-setuptool.sh install` to start rootless containerd): "
                  "stat /run/user/1/containerd-rootless: no such file or directory"), 503,
      "rootless containerd is not running: containerd-rootless-setuptool.sh install sets it up"),
+    ("run x (over ctr)", fatal("nerdctl is not installed, and containerd's ctr cannot do what `nerdctl run` does: install nerdctl for running "
+                               "containers, networks and volumes"), 501, "nerdctl is not installed"),
     ("build .", level("error", "`buildctl` needs to be installed and `buildkitd` needs to be running, see https://github.com/moby/buildkit") +
      fatal("no buildkit host is available, tried 2 candidates: failed to ping to host unix:///run/buildkit-default/buildkitd.sock: exit "
            "status 1\nfailed to ping to host unix:///run/buildkit/buildkitd.sock: exit status 1"), 503,
