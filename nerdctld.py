@@ -1342,13 +1342,13 @@ class Container:
 CONTAINER_ROW = "[{{json .}},{{json .LabelsMap}}]"
 
 
-def list_rows(nerdctl: Nerdctl, *arguments: str) -> List[Any]:
-    """Rows of `ps -a --no-trunc` with these arguments. nerdctl fails as a whole when any container goes while it lists, so
-    it is asked again then."""
+def steadily(read: Callable[[], List[Any]]) -> List[Any]:
+    """What `read` has of a listing of containers. nerdctl fails as a whole when any of them goes while it lists, so it is
+    asked again then."""
     for _ in range(10):
         with contextlib.suppress(NotFound):
-            return nerdctl.rows("ps", "-a", "--no-trunc", *arguments)
-    return nerdctl.rows("ps", "-a", "--no-trunc", *arguments)
+            return read()
+    return read()
 
 
 def parse_containers(rows: List[Any]) -> Dict[str, Container]:
@@ -1461,9 +1461,12 @@ class ContainerTable:
     def _read_all(self) -> Dict[str, Container]:
         self.changed.clear()
         self.patched.clear()
-        found = parse_containers(self._rows())
+        found = parse_containers(self._steady_rows())
         with self.patching:
             return self._settled(found)
+
+    def _steady_rows(self, *options: str) -> List[Any]:
+        return steadily(lambda: self._rows(*options))
 
     def _rows(self, *options: str) -> List[Any]:
         arguments = ("ps", "-a", "--no-trunc", *options, "--format")
@@ -1482,7 +1485,7 @@ class ContainerTable:
         return [(row, labels.get(row["ID"])) for row in rows]
 
     def _read_one(self, real: str) -> Optional[Container]:
-        return parse_containers(self._rows("--filter", "id=" + real)).get(real)
+        return parse_containers(self._steady_rows("--filter", "id=" + real)).get(real)
 
     def _with(self, table: Dict[str, Container], real: str, found: Optional[Container]) -> Dict[str, Container]:
         result = dict(table)
@@ -4028,9 +4031,9 @@ def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: b
 
 def container_sizes(engine: Engine, container: Optional[Container] = None) -> Dict[str, Tuple[int, int]]:
     """Real id -> bytes written and bytes in all, of one container or of all; read anew, since no event tells of them."""
-    arguments = ["--size", *([f"--filter=id={container.real}"] if container else [])]
+    arguments = ["ps", "-a", "--no-trunc", "--size", *([f"--filter=id={container.real}"] if container else [])]
     found = {}
-    for row in list_rows(engine.nerdctl, *arguments, "--format", '{"ID":{{json .ID}},"Size":{{json .Size}}}'):
+    for row in steadily(lambda: engine.nerdctl.rows(*arguments, "--format", '{"ID":{{json .ID}},"Size":{{json .Size}}}')):
         written, _, whole = (row.get("Size") or "").partition(" (virtual ")
         found[row["ID"]] = (size_bytes(written), size_bytes(whole.rstrip(")")))
     return found
