@@ -6300,15 +6300,97 @@ def path_stat(engine: Engine, container: Container, path: str) -> Tuple[PathStat
         except OSError as error:
             raise BadParameter(f"{path}: {error.strerror}") from None
     with engine.nerdctl.start("cp", "--", f"{container.real}:{path}", "-") as process:
-        data = b""
-        while True:
-            part = process.read(65536)
-            data += part
-            header = first_header(data)
-            if header:
-                return tar_stat(header, path), ""
-            if not part:
-                copy_failed(process, container, path)
+        header, _ = read_header(process)
+        if not header:
+            copy_failed(process, container, path)
+        found = tar_stat(header, path)
+    if path.endswith("/") or tar_root(header, found.name):
+        return found, ""
+    return link_stat(engine, container, path, found)
+
+
+def link_stat(engine: Engine, container: Container, path: str, found: PathStat) -> Tuple[PathStat, str]:
+    """The stat and the target of a link in a container that does not run: nerdctl follows it, unless its folder is copied.
+    `found` is what it leads to, which is told where the link cannot be found."""
+    import tarfile
+
+    folder, name = os.path.split(path)
+    with engine.nerdctl.start("cp", "--", f"{container.real}:{folder.rstrip('/')}/.", "-") as process, contextlib.suppress(tarfile.TarError):
+        for entry in tarfile.open(fileobj=process, mode="r|"):
+            if entry.issym() and entry.name in (name, f"./{name}"):
+                resolved = entry.linkname if entry.linkname.startswith("/") else f"{folder}/{entry.linkname}"
+                return PathStat(name, len(entry.linkname), stat.S_IFLNK | 0o777, int(entry.mtime) * 10**9, os.path.normpath(resolved)), entry.linkname
+    return found, ""
+
+
+def read_header(process: Process) -> Tuple[Optional[bytes], bytes]:
+    """The first header of the tar that a process writes, None where there is none, and all that was read for it."""
+    data = b""
+    while True:
+        part = process.read(65536)
+        data += part
+        header = first_header(data)
+        if header or not part:
+            return header, data
+
+
+def tar_root(header: bytes, name: str) -> bool:
+    """Whether the entries of a tar with this first header begin with `name`."""
+    came = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape").partition("/")[0]
+    return came == name or (len(came) > 90 and name.startswith(came))
+
+
+class TarSource:
+    """A tar that a process writes, from its beginning, for tarfile."""
+
+    def __init__(self, data: bytes, process: Process):
+        self.data = data
+        self.process = process
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes."""
+        if self.data:
+            found, self.data = self.data[:size], self.data[size:]
+            return found
+        return self.process.read(size)
+
+
+def renamed_tar(source: TarSource, name: str) -> Iterator[bytes]:
+    """A tar with `name` in the place of what its entries begin with: dockerd names them as the client named the path, and
+    nerdctl as the folder is called that it found there."""
+    import tarfile
+
+    def rename(text: str) -> str:
+        _, slash, rest = text.partition("/")
+        return (name.rstrip("/") + slash + rest) or "/"
+
+    with tarfile.open(fileobj=source, mode="r|") as tar:
+        for entry in tar:
+            entry.name = rename(entry.name)
+            if entry.islnk():
+                entry.linkname = rename(entry.linkname)
+            yield entry.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+            if entry.isreg() and entry.size:
+                yield from iter(lambda data=tar.extractfile(entry): data.read(BLOCK), b"")
+                yield bytes(-entry.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def copied_tar(process: Process, name: str) -> Iterator[bytes]:
+    """The tar that a `nerdctl cp` writes, its entries beginning with `name`; the ApiError where it fails."""
+    import tarfile
+
+    header, data = read_header(process)
+    if header is None or name == "." or tar_root(header, name):
+        yield data
+        yield from iter(process.read, b"")
+    else:
+        try:
+            yield from renamed_tar(TarSource(data, process), name)
+        except tarfile.TarError:
+            process.check()
+            raise ApiError("nerdctl did not copy a whole archive") from None
+    process.check()
 
 
 def copy_failed(process: Process, container: Container, path: str) -> None:
@@ -6343,15 +6425,16 @@ def archive_get(engine: Engine, request: Request, name: str) -> Response:
     container = engine.snapshot.find(name)
     path = check_path(request.value("path"))
     found, target = path_stat(engine, container, path)
+    # nerdctl takes a root for the name of the folder that it is mounted at.
+    taken = path if path.strip("/") else "/."
 
     def chunks() -> Iterator[bytes]:
         if target:
             yield link_archive(found, target)
             return
-        with engine.nerdctl.start("cp", "--", f"{container.real}:{path}", "-", client=request.client) as process:
+        with engine.nerdctl.start("cp", "--", f"{container.real}:{taken}", "-", client=request.client) as process:
             widen_pipe(process.stdout)
-            yield from iter(process.read, b"")
-            process.check()
+            yield from copied_tar(process, os.path.basename(path.rstrip("/")) or "/")
         engine.tell(container, "archive-path", path=path)
 
     return Response(200, Stream(chunks(), primed=True), "application/x-tar", found.header())
@@ -6385,7 +6468,10 @@ def archive_put(engine: Engine, request: Request, name: str) -> Response:
     """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none."""
     container = engine.snapshot.find(name)
     path = check_path(request.value("path"))
-    found, _ = path_stat(engine, container, path.rstrip("/") + "/" if path != "/" else "/")
+    try:
+        found, _ = path_stat(engine, container, path.rstrip("/") + "/")
+    except NotFound:
+        raise not_there(container, path) from None
     if not stat.S_ISDIR(found.mode):
         raise BadParameter("extraction point is not a directory")
     with engine.nerdctl.start("cp", "--", "-", f"{container.real}:{path}", stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
@@ -6435,15 +6521,16 @@ def parse_changes(text: str) -> List[Dict[str, Any]]:
     """The lines of nerdctl's diff, without the root and the mount points that every container gets, which Docker does
     not tell."""
     kinds = {"C": 0, "A": 1, "D": 2}
-    found = []
+    found: Dict[str, int] = {}
     for line in text.splitlines():
         kind, _, path = line.partition(" ")
         if kind in kinds and path.startswith("/") and path != "/" and not (kind == "A" and path in MOUNT_POINTS):
-            found.append({"Path": path, "Kind": kinds[kind]})
-    if not any(each["Path"].startswith("/etc/") for each in found):
+            # It tells a folder that was added once more as changed.
+            found[path] = max(kinds[kind], found.get(path, 0))
+    if found.get("/etc") == 0 and not any(path.startswith("/etc/") for path in found):
         # It has changed by those mount points alone.
-        found = [each for each in found if each != {"Path": "/etc", "Kind": 0}]
-    return sorted(found, key=lambda each: each["Path"])
+        del found["/etc"]
+    return [{"Path": path, "Kind": found[path]} for path in sorted(found)]
 
 
 def json_null() -> bytes:
