@@ -4411,7 +4411,7 @@ def bind_word(text: str) -> str:
     parts = text.split(":")
     if len(parts) > 3 or not all(parts[:2]):
         raise BadParameter(f"invalid volume specification: '{text}'")
-    if len(parts) > 1 and not parts[1].startswith("/"):
+    if not parts[:2][-1].startswith("/"):
         raise BadParameter(f"invalid volume specification: '{text}': invalid mount config: mount path must be absolute")
     if len(parts) == 3:
         kept = [each for each in parts[2].split(",") if each and each not in ("nocopy", "cached", "delegated", "consistent")]
