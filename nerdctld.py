@@ -612,6 +612,15 @@ class Process:
             with contextlib.suppress(OSError):
                 self.stdin.close()
 
+    def spoil(self, seconds: float = 5.0) -> None:
+        """End an archive on stdin that broke off so that it cannot be taken for the whole, and let the process fail by
+        itself. A nerdctl that is killed leaves what it had begun in containerd for a day, and in the way of the next
+        archive with a file of that name."""
+        # No whole number of a tar's blocks.
+        self.write(b"\xff" * 100003)
+        self.close_stdin()
+        self.wait(seconds)
+
     def read(self, size: int = BLOCK) -> bytes:
         """Up to `size` bytes of stdout as soon as there are any; b"" at its end."""
         return os.read(self.stdout.fileno(), size)
@@ -2566,18 +2575,18 @@ def docker_image_row(group: ImageGroup, version: Tuple[int, int], containers: in
     return row
 
 
-def match_reference(group: ImageGroup, patterns: List[str]) -> bool:
-    """Whether one of an image's names fits a pattern of the `reference` filter: with or without tag or digest, `*` not
+def match_reference(names: List[str], patterns: List[str]) -> List[str]:
+    """Those of an image's names that fit a pattern of the `reference` filter: with or without tag or digest, `*` not
     across slashes."""
-    for pattern in patterns:
-        glob = re.compile("".join({"*": "[^/]*", "?": "[^/]"}.get(each, re.escape(each)) for each in pattern))
-        for name in [*group.repo_tags, *group.repo_digests]:
-            bare = name.partition("@")[0]
-            head, colon, tail = bare.rpartition(":")
-            bare = head if colon and "/" not in tail else bare
-            if any(glob.fullmatch(each) for each in (name, bare, "docker.io/" + name, "docker.io/library/" + bare)):
-                return True
-    return False
+    globs = [re.compile("".join({"*": "[^/]*", "?": "[^/]"}.get(each, re.escape(each)) for each in pattern)) for pattern in patterns]
+    found = []
+    for name in names:
+        bare = name.partition("@")[0]
+        head, colon, tail = bare.rpartition(":")
+        bare = head if colon and "/" not in tail else bare
+        if any(glob.fullmatch(each) for glob in globs for each in (name, bare, "docker.io/" + name, "docker.io/library/" + bare)):
+            found.append(name)
+    return found
 
 
 def until_limit(values: List[str]) -> Optional[float]:
@@ -2623,7 +2632,7 @@ def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[st
         if (dangling is not None and dangling != (not group.repo_tags)
                 or not match_labels(labels, filters.get("label") or [])
                 or any(match_labels(labels, [each]) for each in filters.get("label!") or [])
-                or (filters.get("reference") and not match_reference(group, filters["reference"]))
+                or (filters.get("reference") and not match_reference([*group.repo_tags, *group.repo_digests], filters["reference"]))
                 or any(created >= each for each in before) or any(created <= each for each in since)
                 or (until is not None and created > until)):
             continue
@@ -2667,6 +2676,8 @@ def image_list(engine: Engine, request: Request) -> Response:
     rows = []
     for group in groups:
         row = docker_image_row(group, request.version, len(users.get(group.id, [])) if users else -1, shared.get(group.id, -1))
+        for key in ("RepoTags", "RepoDigests") if filters.get("reference") else ():
+            row[key] = match_reference(row[key], filters["reference"])
         if request.flag("manifests") and request.version >= (1, 47):
             row["Manifests"] = docker_manifests(group, users.get(group.id, []))
         rows.append(row)
@@ -3018,7 +3029,7 @@ def image_create(engine: Engine, request: Request) -> Response:
         if not reference.tag and not reference.digest:
             _, body = registry_of(request, reference).ask("tags/list")
             tags = typed(parse_json(body), dict, "tags").get("tags") or []
-            references = [reference._replace(tag=each) for each in sorted(tags) if isinstance(each, str) and TAG.fullmatch(each)]
+            references = [reference._replace(tag=each) for each in sorted(filter(lambda each: isinstance(each, str), tags)) if TAG.fullmatch(each)]
         begun = False
         with credentials_for(engine, request, reference.repository.partition("/")[0]) as environment:
             for each in references:
@@ -3044,12 +3055,11 @@ def feed_process(process: Process, request: Request) -> None:
     process.close_stdin()
 
 
-def remove_extra_names(engine: Engine, before: Iterable[str]) -> None:
-    """Take away the names with digests that nerdctl's load and import leave beside the ones asked for."""
+def remove_extra_names(engine: Engine, base: str, before: Iterable[str]) -> None:
+    """Take away the names `base@sha256:…` that nerdctl's load and import leave beside the ones asked for."""
     known = set(before)
-    names = [image.name for image in engine.snapshot.names.get()]
-    extra = [name for name in names if name not in known and "@sha256:" in name]
-    if extra and len([name for name in names if name not in known]) > len(extra):
+    extra = [image.name for image in engine.snapshot.names.get() if image.name not in known and image.name.startswith(base + "@sha256:")]
+    if extra:
         engine.nerdctl.output("rmi", "--", *extra)
         engine.snapshot.names.drop()
 
@@ -3069,24 +3079,31 @@ def image_load(engine: Engine, request: Request) -> Response:
     def chunks() -> Iterator[bytes]:
         before = [image.name for image in engine.snapshot.names.get()]
         with engine.changing_images():
-            with engine.nerdctl.start(*arguments, stdin=subprocess.PIPE, client=request.client) as process:
+            # Not ended when the client leaves: that is seen when the body breaks off, and what has come whole is loaded.
+            with engine.nerdctl.start(*arguments, stdin=subprocess.PIPE) as process:
                 taken, told = 0, time.monotonic()
-                for block in request.body.blocks():
-                    if not process.write(block):
-                        break
-                    taken += len(block)
-                    if not request.flag("quiet") and time.monotonic() - told > 0.5:
-                        told = time.monotonic()
-                        yield message_line({"status": "Loading layer", "id": "archive", "progressDetail": {"current": taken, "total": taken},
-                                            "progress": decimal_size(taken)})
+                try:
+                    for block in request.body.blocks():
+                        if not process.write(block):
+                            break
+                        taken += len(block)
+                        if not request.flag("quiet") and time.monotonic() - told > 0.5:
+                            told = time.monotonic()
+                            yield message_line({"status": "Loading layer", "id": "archive", "progressDetail": {"current": taken, "total": taken},
+                                                "progress": decimal_size(taken)})
+                except BaseException:
+                    process.spoil()
+                    raise
                 process.close_stdin()
                 text = b"".join(iter(process.read, b"")).decode(errors="replace")
                 process.check()
-        with engine.changing_images():
-            remove_extra_names(engine, before)
-        names = {name: group for group in engine.snapshot.image_groups().values() for name in group.names}
         loaded = parse_loaded(text)
-        for each in [name for name in loaded if "@sha256:" not in name] or loaded:
+        named = [name for name in loaded if "@sha256:" not in name]
+        if named:
+            with engine.changing_images():
+                remove_extra_names(engine, "import", before)
+        names = {name: group for group in engine.snapshot.image_groups().values() for name in group.names}
+        for each in named or loaded:
             group = names.get(each) or names.get(each.partition(" ")[0])
             if "@sha256:" in each:
                 yield message_line({"stream": f"Loaded image ID: {group.id if group else each.partition('@')[2]}\n"})
@@ -3175,7 +3192,7 @@ def image_import(engine: Engine, request: Request) -> Response:
                 for _ in iter(process.read, b""):
                     pass
                 process.check()
-            remove_extra_names(engine, before)
+            remove_extra_names(engine, working, before)
             if lines:
                 try:
                     apply_changes(engine, working, target.name if target else working, lines)
@@ -3211,7 +3228,7 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     platform = request.value("platform")
     wanted = list(dict.fromkeys(each for name in names for each in expand_names(engine, name)))
     if platform:
-        for name in names:
+        for name in wanted:
             check_platform(engine.snapshot.image(name), platform)
     arguments = ["save", *([f"--platform={platform_words(platform)}"] if platform else []), "--", *wanted]
 
@@ -3220,9 +3237,10 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
             widen_pipe(process.stdout)
             yield from iter(process.read, b"")
             process.check()
-        for name in names:
-            group = engine.snapshot.image(name)
-            engine.journal.emit("image", "save", group.id, {"name": name})
+        for name in wanted:
+            # Too late for an error: somebody may have removed it meanwhile.
+            with contextlib.suppress(ApiError):
+                engine.journal.emit("image", "save", engine.snapshot.image(name).id, {"name": familiar(name)})
 
     return Response(200, Stream(chunks(), primed=True), "application/x-tar")
 
@@ -3731,7 +3749,7 @@ def build_prune(engine: Engine, request: Request) -> Response:
     for key, values in filters.items():
         for value in values:
             if key in ("until", "unused-for"):
-                arguments.append(f"--keep-duration={max(0, int(time.time() - (until_limit([value]) or 0)))}s")
+                arguments.append(f"--keep-duration={max(0, round(time.time() - (until_limit([value]) or 0)))}s")
             else:
                 arguments.append(f"--filter={key}=={value}" if key not in ("inuse", "private", "shared") else f"--filter={key}")
     for name in ("keep-storage", "reserved-space"):
@@ -8589,8 +8607,8 @@ def inherited_socket() -> Optional[socket.socket]:
         return None
     if count != "1":
         raise StartError(f"LISTEN_FDS is {count}: exactly one socket is expected (nerdctl.socket has one ListenStream)")
-    os.set_inheritable(3, False)
     try:
+        os.set_inheritable(3, False)
         listener = socket.socket(fileno=3)
     except OSError as error:
         raise StartError(f"file descriptor 3 is not a socket: {error.strerror}") from None
@@ -9123,8 +9141,11 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
     parser.add_argument("--debug", action="store_true", help="log each request and each nerdctl command with its time")
     parser.add_argument("--version", action="version", version=f"nerdctld {VERSION}")
     options = parser.parse_args(argv)
-    if options.nerdctl and not shlex.split(options.nerdctl):
-        parser.error("--nerdctl: no command")
+    try:
+        if options.nerdctl and not shlex.split(options.nerdctl):
+            parser.error("--nerdctl: no command")
+    except ValueError as error:
+        parser.error(f"--nerdctl: {error}")
     if not re.fullmatch(r"[A-Za-z0-9]+(?:[._-]+[A-Za-z0-9]+)*", options.namespace):
         parser.error(f"--namespace: {options.namespace!r} is not a containerd namespace")
     return options
@@ -9142,12 +9163,13 @@ def listen(address: str) -> Tuple[socket.socket, str]:
 def serve_until_told(server: Server, idle_timeout: float) -> None:
     """Serve until SIGTERM, SIGINT or, with a timeout, until idle for so long; then let running requests end, for a
     bounded time."""
-    told = threading.Event()
+    reader, writer = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: told.set())
+        # Not an Event: its lock may be held by the very code that the signal interrupts.
+        signal.signal(number, lambda *_: os.write(writer, b"\0"))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    while not told.wait(min(1.0, idle_timeout / 4) if idle_timeout else None):
+    while not poll_readable(reader, min(1.0, idle_timeout / 4) if idle_timeout else None):
         if server.idle_seconds() >= idle_timeout:
             log(f"idle for {idle_timeout:g} seconds: ending")
             break

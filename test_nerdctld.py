@@ -2,16 +2,22 @@
 """Tests of nerdctld.py, in the order of its sections.
 
 Hermetic tests run anywhere: a scripted nerdctl replays what the real one printed (each Recording says which version and
-command it is of). Live tests, in the classes called Live…, run where nerdctl and containerd answer; otherwise they skip
+command it is of). Live tests, in the classes called TestLive…, run where nerdctl and containerd answer; otherwise they skip
 with one line. `python3 test_nerdctld.py --bench` prints ratios instead.
 """
 
 import ast
+import struct
+import select
+import random
 import base64
 import contextlib
+import hashlib
 import http.client
+import http.server
 import io
 import json
+import marshal
 import os
 import pathlib
 import re
@@ -48,22 +54,29 @@ class Recording:
         self.of, self.stdout, self.stderr, self.status = of, stdout, stderr, status
 
 
-SCRIPT = '''#!%s -SE
-import json, os, sys, time
+# Most tests need nothing but silence of `events`, and a shell starts faster.
+SHELL = '''#!/bin/sh
+[ -e "{folder}/events" ] || for word; do [ "$word" != events ] || exec sleep 600; done
+exec {python} -ISE "{folder}/answer.py" "$@"
+'''
+# No json, and rules by marshal: importing json takes as long as the rest.
+SCRIPT = '''import marshal, os, sys, time
 folder = os.path.dirname(os.path.abspath(__file__))
 words = [each for each in sys.argv[1:] if not each.startswith(("--namespace=", "--address=", "--snapshotter="))]
-rules = json.load(open(os.path.join(folder, "rules.json")))
+with open(os.path.join(folder, "rules"), "rb") as file:
+    rules = marshal.load(file)
 rule = next((each for each in rules if words[:len(each["match"])] == each["match"]), None)
 call = {"argv": words, "stdin": 0, "auth": None}
-config = os.environ.get("DOCKER_CONFIG")
-if config and os.path.exists(os.path.join(config, "config.json")):
-    call["auth"] = json.load(open(os.path.join(config, "config.json")))
-    call["mode"] = os.stat(os.path.join(config, "config.json")).st_mode & 0o777
-if rule and rule.get("reads"):
+config = os.path.join(os.environ.get("DOCKER_CONFIG", "/nosuch"), "config.json")
+if os.path.exists(config):
+    with open(config) as file:
+        call["auth"] = file.read()
+    call["mode"] = os.stat(config).st_mode & 0o777
+if rule and rule["reads"]:
     data = sys.stdin.buffer.read()
     call["stdin"], call["text"] = len(data), data[:200].decode(errors="replace")
-with open(os.path.join(folder, "calls.jsonl"), "a") as file:
-    file.write(json.dumps(call) + chr(10))
+with open(os.path.join(folder, "calls"), "a") as file:
+    file.write(ascii(call) + chr(10))
 if rule is None:
     sys.stderr.write('time="2026-11-24T00:00:00Z" level=fatal msg="not in the script: ' + " ".join(words) + '"' + chr(10))
     sys.exit(1)
@@ -71,7 +84,7 @@ sys.stdout.write(rule["stdout"])
 sys.stdout.flush()
 sys.stderr.write(rule["stderr"])
 sys.stderr.flush()
-if rule.get("stays"):
+if rule["stays"]:
     time.sleep(rule["stays"])
 sys.exit(rule["status"])
 '''
@@ -83,29 +96,35 @@ class Scripted:
     def __init__(self, folder):
         self.folder = folder
         self.program = folder / "nerdctl"
-        self.program.write_text(SCRIPT % sys.executable)
+        (folder / "answer.py").write_text(SCRIPT)
+        self.program.write_text(SHELL.format(folder=folder, python=sys.executable))
         self.program.chmod(0o755)
         self.rules = []
-        self.on("events", stays=600)
+        self.on(["events"])
+        (folder / "events").unlink()
 
     def on(self, command, recording=None, stdout="", stderr="", status=0, stays=0, reads=False):
         """From now on `command` (the first words, or a list of them) answers so; later rules win."""
         if recording is not None:
             stdout, stderr, status = recording.stdout, recording.stderr, recording.status
         words = command.split() if isinstance(command, str) else command
+        if words[0] == "events":
+            (self.folder / "events").touch()
         self.rules.insert(0, {"match": words, "stdout": stdout, "stderr": stderr, "status": status, "stays": stays, "reads": reads})
         temporary = self.folder / "rules.new"
-        temporary.write_text(json.dumps(self.rules))
-        temporary.rename(self.folder / "rules.json")
+        temporary.write_bytes(marshal.dumps(self.rules))
+        temporary.rename(self.folder / "rules")
 
     def calls(self, command=""):
         """The calls so far that begin with these words, but for the resident events."""
         wanted = command.split()
         try:
-            lines = (self.folder / "calls.jsonl").read_text().splitlines()
+            lines = (self.folder / "calls").read_text().splitlines()
         except FileNotFoundError:
             return []
-        calls = [json.loads(line) for line in lines]
+        calls = [ast.literal_eval(line) for line in lines]
+        for each in calls:
+            each["auth"] = json.loads(each["auth"]) if each["auth"] else None
         return [each for each in calls if each["argv"][:len(wanted)] == wanted and each["argv"][:1] != ["events"]]
 
     def argv(self, command=""):
@@ -208,7 +227,7 @@ class Daemon:
         connection = http.client.HTTPConnection("localhost")
         connection.sock = self.connect()
         with contextlib.closing(connection):
-            if body is not None and not isinstance(body, (bytes, str)):
+            if isinstance(body, (dict, list)):
                 body, headers = json.dumps(body), {"Content-Type": "application/json", **(headers or {})}
             connection.request(method, path, body=body, headers=headers or {})
             response = connection.getresponse()
@@ -1567,6 +1586,3814 @@ class TestSnapshot:
     def test_images_of_older_ones(self, recording, size):
         images = nerdctld.parse_images(nerdctld.parse_rows(recording.stdout.encode()))
         assert [(each.name, each.id, each.size) for each in images] == [(BASE, BB, size)]
+
+
+###############################################################################
+# System
+###############################################################################
+
+
+def encoded(value):
+    """A value as X-Registry-Auth carries it."""
+    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode()
+
+
+def filtered(**filters):
+    """The query of a filters parameter."""
+    return "filters=" + urllib.parse.quote(json.dumps(filters))
+
+
+class TestSystem:
+    def test_ping(self, engine, scripted):
+        answer = ask(engine, "GET", "/_ping")
+        assert (answer.status, answer.body, answer.headers["Builder-Version"], answer.headers["Swarm"]) == (200, b"OK", "2", "inactive")
+        head = ask(engine, "HEAD", "/v1.24/_ping")
+        assert (head.status, head.body) == (200, b"")
+        assert scripted.calls() == []
+
+    def test_version(self, furnished):
+        told = ask(furnished, "GET", "/version").json
+        assert [(each["Name"], each["Version"]) for each in told["Components"]] == [
+            ("Engine", nerdctld.VERSION), ("nerdctl", "v2.3.5"), ("containerd", "v2.3.1"), ("runc", "1.1.5+ds1"), ("buildctl", "v0.34.2")]
+        assert (told["ApiVersion"], told["MinAPIVersion"], told["Os"]) == ("1.56", "1.24", "linux")
+
+    def test_version_without_nerdctl(self, tmp_path):
+        engine = nerdctld.Engine(nerdctld.Nerdctl([str(tmp_path / "none")]))
+        answer = ask(engine, "GET", "/version")
+        assert answer.status == 200 and "--nerdctl" in answer.json["Platform"]["Name"]
+        assert ask(engine, "GET", "/_ping").status == 200
+        for path in ("/info", "/containers/json", "/images/json", "/networks", "/volumes", "/system/df"):
+            answer = ask(engine, "GET", path)
+            assert answer.status == 503 and "install nerdctl" in answer.message, path
+        engine.close()
+
+    def test_containerd_down(self, engine, scripted):
+        for command in ("version", "info", "ps", "images"):
+            scripted.on(command, stderr=FAILURES[0][1], status=1)
+        assert ask(engine, "GET", "/version").status == 200
+        answer = ask(engine, "GET", "/info")
+        assert answer.status == 503 and "systemctl start containerd" in answer.message
+
+    def test_info(self, furnished):
+        told = ask(furnished, "GET", "/info").json
+        assert (told["Containers"], told["ContainersRunning"], told["ContainersPaused"], told["ContainersStopped"], told["Images"]) == (4, 1, 1, 2, 2)
+        assert (told["CgroupDriver"], told["MemTotal"], told["Driver"]) == ("cgroupfs", 25276510208, "overlayfs")
+        assert told["Swarm"]["LocalNodeState"] == "inactive"
+
+    def test_auth(self, engine, scripted):
+        scripted.on("login", reads=True, stdout="Login Succeeded\n")
+        answer = ask(engine, "POST", "/auth", {"username": "-u", "password": "p", "serveraddress": "http://localhost:5000/v1/"})
+        assert (answer.status, answer.json) == (200, {"IdentityToken": "", "Status": "Login Succeeded"})
+        call = scripted.calls("login")[0]
+        assert call["argv"] == ["login", "--username", "-u", "--password-stdin", "--", "localhost:5000"] and call["text"] == "p"
+        assert call["auth"] == {"auths": {}}, "not in a folder of its own"
+
+    def test_auth_refused(self, engine, scripted):
+        scripted.on("login", stderr=level("error", "failed to call tryLoginWithRegHost") + fatal("too many 401 (probably)"), status=1)
+        assert ask(engine, "POST", "/auth", {"username": "u", "password": "p", "serveraddress": "localhost:5998"}).status == 401
+
+    def test_auth_without_answer(self, engine, scripted):
+        scripted.on("login", stderr=fatal('failed to call rh.Client.Do: Get "http://localhost:5999/v2/": dial tcp 127.0.0.1:5999: connect: '
+                                          "connection refused"), status=1)
+        assert ask(engine, "POST", "/auth", {"username": "u", "password": "p", "serveraddress": "localhost:5999"}).status == 500
+
+    @pytest.mark.parametrize("body", [b"", b"{", b"[]", {"username": 1}, {"password": "x"}, {"username": "u", "serveraddress": "-x"}, {"username": "u", "serveraddress": "a b"},
+                                      b'{"username":"\\ud800"}', b"[" * 100000])
+    def test_auth_refuses(self, engine, scripted, body):
+        assert ask(engine, "POST", "/auth", body).status == 400
+        assert scripted.calls() == []
+
+    @pytest.mark.parametrize("credentials, entry", [
+        ({"username": "u", "password": "p"}, {"auth": base64.b64encode(b"u:p").decode()}), ({"auth": "dTpw"}, {"auth": "dTpw"}),
+        ({"identitytoken": "t"}, {"identitytoken": "t", "auth": base64.b64encode(b"00000000-0000-0000-0000-000000000000:").decode()})])
+    def test_credentials(self, credentials, entry):
+        assert nerdctld.registry_auths(credentials, "localhost:5000") == {"localhost:5000": entry}
+        assert list(nerdctld.registry_auths(credentials, "docker.io")) == ["https://index.docker.io/v1/"]
+
+    @pytest.mark.parametrize("text", ["!", "e30", encoded([]), encoded("x"), "é", base64.urlsafe_b64encode(b"[" * 40000).decode()])
+    def test_bad_credentials(self, text):
+        if text == "e30":
+            assert nerdctld.decode_auth(text) == {}
+            return
+        with pytest.raises(nerdctld.BadParameter):
+            nerdctld.decode_auth(text)
+
+    def test_df(self, furnished, scripted, tmp_path):
+        buildctl = tmp_path / "bin" / "buildctl"
+        buildctl.parent.mkdir()
+        buildctl.write_text(f"#!/bin/sh\ncat <<'END'\n{BUILDCTL_DU.stdout}END\n")
+        buildctl.chmod(0o755)
+        furnished.nerdctl.environment["PATH"] = f"{buildctl.parent}:{os.environ['PATH']}"
+        path, os.environ["PATH"] = os.environ["PATH"], furnished.nerdctl.environment["PATH"]
+        try:
+            old, new = ask(furnished, "GET", "/v1.51/system/df").json, ask(furnished, "GET", "/system/df").json
+        finally:
+            os.environ["PATH"] = path
+        assert sorted(old) == ["BuildCache", "Containers", "Images", "LayersSize", "Volumes"]
+        assert set(new) - set(old) == {"ImageUsage", "ContainerUsage", "VolumeUsage", "BuildCacheUsage"}
+        assert old["Volumes"][0]["UsageData"] == {"Size": 0, "RefCount": 1}
+        assert {each["Names"][0]: each["SizeRw"] for each in old["Containers"]}["/tstweb"] == 28672
+        assert new["BuildCacheUsage"]["TotalCount"] == 2 and new["ContainerUsage"]["ActiveCount"] == 2
+        images = {each["Id"]: each["Containers"] for each in old["Images"]}
+        assert images[BB] == 4
+
+    def test_df_of_a_type(self, furnished, scripted):
+        assert list(ask(furnished, "GET", "/v1.51/system/df?type=volume").json) == ["Volumes"]
+        assert ask(furnished, "GET", "/system/df?type=nothing").status == 400
+        assert scripted.calls("ps --size") == []
+
+
+###############################################################################
+# Images
+###############################################################################
+
+
+class TestImages:
+    def test_list(self, furnished, scripted):
+        rows = ask(furnished, "GET", "/v1.51/images/json").json
+        assert rows[0] == {
+            "Containers": -1, "Created": 1700000000, "Id": BB, "Labels": {"base": "busybox"}, "ParentId": "",
+            "RepoDigests": ["tst@" + BB, "localhost:5000/bb@" + BB], "RepoTags": ["tst:a", "localhost:5000/bb:1"], "SharedSize": -1,
+            "Size": rows[0]["Size"], "Descriptor": {"mediaType": "application/vnd.docker.distribution.manifest.v2+json", "digest": BB, "size": 422}}
+        assert rows[0]["Size"] > 2129920
+        assert scripted.argv("images") == ["images", "--no-trunc", "--format", "{{json .}}"]
+        assert scripted.calls("image inspect")[0]["argv"][5] == "--"
+
+    def test_shapes_of_versions(self, furnished):
+        assert "VirtualSize" in ask(furnished, "GET", "/v1.43/images/json").json[0]
+        assert "VirtualSize" not in ask(furnished, "GET", "/v1.44/images/json").json[0]
+        assert "Descriptor" not in ask(furnished, "GET", "/v1.47/images/json").json[0]
+        nameless = [each for each in ask(furnished, "GET", "/v1.42/images/json").json if each["RepoTags"] == ["<none>:<none>"]]
+        assert len(nameless) == 1
+
+    def test_shared_size_and_manifests(self, furnished):
+        row = ask(furnished, "GET", "/images/json?shared-size=1&manifests=1").json[0]
+        assert row["SharedSize"] >= 0 and row["Containers"] == 4
+        assert row["Manifests"][0]["Kind"] == "image" and len(row["Manifests"][0]["ImageData"]["Containers"]) == 4
+        assert row["Manifests"][0]["ImageData"]["Platform"] == {"architecture": "amd64", "os": "linux"}
+
+    @pytest.mark.parametrize("filters, names", [
+        ({"reference": ["tst"]}, ["tst:a"]), ({"reference": ["localhost:5000/*"]}, ["localhost:5000/bb:1"]), ({"reference": ["loc*"]}, []), ({"reference": ["t?t:a"]}, ["tst:a"]),
+        ({"dangling": ["true"]}, []), ({"dangling": {"false": True}}, ["tst:a"]), ({"label": ["base"]}, ["tst:a"]), ({"label": ["base=x"]}, []),
+        ({"before": ["tst:a"]}, []), ({"since": ["tst:a"]}, []), ({"until": ["2023-01-01"]}, []), ({"until": ["1h"]}, ["tst:a"])])
+    def test_filters(self, furnished, filters, names):
+        rows = [each for each in ask(furnished, "GET", "/images/json?" + filtered(**filters)).json if each["RepoTags"]]
+        assert [each["RepoTags"][0] for each in rows] == names
+
+    @pytest.mark.parametrize("query", ["filters={", "filters=%7B%22x%22%3A%5B%22a%22%5D%7D", filtered(dangling=["maybe"]), filtered(until=["yesterday"]),
+                                       filtered(until=["1h", "2h"])])
+    def test_bad_filters(self, furnished, query):
+        assert ask(furnished, "GET", "/images/json?" + query).status == 400
+
+    @pytest.mark.parametrize("name", ["localhost:5000/bb:1", "tst:a", BB, BB[7:19]])
+    def test_inspect(self, furnished, name):
+        told = ask(furnished, "GET", f"/v1.51/images/{name}/json").json
+        assert (told["Id"], told["Architecture"], told["Os"], told["Created"]) == (BB, "amd64", "linux", "2023-11-14T22:13:20Z")
+        assert told["Config"]["Cmd"] == ["sh"] and told["Config"]["Env"] == ["PATH=/bin"]
+        assert told["RootFS"] == {"Type": "layers", "Layers": ["sha256:79df1f41608a3f38b48a83fe14064950d9924360817997b533735fd9961ebb17"]}
+
+    def test_inspect_none(self, furnished):
+        answer = ask(furnished, "GET", "/images/nosuch/json")
+        assert (answer.status, answer.message) == (404, "No such image: nosuch:latest")
+        answer = ask(furnished, "GET", "/images/tst:a/json?platform=" + urllib.parse.quote('{"os":"linux","architecture":"arm64"}'))
+        assert answer.status == 404 and "linux/arm64" in answer.message
+        assert ask(furnished, "GET", "/images/tst:a/json?platform=" + urllib.parse.quote('{"os":"linux","architecture":"amd64"}')).status == 200
+        assert ask(furnished, "GET", "/images/tst:a/json?platform={").status == 400
+
+    def test_history(self, furnished, scripted):
+        assert ask(furnished, "GET", "/images/tst:a/history").json == [{
+            "Comment": "", "Created": 1700000000, "CreatedBy": "busybox-static", "Id": BB, "Size": 2019000, "Tags": ["tst:a", "localhost:5000/bb:1"]}]
+        assert scripted.argv("history")[-2:] == ["--", "docker.io/library/tst:a"]
+
+    def test_history_of_steps_without_layer(self, furnished, scripted):
+        scripted.on("images", stdout=IMAGES.stdout.splitlines()[0].replace(BB, json.loads(BUILT_INSPECT.stdout)["Image"]["Target"]["digest"]))
+        scripted.on("image inspect", BUILT_INSPECT)
+        scripted.on("history", BUILT_HISTORY)
+        assert [(each["CreatedBy"][:8], each["Size"]) for each in ask(furnished, "GET", "/images/tst:a/history").json] == [
+            ('CMD ["sh', 0), ("RUN /bin", 20480), ("ENV A=1", 0), ("busybox-", 2019000)]
+
+    def test_history_of_1_7(self, furnished, scripted):
+        scripted.on("history", V17_HISTORY)
+        assert ask(furnished, "GET", "/images/tst:a/history").json[0]["Size"] == 1992294
+
+    def pulled(self, scripted):
+        scripted.on("pull", PULL)
+        scripted.on("images", stdout=IMAGES.stdout + IMAGES.stdout.splitlines()[1].replace("localhost:5000/bb:1", "localhost:5000/tst/rec:1") + "\n")
+
+    def test_pull(self, furnished, scripted):
+        self.pulled(scripted)
+        answer = ask(furnished, "POST", "/images/create?fromImage=localhost:5000/tst/rec&tag=1")
+        assert answer.status == 200 and b"}\r\n{" in answer.body
+        assert answer.lines[0] == {"status": "Pulling from tst/rec", "id": "1"}
+        assert answer.lines[-2:] == [{"status": f"Digest: {BB}"}, {"status": "Status: Image is up to date for localhost:5000/tst/rec:1"}]
+        assert scripted.argv("pull") == ["pull", "--", "localhost:5000/tst/rec:1"]
+
+    def test_pull_with_platform_and_credentials(self, furnished, scripted):
+        self.pulled(scripted)
+        answer = ask(furnished, "POST", "/images/create?fromImage=localhost:5000/tst/rec:1&platform=linux/riscv64",
+                     headers={"X-Registry-Auth": encoded({"username": "u", "password": "p"})})
+        assert answer.status == 200
+        call = scripted.calls("pull")[0]
+        assert call["argv"] == ["pull", "--platform=linux/riscv64", "--unpack=false", "--", "localhost:5000/tst/rec:1"]
+        assert call["auth"] == {"auths": {"localhost:5000": {"auth": "dTpw"}}} and call["mode"] == 0o600
+        assert os.listdir(furnished.workspace.folder()) == []
+
+    def test_pull_of_what_is_not_there(self, furnished, scripted):
+        scripted.on("pull", stderr=fatal("failed to resolve image: localhost:5000/tst/nope:1: not found"), status=1)
+        answer = ask(furnished, "POST", "/images/create?fromImage=localhost:5000/tst/nope&tag=1")
+        assert answer.status == 404 and "localhost:5000/tst/nope:1: not found" in answer.message
+
+    @pytest.mark.parametrize("query", ["", "fromImage=", "fromImage=-x", "fromImage=A", "fromImage=a&tag=b%20c", "fromImage=a:1&platform=a;b", "fromImage=a%00:1",
+                                       "fromImage=a&tag=sha256:1"])
+    def test_pull_refuses(self, furnished, scripted, query):
+        assert ask(furnished, "POST", "/images/create?" + query).status == 400
+        assert scripted.calls("pull") == []
+
+    @pytest.mark.parametrize("line, messages", [
+        ("└──layer-sha256:79df1f41608a3f38b48a8\twaiting    \t|\x1b[32m\x1b[0m--------------------------------------|\t", []),
+        ("   ├──layer-sha256:79df1f41608a3f38b48a8\tdownloading\t|\x1b[32m++++\x1b[0m----| 1.0 MiB/4.0 MiB\t", ["Pulling fs layer", "Downloading"]),
+        ("   └──layer-sha256:79df1f41608a3f38b48a8\tcomplete   \t|\x1b[32m++++++\x1b[0m|\t", ["Pulling fs layer", "Download complete", "Pull complete"]),
+        ("   └──layer-sha256:79df1f41608a3f38b48a8\talready exists\t", ["Already exists"]), ("Pulling from OCI Registry\telapsed: 0.0 s", []),
+        ("layer-sha256:79df1f41608a3f38b48a83fe:    done           |\x1b[32m++++++\x1b[0m| ", ["Pulling fs layer", "Download complete", "Pull complete"])])
+    def test_progress(self, line, messages):
+        table = nerdctld.ProgressTable(nerdctld.PULL_WORDS)
+        told = table.messages(line)
+        assert [each["status"] for each in told if each["status"] != "Pulling fs layer" or messages] == messages
+        assert all(each["id"] == "79df1f41608a" for each in told)
+        if "Downloading" in messages:
+            assert told[-1]["progressDetail"] == {"current": 1048576, "total": 4194304}
+
+    def test_push(self, furnished, scripted):
+        scripted.on("push", PUSH)
+        answer = ask(furnished, "POST", "/images/localhost:5000/bb/push?tag=1", headers={"X-Registry-Auth": encoded({"username": "u", "password": "p"})})
+        assert answer.lines == [
+            {"status": "The push refers to repository [localhost:5000/bb]"}, {"status": "Pushed", "progressDetail": {}, "id": "79df1f41608a"},
+            {"status": f"1: digest: {BB} size: 422"}, {"progressDetail": {}, "aux": {"Tag": "1", "Digest": BB, "Size": 422}}]
+        call = scripted.calls("push")[0]
+        assert call["argv"] == ["push", "--", "localhost:5000/bb:1"] and call["auth"] == {"auths": {"localhost:5000": {"auth": "dTpw"}}}
+
+    def test_push_of_all_tags(self, furnished, scripted):
+        scripted.on("push", PUSH)
+        scripted.on("images", stdout=IMAGES.stdout + IMAGES.stdout.splitlines()[1].replace("bb:1", "bb:2") + "\n")
+        ask(furnished, "POST", "/images/localhost:5000/bb/push")
+        assert [each["argv"][-1] for each in scripted.calls("push")] == ["localhost:5000/bb:1", "localhost:5000/bb:2"]
+
+    def test_push_refused(self, furnished, scripted):
+        scripted.on("push", stderr=next(each[1] for each in FAILURES if "push access denied" in each[1]), status=1)
+        last = ask(furnished, "POST", "/images/localhost:5000/bb/push?tag=1").lines[-1]
+        assert last["error"] == last["errorDetail"]["message"] and "push access denied" in last["error"]
+        answer = ask(furnished, "POST", "/images/localhost:5000/nosuch/push?tag=1")
+        assert (answer.status, answer.message) == (404, "An image does not exist locally with the tag: localhost:5000/nosuch")
+
+    def test_tag(self, furnished, scripted):
+        scripted.on("tag")
+        answer = ask(furnished, "POST", "/images/tst:a/tag?repo=localhost:5000/x/y&tag=2")
+        assert (answer.status, answer.body) == (201, b"")
+        assert scripted.argv("tag") == ["tag", "--", "docker.io/library/tst:a", "localhost:5000/x/y:2"]
+
+    @pytest.mark.parametrize("query, status", [("repo=A", 400), ("repo=", 400), ("repo=a&tag=-", 400), ("repo=a@" + BB, 400)])
+    def test_tag_refuses(self, furnished, scripted, query, status):
+        assert ask(furnished, "POST", "/images/tst:a/tag?" + query).status == status
+        assert ask(furnished, "POST", "/images/nosuch/tag?repo=a").status == 404
+        assert scripted.calls("tag") == []
+
+    def test_delete_of_one_of_two_names(self, furnished, scripted):
+        scripted.on("rmi")
+        answer = ask(furnished, "DELETE", "/images/tst:a")
+        assert (answer.status, answer.json) == (200, [{"Untagged": "tst:a"}])
+        assert scripted.argv("rmi")[-2:] == ["--", "docker.io/library/tst:a"]
+
+    def test_delete_of_the_last_name(self, furnished, scripted):
+        scripted.on("rmi")
+        scripted.on("ps", stdout="")
+        scripted.on("images", stdout=IMAGES.stdout.splitlines()[0] + "\n")
+        ask(furnished, "GET", "/images/json")
+        original = furnished.nerdctl.run
+
+        def run(*words, **options):
+            if words[0] == "rmi":
+                scripted.on("images", stdout="")
+            return original(*words, **options)
+        furnished.nerdctl.run = run
+        with furnished.journal.subscribe() as (_, new):
+            assert ask(furnished, "DELETE", "/images/tst:a").json == [{"Untagged": "tst:a"}, {"Deleted": BB}]
+            assert [new.get(timeout=1)["Action"] for _ in range(2)] == ["untag", "delete"]
+
+    @pytest.mark.parametrize("name, force, words", [
+        (BB, "", "must be forced"), (BB, "?force=1", "cannot be forced"), ])
+    def test_delete_conflicts(self, furnished, scripted, name, force, words):
+        answer = ask(furnished, "DELETE", f"/images/{name}{force}")
+        assert answer.status == 409 and words in answer.message
+        assert scripted.calls("rmi") == []
+
+    def test_delete_of_a_used_name(self, furnished, scripted):
+        scripted.on("images", stdout=IMAGES.stdout.splitlines()[1] + "\n")
+        answer = ask(furnished, "DELETE", "/images/localhost:5000/bb:1")
+        assert answer.status == 409
+        assert re.fullmatch(r'conflict: unable to remove repository reference "localhost:5000/bb:1" \(must force\) - container [0-9a-f]{12} is using '
+                            r"its referenced image 4cfb279d3e24", answer.message)
+
+    def test_delete_none(self, furnished):
+        assert ask(furnished, "DELETE", "/images/-f").status == 404
+
+    def test_prune(self, furnished, scripted):
+        scripted.on("rmi")
+        answer = ask(furnished, "POST", "/images/prune")
+        assert answer.status == 200
+        assert [each["argv"][-1].partition("@")[0] for each in scripted.calls("rmi")] == ["import"]
+        ask(furnished, "POST", "/images/prune?" + filtered(dangling=["false"], **{"label!": ["base"]}))
+        assert {each["argv"][-1].partition("@")[0] for each in scripted.calls("rmi")} == {"import"}, "what has the label or containers stays"
+        assert ask(furnished, "POST", "/images/prune?" + filtered(x=["1"])).status == 400
+
+    def test_search(self, furnished, scripted):
+        scripted.on("search", stdout='{"Name":"busybox","Description":"d","StarCount":7,"IsOfficial":true}\n')
+        answer = ask(furnished, "GET", "/images/search?term=-x&limit=5&" + filtered(**{"is-official": ["true"]}))
+        assert answer.json == [{"name": "busybox", "description": "d", "star_count": 7, "is_official": True, "is_automated": False}]
+        assert scripted.argv("search") == ["search", "--no-trunc", "--format={{json .}}", "--limit=5", "--filter=is-official=true", "--", "-x"]
+        for query in ("", "term=x&limit=101", "term=x&limit=-1", "term=x&" + filtered(nothing=["x"])):
+            assert ask(furnished, "GET", "/images/search?" + query).status == 400
+
+    def test_search_without_network(self, furnished, scripted):
+        scripted.on("search", stderr=fatal('Get "https://index.docker.io/v1/search?q=busybox": dial tcp: lookup index.docker.io: no such host'), status=1)
+        assert ask(furnished, "GET", "/images/search?term=busybox").status == 500
+
+    def test_load(self, furnished, scripted):
+        scripted.on("load", LOAD, reads=True)
+        scripted.on("rmi")
+        data = os.urandom(3 << 20)
+        answer = ask(furnished, "POST", "/images/load?quiet=1", data, {"Content-Type": "application/x-tar"})
+        assert answer.lines == [{"stream": "Loaded image: localhost:5000/bb:1\n"}]
+        call = scripted.calls("load")[0]
+        assert (call["argv"], call["stdin"]) == (["load", "--all-platforms"], len(data))
+
+    def test_load_removes_the_name_of_the_index(self, furnished, scripted):
+        scripted.on("load", LOAD, reads=True)
+        scripted.on("rmi")
+        scripted.on("images", stdout="")
+        original = furnished.nerdctl.start
+
+        def start(*words, **options):
+            if words[0] == "load":
+                scripted.on("images", IMAGES)
+            return original(*words, **options)
+        furnished.nerdctl.start = start
+        ask(furnished, "POST", "/images/load", b"x")
+        assert [each["argv"][-1].partition("@")[0] for each in scripted.calls("rmi")] == ["import"]
+
+    @pytest.mark.parametrize("recording", [V21_LOAD, V17_LOAD], ids=["2.1.6", "1.7.7"])
+    def test_load_of_older_ones(self, recording):
+        assert nerdctld.parse_loaded(recording.stdout) == ["localhost:5000/bb:1"]
+
+    def test_load_of_garbage(self, furnished, scripted):
+        scripted.on("load", stderr=fatal("unexpected EOF"), status=1, reads=True)
+        answer = ask(furnished, "POST", "/images/load?quiet=1", b"garbage")
+        assert "unexpected EOF" in answer.message and answer.status >= 400
+
+    @pytest.mark.parametrize("path, names", [
+        ("/images/tst:a/get", ["docker.io/library/tst:a"]), ("/images/get?names=tst:a&names=localhost:5000/bb:1", ["docker.io/library/tst:a", "localhost:5000/bb:1"]),
+        ("/images/get?names=tst:a,tst:a", ["docker.io/library/tst:a"]), ("/images/tst/get", ["docker.io/library/tst:a"]),
+        (f"/images/{BB}/get", ["docker.io/library/tst:a"]), ("/images/tst:a/get?platform=linux/amd64", ["docker.io/library/tst:a"])])
+    def test_save(self, furnished, scripted, path, names):
+        scripted.on("save", stdout="archive")
+        answer = ask(furnished, "GET", path)
+        assert (answer.status, answer.body) == (200, b"archive")
+        assert scripted.argv("save") == ["save", *(["--platform=linux/amd64"] if "platform" in path else []), "--", *names]
+
+    def test_save_refuses_before_the_first_byte(self, furnished, scripted):
+        assert ask(furnished, "GET", "/images/get").status == 400
+        assert ask(furnished, "GET", "/images/get?names=tst:a&names=nosuch").status == 404
+        assert ask(furnished, "GET", "/images/tst:a/get?platform=linux/arm64").status == 404
+        assert scripted.calls("save") == []
+
+    def test_save_that_fails_at_once(self, furnished, scripted):
+        scripted.on("save", stderr=fatal("no space left on device"), status=1)
+        assert ask(furnished, "GET", "/images/tst:a/get").status == 500
+
+    def test_import(self, furnished, scripted):
+        scripted.on("import", IMPORT, reads=True)
+        answer = ask(furnished, "POST", "/images/create?fromSrc=-&message=m&repo=tst&tag=a&changes=", b"tar")
+        assert answer.lines == [{"status": BB}]
+        assert (scripted.argv("import"), scripted.calls("import")[0]["stdin"]) == (["import", "--message=m", "--", "-", "docker.io/library/tst:a"], 3)
+
+    def test_import_with_changes(self, furnished, scripted):
+        scripted.on("import", IMPORT, reads=True)
+        scripted.on("build")
+        scripted.on("rmi")
+        changes = urllib.parse.quote('CMD ["x"]\nENV A=1')
+        assert ask(furnished, "POST", f"/images/create?fromSrc=-&repo=tst:a&changes={changes}", b"tar").status == 200
+        working = scripted.argv("import")[-1]
+        assert working.startswith(nerdctld.WORKING_NAME)
+        assert scripted.argv("build")[:4] == ["build", "--progress=plain", "--provenance=false", "--tag=docker.io/library/tst:a"]
+        assert scripted.argv("rmi") == ["rmi", "--force", "--", working]
+
+    @pytest.mark.parametrize("query, body", [("repo=A", b"x"), ("repo=tst:a&changes=RUN%20x", b"x"), ("repo=tst@" + BB, b"x"), ("repo=tst:a&platform=;", b"x"), ("repo=tst:a", b"")])
+    def test_import_refuses(self, furnished, scripted, query, body):
+        scripted.on("import", IMPORT, stays=5)
+        assert ask(furnished, "POST", "/images/create?fromSrc=-&" + query, body).status == 400
+
+    def test_commit(self, furnished, scripted):
+        scripted.on("commit", stdout="sha256:1\n")
+        answer = ask(furnished, "POST", "/commit?container=tstweb&repo=tst&tag=a&author=x&comment=-c&changes=" + urllib.parse.quote('CMD ["a"]'))
+        assert (answer.status, answer.json) == (201, {"Id": BB})
+        assert scripted.argv("commit") == ["commit", "--message=-c", "--author=x", "--pause=true", '--change=CMD ["a"]', "--", ID, "docker.io/library/tst:a"]
+
+    def test_commit_with_config(self, furnished, scripted):
+        scripted.on("commit", stdout="sha256:1\n")
+        scripted.on("build")
+        scripted.on("rmi")
+        answer = ask(furnished, "POST", "/commit?container=tstweb&repo=tst:a&pause=False", {"Env": ["A=b c"], "Labels": {"x": "y"}, "Cmd": ["z"]})
+        assert answer.status == 201 and "--pause=false" in scripted.argv("commit")
+        assert len(scripted.calls("build")) == 1 and len(scripted.calls("rmi")) == 1
+
+    @pytest.mark.parametrize("query, body, status", [
+        ("container=nosuch", {}, 404), ("container=tstnew", {}, 501), ("container=tstweb&changes=RUN%20x", {}, 400), ("container=tstweb&repo=A", {}, 400),
+        ("container=tstweb", {"Env": "x\ny"}, 400), ("container=tstweb", {"User": "a\nRUN x"}, 400), ("container=tstweb", {"Labels": []}, 400), ("", {}, 400)])
+    def test_commit_refuses(self, furnished, scripted, query, body, status):
+        assert ask(furnished, "POST", "/commit?" + query, body).status == status
+        assert scripted.calls("commit") == []
+
+    def test_attestations(self, furnished):
+        assert ask(furnished, "GET", "/images/tst:a/attestations").json == []
+        assert ask(furnished, "GET", "/images/nosuch/attestations").status == 404
+
+
+class FakeRegistry(http.server.BaseHTTPRequestHandler):
+    """A registry with one image, behind a token."""
+
+    protocol_version = "HTTP/1.1"
+    CONFIG = json.dumps({"architecture": "arm64", "os": "linux", "variant": "v8", "rootfs": {}}).encode()
+    MANIFEST = json.dumps({"mediaType": "application/vnd.oci.image.manifest.v1+json", "config": {"digest": "sha256:c"}, "layers": []}).encode()
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        host = f"127.0.0.1:{self.server.server_address[1]}"
+        bodies = {"/v2/a/b/manifests/1": self.MANIFEST, "/v2/a/b/blobs/sha256:c": self.CONFIG, "/v2/a/b/tags/list": b'{"tags":["2","1","-x",3]}',
+                  "/token": b'{"token":"good"}'}
+        body, status, headers = bodies.get(path, b"{}"), 200 if path in bodies else 404, {}
+        if path == "/token":
+            if self.headers.get("Authorization") != "Basic " + base64.b64encode(b"u:p").decode():
+                status = 401
+        elif self.headers.get("Authorization") != "Bearer good":
+            status, headers = 401, {"WWW-Authenticate": f'Bearer realm="http://{host}/token",service="s",scope="x"'}
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def registry():
+    """host:port of a fake registry."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeRegistry)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+class TestRegistry:
+    HEADERS = {"X-Registry-Auth": encoded({"username": "u", "password": "p"})}
+
+    def test_distribution(self, engine, registry):
+        answer = ask(engine, "GET", f"/distribution/{registry}/a/b:1/json", headers=self.HEADERS)
+        assert answer.status == 200
+        assert answer.json == {"Descriptor": {"mediaType": "application/vnd.oci.image.manifest.v1+json", "size": len(FakeRegistry.MANIFEST),
+                                              "digest": "sha256:" + hashlib.sha256(FakeRegistry.MANIFEST).hexdigest()},
+                               "Platforms": [{"architecture": "arm64", "os": "linux", "variant": "v8"}]}
+
+    def test_refused(self, engine, registry):
+        assert ask(engine, "GET", f"/distribution/{registry}/a/b:1/json").status == 401
+        assert ask(engine, "GET", f"/distribution/{registry}/a/b:2/json", headers=self.HEADERS).status == 404
+        assert ask(engine, "GET", "/distribution/127.0.0.1:1/a/json").status == 500
+        assert ask(engine, "GET", "/distribution/-x/json").status == 400
+
+    def test_pull_of_all_tags(self, furnished, scripted, registry):
+        scripted.on("pull", PULL)
+        lines = IMAGES.stdout.splitlines()
+        scripted.on("images", stdout="".join(lines[1].replace(BASE, f"{registry}/a/b:{tag}") + "\n" for tag in "12"))
+        answer = ask(furnished, "POST", f"/images/create?fromImage={registry}/a/b", headers=self.HEADERS)
+        assert answer.status == 200 and "error" not in answer.lines[-1]
+        assert [each["argv"][-1] for each in scripted.calls("pull")] == [f"{registry}/a/b:1", f"{registry}/a/b:2"]
+
+
+###############################################################################
+# Build
+###############################################################################
+
+
+def tar_of(*entries, mode="w"):
+    """A tar of (name, content or TarInfo fields)."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode=mode) as archive:
+        for name, content in entries:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, dict):
+                for key, value in content.items():
+                    setattr(info, key, value)
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+CONTEXT = tar_of(("Dockerfile", b"FROM x\n"), ("sub/a.txt", b"a"))
+TAR = {"Content-Type": "application/x-tar"}
+
+
+class TestBuild:
+    @pytest.fixture(autouse=True)
+    def answers(self, furnished, scripted):
+        scripted.on("build", BUILD)
+
+    @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+    def test_context(self, tmp_path, mode):
+        nerdctld.unpack_context(io.BytesIO(tar_of(("Dockerfile", b"FROM x\n"), ("./sub/a", b"1" * 100000), mode=mode)), str(tmp_path))
+        assert (tmp_path / "Dockerfile").read_bytes() == b"FROM x\n" and (tmp_path / "sub" / "a").stat().st_size == 100000
+
+    def test_kinds_of_entries(self, tmp_path):
+        nerdctld.unpack_context(io.BytesIO(tar_of(
+            (".", {"type": tarfile.DIRTYPE, "mode": 0o755}), ("d", {"type": tarfile.DIRTYPE, "mode": 0o500}), ("d/x", b"1"),
+            ("l", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}), ("h", {"type": tarfile.LNKTYPE, "linkname": "d/x"}),
+            ("p", {"type": tarfile.FIFOTYPE, "mode": 0o600}), ("d/x", b"22"), ("l", b"now a file"))), str(tmp_path))
+        assert (tmp_path / "d" / "x").read_bytes() == b"22" and (tmp_path / "h").read_bytes() == b"1"
+        assert (tmp_path / "l").read_bytes() == b"now a file" and not (tmp_path / "l").is_symlink()
+        assert stat.S_ISFIFO((tmp_path / "p").stat().st_mode)
+
+    @pytest.mark.parametrize("entries", [
+        [("../evil", b"x")], [("a/../../evil", b"x")], [("s", {"type": tarfile.SYMTYPE, "linkname": ".."}), ("s/evil", b"x")],
+        [("s", {"type": tarfile.SYMTYPE, "linkname": ".."}), ("s/evil", {"type": tarfile.DIRTYPE})],
+        [("h", {"type": tarfile.LNKTYPE, "linkname": "../secret"})], [("s", {"type": tarfile.SYMTYPE, "linkname": ".."}),
+                                                                    ("h", {"type": tarfile.LNKTYPE, "linkname": "s/secret"})],
+        [("dev", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3})], [("dev", {"type": tarfile.BLKTYPE})], [(".", b"x")],
+        [("h", {"type": tarfile.LNKTYPE, "linkname": "nothing"})], [("f", b"x"), ("f/evil", b"x")], [("x" * 300, b"x")],
+        [("a", {"mtime": 1e30, "pax_headers": {"mtime": "1e30"}})], [("a", {"pax_headers": {"mtime": "nan"}})]],
+        ids=["dots", "dots inside", "through a link", "folder through a link", "hard link out", "hard link through a link", "character device",
+             "block device", "the whole", "hard link to nothing", "below a file", "long name", "far future", "no time"])
+    def test_hostile(self, tmp_path, entries):
+        tmp_path = tmp_path / "outer"
+        root = tmp_path / "root"
+        root.mkdir(parents=True)
+        (tmp_path / "secret").write_text("s")
+        with contextlib.suppress(nerdctld.BadParameter):
+            nerdctld.unpack_context(io.BytesIO(tar_of(*entries)), str(root))
+            assert [name for name, _ in entries] == ["a"], "was not refused"
+        assert sorted(os.listdir(tmp_path)) == ["root", "secret"] and (tmp_path / "secret").stat().st_nlink == 1
+
+    def test_absolute_names_stay_inside(self, tmp_path):
+        nerdctld.unpack_context(io.BytesIO(tar_of(("/etc/x-nerdctld-test", b"x"))), str(tmp_path))
+        assert (tmp_path / "etc" / "x-nerdctld-test").exists() and not os.path.exists("/etc/x-nerdctld-test")
+
+    def test_a_link_is_replaced_and_not_followed(self, tmp_path):
+        root = tmp_path / "root"
+        root.mkdir()
+        (tmp_path / "secret").write_text("s")
+        nerdctld.unpack_context(io.BytesIO(tar_of(("s", {"type": tarfile.SYMTYPE, "linkname": "../secret"}), ("s", b"new"))), str(root))
+        assert (tmp_path / "secret").read_text() == "s" and (root / "s").read_text() == "new"
+
+    @pytest.mark.parametrize("data", [b"", b"garbage" * 200, CONTEXT[:700], tar_of(("a", b"x"), mode="w:gz")[:40], b"\xfd7zXZ\x00" + b"x" * 600, b"BZh9" + b"x" * 600],
+                             ids=["empty", "garbage", "cut", "cut gzip", "broken xz", "broken bzip2"])
+    def test_no_tar(self, furnished, scripted, data):
+        assert ask(furnished, "POST", "/build", data, TAR).status == 400
+        assert scripted.calls("build") == [] and os.listdir(furnished.workspace.folder()) == []
+
+    def test_build(self, furnished, scripted):
+        answer = ask(furnished, "POST", "/build?t=tst:a&t=localhost:5000/bb:1&dockerfile=Dockerfile&version=1", CONTEXT, TAR)
+        assert answer.status == 200
+        assert {"stream": "#5 [2/2] RUN echo hi; echo > /x\n"} in answer.lines
+        assert answer.lines[-4:] == [{"aux": {"ID": BB}}, {"stream": "Successfully built 4cfb279d3e24\n"}, {"stream": "Successfully tagged tst:a\n"},
+                                     {"stream": "Successfully tagged localhost:5000/bb:1\n"}]
+        words = scripted.argv("build")
+        folder = words[-1]
+        assert words == ["build", "--progress=plain", f"--file={folder}/Dockerfile", "--tag=docker.io/library/tst:a", "--tag=localhost:5000/bb:1", "--", folder]
+        assert not os.path.exists(folder)
+
+    def test_quiet(self, furnished):
+        assert ask(furnished, "POST", "/build?t=tst:a&q=1", CONTEXT, TAR).lines == [{"stream": BB + "\n"}]
+
+    @pytest.mark.parametrize("query, words", [
+        ("buildargs=" + urllib.parse.quote('{"A":"-b c","N":null}'), ["--build-arg=A=-b c"]), ("labels=" + urllib.parse.quote('{"x":"y"}'), ["--label=x=y"]),
+        ("cachefrom=" + urllib.parse.quote('["a"]'), ["--cache-from=a"]), ("extrahosts=a:1.2.3.4", ["--add-host=a:1.2.3.4"]), ("nocache=1", ["--no-cache"]),
+        ("nocache=0", []), ("pull=true", ["--pull"]), ("target=-x", ["--target=-x"]), ("platform=linux/arm64", ["--platform=linux/arm64"]),
+        ("networkmode=host", ["--network=host", "--allow=network.host"]), ("networkmode=none", ["--network=none"]), ("networkmode=default", [])])
+    def test_options(self, furnished, scripted, query, words):
+        assert ask(furnished, "POST", "/build?t=tst:a&" + query, CONTEXT, TAR).status == 200
+        assert scripted.argv("build")[2:-4] == words
+
+    def test_credentials(self, furnished, scripted):
+        ask(furnished, "POST", "/build?t=tst:a", CONTEXT, {**TAR, "X-Registry-Config": encoded({"localhost:5000": {"username": "u", "password": "p"}})})
+        assert scripted.calls("build")[0]["auth"] == {"auths": {"localhost:5000": {"auth": "dTpw"}}}
+        ask(furnished, "POST", "/build?t=tst:a", CONTEXT, {**TAR, "X-Registry-Config": encoded({"auths": {}})})
+        assert scripted.calls("build")[1]["auth"] is None
+
+    def test_limits_are_warned_about(self, furnished):
+        assert "memory is not carried out" in ask(furnished, "POST", "/build?t=tst:a&memory=100", CONTEXT, TAR).lines[0]["stream"]
+
+    @pytest.mark.parametrize("query, status", [
+        ("t=A", 400), ("t=a@" + BB, 400), ("dockerfile=nothing", 400), ("dockerfile=../x", 400), ("dockerfile=/etc/passwd", 400), ("buildargs=[", 400),
+        ("buildargs=[]", 400), ("labels=" + urllib.parse.quote('{"a":1}'), 400), ("platform=;", 400), ("remote=ftp://x", 400), ("remote=git://x/y", 501),
+        ("remote=-x", 400), ("version=2", 501), ("squash=1", 501), ("networkmode=container:x", 501), ("outputs=x", 501)])
+    def test_refuses(self, furnished, scripted, query, status):
+        answer = ask(furnished, "POST", "/build?" + query, CONTEXT, TAR)
+        assert answer.status == status and answer.message
+        assert scripted.calls("build") == []
+
+    def test_dockerfile_through_a_link(self, furnished, scripted):
+        context = tar_of(("Dockerfile", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}))
+        assert ask(furnished, "POST", "/build", context, TAR).status == 400
+
+    def test_failed_step(self, furnished, scripted):
+        scripted.on("build", BUILD_FAILED)
+        answer = ask(furnished, "POST", "/build?t=tst:a", CONTEXT, TAR)
+        text = "The command '/bin/sh -c exit 7' returned a non-zero code: 7"
+        assert (answer.status, answer.lines[-1]) == (200, {"errorDetail": {"code": 7, "message": text}, "error": text})
+
+    def test_failed_parsing(self, furnished, scripted):
+        scripted.on("build", BUILD_UNPARSED)
+        assert ask(furnished, "POST", "/build?t=tst:a", CONTEXT, TAR).lines[-1]["error"] == (
+            "failed to solve: dockerfile parse error on line 2: unknown instruction: FOO (did you mean FROM?)")
+
+    @pytest.mark.parametrize("stderr", [next(each[1] for each in FAILURES if "buildkit" in each[1]), ""], ids=["words", "silence"])
+    def test_no_buildkitd(self, furnished, scripted, stderr):
+        scripted.on("build", stderr=stderr, status=1)
+        answer = ask(furnished, "POST", "/build?t=tst:a", CONTEXT, TAR)
+        assert "buildkitd does not answer" in (answer.message if answer.status == 503 else answer.lines[-1]["error"])
+
+    def test_remote(self, furnished, scripted, tmp_path):
+        class Files(http.server.SimpleHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+        (tmp_path / "web").mkdir()
+        (tmp_path / "web" / "context.tar").write_bytes(CONTEXT)
+        (tmp_path / "web" / "Dockerfile.txt").write_text("FROM x\n")
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *words: Files(*words, directory=str(tmp_path / "web")))
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_address[1]}"
+        assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/context.tar").status == 200
+        assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/Dockerfile.txt").status == 200
+        assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/nothing").status == 400
+        server.shutdown()
+        server.server_close()
+        assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/context.tar").status == 400
+
+    def buildctl(self, furnished, monkeypatch, tmp_path, script):
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        (folder / "buildctl").write_text(f"#!/bin/sh\necho \"$@\" >>{tmp_path}/args\n{script}\n")
+        (folder / "buildctl").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def test_prune(self, furnished, monkeypatch, tmp_path):
+        self.buildctl(furnished, monkeypatch, tmp_path, f"cat <<'END'\n{BUILDCTL_DU.stdout}END")
+        answer = ask(furnished, "POST", "/build/prune?all=1&keep-storage=2000000&" + filtered(until=["1h"], type=["regular"]))
+        assert answer.json == {"CachesDeleted": [each["id"] for each in json.loads(BUILDCTL_DU.stdout)], "SpaceReclaimed": sum(each["size"] for each in json.loads(BUILDCTL_DU.stdout))}
+        words = (tmp_path / "args").read_text()
+        for each in ("--all", "--filter=type==regular", "--keep-duration=3600s", "--keep-storage=2"):
+            assert each in words
+        assert ask(furnished, "POST", "/build/prune?filters=").status == 200
+        assert ask(furnished, "POST", "/build/prune?" + filtered(x=["1"])).status == 400
+
+    def test_prune_without_buildkitd(self, furnished, monkeypatch, tmp_path):
+        self.buildctl(furnished, monkeypatch, tmp_path, 'echo \'error: failed to call prune: Unavailable: connection error: desc = "transport: Error '
+                      'while dialing: dial unix /nosuch: connect: no such file or directory"\' >&2; exit 1')
+        answer = ask(furnished, "POST", "/build/prune")
+        assert answer.status == 503 and "buildkitd" in answer.message
+
+
+###############################################################################
+# Containers
+###############################################################################
+
+
+class TestContainers:
+    def names(self, engine, query):
+        return [each["Names"][0] for each in ask(engine, "GET", "/containers/json?" + query).json]
+
+    def test_list(self, furnished):
+        rows = {each["Names"][0]: each for each in ask(furnished, "GET", "/v1.51/containers/json?all=1").json}
+        web = rows["/tstweb"]
+        assert (web["Id"], web["Image"], web["ImageID"], web["Command"], web["State"]) == (ID, BASE, BB, "sleep 1000", "running")
+        assert web["Labels"] == {"a": "b,c", "base": "busybox"}
+        assert web["Ports"] == [{"IP": "0.0.0.0", "PrivatePort": 80, "PublicPort": 18080, "Type": "tcp"}]
+        assert [each["Destination"] for each in web["Mounts"]] == ["/data", "/host"]
+        assert list(web["NetworkSettings"]["Networks"]) == ["tstnet"] and web["HostConfig"] == {"NetworkMode": "tstnet"}
+        assert re.fullmatch(r"Up \d+ \w+|Up (About|Less) .*", web["Status"])
+        assert re.fullmatch(r"Exited \(3\) .* ago", rows["/tstdone"]["Status"])
+        assert (rows["/tstnew"]["Status"], rows["/tstnew"]["State"], rows["/tstpaused"]["State"]) == ("Created", "created", "paused")
+
+    def test_newest_first(self, furnished):
+        assert self.names(furnished, "all=1") == ["/tstpaused", "/tstnew", "/tstdone", "/tstweb"]
+
+    @pytest.mark.parametrize("query, names", [
+        ("", "paused web"), ("all=1", "paused new done web"), ("limit=1", "paused"), ("limit=-1", "paused web"), ("limit=0&all=1", "paused new done web"),
+        (filtered(status=["exited"]), "done"), (filtered(status=["created", "running"]), "new web"), (filtered(exited=["3"]), "done"),
+        (filtered(exited=["0"]), ""), ("all=1&" + filtered(name=["web"]), "web"), ("all=1&" + filtered(name=["^/?tst"]), "paused new done web"),
+        ("all=1&" + filtered(id=["da86"]), "web"), ("all=1&" + filtered(label=["a=b,c"]), "web"), ("all=1&" + filtered(label=["a", "z"]), ""),
+        (filtered(before=["tstnew"]), "done web"), (filtered(since=["tstnew"]), "paused"), ("all=1&" + filtered(network=["tstnet"]), "web"),
+        ("all=1&" + filtered(network=["none"]), "paused new done"), ("all=1&" + filtered(volume=["tstvol"]), "web"), ("all=1&" + filtered(volume=["/host"]), "web"),
+        ("all=1&" + filtered(publish=["18080"]), "web"), ("all=1&" + filtered(expose=["80/tcp"]), "web"), ("all=1&" + filtered(expose=["70-90/udp"]), ""),
+        ("all=1&" + filtered(ancestor=["tst:a"]), "paused new done web"), ("all=1&" + filtered(ancestor=["nosuch"]), ""),
+        ("all=1&" + filtered(health=["none"]), "paused new done web"), ("all=1&" + filtered(**{"is-task": ["true"]}), "")])
+    def test_filters(self, furnished, query, names):
+        assert self.names(furnished, query) == ["/tst" + each for each in names.split()]
+
+    @pytest.mark.parametrize("query, status", [
+        ("filters=[", 400), (filtered(status=["gone"]), 400), (filtered(exited=["x"]), 400), (filtered(health=["ill"]), 400), (filtered(x=["1"]), 400),
+        (filtered(before=["nosuch"]), 404), ("limit=x", 400), ("all=1&" + filtered(publish=["x"]), 400)])
+    def test_list_refuses(self, furnished, query, status):
+        assert ask(furnished, "GET", "/containers/json?" + query).status == status
+
+    def test_size(self, furnished):
+        rows = ask(furnished, "GET", "/containers/json?all=1&size=1").json
+        assert rows[-1]["SizeRw"] == 28672 and rows[-1]["SizeRootFs"] == 2097152
+
+    def test_inspect_of_a_running_one(self, furnished, scripted):
+        told = ask(furnished, "GET", "/v1.51/containers/tstweb/json").json
+        assert (told["Id"], told["Name"], told["Image"], told["Path"], told["Args"]) == (ID, "/tstweb", BB, "sleep", ["1000"])
+        assert told["State"]["Running"] and not told["State"]["Restarting"] and told["State"]["Pid"] == 32149
+        assert told["HostConfig"]["RestartPolicy"] == {"Name": "always", "MaximumRetryCount": 0}
+        assert told["HostConfig"]["Binds"] == ["/tmp:/host:ro"] and told["HostConfig"]["LogConfig"] == {"Type": "json-file", "Config": {}}
+        assert told["Config"]["Cmd"] == ["sleep", "1000"] and told["Config"]["Env"] == ["PATH=/bin", "X=1"] and told["Config"]["Image"] == BASE
+        assert told["Config"]["Labels"] == {"a": "b,c", "base": "busybox"}
+        assert told["NetworkSettings"]["Networks"]["tstnet"]["IPAddress"] == told["NetworkSettings"]["IPAddress"] == "10.77.0.2"
+        assert told["NetworkSettings"]["Networks"]["tstnet"]["Gateway"] == "10.77.0.1"
+        assert told["NetworkSettings"]["Ports"] == {"80/tcp": [{"HostIp": "0.0.0.0", "HostPort": "18080"}]}
+        assert scripted.argv("container inspect")[-2:] == ["--", ID]
+
+    @pytest.mark.parametrize("name, state", [
+        ("tstdone", {"Status": "exited", "Running": False, "ExitCode": 3, "FinishedAt": "2026-11-24T03:57:10.624517029Z", "Pid": 0}),
+        ("tstnew", {"Status": "created", "Running": False, "ExitCode": 0, "FinishedAt": "0001-01-01T00:00:00Z"}),
+        ("tstpaused", {"Status": "paused", "Running": True, "Paused": True, "Pid": 32448})])
+    def test_states(self, furnished, name, state):
+        told = ask(furnished, "GET", f"/containers/{name}/json").json["State"]
+        assert {key: told[key] for key in state} == state
+
+    def test_shapes_of_versions(self, furnished):
+        old, new = (ask(furnished, "GET", f"{version}/containers/tstweb/json").json for version in ("/v1.47", ""))
+        assert "IPAddress" in old["NetworkSettings"] and "IPAddress" not in new["NetworkSettings"]
+        assert "ImageManifestDescriptor" in new and "ImageManifestDescriptor" not in old
+        assert "Health" in ask(furnished, "GET", "/containers/json").json[0] and "Health" not in ask(furnished, "GET", "/v1.51/containers/json").json[0]
+
+    def test_none(self, furnished):
+        answer = ask(furnished, "GET", "/containers/nosuch/json")
+        assert (answer.status, answer.message) == (404, "No such container: nosuch")
+        assert ask(furnished, "GET", "/containers/-x/json").status == 404
+
+    @pytest.mark.parametrize("text, ports", [
+        ("0.0.0.0:8000-8001->80-81/tcp", [(80, 8000), (81, 8001)]), ("[::]:53->53/udp, 127.0.0.1:1->2/tcp", [(53, 53), (2, 1)]), ("", []), ("x", [])])
+    def test_ports(self, text, ports):
+        assert [(each["PrivatePort"], each["PublicPort"]) for each in nerdctld.parse_ports(text)] == ports
+
+    def test_a_request_is_kept_whole(self):
+        body = {"Image": "x", "Env": ["A=" + "é" * 9000]}
+        labels = nerdctld.request_labels(body)
+        assert all(len(key) + len(value) < 4096 for key, value in labels.items())
+        row = {"ID": "1" * 64, "Status": "Up"}
+        assert nerdctld.stored_request(nerdctld.Container(row, labels)) == body
+
+
+###############################################################################
+# Networks
+###############################################################################
+
+
+class TestNetworks:
+    def test_list(self, furnished, scripted):
+        rows = {each["Name"]: each for each in ask(furnished, "GET", "/networks").json}
+        assert sorted(rows) == ["bridge", "host", "none", "tstnet"]
+        assert rows["tstnet"]["IPAM"]["Config"] == [{"Subnet": "10.77.0.0/24", "Gateway": "10.77.0.1"}]
+        assert [rows[name]["Driver"] for name in sorted(rows)] == ["bridge", "host", "null", "bridge"]
+        assert all(re.fullmatch("[0-9a-f]{64}", each["Id"]) for each in rows.values())
+        assert rows["bridge"]["Labels"] == {}
+        assert scripted.argv("network inspect")[-3:] == ["--", "bridge", "tstnet"]
+
+    @pytest.mark.parametrize("filters, names", [
+        ({"name": ["tst"]}, "tstnet"), ({"driver": ["host"]}, "host"), ({"type": ["custom"]}, "tstnet"), ({"type": ["builtin"]}, "bridge host none"),
+        ({"id": ["6cbb"]}, "tstnet"), ({"scope": ["swarm"]}, ""), ({"label": ["x"]}, ""), ({"dangling": ["true"]}, ""), ({"dangling": ["false"]}, "bridge host none tstnet")])
+    def test_filters(self, furnished, filters, names):
+        assert [each["Name"] for each in ask(furnished, "GET", "/networks?" + filtered(**filters)).json] == names.split()
+
+    def test_refuses(self, furnished):
+        for query in (filtered(type=["x"]), filtered(x=["1"]), filtered(dangling=["x"]), "filters=1"):
+            assert ask(furnished, "GET", "/networks?" + query).status == 400
+
+    @pytest.mark.parametrize("name", ["tstnet", "6cbb982de144", "6cbb982de14435e0565b06c4b6e90e672db1541e321fc75065985811f6a2d6b5"])
+    def test_inspect(self, furnished, name):
+        told = ask(furnished, "GET", "/networks/" + name).json
+        assert told["Containers"][ID]["IPv4Address"] == "10.77.0.2/24" and told["Containers"][ID]["Name"] == "tstweb"
+
+    def test_none(self, furnished):
+        answer = ask(furnished, "GET", "/networks/nosuch")
+        assert (answer.status, answer.message) == (404, "network nosuch not found")
+        assert ask(furnished, "GET", "/networks/tstnet?scope=swarm").status == 404
+
+
+###############################################################################
+# Volumes
+###############################################################################
+
+
+class TestVolumes:
+    def test_list(self, furnished):
+        told = ask(furnished, "GET", "/volumes").json
+        assert told["Warnings"] is None
+        assert told["Volumes"][0] == {
+            "CreatedAt": "0001-01-01T00:00:00Z", "Driver": "local", "Labels": None, "Mountpoint": "/var/lib/nerdctl/1935db59/volumes/tstrec/tstvol/_data",
+            "Name": "tstvol", "Options": None, "Scope": "local"}
+
+    @pytest.mark.parametrize("filters, count", [({"name": ["vol"]}, 1), ({"name": ["x"]}, 0), ({"driver": ["local"]}, 1), ({"driver": ["x"]}, 0),
+                                                ({"label": ["x"]}, 0), ({"dangling": ["true"]}, 0), ({"dangling": ["false"]}, 1)])
+    def test_filters(self, furnished, filters, count):
+        assert len(ask(furnished, "GET", "/volumes?" + filtered(**filters)).json["Volumes"]) == count
+
+    def test_inspect(self, furnished):
+        assert ask(furnished, "GET", "/volumes/tstvol").json["Name"] == "tstvol"
+        answer = ask(furnished, "GET", "/volumes/nosuch")
+        assert (answer.status, answer.message) == (404, "get nosuch: no such volume")
+
+    def test_none_at_all(self, engine, scripted):
+        scripted.on("volume ls")
+        assert ask(engine, "GET", "/volumes").json == {"Volumes": [], "Warnings": None}
+
+
+###############################################################################
+# Swarm and plugins
+###############################################################################
+
+
+class TestSwarmAndPlugins:
+    @pytest.mark.parametrize("method, path", [
+        ("GET", "/swarm"), ("GET", "/nodes"), ("GET", "/services?status=true"), ("GET", "/tasks"), ("GET", "/secrets"), ("GET", "/configs"),
+        ("POST", "/services/create"), ("DELETE", "/nodes/x"), ("GET", "/services/x/logs")])
+    def test_no_manager(self, engine, scripted, method, path):
+        answer = ask(engine, method, path)
+        assert answer.status == 503 and answer.message.startswith("This node is not a swarm manager.")
+        assert scripted.calls() == []
+
+    def test_others(self, engine):
+        assert ask(engine, "POST", "/swarm/leave").message == "This node is not part of a swarm"
+        assert ask(engine, "POST", "/swarm/init").status == 501
+        assert ask(engine, "GET", "/plugins").json == []
+        assert ask(engine, "GET", "/plugins/a/b:1/json").status == 404
+        assert ask(engine, "POST", "/plugins/pull?remote=x").status == 501
+
+
+###############################################################################
+# BuildKit
+###############################################################################
+
+
+# Recorded from buildx 0.38.2 (docker driver) against buildkitd 0.34.2: the first DATA of one stream of each kind.
+# `docker buildx build --build-arg X=9 --label bl=1 -t bxm:1 .`
+SOLVE_TAGGED = bytes.fromhex(
+    "00000001240a196c666964616a317768726c74737a76646835786d6962326d381a046d6f6279220d0a046e616d65120562786d3a31221b0a137072"
+    "656665722d696d6167652d6469676573741204747275652a197661703931747075366a6e336f7a7a7275366e616e667233613a1b0a12696d616765"
+    "2d7265736f6c76652d6d6f646512056c6f63616c3a160a0866696c656e616d65120a446f636b657266696c653a0d0a086c6162656c3a626c120131"
+    "3a100a0b6275696c642d6172673a581201393a2e0a116174746573743a70726f76656e616e636512196d6f64653d6d696e2c696e6c696e652d6f6e"
+    "6c793d7472756542006a320a046d6f6279121b0a137072656665722d696d6167652d646967657374120474727565120d0a046e616d65120562786d"
+    "3a31")
+# `docker buildx build -o type=local,dest=ol .`
+SOLVE_LOCAL = bytes.fromhex(
+    "00000000ad0a19707267383264773671737a69783074787a737a74327375696f1a056c6f63616c2a1966756a696a323866696271716f76766f796e"
+    "6e3879647737723a2e0a116174746573743a70726f76656e616e636512196d6f64653d6d696e2c696e6c696e652d6f6e6c793d747275653a1b0a12"
+    "696d6167652d7265736f6c76652d6d6f646512056c6f63616c3a160a0866696c656e616d65120a446f636b657266696c6542006a070a056c6f6361"
+    "6c")
+# The probe of a build before the build itself, of any `docker buildx build`.
+SOLVE_PROBE = bytes.fromhex(
+    "000000003a0a1972747767396762766b726c646d6766666a6d6d317a6c3433382a196c6d307076676a786f31746d3263386d357663776d39366161"
+    "42005801")
+STATUS = bytes.fromhex("000000001b0a1972747767396762766b726c646d6766666a6d6d317a6c343338")
+# What begins otherwise, so that it is never held: LLBBridge Return and Solve, history, Content Info, spans, the session of
+# a bake, and of `docker buildx du` and `prune`.
+PASSED = [bytes.fromhex(each) for each in (
+    "00000000040a021a00",
+    "0000000099120d646f636b657266696c652e76301a2e0a116174746573743a70726f76656e616e636512196d6f64653d",
+    "00000000250801121f6275696c64782d746573742d686973746f72792d6170692d666561747572651801",
+    "00000000490a477368613235363a34613365363539373732636639653966643439346364363836323239343035396165",
+    "0000001a700aed340a84010a180a0c736572766963652e6e616d6512080a066275696c64780a1e0a1674656c656d6574",
+    "000000002f0a2d0000240400000000000005001000000003000000fa0006001001400001000010000004001000000009",
+    "00000000020a00",
+    "000000000b0a00188080c489e5c5b206",
+)]
+
+
+def map_entry(number, key, value):
+    """An entry of a map of strings in field `number`."""
+    return nerdctld.field(number, nerdctld.field(1, key.encode()) + nerdctld.field(2, value.encode()))
+
+
+def exporter(kind, *rest, **attributes):
+    """An exporter of a SolveRequest, with `_` for the dashes of its attributes."""
+    parts = [map_entry(2, key.replace("_", "-"), value) for key, value in attributes.items()]
+    return nerdctld.field(1, kind.encode()) + b"".join(parts) + b"".join(rest)
+
+
+def solve(*exporters, rest=b"", reference=b"abc123"):
+    """A SolveRequest."""
+    return nerdctld.field(1, reference) + rest + b"".join(nerdctld.field(13, each) for each in exporters)
+
+
+def read_exporters(message):
+    """What a SolveRequest asks for, as (kind, attributes)."""
+    found = []
+    for each in nerdctld.fields(message):
+        if each.number == 13:
+            parts = list(nerdctld.fields(each.value))
+            found.append((next(part.value for part in parts if part.number == 1).decode(),
+                          dict(nerdctld.read_entry(part.value) for part in parts if part.number == 2)))
+    return found
+
+
+def grpc(message):
+    """A gRPC message, uncompressed."""
+    return struct.pack(">BI", 0, len(message)) + message
+
+
+def keep(message):
+    """Lets every request through as it is."""
+    return message, None
+
+
+def rewrite(message):
+    """The rewrite alone, without a look at the worker."""
+    return nerdctld.rewrite_solve(message)[0], None
+
+
+class Peer:
+    """One end of an HTTP/2 connection that keeps to its windows strictly. `out` is what it has sent and nobody has taken."""
+
+    def __init__(self, server, initial=65535):
+        self.out = bytearray(b"" if server else nerdctld.PREFACE)
+        self.frames = nerdctld.Frames(nerdctld.PREFACE if server else b"")
+        self.server = server
+        self.out += nerdctld.frame(nerdctld.SETTINGS, 0, 0, struct.pack(">HI", 4, initial) if server else b"")
+        # What it may still send.
+        self.connection, self.first, self.streams, self.waiting, self.ending = 65535, 65535, {}, {}, set()
+        # What it may still receive.
+        self.own, self.own_first, self.own_streams = 65535, initial, {}
+        self.uncredited = {}
+        self.received, self.ended, self.reset, self.heads = {}, set(), {}, {}
+
+    def open(self, stream, data, end=True):
+        """Begin a stream and send its data as windows allow."""
+        self.out += nerdctld.header_frames(stream, [(":path", "/x")])
+        self.streams[stream], self.waiting[stream] = self.first, bytearray(data)
+        if end:
+            self.ending.add(stream)
+        self.push()
+
+    def push(self):
+        """Send what there is room for."""
+        for stream in list(self.waiting):
+            data = self.waiting[stream]
+            while data:
+                room = min(self.connection, self.streams[stream], 16384, len(data))
+                if room <= 0:
+                    break
+                self.connection -= room
+                self.streams[stream] -= room
+                self.out += nerdctld.frame(nerdctld.DATA, 0, stream, bytes(data[:room]))
+                del data[:room]
+            if not data:
+                del self.waiting[stream]
+                if stream in self.ending:
+                    self.out += nerdctld.frame(nerdctld.DATA, nerdctld.END_STREAM, stream)
+
+    def change(self, initial):
+        """Announce another first window."""
+        self.own_streams = {stream: left + initial - self.own_first for stream, left in self.own_streams.items()}
+        self.own_first = initial
+        self.out += nerdctld.frame(nerdctld.SETTINGS, 0, 0, struct.pack(">HI", 4, initial))
+
+    def credit(self):
+        """Make room again for all that was received."""
+        for stream, size in self.uncredited.items():
+            self.own += size
+            self.out += nerdctld.credit(0, size)
+            if stream not in self.ended:
+                self.own_streams[stream] += size
+                self.out += nerdctld.credit(stream, size)
+        self.uncredited = {}
+
+    def feed(self, data):
+        """Take bytes; a window that is not kept to fails the test."""
+        for each in self.frames.feed(bytes(data)):
+            payload = bytes(each.raw[9:])
+            if each.kind == nerdctld.DATA:
+                left = self.own_streams.setdefault(each.stream, self.own_first)
+                assert len(payload) <= self.own and len(payload) <= max(left, 0), "sent beyond the window"
+                self.own -= len(payload)
+                self.own_streams[each.stream] -= len(payload)
+                self.uncredited[each.stream] = self.uncredited.get(each.stream, 0) + len(payload)
+                self.received.setdefault(each.stream, bytearray()).extend(payload)
+            elif each.kind == nerdctld.HEADERS:
+                self.own_streams.setdefault(each.stream, self.own_first)
+                self.heads.setdefault(each.stream, []).append(payload)
+            elif each.kind == nerdctld.WINDOW_UPDATE:
+                if not each.stream:
+                    self.connection += each.number
+                elif each.stream in self.streams:
+                    self.streams[each.stream] += each.number
+            elif each.kind == nerdctld.SETTINGS and not each.flags & nerdctld.ACK:
+                for key, value in struct.iter_unpack(">HI", payload):
+                    if key == 4:
+                        self.streams = {stream: left + value - self.first for stream, left in self.streams.items()}
+                        self.first = value
+                self.out += nerdctld.frame(nerdctld.SETTINGS, nerdctld.ACK, 0)
+            elif each.kind == nerdctld.RESET:
+                self.reset[each.stream] = int.from_bytes(payload, "big")
+            if each.ends:
+                self.ended.add(each.stream)
+        self.push()
+
+    def take(self):
+        """What it has sent since the last time."""
+        data = bytes(self.out)
+        self.out.clear()
+        return data
+
+
+def settle(client, splice, server, credits=True, piece=5000, rounds=2000):
+    """Carry bytes to and fro, in pieces, until nobody has any left; the server credits what it gets when `credits`."""
+    def carry(data, to):
+        for at in range(0, len(data), piece):
+            to(data[at:at + piece])
+
+    for _ in range(rounds):
+        moved = False
+        for source, to in ((client.take(), splice.from_client), (server.take(), splice.from_server),
+                           (bytes(splice.to_client), client.feed), (bytes(splice.to_server), server.feed)):
+            if source:
+                moved = True
+                if to == client.feed:
+                    del splice.to_client[:len(source)]
+                elif to == server.feed:
+                    del splice.to_server[:len(source)]
+                carry(source, to)
+        if credits and server.uncredited:
+            server.credit()
+            moved = True
+        if not moved:
+            return
+    raise AssertionError("bytes go round without an end")
+
+
+class TestBuildKit:
+    """gRPC, Relay and BuildKit on bytes."""
+
+    @pytest.mark.parametrize("number, data", [(0, b"\0"), (1, b"\1"), (127, b"\x7f"), (128, b"\x80\1"), (300, b"\xac\2"),
+                                              (2**64 - 1, b"\xff" * 9 + b"\1")])
+    def test_varint(self, number, data):
+        assert nerdctld.varint(number) == data
+        assert nerdctld.read_varint(b"x" + data + b"y", 1) == (number, 1 + len(data))
+
+    @pytest.mark.parametrize("data", [b"", b"\x80", b"\xff" * 11])
+    def test_varint_that_is_none(self, data):
+        with pytest.raises(ValueError):
+            nerdctld.read_varint(data, 0)
+
+    def test_fields(self):
+        data = b"\x08\x96\x01" + nerdctld.field(2, b"testing") + b"\x19" + b"8" * 8 + b"\x25" + b"4" * 4
+        found = list(nerdctld.fields(data))
+        assert [(each.number, each.value) for each in found] == [(1, 150), (2, b"testing"), (3, b"8" * 8), (4, b"4444")]
+        assert b"".join(each.raw for each in found) == data
+        assert [bytes(each.raw) for each in nerdctld.fields(memoryview(data))] == [each.raw for each in found]
+
+    @pytest.mark.parametrize("data", [b"\x0a\x05abc", b"\x0b", b"\x00\x01", b"\x09abc", b"\x0a"])
+    def test_fields_of_no_message(self, data):
+        with pytest.raises(ValueError):
+            list(nerdctld.fields(data))
+
+    def test_frames_come_whole_from_any_pieces(self):
+        data = nerdctld.PREFACE + nerdctld.frame(4, 0, 0) + nerdctld.header_frames(1, [("a", "b" * 40000)]) + nerdctld.frame(0, 1, 1, b"xyz")
+        for size in (1, 7, 9, 16390, len(data)):
+            frames, found = nerdctld.Frames(nerdctld.PREFACE), []
+            for at in range(0, len(data), size):
+                found += [each._replace(raw=bytes(each.raw)) for each in frames.feed(data[at:at + size])]
+            assert [(each.kind, each.stream) for each in found] == [(-1, 0), (4, 0), (1, 1), (0, 1)]
+            assert b"".join(each.raw for each in found) == data
+            assert found[-1].ends and found[-1].data == b"xyz" and not found[2].ends and frames.rest == b""
+
+    def test_frames_of_something_else(self):
+        with pytest.raises(ValueError):
+            nerdctld.Frames(nerdctld.PREFACE).feed(b"GET / HTTP/1.1\r\n")
+
+    def test_headers_without_end_are_given_up(self):
+        frames = nerdctld.Frames()
+        with pytest.raises(ValueError):
+            for _ in range(40):
+                frames.feed(nerdctld.frame(nerdctld.CONTINUATION if frames.rest else nerdctld.HEADERS, 0, 1, b"x" * 1000000))
+
+    def test_padding(self):
+        padded = nerdctld.frame(nerdctld.DATA, nerdctld.PADDED, 1, b"\x03abc\0\0\0")
+        assert nerdctld.Frames().feed(padded)[0].data == b"abc"
+
+    def test_header_block(self):
+        assert nerdctld.header_block([("te", "trailers")]) == b"\x10\x02te\x08trailers"
+        assert nerdctld.header_block([("a", "x" * 127)]) == b"\x10\x01a\x7f\x00" + b"x" * 127
+        assert nerdctld.header_block([("a", "x" * 400)]) == b"\x10\x01a\x7f\x91\x02" + b"x" * 400
+
+    def test_grpc_end(self):
+        whole = nerdctld.grpc_end(5, nerdctld.Conflict("a\nb \u00e9 100%"))
+        assert whole[3:9] == b"\x01\x05\0\0\0\x05"
+        assert b":status\x03200" in whole and b"grpc-status\x019" in whole and b"a%0Ab %C3%A9 100%25" in whole
+        assert b":status" not in nerdctld.grpc_end(5, nerdctld.Conflict("x"), begun=True)
+        assert b"grpc-status\x010" in nerdctld.grpc_end(5, None)
+
+    def test_sender_keeps_to_windows(self):
+        out = bytearray()
+        sender = nerdctld.Sender(out)
+        sender.windows[1] = 20000
+        sender.push(1, b"a" * 30000, b"b" * 10000, end=True)
+        assert [len(each.raw) - 9 for each in nerdctld.Frames().feed(out)] == [16384, 3616]
+        assert sender.waiting == 20000 and sender.connection == 45535 and sender.owed == 20000
+        out.clear()
+        assert sender.settings(struct.pack(">HIHI", 4, 75535, 5, 100000)) == 10000
+        sender.flush()
+        assert [len(each.raw) - 9 for each in nerdctld.Frames().feed(out)] == [10000]
+        out.clear()
+        sender.windows[1] += 70000
+        sender.flush()
+        last, = nerdctld.Frames().feed(out)
+        assert last.ends and last.data == b"b" * 10000 and not sender.waiting and not sender.queues
+
+    def test_sender_ends_without_data(self):
+        out = bytearray()
+        sender = nerdctld.Sender(out)
+        sender.connection = 0
+        sender.push(1, end=True)
+        assert out == nerdctld.frame(0, 1, 1)
+
+    # --- the rewrite ---
+
+    def test_rewrite_of_a_recorded_solve(self):
+        message, names = nerdctld.rewrite_solve(SOLVE_TAGGED[5:])
+        assert names == ["docker.io/library/bxm:1"]
+        assert read_exporters(message) == [("image", {
+            "prefer-image-digest": "true", "name": "docker.io/library/bxm:1", "unpack": "true",
+            "dangling-name-prefix": "moby-dangling", "danging-name-empty-only": "true"})]
+        before = [each.raw for each in nerdctld.fields(SOLVE_TAGGED[5:]) if each.number not in (3, 4, 13)]
+        assert [each.raw for each in nerdctld.fields(message) if each.number != 13] == before
+        assert not [each for each in nerdctld.fields(message) if each.number in (3, 4)]
+
+    @pytest.mark.parametrize("recorded", [SOLVE_LOCAL, SOLVE_PROBE, STATUS])
+    def test_what_stores_nothing_stays(self, recorded):
+        assert nerdctld.rewrite_solve(recorded[5:]) == (recorded[5:], None)
+
+    def test_rewrite_of_the_deprecated_fields(self):
+        old = nerdctld.field(1, b"r") + nerdctld.field(3, b"moby") + map_entry(4, "name", "a,localhost:5000/b:2") + map_entry(4, "push", "true")
+        message, names = nerdctld.rewrite_solve(old)
+        assert names == ["docker.io/library/a:latest", "localhost:5000/b:2"]
+        (kind, attributes), = read_exporters(message)
+        assert kind == "image" and attributes["name"] == ",".join(names) and attributes["push"] == "true"
+        assert not [each for each in nerdctld.fields(message) if each.number in (3, 4)]
+
+    def test_rewrite_keeps_what_the_client_set(self):
+        message, _ = nerdctld.rewrite_solve(solve(exporter("moby", unpack="false", dangling_name_prefix="mine")))
+        assert read_exporters(message) == [("image", {"unpack": "false", "dangling-name-prefix": "mine", "danging-name-empty-only": "true"})]
+
+    def test_rewrite_of_several_exporters(self):
+        local = exporter("local", dest="x")
+        message, names = nerdctld.rewrite_solve(solve(local, exporter("moby", name="x"), exporter("moby")))
+        kinds = read_exporters(message)
+        assert [kind for kind, _ in kinds] == ["local", "image", "image"] and names == ["docker.io/library/x:latest"]
+        assert "name" not in kinds[2][1]
+        assert next(each.value for each in nerdctld.fields(message) if each.number == 13) == local
+
+    def test_unknown_fields_stay_byte_for_byte(self):
+        # A varint that is longer than it must be would not survive a decode and an encode.
+        odd = b"\xf8\x7f\x81\x80\x00" + nerdctld.field(900, b"\xff\0x") + b"\xfd\x7f1234"
+        message, _ = nerdctld.rewrite_solve(solve(exporter("moby", odd), rest=odd))
+        assert message.count(odd) == 2
+
+    @pytest.mark.parametrize("name", ["x@sha256:" + "a" * 64, "-x", "UPPER", "a:b:c", "ok,x@sha256:" + "a" * 64])
+    def test_bad_tags_are_refused(self, name):
+        with pytest.raises(nerdctld.BadParameter) as caught:
+            nerdctld.rewrite_solve(solve(exporter("moby", name=name)))
+        assert "tag" in str(caught.value)
+
+    def test_an_image_exporter_stores_unless_told_not_to(self):
+        kept = solve(exporter("image", name="docker.io/library/x:1"))
+        assert nerdctld.rewrite_solve(kept) == (kept, ["docker.io/library/x:1"])
+        assert nerdctld.rewrite_solve(solve(exporter("image", store="false", push="true")))[1] is None
+
+    @pytest.mark.parametrize("data", [b"\x0a\x05abc", b"\x68\x01", solve(b"\x08\x01"), solve(b"\x0a\x02\xff\xff")])
+    def test_what_is_no_solve_passes(self, data):
+        assert nerdctld.prepare_solve(None, "", data) == (data, None)
+
+    # --- which streams are held ---
+
+    @pytest.mark.parametrize("recorded", [SOLVE_TAGGED, SOLVE_LOCAL, SOLVE_PROBE, STATUS])
+    def test_solve_is_recognised_and_awaited(self, recorded):
+        assert nerdctld.like_solve(recorded[:80]) is True
+        end = 7 + recorded[6]
+        assert all(nerdctld.like_solve(recorded[:size]) is None for size in range(end))
+
+    @pytest.mark.parametrize("recorded", PASSED)
+    def test_other_calls_pass(self, recorded):
+        assert nerdctld.like_solve(recorded) is False
+        client, splice, server = Peer(False), nerdctld.Splice(rewrite), Peer(True)
+        client.open(1, recorded, end=False)
+        settle(client, splice, server, credits=False)
+        assert bytes(server.received[1]) == recorded and not splice.held and not splice.sender.windows
+
+    def test_compressed_messages_pass(self):
+        assert nerdctld.like_solve(b"\1" + SOLVE_TAGGED[1:80]) is False
+
+    @pytest.mark.parametrize("piece", [1, 3, 9, 100, 100000])
+    def test_pieces_make_no_difference(self, piece):
+        client, splice, server = Peer(False), nerdctld.Splice(rewrite), Peer(True)
+        client.open(1, STATUS)
+        client.open(3, SOLVE_TAGGED)
+        client.open(5, PASSED[1], end=False)
+        settle(client, splice, server, piece=piece)
+        assert bytes(server.received[1]) == STATUS and bytes(server.received[5]) == PASSED[1]
+        assert bytes(server.received[3]) == grpc(nerdctld.rewrite_solve(SOLVE_TAGGED[5:])[0])
+        assert server.ended == {1, 3} and client.connection == server.own == 65535
+
+    def test_first_frame_of_few_bytes(self):
+        client, splice, server = Peer(False), nerdctld.Splice(rewrite), Peer(True)
+        client.open(1, SOLVE_TAGGED[:3], end=False)
+        client.open(3, PASSED[0][:2], end=False)
+        settle(client, splice, server)
+        assert 1 not in server.received and splice.held
+        for stream, rest in ((1, SOLVE_TAGGED[3:]), (3, PASSED[0][2:])):
+            client.waiting[stream] = bytearray(rest)
+            client.ending.add(stream)
+        client.push()
+        settle(client, splice, server)
+        assert bytes(server.received[1]) == grpc(rewrite(SOLVE_TAGGED[5:])[0]) and bytes(server.received[3]) == PASSED[0]
+
+    # --- windows ---
+
+    @pytest.mark.parametrize("kilobytes", [20, 60, 64, 65, 100, 300, 700])
+    @pytest.mark.parametrize("initial", [65535, 1 << 20, 16384])
+    def test_big_requests(self, kilobytes, initial):
+        """A request far larger than every window arrives whole, and both sides end with the same view of the connection."""
+        message = solve(exporter("moby", name="x"), rest=map_entry(7, "build-arg:A", "a" * (kilobytes << 10)))
+        client, splice, server = Peer(False), nerdctld.Splice(rewrite), Peer(True, initial)
+        settle(client, splice, server)
+        client.open(1, grpc(message))
+        client.open(3, STATUS)
+        settle(client, splice, server)
+        assert bytes(server.received[1]) == grpc(rewrite(message)[0]) and bytes(server.received[3]) == STATUS
+        assert server.ended == {1, 3}
+        assert client.connection == server.own == 65535 and splice.sender.owed == 0 and not splice.sender.queues
+
+    def test_server_that_credits_late(self):
+        """While buildkitd takes nothing, no more than its window is sent; other streams wait for the same window and no
+        byte of theirs is lost or sent beyond it."""
+        message = solve(exporter("moby", name="x"), rest=map_entry(7, "a", "a" * 200000))
+        other = b"\0\0\x03\x0d\x40" + b"\xff" * 200000
+        client, splice, server = Peer(False), nerdctld.Splice(rewrite), Peer(True)
+        client.open(1, grpc(message))
+        settle(client, splice, server, credits=False)
+        assert server.own == 0 and not client.waiting
+        client.open(3, other)
+        client.open(5, STATUS)
+        settle(client, splice, server, credits=False)
+        assert server.own == 0
+        settle(client, splice, server)
+        assert bytes(server.received[1]) == grpc(rewrite(message)[0])
+        assert bytes(server.received[3]) == other and bytes(server.received[5]) == STATUS
+        assert client.connection == server.own == 65535
+
+    @pytest.mark.parametrize("changed", [1, 16384, 1 << 20])
+    def test_first_window_that_changes_midway(self, changed):
+        message = solve(exporter("moby", name="x"), rest=map_entry(7, "a", "a" * 300000))
+        client, splice, server = Peer(False), nerdctld.Splice(rewrite), Peer(True)
+        settle(client, splice, server)
+        client.open(1, grpc(message)[:100000], end=False)
+        settle(client, splice, server, credits=False)
+        server.change(changed)
+        settle(client, splice, server, credits=False)
+        client.waiting[1] = bytearray(grpc(message)[100000:])
+        client.ending.add(1)
+        client.push()
+        settle(client, splice, server, credits=False)
+        # With credits of one byte it would take too long.
+        server.change(max(changed, 16384))
+        settle(client, splice, server)
+        assert bytes(server.received[1]) == grpc(rewrite(message)[0])
+        assert client.connection == server.own
+
+    def test_client_that_takes_back_a_held_request(self):
+        message = grpc(solve(exporter("moby", name="x"), rest=map_entry(7, "a", "a" * 300000)))
+        for sent in (50000, len(message)):
+            client, splice, server = Peer(False), nerdctld.Splice(rewrite), Peer(True)
+            client.open(1, message[:sent], end=False)
+            client.open(3, b"\0\0\0\0\x05" + b"\xff" * 70000)
+            settle(client, splice, server, credits=False)
+            client.waiting.pop(1, None)
+            client.out += nerdctld.frame(nerdctld.RESET, 0, 1, struct.pack(">I", 8))
+            settle(client, splice, server)
+            assert server.reset == {1: 8} and len(server.received[3]) == 70005
+            assert client.connection == server.own == 65535
+            assert not (splice.held or splice.sender.queues or splice.sender.windows) and list(splice.begun) == [3]
+
+    def test_server_that_ends_a_held_stream_early(self):
+        message = grpc(solve(exporter("moby", name="x"), rest=map_entry(7, "a", "a" * 300000)))
+        client, splice, server = Peer(False), nerdctld.Splice(rewrite), Peer(True)
+        client.open(1, message)
+        settle(client, splice, server, credits=False)
+        server.out += nerdctld.grpc_end(1, nerdctld.ApiError("no"))
+        settle(client, splice, server)
+        assert 1 in client.ended and not splice.sender.queues and not splice.answers
+        client.open(3, STATUS)
+        settle(client, splice, server)
+        assert bytes(server.received[3]) == STATUS and client.connection == server.own == 65535
+
+    def test_streams_leave_nothing_behind(self):
+        client, splice, server = Peer(False), nerdctld.Splice(rewrite), Peer(True)
+        for stream in range(1, 401, 2):
+            client.open(stream, random.Random(stream).choice([STATUS, SOLVE_TAGGED, PASSED[1]]))
+            settle(client, splice, server)
+            server.out += nerdctld.grpc_end(stream, None)
+            settle(client, splice, server)
+        assert client.ended == server.ended == set(range(1, 401, 2)) and client.connection == server.own == 65535
+        for table in (splice.begun, splice.fresh, splice.held, splice.answers, splice.builds, splice.sender.windows, splice.sender.queues):
+            assert not table
+
+    def test_padded_frames(self):
+        client, splice, server = Peer(False), nerdctld.Splice(rewrite), Peer(True)
+        client.open(1, b"", end=False)
+        client.out += nerdctld.frame(nerdctld.DATA, nerdctld.PADDED | 1, 1, b"\x05" + PASSED[0] + b"\0" * 5)
+        client.connection -= 6 + len(PASSED[0])
+        settle(client, splice, server)
+        assert bytes(server.received[1]) == PASSED[0] and client.connection == server.own == 65535
+
+    # --- answers in place of buildkitd ---
+
+    def refusing(self, message):
+        raise nerdctld.Conflict("write this")
+
+    def test_refused_solve(self):
+        """The Solve ends with the reason, the progress of the same build without one, and other streams go on."""
+        refuse = lambda message: self.refusing(message) if read_exporters(message) else (message, None)  # noqa: E731
+        client, splice, server = Peer(False), nerdctld.Splice(refuse), Peer(True)
+        reference = SOLVE_TAGGED[7:7 + SOLVE_TAGGED[6]]
+        progress = grpc(nerdctld.field(1, reference))
+        client.open(1, progress)
+        client.open(3, STATUS)
+        client.open(5, SOLVE_TAGGED)
+        settle(client, splice, server)
+        client.open(7, progress)
+        settle(client, splice, server)
+        assert client.ended == {1, 5, 7} and server.reset == {1: 8, 5: 8, 7: 8} and 5 not in server.received
+        assert b"grpc-status\x019" in client.heads[5][0] and b"write this" in client.heads[5][0]
+        assert b"grpc-status\x010" in client.heads[1][0] and b"grpc-status\x010" in client.heads[7][0]
+        assert client.connection == server.own == 65535
+
+    def test_answer_is_given_to_who_asked(self):
+        told = []
+        client, splice, server = Peer(False), nerdctld.Splice(lambda message: (message, told.append)), Peer(True)
+        client.open(1, SOLVE_TAGGED)
+        settle(client, splice, server)
+        answer = map_entry(1, "containerimage.digest", "sha256:1")
+        server.out += nerdctld.header_frames(1, [(":status", "200")]) + nerdctld.frame(0, 0, 1, grpc(answer)[:9])
+        server.out += nerdctld.frame(0, 0, 1, grpc(answer)[9:]) + nerdctld.header_frames(1, [("grpc-status", "0")], 1)
+        settle(client, splice, server)
+        assert told == [answer] and nerdctld.solved_digest(answer) == "sha256:1" and bytes(client.received[1]) == grpc(answer)
+        assert nerdctld.solved_digest(b"") == nerdctld.solved_digest(b"\x0b") == nerdctld.solved_digest(b"\x08\x01") == ""
+
+    def test_server_that_dies(self):
+        client, splice, server = Peer(False), nerdctld.Splice(keep), Peer(True)
+        client.open(1, STATUS)
+        client.open(3, SOLVE_TAGGED)
+        settle(client, splice, server)
+        server.out += nerdctld.header_frames(1, [(":status", "200")])
+        settle(client, splice, server)
+        splice.server_ended()
+        client.open(5, STATUS)
+        settle(client, splice, Peer(True))
+        assert client.ended == {1, 3, 5}
+        assert b":status" not in client.heads[1][1] and b"grpc-status\x0214" in client.heads[1][1]
+        assert b":status" in client.heads[3][0] and b"buildkitd has ended" in client.heads[5][0]
+
+    def test_server_that_never_was(self):
+        """Over sockets: SETTINGS first, then every call ends with the reason; the client's end ends the relay."""
+        ours, theirs = socket.socketpair()
+        splice = nerdctld.Splice(keep)
+        splice.server_ended(nerdctld.Unavailable("start it"))
+        thread = threading.Thread(target=nerdctld.relay, args=(splice, ours, None, nerdctld.PREFACE[:5]), daemon=True)
+        thread.start()
+        theirs.settimeout(10)
+        client = Peer(False)
+        client.open(1, STATUS)
+        theirs.sendall(client.take()[5:])
+        while 1 not in client.ended:
+            client.feed(theirs.recv(65536))
+        assert b"start it" in client.heads[1][0]
+        theirs.close()
+        thread.join(10)
+        assert not thread.is_alive()
+        ours.close()
+
+    # --- relays over sockets ---
+
+    @contextlib.contextmanager
+    def relayed(self, joint, early=b""):
+        """The two far ends of a relay, and its thread."""
+        client, near = socket.socketpair()
+        far, server = socket.socketpair()
+        thread = threading.Thread(target=nerdctld.relay, args=(joint, near, far, early), daemon=True)
+        thread.start()
+        try:
+            yield client, server, thread
+        finally:
+            for each in (client, server):
+                each.close()
+            thread.join(10)
+            assert not thread.is_alive()
+            near.close()
+            far.close()
+
+    def drive(self, peers, done):
+        """Let peers speak over their sockets until `done()`."""
+        deadline = time.monotonic() + 20
+        while not done():
+            assert time.monotonic() < deadline, "nothing moves any more"
+            for sock, peer in peers:
+                if peer.server and peer.uncredited:
+                    peer.credit()
+                if peer.out:
+                    sock.setblocking(False)
+                    with contextlib.suppress(BlockingIOError):
+                        del peer.out[:sock.send(peer.out)]
+            readable, _, _ = select.select([sock for sock, _ in peers], [], [], 0.05)
+            for sock, peer in peers:
+                if sock in readable:
+                    data = sock.recv(65536)
+                    assert data, "the relay has ended"
+                    peer.feed(data)
+
+    @pytest.mark.parametrize("kilobytes", [20, 200, 700])
+    def test_big_request_over_sockets(self, kilobytes):
+        message = solve(exporter("moby", name="x"), rest=map_entry(7, "build-arg:A", "a" * (kilobytes << 10)))
+        client, server = Peer(False), Peer(True)
+        client.open(1, grpc(message))
+        early = client.take()[:100]
+        client.__init__(False)
+        client.open(1, grpc(message))
+        del client.out[:100]
+        with self.relayed(nerdctld.Splice(rewrite), early) as (near, far, _):
+            self.drive([(near, client), (far, server)], lambda: 1 in server.ended)
+        assert bytes(server.received[1]) == grpc(rewrite(message)[0])
+
+    def test_session_carries_bytes_both_ways(self):
+        """What the client writes arrives in BytesMessages within the windows, and the other way round."""
+        sent = random.Random(1).randbytes(400000)
+        back = grpc(nerdctld.field(1, sent[::-1]))
+        server = Peer(True)
+        got = bytearray()
+        with self.relayed(nerdctld.BuildSession([("X-Docker-Expose-Session-Uuid", "u")])) as (near, far, thread):
+            writer = threading.Thread(target=near.sendall, args=(sent,), daemon=True)
+            writer.start()
+            reader = threading.Thread(target=self.collect, args=(near, got), daemon=True)
+            reader.start()
+            answered = []
+
+            def done():
+                if 1 in server.heads and not answered:
+                    answered.append(True)
+                    server.out += nerdctld.header_frames(1, [(":status", "200")])
+                    server.out += b"".join(nerdctld.frame(0, 0, 1, back[at:at + 16384]) for at in range(0, len(back), 16384))
+                return len(self.session_bytes(server)) == len(sent) and len(got) == len(sent)
+
+            self.drive([(far, server)], done)
+            assert self.session_bytes(server) == sent and got == sent[::-1]
+            head = server.heads[1][0]
+            assert b"x-docker-expose-session-uuid\x01u" in head and b":authority" in head and b"application/grpc" in head
+            near.shutdown(socket.SHUT_WR)
+            self.drive([(far, server)], lambda: 1 in server.ended)
+            thread.join(10)
+            assert not thread.is_alive()
+
+    @staticmethod
+    def collect(sock, into):
+        while True:
+            data = sock.recv(65536)
+            if not data:
+                return
+            into.extend(data)
+
+    @staticmethod
+    def session_bytes(server):
+        """What the messages received so far carry."""
+        data, at, found = bytes(server.received.get(1, b"")), 0, b""
+        while len(data) >= at + 5:
+            size = int.from_bytes(data[at + 1:at + 5], "big")
+            if len(data) < at + 5 + size:
+                break
+            found += b"".join(each.value for each in nerdctld.fields(data[at + 5:at + 5 + size]))
+            at += 5 + size
+        return found
+
+    def test_session_holds_no_memory(self):
+        """While the client does not read, buildkitd is credited for nothing; while buildkitd does not, the client is not
+        read."""
+        session = nerdctld.BuildSession([])
+        message = grpc(nerdctld.field(1, b"x" * 100000))
+        for _ in range(60):
+            session.from_server(nerdctld.frame(0, 0, 1, message))
+        session.to_server.clear()
+        session.flushed()
+        assert not session.to_server
+        session.to_client.clear()
+        session.flushed()
+        assert session.to_server
+        session.from_client(b"x" * (2 << 20))
+        assert session.room() == (False, True)
+
+    @pytest.mark.parametrize("joint", [nerdctld.Splice(keep), nerdctld.BuildSession([])])
+    def test_relay_ends_with_either_side(self, joint):
+        with self.relayed(joint) as (near, far, thread):
+            near.close()
+            thread.join(10)
+            assert not thread.is_alive()
+
+    def test_session_ends_with_buildkitd(self):
+        with self.relayed(nerdctld.BuildSession([])) as (near, far, thread):
+            far.close()
+            thread.join(5)
+            assert not thread.is_alive()
+
+    # --- buildkitd's address and worker ---
+
+    @pytest.mark.parametrize("address", ["unix:///nonexistent.sock", "tcp://127.0.0.1:1", "ssh://x", "tcp://x", "docker-container://b", ""])
+    def test_dial_of_nothing(self, address):
+        with pytest.raises(nerdctld.Unavailable) as caught:
+            nerdctld.dial(address, 2.0)
+        assert address in str(caught.value)
+
+    @pytest.mark.parametrize("workers, words", [
+        ([{"namespace": "ns", "uuid": "u"}], ""),
+        ([{"namespace": "ns"}], ""),
+        ([{"namespace": "ns", "uuid": "other"}], "another containerd"),
+        ([{"namespace": "other"}], "namespace 'other'"),
+        ([{}, {"namespace": "ns"}], "no containerd worker"),
+        ([], "no containerd worker"),
+    ])
+    def test_worker_complaint(self, workers, words):
+        labels = [{nerdctld.WORKER_LABEL + key: value for key, value in each.items()} for each in workers]
+        complaint = nerdctld.worker_complaint(labels, "ns", "u")
+        assert words in complaint and bool(words) == bool(complaint)
+        if words:
+            assert "[worker.containerd]" in complaint and 'namespace = "ns"' in complaint and "\n" not in complaint
+
+    def test_parse_workers(self):
+        record = nerdctld.field(1, b"id") + map_entry(2, "a", "b") + map_entry(2, "c", "d") + b"\x18\x01"
+        assert nerdctld.parse_workers(nerdctld.field(1, record) + nerdctld.field(1, b"")) == [{"a": "b", "c": "d"}, {}]
+
+    def fake_buildkitd(self, path, labels, answers=True):
+        """A buildkitd that answers any call with its workers; returns its listening socket."""
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen(8)
+        record = b"".join(map_entry(2, key, value) for key, value in labels.items())
+
+        def serve(sock):
+            peer = Peer(True)
+            with sock, contextlib.suppress(OSError):
+                speak(sock, peer)
+
+        def speak(sock, peer):
+            while True:
+                sock.sendall(peer.take())
+                data = sock.recv(65536)
+                if not data:
+                    return
+                peer.feed(data)
+                if 1 in peer.ended and answers:
+                    sock.sendall(nerdctld.header_frames(1, [(":status", "200")]) + nerdctld.frame(0, 0, 1, grpc(nerdctld.field(1, record)))
+                                 + nerdctld.header_frames(1, [("grpc-status", "0")], 1))
+
+        def accept():
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        return listener
+
+    def test_list_workers(self, tmp_path):
+        path = str(tmp_path / "b.sock")
+        with self.fake_buildkitd(path, {"k": "v" * 100000}):
+            assert nerdctld.list_workers("unix://" + path) == [{"k": "v" * 100000}]
+
+    def test_list_workers_of_a_silent_buildkitd(self, tmp_path):
+        path = str(tmp_path / "b.sock")
+        with self.fake_buildkitd(path, {}, answers=False):
+            began = time.monotonic()
+            with pytest.raises(nerdctld.Unavailable):
+                nerdctld.list_workers("unix://" + path, 0.5)
+            assert time.monotonic() - began < 5
+
+    def engine(self, path, namespace="ns"):
+        """An Engine whose nerdctl knows its containerd and nothing else."""
+        engine = nerdctld.Engine(nerdctld.Nerdctl(["false"], namespace, buildkit_host="unix://" + path))
+        engine.snapshot.info = nerdctld.Cached(lambda: {"ID": "u"}, lambda: True)
+        engine.snapshot.names = nerdctld.Cached(lambda: [nerdctld.Image("docker.io/library/x:latest", "sha256:old", 0, 0, "")], lambda: True)
+        return engine
+
+    def test_wrong_worker_is_refused(self, tmp_path):
+        path = str(tmp_path / "b.sock")
+        with self.fake_buildkitd(path, {nerdctld.WORKER_LABEL + "namespace": "buildkit"}):
+            with pytest.raises(nerdctld.Conflict) as caught:
+                nerdctld.prepare_solve(self.engine(path), "unix://" + path, SOLVE_TAGGED[5:])
+        assert "'buildkit'" in str(caught.value)
+        # What leaves no image is not looked at.
+        assert nerdctld.prepare_solve(self.engine(path), "unix://" + path, SOLVE_LOCAL[5:]) == (SOLVE_LOCAL[5:], None)
+
+    def test_image_events(self, tmp_path):
+        """A name that is taken over is told as untag and tag; one that is new is left to containerd's own event."""
+        path = str(tmp_path / "b.sock")
+        engine = self.engine(path)
+        request = solve(exporter("moby", name="x,new"))
+        with self.fake_buildkitd(path, {nerdctld.WORKER_LABEL + "namespace": "ns", nerdctld.WORKER_LABEL + "uuid": "u"}):
+            with engine.journal.subscribe() as (_, queue):
+                _, answered = nerdctld.prepare_solve(engine, "unix://" + path, request)
+                assert engine.snapshot.names.fresh()
+                answered(map_entry(1, "containerimage.digest", "sha256:new"))
+                assert not engine.snapshot.names.fresh()
+                events = [queue.get_nowait() for _ in range(queue.qsize())]
+        assert [(each["Action"], each["Actor"]["ID"], each["Actor"]["Attributes"]["name"]) for each in events] == [
+            ("untag", "sha256:old", "x:latest"), ("tag", "sha256:new", "x:latest")]
+
+    # --- the two endpoints ---
+
+    @pytest.mark.parametrize("path", ["/grpc", "/session"])
+    def test_endpoints_answer_101_without_buildkitd(self, path, tmp_path):
+        """Anything else would make clients set up a builder of their own."""
+        response = nerdctld.dispatch(self.engine(str(tmp_path / "none.sock")), nerdctld.Request("POST", path))
+        assert response.status == 101 and response.body.protocol == "h2c" and not response.media_type
+        near, far = socket.socketpair()
+        thread = threading.Thread(target=response.body.serve, args=(nerdctld.Connection(near),), daemon=True)
+        thread.start()
+        if path == "/grpc":
+            far.settimeout(10)
+            client = Peer(False)
+            client.open(1, STATUS)
+            far.sendall(client.take())
+            while 1 not in client.ended:
+                client.feed(far.recv(65536))
+            assert b"--buildkit-host" in client.heads[1][0] and b"grpc-status\x0214" in client.heads[1][0]
+        far.close()
+        thread.join(10)
+        assert not thread.is_alive()
+        near.close()
+
+
+# --- live -------------------------------------------------------------------------------------------------------------
+
+REGISTRY = "localhost:5000"
+BK_NAMESPACE = "nerdctld-buildkit-test"
+
+
+def missing():
+    """Why the live tests cannot run here, "" when they can."""
+    if os.geteuid():
+        return "the live tests need root"
+    for name in ("docker", "buildkitd", "nerdctl", "containerd", "ctr"):
+        if not shutil.which(name):
+            return f"{name} is not installed"
+    if subprocess.run(["docker", "buildx", "version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=30).returncode:
+        return "docker has no buildx plugin"
+    if subprocess.run(["nerdctl", "info"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=30).returncode:
+        return "containerd does not run"
+    try:
+        socket.create_connection(("127.0.0.1", 5000), 2).close()
+    except OSError:
+        return f"there is no registry at {REGISTRY}"
+    return ""
+
+
+class Builder:
+    """A daemon with a buildkitd of its own, in a namespace of its own, and the stock clients."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.docker_host = f"unix://{folder}/docker.sock"
+        self.address = f"unix://{folder}/buildkitd.sock"
+        self.buildkitd = None
+        self.start_buildkitd()
+        with open(folder / "daemon.log", "wb") as output:
+            self.daemon = subprocess.Popen(
+                [sys.executable, nerdctld.__file__, "-H", self.docker_host, "--namespace", BK_NAMESPACE, "--buildkit-host", self.address],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        self.wait_for(self.docker_host)
+
+    def start_buildkitd(self, *arguments, namespace=BK_NAMESPACE, name="root"):
+        """Run buildkitd with a containerd worker, or with what `arguments` say."""
+        config = self.folder / "buildkitd.toml"
+        config.write_text(f'insecure-entitlements = ["network.host"]\n[registry."{REGISTRY}"]\n  http = true\n')
+        arguments = arguments or ("--oci-worker=false", "--containerd-worker=true", f"--containerd-worker-namespace={namespace}")
+        with open(self.folder / "buildkitd.log", "ab") as output:
+            self.buildkitd = subprocess.Popen(
+                ["buildkitd", "--config", str(config), "--root", str(self.folder / name), "--addr", self.address, *arguments],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        self.wait_for(self.address)
+
+    def stop_buildkitd(self, number=signal.SIGTERM):
+        """End our buildkitd."""
+        self.buildkitd.send_signal(number)
+        self.buildkitd.wait(30)
+
+    @staticmethod
+    def wait_for(address):
+        """Wait until somebody answers."""
+        deadline = time.monotonic() + 20
+        while True:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(address[len("unix://"):])
+                return
+            assert time.monotonic() < deadline, f"nobody answers at {address}"
+            time.sleep(0.05)
+
+    def environment(self, **more):
+        """For a client of this daemon."""
+        return {**os.environ, "DOCKER_HOST": self.docker_host, "BUILDX_CONFIG": str(self.folder / "buildx"), **more}
+
+    def run(self, *arguments, status=0, data=None, cwd=None, timeout=100, **environment):
+        """A docker command that has to end with `status`; its stdout and stderr."""
+        done = subprocess.run(["docker", *arguments], input=data, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd,
+                              env=self.environment(**environment), timeout=timeout)
+        text = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+        assert done.returncode == status, text[1][-2000:]
+        return text
+
+    def nerdctl(self, *arguments, timeout=60):
+        """What a nerdctl command in our namespace prints."""
+        done = subprocess.run(["nerdctl", "--namespace", BK_NAMESPACE, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=timeout)
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+        return done.stdout.decode()
+
+    def result(self, image, *command):
+        """What a container of an image prints."""
+        return self.nerdctl("run", "--rm", "--net", "none", image, *command)
+
+    def resources(self):
+        """Threads and descriptors of the daemon."""
+        return tuple(len(os.listdir(f"/proc/{self.daemon.pid}/{name}")) for name in ("task", "fd"))
+
+    def settled(self, before, seconds=10):
+        """Whether the daemon has come back to (almost) as many threads and descriptors as before."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            # `nerdctl events` and its thread may have begun meanwhile.
+            if all(now <= then + more for now, then, more in zip(self.resources(), before, (2, 6))):
+                return True
+            time.sleep(0.1)
+        return False
+
+    def memory(self):
+        """The highest resident size of the daemon, in MiB."""
+        with open(f"/proc/{self.daemon.pid}/status", encoding="ascii") as file:
+            return int(re.search(r"VmHWM:\s+(\d+)", file.read()).group(1)) / 1024
+
+    def close(self):
+        """End all of it and take away what it left, also what a killed buildkitd no longer could."""
+        for each in (self.daemon, self.buildkitd):
+            each.terminate()
+            try:
+                each.wait(20)
+            except subprocess.TimeoutExpired:
+                each.kill()
+                each.wait()
+        for namespace in (BK_NAMESPACE, BK_NAMESPACE + "-2"):
+            for owner in (namespace, namespace + "_history"):
+                self.purge(owner)
+
+    @staticmethod
+    def purge(namespace):
+        """Remove everything in a containerd namespace."""
+        def ctr(*arguments):
+            done = subprocess.run(["ctr", "--namespace", namespace, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, timeout=30)
+            return done.stdout.decode().split("\n")
+
+        for kind, remove in (("tasks", ["rm", "-f"]), ("containers", ["rm"]), ("images", ["rm"]), ("leases", ["rm"])):
+            for name in filter(None, ctr(kind, "ls", "-q")):
+                ctr(kind, *remove, name)
+        names = True
+        while names:
+            # A snapshot goes only after those that stand on it.
+            before, names = names, [line.split()[0] for line in ctr("snapshots", "ls")[1:] if line]
+            if names == before:
+                break
+            for name in names:
+                ctr("snapshots", "rm", name)
+        for name in filter(None, ctr("content", "ls", "-q")):
+            ctr("content", "rm", name)
+        ctr("namespaces", "rm", namespace)
+
+
+@pytest.fixture(scope="class")
+def builder(tmp_path_factory):
+    """One Builder for all live tests."""
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    made = Builder(tmp_path_factory.mktemp("bk"))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+DOCKERFILE = f"""FROM {BASE} AS base
+ARG X=1
+RUN echo "x=$X" > /x
+FROM base AS other
+RUN echo other > /o
+FROM base
+COPY hello /hello
+CMD ["cat", "/x", "/hello"]
+"""
+
+
+@pytest.fixture
+def context(tmp_path):
+    """A folder to build from."""
+    folder = tmp_path / "context"
+    folder.mkdir()
+    (folder / "Dockerfile").write_text(DOCKERFILE)
+    (folder / "hello").write_text("hi\n")
+    return folder
+
+
+class TestBuildKitLive:
+    """The stock docker, buildx and compose over the real buildkitd."""
+
+    def test_directory(self, builder, context):
+        builder.run("build", "-t", "live:dir", "--build-arg", "X=5", str(context))
+        assert builder.result("live:dir") == "x=5\nhi\n"
+        images = json.loads(builder.run("image", "inspect", "live:dir")[0])
+        assert images[0]["RepoTags"] == ["live:dir"]
+
+    def test_stdin_tar(self, builder, context, tmp_path):
+        with tarfile.open(tmp_path / "c.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+            archive.add(context, ".")
+        builder.run("build", "-t", "live:tar", "-", data=(tmp_path / "c.tar").read_bytes())
+        assert builder.result("live:tar") == "x=1\nhi\n"
+
+    def test_stdin_dockerfile(self, builder, context):
+        builder.run("build", "-t", "live:df", "-", data=f"FROM {BASE}\nRUN echo z > /z\n".encode())
+        assert builder.result("live:df", "cat", "/z") == "z\n"
+        builder.run("build", "-t", "live:dfc", "-f", "-", str(context), data=f"FROM {BASE}\nCOPY hello /h\n".encode())
+        assert builder.result("live:dfc", "cat", "/h") == "hi\n"
+
+    def test_target(self, builder, context):
+        builder.run("build", "--target", "other", "-t", "live:target", str(context))
+        assert builder.result("live:target", "cat", "/o") == "other\n"
+
+    @pytest.mark.parametrize("kilobytes", [20, 70, 200, 700])
+    def test_long_build_args(self, builder, context, kilobytes):
+        """Beyond the 64 KiB of a window: in arguments of 100 KB, since a process takes no longer ones."""
+        parts = max(1, kilobytes // 100)
+        size = kilobytes * 1024 // parts
+        (context / "Dockerfile").write_text(f"FROM {BASE}\nARG A0\nRUN echo -n $A0 | wc -c > /n\n")
+        arguments = [word for number in range(parts) for word in ("--build-arg", f"A{number}=" + "x" * size)]
+        builder.run("build", "-t", "live:args", *arguments, str(context), timeout=60)
+        assert int(builder.result("live:args", "cat", "/n")) == size
+
+    def test_secret(self, builder, context, tmp_path):
+        (tmp_path / "secret").write_text("hidden\n")
+        (context / "Dockerfile").write_text(f"FROM {BASE}\nRUN --mount=type=secret,id=s cat /run/secrets/s > /s\n")
+        builder.run("build", "-t", "live:secret", "--secret", f"id=s,src={tmp_path}/secret", str(context))
+        assert builder.result("live:secret", "cat", "/s") == "hidden\n"
+
+    def test_ssh(self, builder, context, tmp_path):
+        if not shutil.which("ssh-agent"):
+            pytest.skip("ssh-agent is not installed")
+        path = str(tmp_path / "agent")
+        agent = subprocess.Popen(["ssh-agent", "-D", "-a", path], stdout=subprocess.DEVNULL)
+        try:
+            builder.wait_for("unix://" + path)
+            (context / "Dockerfile").write_text(f"FROM {BASE}\nRUN --mount=type=ssh test -S $SSH_AUTH_SOCK && echo agent > /s\n")
+            builder.run("build", "-t", "live:ssh", "--ssh", f"default={path}", str(context))
+        finally:
+            agent.terminate()
+            agent.wait(10)
+        assert builder.result("live:ssh", "cat", "/s") == "agent\n"
+
+    def test_several_tags_and_quiet(self, builder, context):
+        identity = builder.run("build", "-q", "-t", "live:a", "-t", "live:b", "-t", f"{REGISTRY}/live:c", str(context))[0].strip()
+        assert re.fullmatch("sha256:[0-9a-f]{64}", identity)
+        found = json.loads(builder.run("image", "inspect", identity)[0])[0]["RepoTags"]
+        assert {"live:a", "live:b", f"{REGISTRY}/live:c"} <= set(found)
+
+    def test_load_and_platforms(self, builder, context):
+        builder.run("buildx", "build", "--load", "-t", "live:load", str(context))
+        assert builder.result("live:load") == "x=1\nhi\n"
+        (context / "Dockerfile").write_text("FROM scratch\nCOPY hello /\n")
+        builder.run("buildx", "build", "--platform", "linux/amd64,linux/arm64", "-t", "live:platforms", str(context))
+        rows = builder.nerdctl("image", "inspect", "--mode=native", "live:platforms")
+        assert "live:platforms" in rows
+
+    def test_push(self, builder, context):
+        builder.run("buildx", "build", "--push", "-t", f"{REGISTRY}/live/push:1", str(context))
+        builder.nerdctl("rmi", "-f", f"{REGISTRY}/live/push:1")
+        builder.nerdctl("--insecure-registry", "pull", "-q", f"{REGISTRY}/live/push:1")
+        assert builder.result(f"{REGISTRY}/live/push:1") == "x=1\nhi\n"
+
+    def test_outputs(self, builder, context, tmp_path):
+        builder.run("buildx", "build", "-o", f"type=local,dest={tmp_path}/out", str(context))
+        assert (tmp_path / "out" / "hello").read_text() == "hi\n"
+        for kind, member in (("tar", "hello"), ("oci", "oci-layout"), ("docker", "manifest.json")):
+            builder.run("buildx", "build", "-o", f"type={kind},dest={tmp_path}/{kind}.tar", "-t", "live:out", str(context))
+            with tarfile.open(tmp_path / f"{kind}.tar") as archive:
+                assert member in [name.lstrip("./") for name in archive.getnames()]
+        builder.nerdctl("load", "-i", str(tmp_path / "docker.tar"))
+        assert builder.result("live:out") == "x=1\nhi\n"
+
+    def test_caches(self, builder, context, tmp_path):
+        for kind, place in (("local", ("dest", "src")), ("registry", ("ref", "ref"))):
+            where = str(tmp_path / "cache") if kind == "local" else f"{REGISTRY}/live/cache"
+            builder.run("buildx", "build", "--cache-to", f"type={kind},{place[0]}={where}", "-t", "live:cache", str(context))
+            builder.run("buildx", "build", "--cache-from", f"type={kind},{place[1]}={where}", "-t", "live:cache", str(context))
+        assert (tmp_path / "cache" / "index.json").exists()
+        assert builder.result("live:cache") == "x=1\nhi\n"
+
+    def test_files_about_the_build(self, builder, context, tmp_path):
+        builder.run("build", "--iidfile", f"{tmp_path}/iid", "--metadata-file", f"{tmp_path}/md.json", "-t", "live:iid", str(context))
+        told = json.loads((tmp_path / "md.json").read_text())
+        assert told["image.name"] == "docker.io/library/live:iid"
+        assert (tmp_path / "iid").read_text() == told["containerimage.digest"] == json.loads(builder.run("inspect", "live:iid")[0])[0]["Id"]
+
+    def test_check(self, builder, context):
+        assert "no warnings" in "".join(builder.run("build", "--call", "check", str(context)))
+        (context / "Dockerfile").write_text(f"FROM {BASE} as x\n")
+        assert "FromAsCasing" in "".join(builder.run("build", "--call", "check", str(context), status=1))
+
+    def test_bake(self, builder, context):
+        (context / "docker-bake.json").write_text(json.dumps({
+            "group": {"default": {"targets": ["a", "b"]}},
+            "target": {"a": {"tags": ["live:bake-a"]}, "b": {"tags": ["live:bake-b"], "target": "other"}}}))
+        builder.run("buildx", "bake", cwd=context)
+        assert builder.result("live:bake-a") == "x=1\nhi\n"
+        assert builder.result("live:bake-b", "cat", "/o") == "other\n"
+
+    def test_compose_build(self, builder, context):
+        if subprocess.run(["docker", "compose", "version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=30).returncode:
+            pytest.skip("docker has no compose plugin")
+        (context / "compose.yaml").write_text(json.dumps({"services": {
+            "a": {"build": ".", "image": "live:compose-a"}, "b": {"build": {"context": ".", "target": "other"}, "image": "live:compose-b"}}}))
+        builder.run("compose", "build", cwd=context)
+        assert builder.result("live:compose-a") == "x=1\nhi\n"
+        assert builder.result("live:compose-b", "cat", "/o") == "other\n"
+
+    def test_failing_build(self, builder, context):
+        (context / "Dockerfile").write_text(f"FROM {BASE}\nRUN echo boo; exit 3\n")
+        text = builder.run("build", "--progress", "plain", str(context), status=1)[1]
+        assert "boo" in text and 'process "/bin/sh -c echo boo; exit 3" did not complete successfully: exit code: 3' in text
+
+    @pytest.mark.parametrize("command", ["du", "ls", "inspect", "history ls", "history inspect", "history logs",
+                                         "prune -f --filter until=1000h"])
+    def test_builder_commands(self, builder, context, command):
+        builder.run("build", "-q", str(context))
+        builder.run("buildx", *command.split())
+
+    def test_from_a_local_image(self, builder, context):
+        builder.run("build", "-t", "live:only-here", str(context))
+        builder.run("build", "-t", "live:child", "-", data=b"FROM live:only-here\nRUN echo more >> /x\n")
+        assert builder.result("live:child") == "x=1\nmore\nhi\n"
+
+    def test_image_is_listed_at_once_and_told(self, builder, context):
+        events = subprocess.Popen(["docker", "events", "--format", "{{.Action}} {{.Actor.Attributes.name}}", "--filter", "type=image"],
+                                  stdout=subprocess.PIPE, env=builder.environment())
+        try:
+            time.sleep(1.5)
+            for value in "12":
+                builder.run("build", "-q", "-t", "live:told", "--build-arg", f"X={value}{time.time()}", str(context))
+                assert "live:told" in builder.run("images", "--format", "{{.Repository}}:{{.Tag}}")[0]
+            time.sleep(1)
+        finally:
+            events.terminate()
+            told = events.communicate(timeout=10)[0].decode().splitlines()
+        assert [each for each in told if "live:told" in each] == ["tag live:told", "untag live:told", "tag live:told"]
+
+    def test_sixteen_at_once(self, builder, tmp_path):
+        before = builder.resources()
+        running = []
+        for number in range(16):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            (folder / "Dockerfile").write_text(f"FROM {BASE}\nCOPY f /f\nRUN cat /f > /g\n")
+            (folder / "f").write_text(f"{number} {time.time()}\n")
+            running.append(subprocess.Popen(["timeout", "-k", "1", "100", "docker", "build", "-q", "-t", f"live:p{number}", str(folder)],
+                                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=builder.environment()))
+        failed = [each.communicate(timeout=110)[1].decode() for each in running]
+        assert [each.returncode for each in running] == [0] * 16, failed
+        assert builder.settled(before)
+        for number in (0, 15):
+            assert builder.result(f"live:p{number}", "cat", "/g") == (tmp_path / str(number) / "f").read_text()
+
+    @contextlib.contextmanager
+    def sleeping(self, builder, context):
+        """A build that is in the middle of a step, as (process, its output so far, name of the step)."""
+        mark = f"{600 + random.random():.6f}"
+        (context / "Dockerfile").write_text(f"FROM {BASE}\nRUN echo begun; sleep {mark}\n")
+        process = subprocess.Popen(["docker", "build", "--progress", "plain", str(context)], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, env=builder.environment())
+        try:
+            text = b""
+            deadline = time.monotonic() + 30
+            while not re.search(rb"\d begun", text) and time.monotonic() < deadline:
+                text += os.read(process.stderr.fileno(), 65536)
+            yield process, mark
+        finally:
+            process.kill()
+            process.communicate()
+
+    @staticmethod
+    def runs(mark):
+        """Whether a process sleeps for `mark` seconds."""
+        for entry in os.listdir("/proc"):
+            if entry.isdigit():
+                with contextlib.suppress(OSError):
+                    with open(f"/proc/{entry}/cmdline", "rb") as file:
+                        if file.read().split(b"\0")[:2] == [b"sleep", mark.encode()]:
+                            return True
+        return False
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    def test_client_that_is_ended(self, builder, context, number):
+        before = builder.resources()
+        with self.sleeping(builder, context) as (process, mark):
+            assert self.runs(mark)
+            process.send_signal(number)
+            process.wait(10)
+            deadline = time.monotonic() + 10
+            while self.runs(mark) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert not self.runs(mark)
+        assert builder.settled(before)
+
+    def test_buildkitd_that_is_killed(self, builder, context):
+        before = builder.resources()
+        try:
+            with self.sleeping(builder, context) as (process, mark):
+                builder.stop_buildkitd(signal.SIGKILL)
+                began = time.monotonic()
+                text = process.communicate(timeout=20)[1].decode()
+                assert process.returncode == 1 and "buildkitd has ended" in text and time.monotonic() - began < 10
+            text = builder.run("build", str(context), status=1, timeout=30)[1]
+            assert "buildkitd does not answer" in text and "--buildkit-host" in text
+            assert "docker-container" not in builder.run("buildx", "ls", timeout=30)[0]
+            assert builder.settled(before)
+        finally:
+            builder.start_buildkitd()
+        (context / "Dockerfile").write_text(DOCKERFILE)
+        builder.run("build", "-t", "live:again", str(context))
+
+    @pytest.mark.parametrize("name, arguments, words", [
+        ("oci", ("--oci-worker=true", "--containerd-worker=false"), "no containerd worker"),
+        ("foreign", ("--oci-worker=false", "--containerd-worker=true", f"--containerd-worker-namespace={BK_NAMESPACE}-2"), f"'{BK_NAMESPACE}-2'"),
+    ])
+    def test_worker_that_would_lose_the_image(self, builder, context, name, arguments, words, tmp_path):
+        builder.stop_buildkitd()
+        builder.start_buildkitd(*arguments, name=name)
+        try:
+            text = builder.run("build", "-t", "live:lost", str(context), status=1, timeout=30)[1]
+            assert words in text and f'namespace = "{BK_NAMESPACE}"' in text and "[worker.oci]" in text
+            builder.run("buildx", "build", "-o", f"type=local,dest={tmp_path}/out", str(context))
+            assert (tmp_path / "out" / "hello").exists()
+        finally:
+            builder.stop_buildkitd()
+            builder.start_buildkitd()
+
+    def test_memory_stays_flat(self, builder, tmp_path):
+        """300 MB in and out, with a daemon that stays under 100 MiB."""
+        folder = tmp_path / "big"
+        folder.mkdir()
+        (folder / "Dockerfile").write_text("FROM scratch\nCOPY blob /blob\n")
+        with open(folder / "blob", "wb") as file:
+            for _ in range(300):
+                file.write(os.urandom(1 << 20))
+        builder.run("buildx", "build", "-o", f"type=local,dest={tmp_path}/out", str(folder), timeout=200)
+        assert (tmp_path / "out" / "blob").stat().st_size == 300 << 20
+        assert builder.memory() < 100
+
+
+###############################################################################
+# HTTP server
+###############################################################################
+
+
+def receive(sock, seconds=5.0):
+    """Everything until the other end closes."""
+    sock.settimeout(seconds)
+    parts = []
+    with contextlib.suppress(ConnectionError):
+        while True:
+            part = sock.recv(65536)
+            if not part:
+                break
+            parts.append(part)
+    return b"".join(parts)
+
+
+def send(daemon, data, half=True):
+    """Raw bytes on a connection of their own, and all of the answer."""
+    with daemon.connect() as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(data)
+            if half:
+                sock.shutdown(socket.SHUT_WR)
+        return receive(sock)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One daemon over recorded output for all tests that do not end it."""
+    folder = tmp_path_factory.mktemp("http")
+    (folder / "scripted").mkdir()
+    scripted = furnish(Scripted(folder / "scripted"))
+    found = Daemon(folder, "--nerdctl", str(scripted.program), "--debug")
+    found.scripted = scripted
+    yield found
+    found.end()
+
+
+class TestHTTPServer:
+    def test_headers(self, shared):
+        answer = shared.ask("GET", "/_ping")
+        told = {name: answer.headers[name] for name in ("Api-Version", "Docker-Experimental", "Ostype", "Server", "Content-Length", "Content-Type")}
+        assert told == {"Api-Version": "1.56", "Docker-Experimental": "false", "Ostype": "linux", "Server": f"nerdctld/{nerdctld.VERSION} (linux)",
+                        "Content-Length": "2", "Content-Type": "text/plain; charset=utf-8"}
+
+    def test_keep_alive(self, shared):
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = shared.connect()
+        for path, status in (("/_ping", 200), ("/nothing", 404), ("/images/nosuch/json", 404), ("/v1.99/info", 400), ("/version", 200)):
+            connection.request("GET", path)
+            response = connection.getresponse()
+            response.read()
+            assert (response.status, response.will_close) == (status, False)
+        connection.close()
+
+    def test_head(self, shared):
+        assert send(shared, b"HEAD /_ping HTTP/1.1\r\nHost: x\r\n\r\n").endswith(b"Content-Length: 0\r\n\r\n")
+        assert send(shared, b"HEAD /nothing HTTP/1.1\r\nHost: x\r\n\r\n").endswith(b"\r\n\r\n")
+
+    def test_pipelining(self, shared):
+        data = send(shared, b"GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n" * 5 + b"POST /auth HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}GET /_ping HTTP/1.1\r\n\r\n")
+        assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"200"] * 5 + [b"400", b"200"]
+
+    def test_old_protocol(self, shared):
+        assert send(shared, b"GET /_ping HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 OK")
+        assert send(shared, b"GET /_ping\r\n\r\n").startswith(b"HTTP/1.1 400")
+
+    def test_unread_body_is_not_the_next_request(self, shared):
+        data = send(shared, b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 26\r\n\r\nGET /version HTTP/1.1\r\n\r\n\nGET /_ping HTTP/1.1\r\n\r\n")
+        assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"404", b"200"]
+
+    def test_chunked(self, shared):
+        shared.scripted.on("login", reads=True)
+        body = json.dumps({"username": "u", "password": "p", "serveraddress": "localhost:5000"}).encode()
+        chunks = b"".join(b"%x;ext=1\r\n%b\r\n" % (len(body[at:at + 7]), body[at:at + 7]) for at in range(0, len(body), 7)) + b"0\r\nTrailer: x\r\n\r\n"
+        head = b"POST /auth HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        data = send(shared, head + chunks + b"GET /_ping HTTP/1.1\r\n\r\n")
+        assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"200", b"200"]
+
+    def test_expect(self, shared):
+        body = json.dumps({"username": "u", "password": "p", "serveraddress": "localhost:5000"}).encode()
+        shared.scripted.on("login", reads=True)
+        head = b"POST %b HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+        with shared.connect() as sock:
+            sock.sendall(head % (b"/auth", len(body)))
+            assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            sock.sendall(body)
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        with shared.connect() as sock:
+            sock.sendall(head % (b"/nothing", len(body)))
+            assert sock.recv(65536).startswith(b"HTTP/1.1 404"), "not asked for a body nobody wants"
+
+    @pytest.mark.parametrize("data", [
+        b"\r\n\r\n\r\n", b"garbage\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1 x\r\n\r\n", b"GET /\xff\xfe HTTP/1.1\r\n\r\n", b"\x00\x01\x02\r\n\r\n",
+        b"GET /%ff HTTP/1.1\r\n\r\n", b"GET /a%00b HTTP/1.1\r\n\r\n", b"GET /a?x=%ff HTTP/1.1\r\n\r\n", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"GET / HTTP/1.1\r\nX: " + b"y" * 70000 + b"\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"y" * 60000 + (b"\r\nX: " + b"y" * 60000) * 20 + b"\r\n\r\n",
+        b"POST /auth HTTP/1.1\r\nContent-Length: x\r\n\r\n", b"POST /auth HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"POST /auth HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}", b"POST /auth HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST /auth HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n", b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nab\r\n0\r\n\r\n",
+        b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n", b"GET /v1.1/info HTTP/1.1\r\n\r\n", b"GET /v9999.9999/info HTTP/1.1\r\n\r\n",
+        b"POST /auth HTTP/1.1\r\nContent-Length: 3\r\n\r\n{,}", b"BREW /coffee HTTP/1.1\r\n\r\n", b"GET /images/json?filters=%7B HTTP/1.1\r\n\r\n",
+        b"GET /images/json?" + b"&a=" * 1500 + b" HTTP/1.1\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"])
+    def test_malformed(self, shared, data):
+        answer = send(shared, data)
+        statuses = re.findall(rb"HTTP/1.1 (\d+)", answer)
+        assert data.startswith(b"\r\n") or (statuses and all(b"400" <= each < b"500" for each in statuses)), answer[:200]
+        for body in re.findall(rb"^(\{.*\})$", answer, re.M):
+            assert json.loads(body)["message"]
+        assert b"Traceback" not in answer
+        assert shared.ask("GET", "/_ping").status == 200
+
+    def test_body_that_breaks_off(self, shared):
+        for body in (b"Content-Length: 100\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n5\r\n{", b"Transfer-Encoding: chunked\r\n\r\n"):
+            assert b"HTTP/1.1 200" not in send(shared, b"POST /auth HTTP/1.1\r\n" + body)
+
+    def test_a_load_that_breaks_off_is_not_taken_for_the_whole(self, shared):
+        shared.scripted.on("load", stays=0, reads=True)
+        before = len(shared.scripted.calls("load"))
+        send(shared, b"POST /images/load HTTP/1.1\r\nContent-Length: 1000\r\n\r\nhalf")
+        assert until(lambda: len(shared.scripted.calls("load")) > before)
+        call = shared.scripted.calls("load")[-1]
+        assert call["text"].startswith("half\ufffd") and call["stdin"] % 512, "nerdctl saw an end of the archive"
+
+    def test_body_beyond_the_limit(self, shared):
+        with shared.connect() as sock:
+            sock.sendall(b"POST /auth HTTP/1.1\r\nHost: x\r\nContent-Length: 20000000\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                for _ in range(20):
+                    sock.sendall(b" " * 1000000)
+            assert b"413" in receive(sock)[:20]
+
+    def test_big_answer(self, shared):
+        shared.scripted.on("save", stdout="x" * 5000000)
+        assert len(shared.ask("GET", "/images/tst:a/get").body) == 5000000
+
+    def test_a_stream_that_fails_late_has_no_end(self, shared):
+        shared.scripted.on("save", stdout="x" * 1000000, stderr=fatal("unexpected EOF"), status=1)
+        with pytest.raises(http.client.IncompleteRead):
+            shared.ask("GET", "/images/tst:a/get")
+
+    @pytest.mark.parametrize("request_line", [b"GET /events", b"GET /images/tst:a/get", b"POST /images/create?fromImage=localhost:5000/x&tag=1",
+                                              b"POST /images/localhost:5000/bb/push?tag=1"])
+    def test_a_client_that_leaves_leaves_no_child(self, shared, request_line):
+        for command in ("save", "pull", "push"):
+            shared.scripted.on(command, stdout="x\n", stays=600)
+        with shared.connect() as sock:
+            sock.sendall(request_line + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+            time.sleep(0.2)
+        assert until(lambda: not [each for each in shared.children() if "sleep" not in each]), shared.children()
+
+    def test_descriptors_do_not_leak(self, shared):
+        shared.scripted.on("save", stdout="x")
+        count = lambda: len(os.listdir(f"/proc/{shared.process.pid}/fd"))
+        for path in ("/containers/json", "/images/tst:a/get", "/events?until=1"):
+            shared.ask("GET", path)
+        time.sleep(0.2)
+        before = count()
+        for _ in range(10):
+            shared.ask("GET", "/containers/nosuch/json")
+            shared.ask("GET", "/images/tst:a/get")
+            shared.ask("GET", "/events?until=1")
+        assert until(lambda: count() <= before + 1), (before, count())
+
+    def test_many_at_once(self, shared):
+        statuses = []
+        threads = [threading.Thread(target=lambda: statuses.append(shared.ask("GET", "/containers/json?all=1").status)) for _ in range(30)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(20)
+        assert statuses == [200] * 30
+
+    def test_credentials_are_not_logged(self, shared):
+        shared.scripted.on("login", reads=True)
+        shared.ask("POST", "/auth", {"username": "u", "password": "verysecret", "serveraddress": "localhost:5000"})
+        shared.scripted.on("push", PUSH)
+        shared.ask("POST", "/images/localhost:5000/bb/push?tag=1", headers={"X-Registry-Auth": encoded({"username": "u", "password": "verysecret"})})
+        text = shared.log.read_text()
+        assert "POST /auth -> 200" in text and "verysecret" not in text and base64.b64encode(b"u:verysecret").decode() not in text
+
+    def test_internal_error_is_not_told(self, engine, monkeypatch):
+        server, client = socket.socketpair()
+        monkeypatch.setattr(nerdctld, "dispatch", lambda *_: 1 / 0)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind("")
+        fake = nerdctld.Server(engine, listener)
+        threading.Thread(target=lambda: (fake.finish_request(server, ""), fake.shutdown_request(server)), daemon=True).start()
+        client.sendall(b"GET /_ping HTTP/1.1\r\n\r\n")
+        client.shutdown(socket.SHUT_WR)
+        answer = receive(client)
+        assert answer.startswith(b"HTTP/1.1 500") and b"internal error" in answer and b"ZeroDivision" not in answer
+        listener.close()
+
+    def test_second_watcher_of_one_connection(self):
+        hangups, told = nerdctld.Hangups(), []
+        server, client = socket.socketpair()
+        with hangups.watch(server, lambda: told.append(1)):
+            client.close()
+            assert until(lambda: told == [1])
+            with hangups.watch(server, lambda: told.append(2)):
+                assert until(lambda: 2 in told)
+        server.close()
+
+
+###############################################################################
+# Sockets
+###############################################################################
+
+
+HAND_OVER = """import os, socket, sys
+kind, count, pid = sys.argv[1:4]
+found = socket.socket(socket.AF_UNIX if kind != "inet" else socket.AF_INET, socket.SOCK_DGRAM if kind == "datagram" else socket.SOCK_STREAM)
+if kind == "inet":
+    found.bind(("127.0.0.1", 0))
+else:
+    found.bind(sys.argv[4])
+if kind not in ("datagram", "silent"):
+    found.listen(5)
+if kind == "file":
+    found = open("/dev/null")
+os.dup2(found.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ.update(LISTEN_FDS=count, LISTEN_PID=str(os.getpid()) if pid == "own" else pid, LISTEN_FDNAMES="nerdctl.socket")
+os.execv(sys.executable, [sys.executable, *sys.argv[5:]])
+"""
+
+
+class TestSockets:
+    def hand_over(self, path, kind="stream", count="1", pid="own", options=()):
+        return [sys.executable, "-c", HAND_OVER, kind, count, pid, str(path), str(HERE / "nerdctld.py"), *options]
+
+    def test_socket_of_systemd(self, tmp_path, scripted):
+        scripted.on("version", VERSION_TOLD)
+        found = Daemon(tmp_path, command=self.hand_over(tmp_path / "nd.sock", options=["--nerdctl", str(scripted.program), "--idle-timeout", "600"]))
+        assert found.ask("GET", "/_ping").body == b"OK"
+        assert found.end() == 0
+        assert (tmp_path / "nd.sock").exists(), "it is not ours to remove"
+
+    @pytest.mark.parametrize("kind, count, words", [("stream", "2", "exactly one"), ("stream", "0", "exactly one"), ("inet", "1", "not a unix stream socket"),
+                                                    ("datagram", "1", "not a unix stream socket"), ("silent", "1", "not listening"), ("file", "1", "not a socket")])
+    def test_not_exactly_one_stream_socket(self, tmp_path, kind, count, words):
+        done = subprocess.run(self.hand_over(tmp_path / "nd.sock", kind, count), capture_output=True, text=True, timeout=20)
+        assert done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1
+
+    def test_variables_for_somebody_else(self, tmp_path):
+        found = Daemon(tmp_path, command=self.hand_over(tmp_path / "other.sock", pid="1", options=["-H", f"unix://{tmp_path}/nd.sock"]))
+        assert found.ask("GET", "/_ping").status == 200
+        assert found.end() == 0 and not (tmp_path / "nd.sock").exists()
+
+    def test_idle_timeout(self, tmp_path):
+        found = Daemon(tmp_path, command=self.hand_over(tmp_path / "nd.sock", options=["--idle-timeout", "0.4"]))
+        assert found.process.wait(10) == 0
+        assert "idle for 0.4 seconds" in found.log.read_text()
+
+    def test_mode(self, daemon):
+        assert stat.S_IMODE(os.stat(daemon.socket).st_mode) == 0o660
+
+    def test_stale_file_is_replaced(self, tmp_path):
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(tmp_path / "nd.sock"))
+        found = Daemon(tmp_path)
+        assert found.ask("GET", "/_ping").status == 200
+        assert found.end() == 0 and not (tmp_path / "nd.sock").exists()
+
+    def test_live_one_is_never_stolen(self, daemon):
+        done = subprocess.run([sys.executable, str(HERE / "nerdctld.py"), "-H", "unix://" + daemon.socket], capture_output=True, text=True, timeout=20)
+        assert done.returncode == 1 and "another daemon is listening there" in done.stderr
+        assert daemon.ask("GET", "/_ping").status == 200
+
+    def test_removed_only_if_ours(self, tmp_path):
+        found = Daemon(tmp_path)
+        os.unlink(found.socket)
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(found.socket)
+            assert found.end() == 0
+        assert os.path.exists(found.socket)
+
+    @pytest.mark.parametrize("address, words", [("tcp://127.0.0.1:2375", "only unix:///PATH is served"), ("unix://x.sock", "only unix:///PATH"),
+                                                ("unix:///nosuch/x.sock", "/nosuch is not a folder"), ("unix://" + str(HERE / "README.md"), "not a socket"),
+                                                ("unix:///tmp/" + "x" * 200, "cannot listen")])
+    def test_places_that_cannot_be(self, address, words):
+        done = subprocess.run([sys.executable, str(HERE / "nerdctld.py"), "-H", address], capture_output=True, text=True, timeout=20)
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+    def test_running_requests_end(self, daemon, scripted):
+        furnish(scripted)
+        scripted.on("save", stdout="x", stays=0.7)
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(daemon.ask("GET", "/images/tst:a/get")))
+        thread.start()
+        assert until(lambda: scripted.calls("save"))
+        assert daemon.end() == 0
+        thread.join(5)
+        assert (answers[0].status, answers[0].body) == (200, b"x")
+
+    def test_events_do_not_hold_up_the_end(self, daemon):
+        with daemon.connect() as sock:
+            sock.sendall(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert sock.recv(65536)
+            began = time.monotonic()
+            assert daemon.end() == 0
+            assert time.monotonic() - began < 5
+
+    def test_children_end_with_it(self, tmp_path, scripted):
+        found = Daemon(tmp_path, "--nerdctl", str(scripted.program), environment={"TMPDIR": str(tmp_path)})
+        furnish(scripted)
+        found.ask("GET", "/containers/json")
+        children = [int(pid) for task in pathlib.Path(f"/proc/{found.process.pid}/task").iterdir() for pid in (task / "children").read_text().split()]
+        assert children
+        found.end()
+        assert until(lambda: not [pid for pid in children if os.path.exists(f"/proc/{pid}")])
+        assert not [each for each in os.listdir(tmp_path) if each.startswith("nerdctld-")]
+
+    def test_notify(self, tmp_path):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(str(tmp_path / "notify"))
+            manager.settimeout(10)
+            found = Daemon(tmp_path, environment={"NOTIFY_SOCKET": str(tmp_path / "notify")})
+            assert manager.recv(100) == b"READY=1"
+            found.end()
+            assert manager.recv(100) == b"STOPPING=1"
+
+    def test_dial_stdio(self, daemon):
+        process = subprocess.Popen([sys.executable, str(HERE / "nerdctld.py"), "-H", "unix://" + daemon.socket, "dial-stdio"], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE)
+        process.stdin.write(b"GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n")
+        process.stdin.close()
+        assert process.stdout.read().endswith(b"\r\n\r\nOK")
+        process.stdout.close()
+        assert process.wait(10) == 0
+
+    def test_dial_stdio_to_nobody(self, tmp_path):
+        done = subprocess.run([sys.executable, str(HERE / "nerdctld.py"), "-H", f"unix://{tmp_path}/no.sock", "dial-stdio"], capture_output=True, text=True,
+                              timeout=20, stdin=subprocess.DEVNULL)
+        assert done.returncode == 1 and "cannot connect" in done.stderr
+
+
+###############################################################################
+# ctr
+###############################################################################
+
+
+DIGESTS = {
+    "<M>": "sha256:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892",
+    "<C>": "sha256:4e848621cfa6a3a51a22d2d9a7f5a1ecb7f5a0b203f3a0eb45efdb3c050758bf",
+    "<L>": "sha256:79df1f41608a3f38b48a83fe14064950d9924360817997b533735fd9961ebb17",
+    "<N>": "sha256:92e0d612118245b002c9a33acd1eb15daf8ad298730ec75dd5cdfd6e31da203c",
+}
+
+# Version, command, status, stdout, stderr. Names and digests are shortened (DIGESTS has them in full), the specs of containers
+# cut down to what is read. A word in capitals in front, or brackets behind, tell the state it was recorded in.
+RECORDED = [
+    ("ctr 1.6.20", "images pull --help", 0,
+     '   --plain-http                      allow connections using plain HTTP\n',
+     ''),
+    ("ctr 1.6.20", "EMPTY images ls", 0,
+     'REF TYPE DIGEST SIZE PLATFORMS LABELS \n',
+     ''),
+    ("ctr 1.6.20", "images import --digests --skip-digest-for-named --all-platforms -- -", 0,
+     'unpacking localhost:5000/bb:1 (<M>)...done\n',
+     ''),
+    ("ctr 1.6.20", "images import (nameless)", 0,
+     'unpacking import-2026-11-24@<N> (<N>)...done\n',
+     ''),
+    ("ctr 1.6.20", "images import (garbage)", 1,
+     '',
+     'ctr: unexpected EOF'),
+    ("ctr 1.6.20", "images ls", 0,
+     'REF                                                                                       TYPE                        '
+     '                         DIGEST                                                                  SIZE     PLATFORMS   '
+     'LABELS \n'
+     'import-2026-11-24@<N> application/vnd.oci.image.manifest.v1+json           <N> 10.8 KiB linux/amd64 -      \n'
+     'localhost:5000/bb:1                                                                       application/vnd.docker.distr'
+     'ibution.manifest.v2+json <M> 2.0 MiB  linux/amd64 -      \n',
+     ''),
+    ("ctr 1.6.20", "containers ls -q", 0,
+     'c1\n'
+     'c2\n'
+     'c3\n',
+     ''),
+    ("ctr 1.6.20", "containers info -- c1", 0,
+     '{"ID":"c1","Labels":{"base":"busybox","io.containerd.image.config.stop-signal":"SIGTERM"},"Image":"localhost:5000/bb:1'
+     '","Runtime":{"Name":"io.containerd.runc.v2","Options":{"type_url":"containerd.runc.v1.Options"}},"SnapshotKey":"c1","S'
+     'napshotter":"overlayfs","CreatedAt":"2026-11-24T04:25:39.375812276Z","UpdatedAt":"2026-11-24T04:25:39.375812276Z","Ext'
+     'ensions":null,"Spec":{"ociVersion":"1.0.2-dev","process":{"user":{"uid":0,"gid":0,"additionalGids":[0]},"args":["/bin/'
+     'sh","-c","sleep 1000"],"env":["PATH=/bin"],"cwd":"/"},"root":{"path":"rootfs"},"mounts":[{"destination":"/proc","type"'
+     ':"proc","source":"proc","options":["nosuid","noexec","nodev"]}],"linux":{"resources":{"devices":[{"allow":false,"acces'
+     's":"rwm"}],"cpu":{"shares":1024}},"cgroupsPath":"/rec/c1","namespaces":[{"type":"pid"},{"type":"ipc"},{"type":"uts"},{'
+     '"type":"mount"},{"type":"network"}],"maskedPaths":["/proc/acpi"]}}}',
+     ''),
+    ("ctr 1.6.20", "containers info -- c2", 0,
+     '{"ID":"c2","Labels":{"base":"busybox","io.containerd.image.config.stop-signal":"SIGTERM"},"Image":"localhost:5000/bb:1'
+     '","Runtime":{"Name":"io.containerd.runc.v2","Options":{"type_url":"containerd.runc.v1.Options"}},"SnapshotKey":"c2","S'
+     'napshotter":"overlayfs","CreatedAt":"2026-11-24T04:25:39.477316561Z","UpdatedAt":"2026-11-24T04:25:39.477316561Z","Ext'
+     'ensions":null,"Spec":{"process":{"args":["/bin/sh","-c","exit 3"]}}}',
+     ''),
+    ("ctr 1.6.20", "containers info -- c3", 0,
+     '{"ID":"c3","Labels":{"base":"busybox","io.containerd.image.config.stop-signal":"SIGTERM"},"Image":"localhost:5000/bb:1'
+     '","Runtime":{"Name":"io.containerd.runc.v2","Options":{"type_url":"containerd.runc.v1.Options"}},"SnapshotKey":"c3","S'
+     'napshotter":"overlayfs","CreatedAt":"2026-11-24T04:25:39.584883479Z","UpdatedAt":"2026-11-24T04:25:39.584883479Z","Ext'
+     'ensions":null,"Spec":{"process":{"args":["/bin/true"]}}}',
+     ''),
+    ("ctr 1.6.20", "containers info -- nope", 1,
+     '',
+     'ctr: container "nope" in namespace "rec": not found'),
+    ("ctr 1.6.20", "tasks ls", 0,
+     'TASK          PID      STATUS    \n'
+     'c1    19686    RUNNING\n'
+     'c2    19734    STOPPED\n',
+     ''),
+    ("ctr 1.6.20", "snapshots ls", 0,
+     'KEY                                                                     PARENT                                        '
+     '                          KIND      \n'
+     'c1                                                              <L> Active    \n'
+     'c2                                                              <L> Active    \n'
+     'c3                                                              <L> Active    \n'
+     '<L>                                                                         Committed \n',
+     ''),
+    ("ctr 1.6.20", "snapshots usage -b -- <L>", 0,
+     'KEY                                                                     SIZE    INODES \n'
+     '<L> 2019328 278    \n',
+     ''),
+    ("ctr 1.6.20", "snapshots usage -b -- c1 <L>", 0,
+     'KEY                                                                     SIZE    INODES \n'
+     'c1                                                              20480   5      \n'
+     '<L> 2019328 278    \n',
+     ''),
+    ("ctr 1.6.20", "content get <M>", 0,
+     '{"schemaVersion":2,"mediaType":"application/vnd.docker.distribution.manifest.v2+json","config":{"mediaType":"applicati'
+     'on/vnd.docker.container.image.v1+json","digest":"<C>","size":333},"layers":[{"mediaType":"application/vnd.docker.image'
+     '.rootfs.diff.tar","digest":"<L>","size":2129920}]}',
+     ''),
+    ("ctr 1.6.20", "content get <C>", 0,
+     '{"architecture":"amd64","os":"linux","created":"2023-11-14T22:13:20Z","config":{"Env":["PATH=/bin"],"Cmd":["sh"],"Labe'
+     'ls":{"base":"busybox"}},"rootfs":{"type":"layers","diff_ids":["<L>"]},"history":[{"created":"2023-11-14T22:13:20Z","cr'
+     'eated_by":"busybox-static"}]}',
+     ''),
+    ("ctr 1.6.20", "content ls -q", 0,
+     '<M>\n'
+     '<C>\n'
+     '<L>\n',
+     ''),
+    ("ctr 1.6.20", "content get sha256:0000000000000000000000000000000000000000000000000000000000000000", 1,
+     '',
+     'ctr: content digest sha256:0000000000000000000000000000000000000000000000000000000000000000: not found'),
+    ("ctr 1.6.20", "version", 0,
+     'Client:\n'
+     '  Version:  1.6.20~ds1\n'
+     '  Revision: 1.6.20~ds1-1+deb12u3\n'
+     '  Go version: go1.19.8\n'
+     '\n'
+     'Server:\n'
+     '  Version:  1.6.20~ds1\n'
+     '  Revision: 1.6.20~ds1-1+deb12u3\n'
+     '  UUID: 8e1eb5fe-5854-4f85-b784-6fe8b459b32f\n',
+     ''),
+    ("ctr 1.6.20", "images tag --force -- nope a:1", 1,
+     '',
+     'ctr: image "nope": not found'),
+    ("ctr 1.6.20", "images pull -- localhost:5000/nope:1", 1,
+     '',
+     'time="2026-11-24T04:25:40Z" level=info msg="trying next host - response was http.StatusNotFound" host="localhost:5000"'
+     '\n'
+     'ctr: failed to resolve reference "localhost:5000/nope:1": localhost:5000/nope:1: not found'),
+    ("ctr 1.6.20", "images push -- localhost:5000/nope:1", 1,
+     '',
+     'ctr: unable to resolve image to manifest: image "localhost:5000/nope:1": not found'),
+    ("ctr 1.6.20", "images export -- - nope", 1,
+     '',
+     'ctr: image "nope": not found'),
+    ("ctr 1.6.20", "images push -- localhost:5000/bb:1", 0,
+     'manifest-1@<M>: done           |\x1b[32m++++++++++++++++++++++++++++++++++++++\x1b[0m| \n'
+     'config-<C>:     done           |\x1b[32m++++++++++++++++++++++++++++++++++++++\x1b[0m| \n'
+     'elapsed: 0.1 s                                                                      total:  755.0  (7.4 KiB/s)        '
+     '                               \n',
+     ''),
+    ("ctr 1.6.20", "images pull -- localhost:5000/bb:1", 0,
+     'localhost:5000/bb:1:                                                              resolved       |\x1b[32m+++++++++++++++'
+     '+++++++++++++++++++++++\x1b[0m| \n'
+     'manifest-<M>: done           |\x1b[32m++++++++++++++++++++++++++++++++++++++\x1b[0m| \n'
+     'layer-<L>:    done           |\x1b[32m++++++++++++++++++++++++++++++++++++++\x1b[0m| \n'
+     'config-<C>:   done           |\x1b[32m++++++++++++++++++++++++++++++++++++++\x1b[0m| \n'
+     'elapsed: 0.1 s                                                                    total:   0.0 B (0.0 B/s)            '
+     '                             \n'
+     'unpacking linux/amd64 <M>...\n'
+     'done: 5.069892ms\t\n',
+     ''),
+    ("ctr 1.6.20", "images rm --sync -- nope", 0,
+     '',
+     'time="2026-11-24T04:25:41Z" level=warning msg="nope: image not found"'),
+    ("ctr 1.6.20", "PAUSED tasks ls", 0,
+     'TASK          PID      STATUS    \n'
+     'c1    19686    PAUSED\n'
+     'c2    19734    STOPPED\n',
+     ''),
+    ("ctr 1.6.20", "events", 0,
+     '2026-11-24 04:25:42.294534749 +0000 UTC rec /images/create {"name":"localhost:5000/bb:9"}\n'
+     '2026-11-24 04:25:42.320623912 +0000 UTC rec /images/delete {"name":"localhost:5000/bb:9"}\n'
+     '2026-11-24 04:25:42.347396478 +0000 UTC rec /tasks/paused {"container_id":"c1"}\n'
+     '2026-11-24 04:25:42.388598426 +0000 UTC rec /tasks/resumed {"container_id":"c1"}\n',
+     ''),
+    ("ctr 1.6.20", "DOWN images ls", 1,
+     '',
+     'ctr: failed to dial "/run/containerd/containerd.sock": context deadline exceeded: connection error: desc = "transport:'
+     ' error while dialing: dial unix:///run/containerd/containerd.sock: timeout"'),
+    ("ctr 1.6.20", "STALE images ls", 1,
+     '',
+     'ctr: failed to dial "/run/containerd/containerd.sock": connection error: desc = "transport: error while dialing: dial '
+     'unix /run/containerd/containerd.sock: connect: connection refused"'),
+    ("ctr 2.3.1", "images pull --help", 0,
+     '   --plain-http                           Allow connections using plain HTTP (default: false)\n'
+     '   --local                                Fetch content from local client rather than using transfer service (default:'
+     ' false)\n',
+     ''),
+    ("ctr 2.3.1", "EMPTY images ls", 0,
+     'REF TYPE DIGEST SIZE PLATFORMS LABELS \n',
+     ''),
+    ("ctr 2.3.1", "images import --local --digests --skip-digest-for-named --all-platforms -- -", 0,
+     'unpacking localhost:5000/bb:1 (<M>)...done\n',
+     ''),
+    ("ctr 2.3.1", "images import (nameless)", 0,
+     'unpacking import-2026-11-24@<N> (<N>)...done\n',
+     ''),
+    ("ctr 2.3.1", "images import (garbage)", 1,
+     '',
+     'ctr: unexpected EOF'),
+    ("ctr 2.3.1", "images ls", 0,
+     'REF                                                                                       TYPE                        '
+     '                         DIGEST                                                                  SIZE     PLATFORMS   '
+     'LABELS \n'
+     'import-2026-11-24@<N> application/vnd.oci.image.manifest.v1+json           <N> 10.8 KiB linux/amd64 -      \n'
+     'localhost:5000/bb:1                                                                       application/vnd.docker.distr'
+     'ibution.manifest.v2+json <M> 2.0 MiB  linux/amd64 -      \n',
+     ''),
+    ("ctr 2.3.1", "containers ls -q", 0,
+     'c1\n'
+     'c2\n'
+     'c3\n',
+     ''),
+    ("ctr 2.3.1", "containers info -- c1", 0,
+     '{"ID":"c1","Labels":{"base":"busybox","io.containerd.image.config.stop-signal":"SIGTERM"},"Image":"localhost:5000/bb:1'
+     '","Runtime":{"Name":"io.containerd.runc.v2","Options":{"type_url":"containerd.runc.v1.Options"}},"SnapshotKey":"c1","S'
+     'napshotter":"overlayfs","CreatedAt":"2026-11-24T04:25:56.679214312Z","UpdatedAt":"2026-11-24T04:25:56.679214312Z","Ext'
+     'ensions":{},"SandboxID":"","Spec":{"ociVersion":"1.3.0","process":{"user":{"uid":0,"gid":0,"additionalGids":[0]},"args'
+     '":["/bin/sh","-c","sleep 1000"],"env":["PATH=/bin"],"cwd":"/"},"root":{"path":"rootfs"},"mounts":[{"destination":"/pro'
+     'c","type":"proc","source":"proc","options":["nosuid","noexec","nodev"]}],"linux":{"resources":{"devices":[{"allow":fal'
+     'se,"access":"rwm"}],"cpu":{"shares":1024}},"cgroupsPath":"/rec/c1","namespaces":[{"type":"pid"},{"type":"ipc"},{"type"'
+     ':"uts"},{"type":"mount"},{"type":"network"}],"maskedPaths":["/proc/acpi"]}}}',
+     ''),
+    ("ctr 2.3.1", "containers info -- c2", 0,
+     '{"ID":"c2","Labels":{"base":"busybox","io.containerd.image.config.stop-signal":"SIGTERM"},"Image":"localhost:5000/bb:1'
+     '","Runtime":{"Name":"io.containerd.runc.v2","Options":{"type_url":"containerd.runc.v1.Options"}},"SnapshotKey":"c2","S'
+     'napshotter":"overlayfs","CreatedAt":"2026-11-24T04:25:56.871539256Z","UpdatedAt":"2026-11-24T04:25:56.871539256Z","Ext'
+     'ensions":{},"SandboxID":"","Spec":{"process":{"args":["/bin/sh","-c","exit 3"]}}}',
+     ''),
+    ("ctr 2.3.1", "containers info -- c3", 0,
+     '{"ID":"c3","Labels":{"base":"busybox","io.containerd.image.config.stop-signal":"SIGTERM"},"Image":"localhost:5000/bb:1'
+     '","Runtime":{"Name":"io.containerd.runc.v2","Options":{"type_url":"containerd.runc.v1.Options"}},"SnapshotKey":"c3","S'
+     'napshotter":"overlayfs","CreatedAt":"2026-11-24T04:25:57.03407928Z","UpdatedAt":"2026-11-24T04:25:57.03407928Z","Exten'
+     'sions":{},"SandboxID":"","Spec":{"process":{"args":["/bin/true"]}}}',
+     ''),
+    ("ctr 2.3.1", "containers info -- nope", 1,
+     '',
+     'ctr: container "nope" in namespace "rec": not found'),
+    ("ctr 2.3.1", "tasks ls", 0,
+     'TASK          PID      STATUS    \n'
+     'c2    20619    STOPPED\n'
+     'c1    20566    RUNNING\n',
+     ''),
+    ("ctr 2.3.1", "snapshots ls", 0,
+     'KEY                                                                     PARENT                                        '
+     '                          KIND      \n'
+     'c1                                                              <L> Active    \n'
+     'c2                                                              <L> Active    \n'
+     'c3                                                              <L> Active    \n'
+     '<L>                                                                         Committed \n',
+     ''),
+    ("ctr 2.3.1", "snapshots usage -b -- <L>", 0,
+     'KEY                                                                     SIZE    INODES \n'
+     '<L> 2019328 278    \n',
+     ''),
+    ("ctr 2.3.1", "snapshots usage -b -- c1 <L>", 0,
+     'KEY                                                                     SIZE    INODES \n'
+     'c1                                                              20480   5      \n'
+     '<L> 2019328 278    \n',
+     ''),
+    ("ctr 2.3.1", "content get <M>", 0,
+     '{"schemaVersion":2,"mediaType":"application/vnd.docker.distribution.manifest.v2+json","config":{"mediaType":"applicati'
+     'on/vnd.docker.container.image.v1+json","digest":"<C>","size":333},"layers":[{"mediaType":"application/vnd.docker.image'
+     '.rootfs.diff.tar","digest":"<L>","size":2129920}]}',
+     ''),
+    ("ctr 2.3.1", "content get <C>", 0,
+     '{"architecture":"amd64","os":"linux","created":"2023-11-14T22:13:20Z","config":{"Env":["PATH=/bin"],"Cmd":["sh"],"Labe'
+     'ls":{"base":"busybox"}},"rootfs":{"type":"layers","diff_ids":["<L>"]},"history":[{"created":"2023-11-14T22:13:20Z","cr'
+     'eated_by":"busybox-static"}]}',
+     ''),
+    ("ctr 2.3.1", "content ls -q", 0,
+     '<M>\n'
+     '<C>\n'
+     '<L>\n',
+     ''),
+    ("ctr 2.3.1", "content get sha256:0000000000000000000000000000000000000000000000000000000000000000", 1,
+     '',
+     'ctr: content digest sha256:0000000000000000000000000000000000000000000000000000000000000000: not found'),
+    ("ctr 2.3.1", "version", 0,
+     'Client:\n'
+     '  Version:  v2.3.1\n'
+     '  Revision: \n'
+     '  Go version: go1.26.8\n'
+     '\n'
+     'Server:\n'
+     '  Version:  v2.3.1\n'
+     '  Revision: \n'
+     '  UUID: 16f7ae04-a9a5-49b1-9999-0f05f4c7cfab\n',
+     ''),
+    ("ctr 2.3.1", "images tag --local --force -- nope a:1", 1,
+     '',
+     'ctr: image "nope": not found'),
+    ("ctr 2.3.1", "images pull --local -- localhost:5000/nope:1", 1,
+     '',
+     'time="2026-11-24T04:25:58Z" level=info msg="host will try HTTPS first since it is configured for HTTP with a TLS confi'
+     'guration, consider changing host to HTTPS or removing unused TLS configuration" host="localhost:5000"\n'
+     'time="2026-11-24T04:25:58Z" level=info msg="fetch failed after status: 404 Not Found" host="localhost:5000" method=HEA'
+     'D url="https://localhost:5000/v2/nope/manifests/1"\n'
+     'ctr: failed to resolve reference "localhost:5000/nope:1": localhost:5000/nope:1: not found'),
+    ("ctr 2.3.1", "images push --local -- localhost:5000/nope:1", 1,
+     '',
+     'ctr: unable to resolve image to manifest: image "localhost:5000/nope:1": not found'),
+    ("ctr 2.3.1", "images export --local -- - nope", 1,
+     '',
+     'ctr: image "nope": not found'),
+    ("ctr 2.3.1", "images push --local -- localhost:5000/bb:1", 0,
+     'manifest-1@<M>: done           |\x1b[32m++++++++++++++++++++++++++++++++++++++\x1b[0m| \n'
+     'layer-<L>:      done           |\x1b[32m++++++++++++++++++++++++++++++++++++++\x1b[0m| \n'
+     'config-<C>:     done           |\x1b[32m++++++++++++++++++++++++++++++++++++++\x1b[0m| \n'
+     'elapsed: 0.1 s                                                                      total:   0.0 B (0.0 B/s)          '
+     '                               \n',
+     'time="2026-11-24T04:25:58Z" level=info msg="host will try HTTPS first since it is configured for HTTP with a TLS confi'
+     'guration, consider changing host to HTTPS or removing unused TLS configuration" host="localhost:5000"'),
+    ("ctr 2.3.1", "images pull --local -- localhost:5000/bb:1", 0,
+     'localhost:5000/bb:1:                                                              resolved       |\x1b[32m+++++++++++++++'
+     '+++++++++++++++++++++++\x1b[0m| \n'
+     'manifest-<M>: done           |\x1b[32m++++++++++++++++++++++++++++++++++++++\x1b[0m| \n'
+     'layer-<L>:    done           |\x1b[32m++++++++++++++++++++++++++++++++++++++\x1b[0m| \n'
+     'config-<C>:   done           |\x1b[32m++++++++++++++++++++++++++++++++++++++\x1b[0m| \n'
+     'elapsed: 0.1 s                                                                    total:   0.0 B (0.0 B/s)            '
+     '                             \n'
+     'unpacking linux/amd64 <M>...\n'
+     'done: 15.063777ms\t\n',
+     'time="2026-11-24T04:25:58Z" level=info msg="host will try HTTPS first since it is configured for HTTP with a TLS confi'
+     'guration, consider changing host to HTTPS or removing unused TLS configuration" host="localhost:5000"\n'
+     'time="2026-11-24T04:25:58Z" level=info msg="host will try HTTPS first since it is configured for HTTP with a TLS confi'
+     'guration, consider changing host to HTTPS or removing unused TLS configuration" host="localhost:5000"'),
+    ("ctr 2.3.1", "images rm --sync -- nope", 0,
+     '',
+     'time="2026-11-24T04:25:58Z" level=warning msg="nope: image not found"'),
+    ("ctr 2.3.1", "PAUSED tasks ls", 0,
+     'TASK          PID      STATUS    \n'
+     'c1    20566    PAUSED\n'
+     'c2    20619    STOPPED\n',
+     ''),
+    ("ctr 2.3.1", "events", 0,
+     '2026-11-24 04:25:59.759536401 +0000 UTC rec /images/create {"name":"localhost:5000/bb:9"}\n'
+     '2026-11-24 04:25:59.780492403 +0000 UTC rec /images/delete {"name":"localhost:5000/bb:9"}\n'
+     '2026-11-24 04:25:59.80931909 +0000 UTC rec /tasks/paused {"container_id":"c1"}\n'
+     '2026-11-24 04:25:59.85340943 +0000 UTC rec /tasks/resumed {"container_id":"c1"}\n',
+     ''),
+    ("ctr 2.3.1", "DOWN images ls", 1,
+     '',
+     'ctr: cannot access socket /run/containerd/containerd.sock: stat /run/containerd/containerd.sock: no such file or direc'
+     'tory'),
+    ("ctr 2.3.1", "STALE images ls", 1,
+     '',
+     'time="2026-11-24T04:26:03Z" level=warning msg="Failed to check deprecations" error="connection error: desc = \\"transpo'
+     'rt: Error while dialing: dial unix /run/containerd/containerd.sock: connect: connection refused\\""\n'
+     'ctr: failed to list images: connection error: desc = "transport: Error while dialing: dial unix /run/containerd/contai'
+     'nerd.sock: connect: connection refused"'),
+]
+
+
+def expand(text):
+    """A recording with its digests in full."""
+    for short, digest in DIGESTS.items():
+        text = text.replace(short, digest)
+    return text
+
+
+RECORDINGS = {version: {expand(command): (status, expand(stdout), expand(stderr)) for of, command, status, stdout, stderr in RECORDED if of == version}
+              for version in ("ctr 1.6.20", "ctr 2.3.1")}
+JSON = "{{json .}}"
+
+CTR_SCRIPT = '''#!%s -SE
+import json, os, sys
+folder = os.path.dirname(os.path.abspath(__file__))
+words = [each for each in sys.argv[1:] if not each.startswith(("--namespace=", "--address="))]
+call = {"argv": words, "tty": sys.stdin.isatty(), "line": sys.stdin.readline() if sys.stdin.isatty() else ""}
+with open(os.path.join(folder, "calls.jsonl"), "a") as file:
+    file.write(json.dumps(call) + chr(10))
+words = [each for each in words if not each.startswith("--user=")]
+rules = json.load(open(os.path.join(folder, "rules.json")))
+key = "images pull --help" if words[-1] == "--help" else " ".join(words)
+status, stdout, stderr = rules.get(key, [1, "", "ctr: not in the script: " + " ".join(words)])
+sys.stdout.write(stdout)
+sys.stdout.flush()
+sys.stderr.write(stderr)
+sys.exit(status)
+'''
+
+
+class ScriptedCtr:
+    """A ctr that replays the recordings of a version and notes its calls."""
+
+    def __init__(self, folder, version):
+        self.folder, self.version, self.rules = folder, version, dict(RECORDINGS[version])
+        self.program = folder / "ctr"
+        self.program.write_text(CTR_SCRIPT % sys.executable)
+        self.program.chmod(0o755)
+        self.local = ["--local"] if "2." in version else []
+        self.write()
+
+    def write(self):
+        """Make what is in `rules` what it answers."""
+        (self.folder / "rules.json").write_text(json.dumps(self.rules))
+
+    def on(self, command, stdout="", stderr="", status=0):
+        """From now on `command` answers so."""
+        self.rules[expand(command)] = (status, expand(stdout), expand(stderr))
+        self.write()
+
+    def calls(self):
+        """The calls so far but for questions about flags: argv, whether stdin was a terminal, the first line read from it."""
+        with contextlib.suppress(FileNotFoundError):
+            found = [json.loads(line) for line in (self.folder / "calls.jsonl").read_text().splitlines()]
+            return [each for each in found if each["argv"][-1] != "--help"]
+        return []
+
+    def argv(self):
+        """Their command lines as strings."""
+        return [" ".join(each["argv"]) for each in self.calls()]
+
+
+@pytest.fixture(params=sorted(RECORDINGS))
+def ctr(request, tmp_path):
+    """A scripted ctr of each version."""
+    before = signal.getsignal(signal.SIGPIPE)
+    yield ScriptedCtr(tmp_path, request.param)
+    signal.signal(signal.SIGPIPE, before)
+
+
+@pytest.fixture
+def run(ctr, capfd, monkeypatch):
+    """Runs `nerdctld.py nerdctl WORDS`: status, stdout and stderr."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(ctr.folder))
+
+    def call(*words):
+        status = nerdctld.ctr_main([f"--ctr={ctr.program}", f"--address={ctr.program}", "--namespace=rec", *words])
+        return (status, *capfd.readouterr())
+
+    return call
+
+
+def rows(answer):
+    """The JSON values a command printed; it must have succeeded."""
+    status, stdout, stderr = answer
+    assert (status, stderr) == (0, "")
+    return nerdctld.parse_rows(stdout.encode())
+
+
+def error(answer):
+    """The ApiError the daemon makes of a command that failed."""
+    assert answer[0] == 1
+    return nerdctld.nerdctl_error(answer[2])
+
+
+class TestCtr:
+    def test_images(self, run):
+        images = nerdctld.parse_images(rows(run("images", "--no-trunc", "--format", JSON)))
+        assert [(each.name, each.id) for each in images] == [("import-2026-11-24@" + DIGESTS["<N>"], DIGESTS["<N>"]), (BASE, DIGESTS["<M>"])]
+
+    def test_no_images(self, ctr, run):
+        ctr.on("images ls", *ctr.rules["EMPTY images ls"][1:2])
+        assert rows(run("images", "--no-trunc", "--format", JSON)) == []
+
+    def test_image_inspect(self, run):
+        (found,) = rows(run("image", "inspect", "--mode=native", "--format", JSON, "--", BASE, "nope"))
+        group = nerdctld.ImageGroup(DIGESTS["<M>"])
+        group.names, group.detail = [BASE], found
+        image = nerdctld.docker_image(group, (1, 50))
+        assert (image["Architecture"], image["Size"]) == ("amd64", 2019328 + 2129920 + 333 + 422)
+        assert image["Descriptor"] == {"mediaType": "application/vnd.docker.distribution.manifest.v2+json", "digest": DIGESTS["<M>"], "size": 422}
+        assert image["RootFS"]["Layers"] == [DIGESTS["<L>"]] and group.digests == [DIGESTS["<M>"], DIGESTS["<M>"], DIGESTS["<C>"]]
+
+    def test_image_that_is_not_all_here(self, ctr, run):
+        ctr.on("content get <C>", stderr="ctr: content digest <C>: not found", status=1)
+        assert isinstance(error(run("image", "inspect", "--mode=native", "--format", JSON, "--", BASE)), nerdctld.NotFound)
+
+    def test_index(self, ctr, run):
+        # No recording: the index is made here of the recorded manifest and of others whose content is not here.
+        index = {"manifests": [{"digest": "sha256:" + "1" * 64, "platform": {"os": "linux", "architecture": "s390x"}},
+                               {"digest": DIGESTS["<M>"], "mediaType": "m", "platform": {"os": "linux", "architecture": "amd64"}}]}
+        text = json.dumps(index)
+        digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+        ctr.on("images ls", f"REF TYPE DIGEST SIZE PLATFORMS LABELS\na/b:1 index {digest} 2.0 MiB - -\n")
+        ctr.on("content get " + digest, text)
+        (found,) = rows(run("image", "inspect", "--mode=native", "--format", JSON, "--", "a/b:1"))
+        assert found["Image"]["Target"] == {"mediaType": "index", "digest": digest, "size": len(text)}
+        assert found["ManifestDesc"]["digest"] == DIGESTS["<M>"] and found["size"] == 2019328
+        push = " ".join(["images push", *ctr.local, f"--manifest={DIGESTS['<M>']} --manifest-type=m -- a/b:1"])
+        ctr.on(push)
+        assert re.search(r"reduced-platform image \(m, " + DIGESTS["<M>"], run("push", "--", "a/b:1")[2])
+        assert ctr.argv()[-1] == push
+
+    def test_history(self, run):
+        assert rows(run("history", "--no-trunc", "--format", JSON, "--", BASE)) == [{"CreatedBy": "busybox-static", "Size": "2019328B"}]
+        assert isinstance(error(run("history", "--no-trunc", "--format", JSON, "--", "nope")), nerdctld.NotFound)
+
+    def test_version_and_info_say_so(self, ctr, run):
+        version = ctr.version.split()[1]
+        (told,) = rows(run("version", "--format", JSON))
+        components = {each["Name"]: each["Version"] for each in nerdctld.docker_version(told, "", (1, 50))["Components"]}
+        assert version in components["containerd"] and version in components["ctr"]
+        assert components["nerdctl"].startswith("nerdctl is not installed: ctr ")
+        info = nerdctld.docker_info(rows(run("info", "--format", JSON))[0], "")
+        assert info["Warnings"] == ["WARNING: nerdctl is not installed: over containerd's ctr there are images, listings and builds only"]
+        assert re.fullmatch(r"[0-9a-f-]{36}", info["ID"]) and version in info["ContainerdCommit"]["ID"] and info["MemTotal"] > 0
+
+    def test_ps(self, ctr, run):
+        table = nerdctld.parse_containers(rows(run("ps", "-a", "--no-trunc", "--format", nerdctld.CONTAINER_ROW)))
+        assert {key: (each.state, each.status) for key, each in table.items()} == {
+            "c3": ("created", "Created"), "c2": ("exited", "Exited"), "c1": ("running", "Up")}
+        row = nerdctld.docker_container_row(table["c1"], DIGESTS["<M>"], {}, time.time(), (1, 50))
+        assert (row["Command"], row["Image"], row["Labels"]) == ("/bin/sh -c sleep 1000", BASE, {"base": "busybox"})
+        ctr.on("tasks ls", *ctr.rules["PAUSED tasks ls"][1:2])
+        (one,) = rows(run("ps", "-a", "--no-trunc", "--filter", "id=c1", "--format", nerdctld.CONTAINER_ROW))
+        assert one[0]["Status"] == "Paused"
+        ctr.on("containers info -- gone", stderr='ctr: container "gone" in namespace "rec": not found', status=1)
+        assert rows(run("ps", "-a", "--no-trunc", "--filter", "id=gone", "--format", nerdctld.CONTAINER_ROW)) == []
+
+    def test_ps_size(self, run):
+        size = '{"ID":{{json .ID}},"Size":{{json .Size}}}'
+        assert rows(run("ps", "-a", "--no-trunc", "--size", "--filter=id=c1", "--format", size)) == [{"ID": "c1", "Size": "20480B (virtual 2039808B)"}]
+
+    def test_image_names_of_kubernetes(self):
+        group = nerdctld.ImageGroup(DIGESTS["<M>"])
+        group.names = [BASE, BASE[:-2] + "@" + DIGESTS["<M>"], DIGESTS["<C>"]]
+        assert (group.repo_tags, group.repo_digests) == ([BASE], [BASE[:-2] + "@" + DIGESTS["<M>"]])
+
+    def test_names_of_kubernetes(self, ctr, run):
+        told = json.loads(ctr.rules["containers info -- c1"][1])
+        told["Labels"] = {"io.kubernetes.pod.namespace": "kube-system", "io.kubernetes.pod.name": "dns", "io.kubernetes.container.name": "main"}
+        ctr.on("containers info -- c1", json.dumps(told))
+        (one,) = rows(run("ps", "-a", "--no-trunc", "--filter", "id=c1", "--format", nerdctld.CONTAINER_ROW))
+        assert one[0]["Names"] == "k8s://kube-system/dns/main"
+
+    @pytest.mark.parametrize("name, state, code", [("c1", "running", 0), ("c2", "exited", 255), ("c3", "created", 0)])
+    def test_container_inspect(self, run, name, state, code):
+        (detail,) = rows(run("container", "inspect", "--mode=native", "--format", nerdctld.INSPECT_FORMAT, "--", name))
+        row, labels = rows(run("ps", "-a", "--no-trunc", "--filter", "id=" + name, "--format", nerdctld.CONTAINER_ROW))[0]
+        told = nerdctld.docker_container(nerdctld.Container(row, labels), detail, {}, None, None, (1, 50))
+        assert (told["State"]["Status"], told["State"]["ExitCode"], told["Path"][:5]) == (state, code, "/bin/")
+        assert (told["State"]["Pid"] > 0) is (state == "running")
+        if name == "c1":
+            assert told["HostConfig"]["CpuShares"] == 1024 and told["HostConfig"]["MaskedPaths"] == ["/proc/acpi"] and told["Config"]["Env"] == ["PATH=/bin"]
+
+    def test_events(self, run):
+        status, stdout, _ = run("events", "--format", JSON)
+        found = [nerdctld.parse_event(line, "rec") for line in stdout.splitlines()]
+        assert status == 0 and found[1::2] == [None] * 4
+        assert [(each.topic, each.payload) for each in found[::2]] == [
+            ("/images/create", {"name": "localhost:5000/bb:9"}), ("/images/delete", {"name": "localhost:5000/bb:9"}),
+            ("/tasks/paused", {"container_id": "c1"}), ("/tasks/resumed", {"container_id": "c1"})]
+        assert found[0].time > 1795494300 * 10**9
+
+    def test_networks_and_volumes_are_none(self, run):
+        assert run("network", "ls", "--format", JSON) == run("volume", "ls", "--size", "--format", JSON) == (0, "", "")
+
+    def test_load(self, ctr, run):
+        assert nerdctld.parse_loaded(run("load", "--all-platforms")[1]) == [BASE]
+        command = " ".join(["images import", *ctr.local, "--digests --skip-digest-for-named --all-platforms -- -"])
+        assert ctr.argv()[0] == command
+        ctr.on(command, ctr.rules["images import (nameless)"][1])
+        old, new = "import-2026-11-24@" + DIGESTS["<N>"], "import@" + DIGESTS["<N>"]
+        tag = " ".join(["images tag", *ctr.local, "--force --", old, new])
+        ctr.on(tag)
+        ctr.on("images rm --sync -- " + old)
+        assert nerdctld.parse_loaded(run("load", "--all-platforms")[1]) == [new]
+        assert [each for each in ctr.argv() if each != "images ls"][-2:] == [tag, "images rm --sync -- " + old]
+        ctr.on(command, *ctr.rules["images import (garbage)"][1:], status=1)
+        assert str(error(run("load", "--all-platforms"))) == "unexpected EOF"
+        ctr.on(command, "Importing	elapsed: 0.1 s")
+        assert "this ctr is not known" in str(error(run("load", "--all-platforms")))
+
+    def test_tag(self, ctr, run):
+        assert run("tag", "--", BASE, BASE) == (0, "", "") and ctr.calls() == []
+        assert str(error(run("tag", "--", "nope", "a:1"))) == "No such image: nope"
+
+    def test_rmi(self, ctr, run):
+        ctr.on("images rm --sync -- " + BASE, BASE + "\n")
+        assert run("rmi", "--force", "--", BASE)[::2] == (0, "")
+        assert str(error(run("rmi", "--", BASE, "nope"))) == "No such image: nope"
+        assert ctr.argv().count("images rm --sync -- " + BASE) == 1
+
+    def test_words_that_look_like_flags(self, ctr, run):
+        tag = " ".join(["images tag", *ctr.local, "--force -- --all -x"])
+        ctr.on(tag)
+        assert run("tag", "--", "--all", "-x")[0] == 0 and ctr.argv() == [tag]
+
+    def test_pull_and_push(self, ctr, run):
+        status, stdout, _ = run("pull", "--", BASE)
+        table = nerdctld.ProgressTable(nerdctld.PULL_WORDS)
+        told = [each["status"] for line in stdout.splitlines() for each in table.messages(line)]
+        assert status == 0 and told[-1] == "Pull complete" and all(not call["tty"] for call in ctr.calls())
+        assert run("push", "--", BASE)[0] == 0 and ctr.argv()[-1] == " ".join(["images push", *ctr.local, "--", BASE])
+        missing = error(run("pull", "--", "localhost:5000/nope:1"))
+        assert isinstance(missing, nerdctld.NotFound) and str(missing) == "failed to resolve image: localhost:5000/nope:1: not found"
+        assert isinstance(error(run("push", "--", "localhost:5000/nope:1")), nerdctld.NotFound)
+
+    def test_password_goes_by_a_terminal(self, ctr, run):
+        (ctr.folder / "config.json").write_text(json.dumps({"auths": {"https://localhost:5000/v2/": {"auth": "dTpwOjEgMg=="}}}))
+        assert run("pull", "--", BASE)[0] == 0
+        call = ctr.calls()[-1]
+        assert call["argv"] == ["images", "pull", *ctr.local, "--user=u", "--", BASE] and (call["tty"], call["line"]) == (True, "p:1 2\n")
+        (ctr.folder / "config.json").write_text(json.dumps({"auths": {"localhost:5000": {"identitytoken": "secret"}}}))
+        refused = error(run("pull", "--", BASE))
+        assert isinstance(refused, nerdctld.NotImplementedHere) and "secret" not in str(refused)
+
+    def test_docker_hub_in_the_config(self, ctr, run):
+        (ctr.folder / "config.json").write_text(json.dumps({"auths": {nerdctld.INDEX_SERVER: {"auth": "dTpw"}, "other": {"auth": "eDp5"}}}))
+        assert [nerdctld.docker_login(each) for each in ("docker.io", "other", "none")] == [("u", "p"), ("x", "y"), ("", "")]
+
+    def test_save(self, ctr, run):
+        ctr.on(" ".join(["images export", *ctr.local, "--platform=linux/amd64 -- -", BASE]), "tar")
+        assert run("save", "--platform=linux/amd64", "--", BASE) == (0, "tar", "")
+        assert str(error(run("save", "--", "nope"))) == "No such image: nope"
+
+    @pytest.mark.parametrize("words", [["run", "-d", "x"], ["exec", "c1", "sh"], ["network", "create", "n"], ["volume", "inspect", "v"], ["cp"], [],
+                                       ["images", "--format", "table"], ["images"]])
+    def test_what_needs_nerdctl(self, run, words):
+        refused = error(run(*words))
+        assert isinstance(refused, nerdctld.NotImplementedHere) and str(refused).startswith("nerdctl is not installed, and ")
+
+    def test_unknown_flag(self, run):
+        assert str(error(run("images", "--tree"))) == "unknown flag: --tree"
+        assert isinstance(error(run("images", "--tree")), nerdctld.BadParameter)
+
+    @pytest.mark.parametrize("state", ["DOWN images ls", "STALE images ls"])
+    def test_containerd_is_down(self, ctr, run, state):
+        ctr.rules["images ls"] = ctr.rules[state]
+        ctr.write()
+        assert isinstance(error(run("images", "--format", JSON)), nerdctld.Unavailable)
+
+    def test_no_socket(self, ctr, run):
+        down = error(run(f"--address={ctr.folder}/none.sock", "images", "--format", JSON))
+        assert isinstance(down, nerdctld.Unavailable) and f"{ctr.folder}/none.sock" in str(down) and ctr.calls() == []
+
+    @pytest.mark.parametrize("text", ["", "NAME DIGEST\n", "REF TYPE DIGEST\nx y z\n"])
+    def test_unexpected_table(self, ctr, run, text):
+        ctr.on("images ls", text)
+        assert "this ctr is not known: " in str(error(run("images", "--format", JSON)))
+
+    def test_unexpected_content(self, ctr, run):
+        ctr.on("content get <M>", "{}")
+        assert "is not what its digest says" in str(error(run("image", "inspect", "--mode=native", "--format", JSON, "--", BASE)))
+
+    def test_build(self, ctr, run, monkeypatch, tmp_path):
+        noted = tmp_path / "buildctl.txt"
+        (tmp_path / "buildctl").write_text(f"#!/bin/sh\nfor each; do echo \"$each\"; done > {noted}\nexit ${{BUILT:-0}}\n")
+        (tmp_path / "buildctl").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setenv("BUILDKIT_HOST", "unix:///b.sock")
+        words = ["build", "--progress=plain", "--build-arg=A=-1", "--label=a=b", "--no-cache", "--pull", "--target=t", "--add-host=h:::1",
+                 "--add-host=g:1.2.3.4", f"--file={tmp_path}/x/D", "--tag=docker.io/library/a:1", "--tag=b.c/d:2", "--", str(tmp_path)]
+        ctr.on(" ".join(["images import", *ctr.local, "--digests --skip-digest-for-named --all-platforms -- -"]), "unpacking localhost:5000/bb:1 (<M>)...done\n")
+        assert run(*words)[0] == 0
+        assert noted.read_text().splitlines() == [
+            "--addr=unix:///b.sock", "build", "--progress=plain", "--frontend=dockerfile.v0", f"--local=context={tmp_path}", f"--local=dockerfile={tmp_path}/x",
+            "--opt=filename=D", "--opt=build-arg:A=-1", "--opt=label:a=b", "--opt=target=t", "--no-cache", "--opt=image-resolve-mode=pull",
+            "--opt=add-hosts=h=::1,g=1.2.3.4", '--output=type=docker,"name=docker.io/library/a:1,b.c/d:2",dest=-']
+        monkeypatch.setenv("BUILT", "1")
+        ctr.on(" ".join(["images import", *ctr.local, "--digests --skip-digest-for-named --all-platforms -- -"]), stderr="ctr: unrecognized image format", status=1)
+        assert run(*words)[::2][0] == 1 and "exit status 1" in run(*words)[2]
+        (tmp_path / "buildctl").unlink()
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert isinstance(error(run(*words)), nerdctld.Unavailable)
+
+    def test_daemon_takes_it_by_itself(self, ctr, monkeypatch, capfd):
+        monkeypatch.setenv("PATH", "/nowhere")
+        assert nerdctld.nerdctl_command() == ["nerdctl"]
+        monkeypatch.setenv("PATH", str(ctr.folder))
+        command = nerdctld.nerdctl_command()
+        assert capfd.readouterr()[1].count("warning: nerdctl is not installed") == 1
+        assert command[0] == sys.executable and command[-1] == "nerdctl" and nerdctld.Nerdctl(command).local
+        done = subprocess.run([*command, f"--address={ctr.program}", "images", "--format", JSON], stdout=subprocess.PIPE, timeout=30)
+        assert len(done.stdout.splitlines()) == 2
+        (ctr.folder / "nerdctl").symlink_to(ctr.program)
+        assert nerdctld.nerdctl_command() == ["nerdctl"]
+
+    def test_k3s(self, tmp_path, monkeypatch):
+        (tmp_path / "k3s").write_text("")
+        (tmp_path / "k3s").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert nerdctld.find_ctr() == ["k3s", "ctr"]
+        assert nerdctld.Ctr(["k3s", "ctr"], "k8s.io", "", "").command == ["k3s", "ctr", "--namespace=k8s.io"]
+
+
+def programs():
+    """What the live tests run over: nerdctl, and every version of ctr on PATH (ctr, k3s's, and Debian's own beside it)."""
+    found = {"nerdctl": "nerdctl"} if shutil.which("nerdctl") else {}
+    for path in dict.fromkeys([shutil.which("ctr"), "/usr/bin/ctr"]):
+        if path and os.path.exists(path):
+            version = subprocess.run([path, "--version"], stdout=subprocess.PIPE, timeout=10).stdout.decode().split()[-1]
+            found.setdefault("ctr " + version, f"{sys.executable} -IS {HERE / 'nerdctld.py'} nerdctl --ctr={path}")
+    return found
+
+
+PROGRAMS = programs()
+CTR_REGISTRY = "localhost:5000"
+
+
+def archive(path, name, extra=b""):
+    """Write an archive, as docker saves one, of an image with one file; the digest of its configuration."""
+    layer = io.BytesIO()
+    with tarfile.open(fileobj=layer, mode="w") as file:
+        entry = tarfile.TarInfo("hello")
+        entry.size = 5 + len(extra)
+        file.addfile(entry, io.BytesIO(b"hello" + extra))
+    diff = "sha256:" + hashlib.sha256(layer.getvalue()).hexdigest()
+    config = json.dumps({
+        "created": "2024-01-01T00:00:00Z", "architecture": nerdctld.GO_ARCHITECTURES.get(os.uname().machine, os.uname().machine), "os": "linux",
+        "config": {"Cmd": ["/hello"], "Labels": {"made": "here"}}, "rootfs": {"type": "layers", "diff_ids": [diff]},
+        "history": [{"created": "2024-01-01T00:00:00Z", "created_by": "ADD hello"},
+                    {"created": "2024-01-01T00:00:00Z", "created_by": "CMD /hello", "empty_layer": True}]}).encode()
+    manifest = json.dumps([{"Config": "config.json", "RepoTags": [name] if name else None, "Layers": ["layer.tar"]}]).encode()
+    with tarfile.open(path, "w") as file:
+        for member, data in (("layer.tar", layer.getvalue()), ("config.json", config), ("manifest.json", manifest)):
+            entry = tarfile.TarInfo(member)
+            entry.size = len(data)
+            file.addfile(entry, io.BytesIO(data))
+    return "sha256:" + hashlib.sha256(config).hexdigest()
+
+
+class Docker:
+    """The docker client on a daemon of its own, in a containerd namespace of its own that is emptied at the end."""
+
+    def __init__(self, folder, program):
+        self.folder, self.program, self.namespace = folder, program, f"nerdctld-test-{os.getpid()}"
+        self.socket = str(folder / "nd.sock")
+        self.environment = {**os.environ, "DOCKER_HOST": "unix://" + self.socket, "DOCKER_BUILDKIT": "0", "DOCKER_CONFIG": str(folder)}
+        self.log = open(folder / "nd.log", "wb")
+        self.process = subprocess.Popen([sys.executable, str(HERE / "nerdctld.py"), "-H", "unix://" + self.socket, "--namespace", self.namespace,
+                                         "--nerdctl", program, "--debug"], stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
+        deadline = time.monotonic() + 20
+        while not os.path.exists(self.socket) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def __call__(self, *words, status=0, data=None):
+        """Run docker; its stdout, or its stderr where it is to fail."""
+        done = subprocess.run(["docker", *words], env=self.environment, input=data, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+        assert done.returncode == status, done.stderr.decode() + pathlib.Path(self.folder / "nd.log").read_text()[-3000:]
+        return (done.stderr if status else done.stdout).decode()
+
+    def json(self, *words):
+        """The JSON that docker prints."""
+        return json.loads(self(*words))
+
+    def load(self, name):
+        """Load `name`.tar from the folder as the image `name`:1. nerdctl now and then leaves out what it loaded last, since it
+        reads it from its progress, so the words are compared over ctr only."""
+        told = self("load", "-i", str(self.folder / f"{name}.tar"))
+        assert told == f"Loaded image: {name}:1\n" or not self.over_ctr
+        assert f"{name}:1" in self.json("image", "inspect", f"{name}:1")[0]["RepoTags"]
+
+    def close(self):
+        """Remove the containers and images of the namespace, end the daemon."""
+        ctr = ["ctr", "--namespace", self.namespace]
+        for kind in ("containers", "images"):
+            names = subprocess.run([*ctr, kind, "ls", "-q"], stdout=subprocess.PIPE, timeout=30).stdout.decode().split()
+            if names:
+                subprocess.run([*ctr, kind, "rm", *names], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        self.process.kill()
+        self.log.close()
+
+
+def answers(host, port):
+    """Whether somebody listens there."""
+    try:
+        socket.create_connection((host, port), 1).close()
+        return True
+    except OSError:
+        return False
+
+
+def not_here():
+    """Why the live tests cannot run, "" when they can."""
+    if not shutil.which("docker"):
+        return "needs the docker client"
+    if not shutil.which("ctr"):
+        return "needs containerd's ctr"
+    done = subprocess.run(["ctr", "version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
+    return "" if done.returncode == 0 else "needs a containerd that answers"
+
+
+@pytest.fixture(scope="class", params=sorted(PROGRAMS))
+def docker(request, tmp_path_factory):
+    """docker over each of the programs, with one image `hello:1` loaded."""
+    reason = not_here()
+    if reason:
+        pytest.skip(reason)
+    found = Docker(tmp_path_factory.mktemp("live"), PROGRAMS[request.param])
+    found.over_ctr = request.param.startswith("ctr ")
+    try:
+        archive(found.folder / "hello.tar", "hello:1")
+        found.load("hello")
+        yield found
+    finally:
+        found.close()
+
+
+class TestCtrLive:
+    def test_images(self, docker):
+        assert re.search(r"^hello +1 +[0-9a-f]{12} ", docker("images"), re.M)
+
+    def test_inspect(self, docker):
+        (image,) = docker.json("image", "inspect", "hello:1")
+        assert (image["RepoTags"], image["Config"]["Cmd"], image["Config"]["Labels"]) == (["hello:1"], ["/hello"], {"made": "here"})
+        assert image["Size"] > 10000 and image["Os"] == "linux" and docker.json("image", "inspect", image["Id"])[0]["Id"] == image["Id"]
+        assert "No such image: nope" in docker("image", "inspect", "nope", status=1)
+
+    def test_history(self, docker):
+        lines = docker("history", "--human=false", "--format", "{{.CreatedBy}}|{{.Size}}", "hello:1").splitlines()
+        assert lines[0] == "CMD /hello|0" and lines[1].startswith("ADD hello|") and int(lines[1].partition("|")[2]) >= 4096
+
+    def test_tag_and_rmi(self, docker):
+        docker("tag", "hello:1", "other/name:2")
+        assert "other/name" in docker("images")
+        docker("tag", "hello:1", "other/name:2")
+        assert docker("rmi", "other/name:2") == "Untagged: other/name:2\n"
+        assert "No such image: other/name:2" in docker("rmi", "other/name:2", status=1)
+        assert "hello" in docker("images")
+
+    def test_a_tag_moves(self, docker):
+        archive(docker.folder / "second.tar", "second:1", b"!")
+        docker.load("second")
+        docker("tag", "hello:1", "moving:1")
+        docker("tag", "second:1", "moving:1")
+        assert docker.json("image", "inspect", "moving:1")[0]["Id"] == docker.json("image", "inspect", "second:1")[0]["Id"]
+        told = docker("rmi", "moving:1", "second:1").splitlines()
+        assert told[:2] == ["Untagged: moving:1", "Untagged: second:1"] and told[2].startswith("Deleted: sha256:")
+
+    def test_save_and_load(self, docker):
+        docker("tag", "hello:1", "saved:1")
+        before = docker.json("image", "inspect", "saved:1")[0]
+        for _ in range(10):
+            docker("save", "-o", str(docker.folder / "saved.tar"), "saved:1")
+            # nerdctl 2.3.5 now and then ends with status 0 before it has written the whole of it.
+            if docker.over_ctr or (docker.folder / "saved.tar").read_bytes().endswith(bytes(1024)):
+                break
+        with tarfile.open(docker.folder / "saved.tar") as file:
+            assert "index.json" in file.getnames()
+            assert json.load(file.extractfile("manifest.json"))[0]["RepoTags"] == ["saved:1"]
+        docker("rmi", "saved:1")
+        docker.load("saved")
+        after = docker.json("image", "inspect", "saved:1")[0]
+        assert (after["RootFS"], after["Config"], after["Size"]) == (before["RootFS"], before["Config"], before["Size"])
+        docker("rmi", "saved:1")
+        assert "No such image: nope:latest" in docker("save", "-o", str(docker.folder / "none.tar"), "nope", status=1)
+
+    def test_load_without_a_name(self, docker):
+        archive(docker.folder / "nameless.tar", "", b"?")
+        # nerdctl's transfer service keeps the archive's index as an image of its own, beside the image.
+        found = re.findall(r"^Loaded image ID: (sha256:[0-9a-f]{64})$", docker("load", "-i", str(docker.folder / "nameless.tar")), re.M)
+        assert len(found) == 1 or not docker.over_ctr
+        for identity in found:
+            assert docker.json("image", "inspect", identity)[0]["RepoTags"] == []
+            assert "Deleted: " + identity in docker("rmi", identity)
+
+    def test_load_of_garbage(self, docker):
+        (docker.folder / "garbage.tar").write_bytes(b"garbage" * 100)
+        assert docker("load", "-i", str(docker.folder / "garbage.tar"), status=1)
+
+    def test_push_and_pull(self, docker):
+        if not answers(*CTR_REGISTRY.split(":")):
+            pytest.skip(f"needs a registry on {CTR_REGISTRY}")
+        name = f"{CTR_REGISTRY}/nerdctld-test/hello:{os.getpid()}"
+        docker("tag", "hello:1", name)
+        digest = re.search(r"digest: (sha256:[0-9a-f]{64}) size: \d+", docker("push", name)).group(1)
+        docker("rmi", name)
+        told = docker("pull", name)
+        assert f"Digest: {digest}\n" in told and f"Status: Downloaded newer image for {name}" in told
+        assert "Image is up to date" in docker("pull", name)
+        assert f"{name.rpartition(':')[0]}@{digest}" in docker.json("image", "inspect", name)[0]["RepoDigests"]
+        docker("rmi", name)
+        assert "not found" in docker("pull", f"{CTR_REGISTRY}/nerdctld-test/nope:1", status=1)
+        assert "does not exist locally" in docker("push", f"{CTR_REGISTRY}/nerdctld-test/nope:1", status=1)
+
+    def test_ps_and_inspect(self, docker):
+        name = "made-by-ctr-" + str(os.getpid())
+        subprocess.run(["ctr", "--namespace", docker.namespace, "containers", "create", "--label", "a=b,c", "docker.io/library/hello:1", name],
+                       check=True, timeout=60, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        assert f"{name}|hello:1|Created" in docker("ps", "-a", "--no-trunc", "--format", "{{.ID}}|{{.Image}}|{{.Status}}")
+        assert docker("ps", "-q") == ""
+        (told,) = docker.json("inspect", name)
+        assert (told["Path"], told["State"]["Status"], told["Config"]["Labels"]["a"]) == ("/hello", "created", "b,c")
+        assert docker("ps", "-a", "--size", "--format", "{{.Size}}").startswith(("4.1kB (virtual", "0B (virtual", "8.19kB (virtual"))
+        assert "container" in docker("rmi", "hello:1", status=1)
+        subprocess.run(["ctr", "--namespace", docker.namespace, "containers", "rm", name], check=True, timeout=60, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while name in docker("ps", "-aq", "--no-trunc") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert docker("ps", "-aq") == ""
+
+    def test_version_and_info(self, docker):
+        told = docker.json("version", "--format", "{{json .Server}}")
+        components = {each["Name"]: each["Version"] for each in told["Components"]}
+        assert components["containerd"] and components["nerdctl"].startswith("nerdctl is not installed: ctr") is docker.over_ctr
+        info = docker.json("info", "--format", "{{json .}}")
+        assert info["Images"] >= 1 and info["MemTotal"] > 0
+        assert any("nerdctl is not installed" in each for each in info["Warnings"] or []) is docker.over_ctr
+
+    def test_networks_and_volumes(self, docker):
+        assert {"bridge", "host", "none"} <= set(docker("network", "ls", "--format", "{{.Name}}").split())
+        assert docker("volume", "ls", "-q") == ""
+        assert "Images" in docker("system", "df")
+
+    def test_build(self, docker):
+        if not shutil.which("buildctl") or subprocess.run(["buildctl", "debug", "workers"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                                          timeout=20).returncode:
+            pytest.skip("needs a buildkitd that answers")
+        folder = docker.folder / "context"
+        folder.mkdir()
+        (folder / "Dockerfile").write_text("FROM scratch\nARG WHAT=x\nCOPY Dockerfile /f\nLABEL what=$WHAT\nCMD [\"/f\"]\n")
+        told = docker("build", "--build-arg", "WHAT=-y", "-t", "built:1", "-t", "built:2", str(folder))
+        assert "Successfully tagged built:1" in told and "Successfully tagged built:2" in told
+        (image,) = docker.json("image", "inspect", "built:2")
+        assert (image["Config"]["Labels"], image["Config"]["Cmd"], sorted(image["RepoTags"])) == ({"what": "-y"}, ["/f"], ["built:1", "built:2"])
+        docker("rmi", "built:1", "built:2")
+        (folder / "Dockerfile").write_text("FROM scratch\nCOPY nothing /\n")
+        assert "nothing" in docker("build", "-t", "built:3", str(folder), status=1)
+
+    def test_what_needs_nerdctl(self, docker):
+        if not docker.over_ctr:
+            pytest.skip("nerdctl does it")
+        assert "nerdctl is not installed" in docker("search", "busybox", status=1)
+
+
+###############################################################################
+# Command line
+###############################################################################
+
+
+class TestCommandLine:
+    def test_defaults(self, monkeypatch):
+        for name in ("NERDCTL", "CONTAINERD_NAMESPACE", "CONTAINERD_ADDRESS", "CONTAINERD_SNAPSHOTTER", "BUILDKIT_HOST"):
+            monkeypatch.delenv(name, raising=False)
+        found = nerdctld.parse_args([])
+        assert (found.nerdctl, found.namespace, found.address, found.addr, found.debug) == ("nerdctl", "default", "", "", False)
+
+    def test_environment(self, monkeypatch):
+        for name, value in (("NERDCTL", "lima nerdctl"), ("CONTAINERD_NAMESPACE", "k8s.io"), ("CONTAINERD_ADDRESS", "/a"), ("BUILDKIT_HOST", "unix:///b")):
+            monkeypatch.setenv(name, value)
+        found = nerdctld.parse_args(["--namespace", "x"])
+        assert (found.nerdctl, found.namespace, found.address, found.buildkit_host) == ("lima nerdctl", "x", "/a", "unix:///b")
+
+    @pytest.mark.parametrize("argv", [["--nothing"], ["x"], ["--namespace", "-a"], ["--namespace", "a/b"], ["--namespace", ""], ["--nerdctl", " "], ["--idle-timeout", "x"]])
+    def test_refuses(self, argv, capsys):
+        with pytest.raises(SystemExit) as caught:
+            nerdctld.parse_args(argv)
+        assert caught.value.code == 2 and "usage:" in capsys.readouterr().err
+
+    def test_version(self):
+        done = subprocess.run([str(HERE / "nerdctld.py"), "--version"], capture_output=True, text=True, timeout=20)
+        assert (done.returncode, done.stdout) == (0, f"nerdctld {nerdctld.VERSION}\n")
+
+    @pytest.mark.parametrize("euid, path", [(0, "/var/run/nerdctl.sock"), (1000, "/run/user/1/nerdctl.sock")])
+    def test_socket_path(self, monkeypatch, euid, path):
+        monkeypatch.setattr(os, "geteuid", lambda: euid)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1")
+        assert nerdctld.default_socket_path() == path
+
+    def test_quotes_that_do_not_end(self):
+        done = subprocess.run([sys.executable, str(HERE / "nerdctld.py"), "--nerdctl", "a 'b"], capture_output=True, text=True, timeout=20)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+###############################################################################
+# Units and wrapper
+###############################################################################
+
+
+class TestUnits:
+    def test_verify(self, tmp_path):
+        if not shutil.which("systemd-analyze"):
+            pytest.skip("no systemd-analyze")
+        for name in ("nerdctl.service", "nerdctl.socket"):
+            text = (HERE / name).read_text()
+            (tmp_path / name).write_text(text.replace("ExecStart=nerdctld.py", f"ExecStart={HERE}/nerdctld.py"))
+        done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(tmp_path / "nerdctl.service"), str(tmp_path / "nerdctl.socket")],
+                              capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "nerdctl." not in done.stderr, done.stderr
+
+    def test_options_are_known(self):
+        line = re.search(r"^ExecStart=(\S+) (.*)$", (HERE / "nerdctl.service").read_text(), re.M)
+        assert line.group(1) == "nerdctld.py" and nerdctld.parse_args(line.group(2).split()).idle_timeout == 600
+
+    def test_socket_activation(self, tmp_path, scripted):
+        if not shutil.which("systemd-socket-activate"):
+            pytest.skip("no systemd-socket-activate")
+        found = Daemon(tmp_path, command=["systemd-socket-activate", "-l", str(tmp_path / "nd.sock"), "-E", "PATH", sys.executable, str(HERE / "nerdctld.py"),
+                                          "--nerdctl", str(scripted.program)])
+        assert found.ask("GET", "/_ping").body == b"OK"
+        assert found.end() == 0
+
+
+class TestWrapper:
+    def run(self, path, *words, name="docker", **options):
+        return subprocess.run(["sh", str(path / name), *words] if name == "sh" else [str(path / name), *words], capture_output=True, text=True, timeout=20, **options)
+
+    @pytest.fixture
+    def place(self, tmp_path):
+        """The wrapper installed as docker, and a program that stands for the real nerdctl."""
+        first, second = tmp_path / "first", tmp_path / "second"
+        first.mkdir()
+        second.mkdir()
+        shutil.copy(HERE / "nerdctl", first / "docker")
+        shutil.copy(HERE / "nerdctl", first / "nerdctl")
+        (second / "nerdctl").write_text('#!/bin/sh\necho "real $*"\nexit 3\n')
+        (second / "nerdctl").chmod(0o755)
+        return first, {"PATH": f"{first}:{second}:/usr/bin:/bin"}
+
+    def test_finds_the_real_one(self, place):
+        path, environment = place
+        for name in ("docker", "nerdctl"):
+            done = self.run(path, "ps", "-a", "--", "a b", name=name, env=environment)
+            assert (done.returncode, done.stdout) == (3, "real ps -a -- a b\n")
+
+    def test_through_a_link(self, place, tmp_path):
+        path, environment = place
+        (tmp_path / "third").mkdir()
+        (tmp_path / "third" / "nerdctl").symlink_to(path / "docker")
+        environment["PATH"] = f"{tmp_path}/third:" + environment["PATH"]
+        assert self.run(tmp_path / "third", "info", name="nerdctl", env=environment).stdout == "real info\n"
+
+    def test_without_a_real_one(self, place):
+        path, _ = place
+        done = self.run(path, "ps", env={"PATH": f"{path}:/nosuch:/usr/bin:/bin"})
+        if shutil.which("nerdctl", path="/usr/bin:/bin") is None:
+            assert done.returncode == 127 and "not on PATH" in done.stderr
+
+    def test_dial_stdio(self, place, daemon):
+        path, environment = place
+        environment["NERDCTLD"] = str(HERE / "nerdctld.py")
+        environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment['PATH']}"
+        done = self.run(path, "--host", "unix://" + daemon.socket, "system", "dial-stdio", env=environment, input="GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert done.stdout.endswith("OK") and done.returncode == 0
+
+    def test_dial_stdio_without_daemon(self, place):
+        path, environment = place
+        environment["NERDCTLD"] = "/nosuch"
+        done = self.run(path, "system", "dial-stdio", env=environment)
+        assert done.returncode == 127 and "NERDCTLD" in done.stderr
+
+
+###############################################################################
+# Live: the real nerdctl, containerd, BuildKit and registry
+###############################################################################
+
+STACK = pathlib.Path(os.environ.get("NERDCTLD_STACK_RUN") or "/run/nerdctld-stack")
+NAMESPACE = "nerdctld-test"
+CLIENTS = ("/usr/local/bin/docker", "/usr/bin/docker")
+
+
+def real(*words, namespace=NAMESPACE, timeout=60, data=None):
+    """Run the real nerdctl, bounded; its output."""
+    return subprocess.run(["nerdctl", f"--namespace={namespace}", *words], capture_output=True, timeout=timeout, input=data)
+
+
+def why_not_live():
+    """Why live tests cannot run here, in one line; "" when they can."""
+    if not shutil.which("nerdctl"):
+        return "nerdctl is not on PATH"
+    try:
+        done = real("version", timeout=20)
+    except subprocess.TimeoutExpired:
+        return "nerdctl version does not end"
+    if done.returncode or b"Server:" not in done.stdout:
+        return "containerd does not answer nerdctl"
+    return "" if (STACK / "base.tar").exists() else f"no base image at {STACK}/base.tar: .ci/stack up makes it"
+
+
+class Live(Daemon):
+    """The daemon over the real nerdctl."""
+
+    def docker(self, client, *words, data=None, timeout=60, environment=None):
+        """Run a docker CLI against it; the finished process, its output as text."""
+        return subprocess.run([client, *words], capture_output=True, timeout=timeout, input=data, env={
+            **os.environ, "DOCKER_HOST": "unix://" + self.socket, "HOME": os.path.dirname(self.socket), "DOCKER_BUILDKIT": "0", **(environment or {})})
+
+    def text(self, client, *words, **options):
+        """stdout of a command that has to succeed."""
+        done = self.docker(client, *words, **options)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode()
+
+
+@pytest.fixture(scope="session")
+def live_daemons(tmp_path_factory):
+    """Namespace -> a daemon over it, both with the base image."""
+    reason = why_not_live()
+    if reason:
+        pytest.skip(reason)
+    found = {}
+    try:
+        for namespace in (NAMESPACE, "default"):
+            if BASE.encode() not in real("images", "--format", "{{.Name}}", namespace=namespace).stdout:
+                real("load", data=(STACK / "base.tar").read_bytes(), namespace=namespace)
+            # A short path: those of sockets may have 107 bytes.
+            found[namespace] = Live(tmp_path_factory.mktemp("live"), "--namespace", namespace, "--debug", environment={"TMPDIR": str(tmp_path_factory.mktemp("tmp"))})
+        yield found
+    finally:
+        for each in found.values():
+            each.end()
+        names = real("images", "--format", "{{.Name}}").stdout.decode().split()
+        if names:
+            real("rmi", "-f", *names)
+        real("namespace", "rm", NAMESPACE)
+
+
+@pytest.fixture
+def live(live_daemons):
+    """The daemon over a namespace of the tests' own."""
+    return live_daemons[NAMESPACE]
+
+
+@pytest.fixture
+def building(live_daemons):
+    """The daemon over BuildKit's namespace; skips where no buildkitd answers."""
+    if not shutil.which("buildctl") or subprocess.run(["buildctl", "debug", "workers"], capture_output=True, timeout=20).returncode:
+        pytest.skip("no buildkitd answers")
+    yield live_daemons["default"]
+    names = [name for name in real("images", "--format", "{{.Name}}", namespace="default").stdout.decode().split() if "/tstlive" in name]
+    if names:
+        real("rmi", "-f", *names, namespace="default")
+
+
+@pytest.fixture(params=CLIENTS, ids=["docker of /usr/local", "docker of /usr"])
+def client(request):
+    """A docker CLI."""
+    if not os.access(request.param, os.X_OK):
+        pytest.skip(f"no {request.param}")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def real_registry():
+    """The registry of the stack."""
+    try:
+        with socket.create_connection(("127.0.0.1", 5000), 2):
+            return "localhost:5000"
+    except OSError:
+        pytest.skip("no registry on port 5000")
+
+
+class TestLiveImages:
+    def test_version_and_info(self, live, client):
+        assert "nerdctl" in live.text(client, "version")
+        assert live.text(client, "info", "--format", "{{.Driver}} {{.OSType}}") == "overlayfs linux\n"
+        assert "Server Version: " + nerdctld.VERSION in live.text(client, "info")
+
+    def test_images_and_inspect(self, live, client):
+        rows = [json.loads(line) for line in live.text(client, "images", "--no-trunc", "--format", "{{json .}}").splitlines()]
+        row = next(each for each in rows if (each["Repository"], each["Tag"]) == ("localhost:5000/bb", "1"))
+        told = json.loads(live.text(client, "image", "inspect", BASE))[0]
+        assert told["Id"] == row["ID"] and told["Config"]["Cmd"] == ["sh"] and told["RepoTags"] == [BASE]
+        assert json.loads(live.text(client, "inspect", row["ID"][7:19]))[0]["Id"] == row["ID"]
+        assert "busybox-static" in live.text(client, "history", BASE)
+        assert live.text(client, "images", "-q", "--filter", "reference=localhost:5000/*").strip()
+        done = live.docker(client, "image", "inspect", "nosuch")
+        assert done.returncode == 1 and b"No such image: nosuch" in done.stderr
+
+    def test_tag_and_rmi(self, live, client):
+        live.text(client, "tag", BASE, "tstlive/a:1")
+        assert live.text(client, "images", "--format", "{{.Repository}}:{{.Tag}}", "tstlive/a") == "tstlive/a:1\n"
+        assert "Untagged: tstlive/a:1" in live.text(client, "rmi", "tstlive/a:1")
+        assert live.docker(client, "rmi", "tstlive/a:1").returncode == 1
+
+    def test_save_and_load(self, live, client, tmp_path):
+        live.text(client, "tag", BASE, "tstlive/b:1")
+        archive = live.docker(client, "save", "tstlive/b:1").stdout
+        names = tarfile.open(fileobj=io.BytesIO(archive)).getnames()
+        assert "manifest.json" in names and "index.json" in names
+        live.text(client, "rmi", "tstlive/b:1")
+        assert "Loaded image: tstlive/b:1" in live.text(client, "load", data=archive)
+        assert live.docker(client, "load", data=b"garbage" * 100).returncode == 1
+        assert "import" not in live.text(client, "images")
+        live.text(client, "rmi", "tstlive/b:1")
+
+    def test_push_and_pull(self, live, client, real_registry):
+        for tag in "12":
+            live.text(client, "tag", BASE, f"{real_registry}/tstlive/c:{tag}")
+            assert re.search(rf"{tag}: digest: sha256:[0-9a-f]{{64}} size: \d+", live.text(client, "push", f"{real_registry}/tstlive/c:{tag}"))
+            live.text(client, "rmi", f"{real_registry}/tstlive/c:{tag}")
+        text = live.text(client, "pull", f"{real_registry}/tstlive/c:1")
+        assert "Digest: sha256:" in text and f"Status: Downloaded newer image for {real_registry}/tstlive/c:1" in text
+        assert "Image is up to date" in live.text(client, "pull", f"{real_registry}/tstlive/c:1")
+        live.text(client, "pull", "-a", f"{real_registry}/tstlive/c")
+        assert sorted(live.text(client, "images", "--format", "{{.Tag}}", f"{real_registry}/tstlive/c").split()) == ["1", "2"]
+        live.text(client, "rmi", f"{real_registry}/tstlive/c:1", f"{real_registry}/tstlive/c:2")
+        done = live.docker(client, "pull", f"{real_registry}/tstlive/nosuch:1")
+        assert done.returncode == 1 and b"not found" in done.stderr
+
+    def test_import_and_prune(self, live, client):
+        data = tar_of(("hello", b"hi"))
+        identity = live.text(client, "import", "--change", "CMD [\"/x\"]", "-", "tstlive/d:1", data=data).strip() if client == "nothing" else live.text(
+            client, "import", "-m", "why", "-", "tstlive/d:1", data=data).strip()
+        assert json.loads(live.text(client, "image", "inspect", "tstlive/d:1"))[0]["Id"] == identity
+        live.text(client, "rmi", "tstlive/d:1")
+        nameless = live.text(client, "import", "-", data=data).strip()
+        assert nameless in live.text(client, "images", "-q", "--no-trunc", "--filter", "dangling=true")
+        assert "Total reclaimed space" in live.text(client, "image", "prune", "-f")
+        assert nameless not in live.text(client, "images", "-aq", "--no-trunc")
+
+    def test_the_rest(self, live, client, real_registry):
+        assert "CONTAINER ID" in live.text(client, "ps", "-a")
+        assert "Images" in live.text(client, "system", "df") and live.text(client, "system", "df", "-v")
+        assert "bridge" in live.text(client, "network", "ls") and "DRIVER" in live.text(client, "volume", "ls")
+        assert live.docker(client, "search", "busybox").returncode == 1
+        assert "Login Succeeded" in live.text(client, "login", "-u", "u", "-p", "p", real_registry)
+        assert live.docker(client, "login", "-u", "u", "-p", "p", "localhost:1").returncode == 1
+        assert b"swarm manager" in live.docker(client, "node", "ls").stderr
+        assert live.text(client, "events", "--since", "1h", "--until", "0s", "--filter", "type=image")
+
+    def test_docker_py(self, live):
+        python = "/var/cache/nerdctld-stack/python/bin/python"
+        if not os.access(python, os.X_OK):
+            pytest.skip("no docker-py of the stack")
+        script = ("import docker\nc = docker.DockerClient(base_url='unix://%s')\ni = c.images.get('%s')\nassert '%s' in i.tags, i.tags\n"
+                  "assert c.version()['ApiVersion'] == '1.56'\nassert c.images.list()\nassert i.history()\nassert i.tag('tstlive/e', '1')\n"
+                  "data = b''.join(c.images.get('tstlive/e:1').save(named=True))\nc.images.remove('tstlive/e:1')\n"
+                  "assert c.images.load(data)[0].id == i.id\nc.images.remove('tstlive/e:1')\nprint(c.info()['Images'], c.df()['LayersSize'], c.containers.list(all=True))\n"
+                  "try: c.images.get('nosuch')\nexcept docker.errors.ImageNotFound: print('good')\n") % (live.socket, BASE, BASE)
+        done = subprocess.run([python, "-c", script], capture_output=True, text=True, timeout=90)
+        assert done.returncode == 0 and done.stdout.endswith("good\n"), done.stderr
+
+
+class TestLiveBuild:
+    def build(self, building, client, tmp_path, dockerfile, *words):
+        (tmp_path / "Dockerfile").write_text(dockerfile)
+        return building.docker(client, "build", *words, str(tmp_path), timeout=120)
+
+    def test_build(self, building, client, tmp_path):
+        (tmp_path / "file").write_text("content")
+        done = self.build(building, client, tmp_path, f"FROM {BASE}\nARG A\nCOPY file /file\nRUN echo $A >/a; cat /file\n", "-t", "tstlive/f:1", "--build-arg", "A=b",
+                          "--label", "x=y")
+        assert done.returncode == 0 and b"Successfully tagged tstlive/f:1" in done.stdout, done.stderr
+        told = json.loads(building.text(client, "image", "inspect", "tstlive/f:1"))[0]
+        assert told["Config"]["Labels"] == {"base": "busybox", "x": "y"} and len(told["RootFS"]["Layers"]) == 3
+        rows = building.text(client, "history", "--no-trunc", "--format", "{{.CreatedBy}}", "tstlive/f:1").splitlines()
+        assert len(rows) == len(told["RootFS"]["Layers"]) + len([each for each in rows if each.startswith(("LABEL", "ARG"))])
+
+    def test_quiet(self, building, client, tmp_path):
+        done = self.build(building, client, tmp_path, f"FROM {BASE}\n", "-q", "-t", "tstlive/g:1")
+        assert done.stdout.decode().strip() == json.loads(building.text(client, "image", "inspect", "tstlive/g:1"))[0]["Id"]
+
+    def test_failure(self, building, client, tmp_path):
+        done = self.build(building, client, tmp_path, f"FROM {BASE}\nRUN exit 7\n")
+        assert done.returncode == 7 and b"The command '/bin/sh -c exit 7' returned a non-zero code: 7" in done.stderr
+        done = self.build(building, client, tmp_path, f"FROM {BASE}\nFOO\n")
+        assert done.returncode == 1 and b"unknown instruction: FOO" in done.stderr
+
+    def test_import_with_changes(self, building, client):
+        building.text(client, "import", "-c", "CMD [\"/x\"]", "-c", "ENV A=b", "-", "tstlive/h:1", data=tar_of(("x", b"hi")), timeout=120)
+        told = json.loads(building.text(client, "image", "inspect", "tstlive/h:1"))[0]
+        assert told["Config"]["Cmd"] == ["/x"] and "A=b" in told["Config"]["Env"]
+
+    def test_prune(self, building, client):
+        assert "Total" in building.text(client, "builder", "prune", "-f", "--filter", "until=10000h")
+
+
+class TestLiveLeaving:
+    """A client that leaves in the middle leaves nothing behind."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def big(cls, live_daemons, tmp_path_factory):
+        """An archive of 200 MB that does not compress, and the name of its image."""
+        path = tmp_path_factory.mktemp("big") / "big.tar"
+        layer = tmp_path_factory.mktemp("layer") / "layer.tar"
+        with tarfile.open(layer, "w") as archive:
+            info = tarfile.TarInfo("noise")
+            info.size = 200 << 20
+            with open("/dev/urandom", "rb") as noise:
+                archive.addfile(info, noise)
+        digest = hashlib.sha256(layer.read_bytes()).hexdigest()
+        config = json.dumps({"architecture": nerdctld.GO_ARCHITECTURES[os.uname().machine], "os": "linux", "config": {},
+                             "rootfs": {"type": "layers", "diff_ids": ["sha256:" + digest]}}).encode()
+        manifest = json.dumps([{"Config": "config.json", "RepoTags": ["localhost:5000/tstlive/big:1"], "Layers": ["layer.tar"]}]).encode()
+        with tarfile.open(path, "w") as archive:
+            for name, content in (("manifest.json", manifest), ("config.json", config)):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+            archive.add(layer, "layer.tar")
+        layer.unlink()
+        yield path
+        path.unlink()
+
+    def clean(self, live):
+        """Wait until nothing but the feed of events runs, and no temporary file is left."""
+        assert until(lambda: not [each for each in live.children() if " events " not in each], 15), live.children()
+        folder = re.search(rb"TMPDIR=([^\0]*)", pathlib.Path(f"/proc/{live.process.pid}/environ").read_bytes()).group(1).decode()
+        assert until(lambda: [name for _, _, files in os.walk(folder) for name in files] == [])
+
+    def test_load(self, live, big):
+        with live.connect() as sock, open(big, "rb") as archive:
+            sock.sendall(b"POST /images/load HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % big.stat().st_size)
+            for _ in range(400):
+                sock.sendall(archive.read(1 << 18))
+        self.clean(live)
+        assert live.ask("GET", "/images/localhost:5000/tstlive/big:1/json").status == 404
+        assert b"big" not in real("images").stdout
+        # What a killed nerdctl leaves of layer.tar would stand in the way.
+        other = tar_of(("manifest.json", json.dumps([{"Config": "c.json", "RepoTags": ["tstlive/j:1"], "Layers": ["layer.tar"]}]).encode()),
+                       ("c.json", json.dumps({"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": [
+                           "sha256:" + hashlib.sha256(CONTEXT).hexdigest()]}}).encode()), ("layer.tar", CONTEXT))
+        # containerd tidies up a second later.
+        assert until(lambda: b"Loaded image: tstlive/j:1" in live.ask("POST", "/images/load?quiet=1", body=other).body)
+        assert live.ask("DELETE", "/images/tstlive/j:1").status == 200
+
+    def test_save_push_and_pull(self, live, big, real_registry):
+        with open(big, "rb") as archive:
+            answer = live.ask("POST", "/images/load?quiet=1", body=archive, headers={"Content-Length": str(big.stat().st_size)})
+        assert b"Loaded image: localhost:5000/tstlive/big:1" in answer.body
+        name = "/images/localhost:5000/tstlive/big"
+        with live.connect() as sock:
+            sock.sendall(b"GET %b:1/get HTTP/1.1\r\nHost: x\r\n\r\n" % name.encode())
+            for _ in range(50):
+                sock.recv(1 << 20)
+        self.clean(live)
+        with live.connect() as sock:
+            sock.sendall(b"POST %b/push?tag=1 HTTP/1.1\r\nHost: x\r\n\r\n" % name.encode())
+            sock.recv(1000)
+            time.sleep(0.2)
+        self.clean(live)
+        assert live.ask("GET", f"/distribution/{real_registry}/tstlive/big:1/json").status in (404, 500), "half of it was pushed under its name"
+        assert b'"error"' not in live.ask("POST", f"{name}/push?tag=1").body
+        assert live.ask("DELETE", f"{name}:1").status == 200
+        with live.connect() as sock:
+            sock.sendall(b"POST /images/create?fromImage=localhost:5000/tstlive/big&tag=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+            time.sleep(0.15)
+        self.clean(live)
+        status = live.ask("GET", f"{name}:1/json").status
+        assert status == 404 or b"complete" in real("image", "inspect", "localhost:5000/tstlive/big:1").stdout or status == 200
+        answer = live.ask("POST", "/images/create?fromImage=localhost:5000/tstlive/big&tag=1")
+        assert answer.lines[-1]["status"].startswith("Status: ")
+        assert live.ask("DELETE", f"{name}:1").status == 200
+
+    def test_build(self, building):
+        context = tar_of(("Dockerfile", f"FROM {BASE}\nRUN sleep 60\n".encode()))
+        with building.connect() as sock:
+            sock.sendall(b"POST /build?t=tstlive/i:1 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(context), context))
+            assert sock.recv(65536)
+            time.sleep(0.5)
+        self.clean(building)
+        assert building.ask("GET", "/images/tstlive/i:1/json").status == 404
+
+
+class TestLiveSSH:
+    @pytest.fixture
+    def host(self, live, tmp_path):
+        """ssh://… of an sshd of our own, whose docker is the wrapper, and the environment of its clients."""
+        sshd = shutil.which("sshd") or ("/usr/sbin/sshd" if os.path.exists("/usr/sbin/sshd") else "")
+        if not sshd or not shutil.which("ssh-keygen") or os.geteuid():
+            pytest.skip("no sshd that this user can start")
+        for name in ("host", "key"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True, timeout=20)
+        (tmp_path / "bin").mkdir()
+        shutil.copy(HERE / "nerdctl", tmp_path / "bin" / "docker")
+        (tmp_path / "bin" / "nerdctld.py").write_text(f"#!/bin/sh\nexec {sys.executable} {HERE}/nerdctld.py --addr unix://{live.socket} \"$@\"\n")
+        (tmp_path / "bin" / "nerdctld.py").chmod(0o755)
+        os.chmod(tmp_path, 0o755)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        (tmp_path / "sshd_config").write_text(
+            f"Port {port}\nListenAddress 127.0.0.1\nHostKey {tmp_path}/host\nPidFile none\nAuthorizedKeysFile {tmp_path}/key.pub\nStrictModes no\n"
+            f"PermitRootLogin yes\nUsePAM no\nSetEnv PATH={tmp_path}/bin:{os.environ['PATH']}\n")
+        (tmp_path / "ssh").write_text(f"#!/bin/sh\nexec {shutil.which('ssh')} -i {tmp_path}/key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null "
+                                      "-o LogLevel=ERROR \"$@\"\n")
+        (tmp_path / "ssh").chmod(0o755)
+        os.makedirs("/run/sshd", exist_ok=True)
+        process = subprocess.Popen([sshd, "-D", "-e", "-f", str(tmp_path / "sshd_config")], stdout=subprocess.DEVNULL, stderr=open(tmp_path / "sshd.log", "wb"))
+
+        def answers():
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                return True
+        assert until(answers), (tmp_path / "sshd.log").read_text()
+        yield f"ssh://root@127.0.0.1:{port}", {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        process.terminate()
+        process.wait(10)
+
+    def test_docker_over_ssh(self, live, client, host):
+        address, environment = host
+        assert live.text(client, "-H", address, "version", "--format", "{{.Server.Version}}", environment=environment) == nerdctld.VERSION + "\n"
+        assert BASE in live.text(client, "-H", address, "images", "--format", "{{.Repository}}:{{.Tag}}", environment=environment)
+        archive = live.docker(client, "-H", address, "save", BASE, environment=environment).stdout
+        assert len(archive) > 1000000 and "Loaded image" in live.text(client, "-H", address, "load", data=archive, environment=environment)
 
 
 if __name__ == "__main__":
