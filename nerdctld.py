@@ -464,6 +464,7 @@ NERDCTL_ERRORS: List[Tuple[Any, type, str]] = [
         (r"exec: \"[^\"]*\": (?:permission denied|stat \S+: no such file or directory)|permission denied: unknown", BadParameter, ""),
         (r"(?:no such container:? |no container found for: |no running task found for container |container not found: )"
          r"\"?([^\s\"]+)", NotFound, "No such container: {0}"),
+        (r"container \"([0-9a-f]{64})\" in namespace \"[^\"]*\": not found", NotFound, "No such container: {0}"),
         (r"image not available: \"?([^\"\s]+)", NotFound, "No such image: {0}"),
         (r"no such image:? \"?([^\s\"]+)", NotFound, "No such image: {0}"),
         (r"image \"([^\"]+)\": not found", NotFound, "No such image: {0}"),
@@ -759,7 +760,8 @@ class Nerdctl:
         """Under --debug, log the command with its time."""
         if self.debug:
             took = (time.monotonic() - process.began) * 1000
-            log(f"{shlex.join(process.argv)} -> {process.popen.returncode} in {took:.0f} ms")
+            said = process.error_text() if process.popen.returncode > 0 else ""
+            log(f"{shlex.join(process.argv)} -> {process.popen.returncode} in {took:.0f} ms{' ' + nerdctl_message(said) if said else ''}")
 
     def start(self, *arguments: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE, stderr: Any = None,
               environment: Optional[Dict[str, str]] = None, client: Client = Client(), lasting: bool = False) -> Process:
@@ -1349,6 +1351,15 @@ class Container:
 CONTAINER_ROW = "[{{json .}},{{json .LabelsMap}}]"
 
 
+def steadily(read: Callable[[], List[Any]]) -> List[Any]:
+    """What `read` has of a listing of containers. nerdctl fails as a whole when any of them goes while it lists, so it is
+    asked again then."""
+    for _ in range(10):
+        with contextlib.suppress(NotFound):
+            return read()
+    return read()
+
+
 def parse_containers(rows: List[Any]) -> Dict[str, Container]:
     """Rows of `ps --no-trunc --format CONTAINER_ROW` as real id -> Container, newest first."""
     return {row["ID"]: Container(row, labels) for row, labels in rows if row.get("ID")}
@@ -1459,9 +1470,12 @@ class ContainerTable:
     def _read_all(self) -> Dict[str, Container]:
         self.changed.clear()
         self.patched.clear()
-        found = parse_containers(self._rows())
+        found = parse_containers(self._steady_rows())
         with self.patching:
             return self._settled(found)
+
+    def _steady_rows(self, *options: str) -> List[Any]:
+        return steadily(lambda: self._rows(*options))
 
     def _rows(self, *options: str) -> List[Any]:
         arguments = ("ps", "-a", "--no-trunc", *options, "--format")
@@ -1480,7 +1494,7 @@ class ContainerTable:
         return [(row, labels.get(row["ID"])) for row in rows]
 
     def _read_one(self, real: str) -> Optional[Container]:
-        return parse_containers(self._rows("--filter", "id=" + real)).get(real)
+        return parse_containers(self._steady_rows("--filter", "id=" + real)).get(real)
 
     def _with(self, table: Dict[str, Container], real: str, found: Optional[Container]) -> Dict[str, Container]:
         result = dict(table)
@@ -4063,7 +4077,7 @@ def container_sizes(engine: Engine, container: Optional[Container] = None) -> Di
     """Real id -> bytes written and bytes in all, of one container or of all; read anew, since no event tells of them."""
     arguments = ["ps", "-a", "--no-trunc", "--size", *([f"--filter=id={container.real}"] if container else [])]
     found = {}
-    for row in engine.nerdctl.rows(*arguments, "--format", '{"ID":{{json .ID}},"Size":{{json .Size}}}'):
+    for row in steadily(lambda: engine.nerdctl.rows(*arguments, "--format", '{"ID":{{json .ID}},"Size":{{json .Size}}}')):
         written, _, whole = (row.get("Size") or "").partition(" (virtual ")
         found[row["ID"]] = (size_bytes(written), size_bytes(whole.rstrip(")")))
     return found
@@ -4441,7 +4455,7 @@ def bind_word(text: str) -> str:
     parts = text.split(":")
     if len(parts) > 3 or not all(parts[:2]):
         raise BadParameter(f"invalid volume specification: '{text}'")
-    if len(parts) > 1 and not parts[1].startswith("/"):
+    if not parts[:2][-1].startswith("/"):
         raise BadParameter(f"invalid volume specification: '{text}': invalid mount config: mount path must be absolute")
     if len(parts) == 3:
         kept = [each for each in parts[2].split(",") if each and each not in ("nocopy", "cached", "delegated", "consistent")]
@@ -6330,15 +6344,97 @@ def path_stat(engine: Engine, container: Container, path: str) -> Tuple[PathStat
         except OSError as error:
             raise BadParameter(f"{path}: {error.strerror}") from None
     with engine.nerdctl.start("cp", "--", f"{container.real}:{path}", "-") as process:
-        data = b""
-        while True:
-            part = process.read(65536)
-            data += part
-            header = first_header(data)
-            if header:
-                return tar_stat(header, path), ""
-            if not part:
-                copy_failed(process, container, path)
+        header, _ = read_header(process)
+        if not header:
+            copy_failed(process, container, path)
+        found = tar_stat(header, path)
+    if path.endswith("/") or tar_root(header, found.name):
+        return found, ""
+    return link_stat(engine, container, path, found)
+
+
+def link_stat(engine: Engine, container: Container, path: str, found: PathStat) -> Tuple[PathStat, str]:
+    """The stat and the target of a link in a container that does not run: nerdctl follows it, unless its folder is copied.
+    `found` is what it leads to, which is told where the link cannot be found."""
+    import tarfile
+
+    folder, name = os.path.split(path)
+    with engine.nerdctl.start("cp", "--", f"{container.real}:{folder.rstrip('/')}/.", "-") as process, contextlib.suppress(tarfile.TarError):
+        for entry in tarfile.open(fileobj=process, mode="r|"):
+            if entry.issym() and entry.name in (name, f"./{name}"):
+                resolved = entry.linkname if entry.linkname.startswith("/") else f"{folder}/{entry.linkname}"
+                return PathStat(name, len(entry.linkname), stat.S_IFLNK | 0o777, int(entry.mtime) * 10**9, os.path.normpath(resolved)), entry.linkname
+    return found, ""
+
+
+def read_header(process: Process) -> Tuple[Optional[bytes], bytes]:
+    """The first header of the tar that a process writes, None where there is none, and all that was read for it."""
+    data = b""
+    while True:
+        part = process.read(65536)
+        data += part
+        header = first_header(data)
+        if header or not part:
+            return header, data
+
+
+def tar_root(header: bytes, name: str) -> bool:
+    """Whether the entries of a tar with this first header begin with `name`."""
+    came = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape").partition("/")[0]
+    return came == name or (len(came) > 90 and name.startswith(came))
+
+
+class TarSource:
+    """A tar that a process writes, from its beginning, for tarfile."""
+
+    def __init__(self, data: bytes, process: Process):
+        self.data = data
+        self.process = process
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes."""
+        if self.data:
+            found, self.data = self.data[:size], self.data[size:]
+            return found
+        return self.process.read(size)
+
+
+def renamed_tar(source: TarSource, name: str) -> Iterator[bytes]:
+    """A tar with `name` in the place of what its entries begin with: dockerd names them as the client named the path, and
+    nerdctl as the folder is called that it found there."""
+    import tarfile
+
+    def rename(text: str) -> str:
+        _, slash, rest = text.partition("/")
+        return (name.rstrip("/") + slash + rest) or "/"
+
+    with tarfile.open(fileobj=source, mode="r|") as tar:
+        for entry in tar:
+            entry.name = rename(entry.name)
+            if entry.islnk():
+                entry.linkname = rename(entry.linkname)
+            yield entry.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+            if entry.isreg() and entry.size:
+                yield from iter(lambda data=tar.extractfile(entry): data.read(BLOCK), b"")
+                yield bytes(-entry.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def copied_tar(process: Process, name: str) -> Iterator[bytes]:
+    """The tar that a `nerdctl cp` writes, its entries beginning with `name`; the ApiError where it fails."""
+    import tarfile
+
+    header, data = read_header(process)
+    if header is None or name == "." or tar_root(header, name):
+        yield data
+        yield from iter(process.read, b"")
+    else:
+        try:
+            yield from renamed_tar(TarSource(data, process), name)
+        except tarfile.TarError:
+            process.check()
+            raise ApiError("nerdctl did not copy a whole archive") from None
+    process.check()
 
 
 def copy_failed(process: Process, container: Container, path: str) -> None:
@@ -6373,15 +6469,16 @@ def archive_get(engine: Engine, request: Request, name: str) -> Response:
     container = engine.snapshot.find(name)
     path = check_path(request.value("path"))
     found, target = path_stat(engine, container, path)
+    # nerdctl takes a root for the name of the folder that it is mounted at.
+    taken = path if path.strip("/") else "/."
 
     def chunks() -> Iterator[bytes]:
         if target:
             yield link_archive(found, target)
             return
-        with engine.nerdctl.start("cp", "--", f"{container.real}:{path}", "-", client=request.client) as process:
+        with engine.nerdctl.start("cp", "--", f"{container.real}:{taken}", "-", client=request.client) as process:
             widen_pipe(process.stdout)
-            yield from iter(process.read, b"")
-            process.check()
+            yield from copied_tar(process, os.path.basename(path.rstrip("/")) or "/")
         engine.tell(container, "archive-path", path=path)
 
     return Response(200, Stream(chunks(), primed=True), "application/x-tar", found.header())
@@ -6415,7 +6512,10 @@ def archive_put(engine: Engine, request: Request, name: str) -> Response:
     """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none."""
     container = engine.snapshot.find(name)
     path = check_path(request.value("path"))
-    found, _ = path_stat(engine, container, path.rstrip("/") + "/" if path != "/" else "/")
+    try:
+        found, _ = path_stat(engine, container, path.rstrip("/") + "/")
+    except NotFound:
+        raise not_there(container, path) from None
     if not stat.S_ISDIR(found.mode):
         raise BadParameter("extraction point is not a directory")
     with engine.nerdctl.start("cp", "--", "-", f"{container.real}:{path}", stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
@@ -6465,15 +6565,16 @@ def parse_changes(text: str) -> List[Dict[str, Any]]:
     """The lines of nerdctl's diff, without the root and the mount points that every container gets, which Docker does
     not tell."""
     kinds = {"C": 0, "A": 1, "D": 2}
-    found = []
+    found: Dict[str, int] = {}
     for line in text.splitlines():
         kind, _, path = line.partition(" ")
         if kind in kinds and path.startswith("/") and path != "/" and not (kind == "A" and path in MOUNT_POINTS):
-            found.append({"Path": path, "Kind": kinds[kind]})
-    if not any(each["Path"].startswith("/etc/") for each in found):
+            # It tells a folder that was added once more as changed.
+            found[path] = max(kinds[kind], found.get(path, 0))
+    if found.get("/etc") == 0 and not any(path.startswith("/etc/") for path in found):
         # It has changed by those mount points alone.
-        found = [each for each in found if each != {"Path": "/etc", "Kind": 0}]
-    return sorted(found, key=lambda each: each["Path"])
+        del found["/etc"]
+    return [{"Path": path, "Kind": found[path]} for path in sorted(found)]
 
 
 def json_null() -> bytes:
@@ -8399,6 +8500,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                 stream.close()
                 return self.respond(error_response(error), body)
             # Too late for a status: the missing end of the chunks tells the client.
+            log(f"{self.command} {self.path.partition('?')[0]}: broken off: {error}")
             self.close_connection = True
             if self.server.engine.nerdctl.debug:
                 log(f"{self.command} {self.path.partition('?')[0]}: broken off: {error}")
