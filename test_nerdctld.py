@@ -30,6 +30,7 @@ import sys
 import tarfile
 import threading
 import time
+import types
 import urllib.parse
 
 import pytest
@@ -40,6 +41,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 SOURCE = (HERE / "nerdctld.py").read_text()
 SHARED = HERE.parent / "shared"
 BASE = "localhost:5000/bb:1"
+TAR_END = "\0" * 1024
 
 
 ###############################################################################
@@ -1954,10 +1956,28 @@ class TestImages:
         ("/images/get?names=tst:a,tst:a", ["docker.io/library/tst:a"]), ("/images/tst/get", ["docker.io/library/tst:a"]),
         (f"/images/{BB}/get", ["docker.io/library/tst:a"]), ("/images/tst:a/get?platform=linux/amd64", ["docker.io/library/tst:a"])])
     def test_save(self, furnished, scripted, path, names):
-        scripted.on("save", stdout="archive")
+        scripted.on("save", stdout="archive" + TAR_END)
         answer = ask(furnished, "GET", path)
-        assert (answer.status, answer.body) == (200, b"archive")
+        assert (answer.status, answer.body) == (200, b"archive" + TAR_END.encode())
         assert scripted.argv("save") == ["save", *(["--platform=linux/amd64"] if "platform" in path else []), "--", *names]
+
+    @pytest.mark.parametrize("runs", [[500, 900, 5000], [0, 5000], [4999, 5000], [1, 1, 1, 5000]])
+    def test_save_that_ends_too_early_is_gone_on_with(self, runs):
+        whole, left = os.urandom(3976) + TAR_END.encode(), list(runs)
+
+        @contextlib.contextmanager
+        def start(*arguments, client):
+            part = io.BytesIO(whole[:left.pop(0)])
+            yield types.SimpleNamespace(stdout=None, read=lambda: part.read(700), check=lambda: None)
+
+        engine = types.SimpleNamespace(nerdctl=types.SimpleNamespace(start=start))
+        assert b"".join(nerdctld.whole_archive(engine, nerdctld.Request("GET", "/"), ["save"])) == whole
+
+    def test_save_that_never_ends_is_no_archive(self, furnished, scripted):
+        scripted.on("save", stdout="x" * 1000)
+        with pytest.raises(nerdctld.ApiError, match="whole archive"):
+            list(nerdctld.whole_archive(furnished, nerdctld.Request("GET", "/"), ["save"]))
+        assert len(scripted.calls("save")) == nerdctld.SAVE_ATTEMPTS
 
     def test_save_refuses_before_the_first_byte(self, furnished, scripted):
         assert ask(furnished, "GET", "/images/get").status == 400
@@ -3817,8 +3837,8 @@ class TestHTTPServer:
             assert b"413" in receive(sock)[:20]
 
     def test_big_answer(self, shared):
-        shared.scripted.on("save", stdout="x" * 5000000)
-        assert len(shared.ask("GET", "/images/tst:a/get").body) == 5000000
+        shared.scripted.on("save", stdout="x" * 5000000 + TAR_END)
+        assert len(shared.ask("GET", "/images/tst:a/get").body) == 5000000 + len(TAR_END)
 
     def test_a_stream_that_fails_late_has_no_end(self, shared):
         shared.scripted.on("save", stdout="x" * 1000000, stderr=fatal("unexpected EOF"), status=1)
@@ -3836,7 +3856,7 @@ class TestHTTPServer:
         assert until(lambda: not [each for each in shared.children() if "sleep" not in each]), shared.children()
 
     def test_descriptors_do_not_leak(self, shared):
-        shared.scripted.on("save", stdout="x")
+        shared.scripted.on("save", stdout="x" + TAR_END)
         count = lambda: len(os.listdir(f"/proc/{shared.process.pid}/fd"))
         for path in ("/containers/json", "/images/tst:a/get", "/events?until=1"):
             shared.ask("GET", path)
@@ -3971,14 +3991,14 @@ class TestSockets:
 
     def test_running_requests_end(self, daemon, scripted):
         furnish(scripted)
-        scripted.on("save", stdout="x", stays=0.7)
+        scripted.on("save", stdout="x" + TAR_END, stays=0.7)
         answers = []
         thread = threading.Thread(target=lambda: answers.append(daemon.ask("GET", "/images/tst:a/get")))
         thread.start()
         assert until(lambda: scripted.calls("save"))
         assert daemon.end() == 0
         thread.join(5)
-        assert (answers[0].status, answers[0].body) == (200, b"x")
+        assert (answers[0].status, answers[0].body) == (200, b"x" + TAR_END.encode())
 
     def test_events_do_not_hold_up_the_end(self, daemon):
         with daemon.connect() as sock:
@@ -3992,7 +4012,10 @@ class TestSockets:
         found = Daemon(tmp_path, "--nerdctl", str(scripted.program), environment={"TMPDIR": str(tmp_path)})
         furnish(scripted)
         found.ask("GET", "/containers/json")
-        children = [int(pid) for task in pathlib.Path(f"/proc/{found.process.pid}/task").iterdir() for pid in (task / "children").read_text().split()]
+        children = []
+        for task in pathlib.Path(f"/proc/{found.process.pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                children += [int(pid) for pid in (task / "children").read_text().split()]
         assert children
         found.end()
         assert until(lambda: not [pid for pid in children if os.path.exists(f"/proc/{pid}")])
