@@ -2771,7 +2771,11 @@ def image_history(engine: Engine, request: Request, name: str) -> Response:
     """How an image was made, a row a step; sizes as unpacked."""
     group = engine.snapshot.image(name)
     check_platform(group, request.value("platform"))
-    rows = engine.nerdctl.rows("history", "--no-trunc", "--format", "{{json .}}", "--", group.names[0])
+    rows = group.detail.get("History")
+    if rows is None:
+        rows = engine.nerdctl.rows("history", "--no-trunc", "--format", "{{json .}}", "--", group.names[0])
+        # Kept like the rest of what is behind a digest.
+        group.detail["History"] = rows
     # nerdctl gives a size to each step; those of steps with a layer are in the order of the history.
     steps = list(reversed(group.config.get("history") or []))
     sizes = [size_bytes(row.get("Size") or "") for row, step in zip(rows, steps) if not step.get("empty_layer")]
@@ -3071,6 +3075,19 @@ def parse_loaded(text: str) -> List[str]:
     return list(dict.fromkeys(told))
 
 
+def loaded_names(engine: Engine, told: List[str], before: Iterable[str]) -> List[str]:
+    """The names with a tag that an archive brought. nerdctl now and then ends before it has told all of them, so new names
+    count too, and where there are none the one that the index of the archive has."""
+    known, after = set(before), [image.name for image in engine.snapshot.names.get()]
+    found = [name for name in [*told, *(each for each in after if each not in known)] if "@sha256:" not in name]
+    groups = {} if found else engine.snapshot.image_groups()
+    for name in [] if found else told:
+        manifest = groups[name.partition("@")[2]].detail.get("ManifestDesc") if name.partition("@")[2] in groups else {}
+        noted = ((manifest or {}).get("annotations") or {}).get("io.containerd.image.name")
+        found += [noted] if noted in after else []
+    return list(dict.fromkeys(found))
+
+
 @route("POST", "/images/load")
 def image_load(engine: Engine, request: Request) -> Response:
     """Load an archive; a stream with `Loaded image: …` for each name in it, and with the bytes read unless `quiet`."""
@@ -3099,7 +3116,7 @@ def image_load(engine: Engine, request: Request) -> Response:
                 text = b"".join(iter(process.read, b"")).decode(errors="replace")
                 process.check()
         loaded = parse_loaded(text)
-        named = [name for name in loaded if "@sha256:" not in name]
+        named = loaded_names(engine, loaded, before)
         if named:
             with engine.changing_images():
                 remove_extra_names(engine, "import", before)
@@ -9221,6 +9238,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             return dial_stdio(socket_path(options.addr) if options.addr else default_socket_path())
         signals = watch_signals()
         listener, path = listen(options.addr)
+        inode = os.lstat(path).st_ino if path else 0
     except StartError as error:
         log(str(error))
         return 1
@@ -9230,7 +9248,6 @@ def main(argv: Optional[List[str]] = None) -> int:
     engine.workspace.sweep()
     engine.caretaker = Caretaker(engine)
     server = Server(engine, listener)
-    inode = os.lstat(path).st_ino if path else 0
     notify_systemd("READY=1", notify)
     threading.Thread(target=engine.caretaker.look, name="look", daemon=True).start()
     log(f"listening on {path or 'the socket of systemd'}, namespace {nerdctl.namespace}")
@@ -9241,7 +9258,6 @@ def main(argv: Optional[List[str]] = None) -> int:
             if os.lstat(path).st_ino == inode:
                 os.unlink(path)
     # Streams of events would last until their clients leave.
-    engine.journal.close()
     engine.hang_up()
     deadline = time.monotonic() + 10.0
     while server.active and time.monotonic() < deadline:

@@ -6,6 +6,7 @@ command it is of). Live tests, in the classes called TestLive…, run where nerd
 with one line. `python3 test_nerdctld.py --bench` prints ratios instead.
 """
 
+import argparse
 import ast
 import struct
 import select
@@ -25,9 +26,11 @@ import shutil
 import signal
 import socket
 import stat
+import statistics
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import types
@@ -211,8 +214,9 @@ class Daemon:
                                             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(environment or {})})
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and self.process.poll() is None:
-            with contextlib.suppress(OSError):
-                self.connect().close()
+            # Not only a connection: those are taken before signals are heeded.
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self.ask("GET", "/_ping")
                 return
             time.sleep(0.02)
         raise AssertionError("the daemon did not start: " + self.log.read_text())
@@ -868,6 +872,7 @@ FAILURES = [
     ("ps", fatal("rootless containerd not running? (hint: use `containerd-rootless-setuptool.sh install` to start rootless containerd): "
                  "stat /run/user/1/containerd-rootless: no such file or directory"), 503,
      "rootless containerd is not running: containerd-rootless-setuptool.sh install sets it up"),
+    ("ps -a (while a container goes)", fatal(f'container "{"5" * 64}" in namespace "default": not found'), 404, "No such container: " + "5" * 64),
     ("run x (over ctr)", fatal("nerdctl is not installed, and containerd's ctr cannot do what `nerdctl run` does: install nerdctl for running "
                                "containers, networks and volumes"), 501, "nerdctl is not installed"),
     ("build .", level("error", "`buildctl` needs to be installed and `buildkitd` needs to be running, see https://github.com/moby/buildkit") +
@@ -1763,9 +1768,12 @@ class TestImages:
         assert ask(furnished, "GET", "/images/tst:a/json?platform={").status == 400
 
     def test_history(self, furnished, scripted):
+        scripted.on("images", stdout="".join(line + "\n" for line in IMAGES.stdout.splitlines()[:2]))
         assert ask(furnished, "GET", "/images/tst:a/history").json == [{
             "Comment": "", "Created": 1700000000, "CreatedBy": "busybox-static", "Id": BB, "Size": 2019000, "Tags": ["tst:a", "localhost:5000/bb:1"]}]
         assert scripted.argv("history")[-2:] == ["--", "docker.io/library/tst:a"]
+        ask(furnished, "GET", "/images/tst:a/history")
+        assert len(scripted.calls("history")) == 1, "what is behind a digest never changes"
 
     def test_history_of_steps_without_layer(self, furnished, scripted):
         scripted.on("images", stdout=IMAGES.stdout.splitlines()[0].replace(BB, json.loads(BUILT_INSPECT.stdout)["Image"]["Target"]["digest"]))
@@ -1941,6 +1949,17 @@ class TestImages:
         furnished.nerdctl.start = start
         ask(furnished, "POST", "/images/load", b"x")
         assert [each["argv"][-1].partition("@")[0] for each in scripted.calls("rmi")] == ["import"]
+
+    def test_load_of_which_nerdctl_did_not_tell_the_name(self, furnished, scripted):
+        # Seen of 2.3.5 where its last redraw came before the name.
+        lines = LOAD.stdout.splitlines(True)
+        scripted.on("load", stdout="".join(line for line in lines if "Loaded image: localhost" not in line), reads=True)
+        scripted.on("rmi")
+        extra = json.loads(IMAGES.stdout.splitlines()[2])["ID"]
+        detail = json.loads(IMAGE_INSPECT.stdout.splitlines()[1])
+        detail["Image"]["Target"] = {"digest": extra}
+        scripted.on("image inspect", stdout=json.dumps(detail) + "\n")
+        assert ask(furnished, "POST", "/images/load?quiet=1", b"x").lines == [{"stream": "Loaded image: localhost:5000/bb:1\n"}]
 
     @pytest.mark.parametrize("recording", [V21_LOAD, V17_LOAD], ids=["2.1.6", "1.7.7"])
     def test_load_of_older_ones(self, recording):
@@ -5289,6 +5308,10 @@ class TestLiveBuild:
         assert "Total" in building.text(client, "builder", "prune", "-f", "--filter", "until=10000h")
 
 
+# A new one each time: the registry keeps what was pushed.
+BIG = f"localhost:5000/tstlive/big:{int(time.time())}"
+
+
 class TestLiveLeaving:
     """A client that leaves in the middle leaves nothing behind."""
 
@@ -5306,7 +5329,7 @@ class TestLiveLeaving:
         digest = hashlib.sha256(layer.read_bytes()).hexdigest()
         config = json.dumps({"architecture": nerdctld.GO_ARCHITECTURES[os.uname().machine], "os": "linux", "config": {},
                              "rootfs": {"type": "layers", "diff_ids": ["sha256:" + digest]}}).encode()
-        manifest = json.dumps([{"Config": "config.json", "RepoTags": ["localhost:5000/tstlive/big:1"], "Layers": ["layer.tar"]}]).encode()
+        manifest = json.dumps([{"Config": "config.json", "RepoTags": [BIG], "Layers": ["layer.tar"]}]).encode()
         with tarfile.open(path, "w") as archive:
             for name, content in (("manifest.json", manifest), ("config.json", config)):
                 info = tarfile.TarInfo(name)
@@ -5329,7 +5352,7 @@ class TestLiveLeaving:
             for _ in range(400):
                 sock.sendall(archive.read(1 << 18))
         self.clean(live)
-        assert live.ask("GET", "/images/localhost:5000/tstlive/big:1/json").status == 404
+        assert live.ask("GET", f"/images/{BIG}/json").status == 404
         assert b"big" not in real("images").stdout
         # What a killed nerdctl leaves of layer.tar would stand in the way.
         other = tar_of(("manifest.json", json.dumps([{"Config": "c.json", "RepoTags": ["tstlive/j:1"], "Layers": ["layer.tar"]}]).encode()),
@@ -5342,30 +5365,28 @@ class TestLiveLeaving:
     def test_save_push_and_pull(self, live, big, real_registry):
         with open(big, "rb") as archive:
             answer = live.ask("POST", "/images/load?quiet=1", body=archive, headers={"Content-Length": str(big.stat().st_size)})
-        assert b"Loaded image: localhost:5000/tstlive/big:1" in answer.body
-        name = "/images/localhost:5000/tstlive/big"
+        assert f"Loaded image: {BIG}".encode() in answer.body
+        tag, name = BIG.rpartition(":")[2], "/images/" + BIG.rpartition(":")[0]
         with live.connect() as sock:
-            sock.sendall(b"GET %b:1/get HTTP/1.1\r\nHost: x\r\n\r\n" % name.encode())
+            sock.sendall(b"GET /images/%b/get HTTP/1.1\r\nHost: x\r\n\r\n" % BIG.encode())
             for _ in range(50):
                 sock.recv(1 << 20)
         self.clean(live)
         with live.connect() as sock:
-            sock.sendall(b"POST %b/push?tag=1 HTTP/1.1\r\nHost: x\r\n\r\n" % name.encode())
+            sock.sendall(b"POST %b/push?tag=%b HTTP/1.1\r\nHost: x\r\n\r\n" % (name.encode(), tag.encode()))
             sock.recv(1000)
             time.sleep(0.2)
         self.clean(live)
-        assert live.ask("GET", f"/distribution/{real_registry}/tstlive/big:1/json").status in (404, 500), "half of it was pushed under its name"
-        assert b'"error"' not in live.ask("POST", f"{name}/push?tag=1").body
-        assert live.ask("DELETE", f"{name}:1").status == 200
+        assert live.ask("GET", f"/distribution/{BIG}/json").status in (404, 500), "half of it was pushed under its name"
+        assert b'"error"' not in live.ask("POST", f"{name}/push?tag={tag}").body
+        assert live.ask("DELETE", f"/images/{BIG}").status == 200
         with live.connect() as sock:
-            sock.sendall(b"POST /images/create?fromImage=localhost:5000/tstlive/big&tag=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+            sock.sendall(b"POST /images/create?fromImage=%b HTTP/1.1\r\nHost: x\r\n\r\n" % BIG.encode())
             time.sleep(0.15)
         self.clean(live)
-        status = live.ask("GET", f"{name}:1/json").status
-        assert status == 404 or b"complete" in real("image", "inspect", "localhost:5000/tstlive/big:1").stdout or status == 200
-        answer = live.ask("POST", "/images/create?fromImage=localhost:5000/tstlive/big&tag=1")
+        answer = live.ask("POST", f"/images/create?fromImage={BIG}")
         assert answer.lines[-1]["status"].startswith("Status: ")
-        assert live.ask("DELETE", f"{name}:1").status == 200
+        assert live.ask("DELETE", f"/images/{BIG}").status == 200
 
     def test_build(self, building):
         context = tar_of(("Dockerfile", f"FROM {BASE}\nRUN sleep 60\n".encode()))
@@ -5417,6 +5438,375 @@ class TestLiveSSH:
         assert BASE in live.text(client, "-H", address, "images", "--format", "{{.Repository}}:{{.Tag}}", environment=environment)
         archive = live.docker(client, "-H", address, "save", BASE, environment=environment).stdout
         assert len(archive) > 1000000 and "Loaded image" in live.text(client, "-H", address, "load", data=archive, environment=environment)
+
+
+###############################################################################
+# Side by side with Docker: recorded calls of its clients, its API description, a dockerd
+###############################################################################
+
+# Members of these are named by users, and not by the API.
+NAMED = {"Labels", "Networks", "Ports", "Volumes", "ExposedPorts", "Options", "Runtimes", "PortBindings", "Containers.", "Attributes", "Config.Config", "IndexConfigs",
+         "annotations", "DriverOpts", "Sysctls", "Tmpfs", "Storage"}
+
+
+def shape(value, path=""):
+    """The paths of all keys in a JSON value; `[]` for the elements of a list, `*` for names of users'."""
+    found = set()
+    if isinstance(value, dict):
+        named = path.rpartition(".")[2] in NAMED or path.endswith("LogConfig.Config")
+        for key, each in value.items():
+            place = f"{path}.*" if named else f"{path}.{key}" if path else key
+            found |= {place} | shape(each, place)
+    elif isinstance(value, list):
+        for each in value:
+            found |= shape(each, path + "[]")
+    return found
+
+
+def compare(theirs, ours):
+    """Key paths that only one of two values has, where the object around it is in both."""
+    left, right = shape(theirs), shape(ours)
+
+    def parent(path, others):
+        above = re.sub(r"(\.|^)[^.]+$", "", path)
+        return not above or any(each.startswith(above + ".") for each in others) if above else True
+    return ({each for each in left - right if parent(each, right) and not each.endswith("*")},
+            {each for each in right - left if parent(each, left) and not each.endswith("*")})
+
+
+# Handler -> key (a regular expression) -> why Docker's answer has it and ours does not, or the other way round.
+IMAGE_DIFFERENCES = {
+    r".*annotations.*": "containerd's annotations are not copied into descriptors", r".*Identity.*": "signatures and builds are not looked up",
+    r".*(Manifests|AttestationData|ImageData).*": "only the manifest whose content is here is listed",
+    r"(\[\])?.?Descriptor\.platform.*": "nerdctl's descriptors have none", r"Config\.(Shell|Healthcheck|StopSignal|ExposedPorts|ArgsEscaped|OnBuild|User|WorkingDir|Volumes|"
+    r"Entrypoint|Labels|Env|Cmd)": "another image", r"Variant": "another image", r".*VirtualSize": "until 1.43, which dockerd 29 no longer needs to say",
+    r"(Container|ContainerConfig|Parent|DockerVersion|Author|Comment|GraphDriver.*)(\..*)?": "dockerd 29 leaves empty ones out",
+    r"(Metadata|Metadata.LastTagTime|Config\..*)": "dockerd 29 leaves empty ones out", r"RootFS.*": "another image",
+}
+CONTAINER_DIFFERENCES = {
+    r".*annotations.*": "containerd's annotations are not copied into descriptors", r"ImageManifestDescriptor.*": "of images whose content is here",
+    r"HostConfig\.(Annotations|Init|Mounts|StorageOpt|Sysctls|Tmpfs|ContainerIDFile|CpuCount|CpuPercent|IOMaximum.*|Isolation|VolumeDriver|BlkioDevice.*|.*)(\..*)?":
+        "HostConfig has what was asked for",
+    r"(Storage|GraphDriver)(\..*)?": "nerdctl does not tell mounts of the snapshot", r"State\.(Health|OOMKilled).*": "another container",
+    r"Config\..*": "another container", r"NetworkSettings\..*": "networks without Docker's own endpoint bookkeeping",
+    r".*(Mounts|Ports)\[\].*": "another container", r"\[\]\.(ImageManifestDescriptor|Health|HostConfig|SizeRw|SizeRootFs|NetworkSettings).*": "nerdctl does not tell",
+}
+DIFFERENCES = {
+    "system_ping": {}, "system_ping_head": {}, "container_list": CONTAINER_DIFFERENCES, "container_inspect": CONTAINER_DIFFERENCES,
+    "image_list": IMAGE_DIFFERENCES, "image_inspect": IMAGE_DIFFERENCES, "image_history": {},
+    "system_version": {r"Components\[\]\.Details.*": "each component has what nerdctl tells of it", r"(GitCommit|GoVersion|KernelVersion|BuildTime|Experimental)": "empty ones"},
+    "system_info": {r".*": "checked against the API's description instead: dockerd tells of its own parts"},
+    "system_df": {r".*(Images|Containers|Volumes|BuildCache|ImageUsage|ContainerUsage|VolumeUsage|BuildCacheUsage).*": "the rows are those of the lists"},
+    "network_list": {r".*(IPAM|Status|EnableIPv4|Peers).*": "addresses in use are not told"},
+    "network_inspect": {r".*(IPAM|Status|EnableIPv4|Peers|Containers).*": "addresses in use are not told"},
+    "volume_list": {r".*(Options|Status|Warnings).*": "empty ones"}, "volume_inspect": {r"(Options|Status|Labels)": "empty ones"},
+    "plugin_list": {}, "image_distribution": {r".*": "another registry"},
+}
+
+
+def recorded_calls():
+    """Every recorded GET and HEAD in JSON, one of each handler, version and status."""
+    found = {}
+    for path in sorted((SHARED / "client-calls").glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            if row.get("method") not in ("GET", "HEAD") or not row.get("status"):
+                continue
+            target = urllib.parse.urlsplit(row["path"])
+            with contextlib.suppress(nerdctld.ApiError, ValueError):
+                version, place = nerdctld.split_version(urllib.parse.unquote(target.path))
+                handler, _ = nerdctld.find_route(row["method"], place)
+                body = json.loads(row["resp_body"]) if row.get("resp_body") and row["method"] == "GET" and place != "/_ping" else None
+                if handler.__name__ in DIFFERENCES and "/build" not in place:
+                    found.setdefault((handler.__name__, version, row["status"], "manifests" in target.query), (path.stem, row["method"], place, target.query, body))
+    return found
+
+
+CALLS = recorded_calls() if (SHARED / "client-calls").is_dir() else {}
+OURS = {"image_inspect": f"/images/{BASE}/json", "image_history": f"/images/{BASE}/history", "container_inspect": "/containers/tstweb/json",
+        "network_inspect": "/networks/tstnet", "volume_inspect": "/volumes/tstvol"}
+NONE = {"image_inspect": "/images/nosuch/json", "container_inspect": "/containers/nosuch/json", "network_inspect": "/networks/nosuch", "volume_inspect": "/volumes/nosuch"}
+
+
+class TestRecordedCalls:
+    def test_they_are_at_hand(self):
+        if not CALLS:
+            pytest.skip("no recorded client calls beside the repository")
+        assert len(CALLS) > 15 and {"image_list", "container_inspect", "system_version"} <= {each[0] for each in CALLS}
+
+    @pytest.mark.parametrize("key", sorted(CALLS), ids=lambda key: f"{key[0]} {'%d.%d' % key[1]} {key[2]}")
+    def test_status_and_keys(self, furnished, key, monkeypatch):
+        name, version, status, manifests = key
+        scenario, method, place, query, body = CALLS[key]
+        if name == "image_distribution":
+            pytest.skip("the registry is another one")
+        if name == "system_df":
+            monkeypatch.setattr(nerdctld, "build_cache", lambda engine: [nerdctld.docker_cache(each) for each in json.loads(BUILDCTL_DU.stdout)])
+        place = (OURS if status < 400 else NONE).get(name, place)
+        query = "&".join(each for each in query.split("&") if not each.startswith(("filters=", "limit=", "platform=")))
+        answer = ask(furnished, method, f"/v{version[0]}.{version[1]}{place}" + (f"?{query}" if query else ""))
+        if status == 400 and version < (1, 40):
+            # dockerd 29 has given up what is older; here it is still served.
+            assert answer.status == 200
+            return
+        assert answer.status == status, f"{scenario}: {method} {place}"
+        if body is not None:
+            only_theirs, only_ours = compare(body, answer.json)
+            known = DIFFERENCES[name]
+            left = {f"{who}: {each}" for who, keys in (("only Docker's", only_theirs), ("only ours", only_ours)) for each in keys
+                    if not any(re.fullmatch(pattern, each) or re.fullmatch(pattern, re.sub(r"^\[\]\.", "", each)) for pattern in known)}
+            assert not left, f"{scenario}: {method} {place}"
+
+
+class Description:
+    """The definitions of the API description: what a reader of its own for this style of YAML needs to check types."""
+
+    def __init__(self, path):
+        self.definitions = {}
+        lines = [line for line in path.read_text().splitlines() if line.strip() and not line.strip().startswith("#")]
+        begin, end = lines.index("definitions:"), lines.index("paths:")
+        self.definitions = self.block(lines[begin + 1:end])
+
+    def block(self, lines):
+        """Nested mappings by indentation; a list of scalars as a list; texts are left out."""
+        found, at = {}, 0
+        if not lines:
+            return found
+        indent = len(lines[0]) - len(lines[0].lstrip())
+        if lines[0].lstrip().startswith("- "):
+            return [line.strip()[2:].strip().strip('"') for line in lines if line.startswith(" " * indent + "- ")]
+        while at < len(lines):
+            key, _, value = lines[at].strip().partition(":")
+            stop = at + 1
+            while stop < len(lines) and len(lines[stop]) - len(lines[stop].lstrip()) > indent:
+                stop += 1
+            value = re.sub(r"\s+#.*$", "", value.strip())
+            if value.startswith("["):
+                found[key] = [each.strip().strip("\"'") for each in value.strip("[]").split(",")]
+            elif value in ("|", ">", "|-", ">-") or key in ("example", "description", "default"):
+                found[key] = ""
+            else:
+                found[key.strip('"')] = value.strip('"') if value else self.block(self.same_level(lines, at, stop, indent))
+                if not value and stop < len(lines) and lines[stop].startswith(" " * indent + "- "):
+                    while stop < len(lines) and lines[stop].startswith(" " * indent + "- "):
+                        stop += 1
+            at = stop
+        return found
+
+    @staticmethod
+    def same_level(lines, at, stop, indent):
+        """The lines below a key: deeper ones, or a list that stands as deep as the key."""
+        while stop < len(lines) and lines[stop].startswith(" " * indent + "- "):
+            stop += 1
+        return lines[at + 1:stop]
+
+    def problems(self, value, schema, path="", optional=False):
+        """What a value has against a schema."""
+        if "$ref" in schema:
+            return self.problems(value, self.definitions[schema["$ref"].rpartition("/")[2]], path, optional)
+        found = []
+        for each in schema.get("allOf") or []:
+            if isinstance(each, dict):
+                found += self.problems(value, each, path)
+        if value is None:
+            return found
+        kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "number": (int, float)}
+        kind = kinds.get(schema.get("type"))
+        if kind and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+            return [f"{path}: {type(value).__name__} and not {schema['type']}"]
+        if isinstance(value, dict):
+            found += [f"{path}.{name}: missing" for name in schema.get("required") or [] if name not in value]
+            for name, each in (schema.get("properties") or {}).items():
+                if name in value and isinstance(each, dict):
+                    found += self.problems(value[name], each, f"{path}.{name}")
+            if isinstance(schema.get("additionalProperties"), dict):
+                for name, each in value.items():
+                    found += self.problems(each, schema["additionalProperties"], f"{path}.{name}") if not schema.get("properties") else []
+        if isinstance(value, list) and isinstance(schema.get("items"), dict):
+            for each in value:
+                found += self.problems(each, schema["items"], path + "[]")
+        return found
+
+
+class TestDescription:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def description(cls):
+        """The API description, where it is at hand."""
+        path = SHARED / "engine-api" / "v1.56.yaml"
+        if not path.exists():
+            pytest.skip("no API description beside the repository")
+        return Description(path)
+
+    def test_reader(self, description):
+        summary = description.definitions["ImageSummary"]
+        assert summary["required"][:2] == ["Id", "ParentId"] and summary["properties"]["RepoTags"]["items"] == {"type": "string"}
+        assert description.problems({"Id": 1}, summary, "x")[0] == "x.ParentId: missing"
+
+    @pytest.mark.parametrize("path, name, many", [
+        ("/images/json?shared-size=1&manifests=1", "ImageSummary", True), (f"/images/{BASE}/json?manifests=1", "ImageInspect", False),
+        ("/containers/json?all=1&size=1", "ContainerSummary", True), ("/containers/tstweb/json?size=1", "ContainerInspectResponse", False),
+        ("/containers/tstdone/json", "ContainerInspectResponse", False), ("/info", "SystemInfo", False), ("/version", "SystemVersion", False),
+        ("/networks", "NetworkSummary", True), ("/networks/tstnet", "NetworkInspect", False), ("/volumes", "VolumeListResponse", False),
+        ("/volumes/tstvol", "Volume", False), (f"/images/{BASE}/history", "ImageHistoryResponseItem", True)])
+    def test_types(self, furnished, description, path, name, many):
+        if name not in description.definitions:
+            pytest.skip(f"no definition {name}")
+        answer = ask(furnished, "GET", path)
+        assert answer.status == 200
+        for each in answer.json if many else [answer.json]:
+            # The description asks for it without saying what it is, and dockerd has none.
+            problems = [problem for problem in description.problems(each, description.definitions[name], name) if not problem.endswith("UnpackedSize: missing")]
+            assert problems == []
+
+
+class TestLiveReference:
+    """The same questions to dockerd 20.10, as far as its store without containerd has the same things to tell."""
+
+    DIFFERENCES = {
+        "/images/json": {"[].VirtualSize": "until 1.43", "[].Labels": "null there"},
+        f"/images/{BASE}/json": {
+            "Config.AttachStderr": "old", "GraphDriver.Data": "of overlay2", "ContainerConfig.MacAddress": "", "Config.OnBuild": "", "DockerVersion": "",
+            "Container": "", "Variant": "", "Config.ArgsEscaped": "", "ContainerConfig.ArgsEscaped": ""},
+        f"/images/{BASE}/history": {}, "/version": {"Experimental": "", "Platform.Name": ""},
+    }
+
+    @pytest.mark.parametrize("path", sorted(DIFFERENCES))
+    def test_keys(self, live, path):
+        reference = Daemon.__new__(Daemon)
+        reference.socket = "/run/ref20.sock"
+        try:
+            reference.connect().close()
+        except OSError:
+            pytest.skip("no dockerd on /run/ref20.sock")
+        if reference.ask("GET", f"/images/{BASE}/json").status != 200:
+            reference.ask("POST", "/images/load?quiet=1", body=(STACK / "base.tar").read_bytes(), headers={"Content-Type": "application/x-tar"})
+        theirs, ours = reference.ask("GET", "/v1.41" + path), live.ask("GET", "/v1.41" + path)
+        assert theirs.status == ours.status == 200
+        only_theirs, only_ours = compare(theirs.json, ours.json)
+        known = self.DIFFERENCES[path]
+        assert {each for each in only_theirs | only_ours if not any(each == name or each.startswith(name + ".") for name in known)} == set()
+
+    @pytest.mark.parametrize("method, path", [("GET", "/images/nosuch/json"), ("DELETE", "/images/nosuch"), ("GET", "/images/nosuch/history"), ("POST", "/images/nosuch/tag?repo=x"),
+                                              ("POST", f"/images/{BASE}/tag?repo=A"), ("GET", "/images/json?filters=x"), ("GET", "/containers/nosuch/json"), ("GET", "/nothing"),
+                                              ("GET", "/v1.99/info"), ("GET", "/images/json?filters=%7B%22nope%22%3A%5B%22x%22%5D%7D"), ("POST", "/images/nosuch/push?tag=1"),
+                                              ("GET", "/volumes/nosuch"), ("GET", "/networks/nosuch"), ("GET", "/nodes"), ("GET", "/plugins")])
+    def test_refusals(self, live, method, path):
+        reference = Daemon.__new__(Daemon)
+        reference.socket = "/run/ref20.sock"
+        try:
+            reference.connect().close()
+        except OSError:
+            pytest.skip("no dockerd on /run/ref20.sock")
+        # What dockerd 20.10 still answered with 500, and later ones with these.
+        known = {"POST /images/nosuch/push?tag=1": 404, f"POST /images/{BASE}/tag?repo=A": 400, "GET /images/json?filters=x": 400}
+        headers = {"X-Registry-Auth": encoded({})}
+        theirs = reference.ask(method, path, headers=headers).status
+        assert live.ask(method, path, headers=headers).status == known.get(f"{method} {path}", theirs)
+
+
+###############################################################################
+# Ratios
+###############################################################################
+
+
+def median_of(rounds, action):
+    """Median seconds of an action; None when it fails."""
+    taken = []
+    for _ in range(rounds):
+        began = time.monotonic()
+        if action() is False:
+            return None
+        taken.append(time.monotonic() - began)
+    return statistics.median(taken)
+
+
+def bench_work(archive):
+    """What is compared: name, the bare nerdctl command with its input, the API request with its body. The commands of each
+    group can follow one another in any number of rounds."""
+    data = {"Content-Type": "application/x-tar"}
+    empty = {"X-Registry-Auth": encoded({})}
+    name = "localhost:5000/nerdctld-bench"
+    return [
+        ("version", ["version", "--format", "{{json .}}"], None, ("GET", "/version", None, {})),
+        ("info", ["info", "--format", "{{json .}}"], None, ("GET", "/info", None, {})),
+        ("ps -a", ["ps", "-a", "--format", "{{json .}}"], None, ("GET", "/containers/json?all=1", None, {})),
+        ("images", ["images", "--format", "{{json .}}"], None, ("GET", "/images/json", None, {})),
+        ("image inspect", ["image", "inspect", BASE], None, ("GET", f"/images/{BASE}/json", None, {})),
+        ("history", ["history", BASE], None, ("GET", f"/images/{BASE}/history", None, {})),
+        ("network ls", ["network", "ls"], None, ("GET", "/networks", None, {})),
+        ("volume ls", ["volume", "ls"], None, ("GET", "/volumes", None, {})),
+        ("tag", ["tag", BASE, name + ":1"], None, ("POST", f"/images/{BASE}/tag?repo={name}&tag=1", None, {})),
+        ("push", ["push", name + ":1"], None, ("POST", f"/images/{name}/push?tag=1", None, empty)),
+        ("pull", ["pull", name + ":1"], None, ("POST", f"/images/create?fromImage={name}&tag=1", None, empty)),
+        ("save", ["save", BASE], None, ("GET", f"/images/{BASE}/get", None, {})),
+        ("load", ["load", "--all-platforms"], archive, ("POST", "/images/load?quiet=1", archive, data)),
+        ("login", ["login", "-u", "u", "--password-stdin", "localhost:5000"], b"p",
+         ("POST", "/auth", {"username": "u", "password": "p", "serveraddress": "localhost:5000"}, {})),
+    ]
+
+
+def bench(argv):
+    """Print each read and write as a ratio to the bare nerdctl command for the same work, and to peers; the exit status."""
+    parser = argparse.ArgumentParser(prog="test_nerdctld.py --bench")
+    parser.add_argument("--bench", action="store_true")
+    parser.add_argument("--peer", action="append", default=[], metavar="unix://PATH", help="another engine to compare with")
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args(argv)
+    reason = why_not_live()
+    if reason:
+        print(reason, file=sys.stderr)
+        return 1
+    archive = (STACK / "base.tar").read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        real("load", data=archive)
+        config = {"DOCKER_CONFIG": folder}
+        daemon = Live(pathlib.Path(folder), "--namespace", NAMESPACE, environment=config)
+        peers = []
+        for address in options.peer:
+            peer = Daemon.__new__(Daemon)
+            peer.socket = address.replace("unix://", "", 1)
+            peers.append(peer)
+            peer.ask("POST", "/images/load?quiet=1", archive, {"Content-Type": "application/x-tar"})
+        try:
+            bench_table(options, daemon, peers, archive, config)
+        finally:
+            daemon.end()
+            names = real("images", "--format", "{{.Name}}").stdout.decode().split()
+            real("rmi", "-f", *names)
+    return 0
+
+
+def bench_table(options, daemon, peers, archive, config):
+    """Measure, print a line for each piece of work, and what the daemon adds at the median of all."""
+    def through(engine, call):
+        def action():
+            answer = engine.ask(call[0], call[1], call[2], call[3])
+            return answer.status < 400 and b'"errorDetail"' not in answer.body[-2000:]
+        return action
+
+    def bare(words, data):
+        return lambda: subprocess.run(["nerdctl", f"--namespace={NAMESPACE}", *words], input=data, capture_output=True, timeout=60,
+                                      env={**os.environ, **config}).returncode == 0
+    print(f"{'':16}{'nerdctl ms':>12}{'daemon ms':>12}{'ratio':>8}{'adds ms':>9}" + "".join(f"{os.path.basename(each.socket)[:14]:>16}" for each in peers))
+    # The event feed settles in half a second, and reads come from the snapshot then.
+    daemon.ask("GET", "/containers/json?all=1")
+    time.sleep(1)
+    reads, writes = [], []
+    for name, words, data, call in bench_work(archive):
+        through(daemon, call)()
+        alone, ours = median_of(options.rounds, bare(words, data)), median_of(options.rounds, through(daemon, call))
+        line = f"{name:16}" + "".join(f"{each * 1000:12.1f}" if each else f"{'-':>12}" for each in (alone, ours))
+        if alone and ours:
+            (reads if call[0] == "GET" else writes).append((ours - alone) * 1000)
+            line += f"{ours / alone:8.2f}{(ours - alone) * 1000:9.1f}"
+        for peer in peers:
+            theirs = median_of(options.rounds, through(peer, call))
+            line += f"{f'{theirs * 1000:.1f} ({ours / theirs:.2f}x)' if theirs and ours else '-':>16}"
+        print(line, flush=True)
+    print(f"_ping: {median_of(50, through(daemon, ('GET', '/_ping', None, {}))) * 1000:.2f} ms")
+    print(f"the daemon adds, at the median, {statistics.median(reads + writes):.1f} ms to a command ({statistics.median(reads):.1f} to a read, "
+          f"{statistics.median(writes):.1f} to a write)")
 
 
 if __name__ == "__main__":
