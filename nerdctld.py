@@ -1743,7 +1743,7 @@ class Snapshot:
         self.feed = feed
         self.containers = ContainerTable(nerdctl, feed)
         self.names = Cached(self._read_images, lambda: feed.live)
-        self.groups = Cached(self._group_images, lambda: feed.live and self.names.fresh())
+        self.groups = Cached(self._group_images, lambda: feed.live and self.names.fresh(), lambda: self.names.began)
         self.details: Dict[str, Dict[str, Any]] = {}
         self.version = Cached(self._read_version, self._recent)
         self.info = Cached(self._read_info, self._recent)
