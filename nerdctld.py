@@ -9,8 +9,9 @@ The way of a request, in one direction only:
 Sections, each using only what stands above it:
 
     Errors · Requests, responses · Routes · nerdctl process · Conversions · Events · Snapshot · Engine ·
-    System · Images · Build · Containers · Networks · Volumes · Swarm and plugins · HTTP server · Sockets ·
-    Command line
+    System · Images · Build · Containers · Container create · Sessions · Container lifecycle · Streams · Exec ·
+    Archive · Statistics · Networks · Volumes · Swarm and plugins · gRPC · Relay · BuildKit · HTTP server ·
+    Sockets · ctr · Command line
 
 To add an endpoint:
     1. write `<op>_args()`, `parse_<thing>()` and `docker_<thing>()` as pure functions in the section of its resource;
@@ -24,10 +25,12 @@ import base64
 import calendar
 import collections
 import contextlib
+import copy
 import dataclasses
 import errno
 import fcntl
 import functools
+import getopt
 import hashlib
 import http.client
 import http.server
@@ -39,7 +42,6 @@ import pty
 import queue
 import re
 import select
-import selectors
 import shlex
 import shutil
 import signal
@@ -54,6 +56,7 @@ import termios
 import threading
 import time
 import traceback
+import tty
 import urllib.parse
 import zlib
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
@@ -151,9 +154,10 @@ class ClientGone(Exception):
 class Client:
     """The far end of a request, as a handler may see it: whether it is still there."""
 
-    def when_gone(self, callback: Callable[[], None]):
-        """Context in which `callback` is called, from another thread, once the client has left. A client that cannot
-        be watched is taken to stay."""
+    def when_gone(self, callback: Callable[[], Any], half: bool = True):
+        """Context in which `callback` is called, from another thread, once the client has left; with `half` also when
+        it only stops sending, which is an end for everything but a hijacked connection. A client that cannot be watched is
+        taken to stay."""
         return contextlib.nullcontext()
 
 
@@ -296,9 +300,11 @@ class Hijack:
     """A body that takes the connection over: `serve(connection)` is called after the 101 (or, where the client asked
     for no upgrade, the 200), and the connection ends with it. `protocol` is what the Upgrade header answers."""
 
-    def __init__(self, serve: Callable[["Connection"], None], protocol: str = "tcp"):
+    def __init__(self, serve: Callable[["Connection"], None], protocol: str = "tcp", abandon: Callable[[], None] = lambda: None):
         self.serve = serve
         self.protocol = protocol
+        # Called instead of serve where the client has left already.
+        self.abandon = abandon
 
 
 class Connection:
@@ -317,6 +323,11 @@ class Connection:
             return self.sock.recv(size)
         except OSError:
             return b""
+
+    def stop_input(self) -> None:
+        """Let a recv() that waits return with the end of file."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RD)
 
     def send(self, *parts: bytes) -> None:
         """Send all parts in order; ClientGone when nobody is there any more."""
@@ -441,6 +452,7 @@ NERDCTL_ERRORS: List[Tuple[Any, type, str]] = [
          "containerd is not running at {0}: start it (systemctl start containerd), or say where it is with --address"),
         (r"(?:connection error|failed to dial|connection refused|error reading server preface).*?(containerd\.sock)", Unavailable,
          "containerd does not answer: see systemctl status containerd"),
+        (r"nerdctl is not installed, and", NotImplementedHere, ""),
         (r"connection error: desc = \"transport: Error while dialing: dial unix (?!\S*buildkit)(\S+): ", Unavailable,
          "containerd does not answer at {0}: see systemctl status containerd"),
         (r"rootless containerd not running", Unavailable,
@@ -452,6 +464,7 @@ NERDCTL_ERRORS: List[Tuple[Any, type, str]] = [
         (r"exec: \"[^\"]*\": (?:permission denied|stat \S+: no such file or directory)|permission denied: unknown", BadParameter, ""),
         (r"(?:no such container:? |no container found for: |no running task found for container |container not found: )"
          r"\"?([^\s\"]+)", NotFound, "No such container: {0}"),
+        (r"container \"([0-9a-f]{64})\" in namespace \"[^\"]*\": not found", NotFound, "No such container: {0}"),
         (r"image not available: \"?([^\"\s]+)", NotFound, "No such image: {0}"),
         (r"no such image:? \"?([^\s\"]+)", NotFound, "No such image: {0}"),
         (r"image \"([^\"]+)\": not found", NotFound, "No such image: {0}"),
@@ -505,7 +518,7 @@ def nerdctl_message(stderr: str) -> str:
     lines = [parse_logrus(line) for line in stderr.splitlines() if line.strip()]
     fatal = [re.sub(r"^\d+ errors:\n(?=.)", "", message) for level, message in lines if level == "fatal"]
     if fatal and not re.match(r"^(\d+ errors?:?|.*\d+ errors?:)\s*$", fatal[-1].strip()):
-        return fatal[-1].strip()
+        return re.sub(r"^1 errors:\s*", "", fatal[-1].strip())
     for wanted in (("error",), ("",), ("warning",)):
         told = [message.strip() for level, message in lines if level in wanted]
         if told:
@@ -538,27 +551,44 @@ class Process:
     reaped, whatever happened. stderr goes to memory that no reader is needed for, unless it was asked for as a pipe."""
 
     def __init__(self, runner: "Nerdctl", argv: List[str], environment: Dict[str, str], stdin: Any, stdout: Any, stderr: Any,
-                 client: Client):
+                 client: Client, lasting: bool = False):
         self.runner = runner
         self.argv = argv
+        self.lasting = lasting
         self.began = time.monotonic()
         self.messages = None
         if stderr is None:
             self.messages = stderr = os.memfd_create("stderr")
+        self.relays: List[subprocess.Popen] = []
         try:
+            pipes = [self._relay(each) if lasting and each == subprocess.PIPE else each for each in (stdout, stderr)]
             self.popen = subprocess.Popen(
-                argv, stdin=stdin, stdout=stdout, stderr=stderr, env=environment, bufsize=0, start_new_session=True
+                argv, stdin=stdin, stdout=pipes[0], stderr=pipes[1], env=environment, bufsize=0, start_new_session=True
             )
         except OSError as error:
-            if self.messages is not None:
-                os.close(self.messages)
+            self.popen = None
+            self._release()
             raise runner.missing(error) from None
+        finally:
+            for relay in self.relays:
+                with contextlib.suppress(OSError):
+                    relay.stdin.close()
         self.stdin = self.popen.stdin
-        self.stdout = self.popen.stdout
-        self.stderr = self.popen.stderr
+        self.stdout, self.stderr = self.popen.stdout, self.popen.stderr
+        if self.relays:
+            self.stdout, self.stderr = (relay.stdout for relay in self.relays)
         runner.processes.add(self)
         self.watch = client.when_gone(self.kill)
         self.watch.__enter__()
+
+    def _relay(self, _: Any) -> Any:
+        """The input of a process that passes everything on to us and, once we are gone, drops it: nerdctl must not be
+        stopped by a broken pipe, nor its container by a full one. A plain pipe where there is no such tee."""
+        if not self.runner.tee:
+            return subprocess.PIPE
+        self.relays.append(subprocess.Popen([self.runner.tee, "-p", "/dev/null"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True))
+        return self.relays[-1].stdin
 
     def __enter__(self) -> "Process":
         return self
@@ -655,11 +685,26 @@ class Process:
             if each:
                 with contextlib.suppress(OSError):
                     each.close()
-        if self.messages is not None:
+        if self in self.runner.processes:
             self.runner.tell(self)
+        self._release()
+        self.runner.processes.discard(self)
+
+    def _release(self) -> None:
+        """Reap the relays and let the memory of stderr go."""
+        for relay in self.relays:
+            with contextlib.suppress(OSError):
+                relay.stdin.close()
+                relay.stdout.close()
+            # Nobody writes to it any more but a descendant of nerdctl that kept the pipe.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                relay.wait(2.0)
+                continue
+            relay.kill()
+            relay.wait()
+        if self.messages is not None:
             os.close(self.messages)
             self.messages = None
-        self.runner.processes.discard(self)
 
 
 def poll_readable(descriptor: int, timeout: Optional[float]) -> bool:
@@ -680,7 +725,7 @@ class Nerdctl:
         self.address = address
         self.debug = debug
         # Whether nerdctl's files are files of this machine.
-        self.local = len(self.command) == 1
+        self.local = len(self.command) == 1 or self.command[0] == sys.executable
         self.options = [f"--namespace={self.namespace}"]
         if address:
             self.options.append(f"--address={address}")
@@ -691,6 +736,7 @@ class Nerdctl:
             self.environment["BUILDKIT_HOST"] = buildkit_host
         self.places = threading.BoundedSemaphore(max(4, 2 * (os.cpu_count() or 1)))
         self.processes: set = set()
+        self.tee = find_tee()
 
     def missing(self, error: OSError) -> ApiError:
         """The ApiError for a nerdctl that could not be started."""
@@ -714,14 +760,15 @@ class Nerdctl:
         """Under --debug, log the command with its time."""
         if self.debug:
             took = (time.monotonic() - process.began) * 1000
-            log(f"{shlex.join(process.argv)} -> {process.popen.returncode} in {took:.0f} ms")
+            said = process.error_text() if process.popen.returncode > 0 else ""
+            log(f"{shlex.join(process.argv)} -> {process.popen.returncode} in {took:.0f} ms{' ' + nerdctl_message(said) if said else ''}")
 
     def start(self, *arguments: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE, stderr: Any = None,
-              environment: Optional[Dict[str, str]] = None, client: Client = Client()) -> Process:
+              environment: Optional[Dict[str, str]] = None, client: Client = Client(), lasting: bool = False) -> Process:
         """A running process for a stream. stderr None keeps it in memory for check(). It is killed when `client`
-        leaves."""
+        leaves; a `lasting` one goes on when the daemon ends."""
         merged = {**self.environment, **environment} if environment else self.environment
-        return Process(self, self.argv(arguments), merged, stdin, stdout, stderr, client)
+        return Process(self, self.argv(arguments), merged, stdin, stdout, stderr, client, lasting)
 
     def output(self, *arguments: str, data: bytes = b"", timeout: float = SHORT_CALL,
                environment: Optional[Dict[str, str]] = None) -> Output:
@@ -785,13 +832,24 @@ class Nerdctl:
         return other.output(*arguments, timeout=timeout)
 
     def end_all(self) -> None:
-        """End every process that is still running."""
-        for process in list(self.processes):
+        """End every process that is still running, but for those that hold a container."""
+        ending = [process for process in list(self.processes) if not process.lasting]
+        for process in ending:
             process.kill(signal.SIGTERM)
         deadline = time.monotonic() + 2.0
-        for process in list(self.processes):
+        for process in ending:
             if process.wait(max(0.0, deadline - time.monotonic())) is None:
                 process.kill()
+
+
+def find_tee() -> str:
+    """A tee that goes on when its reader has left (GNU's -p), "" where there is none."""
+    path = shutil.which("tee") or ""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        if path and subprocess.run([path, "-p", "/dev/null"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, timeout=5).returncode == 0:
+            return path
+    return ""
 
 
 def parse_rows(data: bytes) -> List[Any]:
@@ -1207,13 +1265,20 @@ class Cached:
         self.stamp = stamp
         self.lock = threading.Lock()
         self.value: Any = None
-        self.valid = False
         self.began = 0.0
         self.stamped: Any = None
+        # How often it was dropped, now and when what is kept was begun to be read.
+        self.drops = 0
+        self.read_at = -1
+
+    @property
+    def valid(self) -> bool:
+        """Whether nothing was dropped since what is kept was begun to be read."""
+        return self.read_at == self.drops
 
     def drop(self) -> None:
         """What is kept is no longer so. Called after a change, also while a read is under way."""
-        self.valid = False
+        self.drops += 1
 
     def fresh(self) -> bool:
         """Whether what is kept may be given out."""
@@ -1227,16 +1292,10 @@ class Cached:
         with self.lock:
             if self.fresh() or (self.valid and self.began > asked):
                 return self.value
-            # Before the read: a drop() during it must win.
-            self.began = time.monotonic()
-            self.stamped = self.stamp()
-            self.valid = True
-            try:
-                self.value = self.read()
-            except BaseException:
-                self.valid = False
-                raise
-            return self.value
+            began, drops, stamped = time.monotonic(), self.drops, self.stamp()
+            value = self.read()
+            self.value, self.began, self.stamped, self.read_at = value, began, stamped, drops
+            return value
 
 
 class Container:
@@ -1260,6 +1319,12 @@ class Container:
         self.read_at = time.time()
         # What handlers worked out from this row; gone with it.
         self.memo: Dict[str, Any] = {}
+
+    def with_status(self, status: str) -> "Container":
+        """The same with another status, and nothing worked out from the one before."""
+        other = copy.copy(self)
+        other.status, other.memo, other.read_at = status, {}, time.time()
+        return other
 
     @property
     def running(self) -> bool:
@@ -1286,6 +1351,15 @@ class Container:
 CONTAINER_ROW = "[{{json .}},{{json .LabelsMap}}]"
 
 
+def steadily(read: Callable[[], List[Any]]) -> List[Any]:
+    """What `read` has of a listing of containers. nerdctl fails as a whole when any of them goes while it lists, so it is
+    asked again then."""
+    for _ in range(10):
+        with contextlib.suppress(NotFound):
+            return read()
+    return read()
+
+
 def parse_containers(rows: List[Any]) -> Dict[str, Container]:
     """Rows of `ps --no-trunc --format CONTAINER_ROW` as real id -> Container, newest first."""
     return {row["ID"]: Container(row, labels) for row, labels in rows if row.get("ID")}
@@ -1304,6 +1378,11 @@ class ContainerTable:
         self.unlabelled = False
         self.whole = Cached(self._read_all, lambda: feed.live)
         self.lock = threading.Lock()
+        self.patching = threading.Lock()
+        self.patched: Dict[str, str] = {}
+        self.gone: Dict[str, None] = {}
+        # Containers that are being made anew under the same id: shown as they were for as long as there is none.
+        self.ghosts: Dict[str, Container] = {}
 
     def drop(self, real: str = "") -> None:
         """One container is no longer as it was, or any may be."""
@@ -1314,6 +1393,55 @@ class ContainerTable:
 
     def get(self) -> Dict[str, Container]:
         """All containers as they are now, by real id, newest first."""
+        table = self._get()
+        if self.ghosts:
+            there = {each.id for each in table.values()}
+            table = {**{each.real: each for each in list(self.ghosts.values()) if each.id not in there}, **table}
+        return table
+
+    def known(self) -> Dict[str, Container]:
+        """All containers as events and our own writes tell of them: ids and states are right, a label or a name may not be
+        so yet. Costs no process while the feed is live."""
+        if self.feed.live and self.whole.valid and not self.ghosts:
+            self.feed.keep()
+            return self.whole.value
+        return self.get()
+
+    def patch(self, real: str, status: str) -> None:
+        """The state of a container has changed so; its row is still to be read anew."""
+        with self.patching:
+            self.patched[real] = status
+            table = self.whole.value
+            if table and real in table:
+                self.whole.value = {**table, real: table[real].with_status(status)}
+        self.changed.add(real)
+
+    def add(self, container: Container) -> None:
+        """A container was made, of which not everything is known yet."""
+        with self.patching:
+            if self.whole.value is not None:
+                self.whole.value = {container.real: container, **self.whole.value}
+        self.changed.add(container.real)
+
+    def remove(self, real: str) -> None:
+        """A container is gone for good; a reading that is under way may still have it."""
+        with self.patching:
+            self.gone[real] = None
+            if len(self.gone) > 4096:
+                self.gone.pop(next(iter(self.gone)))
+            if self.whole.value is not None:
+                self.whole.value = {key: each for key, each in self.whole.value.items() if key != real}
+        self.changed.discard(real)
+
+    def _settled(self, table: Dict[str, Container]) -> Dict[str, Container]:
+        """What was read, with what events told while it was."""
+        found = {real: each for real, each in table.items() if real not in self.gone}
+        for real, status in self.patched.items():
+            if real in found:
+                found[real] = found[real].with_status(status)
+        return found
+
+    def _get(self) -> Dict[str, Container]:
         self.feed.keep()
         if not self.changed and self.whole.fresh():
             return self.whole.value
@@ -1321,20 +1449,33 @@ class ContainerTable:
         with self.lock:
             if len(self.changed) > self.FEW:
                 self.whole.drop()
-            table = self.whole.get(asked)
+            self.whole.get(asked)
+            with self.patching:
+                self.whole.value = self._settled(self.whole.value)
             while self.changed:
-                real = self.changed.pop()
                 try:
-                    table = self._read_one(table, real)
+                    real = self.changed.pop()
+                except KeyError:
+                    break
+                self.patched.pop(real, None)
+                try:
+                    found = self._read_one(real)
                 except BaseException:
                     self.whole.drop()
                     raise
-                self.whole.value = table
-            return table
+                with self.patching:
+                    self.whole.value = self._settled(self._with(self.whole.value, real, found))
+            return self.whole.value
 
     def _read_all(self) -> Dict[str, Container]:
         self.changed.clear()
-        return parse_containers(self._rows())
+        self.patched.clear()
+        found = parse_containers(self._steady_rows())
+        with self.patching:
+            return self._settled(found)
+
+    def _steady_rows(self, *options: str) -> List[Any]:
+        return steadily(lambda: self._rows(*options))
 
     def _rows(self, *options: str) -> List[Any]:
         arguments = ("ps", "-a", "--no-trunc", *options, "--format")
@@ -1352,8 +1493,10 @@ class ContainerTable:
         labels = dict(told)
         return [(row, labels.get(row["ID"])) for row in rows]
 
-    def _read_one(self, table: Dict[str, Container], real: str) -> Dict[str, Container]:
-        found = parse_containers(self._rows("--filter", "id=" + real)).get(real)
+    def _read_one(self, real: str) -> Optional[Container]:
+        return parse_containers(self._steady_rows("--filter", "id=" + real)).get(real)
+
+    def _with(self, table: Dict[str, Container], real: str, found: Optional[Container]) -> Dict[str, Container]:
         result = dict(table)
         if found is None:
             result.pop(real, None)
@@ -1465,10 +1608,10 @@ def parse_images(rows: List[Any]) -> List[Image]:
     return list(found.values())
 
 
-# Names that stand for none: of nerdctl's load, of BuildKit, and our own for imports and commits without one. containerd
-# keeps no image without a name.
+# Names that stand for none: of nerdctl's load, of BuildKit, of Kubernetes (`sha256:…`, the digest of the configuration), and
+# our own for imports and commits without one. containerd keeps no image without a name.
 WORKING_NAME = "nerdctld.invalid/"
-NAMELESS = (WORKING_NAME, "import/", "moby-dangling/")
+NAMELESS = (WORKING_NAME, "import/", "moby-dangling/", "sha256:", "sha256/")
 
 
 class ImageGroup:
@@ -1547,9 +1690,15 @@ def parse_network(row: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
+ANONYMOUS = "com.docker.volume.anonymous"
+
+
 def parse_volume(row: Dict[str, Any]) -> Dict[str, Any]:
-    """A row of `volume inspect` as Docker shows a volume."""
+    """A row of `volume inspect` as Docker shows a volume. Those that nerdctl made for a container carry no label, but a
+    name that nobody would type."""
     labels, options = row.get("Labels") or {}, None
+    if not labels and re.fullmatch(r"[0-9a-f]{64}", row.get("Name") or ""):
+        labels = {ANONYMOUS: ""}
     with contextlib.suppress(ValueError):
         options = json.loads(labels.get("nerdctld/options") or "null")
     mountpoint = row.get("Mountpoint") or ""
@@ -1594,7 +1743,7 @@ class Snapshot:
         self.feed = feed
         self.containers = ContainerTable(nerdctl, feed)
         self.names = Cached(self._read_images, lambda: feed.live)
-        self.groups = Cached(self._group_images, lambda: feed.live and self.names.fresh())
+        self.groups = Cached(self._group_images, lambda: feed.live and self.names.fresh(), lambda: self.names.began)
         self.details: Dict[str, Dict[str, Any]] = {}
         self.version = Cached(self._read_version, self._recent)
         self.info = Cached(self._read_info, self._recent)
@@ -1608,11 +1757,15 @@ class Snapshot:
         stamp = modified(folder, os.path.join(folder, self.nerdctl.namespace))
         return stamp if stamp[0] and self.nerdctl.local else object()
 
-    def _volume_stamp(self) -> Any:
-        """The same for volumes. nerdctl's folder has the hash of containerd's address in its name."""
+    @property
+    def store(self) -> str:
+        """nerdctl's own folder for this containerd: the hash of its address is in the name."""
         address = self.nerdctl.address.replace("unix://", "", 1) or "/run/containerd/containerd.sock"
-        store = hashlib.sha256(os.path.realpath(address).encode()).hexdigest()[:8]
-        stamp = modified(os.path.join(data_root(), store, "volumes", self.nerdctl.namespace))
+        return os.path.join(data_root(), hashlib.sha256(os.path.realpath(address).encode()).hexdigest()[:8])
+
+    def _volume_stamp(self) -> Any:
+        """The same for volumes."""
+        stamp = modified(os.path.join(self.store, "volumes", self.nerdctl.namespace))
         return stamp if stamp[0] and self.nerdctl.local else object()
 
     def _read_networks(self) -> Dict[str, Dict[str, Any]]:
@@ -1691,7 +1844,16 @@ class Snapshot:
         elif event.topic.startswith("/images/"):
             self.names.drop()
         elif event.container and not event.topic.startswith("/tasks/exec-"):
-            if event.topic != "/tasks/exit" or event.payload.get("id") in (None, "", event.container):
+            status = {"/tasks/start": "Up", "/tasks/paused": "Paused", "/tasks/resumed": "Up"}.get(event.topic)
+            if event.topic == "/tasks/exit":
+                if event.payload.get("id") not in (None, "", event.container):
+                    return
+                status = f"Exited ({event.payload.get('exit_status') or 0}) Less than a second ago"
+            if event.topic == "/containers/delete":
+                self.containers.remove(event.container)
+            elif status:
+                self.containers.patch(event.container, status)
+            else:
                 self.containers.drop(event.container)
 
     def image_groups(self) -> Dict[str, ImageGroup]:
@@ -1722,11 +1884,23 @@ class Snapshot:
 
     def container(self, name: str) -> Container:
         """The container of an id, a name, `/name` or the beginning of an id; 404 and 400 with dockerd's words."""
+        return self._choose(self.containers.get(), name)
+
+    def find(self, name: str) -> Container:
+        """The same for something to be done to it: whatever is named by its whole id needs no new reading, since its state
+        is known from events."""
+        if re.fullmatch(r"[0-9a-f]{64}", name):
+            for each in self.containers.known().values():
+                if each.id == name:
+                    return each
+        return self.container(name)
+
+    def _choose(self, table: Dict[str, Container], name: str) -> Container:
         wanted = name.lstrip("/")
         if not wanted:
             raise BadParameter("invalid container name or ID: value is empty")
         prefixed = []
-        for each in self.containers.get().values():
+        for each in table.values():
             if wanted in (each.id, each.name, each.real):
                 return each
             if each.id.startswith(wanted):
@@ -1763,6 +1937,111 @@ def with_tag(name: str) -> str:
 ###############################################################################
 
 
+class Tasks:
+    """What events tell of the starts and ends of containers, in the order of a count, for those who wait for them."""
+
+    KEPT = 4096
+
+    def __init__(self, feed: EventFeed, snapshot: Snapshot):
+        self.feed = feed
+        self.snapshot = snapshot
+        self.condition = threading.Condition()
+        self.count = 1
+        self.starts: Dict[str, int] = {}
+        self.execs: Dict[str, int] = {}
+        self.ends: Dict[str, Tuple[int, int]] = {}
+        self.reals: Dict[str, str] = {}
+        feed.listeners.append(self.on_event)
+
+    def now(self) -> int:
+        """The count as it stands."""
+        return self.count
+
+    def wake(self) -> None:
+        """Let everyone look again."""
+        with self.condition:
+            self.count += 1
+            self.condition.notify_all()
+
+    def on_event(self, event: Optional[ContainerdEvent]) -> None:
+        """Note an event of the feed."""
+        with self.condition:
+            self.count += 1
+            if event is not None:
+                if event.topic == "/tasks/start":
+                    self._note(self.starts, event.container, self.count)
+                elif event.topic == "/tasks/exec-started":
+                    self._note(self.execs, event.container, self.count)
+                elif event.topic == "/tasks/exit" and event.payload.get("id") in (None, "", event.container):
+                    self._note(self.ends, event.container, (self.count, event.payload.get("exit_status") or 0))
+            self.condition.notify_all()
+
+    def failed(self, real: str, status: int) -> None:
+        """A container could not be started: for those who wait, it ended with this status."""
+        with self.condition:
+            self.count += 1
+            self._note(self.ends, real, (self.count, status))
+            self.condition.notify_all()
+
+    def rename(self, identity: str, real: str) -> None:
+        """The container that clients know by an id is another one now."""
+        with self.condition:
+            if self.reals.get(identity) != real:
+                self._note(self.reals, identity, real)
+                self.count += 1
+                self.condition.notify_all()
+
+    def _note(self, table: Dict[str, Any], key: str, value: Any) -> None:
+        table.pop(key, None)
+        table[key] = value
+        if len(table) > self.KEPT:
+            table.pop(next(iter(table)))
+
+    def started_since(self, real: str, count: int, wait: float = 0.0) -> bool:
+        """Whether a container was started after the count stood so, or is within `wait` seconds."""
+        with self.condition:
+            return bool(self.condition.wait_for(lambda: self.starts.get(real, 0) > count, wait))
+
+    def ended_since(self, real: str, count: int, wait: float = 0.0) -> bool:
+        """Whether a container has ended after the count stood so, or does within `wait` seconds."""
+        with self.condition:
+            return bool(self.condition.wait_for(lambda: self.ends.get(real, (0, 0))[0] > count, wait))
+
+    def exec_since(self, real: str, count: int) -> bool:
+        """Whether a command in a container was started after the count stood so."""
+        return self.execs.get(real, 0) > count
+
+    def wait(self, container: Container, condition: str, since: int, gone: Callable[[], bool]) -> Optional[int]:
+        """Wait as `POST /containers/{id}/wait` says; the exit status, None when there is nobody to be told."""
+        began = time.time_ns()
+        while not gone():
+            seen = self.count
+            status = self._status(container, condition, since, began)
+            if status is not None:
+                return status
+            with self.condition:
+                if self.count == seen:
+                    # Without the feed somebody has to look.
+                    self.condition.wait(30.0 if self.feed.live else 0.2)
+        return None
+
+    def _status(self, container: Container, condition: str, since: int, began: int) -> Optional[int]:
+        """The exit status if the condition is met."""
+        ends = [self.ends[real] for real in (container.real, self.reals.get(container.id, "")) if real in self.ends]
+        last = max((end for end in ends if end[0] > since), default=None)
+        if last and condition != "removed":
+            return last[1]
+        now = next((each for each in self.snapshot.containers.get().values() if each.id == container.id), None)
+        if now is None:
+            return last[1] if last else 0
+        if condition == "removed" or now.running or now.state == "restarting":
+            return None
+        task = ((self.snapshot.detail(now).get("Task") or {}).get("Status")) or {}
+        if condition == "not-running" or (nanoseconds_of(task.get("ExitTime") or "") or 0) > began:
+            return task.get("ExitStatus") or 0
+        return None
+
+
 class Engine:
     """What handlers share: nerdctl, the event feed, Docker's events and the snapshot."""
 
@@ -1773,19 +2052,44 @@ class Engine:
         self.journal = Journal()
         self.snapshot = Snapshot(nerdctl, self.feed)
         self.started = time.time()
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+        self.tasks = Tasks(self.feed, self.snapshot)
+        # By the ids that clients know: what holds a container's streams, and who waits for its start.
+        self.sessions: Dict[str, Any] = {}
+        self.waiting: Dict[str, List[Any]] = {}
+        self.execs: Dict[str, Any] = {}
+        # Containers that files were copied into, that are being made anew, that are being restarted.
+        self.touched: set = set()
+        self.replaced: Dict[str, str] = {}
+        self.restarts: collections.Counter = collections.Counter()
+        self.caretaker: Any = None
         self.quiet: collections.Counter = collections.Counter()
         self.known: Dict[str, Tuple[str, Dict[str, str]]] = {}
         self.begun: Dict[str, int] = {}
+        # Containers behind an id that clients know by another: their making and going is no event.
+        self.hidden: Dict[str, None] = {}
         self.feed.listeners.append(self.snapshot.on_event)
         self.feed.listeners.append(self.on_event)
 
     def busy(self) -> bool:
         """Whether something depends on the daemon although no request is running."""
-        return self.feed.needs > 0
+        return self.feed.needs > 0 or bool(self.sessions) or any(each.running for each in list(self.execs.values()))
+
+    def hang_up(self) -> None:
+        """The daemon is about to end: those who only follow something are let go."""
+        self.closing.set()
+        self.journal.close()
+        self.tasks.wake()
+        with self.lock:
+            clients = [each for waiting in self.waiting.values() for each in waiting]
+            clients += [each for session in self.sessions.values() for each in session.attachments]
+        for each in clients:
+            each.leave()
 
     def close(self) -> None:
         """End everything that was started and remove every temporary file."""
-        self.journal.close()
+        self.hang_up()
         self.feed.close()
         self.nerdctl.end_all()
         self.workspace.remove()
@@ -1811,6 +2115,61 @@ class Engine:
             yield
         finally:
             self.snapshot.containers.drop(container.real)
+
+    def add_waiting(self, identity: str, attachment: Any) -> None:
+        """A client waits for the start of a container."""
+        with self.lock:
+            self.waiting.setdefault(identity, []).append(attachment)
+
+    def leave_waiting(self, identity: str, attachment: Any) -> None:
+        """It waits no more."""
+        with self.lock:
+            left = [each for each in self.waiting.pop(identity, []) if each is not attachment]
+            if left:
+                self.waiting[identity] = left
+
+    def take_waiting(self, identity: str) -> List[Any]:
+        """Those who wait for the start of a container and are still there, for the one who starts it."""
+        with self.lock:
+            return [each for each in self.waiting.pop(identity, []) if not each.gone]
+
+    @contextlib.contextmanager
+    def replacing(self, container: Container) -> Iterator[None]:
+        """Context in which a container is made anew under the id that clients know: for them it is there all the time."""
+        with self.lock:
+            if container.id in self.replaced:
+                raise Conflict(f"container {container.id} is being started already")
+            self.replaced[container.id] = container.real
+        self.snapshot.containers.ghosts[container.id] = container
+        self.hidden[container.real] = None
+        try:
+            yield
+        finally:
+            self.snapshot.containers.ghosts.pop(container.id, None)
+            self.replaced.pop(container.id, None)
+
+    @contextlib.contextmanager
+    def restarting(self, container: Container) -> Iterator[None]:
+        """Context of a restart, in which the end of a container is not the end of it."""
+        self.restarts[container.id] += 1
+        try:
+            yield
+        finally:
+            self.restarts[container.id] -= 1
+            if not self.restarts[container.id]:
+                del self.restarts[container.id]
+
+    def hold_if_needed(self, container: Container) -> None:
+        """A container is about to start: somebody has to look after it."""
+        if self.caretaker:
+            self.caretaker.hold(container)
+
+    def forget(self, container: Container) -> None:
+        """A container was removed."""
+        self.touched.discard(container.id)
+        with self.lock:
+            for identity in [each.id for each in self.execs.values() if each.container.id == container.id]:
+                self.execs.pop(identity, None)
 
     def actor(self, container: Container, **more: str) -> Tuple[str, Dict[str, str]]:
         """Id and attributes of a container in an event: its labels, image and name."""
@@ -1845,6 +2204,8 @@ class Engine:
         if action is None or (action == "die" and event.payload.get("id") not in (None, "", event.container)):
             return
         identity, attributes = self._actor_of(event.container, gone=action == "destroy")
+        if (action == "destroy" and self.hidden.pop(event.container, self) is None) or (action == "create" and identity != event.container):
+            return
         if action == "start":
             self.begun[event.container] = event.time
         elif action == "die":
@@ -1861,7 +2222,7 @@ class Engine:
             return self.known.get(real, (real, {}))
         if not gone:
             with contextlib.suppress(ApiError):
-                container = self.snapshot.containers.get().get(real)
+                container = self.snapshot.containers.known().get(real) or self.snapshot.containers.get().get(real)
                 if container:
                     self.known[real] = self.actor(container)
         return self.known.get(real, (real, {}))
@@ -2708,9 +3069,10 @@ def remove_extra_names(engine: Engine, base: str, before: Iterable[str]) -> None
 
 
 def parse_loaded(text: str) -> List[str]:
-    """The names that `nerdctl load` says it loaded, each once."""
-    found = dict.fromkeys(re.findall(r"^Loaded image: (\S+)", text, re.M))
-    return list(found)
+    """The names that `nerdctl load` says it loaded, each once. nerdctl 2.3 sometimes leaves out the last of its
+    `Loaded image:` lines (3 of 25 times on a busy machine), but names it in its progress."""
+    told = [*re.findall(r"^Loaded image: (\S+)", text, re.M), *re.findall(r"^(\S+:\S+)[ \t]+saved[ \t]*$", ANSI.sub("", text), re.M)]
+    return list(dict.fromkeys(told))
 
 
 def loaded_names(engine: Engine, told: List[str], before: Iterable[str]) -> List[str]:
@@ -2877,6 +3239,34 @@ def expand_names(engine: Engine, name: str) -> List[str]:
     return engine.snapshot.image(name).names[:1]
 
 
+ARCHIVE_END = bytes(1024)
+SAVE_ATTEMPTS = 4
+
+
+def whole_archive(engine: Engine, request: Request, arguments: List[str]) -> Iterator[bytes]:
+    """The tar that `nerdctl save` writes, to its end. nerdctl 2.3 sometimes ends, with status 0, before it has written all
+    of it (2 of 30 times on a busy machine): then it is run again for the rest, which is the same each time."""
+    sent, tail = 0, b""
+    for attempt in range(SAVE_ATTEMPTS):
+        with engine.nerdctl.start(*arguments, client=request.client) as process:
+            widen_pipe(process.stdout)
+            seen, again = 0, b""
+            for block in iter(process.read, b""):
+                known = min(len(block), max(0, sent - seen))
+                again = (again + block[:known])[-len(ARCHIVE_END):]
+                seen += len(block)
+                if known and seen >= sent and again != tail:
+                    raise ApiError("nerdctl did not write the whole archive")
+                if known < len(block):
+                    tail = (tail + block[known:])[-len(ARCHIVE_END):]
+                    sent += len(block) - known
+                    yield block[known:]
+            process.check()
+        if tail == ARCHIVE_END:
+            return
+    raise ApiError("nerdctl did not write the whole archive")
+
+
 def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     """Stream the archive of images, all looked up before the first byte."""
     if not names:
@@ -2889,10 +3279,7 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     arguments = ["save", *([f"--platform={platform_words(platform)}"] if platform else []), "--", *wanted]
 
     def chunks() -> Iterator[bytes]:
-        with engine.nerdctl.start(*arguments, client=request.client) as process:
-            widen_pipe(process.stdout)
-            yield from iter(process.read, b"")
-            process.check()
+        yield from whole_archive(engine, request, arguments)
         for name in wanted:
             # Too late for an error: somebody may have removed it meanwhile.
             with contextlib.suppress(ApiError):
@@ -3707,7 +4094,7 @@ def container_sizes(engine: Engine, container: Optional[Container] = None) -> Di
     """Real id -> bytes written and bytes in all, of one container or of all; read anew, since no event tells of them."""
     arguments = ["ps", "-a", "--no-trunc", "--size", *([f"--filter=id={container.real}"] if container else [])]
     found = {}
-    for row in engine.nerdctl.rows(*arguments, "--format", '{"ID":{{json .ID}},"Size":{{json .Size}}}'):
+    for row in steadily(lambda: engine.nerdctl.rows(*arguments, "--format", '{"ID":{{json .ID}},"Size":{{json .Size}}}')):
         written, _, whole = (row.get("Size") or "").partition(" (virtual ")
         found[row["ID"]] = (size_bytes(written), size_bytes(whole.rstrip(")")))
     return found
@@ -3929,9 +4316,2481 @@ def container_inspect(engine: Engine, request: Request, name: str) -> Response:
     detail = engine.snapshot.detail(container)
     told = docker_container(container, detail, engine.snapshot.networks.get(), image_of(engine, container),
                             container_health(engine, container), request.version)
+    told["ExecIDs"] = [each.id for each in list(engine.execs.values()) if each.running and each.container.id == container.id] or None
     if request.flag("size"):
         told["SizeRw"], told["SizeRootFs"] = container_sizes(engine, container).get(container.real, (0, 0))
     return Response(200, told)
+
+
+###############################################################################
+# Container create
+###############################################################################
+
+
+def csv_word(text: str) -> str:
+    """A value as one element of a flag that nerdctl splits at commas."""
+    return '"' + text.replace('"', '""') + '"' if re.search(r'[",\n]', text) or text != text.strip() else text
+
+
+def _text(value: Any, flag: str, what: str) -> List[str]:
+    """A string as `FLAG=text`."""
+    text = typed(value, str, what)
+    return [f"{flag}={text}"] if text else []
+
+
+def _each(value: Any, flag: str, what: str) -> List[str]:
+    """A list as one `FLAG=element` each."""
+    return [f"{flag}={each}" for each in string_list(value, what)]
+
+
+def _listed(value: Any, flag: str, what: str) -> List[str]:
+    """The same for a flag that nerdctl splits at commas."""
+    return [f"{flag}={csv_word(each)}" for each in string_list(value, what)]
+
+
+def _number(value: Any, flag: str, what: str) -> List[str]:
+    """A number other than 0."""
+    number = typed(value, int, what)
+    return [f"{flag}={number}"] if number else []
+
+
+def _switch(value: Any, flag: str, what: str) -> List[str]:
+    """The flag alone for true."""
+    return [flag] if typed(value, bool, what) else []
+
+
+def _pairs(value: Any, flag: str, what: str) -> List[str]:
+    """An object as one `FLAG=key=value` each."""
+    return [f"{flag}={key}={each}" for key, each in string_map(value, what).items()]
+
+
+# Field of the create request -> flag of nerdctl create, and how its value becomes words. What needs more than that is in
+# the functions below.
+CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str, str], List[str]]], ...] = (
+    ("Domainname", "--domainname", _text), ("User", "--user", _text), ("Tty", "--tty", _switch),
+    ("OpenStdin", "--interactive", _switch), ("StopSignal", "--stop-signal", _text), ("WorkingDir", "--workdir", _text),
+    ("HostConfig.VolumesFrom", "--volumes-from", _each), ("HostConfig.CapAdd", "--cap-add", _listed),
+    ("HostConfig.CapDrop", "--cap-drop", _listed), ("HostConfig.CgroupnsMode", "--cgroupns", _text), ("HostConfig.Dns", "--dns", _listed),
+    ("HostConfig.DnsOptions", "--dns-option", _listed), ("HostConfig.DnsSearch", "--dns-search", _listed),
+    ("HostConfig.ExtraHosts", "--add-host", _listed), ("HostConfig.GroupAdd", "--group-add", _listed), ("HostConfig.UTSMode", "--uts", _text),
+    ("HostConfig.OomScoreAdj", "--oom-score-adj", _number), ("HostConfig.Privileged", "--privileged", _switch),
+    ("HostConfig.ReadonlyRootfs", "--read-only", _switch), ("HostConfig.Runtime", "--runtime", _text),
+    ("HostConfig.SecurityOpt", "--security-opt", _each), ("HostConfig.UsernsMode", "--userns", _text),
+    ("HostConfig.ShmSize", "--shm-size", _number), ("HostConfig.Sysctls", "--sysctl", _pairs),
+    ("HostConfig.Annotations", "--annotation", _pairs), ("HostConfig.CgroupParent", "--cgroup-parent", _text),
+    ("HostConfig.CpuShares", "--cpu-shares", _number), ("HostConfig.CpuPeriod", "--cpu-period", _number),
+    ("HostConfig.CpuQuota", "--cpu-quota", _number), ("HostConfig.CpuRealtimePeriod", "--cpu-rt-period", _number),
+    ("HostConfig.CpuRealtimeRuntime", "--cpu-rt-runtime", _number), ("HostConfig.CpusetCpus", "--cpuset-cpus", _text),
+    ("HostConfig.CpusetMems", "--cpuset-mems", _text), ("HostConfig.Memory", "--memory", _number),
+    ("HostConfig.MemoryReservation", "--memory-reservation", _number), ("HostConfig.MemorySwap", "--memory-swap", _number),
+    ("HostConfig.KernelMemory", "--kernel-memory", _number), ("HostConfig.OomKillDisable", "--oom-kill-disable", _switch),
+    ("HostConfig.PidsLimit", "--pids-limit", _number), ("HostConfig.BlkioWeight", "--blkio-weight", _number),
+    ("HostConfig.Init", "--init", _switch),
+)
+# Accepted by dockerd and without a counterpart in nerdctl.
+IGNORED_FIELDS = ("DeviceCgroupRules", "Links", "StorageOpt", "CpuCount", "CpuPercent", "IOMaximumIOps", "IOMaximumBandwidth", "Cgroup")
+
+
+def field_of(body: Dict[str, Any], path: str) -> Any:
+    """The value at `HostConfig.Memory`; None when it is not there."""
+    for key in path.split("."):
+        body = typed(body, dict, "the body").get(key)
+        if body is None:
+            return None
+    return body
+
+
+def port_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
+    """`--publish` words for PortBindings and, with PublishAllPorts, for every exposed port."""
+    host = typed(body.get("HostConfig"), dict, "HostConfig")
+    bindings = dict(typed(host.get("PortBindings"), dict, "PortBindings"))
+    if typed(host.get("PublishAllPorts"), bool, "PublishAllPorts"):
+        exposed = {**(image.get("ExposedPorts") or {}), **typed(body.get("ExposedPorts"), dict, "ExposedPorts")}
+        bindings = {**{key: [{}] for key in exposed}, **bindings}
+    words = []
+    for key, places in bindings.items():
+        found = re.fullmatch(r"(\d{1,5}(?:-\d{1,5})?)(?:/(tcp|udp|sctp))?", key.lower())
+        if not found:
+            raise BadParameter(f"invalid port specification: {key!r}")
+        for place in typed(places, list, "PortBindings") or [{}]:
+            place = typed(place, dict, "PortBindings")
+            number, address = str(place.get("HostPort") or ""), typed(place.get("HostIp"), str, "HostIp").strip("[]")
+            if not re.fullmatch(r"(\d{1,5}(-\d{1,5})?)?", number) or not re.fullmatch(r"[0-9a-fA-F.:]*", address):
+                raise BadParameter(f"invalid port specification: {address}:{number}->{key}")
+            if number in ("", "0") and os.geteuid():
+                # A rootless nerdctl picks no port by itself.
+                number = str(free_port(found.group(2) or "tcp"))
+            number = "" if number == "0" else number
+            place_words = [f"[{address}]" if ":" in address else address, number] if address else [number] if number else []
+            words.append("--publish=" + ":".join([*place_words, found.group(1)]) + "/" + (found.group(2) or "tcp"))
+    return list(dict.fromkeys(words))
+
+
+def free_port(kind: str) -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM if kind == "udp" else socket.SOCK_STREAM) as sock:
+        sock.bind(("0.0.0.0", 0))
+        return sock.getsockname()[1]
+
+
+def mount_word(mount: Dict[str, Any]) -> str:
+    """The value of `--mount` for one of HostConfig.Mounts. 400 for what cannot be, 501 for what nerdctl has not."""
+    kind = typed(mount.get("Type"), str, "Type") or "volume"
+    target, source = typed(mount.get("Target"), str, "Target"), typed(mount.get("Source"), str, "Source")
+    if kind not in ("bind", "volume", "tmpfs"):
+        if kind in ("image", "cluster", "npipe"):
+            raise NotImplementedHere(f"nerdctl has no mounts of type {kind}")
+        raise BadParameter(f"invalid mount config for type \"{kind}\": mount type unknown")
+    if not target:
+        raise BadParameter(f"invalid mount config for type \"{kind}\": field Target must not be empty")
+    if not target.startswith("/"):
+        raise BadParameter(f"invalid mount config for type \"{kind}\": invalid mount path: '{target}' mount path must be absolute")
+    words = [f"type={kind}", f"target={target}"]
+    if kind == "bind":
+        options = typed(mount.get("BindOptions"), dict, "BindOptions")
+        if not source:
+            raise BadParameter('invalid mount config for type "bind": field Source must not be empty')
+        if not os.path.lexists(source) and not options.get("CreateMountpoint"):
+            raise BadParameter(f'invalid mount config for type "bind": bind source path does not exist: {source}')
+        words += [f"bind-propagation={options['Propagation']}"] if options.get("Propagation") else []
+        words += ["bind-nonrecursive"] if options.get("NonRecursive") else []
+    elif kind == "tmpfs":
+        options = typed(mount.get("TmpfsOptions"), dict, "TmpfsOptions")
+        words += [f"tmpfs-size={options['SizeBytes']}"] if options.get("SizeBytes") else []
+        words += [f"tmpfs-mode={options['Mode']:o}"] if isinstance(options.get("Mode"), int) and options["Mode"] else []
+    elif typed(mount.get("VolumeOptions"), dict, "VolumeOptions").get("Subpath"):
+        raise NotImplementedHere("nerdctl cannot mount a part of a volume")
+    if source and kind != "tmpfs":
+        words.append(f"source={source}")
+    if typed(mount.get("ReadOnly"), bool, "ReadOnly"):
+        words.append("readonly")
+    return ",".join(map(csv_word, words))
+
+
+def bind_word(text: str) -> str:
+    """The value of `--volume` for one of HostConfig.Binds, without the options that change nothing on Linux."""
+    parts = text.split(":")
+    if len(parts) > 3 or not all(parts[:2]):
+        raise BadParameter(f"invalid volume specification: '{text}'")
+    if not parts[:2][-1].startswith("/"):
+        raise BadParameter(f"invalid volume specification: '{text}': invalid mount config: mount path must be absolute")
+    if len(parts) == 3:
+        kept = [each for each in parts[2].split(",") if each and each not in ("nocopy", "cached", "delegated", "consistent")]
+        parts[2:] = [",".join(kept)] if kept else []
+    return ":".join(parts)
+
+
+def mount_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
+    """Words for Binds, Mounts, Tmpfs and the anonymous Volumes."""
+    host = typed(body.get("HostConfig"), dict, "HostConfig")
+    words = [f"--volume={bind_word(each)}" for each in string_list(host.get("Binds"), "Binds")]
+    mounts = [typed(each, dict, "Mounts") for each in typed(host.get("Mounts"), list, "Mounts")]
+    words += [f"--mount={mount_word(each)}" for each in mounts]
+    for path, options in string_map(host.get("Tmpfs"), "Tmpfs").items():
+        words.append(f"--tmpfs={path}:{options}" if options else f"--tmpfs={path}")
+    taken = {(each.split(":") + [""])[1] or each for each in string_list(host.get("Binds"), "Binds")} | {each.get("Target") for each in mounts}
+    for path in typed(body.get("Volumes"), dict, "Volumes"):
+        if path not in taken:
+            if not path.startswith("/"):
+                raise BadParameter(f"invalid volume specification: '{path}': mount path must be absolute")
+            words.append(f"--volume={path}")
+    return words
+
+
+def health_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
+    """Words for the health check: the request's, or what the image says (which nerdctl does not read)."""
+    asked = typed(body.get("Healthcheck"), dict, "Healthcheck")
+    check = {**(image.get("Healthcheck") or {}), **{key: value for key, value in asked.items() if value}}
+    test = string_list(check.get("Test"), "Healthcheck.Test")
+    if test[:1] == ["NONE"]:
+        return ["--no-healthcheck"]
+    if not test:
+        return []
+    if test[0] not in ("CMD", "CMD-SHELL"):
+        raise BadParameter(f"unknown health check type: {test[0]!r}")
+    words = ["--health-cmd=" + (" ".join(test[1:]) if test[0] == "CMD-SHELL" else shlex.join(test[1:]))]
+    for key, flag in (("Interval", "--health-interval"), ("Timeout", "--health-timeout"), ("StartPeriod", "--health-start-period")):
+        duration = typed(check.get(key), int, key)
+        if duration and duration < 10**6:
+            raise BadParameter(f"{key} in Healthcheck cannot be less than 1ms")
+        words += [f"{flag}={duration}ns"] if duration else []
+    if typed(check.get("Retries"), int, "Retries") < 0:
+        raise BadParameter("Retries in Healthcheck cannot be negative")
+    return words + _number(check.get("Retries"), "--health-retries", "Retries")
+
+
+def restart_args(host: Dict[str, Any]) -> List[str]:
+    """Words for the restart policy; 400 with dockerd's words where it cannot be."""
+    policy = typed(host.get("RestartPolicy"), dict, "RestartPolicy")
+    name, count = typed(policy.get("Name"), str, "RestartPolicy.Name"), typed(policy.get("MaximumRetryCount"), int, "MaximumRetryCount")
+    if name in ("", "no"):
+        return []
+    if name not in ("always", "unless-stopped", "on-failure"):
+        raise BadParameter(f"invalid restart policy: unknown policy '{name}'; use one of 'no', 'always', 'on-failure', or 'unless-stopped'")
+    if count and name != "on-failure":
+        raise BadParameter("invalid restart policy: maximum retry count can only be used with 'on-failure'")
+    if typed(host.get("AutoRemove"), bool, "AutoRemove"):
+        raise BadParameter("can't create 'AutoRemove' container with restart policy")
+    return [f"--restart={name}" + (f":{count}" if count else "")]
+
+
+def device_args(host: Dict[str, Any]) -> List[str]:
+    """Words for devices, their limits, GPUs and ulimits."""
+    words = []
+    for each in typed(host.get("Devices"), list, "Devices"):
+        device = typed(each, dict, "Devices")
+        parts = [typed(device.get(key), str, key) for key in ("PathOnHost", "PathInContainer", "CgroupPermissions")]
+        words.append("--device=" + csv_word(":".join(part for part in parts if part)))
+    for each in typed(host.get("DeviceRequests"), list, "DeviceRequests"):
+        request = typed(each, dict, "DeviceRequests")
+        if request.get("Driver") == "cdi":
+            words += [f"--device={csv_word(name)}" for name in string_list(request.get("DeviceIDs"), "DeviceIDs")]
+            continue
+        names = string_list(request.get("DeviceIDs"), "DeviceIDs")
+        words.append("--gpus=" + (csv_word("device=" + ",".join(names)) if names else
+                                  "all" if request.get("Count") in (-1, None) else str(typed(request.get("Count"), int, "Count"))))
+    for key, flag, value in (("BlkioWeightDevice", "--blkio-weight-device", "Weight"), ("BlkioDeviceReadBps", "--device-read-bps", "Rate"),
+                             ("BlkioDeviceWriteBps", "--device-write-bps", "Rate"), ("BlkioDeviceReadIOps", "--device-read-iops", "Rate"),
+                             ("BlkioDeviceWriteIOps", "--device-write-iops", "Rate")):
+        for each in typed(host.get(key), list, key):
+            words.append(f"{flag}={typed(each, dict, key).get('Path')}:{typed(each.get(value), int, value)}")
+    for each in typed(host.get("Ulimits"), list, "Ulimits"):
+        limit = typed(each, dict, "Ulimits")
+        soft, hard = typed(limit.get("Soft"), int, "Soft"), typed(limit.get("Hard"), int, "Hard")
+        if 0 <= hard < soft:
+            raise BadParameter(f"ulimit soft limit must be less than or equal to hard limit: {soft} > {hard}")
+        words.append(f"--ulimit={typed(limit.get('Name'), str, 'Name')}={soft}:{hard}")
+    return words
+
+
+def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]], find: Callable[[str], Container]) -> List[str]:
+    """Words for the networks: the mode first, then what else EndpointsConfig names. `networks` by name; `find` looks up a
+    container, for `container:NAME`."""
+    host = typed(body.get("HostConfig"), dict, "HostConfig")
+    mode = typed(host.get("NetworkMode"), str, "NetworkMode")
+    endpoints = typed(typed(body.get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig"), dict, "EndpointsConfig")
+    if body.get("NetworkDisabled"):
+        mode = "none"
+    if mode.startswith("container:"):
+        return [f"--network=container:{find(mode.partition(':')[2]).real}"]
+    if mode in ("host", "none"):
+        return [f"--network={mode}"]
+    if mode in ("", "default") and [each for each in endpoints if each != "default"]:
+        mode = next(each for each in endpoints if each != "default")
+    by_id = {each["Id"]: name for name, each in networks.items()}
+    names, first = [], {}
+    for key in dict.fromkeys([mode or "default", *endpoints]):
+        name = "bridge" if key == "default" else key if key in networks else by_id.get(key, "")
+        if not name:
+            # 400 and not dockerd's 404, which clients take for a missing image.
+            raise BadParameter(f"network {key} not found")
+        if name not in names:
+            names.append(name)
+            first = first or typed(endpoints.get(key), dict, "EndpointsConfig")
+    words = [f"--network={csv_word(name)}" for name in names]
+    if len(names) == 1:
+        address = typed(first.get("IPAMConfig"), dict, "IPAMConfig")
+        words += _text(address.get("IPv4Address"), "--ip", "IPv4Address") + _text(address.get("IPv6Address"), "--ip6", "IPv6Address")
+        words += _text(first.get("MacAddress") or body.get("MacAddress"), "--mac-address", "MacAddress")
+    return words
+
+
+def hostname_args(body: Dict[str, Any]) -> List[str]:
+    """Words for the host name: what is asked for or, since nerdctl has no network aliases and its containers find each
+    other by host name, the alias that a compose service has for its name."""
+    name = typed(body.get("Hostname"), str, "Hostname")
+    mode = typed(field_of(body, "HostConfig.NetworkMode"), str, "NetworkMode")
+    if not name and not mode.startswith(("host", "container:")):
+        endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
+        aliases = [each for endpoint in endpoints.values() for each in string_list(typed(endpoint, dict, "EndpointsConfig").get("Aliases"), "Aliases")]
+        service = typed(body.get("Labels"), dict, "Labels").get("com.docker.compose.service")
+        wanted = service if service in aliases else next(iter(aliases), "")
+        name = wanted if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62})", wanted or "") else ""
+    return [f"--hostname={name}"] if name else []
+
+
+def namespace_args(host: Dict[str, Any], find: Callable[[str], Container]) -> List[str]:
+    """Words for the IPC and PID namespaces, in which a container is named by its real id."""
+    words = []
+    for key, flag in (("IpcMode", "--ipc"), ("PidMode", "--pid")):
+        mode = typed(host.get(key), str, key)
+        if mode.startswith("container:"):
+            mode = f"container:{find(mode.partition(':')[2]).real}"
+        words += [f"{flag}={mode}"] if mode else []
+    return words
+
+
+def log_args(host: Dict[str, Any]) -> List[str]:
+    """Words for the log driver. Docker's `local` and `json-file` are one to nerdctl."""
+    config = typed(host.get("LogConfig"), dict, "LogConfig")
+    kind = typed(config.get("Type"), str, "LogConfig.Type")
+    if kind not in ("", "local", "json-file", "journald", "fluentd", "syslog", "none"):
+        raise BadParameter(f"logger: no log driver named '{kind}' is registered")
+    words = [f"--log-driver={kind}"] if kind not in ("", "local", "json-file") else []
+    return words + _pairs(config.get("Config"), "--log-opt", "LogConfig.Config")
+
+
+def environment_args(body: Dict[str, Any]) -> List[str]:
+    """Words for the environment. A name without a value would be taken from the daemon's own environment, so it is left
+    out."""
+    return [f"--env={each}" for each in string_list(body.get("Env"), "Env") if "=" in each.lstrip("=")]
+
+
+def command_words(body: Dict[str, Any], image: Dict[str, Any]) -> Tuple[List[str], List[str]]:
+    """Flags for the entrypoint, and the words after the image."""
+    entrypoint, command = body.get("Entrypoint"), string_list(body.get("Cmd"), "Cmd")
+    if entrypoint is None:
+        return [], command
+    words = [each for each in string_list(entrypoint, "Entrypoint")]
+    if words in ([], [""]):
+        # Docker takes an empty one as not given, but for one empty word, which takes the image's away.
+        return (["--entrypoint="], command or list(image.get("Cmd") or [])) if words else ([], command)
+    return [f"--entrypoint={each}" for each in words], command
+
+
+def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str, Dict[str, Any]],
+                find: Callable[[str], Container]) -> Tuple[List[str], List[str]]:
+    """argv between `create` and the image's name, and the words after it, of a create request; `image` is the image's own
+    configuration. 400 for bad values."""
+    host = typed(body.get("HostConfig"), dict, "HostConfig")
+    words: List[str] = []
+    for path, flag, render in CREATE_FLAGS:
+        words += render(field_of(body, path), flag, path)
+    if host.get("NanoCpus"):
+        words.append(f"--cpus={typed(host['NanoCpus'], int, 'NanoCpus') / 1e9:g}")
+    if isinstance(host.get("MemorySwappiness"), int) and host["MemorySwappiness"] >= 0:
+        words.append(f"--memory-swappiness={host['MemorySwappiness']}")
+    if body.get("StopTimeout") is not None:
+        words.append(f"--stop-timeout={typed(body['StopTimeout'], int, 'StopTimeout')}")
+    labels = string_map(body.get("Labels"), "Labels")
+    if any(key.startswith(HIDDEN_LABELS[:2]) for key in labels):
+        raise BadParameter("invalid label: names that begin with nerdctl/ are nerdctl's own")
+    words += environment_args(body) + hostname_args(body) + port_args(body, image) + mount_args(body, image) + health_args(body, image)
+    words += restart_args(host) + device_args(host) + network_args(body, networks, find) + namespace_args(host, find) + log_args(host)
+    words += [f"--label={key}={value}" for key, value in labels.items()]
+    flags, command = command_words(body, image)
+    return words + flags, command
+
+
+def create_warnings(body: Dict[str, Any]) -> List[str]:
+    """What is accepted and not carried out, a sentence each."""
+    host = typed(body.get("HostConfig"), dict, "HostConfig")
+    found = [f"{key} is not carried out: nerdctl has no such option" for key in IGNORED_FIELDS if host.get(key)]
+    if typed(host.get("LogConfig"), dict, "LogConfig").get("Type") == "local":
+        found.append("the log driver local is not available: json-file is used")
+    if typed(body.get("Healthcheck"), dict, "Healthcheck").get("StartInterval"):
+        found.append("StartInterval of the health check is not carried out: nerdctl has none")
+    endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
+    if len(endpoints) > 1 and any((typed(each, dict, "EndpointsConfig").get("IPAMConfig") or {}).get("IPv4Address") for each in endpoints.values()):
+        found.append("addresses are not carried out for several networks: nerdctl sets one for a single network")
+    return found
+
+
+CONTAINER_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
+
+
+def check_name(engine: Engine, name: str) -> str:
+    """A new container's name without its slash; 400 for what is none, 409 for one in use."""
+    name = name[1:] if name.startswith("/") else name
+    if not CONTAINER_NAME.fullmatch(name):
+        raise BadParameter(f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
+    for each in engine.snapshot.containers.get().values():
+        if each.name == name:
+            raise Conflict(f'Conflict. The container name "/{name}" is already in use by container "{each.id}". '
+                           "You have to remove (or rename) that container to be able to reuse that name.")
+    return name
+
+
+def slim(value: Any) -> Any:
+    """A request without its empty fields, as it is kept."""
+    if isinstance(value, dict):
+        found = {key: slim(each) for key, each in value.items()}
+        return {key: each for key, each in found.items() if each not in (None, "", 0, False, {}) or key in ("Entrypoint",)}
+    return value
+
+
+class Plan(NamedTuple):
+    """What a container is made of: `words` between the command and the image, `image` its name, `command` the words after
+    it, `request` what is kept of the request."""
+
+    words: List[str]
+    image: str
+    command: List[str]
+    request: Dict[str, Any]
+
+
+def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> Plan:
+    """The plan for a create request. 404 when there is no such image, 400 for bad values."""
+    name = typed(body.get("Image"), str, "Image")
+    if not name:
+        raise BadParameter("no command specified" if not body else "invalid reference format")
+    group = engine.snapshot.image(name)
+    check_platform(group, platform)
+    full = ""
+    with contextlib.suppress(BadParameter):
+        full = parse_reference(name).name
+    image = group.config.get("config") or {}
+    words, command = create_args(body, image, engine.snapshot.networks.get(), engine.snapshot.container)
+    if not command and not body.get("Entrypoint") and not image.get("Cmd") and not image.get("Entrypoint"):
+        raise BadParameter("no command specified")
+    if platform:
+        words.append(f"--platform={platform_words(platform)}")
+    return Plan(words, full if full in group.names else group.names[0], command, slim(body))
+
+
+def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
+    """Create a container and return what is known of it without asking; `more` are further flags."""
+    labels = [f"--label={key}={value}" for key, value in request_labels(plan.request).items()]
+    names = [f"--name={name}"] if name else []
+    output = engine.nerdctl.run("create", "--pull=never", *names, *more, *plan.words, *labels, "--", plan.image, *plan.command)
+    real = output.stdout.decode().strip().rpartition("\n")[2]
+    if not re.fullmatch(r"[0-9a-f]{64}", real):
+        raise ApiError(f"nerdctl created a container and printed no id: {real[:100]!r}")
+    labels = dict(each.partition("=")[2].partition("=")[::2] for each in [*labels, *more, *plan.words] if each.startswith("--label="))
+    if engine.nerdctl.local:
+        labels["nerdctl/state-dir"] = os.path.join(engine.snapshot.store, "containers", engine.nerdctl.namespace, real)
+    row = {"ID": real, "Names": name, "Image": plan.image, "Status": "Created", "CreatedAt": rfc3339(time.time_ns())}
+    container = Container(row, labels)
+    engine.snapshot.containers.add(container)
+    return container
+
+
+@route("POST", "/containers/create")
+def container_create(engine: Engine, request: Request) -> Response:
+    """Create a container; 201 with its id and warnings. 404 for no such image, 409 for a name in use, 400 for bad values.
+    Query options other than name and platform, which some clients repeat there, are ignored."""
+    body = request.json(required=True)
+    if not body:
+        raise BadParameter("config cannot be empty in order to create a container")
+    plan = plan_container(engine, body, request.value("platform"))
+    name = check_name(engine, request.value("name")) if request.value("name") else ""
+    container = make_container(engine, plan, name)
+    return Response(201, {"Id": container.id, "Warnings": create_warnings(body)})
+
+
+###############################################################################
+# Sessions
+###############################################################################
+
+# A container that is started with a client on its streams is held by one nerdctl process: `start -a`, `start -a -i` on a
+# pseudo-terminal or, since `start` has no stdin without one, `run -i` with the same request. All others are started
+# detached, and their output is read from the log file.
+STDOUT, STDERR = 1, 2
+# nerdctl looks for its own detach keys, and would leave the container with Docker's default ones.
+NO_DETACH_KEYS = "--detach-keys=" + ",".join(["ctrl-@"] * 8)
+FATAL_LINE = re.compile(rb'time="[^"\n]*" level=fatal msg=.*\n?\Z')
+
+
+class TrailingError:
+    """Keeps nerdctl's own last line out of a stream of stderr that it shares with a process: what may be that line is
+    held back until more comes or the stream has ended."""
+
+    MARK = b'time="'
+    LIMIT = 8192
+
+    def __init__(self) -> None:
+        self.held = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """What may be passed on now."""
+        data = self.held + data
+        start = data.rfind(self.MARK)
+        line = data[start:] if start >= 0 else b""
+        if line and len(line) < self.LIMIT and b"\n" not in line[:-1] and (line.count(b'"') < 2 or FATAL_LINE.match(line)):
+            self.held = line
+            return data[:start]
+        self.held = b""
+        return data
+
+    def finish(self, failed: bool) -> Tuple[bytes, str]:
+        """At the end of the stream: what is still to be passed on, and nerdctl's own message, "" for none. `failed` says
+        whether nerdctl ended with a status other than 0, and so has said something."""
+        line, self.held = self.held, b""
+        if failed and FATAL_LINE.match(line):
+            return b"", parse_logrus(line.decode(errors="replace").rstrip("\n"))[1]
+        return line, ""
+
+
+class DetachKeys:
+    """Finds the keys that detach a client from a terminal."""
+
+    def __init__(self, text: str):
+        self.sequence = b""
+        for key in (text or "ctrl-p,ctrl-q").split(","):
+            found = re.fullmatch(r"ctrl-([a-z@\[\\\]^_])", key)
+            if not found and len(key) != 1:
+                raise BadParameter(f"invalid detach keys: {text!r}")
+            self.sequence += bytes([ord(found.group(1).upper()) & 0x1F]) if found else key.encode("latin-1", "replace")
+        self.matched = 0
+
+    def feed(self, data: bytes) -> Tuple[bytes, bool]:
+        """What is to be passed on of some input, and whether the keys were typed."""
+        out = bytearray()
+        for byte in data:
+            if byte == self.sequence[self.matched]:
+                self.matched += 1
+                if self.matched == len(self.sequence):
+                    return bytes(out), True
+            else:
+                out += self.sequence[: self.matched]
+                self.matched = 1 if byte == self.sequence[0] else 0
+                if not self.matched:
+                    out.append(byte)
+        return bytes(out), False
+
+
+class Attachment:
+    """A client on the streams of a container or exec: which of them it wants, and whether in frames."""
+
+    def __init__(self, stdout: bool, stderr: bool, framed: bool, stdin: bool = False):
+        # The client is waited for before its connection has been handed over.
+        self.connection: Optional[Connection] = None
+        self.connected = threading.Event()
+        self.wanted = {STDOUT: stdout, STDERR: stderr}
+        self.framed = framed
+        self.stdin = stdin
+        self.gone = False
+        # Set when there is nothing more to come, or the client has left.
+        self.done = threading.Event()
+        # Set when a session has taken it, or there will be none.
+        self.ready = threading.Event()
+        self.session: Any = None
+
+    def connect(self, connection: Connection) -> None:
+        """The client's connection is there."""
+        self.connection = connection
+        self.connected.set()
+
+    def put(self, kind: int, data: bytes) -> None:
+        """Send some output; a client that has left is marked so."""
+        if self.gone or not self.wanted[kind] or not data:
+            return
+        if not self.connected.wait(60):
+            self.leave()
+            return
+        try:
+            if self.framed:
+                self.connection.send(bytes([kind, 0, 0, 0]) + len(data).to_bytes(4, "big"), data)
+            else:
+                self.connection.send(data)
+        except ClientGone:
+            self.leave()
+
+    def leave(self) -> None:
+        """The client is there no more."""
+        self.gone = True
+        self.finish()
+
+    def finish(self) -> None:
+        """There is nothing more to come; whoever waits for input from the client need not any more."""
+        self.done.set()
+        self.ready.set()
+        self.connected.set()
+        if self.connection:
+            self.connection.stop_input()
+
+
+class Terminal:
+    """A pseudo-terminal; nerdctl gets `slave` as its stdin and stdout, and is told of every new size."""
+
+    def __init__(self, height: int = 0, width: int = 0):
+        self.master, self.slave = pty.openpty()
+        # The container's own terminal makes line ends and echoes.
+        tty.setraw(self.slave)
+        self.pid = 0
+        if height and width:
+            self.resize(height, width)
+
+    def resize(self, height: int, width: int) -> None:
+        """Set the size in characters."""
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", height & 0xFFFF, width & 0xFFFF, 0, 0))
+            if self.pid:
+                os.kill(self.pid, signal.SIGWINCH)
+
+    def started(self, process: Process) -> None:
+        """nerdctl runs: from now on only it holds the other end."""
+        os.close(self.slave)
+        self.pid = process.popen.pid
+
+
+class Session:
+    """A nerdctl process with the streams of one container (or exec): its output goes to every attachment, and their
+    input to it. `on_end(status, message)` is called once, in its thread, when it has ended and before the clients are
+    told; `message` is nerdctl's own, "" for none."""
+
+    def __init__(self, attachments: Iterable[Attachment], terminal: Optional[Terminal] = None, once: bool = True,
+                 on_end: Callable[[int, str], None] = lambda status, message: None):
+        self.lock = threading.Lock()
+        self.attachments = list(attachments)
+        self.terminal = terminal
+        self.once = once
+        self.on_end = on_end
+        self.process: Optional[Process] = None
+        self.stdin = -1
+        self.outputs: Dict[int, int] = {}
+        self.ended = threading.Event()
+        self.status: Optional[int] = None
+        self.message = ""
+        # Where the count of task events stood when it was begun.
+        self.begun = 0
+
+    def run(self, nerdctl: Nerdctl, arguments: List[str], stdin: bool, lasting: bool) -> None:
+        """Start nerdctl with these arguments. A `lasting` one outlives the daemon."""
+        if self.terminal:
+            try:
+                self.process = nerdctl.start(*arguments, stdin=self.terminal.slave, stdout=self.terminal.slave, lasting=lasting)
+            except ApiError:
+                os.close(self.terminal.master)
+                os.close(self.terminal.slave)
+                raise
+            self.terminal.started(self.process)
+            self.stdin, self.outputs = self.terminal.master if stdin else -1, {self.terminal.master: STDOUT}
+        else:
+            self.process = nerdctl.start(*arguments, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, stderr=subprocess.PIPE, lasting=lasting)
+            self.stdin = self.process.stdin.fileno() if stdin else -1
+            self.outputs = {self.process.stdout.fileno(): STDOUT, self.process.stderr.fileno(): STDERR}
+        for attachment in self.attachments:
+            attachment.session = self
+            attachment.ready.set()
+        threading.Thread(target=self._follow, name="session", daemon=True).start()
+
+    def join(self, attachment: Attachment) -> bool:
+        """Add a client; whether there is still something to come."""
+        with self.lock:
+            if self.ended.is_set():
+                return False
+            attachment.session = self
+            attachment.ready.set()
+            self.attachments = [*self.attachments, attachment]
+            return True
+
+    def write(self, data: bytes) -> bool:
+        """Input for the process; False when it takes none any more."""
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self.stdin, view):]
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def close_stdin(self, force: bool = False) -> None:
+        """End of the input of one client: of the process too, where it was opened for one client only."""
+        if self.process and self.process.stdin and (self.once or force):
+            self.stdin = -1
+            self.process.close_stdin()
+
+    def put(self, kind: int, data: bytes) -> None:
+        """Send output to everyone who is there."""
+        for attachment in self.attachments:
+            attachment.put(kind, data)
+        if any(each.gone for each in self.attachments):
+            with self.lock:
+                self.attachments = [each for each in self.attachments if not each.gone]
+
+    def _follow(self) -> None:
+        trailing = TrailingError()
+        poller = select.poll()
+        for descriptor in self.outputs:
+            poller.register(descriptor, select.POLLIN)
+        left = dict(self.outputs)
+        try:
+            while left:
+                for descriptor, _ in poller.poll():
+                    try:
+                        data = os.read(descriptor, BLOCK)
+                    except OSError:
+                        # A pseudo-terminal whose other end is closed.
+                        data = b""
+                    if not data:
+                        poller.unregister(descriptor)
+                        del left[descriptor]
+                        continue
+                    kind = self.outputs[descriptor]
+                    self.put(kind, trailing.feed(data) if kind == STDERR else data)
+            self.status = self.process.wait()
+            rest, self.message = trailing.finish(bool(self.status))
+            self.put(STDERR, rest)
+            if self.terminal and self.status:
+                self.message = nerdctl_message(self.process.error_text())
+        except Exception:
+            log(traceback.format_exc())
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self.process.close()
+        if self.terminal:
+            os.close(self.terminal.master)
+        try:
+            self.on_end(self.status if self.status is not None else 1, self.message)
+        except Exception:
+            log(traceback.format_exc())
+        with self.lock:
+            self.ended.set()
+            attachments, self.attachments = self.attachments, []
+        for attachment in attachments:
+            attachment.finish()
+
+
+def pump_stdin(attachment: Attachment, session: Session, keys: Optional[DetachKeys]) -> bool:
+    """Pass a client's input on until it ends, the client leaves or detaches. Whether it was detached by its keys."""
+    while not attachment.done.is_set():
+        data = attachment.connection.recv(65536)
+        if not data:
+            session.close_stdin()
+            return False
+        detached = False
+        if keys:
+            data, detached = keys.feed(data)
+        if data and session.stdin >= 0 and not session.write(data):
+            session.close_stdin(force=True)
+        if detached:
+            return True
+    return False
+
+
+class LogLine(NamedTuple):
+    """A line of a container's log: nanoseconds since 1970, STDOUT or STDERR, and what was written, as bytes."""
+
+    time: int
+    kind: int
+    text: bytes
+
+
+def parse_log_line(line: bytes) -> Optional[LogLine]:
+    """A line of a json-file log; None for what is none."""
+    try:
+        row = json.loads(line)
+        kind = STDERR if row.get("stream") == "stderr" else STDOUT
+        return LogLine(nanoseconds_of(row.get("time") or "") or 0, kind, (row.get("log") or "").encode("utf-8", "surrogatepass"))
+    except (ValueError, AttributeError, TypeError):
+        return None
+
+
+class LogFile:
+    """A json-file log that is read while it is written and rotated."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.file: Any = None
+        self.rest = b""
+
+    def open(self, at_end: bool = False) -> "LogFile":
+        """Open it if it is there already."""
+        with contextlib.suppress(OSError):
+            self.file = open(self.path, "rb", buffering=0)
+            if at_end:
+                self.file.seek(0, os.SEEK_END)
+        return self
+
+    def seek_tail(self, count: int) -> None:
+        """Go to where the last `count` lines begin."""
+        if not self.file:
+            return
+        position = self.file.seek(0, os.SEEK_END)
+        found = 0
+        while position > 0 and found <= count:
+            size = min(65536, position)
+            position -= size
+            self.file.seek(position)
+            data = self.file.read(size)
+            found += data.count(b"\n")
+        self.file.seek(position)
+        surplus = found - count
+        while surplus > 0:
+            block = self.file.read(65536)
+            for _ in range(block.count(b"\n")):
+                index = block.index(b"\n") + 1
+                position += index
+                block = block[index:]
+                surplus -= 1
+                if not surplus:
+                    break
+            else:
+                position += len(block)
+            if not block and surplus:
+                break
+        self.file.seek(position)
+
+    def lines(self) -> List[LogLine]:
+        """What was written since the last call, at most some 256 KiB of it; [] when there is nothing new."""
+        if self.file is None:
+            self.open()
+            if self.file is None:
+                return []
+        data = self.file.read(BLOCK)
+        if not data and self._rotated():
+            data = self.file.read(BLOCK)
+        if not data:
+            return []
+        *whole, self.rest = (self.rest + data).split(b"\n")
+        found = [parse_log_line(line) for line in whole if line]
+        # Not empty while there is more to read.
+        return [each for each in found if each] or [LogLine(0, STDOUT, b"")]
+
+    def _rotated(self) -> bool:
+        """Go on with the new file when the old one was put aside."""
+        try:
+            now, mine = os.stat(self.path), os.fstat(self.file.fileno())
+        except OSError:
+            return False
+        if now.st_ino == mine.st_ino:
+            if now.st_size >= self.file.tell():
+                return False
+            self.file.seek(0)
+            return True
+        self.close()
+        self.open()
+        return self.file is not None
+
+    def close(self) -> None:
+        """Let the file go."""
+        if self.file:
+            self.file.close()
+            self.file = None
+
+
+def log_is_complete(container: Container) -> bool:
+    """Whether nobody writes to a container's log: its logging process holds a lock while the container's output is open."""
+    try:
+        descriptor = os.open(os.path.join(container.folder, "logger-lock"), os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def follow_log(engine: Engine, container: Container, file: LogFile, follow: bool, stop: Callable[[], bool]) -> Iterator[LogLine]:
+    """The lines of a log from where `file` stands; with `follow` until the container has ended and all is read, or
+    `stop()`. Yields a line without text now and then, for the caller to look around."""
+    pause = 0.002
+    patience = time.monotonic() + 2.0
+    while not stop() and not engine.closing.is_set():
+        complete = log_is_complete(container)
+        lines = file.lines()
+        if lines:
+            pause = 0.002
+            yield from lines
+            continue
+        if complete and not (follow and may_run(engine, container)):
+            return
+        if not follow and time.monotonic() > patience:
+            return
+        if not follow and may_run(engine, container):
+            return
+        yield LogLine(0, STDOUT, b"")
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
+
+
+def may_run(engine: Engine, container: Container) -> bool:
+    """Whether a container runs, or may be started again by its restart policy, as far as is known without a process."""
+    if not engine.feed.live:
+        return not log_is_complete(container)
+    with contextlib.suppress(ApiError):
+        now = engine.snapshot.containers.known().get(container.real)
+        return now is not None and now.state in ("running", "paused", "restarting")
+    return False
+
+
+###############################################################################
+# Container lifecycle
+###############################################################################
+
+
+def is_terminal(engine: Engine, container: Container) -> bool:
+    """Whether a container has a pseudo-terminal."""
+    asked = stored_request(container)
+    if asked:
+        return bool(asked.get("Tty"))
+    return bool((((engine.snapshot.detail(container).get("Spec") or {}).get("process")) or {}).get("terminal"))
+
+
+def has_stdin(container: Container) -> bool:
+    """Whether a container was made with stdin open."""
+    return bool(stored_request(container).get("OpenStdin"))
+
+
+def was_started(container: Container) -> bool:
+    """Whether a container has run before."""
+    return container.state != "created" or started_at(container) is not None
+
+
+def wait_started(engine: Engine, session: Session, real: Callable[[], str]) -> None:
+    """Wait until the task of a session's container has begun; the ApiError when nerdctl says that it cannot."""
+    while True:
+        if engine.tasks.started_since(real(), session.begun):
+            return
+        if session.ended.wait(0.0 if session.ended.is_set() else 0.05):
+            if not session.status or session.message.strip() == "1 errors:" or engine.tasks.started_since(real(), session.begun, 0.5):
+                return
+            if session.message:
+                raise nerdctl_error(f'time="" level=fatal msg={json.dumps(session.message)}')
+            return
+        if not engine.feed.live and real():
+            engine.snapshot.containers.drop(real())
+            now = engine.snapshot.containers.get().get(real())
+            if now is not None and now.running:
+                return
+
+
+def start_container(engine: Engine, container: Container) -> None:
+    """Start a container that does not run, held by a session where clients wait on its streams."""
+    waiting = engine.take_waiting(container.id)
+    tty, stdin = is_terminal(engine, container), has_stdin(container)
+    try:
+        with engine.feed.needed():
+            if stdin and not tty and not was_started(container):
+                start_with_stdin(engine, engine.snapshot.container(container.id), waiting)
+            elif waiting:
+                start_attached(engine, container, waiting, tty, any(each.stdin for each in waiting))
+            else:
+                engine.nerdctl.run("start", "--", container.real)
+    except BaseException:
+        for each in waiting:
+            each.finish()
+        raise
+
+
+def new_terminal(container: Container) -> Terminal:
+    """A pseudo-terminal of the size that the client of a container has."""
+    size = typed(stored_request(container).get("HostConfig"), dict, "HostConfig").get("ConsoleSize") or [0, 0]
+    return Terminal(*[each for each in size if isinstance(each, int)][:2])
+
+
+def start_attached(engine: Engine, container: Container, waiting: List[Attachment], tty: bool, stdin: bool) -> None:
+    """Start a container with clients on its streams."""
+    session = Session(waiting, new_terminal(container) if tty else None, on_end=lambda *_: engine.sessions.pop(container.id, None))
+    session.begun = engine.tasks.now()
+    arguments = ["start", "--attach", *(["--interactive"] if tty and stdin else []), *([NO_DETACH_KEYS] if tty else []), "--", container.real]
+    engine.sessions[container.id] = session
+    try:
+        session.run(engine.nerdctl, arguments, stdin=tty and stdin, lasting=True)
+    except BaseException:
+        engine.sessions.pop(container.id, None)
+        raise
+    wait_started(engine, session, lambda: container.real)
+
+
+def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachment]) -> None:
+    """Start a container that was made with stdin and without a terminal, by putting a new one in its place: only
+    `nerdctl run` carries stdin. The id that clients know stays on it as a label."""
+    if container.id in engine.touched:
+        raise NotImplementedHere("files were copied into this container before its first start, and nerdctl can only give stdin to a container "
+                                 "that it makes and starts at once: create it without --interactive, or copy the files after the start")
+    plan = plan_container(engine, stored_request(container))._replace(image=container.image)
+    labels = {**request_labels(plan.request), LABEL_ID: container.id}
+    once = bool(plan.request.get("StdinOnce"))
+    with engine.workspace.temporary("run") as folder, engine.replacing(container):
+        note = os.path.join(folder, "id")
+
+        def real() -> str:
+            with contextlib.suppress(OSError):
+                with open(note, encoding="ascii") as file:
+                    found = file.read().strip()
+                if found:
+                    engine.tasks.rename(container.id, found)
+                    return found
+            return ""
+
+        session = Session(waiting, once=once, on_end=lambda *_: engine.sessions.pop(container.id, None))
+        session.begun = engine.tasks.now()
+        arguments = ["run", "--pull=never", f"--cidfile={note}", f"--name={container.name}", *plan.words,
+                     *(f"--label={key}={value}" for key, value in labels.items()), "--", plan.image, *plan.command]
+        engine.nerdctl.run("rm", "--volumes", "--", container.real)
+        engine.sessions[container.id] = session
+        try:
+            session.run(engine.nerdctl, arguments, stdin=True, lasting=True)
+            wait_started(engine, session, real)
+        except BaseException:
+            engine.sessions.pop(container.id, None)
+            if not real():
+                # Nothing took its place: the container is made again as it was.
+                make_container(engine, plan, container.name, f"--label={LABEL_ID}={container.id}")
+            raise
+        finally:
+            engine.snapshot.containers.drop()
+
+
+def start_refused(engine: Engine, container: Container, error: ApiError) -> None:
+    """After a start that failed: a container that was to be removed at its end is removed now."""
+    if auto_removed(container):
+        with contextlib.suppress(ApiError):
+            remove_container(engine, container, force=True, volumes=True)
+    engine.tasks.failed(container.real, 127 if "not found" in str(error) or "no such file" in str(error) else 126 if "denied" in str(error) else 128)
+
+
+@route("POST", "/containers/{id}/start")
+def container_start(engine: Engine, request: Request, name: str) -> Response:
+    """Start it; 204, 304 when it runs already, 400 when its command cannot be run."""
+    request.json() if request.body else None
+    container = engine.snapshot.find(name)
+    if container.state == "paused":
+        raise Conflict("cannot start a paused container, try unpause instead")
+    if container.running:
+        raise NotModified()
+    engine.hold_if_needed(container)
+    count = engine.tasks.now()
+    with engine.changing(container):
+        try:
+            start_container(engine, container)
+        except ApiError as error:
+            start_refused(engine, container, error)
+            raise
+        if not engine.tasks.ended_since(container.real, count):
+            engine.snapshot.containers.patch(container.real, "Up")
+    return Response(204)
+
+
+def stop_args(request: Request) -> List[str]:
+    """Flags for the seconds and the signal of a stop."""
+    seconds, signal_name = request.value("t"), request.value("signal")
+    arguments = []
+    if seconds:
+        # Docker's -1 is for ever.
+        number = request.integer("t")
+        arguments.append(f"--time={number if number >= 0 else 10**6}")
+    if signal_name:
+        arguments.append(f"--signal={check_signal(signal_name)}")
+    return arguments
+
+
+def check_signal(text: str) -> str:
+    """The name or number of a signal, as nerdctl takes it; 400 with dockerd's words for anything else."""
+    name = text.upper()
+    if name.isdigit():
+        if 0 < int(name) <= 64:
+            return name
+    else:
+        bare = name[3:] if name.startswith("SIG") else name
+        if hasattr(signal, "SIG" + bare) or re.fullmatch(r"RTM(IN|AX)([+-]\d{1,2})?", bare):
+            return "SIG" + bare
+    raise BadParameter(f"invalid signal: {text}")
+
+
+@route("POST", "/containers/{id}/stop")
+def container_stop(engine: Engine, request: Request, name: str) -> Response:
+    """Stop it within `t` seconds, then kill it; 204, 304 when it does not run."""
+    read_limited(request.body, JSON_LIMIT)
+    container = engine.snapshot.find(name)
+    arguments = stop_args(request)
+    if not container.running and container.state != "restarting":
+        raise NotModified()
+    count = engine.tasks.now()
+    with engine.changing(container):
+        engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=SHORT_CALL + max(0, min(request.integer("t"), 86400)))
+        engine.tasks.ended_since(container.real, count, 2.0 if engine.feed.live else 0.0)
+    engine.tell(container, "stop")
+    return Response(204)
+
+
+@route("POST", "/containers/{id}/restart")
+def container_restart(engine: Engine, request: Request, name: str) -> Response:
+    """Stop it if it runs, and start it; 204."""
+    read_limited(request.body, JSON_LIMIT)
+    container = engine.snapshot.find(name)
+    arguments = stop_args(request)
+    with engine.changing(container), engine.restarting(container):
+        if container.running:
+            engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=SHORT_CALL + max(0, min(request.integer("t"), 86400)))
+            session = engine.sessions.get(container.id)
+            if session:
+                session.ended.wait(5)
+        engine.snapshot.containers.drop(container.real)
+        start_container(engine, engine.snapshot.container(container.id))
+    engine.tell(container, "restart")
+    return Response(204)
+
+
+def require_running(container: Container) -> None:
+    """409 with dockerd's words unless it runs."""
+    if not container.running:
+        raise Conflict(f"container {container.id} is not running")
+
+
+@route("POST", "/containers/{id}/kill")
+def container_kill(engine: Engine, request: Request, name: str) -> Response:
+    """Send it a signal; 204, 409 when it does not run."""
+    read_limited(request.body, JSON_LIMIT)
+    container = engine.snapshot.find(name)
+    word = check_signal(request.value("signal") or "KILL")
+    if not container.running:
+        raise Conflict(f"cannot kill container: {name}: container {container.id} is not running")
+    count = engine.tasks.now()
+    with engine.changing(container), engine.feed.needed():
+        engine.nerdctl.run("kill", f"--signal={word}", "--", container.real)
+        if word in ("SIGKILL", "9") and engine.feed.live:
+            # As dockerd does: who is told that it was killed finds it so.
+            engine.tasks.ended_since(container.real, count, 5.0)
+    engine.tell(container, "kill", signal=str(signal_number(word)))
+    return Response(204)
+
+
+def signal_number(word: str) -> int:
+    """The number of a signal as check_signal() gives it, 0 for one this machine does not know by name."""
+    return int(word) if word.isdigit() else int(getattr(signal, word, 0))
+
+
+@route("POST", "/containers/{id}/pause")
+def container_pause(engine: Engine, request: Request, name: str) -> Response:
+    """Freeze it; 204, 409 when it does not run or is paused already."""
+    container = engine.snapshot.find(name)
+    require_running(container)
+    if container.state == "paused":
+        raise Conflict(f"container {container.id} is already paused")
+    with engine.changing(container):
+        engine.nerdctl.run("pause", "--", container.real)
+    return Response(204)
+
+
+@route("POST", "/containers/{id}/unpause")
+def container_unpause(engine: Engine, request: Request, name: str) -> Response:
+    """Let it go on; 204, 409 when it is not paused."""
+    container = engine.snapshot.find(name)
+    if container.state != "paused":
+        raise Conflict(f"container {container.id} is not paused")
+    with engine.changing(container):
+        engine.nerdctl.run("unpause", "--", container.real)
+    return Response(204)
+
+
+@route("POST", "/containers/{id}/rename")
+def container_rename(engine: Engine, request: Request, name: str) -> Response:
+    """Give it another name; 204, 409 for one in use."""
+    container = engine.snapshot.container(name)
+    if not request.value("name"):
+        raise BadParameter("Neither old nor new names may be empty")
+    wanted = request.value("name").lstrip("/")
+    if wanted == container.name:
+        raise BadParameter("Renaming a container with the same name as its current name")
+    with engine.changing(container):
+        engine.nerdctl.run("rename", "--", container.real, check_name(engine, wanted))
+    engine.tell(engine.snapshot.container(container.id), "rename", oldName="/" + container.name)
+    return Response(204)
+
+
+UPDATE_FLAGS = tuple((path.partition(".")[2], flag, render) for path, flag, render in CREATE_FLAGS
+                     if flag in ("--cpu-shares", "--cpu-period", "--cpu-quota", "--cpuset-cpus", "--cpuset-mems", "--memory",
+                                 "--memory-reservation", "--memory-swap", "--pids-limit", "--blkio-weight", "--kernel-memory"))
+
+
+@route("POST", "/containers/{id}/update")
+def container_update(engine: Engine, request: Request, name: str) -> Response:
+    """Change its limits or restart policy; 200 with warnings."""
+    container = engine.snapshot.container(name)
+    body = request.json(required=True)
+    words: List[str] = []
+    for key, flag, render in UPDATE_FLAGS:
+        words += render(body.get(key), flag, key)
+    if body.get("NanoCpus"):
+        words.append(f"--cpus={typed(body['NanoCpus'], int, 'NanoCpus') / 1e9:g}")
+    if body.get("RestartPolicy"):
+        policy = restart_args({"RestartPolicy": body["RestartPolicy"], "AutoRemove": auto_removed(container)})
+        words += policy or (["--restart=no"] if typed(body["RestartPolicy"], dict, "RestartPolicy").get("Name") == "no" else [])
+    if words:
+        with engine.changing(container):
+            engine.nerdctl.run("update", *words, "--", container.real)
+    engine.tell(container, "update")
+    return Response(200, {"Warnings": None})
+
+
+@route("POST", "/containers/{id}/wait")
+def container_wait(engine: Engine, request: Request, name: str) -> Response:
+    """Wait for `condition` (not-running, next-exit, removed); the head goes out at once, the exit status when it is so."""
+    read_limited(request.body, JSON_LIMIT)
+    condition = request.value("condition") or "not-running"
+    if condition not in ("not-running", "next-exit", "removed"):
+        raise BadParameter(f"invalid condition: \"{condition}\"")
+    container = engine.snapshot.find(name)
+    since = engine.tasks.now()
+    engine.feed.keep()
+
+    def chunks() -> Iterator[bytes]:
+        yield b""
+        gone = threading.Event()
+        with engine.feed.needed(), request.client.when_gone(lambda: (gone.set(), engine.tasks.wake())):
+            status = engine.tasks.wait(container, condition, since, lambda: gone.is_set() or engine.closing.is_set())
+        if status is not None:
+            yield json_bytes({"StatusCode": status}) + b"\n"
+
+    return Response(200, Stream(chunks()), "application/json")
+
+
+def remove_container(engine: Engine, container: Container, force: bool, volumes: bool) -> None:
+    """Remove a container, and its anonymous volumes if asked."""
+    engine.sessions.pop(container.id, None)
+    with engine.changing(container):
+        engine.nerdctl.run("rm", *(["--force"] if force else []), *(["--volumes"] if volumes else []), "--", container.real)
+    engine.snapshot.containers.remove(container.real)
+    if volumes:
+        engine.snapshot.volumes.drop()
+    engine.forget(container)
+
+
+@route("DELETE", "/containers/{id}")
+def container_delete(engine: Engine, request: Request, name: str) -> Response:
+    """Remove it (`force`, `v` for anonymous volumes); 204, 409 while it runs."""
+    container = engine.snapshot.find(name)
+    if request.flag("link"):
+        raise NotImplementedHere("nerdctl has no links")
+    if (container.running or container.state == "restarting") and not request.flag("force"):
+        word = "paused" if container.state == "paused" else container.state
+        raise Conflict(f'cannot remove container "/{container.name}": container is {word}: '
+                       + ("unpause and then stop the container before removing or force remove" if word == "paused"
+                          else "stop the container before removing or force remove"))
+    remove_container(engine, container, request.flag("force"), request.flag("v"))
+    return Response(204)
+
+
+@route("POST", "/containers/prune")
+def container_prune(engine: Engine, request: Request) -> Response:
+    """Remove all containers that do not run, by the filters until, label and label!."""
+    filters = request.filters("until", "label", "label!")
+    limit = until_limit(filters.get("until") or [])
+    found = [each for each in engine.snapshot.containers.get().values()
+             if each.state in ("created", "exited", "dead") and each.id not in engine.sessions
+             and match_labels(each.visible_labels, filters.get("label") or [])
+             and not any(match_labels(each.visible_labels, [label]) for label in filters.get("label!") or [])
+             and (limit is None or each.created / 1e9 <= limit)]
+    deleted, reclaimed = [], 0
+    sizes = container_sizes(engine) if found else {}
+    for container in found:
+        with contextlib.suppress(ApiError):
+            remove_container(engine, container, force=False, volumes=False)
+            deleted.append(container.id)
+            reclaimed += sizes.get(container.real, (0, 0))[0]
+    engine.journal.emit("container", "prune", "", {"reclaimed": str(reclaimed)})
+    return Response(200, {"ContainersDeleted": deleted or None, "SpaceReclaimed": reclaimed})
+
+
+class Caretaker:
+    """Carries out what nerdctl leaves to somebody: `--rm` of a container that was made by `create`, and health checks
+    where no systemd runs their timers. It holds the event feed as long as there is something to care for."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.lock = threading.Lock()
+        self.cared: Dict[str, Any] = {}
+        self.ended: queue.Queue = queue.Queue()
+        engine.feed.listeners.append(self.on_event)
+        threading.Thread(target=self._reap, name="caretaker", daemon=True).start()
+
+    def look(self) -> None:
+        """Find what is to be cared for among the containers there are; for the start of the daemon."""
+        with contextlib.suppress(ApiError):
+            for container in self.engine.snapshot.containers.get().values():
+                if container.running or container.state == "restarting":
+                    self.hold(container)
+                elif auto_removed(container) and was_started(container):
+                    self.ended.put(container.real)
+
+    def hold(self, container: Container) -> None:
+        """Care for a container that runs, or is about to."""
+        checked = needs_checks(container)
+        with self.lock:
+            if container.id in self.cared or not (auto_removed(container) or checked):
+                return
+            self.cared[container.id] = stack = contextlib.ExitStack()
+            stack.enter_context(self.engine.feed.needed())
+            if checked:
+                stop = threading.Event()
+                stack.callback(stop.set)
+                threading.Thread(target=self._watch_health, args=(container.id, stop), name="health", daemon=True).start()
+
+    def release(self, identity: str) -> None:
+        """A container needs no care any more."""
+        with self.lock:
+            stack = self.cared.pop(identity, None)
+        if stack:
+            stack.close()
+
+    def on_event(self, event: Optional[ContainerdEvent]) -> None:
+        """Note the ends of containers; called in the feed's thread, so the work is done elsewhere."""
+        if event is None:
+            if self.cared:
+                self.ended.put("")
+        elif event.topic in ("/tasks/exit", "/containers/delete") and event.payload.get("id") in (None, "", event.container):
+            self.ended.put(event.container)
+
+    def _reap(self) -> None:
+        while True:
+            real = self.ended.get()
+            try:
+                self._settle(real)
+            except ApiError as error:
+                log(f"{real[:12]}: {error}")
+            except Exception:
+                log(traceback.format_exc())
+
+    def _settle(self, real: str) -> None:
+        """After the end of a container (any, for ""): remove it if it is to be, and stop caring for what does not run."""
+        if not real and not self.cared:
+            return
+        table = self.engine.snapshot.containers.known()
+        for container in [table[real]] if real in table else list(table.values()) if not real else []:
+            if container.running or container.state in ("restarting", "created") or container.id in self.engine.replaced:
+                continue
+            if auto_removed(container) and container.id not in self.engine.restarts:
+                session = self.engine.sessions.get(container.id)
+                if session:
+                    session.ended.wait(10)
+                with contextlib.suppress(NotFound):
+                    remove_container(self.engine, container, force=True, volumes=True)
+            self.release(container.id)
+        known = {each.id for each in self.engine.snapshot.containers.known().values()}
+        for identity in [each for each in self.cared if each not in known and each not in self.engine.replaced]:
+            self.release(identity)
+
+    def _watch_health(self, identity: str, stop: threading.Event) -> None:
+        pause = 0.0
+        while not stop.wait(pause):
+            try:
+                pause = self._check(identity)
+            except NotFound:
+                return
+            except (ApiError, ValueError) as error:
+                pause = 5.0
+                log(f"health check of {identity[:12]}: {error}")
+
+    def _check(self, identity: str) -> float:
+        """Run one health check; the seconds until the next."""
+        container = self.engine.snapshot.container(identity)
+        if not container.running:
+            return 1.0
+        check = json.loads(container.labels.get("nerdctl/healthcheck") or "{}")
+        interval = (check.get("Interval") or 30 * 10**9) / 1e9
+        if container.state == "paused":
+            return interval
+        began = started_at(container)
+        if began and time.time() - began / 1e9 < interval - 0.02:
+            # The first check comes an interval after the start.
+            return interval - (time.time() - began / 1e9)
+        before = (container_health(self.engine, container) or {}).get("Status")
+        output = self.engine.nerdctl.output("container", "healthcheck", container.real, timeout=interval + 600)
+        if output.status and self.engine.nerdctl.debug:
+            log(f"health check of {identity[:12]}: {nerdctl_message(output.stderr)}")
+        self.engine.snapshot.containers.drop(container.real)
+        with contextlib.suppress(NotFound):
+            after = (container_health(self.engine, self.engine.snapshot.container(identity)) or {}).get("Status")
+            if after and after != before:
+                self.engine.tell(container, f"health_status: {after}")
+        return interval
+
+
+def auto_removed(container: Container) -> bool:
+    """Whether it is to be removed at its end."""
+    return bool((stored_request(container).get("HostConfig") or {}).get("AutoRemove"))
+
+
+def needs_checks(container: Container) -> bool:
+    """Whether it has health checks that nobody else runs."""
+    if os.path.isdir("/run/systemd/system") or not container.labels.get("nerdctl/healthcheck"):
+        return False
+    with contextlib.suppress(ValueError, AttributeError):
+        return (json.loads(container.labels["nerdctl/healthcheck"]).get("Test") or ["NONE"])[0] != "NONE"
+    return False
+
+
+###############################################################################
+# Streams
+###############################################################################
+
+RAW_STREAM = "application/vnd.docker.raw-stream"
+MULTIPLEXED_STREAM = "application/vnd.docker.multiplexed-stream"
+
+
+def stream_type(tty: bool, version: Tuple[int, int]) -> str:
+    """The media type of a stream of output: frames have a name of their own from API 1.42 on."""
+    return RAW_STREAM if tty or version < (1, 42) else MULTIPLEXED_STREAM
+
+
+def log_lines(engine: Engine, request: Request, container: Container) -> Iterator[LogLine]:
+    """The lines of a container's log that a logs request asks for."""
+    follow = request.flag("follow") and container.state in ("running", "paused", "restarting")
+    since, until = request.timestamp("since"), request.timestamp("until")
+    first = int(since * 10**9) if since and since > 0 else 0
+    last = int(until * 10**9) if until and until > 0 else 0
+    tail = tail_count(request)
+    wanted = {STDOUT: request.flag("stdout"), STDERR: request.flag("stderr")}
+    gone = threading.Event()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(request.client.when_gone(gone.set))
+        if follow:
+            stack.enter_context(engine.feed.needed())
+        path = log_path(container)
+        if path and os.access(path, os.R_OK):
+            file = LogFile(path).open()
+            stack.callback(file.close)
+            if tail is not None:
+                file.seek_tail(tail)
+            source = follow_log(engine, container, file, follow, gone.is_set)
+        else:
+            source = nerdctl_log(engine, request, container, follow, tail)
+        for line in source:
+            if line.text and last and line.time > last:
+                return
+            if not line.text or (wanted[line.kind] and line.time >= first):
+                yield line
+
+
+def nerdctl_log(engine: Engine, request: Request, container: Container, follow: bool, tail: Optional[int]) -> Iterator[LogLine]:
+    """The same where the log is no file that can be read from here. nerdctl prints both streams as they were."""
+    arguments = ["logs", "--timestamps", *(["--follow"] if follow else []), *([f"--tail={tail}"] if tail is not None else [])]
+    with engine.nerdctl.start(*arguments, "--", container.real, client=request.client) as process:
+        for text in process.lines():
+            moment, _, rest = text.partition(" ")
+            yield LogLine(nanoseconds_of(moment) or 0, STDOUT, rest.encode("utf-8", "surrogateescape") + b"\n")
+        process.check()
+
+
+def tail_count(request: Request) -> Optional[int]:
+    """How many lines from the end are asked for, None for all of them."""
+    text = request.value("tail")
+    if text in ("", "all") or text.startswith("-"):
+        return None
+    return request.integer("tail")
+
+
+def log_details(container: Container) -> bytes:
+    """What `details` puts before each line: the labels and variables that the log options name."""
+    options = typed(typed(stored_request(container).get("HostConfig"), dict, "HostConfig").get("LogConfig"), dict, "LogConfig").get("Config") or {}
+    environment = dict(each.partition("=")[::2] for each in string_list(stored_request(container).get("Env"), "Env"))
+    found = {key: container.visible_labels[key] for key in str(options.get("labels") or "").split(",") if key in container.visible_labels}
+    found.update({key: environment[key] for key in str(options.get("env") or "").split(",") if key in environment})
+    return ",".join(f"{urllib.parse.quote(key)}={urllib.parse.quote(value)}" for key, value in sorted(found.items())).encode() + b" "
+
+
+@route("GET", "/containers/{id}/logs")
+def container_logs(engine: Engine, request: Request, name: str) -> Response:
+    """Its output so far, and with `follow` what is to come: frames, or bytes as they are for a terminal."""
+    container = engine.snapshot.find(name)
+    if not request.flag("stdout") and not request.flag("stderr"):
+        raise BadParameter("Bad parameters: you must choose at least one stream")
+    tail_count(request)
+    request.timestamp("since"), request.timestamp("until")
+    tty = is_terminal(engine, container)
+    details = log_details(container) if request.flag("details") else b""
+    follow = request.flag("follow")
+
+    def chunks() -> Iterator[bytes]:
+        if follow:
+            yield b""
+        parts: List[bytes] = []
+        for line in log_lines(engine, request, container):
+            if line.text:
+                text = details + line.text
+                if request.flag("timestamps"):
+                    text = rfc3339_full(line.time).encode() + b" " + text
+                parts.append(text if tty else bytes([line.kind, 0, 0, 0]) + len(text).to_bytes(4, "big") + text)
+            if parts and (not line.text or len(parts) > 500):
+                yield b"".join(parts)
+                parts = []
+        yield b"".join(parts)
+
+    # What there is already begins at once, so an error before it can still be told.
+    return Response(200, Stream(chunks(), primed=not follow), stream_type(tty, request.version))
+
+
+def rfc3339_full(nanoseconds: int) -> str:
+    """A timestamp with all nine digits, as logs have them."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(nanoseconds // 10**9)) + f".{nanoseconds % 10**9:09d}Z"
+
+
+def check_attach(container: Container, stdin: bool, tty: bool, running: bool, held: bool) -> None:
+    """501 with a reason where a client's input could not reach the container."""
+    if not stdin or not has_stdin(container) or held:
+        return
+    if running:
+        raise NotImplementedHere("nobody was attached to this container's stdin when it was started, and nerdctl cannot reach it later: "
+                                 "attach with --no-stdin, or use exec")
+    if not tty and was_started(container):
+        raise NotImplementedHere("nerdctl can give stdin without a terminal only at the first start of a container: create it anew, "
+                                 "or start it without --interactive")
+
+
+class WebSocket(Connection):
+    """A connection whose bytes travel in WebSocket frames (RFC 6455)."""
+
+    def __init__(self, connection: Connection):
+        super().__init__(connection.sock, connection.early)
+        self.lock = threading.Lock()
+        self.closed = False
+
+    def _exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            part = super().recv(count - len(data))
+            if not part:
+                raise EOFError
+            data += part
+        return data
+
+    def recv(self, size: int = 65536) -> bytes:
+        """The payload of the next frame with data; b"" when the client has closed or broken the rules."""
+        try:
+            while not self.closed:
+                first, second = self._exactly(2)
+                length = second & 0x7F
+                if length == 126:
+                    length = int.from_bytes(self._exactly(2), "big")
+                elif length == 127:
+                    length = int.from_bytes(self._exactly(8), "big")
+                kind = first & 0x0F
+                if not second & 0x80 or length > 1 << 20 or first & 0x70 or (kind >= 8 and length > 125):
+                    self._frame(8, (1002).to_bytes(2, "big"))
+                    break
+                mask, data = self._exactly(4), self._exactly(length)
+                data = bytes(each ^ mask[index % 4] for index, each in enumerate(data))
+                if kind == 8:
+                    self._frame(8, data[:2])
+                    break
+                if kind == 9:
+                    self._frame(10, data)
+                elif kind in (0, 1, 2) and data:
+                    return data
+        except (EOFError, ClientGone):
+            pass
+        self.closed = True
+        return b""
+
+    def _frame(self, kind: int, data: bytes) -> None:
+        size = len(data)
+        head = bytes([0x80 | kind]) + (bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big") if size < 65536
+                                       else b"\x7f" + size.to_bytes(8, "big"))
+        with self.lock:
+            super().send(head, data)
+
+    def send(self, *parts: bytes) -> None:
+        """All parts as one binary frame."""
+        self._frame(2, b"".join(parts))
+
+    def drop_input(self) -> None:
+        """Read until the client closes."""
+        while self.recv():
+            pass
+
+    def close(self) -> None:
+        """Say goodbye, if the client is still there."""
+        if not self.closed:
+            with contextlib.suppress(ClientGone):
+                self._frame(8, (1000).to_bytes(2, "big"))
+
+
+def follow_attached(engine: Engine, container: Container, attachment: Attachment, file: LogFile, follow: bool = True) -> None:
+    """Send an attached client what is written to a container's log, to its end."""
+    try:
+        with engine.feed.needed(), contextlib.closing(file):
+            for line in follow_log(engine, container, file, follow, attachment.done.is_set):
+                attachment.put(line.kind, line.text)
+    except Exception:
+        log(traceback.format_exc())
+    finally:
+        attachment.finish()
+
+
+def await_session(engine: Engine, container: Container, attachment: Attachment, file: LogFile, since: int) -> None:
+    """Hold a client that attached before the start until a session has taken it, or the container was started without
+    one (by a bare nerdctl, say), when its log is as good."""
+    while not attachment.ready.wait(0.2):
+        session = engine.sessions.get(container.id)
+        if session and session.join(attachment):
+            return
+        if session is None and engine.tasks.started_since(container.real, since):
+            follow_attached(engine, container, attachment, file)
+        elif engine.feed.live and container.id not in engine.replaced:
+            try:
+                engine.snapshot.find(container.id)
+            except ApiError:
+                attachment.finish()
+
+
+def serve_attachment(engine: Engine, request: Request, container: Container, attachment: Attachment, logs: bool,
+                     keys: Optional[DetachKeys]) -> None:
+    """Serve an attached client to its end: by the session that holds the container, or from its log."""
+    engine.tell(container, "attach")
+    file = LogFile(log_path(container)).open(at_end=not logs)
+    since = engine.tasks.now()
+    session = engine.sessions.get(container.id)
+    with request.client.when_gone(attachment.leave, half=False), engine.feed.needed():
+        if logs or (container.running and not (session and session.join(attachment))):
+            attachment.session = session
+            attachment.ready.set()
+            threading.Thread(target=follow_attached, args=(engine, container, attachment, file, request.flag("stream", True)),
+                             name="attach", daemon=True).start()
+        elif not container.running:
+            await_session(engine, container, attachment, file, since)
+        if attachment.session is not None and attachment.stdin and pump_stdin(attachment, attachment.session, keys):
+            attachment.leave()
+            engine.tell(container, "detach")
+        attachment.done.wait()
+
+
+def attach(engine: Engine, request: Request, name: str, framed: bool) -> Tuple[Attachment, Callable[[Connection], None], Callable[[], None], str]:
+    """What the two ways to attach share: the client, how it is served, what is done where it has left before that, and the
+    media type. From here on it is waited for, so that a start that comes right behind loses nothing."""
+    container, tty, keys = prepare_attach(engine, request, name)
+    stream, logs = request.flag("stream"), request.flag("logs")
+    attachment = Attachment(request.flag("stdout"), request.flag("stderr"), framed and not tty, request.flag("stdin") and stream and has_stdin(container))
+    waits = stream and not logs and not container.running
+    if waits:
+        engine.add_waiting(container.id, attachment)
+
+    def abandon() -> None:
+        attachment.leave()
+        engine.leave_waiting(container.id, attachment)
+
+    def serve(connection: Connection) -> None:
+        attachment.connect(connection)
+        try:
+            if stream or logs:
+                serve_attachment(engine, request, container, attachment, logs, keys)
+        finally:
+            abandon()
+
+    return attachment, serve, abandon, stream_type(tty, request.version)
+
+
+def prepare_attach(engine: Engine, request: Request, name: str) -> Tuple[Container, bool, Optional[DetachKeys]]:
+    """The container of an attach, whether it has a terminal, and the keys that detach from it; 404, 409 and 501 where it
+    cannot be."""
+    container = engine.snapshot.find(name)
+    if container.state == "paused":
+        raise Conflict("container is paused, unpause the container before attach")
+    if container.state == "restarting":
+        raise Conflict("container is restarting, wait until the container is running")
+    tty = is_terminal(engine, container)
+    stdin = request.flag("stdin") and request.flag("stream")
+    check_attach(container, stdin, tty, container.running, container.id in engine.sessions)
+    return container, tty, DetachKeys(request.value("detachKeys")) if tty and stdin else None
+
+
+@route("POST", "/containers/{id}/attach")
+def container_attach(engine: Engine, request: Request, name: str) -> Response:
+    """Take the connection over for the container's streams; also before its start. 404, 409, or 501 where its stdin is
+    out of reach."""
+    _, serve, abandon, media_type = attach(engine, request, name, framed=True)
+    return Response(101, Hijack(serve, abandon=abandon), media_type)
+
+
+WEBSOCKET_KEY = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+
+
+@route("GET", "/containers/{id}/attach/ws")
+def container_attach_websocket(engine: Engine, request: Request, name: str) -> Response:
+    """The same over a WebSocket, without frames of our own: output in binary messages."""
+    key = request.headers.get("Sec-WebSocket-Key") or ""
+    if "websocket" not in (request.headers.get("Upgrade") or "").lower() or not key:
+        raise BadParameter("not a websocket handshake")
+    attachment, serve, abandon, _ = attach(engine, request, name, framed=False)
+    accept = base64.b64encode(hashlib.sha1((key + WEBSOCKET_KEY).encode()).digest()).decode()
+
+    def serve_frames(connection: Connection) -> None:
+        sock = WebSocket(connection)
+        if not attachment.stdin:
+            # Somebody has to answer pings and notice the closing.
+            threading.Thread(target=lambda: (sock.drop_input(), attachment.leave()), name="websocket", daemon=True).start()
+        serve(sock)
+        sock.close()
+
+    return Response(101, Hijack(serve_frames, protocol="websocket", abandon=abandon), "", {"Sec-WebSocket-Accept": accept})
+
+
+@route("POST", "/containers/{id}/resize")
+def container_resize(engine: Engine, request: Request, name: str) -> Response:
+    """Tell the container's terminal its size in characters; 200. Without a session there is no terminal to be told."""
+    height, width = request.integer("h"), request.integer("w")
+    container = engine.snapshot.find(name)
+    session = engine.sessions.get(container.id)
+    if session is None:
+        require_running(container)
+    resize(session, height, width)
+    return Response(200)
+
+
+def resize(session: Optional[Session], height: int, width: int) -> None:
+    """Resize a session's terminal, if it has one; 400 for no size."""
+    if not (0 <= height < 65536 and 0 <= width < 65536):
+        raise BadParameter("invalid resize: height and width must fit in 16 bits")
+    if session and session.terminal:
+        session.terminal.resize(height, width)
+
+
+###############################################################################
+# Exec
+###############################################################################
+
+
+class Exec:
+    """A command to be run, running or run in a container. `code` is its exit status, None before its end."""
+
+    def __init__(self, container: Container, config: Dict[str, Any]):
+        self.id = os.urandom(32).hex()
+        self.container = container
+        self.config = config
+        self.session: Optional[Session] = None
+        self.started = False
+        self.running = False
+        self.code: Optional[int] = None
+        self.size = (0, 0)
+
+    @property
+    def tty(self) -> bool:
+        """Whether it has a terminal."""
+        return bool(self.config.get("Tty"))
+
+
+EXECS_KEPT = 1000
+
+
+def exec_args(instance: Exec) -> List[str]:
+    """argv of nerdctl exec."""
+    config = instance.config
+    words = ["exec"]
+    words += _switch(config.get("AttachStdin"), "--interactive", "AttachStdin") + _switch(config.get("Tty"), "--tty", "Tty")
+    words += _text(config.get("User"), "--user", "User") + _text(config.get("WorkingDir"), "--workdir", "WorkingDir")
+    words += _switch(config.get("Privileged"), "--privileged", "Privileged") + environment_args(config)
+    return [*words, "--", instance.container.real, *string_list(config.get("Cmd"), "Cmd")]
+
+
+def exec_failure(message: str) -> Tuple[int, str]:
+    """The exit status of a command from nerdctl's last words, and the error for the client where it never ran, "" else."""
+    found = re.search(r"exec failed with exit code (\d+)", message)
+    if found:
+        return int(found.group(1)), ""
+    if re.search(r"executable file not found|no such file or directory", message):
+        return 127, message
+    if re.search(r"permission denied", message):
+        return 126, message
+    return 126 if message else 1, message
+
+
+def docker_exec(instance: Exec) -> Dict[str, Any]:
+    """An exec as `/exec/{id}/json` shows it."""
+    config, command = instance.config, string_list(instance.config.get("Cmd"), "Cmd")
+    process = {"tty": instance.tty, "entrypoint": command[0], "arguments": command[1:], "privileged": bool(config.get("Privileged"))}
+    if config.get("User"):
+        process["user"] = config["User"]
+    return {
+        "ID": instance.id, "Running": instance.running, "ExitCode": instance.code, "ProcessConfig": process,
+        "OpenStdin": bool(config.get("AttachStdin")), "OpenStderr": bool(config.get("AttachStderr")),
+        "OpenStdout": bool(config.get("AttachStdout")), "CanRemove": False, "ContainerID": instance.container.id,
+        "DetachKeys": config.get("DetachKeys") or "", "Pid": 0,
+    }
+
+
+def check_user(engine: Engine, container: Container, user: str) -> None:
+    """400 with dockerd's words for a user that the container's /etc/passwd does not have, where it can be read."""
+    name = user.partition(":")[0]
+    if not name or name.isdigit():
+        return
+    pid = (engine.snapshot.detail(container).get("Task") or {}).get("Pid") or 0
+    try:
+        with open(f"/proc/{pid}/root/etc/passwd", encoding="utf-8", errors="replace") as file:
+            if any(line.partition(":")[0] == name for line in file):
+                return
+    except OSError:
+        return
+    raise BadParameter(f"unable to find user {name}: no matching entries in passwd file")
+
+
+@route("POST", "/containers/{id}/exec")
+def exec_create(engine: Engine, request: Request, name: str) -> Response:
+    """Prepare a command; 201 with its id. 409 when the container does not run, 400 for no command or an unknown user."""
+    config = request.json(required=True)
+    container = engine.snapshot.find(name)
+    if not string_list(config.get("Cmd"), "Cmd"):
+        raise BadParameter("No exec command specified")
+    if container.state == "paused":
+        raise Conflict(f"container {name} is paused, unpause the container before exec")
+    require_running(container)
+    instance = Exec(container, config)
+    exec_args(instance)
+    DetachKeys(typed(config.get("DetachKeys"), str, "DetachKeys"))
+    check_user(engine, container, typed(config.get("User"), str, "User"))
+    with engine.lock:
+        engine.execs[instance.id] = instance
+        for old in [each for each in engine.execs.values() if each.started and not each.running][:max(0, len(engine.execs) - EXECS_KEPT)]:
+            engine.execs.pop(old.id, None)
+    engine.tell(container, "exec_create: " + " ".join(string_list(config["Cmd"], "Cmd")), execID=instance.id)
+    return Response(201, {"Id": instance.id})
+
+
+def find_exec(engine: Engine, name: str) -> Exec:
+    """The exec of an id; 404 with dockerd's words."""
+    instance = engine.execs.get(name)
+    if instance is None:
+        raise NotFound(f"No such exec instance: {name}")
+    return instance
+
+
+def begin_exec(engine: Engine, instance: Exec, attachments: List[Attachment]) -> Session:
+    """Run the command, with these clients on its streams."""
+    def ended(status: int, message: str) -> None:
+        code, text = exec_failure(message) if status else (0, "")
+        instance.code, instance.running = code, False
+        for attachment in session.attachments if text else ():
+            attachment.put(STDOUT, (text + "\r\n").encode())
+        engine.tell(instance.container, "exec_die", execID=instance.id, exitCode=str(code))
+
+    with engine.lock:
+        if instance.started:
+            raise Conflict(f"exec command {instance.id} is already running" if instance.running
+                           else f"exec command {instance.id} has already run")
+        instance.started = instance.running = True
+    session = Session(attachments, Terminal(*instance.size) if instance.tty else None, on_end=ended)
+    instance.session = session
+    engine.tell(instance.container, "exec_start: " + " ".join(string_list(instance.config["Cmd"], "Cmd")), execID=instance.id)
+    try:
+        session.run(engine.nerdctl, exec_args(instance), stdin=bool(instance.config.get("AttachStdin")), lasting=not attachments)
+    except BaseException:
+        instance.running, instance.code = False, 126
+        raise
+    return session
+
+
+def exec_begun(engine: Engine, instance: Exec, session: Session, since: int) -> None:
+    """Wait until a detached command runs; the ApiError when it cannot be started."""
+    until = time.monotonic() + 5.0
+    while time.monotonic() < until and not engine.tasks.exec_since(instance.container.real, since):
+        if session.ended.wait(0.02):
+            if exec_failure(session.message)[1] and session.status:
+                raise nerdctl_error(f'time="" level=fatal msg={json.dumps(session.message)}')
+            return
+
+
+@route("POST", "/exec/{id}/start")
+def exec_start(engine: Engine, request: Request, name: str) -> Response:
+    """Run it: with its streams on this connection, or detached (200 once it runs). 409 when it has run, or the container
+    stopped."""
+    options = request.json()
+    instance = find_exec(engine, name)
+    container = engine.snapshot.find(instance.container.id)
+    require_running(container)
+    size = typed(options.get("ConsoleSize") or instance.config.get("ConsoleSize"), list, "ConsoleSize")
+    if len(size) == 2 and all(isinstance(each, int) for each in size):
+        instance.size = (size[0], size[1])
+    if typed(options.get("Detach"), bool, "Detach"):
+        instance.config = {**instance.config, "AttachStdin": False}
+        with engine.feed.needed():
+            since = engine.tasks.now()
+            exec_begun(engine, instance, begin_exec(engine, instance, []), since)
+        return Response(200, b"")
+    if instance.started:
+        raise Conflict(f"exec command {instance.id} is already running" if instance.running else f"exec command {instance.id} has already run")
+
+    def serve(connection: Connection) -> None:
+        config = instance.config
+        attachment = Attachment(bool(config.get("AttachStdout")), bool(config.get("AttachStderr")), not instance.tty, bool(config.get("AttachStdin")))
+        attachment.connect(connection)
+        keys = DetachKeys(typed(config.get("DetachKeys"), str, "DetachKeys")) if instance.tty and attachment.stdin else None
+        try:
+            session = begin_exec(engine, instance, [attachment])
+        except ApiError as error:
+            attachment.put(STDOUT, (str(error) + "\r\n").encode())
+            return
+        with request.client.when_gone(attachment.leave, half=False):
+            if attachment.stdin and pump_stdin(attachment, session, keys):
+                attachment.leave()
+            attachment.done.wait()
+        if attachment.gone:
+            session.close_stdin(force=True)
+
+    return Response(101, Hijack(serve), stream_type(instance.tty, request.version))
+
+
+@route("POST", "/exec/{id}/resize")
+def exec_resize(engine: Engine, request: Request, name: str) -> Response:
+    """Tell its terminal its size; 200, also when it has ended meanwhile."""
+    instance = find_exec(engine, name)
+    instance.size = (request.integer("h"), request.integer("w"))
+    resize(instance.session, *instance.size)
+    return Response(200)
+
+
+@route("GET", "/exec/{id}/json")
+def exec_inspect(engine: Engine, request: Request, name: str) -> Response:
+    """Whether it runs, and its exit status."""
+    return Response(200, docker_exec(find_exec(engine, name)))
+
+
+###############################################################################
+# Archive
+###############################################################################
+
+# Bits of Go's FileMode, which X-Docker-Container-Path-Stat has.
+GO_MODES = ((stat.S_ISDIR, 1 << 31), (stat.S_ISLNK, 1 << 27), (stat.S_ISFIFO, 1 << 25), (stat.S_ISSOCK, 1 << 24),
+            (stat.S_ISBLK, 1 << 26), (stat.S_ISCHR, 1 << 26 | 1 << 21))
+
+
+def go_mode(mode: int) -> int:
+    """A POSIX mode as Go's FileMode."""
+    found = mode & 0o777
+    for test, bits in GO_MODES:
+        if test(mode):
+            found |= bits
+    for bit, flag in ((stat.S_ISUID, 1 << 23), (stat.S_ISGID, 1 << 22), (stat.S_ISVTX, 1 << 20)):
+        if mode & bit:
+            found |= flag
+    return found
+
+
+class PathStat(NamedTuple):
+    """What clients are told of a path in a container: `mode` as POSIX has it, `mtime` in nanoseconds since 1970."""
+
+    name: str
+    size: int
+    mode: int
+    mtime: int
+    target: str
+
+    def header(self) -> Dict[str, str]:
+        """The X-Docker-Container-Path-Stat header."""
+        told = {"name": self.name, "size": self.size, "mode": go_mode(self.mode), "mtime": rfc3339(self.mtime), "linkTarget": self.target}
+        return {"X-Docker-Container-Path-Stat": base64.b64encode(json_bytes(told)).decode()}
+
+
+def check_path(text: str) -> str:
+    """A path in a container, absolute; 400 without one."""
+    if not text:
+        raise BadParameter("path cannot be empty")
+    if "\0" in text:
+        raise BadParameter("invalid path: it has a NUL byte")
+    return "/" + text.lstrip("/")
+
+
+LINKS_FOLLOWED = 40
+
+
+def stat_below(root: str, path: str) -> Tuple[PathStat, str]:
+    """A path below a root folder, with links taken as inside of it, and where a link at its end leads, "" for none. Each
+    step is opened by itself, so that nobody inside can lead it out. FileNotFoundError and other OSErrors as lstat has."""
+    left = [part for part in path.split("/") if part]
+    stack = [os.open(root, os.O_PATH | os.O_DIRECTORY)]
+    names: List[str] = []
+    links = 0
+    try:
+        while left:
+            part = left.pop(0)
+            if part in (".", ".."):
+                if part == ".." and names:
+                    os.close(stack.pop())
+                    names.pop()
+                continue
+            entry = os.open(part, os.O_PATH | os.O_NOFOLLOW, dir_fd=stack[-1])
+            stack.append(entry)
+            names.append(part)
+            found = os.fstat(entry)
+            if stat.S_ISLNK(found.st_mode):
+                target = os.readlink("", dir_fd=entry)
+                if not left and not path.endswith("/"):
+                    resolved = target if target.startswith("/") else "/" + "/".join([*names[:-1], target])
+                    return PathStat(part, len(target), found.st_mode, found.st_mtime_ns, os.path.normpath(resolved)), target
+                links += 1
+                if links > LINKS_FOLLOWED:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                os.close(stack.pop())
+                names.pop()
+                if target.startswith("/"):
+                    for each in stack[1:]:
+                        os.close(each)
+                    del stack[1:]
+                    names.clear()
+                left = [each for each in target.split("/") if each] + left
+            elif left and not stat.S_ISDIR(found.st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        found = os.fstat(stack[-1])
+        name = os.path.basename(path.rstrip("/")) or "/"
+        return PathStat(name, found.st_size, found.st_mode, found.st_mtime_ns, ""), ""
+    finally:
+        for each in stack:
+            os.close(each)
+
+
+def container_root(engine: Engine, container: Container) -> str:
+    """The root of a running container as this process may see it, "" else."""
+    if not container.running or not engine.nerdctl.local:
+        return ""
+    pid = (engine.snapshot.detail(container).get("Task") or {}).get("Pid") or 0
+    root = f"/proc/{pid}/root/"
+    return root if pid and os.access(root, os.X_OK) else ""
+
+
+def not_there(container: Container, path: str) -> NotFound:
+    """The 404 for a path that a container does not have."""
+    return NotFound(f"Could not find the file {path} in container {container.id}")
+
+
+def tar_stat(header: bytes, path: str) -> PathStat:
+    """The stat of a path from the first header of the tar that nerdctl makes of it."""
+    import tarfile
+
+    entry = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    kind = stat.S_IFDIR if entry.isdir() else stat.S_IFLNK if entry.issym() else stat.S_IFIFO if entry.isfifo() else stat.S_IFREG
+    name = os.path.basename(path.rstrip("/")) or "/"
+    return PathStat(name, entry.size, kind | entry.mode & 0o7777, int(entry.mtime) * 10**9, entry.linkname if entry.issym() else "")
+
+
+def first_header(data: bytes) -> Optional[bytes]:
+    """The first header block with a file of its own in the beginning of a tar, None when it is not there yet."""
+    offset = 0
+    while len(data) >= offset + 512:
+        kind = data[offset + 156:offset + 157]
+        if kind not in (b"x", b"g", b"L", b"K"):
+            return data[offset:offset + 512]
+        size = int(data[offset + 124:offset + 135].strip(b"\0 ") or b"0", 8)
+        offset += 512 + (size + 511) // 512 * 512
+    return None
+
+
+def path_stat(engine: Engine, container: Container, path: str) -> Tuple[PathStat, str]:
+    """The stat of a path in a container, and the target of a link; of one that does not run from the tar that nerdctl makes,
+    which follows links. 404 where there is none."""
+    root = container_root(engine, container)
+    if root:
+        try:
+            return stat_below(root, path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise not_there(container, path) from None
+        except OSError as error:
+            raise BadParameter(f"{path}: {error.strerror}") from None
+    with engine.nerdctl.start("cp", "--", f"{container.real}:{path}", "-") as process:
+        header, _ = read_header(process)
+        if not header:
+            copy_failed(process, container, path)
+        found = tar_stat(header, path)
+    if path.endswith("/") or tar_root(header, found.name):
+        return found, ""
+    return link_stat(engine, container, path, found)
+
+
+def link_stat(engine: Engine, container: Container, path: str, found: PathStat) -> Tuple[PathStat, str]:
+    """The stat and the target of a link in a container that does not run: nerdctl follows it, unless its folder is copied.
+    `found` is what it leads to, which is told where the link cannot be found."""
+    import tarfile
+
+    folder, name = os.path.split(path)
+    with engine.nerdctl.start("cp", "--", f"{container.real}:{folder.rstrip('/')}/.", "-") as process, contextlib.suppress(tarfile.TarError):
+        for entry in tarfile.open(fileobj=process, mode="r|"):
+            if entry.issym() and entry.name in (name, f"./{name}"):
+                resolved = entry.linkname if entry.linkname.startswith("/") else f"{folder}/{entry.linkname}"
+                return PathStat(name, len(entry.linkname), stat.S_IFLNK | 0o777, int(entry.mtime) * 10**9, os.path.normpath(resolved)), entry.linkname
+    return found, ""
+
+
+def read_header(process: Process) -> Tuple[Optional[bytes], bytes]:
+    """The first header of the tar that a process writes, None where there is none, and all that was read for it."""
+    data = b""
+    while True:
+        part = process.read(65536)
+        data += part
+        header = first_header(data)
+        if header or not part:
+            return header, data
+
+
+def tar_root(header: bytes, name: str) -> bool:
+    """Whether the entries of a tar with this first header begin with `name`."""
+    came = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape").partition("/")[0]
+    return came == name or (len(came) > 90 and name.startswith(came))
+
+
+class TarSource:
+    """A tar that a process writes, from its beginning, for tarfile."""
+
+    def __init__(self, data: bytes, process: Process):
+        self.data = data
+        self.process = process
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes."""
+        if self.data:
+            found, self.data = self.data[:size], self.data[size:]
+            return found
+        return self.process.read(size)
+
+
+def renamed_tar(source: TarSource, name: str) -> Iterator[bytes]:
+    """A tar with `name` in the place of what its entries begin with: dockerd names them as the client named the path, and
+    nerdctl as the folder is called that it found there."""
+    import tarfile
+
+    def rename(text: str) -> str:
+        _, slash, rest = text.partition("/")
+        return (name.rstrip("/") + slash + rest) or "/"
+
+    with tarfile.open(fileobj=source, mode="r|") as tar:
+        for entry in tar:
+            entry.name = rename(entry.name)
+            if entry.islnk():
+                entry.linkname = rename(entry.linkname)
+            yield entry.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+            if entry.isreg() and entry.size:
+                yield from iter(lambda data=tar.extractfile(entry): data.read(BLOCK), b"")
+                yield bytes(-entry.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def copied_tar(process: Process, name: str) -> Iterator[bytes]:
+    """The tar that a `nerdctl cp` writes, its entries beginning with `name`; the ApiError where it fails."""
+    import tarfile
+
+    header, data = read_header(process)
+    if header is None or name == "." or tar_root(header, name):
+        yield data
+        yield from iter(process.read, b"")
+    else:
+        try:
+            yield from renamed_tar(TarSource(data, process), name)
+        except tarfile.TarError:
+            process.check()
+            raise ApiError("nerdctl did not copy a whole archive") from None
+    process.check()
+
+
+def copy_failed(process: Process, container: Container, path: str) -> None:
+    """The ApiError of a copy that came to nothing."""
+    process.wait()
+    if "does not exist" in process.error_text() or "no such file" in process.error_text():
+        raise not_there(container, path)
+    process.check()
+    raise not_there(container, path)
+
+
+@route("HEAD", "/containers/{id}/archive")
+def archive_stat(engine: Engine, request: Request, name: str) -> Response:
+    """What a path in a container is, in a header; 404 where there is none."""
+    container = engine.snapshot.find(name)
+    found, _ = path_stat(engine, container, check_path(request.value("path")))
+    return Response(200, None, "", found.header())
+
+
+def link_archive(found: PathStat, target: str) -> bytes:
+    """A tar of one symbolic link, which nerdctl would follow."""
+    import tarfile
+
+    entry = tarfile.TarInfo(found.name)
+    entry.type, entry.linkname, entry.mtime, entry.mode = tarfile.SYMTYPE, target, found.mtime // 10**9, 0o777
+    return entry.tobuf(tarfile.GNU_FORMAT) + bytes(tarfile.RECORDSIZE - tarfile.BLOCKSIZE)
+
+
+@route("GET", "/containers/{id}/archive")
+def archive_get(engine: Engine, request: Request, name: str) -> Response:
+    """A path in a container as a tar, with its stat in a header; 404 where there is none."""
+    container = engine.snapshot.find(name)
+    path = check_path(request.value("path"))
+    found, target = path_stat(engine, container, path)
+    # nerdctl takes a root for the name of the folder that it is mounted at.
+    taken = path if path.strip("/") else "/."
+
+    def chunks() -> Iterator[bytes]:
+        if target:
+            yield link_archive(found, target)
+            return
+        with engine.nerdctl.start("cp", "--", f"{container.real}:{taken}", "-", client=request.client) as process:
+            widen_pipe(process.stdout)
+            yield from copied_tar(process, os.path.basename(path.rstrip("/")) or "/")
+        engine.tell(container, "archive-path", path=path)
+
+    return Response(200, Stream(chunks(), primed=True), "application/x-tar", found.header())
+
+
+def plain_blocks(body: Any) -> Iterator[Any]:
+    """The blocks of a tar body, unpacked where it came as gzip, bzip2 or xz; 400 for a broken one."""
+    unpack = None
+    for number, block in enumerate(body.blocks()):
+        if number == 0:
+            head = bytes(block[:6])
+            if head.startswith(b"\x1f\x8b"):
+                unpack = zlib.decompressobj(31)
+            elif head.startswith((b"BZh", b"\xfd7zXZ")):
+                import bz2
+                import lzma
+
+                unpack = bz2.BZ2Decompressor() if head.startswith(b"BZh") else lzma.LZMADecompressor()
+        try:
+            yield unpack.decompress(block) if unpack else block
+        except (zlib.error, OSError, ValueError, EOFError) as error:
+            raise BadParameter(f"invalid archive: {error}") from None
+        except Exception as error:
+            if type(error).__name__ != "LZMAError":
+                raise
+            raise BadParameter(f"invalid archive: {error}") from None
+
+
+@route("PUT", "/containers/{id}/archive")
+def archive_put(engine: Engine, request: Request, name: str) -> Response:
+    """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none."""
+    container = engine.snapshot.find(name)
+    path = check_path(request.value("path"))
+    try:
+        found, _ = path_stat(engine, container, path.rstrip("/") + "/")
+    except NotFound:
+        raise not_there(container, path) from None
+    if not stat.S_ISDIR(found.mode):
+        raise BadParameter("extraction point is not a directory")
+    with engine.nerdctl.start("cp", "--", "-", f"{container.real}:{path}", stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                              client=request.client) as process:
+        empty = True
+        for block in plain_blocks(request.body):
+            empty = False
+            if not process.write(block):
+                break
+        if empty:
+            process.write(bytes(1024))
+        process.close_stdin()
+        process.check()
+    engine.touched.add(container.id)
+    engine.tell(container, "extract-to-dir", path=path)
+    return Response(200)
+
+
+@route("GET", "/containers/{id}/export")
+def container_export(engine: Engine, request: Request, name: str) -> Response:
+    """Its whole file system as a tar."""
+    container = engine.snapshot.find(name)
+
+    def chunks() -> Iterator[bytes]:
+        with engine.nerdctl.start("export", "--", container.real, client=request.client) as process:
+            widen_pipe(process.stdout)
+            yield from iter(process.read, b"")
+            process.check()
+        engine.tell(container, "export")
+
+    return Response(200, Stream(chunks(), primed=True), "application/octet-stream")
+
+
+@route("GET", "/containers/{id}/changes")
+def container_changes(engine: Engine, request: Request, name: str) -> Response:
+    """What differs from its image: paths with the kinds 0 changed, 1 added, 2 deleted."""
+    container = engine.snapshot.find(name)
+    text = engine.nerdctl.run("diff", "--", container.real).stdout.decode("utf-8", "surrogateescape")
+    return Response(200, parse_changes(text) or json_null())
+
+
+# Where nerdctl mounts what is not of the container.
+MOUNT_POINTS = ("/dev", "/proc", "/sys", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf")
+
+
+def parse_changes(text: str) -> List[Dict[str, Any]]:
+    """The lines of nerdctl's diff, without the root and the mount points that every container gets, which Docker does
+    not tell."""
+    kinds = {"C": 0, "A": 1, "D": 2}
+    found: Dict[str, int] = {}
+    for line in text.splitlines():
+        kind, _, path = line.partition(" ")
+        if kind in kinds and path.startswith("/") and path != "/" and not (kind == "A" and path in MOUNT_POINTS):
+            # It tells a folder that was added once more as changed.
+            found[path] = max(kinds[kind], found.get(path, 0))
+    if found.get("/etc") == 0 and not any(path.startswith("/etc/") for path in found):
+        # It has changed by those mount points alone.
+        del found["/etc"]
+    return [{"Path": path, "Kind": found[path]} for path in sorted(found)]
+
+
+def json_null() -> bytes:
+    """The JSON null, which dockerd has for an empty list here."""
+    return b"null\n"
+
+
+###############################################################################
+# Statistics
+###############################################################################
+
+
+def read_file(path: str) -> str:
+    """A small file, "" when it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def read_number(path: str) -> int:
+    """The number in a file, 0 for none (and for `max`)."""
+    text = read_file(path).strip()
+    return int(text) if text.isdigit() else 0
+
+
+def read_table(path: str) -> Dict[str, int]:
+    """The `name number` lines of a file."""
+    return {name: int(value) for name, _, value in (line.partition(" ") for line in read_file(path).splitlines()) if value.isdigit()}
+
+
+def cgroup_folders(pid: int) -> Dict[str, str]:
+    """Where the cgroups of a process are mounted, by controller; "" is the one of version 2."""
+    found = {}
+    for line in read_file(f"/proc/{pid}/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        for controller in controllers.split(","):
+            if not controller:
+                for root in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"):
+                    if os.path.isfile(os.path.join(root, "cgroup.controllers")):
+                        found[""] = root + path
+            elif "=" not in controller and os.path.isdir(f"/sys/fs/cgroup/{controller}{path}"):
+                found[controller] = f"/sys/fs/cgroup/{controller}{path}"
+    return found
+
+
+def cpu_stats(folders: Dict[str, str]) -> Dict[str, Any]:
+    """`cpu_stats`: nanoseconds used by the container, and by the whole machine."""
+    if "cpuacct" in folders:
+        total = read_number(folders["cpuacct"] + "/cpuacct.usage")
+        ticks = read_table(folders["cpuacct"] + "/cpuacct.stat")
+        scale = 10**9 // os.sysconf("SC_CLK_TCK")
+        user, system = ticks.get("user", 0) * scale, ticks.get("system", 0) * scale
+        throttled = read_table(folders.get("cpu", folders["cpuacct"]) + "/cpu.stat")
+        waited = throttled.get("throttled_time", 0)
+    else:
+        told = throttled = read_table(folders.get("", "") + "/cpu.stat")
+        total, user, system = told.get("usage_usec", 0) * 1000, told.get("user_usec", 0) * 1000, told.get("system_usec", 0) * 1000
+        waited = told.get("throttled_usec", 0) * 1000
+    machine = read_file("/proc/stat").partition("\n")[0].split()[1:8]
+    return {
+        "cpu_usage": {"total_usage": total, "usage_in_kernelmode": system, "usage_in_usermode": user},
+        "system_cpu_usage": sum(map(int, machine)) * (10**9 // os.sysconf("SC_CLK_TCK")), "online_cpus": os.cpu_count() or 1,
+        "throttling_data": {"periods": throttled.get("nr_periods", 0), "throttled_periods": throttled.get("nr_throttled", 0), "throttled_time": waited},
+    }
+
+
+def memory_total() -> int:
+    """Bytes of memory of the machine."""
+    found = re.search(r"^MemTotal:\s+(\d+) kB", read_file("/proc/meminfo"), re.M)
+    return int(found.group(1)) * 1024 if found else 0
+
+
+def memory_stats(folders: Dict[str, str]) -> Dict[str, Any]:
+    """`memory_stats` of either version of cgroups; the limit is the machine's memory where there is none."""
+    total = memory_total()
+    if "memory" in folders:
+        folder = folders["memory"]
+        limit = read_number(folder + "/memory.limit_in_bytes")
+        return {"usage": read_number(folder + "/memory.usage_in_bytes"), "max_usage": read_number(folder + "/memory.max_usage_in_bytes"),
+                "failcnt": read_number(folder + "/memory.failcnt"), "stats": read_table(folder + "/memory.stat"),
+                "limit": min(limit, total) or total}
+    folder = folders.get("", "")
+    limit = read_number(folder + "/memory.max")
+    return {"usage": read_number(folder + "/memory.current"), "stats": read_table(folder + "/memory.stat"), "limit": min(limit, total) or total}
+
+
+def pids_stats(folders: Dict[str, str]) -> Dict[str, int]:
+    """`pids_stats`; without a limit there is none in it."""
+    folder = folders.get("pids", folders.get("", ""))
+    found = {"current": read_number(folder + "/pids.current")}
+    limit = read_number(folder + "/pids.max")
+    return {**found, "limit": limit} if limit else found
+
+
+def blkio_stats(folders: Dict[str, str]) -> Dict[str, Any]:
+    """`blkio_stats`: bytes and operations a device."""
+    rows: List[Dict[str, Any]] = []
+    operations: List[Dict[str, Any]] = []
+    if "blkio" in folders:
+        for name, target in (("blkio.throttle.io_service_bytes_recursive", rows), ("blkio.throttle.io_serviced_recursive", operations)):
+            for major, minor, word, value in re.findall(r"^(\d+):(\d+) (Read|Write) (\d+)$", read_file(f"{folders['blkio']}/{name}"), re.M):
+                target.append({"major": int(major), "minor": int(minor), "op": word.lower(), "value": int(value)})
+    else:
+        for major, minor, rest in re.findall(r"^(\d+):(\d+) (.*)$", read_file(folders.get("", "") + "/io.stat"), re.M):
+            told = dict(re.findall(r"(\w+)=(\d+)", rest))
+            for target, keys in ((rows, ("rbytes", "wbytes")), (operations, ("rios", "wios"))):
+                target += [{"major": int(major), "minor": int(minor), "op": word, "value": int(told.get(key, 0))}
+                           for word, key in zip(("read", "write"), keys)]
+    empty = {key: None for key in ("io_queue_recursive", "io_service_time_recursive", "io_wait_time_recursive", "io_merged_recursive",
+                                   "io_time_recursive", "sectors_recursive")}
+    return {"io_service_bytes_recursive": rows or None, "io_serviced_recursive": operations or None, **empty}
+
+
+NETWORK_FIELDS = ("rx_bytes", "rx_packets", "rx_errors", "rx_dropped", None, None, None, None, "tx_bytes", "tx_packets", "tx_errors", "tx_dropped")
+
+
+def network_stats(pid: int) -> Dict[str, Dict[str, int]]:
+    """`networks`: bytes and packets of each interface of a process's network namespace but the loopback."""
+    found = {}
+    for name, numbers in re.findall(r"^\s*(\S+):\s*(.*)$", read_file(f"/proc/{pid}/net/dev"), re.M):
+        if name != "lo":
+            found[name] = {field: int(value) for field, value in zip(NETWORK_FIELDS, numbers.split()) if field}
+    return found
+
+
+EMPTY_CPU = {"cpu_usage": {"total_usage": 0, "usage_in_kernelmode": 0, "usage_in_usermode": 0},
+             "throttling_data": {"periods": 0, "throttled_periods": 0, "throttled_time": 0}}
+
+
+def docker_stats(container: Container, pid: int, before: Dict[str, Any]) -> Dict[str, Any]:
+    """One sample of a container's statistics; `before` is the sample before it, {} for none. Of a container that does
+    not run only zeros, as dockerd has it."""
+    folders = cgroup_folders(pid) if pid else {}
+    found: Dict[str, Any] = {
+        "name": "/" + container.name, "id": container.id, "os_type": "linux", "read": rfc3339(time.time_ns()) if pid else ZERO_TIME,
+        "preread": before.get("read") or ZERO_TIME, "num_procs": 0, "storage_stats": {},
+        "pids_stats": pids_stats(folders) if pid else {}, "blkio_stats": blkio_stats(folders),
+        "cpu_stats": cpu_stats(folders) if pid else EMPTY_CPU, "precpu_stats": before.get("cpu_stats") or EMPTY_CPU,
+        "memory_stats": memory_stats(folders) if pid else {},
+    }
+    if pid and network_mode(container) != "host":
+        found["networks"] = network_stats(pid)
+    return found
+
+
+@route("GET", "/containers/{id}/stats")
+def container_stats(engine: Engine, request: Request, name: str) -> Response:
+    """Its use of the machine, a sample a second; with stream=0 one, with one-shot=1 one without the sample before it."""
+    container = engine.snapshot.find(name)
+    stream, one_shot = request.flag("stream", True), request.flag("one-shot")
+    if stream and one_shot:
+        raise BadParameter("cannot have stream=true and one-shot=true")
+
+    def sample(before: Dict[str, Any]) -> Dict[str, Any]:
+        now = engine.snapshot.container(container.id)
+        pid = (engine.snapshot.detail(now).get("Task") or {}).get("Pid") or 0 if now.running else 0
+        return docker_stats(now, pid, before)
+
+    def chunks() -> Iterator[bytes]:
+        gone = threading.Event()
+        before: Dict[str, Any] = {}
+        with engine.feed.needed(), request.client.when_gone(gone.set):
+            while not gone.is_set() and not engine.closing.is_set():
+                try:
+                    found = sample(before)
+                except NotFound:
+                    return
+                if not stream and not one_shot and not before and found["read"] != ZERO_TIME:
+                    before = found
+                    gone.wait(1.0)
+                    continue
+                yield json_bytes(found) + b"\n"
+                if not stream:
+                    return
+                before = found if found["read"] != ZERO_TIME else {}
+                gone.wait(1.0)
+
+    return Response(200, Stream(chunks(), primed=True), "application/json")
+
+
+def parse_top(text: str) -> Dict[str, Any]:
+    """ps's table as titles and rows; what is left of a row goes to the last column."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    titles = lines[0].split() if lines else []
+    return {"Titles": titles, "Processes": [line.split(None, len(titles) - 1) for line in lines[1:]]}
+
+
+@route("GET", "/containers/{id}/top")
+def container_top(engine: Engine, request: Request, name: str) -> Response:
+    """Its processes as ps on the host shows them, with `ps_args`; 409 when it does not run."""
+    container = engine.snapshot.find(name)
+    require_running(container)
+    try:
+        words = shlex.split(request.value("ps_args"))
+    except ValueError as error:
+        raise BadParameter(f"invalid ps_args: {error}") from None
+    return Response(200, parse_top(engine.nerdctl.run("top", container.real, *words).stdout.decode(errors="replace")))
 
 
 ###############################################################################
@@ -4001,6 +6860,180 @@ def network_inspect(engine: Engine, request: Request, name: str) -> Response:
     return Response(200, {**network, "Containers": members})
 
 
+def network_create_args(body: Dict[str, Any], name: str) -> List[str]:
+    """argv of `network create`. 400 for bad values, 501 for what nerdctl has not."""
+    driver = typed(body.get("Driver"), str, "Driver") or "bridge"
+    if driver not in ("bridge", "macvlan", "ipvlan"):
+        raise NotFound(f'plugin "{driver}" not found')
+    if body.get("ConfigOnly") or (typed(body.get("ConfigFrom"), dict, "ConfigFrom").get("Network")) or body.get("Ingress"):
+        raise NotImplementedHere("nerdctl has neither config-only nor ingress networks")
+    words = ["network", "create", f"--driver={driver}"]
+    ipam = typed(body.get("IPAM"), dict, "IPAM")
+    if typed(ipam.get("Driver"), str, "IPAM.Driver") not in ("", "default", "host-local", "dhcp"):
+        raise BadParameter(f"could not resolve IPAM driver \"{ipam['Driver']}\"")
+    ranges = []
+    for each in typed(ipam.get("Config"), list, "IPAM.Config"):
+        config = typed(each, dict, "IPAM.Config")
+        for key, flag in (("Subnet", "--subnet"), ("Gateway", "--gateway"), ("IPRange", "--ip-range")):
+            words += _text(config.get(key), flag, key)
+        ranges += [config["IPRange"]] if config.get("IPRange") else []
+    if ipam.get("Driver") == "dhcp":
+        words.append("--ipam-driver=dhcp")
+    words += _switch(body.get("Internal"), "--internal", "Internal") + _switch(body.get("EnableIPv6"), "--ipv6", "EnableIPv6")
+    options = string_map(body.get("Options"), "Options")
+    words += network_options(options)
+    labels = string_map(body.get("Labels"), "Labels")
+    # nerdctl keeps neither.
+    labels.update({"nerdctld/options": json.dumps(options)} if options else {})
+    labels.update({"nerdctld/ip-range": ranges[0]} if ranges else {})
+    return [*words, *(f"--label={key}={value}" for key, value in labels.items()), "--", name]
+
+
+# Docker's driver options that the CNI plugins know, under the plugins' names.
+DRIVER_OPTIONS = {"com.docker.network.driver.mtu": "mtu", "com.docker.network.bridge.enable_ip_masquerade": "ip-masq",
+                  "com.docker.network.bridge.enable_icc": "icc", "parent": "parent", "macvlan_mode": "macvlan_mode", "ipvlan_mode": "ipvlan_mode",
+                  "mtu": "mtu"}
+
+
+def network_options(options: Dict[str, str]) -> List[str]:
+    """`--opt` words for the options that nerdctl carries out; the rest is only kept."""
+    return [f"--opt={DRIVER_OPTIONS[key]}={value}" for key, value in options.items() if key in DRIVER_OPTIONS]
+
+
+@route("POST", "/networks/create")
+def network_create(engine: Engine, request: Request) -> Response:
+    """Make a network; 201 with its id. 409 for a name in use, 403 for a pre-defined name or a subnet in use."""
+    body = request.json(required=True)
+    name = typed(body.get("Name"), str, "Name")
+    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*", name):
+        raise BadParameter(f'invalid network name: "{name}": only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed' if name else "name is required")
+    if name in ("bridge", "host", "none", "default"):
+        raise Forbidden(f"operation is not permitted on predefined {name} network")
+    if name in engine.snapshot.networks.get():
+        raise Conflict(f"network with name {name} already exists")
+    arguments = network_create_args(body, name)
+    try:
+        engine.nerdctl.run(*arguments)
+    except ApiError as error:
+        if re.search(r"overlaps with other one|subnet .* overlap", str(error)):
+            raise Forbidden("invalid pool request: Pool overlaps with other one on this address space") from None
+        raise
+    finally:
+        engine.snapshot.networks.drop()
+    network = engine.snapshot.networks.get()[name]
+    engine.journal.emit("network", "create", network["Id"], {"name": name, "type": network["Driver"]})
+    return Response(201, {"Id": network["Id"], "Warning": ""})
+
+
+def network_users(engine: Engine, name: str) -> List[Container]:
+    """The containers that were given a network."""
+    return [each for each in engine.snapshot.containers.get().values() if name in network_names(each)]
+
+
+def remove_network(engine: Engine, network: Dict[str, Any]) -> None:
+    """Remove a network; 403 with dockerd's words for a pre-defined one or one with running containers."""
+    if network["Name"] in ("bridge", "host", "none"):
+        raise Forbidden(f"{network['Name']} is a pre-defined network and cannot be removed")
+    users = network_users(engine, network["Name"])
+    if any(each.running for each in users):
+        names = ", ".join(f'name:"{each.name}" endpoint:"{each.id[:12]}"' for each in users if each.running)
+        raise Forbidden(f"error while removing network: network {network['Name']} id {network['Id']} has active endpoints ({names})")
+    if users:
+        raise Conflict(f"network {network['Name']} is needed by container {users[0].name}, which nerdctl could not start without it: remove it first")
+    try:
+        engine.nerdctl.run("network", "rm", "--", network["Name"])
+    finally:
+        engine.snapshot.networks.drop()
+    engine.journal.emit("network", "destroy", network["Id"], {"name": network["Name"], "type": network["Driver"]})
+
+
+@route("DELETE", "/networks/{id}")
+def network_delete(engine: Engine, request: Request, name: str) -> Response:
+    """Remove a network; 204."""
+    remove_network(engine, find_network(engine, name))
+    return Response(204)
+
+
+@route("POST", "/networks/prune")
+def network_prune(engine: Engine, request: Request) -> Response:
+    """Remove the networks that no container has, by the filters until, label and label!."""
+    filters = request.filters("until", "label", "label!", "dangling")
+    limit = until_limit(filters.get("until") or [])
+    deleted = []
+    for network in list(engine.snapshot.networks.get().values()):
+        made = (nanoseconds_of(network["Created"]) or 0) / 1e9
+        if (network["Name"] in ("bridge", "host", "none") or not network["Id"] or network["Id"] == made_up_id(network["Name"])
+                or network_users(engine, network["Name"]) or not match_labels(network["Labels"], filters.get("label") or [])
+                or any(match_labels(network["Labels"], [each]) for each in filters.get("label!") or []) or (limit is not None and made > limit)):
+            continue
+        with contextlib.suppress(ApiError):
+            remove_network(engine, network)
+            deleted.append(network["Name"])
+    engine.journal.emit("network", "prune", "", {"reclaimed": "0"})
+    return Response(200, {"NetworksDeleted": deleted or None})
+
+
+def rewire(engine: Engine, network: Dict[str, Any], container: Container, settings: Optional[Dict[str, Any]]) -> None:
+    """Put a container that was never started into a network (with these EndpointSettings) or out of it (None), by making
+    it anew: nerdctl has no other way. 501 for one that was started."""
+    name = network["Name"]
+    word = "connect" if settings is not None else "disconnect"
+    if was_started(container) or not stored_request(container):
+        raise NotImplementedHere(f"nerdctl cannot {word} a container that was started (or made by others) and a network: give it its networks "
+                                 "when it is created")
+    if container.id in engine.touched:
+        raise NotImplementedHere(f"files were copied into this container, and nerdctl cannot {word} it without making it anew: {word} it first")
+    body = dict(stored_request(container))
+    endpoints = dict(typed(typed(body.get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig"), dict, "EndpointsConfig"))
+    host = dict(typed(body.get("HostConfig"), dict, "HostConfig"))
+    # The networks it has now, by name.
+    endpoints = {each: endpoints.get(each) or endpoints.get("default") or {} for each in network_names(container)}
+    if settings is not None:
+        endpoints[name] = settings
+    else:
+        endpoints.pop(name, None)
+    host["NetworkMode"] = next(iter(endpoints), "none")
+    body.update({"HostConfig": host, "NetworkingConfig": {"EndpointsConfig": endpoints}})
+    plan = plan_container(engine, body)._replace(image=container.image)
+    before = plan_container(engine, stored_request(container))._replace(image=container.image)
+    label = f"--label={LABEL_ID}={container.id}"
+    with engine.replacing(container):
+        engine.nerdctl.run("rm", "--volumes", "--", container.real)
+        try:
+            make_container(engine, plan, container.name, label)
+        except ApiError:
+            make_container(engine, before, container.name, label)
+            raise
+        finally:
+            engine.snapshot.containers.drop()
+
+
+@route("POST", "/networks/{id}/connect")
+def network_connect(engine: Engine, request: Request, name: str) -> Response:
+    """Put a container into a network; 501 for one that was started already, 403 for one that is in it."""
+    body = request.json(required=True)
+    network = find_network(engine, name)
+    container = engine.snapshot.container(typed(body.get("Container"), str, "Container"))
+    if network["Name"] in network_names(container):
+        raise Forbidden(f"endpoint with name {container.name} already exists in network {network['Name']}")
+    rewire(engine, network, container, typed(body.get("EndpointConfig"), dict, "EndpointConfig"))
+    engine.journal.emit("network", "connect", network["Id"], {"container": container.id, "name": network["Name"], "type": network["Driver"]})
+    return Response(200)
+
+
+@route("POST", "/networks/{id}/disconnect")
+def network_disconnect(engine: Engine, request: Request, name: str) -> Response:
+    """Take a container out of a network; 501 for one that was started already, 403 for one that is not in it."""
+    body = request.json(required=True)
+    network = find_network(engine, name)
+    container = engine.snapshot.container(typed(body.get("Container"), str, "Container"))
+    if network["Name"] not in network_names(container):
+        raise Forbidden(f"container {container.id} is not connected to network {network['Name']}")
+    rewire(engine, network, container, None)
+    engine.journal.emit("network", "disconnect", network["Id"], {"container": container.id, "name": network["Name"], "type": network["Driver"]})
+    return Response(200)
+
+
 ###############################################################################
 # Volumes
 ###############################################################################
@@ -4043,6 +7076,85 @@ def find_volume(engine: Engine, name: str) -> Dict[str, Any]:
 def volume_inspect(engine: Engine, request: Request, name: str) -> Response:
     """One volume."""
     return Response(200, find_volume(engine, name))
+
+
+@route("POST", "/volumes/create")
+def volume_create(engine: Engine, request: Request) -> Response:
+    """Make a volume, or find the one of that name; 201. 404 for a driver other than local, 501 for driver options."""
+    body = request.json(required=True)
+    name, driver = typed(body.get("Name"), str, "Name"), typed(body.get("Driver"), str, "Driver")
+    labels, options = string_map(body.get("Labels"), "Labels"), string_map(body.get("DriverOpts"), "DriverOpts")
+    if driver not in ("", "local"):
+        raise NotFound(f'create {name}: error looking up volume plugin {driver}: plugin "{driver}" not found')
+    if name and not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", name):
+        raise BadParameter(f'create {name}: "{name}" includes invalid characters for a local volume name, only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. '
+                           "If you intended to pass a host directory, use absolute path")
+    if typed(body.get("ClusterVolumeSpec"), dict, "ClusterVolumeSpec"):
+        raise Unavailable(NO_SWARM)
+    found = engine.snapshot.volumes.get().get(name) if name else None
+    if found is None:
+        if options:
+            raise NotImplementedHere("nerdctl's volumes are folders: they take no driver options")
+        if not name:
+            name = os.urandom(32).hex()
+            labels = {**labels, ANONYMOUS: ""}
+        try:
+            engine.nerdctl.run("volume", "create", *(f"--label={key}={value}" for key, value in labels.items()), "--", name)
+        finally:
+            engine.snapshot.volumes.drop()
+        found = find_volume(engine, name)
+        engine.journal.emit("volume", "create", name, {"driver": "local"})
+    return Response(201, found)
+
+
+def remove_volume(engine: Engine, name: str) -> None:
+    """Remove a volume; 409 with dockerd's words while a container has it."""
+    users = [each.id for each in engine.snapshot.containers.get().values() if any(mount.get("Name") == name for mount in parse_mounts(each.labels))]
+    if users:
+        raise Conflict(f"remove {name}: volume is in use - [{', '.join(users)}]")
+    try:
+        engine.nerdctl.run("volume", "rm", "--", name)
+    finally:
+        engine.snapshot.volumes.drop()
+    engine.journal.emit("volume", "destroy", name, {"driver": "local"})
+
+
+@route("DELETE", "/volumes/{name}")
+def volume_delete(engine: Engine, request: Request, name: str) -> Response:
+    """Remove a volume; 204, with `force` also when there is none; 409 while it is in use."""
+    try:
+        find_volume(engine, name)
+    except NotFound:
+        if request.flag("force"):
+            return Response(204)
+        raise
+    remove_volume(engine, name)
+    return Response(204)
+
+
+def is_anonymous(volume: Dict[str, Any]) -> bool:
+    """Whether a volume was made without a name."""
+    return ANONYMOUS in (volume["Labels"] or {})
+
+
+@route("POST", "/volumes/prune")
+def volume_prune(engine: Engine, request: Request) -> Response:
+    """Remove the volumes that no container has: the anonymous ones, with the filter `all` every one."""
+    filters = request.filters("all", "label", "label!")
+    everything = flag_filter(filters, "all", request.version < (1, 42))
+    used, deleted, reclaimed = volume_users(engine), [], 0
+    found = [volume for volume in list(engine.snapshot.volumes.get().values())
+             if volume["Name"] not in used and (everything or is_anonymous(volume))
+             and match_labels(volume["Labels"] or {}, filters.get("label") or [])
+             and not any(match_labels(volume["Labels"] or {}, [each]) for each in filters.get("label!") or [])]
+    sizes = volume_sizes(engine) if found else {}
+    for volume in found:
+        with contextlib.suppress(ApiError):
+            remove_volume(engine, volume["Name"])
+            deleted.append(volume["Name"])
+            reclaimed += sizes.get(volume["Name"], 0)
+    engine.journal.emit("volume", "prune", "", {"reclaimed": str(reclaimed)})
+    return Response(200, {"VolumesDeleted": deleted or None, "SpaceReclaimed": reclaimed})
 
 
 def volume_sizes(engine: Engine) -> Dict[str, int]:
@@ -4189,6 +7301,860 @@ for _method, _path in (("GET", "/plugins/privileges"), ("POST", "/plugins/pull")
                        ("POST", "/plugins/{image}/disable"), ("POST", "/plugins/{image}/upgrade"), ("POST", "/plugins/{image}/push"),
                        ("POST", "/plugins/{image}/set")):
     route(_method, _path)(plugin_refused)
+
+
+###############################################################################
+# gRPC
+###############################################################################
+
+# As much of protobuf, HTTP/2 and gRPC as it takes to speak with BuildKit; no I/O.
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, RESET, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
+END_STREAM = ACK = 1
+END_HEADERS, PADDED = 4, 8
+# Length and kind, flags, stream.
+FRAME_HEAD = struct.Struct(">IBI")
+WINDOW = 65535
+GRPC_CODES = {400: 3, 409: 9, 503: 14}
+
+
+class Field(NamedTuple):
+    """A field of a protobuf message: its number, its value (bytes, or an int for a varint) and all of its bytes."""
+
+    number: int
+    value: Any
+    raw: bytes
+
+
+def varint(number: int) -> bytes:
+    """A number as protobuf and HPACK write it, seven bits a byte."""
+    parts = bytearray()
+    while number > 127:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    parts.append(number)
+    return bytes(parts)
+
+
+def read_varint(data: bytes, at: int) -> Tuple[int, int]:
+    """The number that begins at `at`, and where it ends; ValueError for one that is cut short or has over ten bytes."""
+    number = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            break
+        byte = data[at]
+        at += 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, at
+    raise ValueError("not a varint")
+
+
+def field(number: int, value: bytes) -> bytes:
+    """A field that holds bytes, text or a message."""
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def fields(data: Any) -> Iterator[Field]:
+    """The fields of a message, bytes or a view of them, in order; ValueError for what is no message."""
+    at = 0
+    while at < len(data):
+        tag, start = read_varint(data, at)
+        wire, value = tag & 7, b""
+        if wire == 0:
+            value, end = read_varint(data, start)
+        elif wire in (1, 5):
+            end = start + (8 if wire == 1 else 4)
+        elif wire == 2:
+            size, start = read_varint(data, start)
+            end = start + size
+        else:
+            raise ValueError("not a protobuf message")
+        if not tag >> 3 or end > len(data):
+            raise ValueError("not a protobuf message")
+        yield Field(tag >> 3, value if wire == 0 else data[start:end], data[at:end])
+        at = end
+
+
+def read_entry(data: bytes) -> Tuple[str, str]:
+    """Key and value of an entry of a map of strings."""
+    found = {each.number: each.value for each in fields(data)}
+    return str(found.get(1, b""), "utf-8"), str(found.get(2, b""), "utf-8")
+
+
+class Frame(NamedTuple):
+    """An HTTP/2 frame: `raw` is all of it, a header block with its continuations. `kind` -1 is the preface."""
+
+    kind: int
+    flags: int
+    stream: int
+    raw: Any
+
+    @property
+    def ends(self) -> bool:
+        """Whether its sender says nothing more on the stream."""
+        return self.kind == RESET or self.kind in (DATA, HEADERS) and bool(self.flags & END_STREAM)
+
+    @property
+    def data(self) -> Any:
+        """What it carries, without padding."""
+        return self.raw[10:len(self.raw) - self.raw[9]] if self.kind == DATA and self.flags & PADDED else self.raw[9:]
+
+    @property
+    def number(self) -> int:
+        """The increment of a WINDOW_UPDATE."""
+        return int.from_bytes(self.raw[9:13], "big") & 0x7FFFFFFF
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """The bytes of a frame."""
+    return FRAME_HEAD.pack(len(payload) << 8 | kind, flags, stream) + payload
+
+
+def credit(stream: int, size: int) -> bytes:
+    """A WINDOW_UPDATE; nothing for 0 bytes."""
+    return frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", size)) if size > 0 else b""
+
+
+def header_block(headers: Iterable[Tuple[str, str]]) -> bytes:
+    """Headers in HPACK, all as literals that are kept in no table, so that they may stand between anybody else's."""
+    def text(value: str) -> bytes:
+        data = value.encode("latin-1", "replace")
+        return (varint(len(data)) if len(data) < 127 else b"\x7f" + varint(len(data) - 127)) + data
+
+    return b"".join(b"\x10" + text(name) + text(value) for name, value in headers)
+
+
+def header_frames(stream: int, headers: Iterable[Tuple[str, str]], flags: int = 0) -> bytes:
+    """HEADERS and as many CONTINUATIONs as the smallest limit of a frame demands."""
+    block = header_block(headers)
+    parts = [block[at:at + 16384] for at in range(0, len(block), 16384)]
+    return b"".join(frame(CONTINUATION if at else HEADERS, (0 if at else flags) | (END_HEADERS if at + 1 == len(parts) else 0), stream, part)
+                    for at, part in enumerate(parts))
+
+
+def grpc_end(stream: int, error: Optional[ApiError], begun: bool = False) -> bytes:
+    """The end of a gRPC stream, with an error or without; `begun` when the answer's headers were sent before."""
+    headers = [] if begun else [(":status", "200"), ("content-type", "application/grpc")]
+    headers.append(("grpc-status", str(GRPC_CODES.get(error.status, 13)) if error else "0"))
+    if error:
+        headers.append(("grpc-message", urllib.parse.quote(str(error), safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}")))
+    return header_frames(stream, headers, END_STREAM)
+
+
+class Frames:
+    """Cuts bytes, as they come, into frames."""
+
+    LIMIT = 1 << 25
+
+    def __init__(self, preface: bytes = b""):
+        self.preface = preface
+        self.rest = b""
+
+    def feed(self, data: Any) -> List[Frame]:
+        """The frames that are complete by now; ValueError for what is not HTTP/2."""
+        data = b"".join((self.rest, data))
+        found, at = [], 0
+        if self.preface:
+            if data[:len(self.preface)] != self.preface[:len(data)]:
+                raise ValueError("not HTTP/2")
+            if len(data) >= len(self.preface):
+                found.append(Frame(-1, 0, 0, self.preface))
+                at, self.preface = len(self.preface), b""
+        view = memoryview(data)
+        while not self.preface and len(data) >= at + 9:
+            head, flags, stream = FRAME_HEAD.unpack_from(data, at)
+            kind, end = head & 255, at + 9 + (head >> 8)
+            while kind == HEADERS and not flags & END_HEADERS and len(data) >= end + 9:
+                head, more, _ = FRAME_HEAD.unpack_from(data, end)
+                flags, end = flags | more & END_HEADERS, end + 9 + (head >> 8)
+            if end > len(data) or kind == HEADERS and not flags & END_HEADERS:
+                break
+            found.append(Frame(kind, flags, stream & 0x7FFFFFFF, view[at:end]))
+            at = end
+        self.rest = data[at:]
+        if len(self.rest) > self.LIMIT:
+            raise ValueError("an HTTP/2 header block has no end")
+        return found
+
+
+class Sender:
+    """DATA towards buildkitd, appended to `out` as its windows have room; the rest waits here. Sizes are in bytes."""
+
+    def __init__(self, out: bytearray):
+        self.out = out
+        self.connection = self.initial = WINDOW
+        self.frame_size = 16384
+        # Only streams on which more or other data is sent than the client sends: of all others it minds the window.
+        self.windows: Dict[int, int] = {}
+        self.queues: Dict[int, bytearray] = {}
+        self.ending: set = set()
+        # What was sent on those streams. The client must not be credited for it a second time.
+        self.owed = 0
+
+    @property
+    def waiting(self) -> int:
+        """How much waits for room."""
+        return sum(map(len, self.queues.values())) if self.queues else 0
+
+    def push(self, stream: int, *parts: Any, end: bool = False) -> None:
+        """Send data on a stream now or later."""
+        queue = self.queues.setdefault(stream, bytearray())
+        for part in parts:
+            queue += part
+        if end:
+            self.ending.add(stream)
+        self._flush(stream)
+
+    def flush(self) -> None:
+        """Send what there is room for by now."""
+        for stream in list(self.queues):
+            self._flush(stream)
+
+    def _flush(self, stream: int) -> None:
+        queue, at, end = self.queues[stream], 0, stream in self.ending
+        with memoryview(queue) as view:
+            while at < len(queue):
+                room = min(self.connection, self.frame_size, self.windows.get(stream, WINDOW), len(queue) - at)
+                if room <= 0:
+                    break
+                self.out += FRAME_HEAD.pack(room << 8 | DATA, END_STREAM if end and at + room == len(queue) else 0, stream)
+                self.out += view[at:at + room]
+                at += room
+                self.connection -= room
+                if stream in self.windows:
+                    self.windows[stream] -= room
+                    self.owed += room
+        if end and not queue:
+            self.out += frame(DATA, END_STREAM, stream)
+        del queue[:at]
+        if not queue:
+            self.ending.discard(stream)
+            del self.queues[stream]
+
+    def settings(self, payload: bytes) -> int:
+        """Heed a SETTINGS frame; by how much the window of every stream has changed."""
+        change = 0
+        for key, value in struct.iter_unpack(">HI", bytes(payload[:len(payload) // 6 * 6])):
+            if key == 5:
+                self.frame_size = max(16384, value)
+            elif key == 4:
+                change += value - self.initial
+                self.windows = {stream: window + value - self.initial for stream, window in self.windows.items()}
+                self.initial = value
+        return change
+
+    def forget(self, stream: int) -> int:
+        """Drop a stream; how many bytes of the client's own wait no more."""
+        left = len(self.queues.pop(stream, b""))
+        self.ending.discard(stream)
+        return 0 if self.windows.pop(stream, None) is not None else left
+
+
+class Call:
+    """One gRPC call as the HTTP/2 client of a connection of its own, without I/O: `out` is to be written to it."""
+
+    WINDOW = 1 << 22
+    LONGEST = 1 << 26
+
+    def __init__(self, method: str, headers: Iterable[Tuple[str, str]] = ()):
+        self.frames = Frames()
+        self.body = bytearray()
+        self.received = 0
+        self.ended = False
+        settings = struct.pack(">HIHI", 2, 0, 4, self.WINDOW)
+        # Without an authority or a content type buildkitd refuses the call; with an upper-case name too.
+        first = [(":method", "POST"), (":scheme", "http"), (":path", method), (":authority", "localhost"),
+                 ("content-type", "application/grpc"), ("te", "trailers")]
+        self.out = bytearray(PREFACE + frame(SETTINGS, 0, 0, settings) + credit(0, self.WINDOW - WINDOW))
+        self.sender = Sender(self.out)
+        self.sender.windows[1] = WINDOW
+        self.out += header_frames(1, [*first, *((name.lower(), value) for name, value in headers)])
+
+    def send(self, *parts: Any) -> None:
+        """Send a message that is the sum of its parts."""
+        self.sender.push(1, struct.pack(">BI", 0, sum(map(len, parts))), *parts)
+
+    def finish(self) -> None:
+        """Say that no more messages come."""
+        self.sender.push(1, end=True)
+
+    def feed(self, data: bytes) -> List[bytes]:
+        """The messages that are complete by now; `ended` is set with the last. ValueError for what is not gRPC."""
+        for each in self.frames.feed(data):
+            if each.kind == DATA:
+                self.received += len(each.raw) - 9
+                self.body += each.data
+            elif each.kind == SETTINGS and not each.flags & ACK:
+                self.sender.settings(each.data)
+                self.out += frame(SETTINGS, ACK, 0)
+                self.sender.flush()
+            elif each.kind == PING and not each.flags & ACK:
+                self.out += frame(PING, ACK, 0, bytes(each.data))
+            elif each.kind == WINDOW_UPDATE:
+                if each.stream:
+                    self.sender.windows[1] += each.number
+                else:
+                    self.sender.connection += each.number
+                self.sender.flush()
+            self.ended = self.ended or each.ends and each.stream == 1
+        return self._messages()
+
+    def _messages(self) -> List[bytes]:
+        found, at = [], 0
+        while len(self.body) >= at + 5:
+            end = at + 5 + int.from_bytes(self.body[at + 1:at + 5], "big")
+            if self.body[at] or end - at > self.LONGEST:
+                raise ValueError("buildkitd sent a message that is compressed or too long")
+            if len(self.body) < end:
+                break
+            with memoryview(self.body) as view:
+                found.append(bytes(view[at + 5:end]))
+            at = end
+        del self.body[:at]
+        return found
+
+    def consumed(self) -> None:
+        """Make room for more, since what came has been used up."""
+        if self.received >= self.WINDOW // 4:
+            self.out += credit(0, self.received) + credit(1, self.received)
+            self.received = 0
+
+
+###############################################################################
+# Relay
+###############################################################################
+
+# `docker build` of today speaks gRPC with the builder itself. On /grpc the client is the HTTP/2 client and buildkitd the
+# server: bytes pass as they are, but for the Solve requests that ask for dockerd's own exporter. On /session the roles are
+# turned: what the client sends is carried inside one call of buildkitd's Control/Session, whose HTTP/2 client is here.
+
+
+def like_solve(data: bytes) -> Optional[bool]:
+    """Whether a stream that begins with `data` may be a Solve: an uncompressed message that begins with a reference, which
+    is a short word. None when more has to be seen. Status looks the same."""
+    if data[:1] not in (b"", b"\0") or data[5:6] not in (b"", b"\x0a") or data[6:7] == b"\0" or data[6:7] > b"\x40":
+        return False
+    if len(data) < 7:
+        return None
+    word = data[7:7 + data[6]]
+    if word and not re.fullmatch(rb"[A-Za-z0-9]+", word):
+        return False
+    return True if len(word) == data[6] else None
+
+
+class Splice:
+    """/grpc: the client's frames to buildkitd and buildkitd's to the client, without I/O.
+
+    `prepare(message)` takes a SolveRequest and returns the one to send and, unless it is None, a function to be called with
+    buildkitd's answer; its ApiError ends the stream. Such a request can be larger than the windows: it is taken off the
+    client at once and sent as buildkitd has room, so that on its stream both windows are ours to keep."""
+
+    HELD = 1 << 25
+    over = False
+
+    def __init__(self, prepare: Callable[[bytes], Tuple[bytes, Optional[Callable[[bytes], None]]]]):
+        self.prepare = prepare
+        self.to_client, self.to_server = bytearray(), bytearray()
+        self.client_frames, self.server_frames = Frames(PREFACE), Frames()
+        self.sender = Sender(self.to_server)
+        self.fresh: set = set()
+        self.begun: Dict[int, bool] = {}
+        self.held: Dict[int, bytearray] = {}
+        self.answers: Dict[int, Tuple[bytearray, Callable[[bytes], None]]] = {}
+        # The build that a stream belongs to, and those that were refused: who follows their progress would wait in vain.
+        self.builds: Dict[int, bytes] = {}
+        self.refused: set = set()
+        self.lost: Optional[ApiError] = None
+        self.greeted = False
+
+    def room(self) -> Tuple[bool, bool]:
+        """Whether more may be read from the client, and from buildkitd."""
+        return len(self.to_server) + self.sender.waiting < 4 * BLOCK, len(self.to_client) < 4 * BLOCK
+
+    def flushed(self) -> None:
+        """Nothing depends on what was written."""
+
+    def from_client(self, data: bytes) -> None:
+        """Bytes of the client."""
+        for each in self.client_frames.feed(data):
+            if self.lost:
+                self._answer_alone(each)
+            elif each.kind == DATA:
+                self._client_data(each)
+            else:
+                if each.kind == HEADERS and each.stream not in self.begun:
+                    self.begun[each.stream] = False
+                    if not each.ends:
+                        self.fresh.add(each.stream)
+                elif each.kind == RESET:
+                    self._forget(each.stream)
+                self.to_server += each.raw
+
+    def _client_data(self, each: Frame) -> None:
+        stream, data, size = each.stream, each.data, len(each.raw) - 9
+        if stream not in self.begun:
+            # It has ended on the other side meanwhile.
+            self.to_client += credit(0, size)
+            return
+        if stream in self.fresh and size:
+            self.fresh.discard(stream)
+            if like_solve(bytes(data[:80])) is not False:
+                self.held[stream] = bytearray()
+                self.sender.windows[stream] = self.sender.initial
+        if stream in self.sender.windows:
+            self.to_client += credit(0, size) + (b"" if each.ends else credit(stream, size))
+            if stream in self.held:
+                self.held[stream] += data
+                self._release(stream, each.ends)
+            else:
+                self.sender.push(stream, data, end=each.ends)
+        elif size == len(data) <= self.sender.connection and stream not in self.sender.queues:
+            self.sender.connection -= size
+            self.to_server += each.raw
+        else:
+            # Of padding buildkitd sees nothing, so that it will not credit it.
+            self.to_client += credit(0, size - len(data)) + (b"" if each.ends else credit(stream, size - len(data)))
+            self.sender.push(stream, data, end=each.ends)
+
+    def _release(self, stream: int, end: bool) -> None:
+        """Let a held request go, if it is complete or turns out to be something else."""
+        held = self.held[stream]
+        like, size = like_solve(bytes(held[:80])), 5 + int.from_bytes(held[1:5], "big")
+        if not end and like is not False and size <= self.HELD and len(held) < max(size, 5):
+            return
+        message = bytes(self.held.pop(stream))
+        if like and len(message) >= size:
+            build = self.builds[stream] = message[7:7 + message[6]]
+            if build in self.refused:
+                self._refuse(stream, None)
+                return
+            try:
+                solve, answered = self.prepare(message[5:size])
+            except ApiError as error:
+                self.refused.add(build)
+                for each in [each for each, its in self.builds.items() if its == build]:
+                    self._refuse(each, error if each == stream else None)
+                return
+            message = struct.pack(">BI", 0, len(solve)) + solve + message[size:]
+            if answered:
+                self.answers[stream] = (bytearray(), answered)
+        self.sender.push(stream, message, end=end)
+
+    def _refuse(self, stream: int, error: Optional[ApiError]) -> None:
+        self.to_client += grpc_end(stream, error, self.begun.get(stream, False))
+        self.to_server += frame(RESET, 0, stream, struct.pack(">I", 8))
+        self._forget(stream)
+
+    def _answer_alone(self, each: Frame) -> None:
+        """Answer a frame of the client in place of a buildkitd that is not there."""
+        if each.kind == HEADERS:
+            self.to_client += grpc_end(each.stream, self.lost)
+        elif each.kind in (SETTINGS, PING) and not each.flags & ACK:
+            self.to_client += frame(each.kind, ACK, 0, bytes(each.data) if each.kind == PING else b"")
+
+    def from_server(self, data: bytes) -> None:
+        """Bytes of buildkitd."""
+        self.greeted = True
+        for each in self.server_frames.feed(data):
+            if each.kind == WINDOW_UPDATE:
+                self._server_credit(each)
+                continue
+            self.to_client += each.raw
+            if each.kind == SETTINGS and not each.flags & ACK:
+                change = self.sender.settings(each.data)
+                # The client's view of a window that is kept here must not shrink with it.
+                self.to_client += b"".join(credit(stream, -change) for stream in self.sender.windows)
+                self.sender.flush()
+            elif each.kind == HEADERS and each.stream in self.begun:
+                self.begun[each.stream] = True
+            elif each.kind == DATA and each.stream in self.answers:
+                answer = self.answers[each.stream][0]
+                answer += each.data[:max(0, self.HELD - len(answer))]
+            if each.ends:
+                if each.stream in self.answers:
+                    answer, answered = self.answers[each.stream]
+                    answered(bytes(answer[5:]))
+                self._forget(each.stream)
+
+    def _server_credit(self, each: Frame) -> None:
+        if each.stream == 0:
+            swallowed = min(self.sender.owed, each.number)
+            self.sender.owed -= swallowed
+            self.sender.connection += each.number
+            self.to_client += credit(0, each.number - swallowed)
+        elif each.stream in self.sender.windows:
+            self.sender.windows[each.stream] += each.number
+        else:
+            self.to_client += each.raw
+            return
+        self.sender.flush()
+
+    def _forget(self, stream: int) -> None:
+        self.fresh.discard(stream)
+        for table in (self.begun, self.held, self.answers, self.builds):
+            table.pop(stream, None)
+        self.to_client += credit(0, self.sender.forget(stream))
+
+    def client_ended(self) -> None:
+        """The client is gone: buildkitd notices by the end of its own connection."""
+
+    def server_ended(self, error: Optional[ApiError] = None) -> None:
+        """buildkitd is gone or was never there: end every stream with the reason, those to come too."""
+        self.lost = error or Unavailable("buildkitd has ended: see its log, and build again when it is back")
+        if not self.greeted:
+            self.to_client += frame(SETTINGS, 0, 0)
+        for stream, begun in self.begun.items():
+            self.to_client += grpc_end(stream, self.lost, begun)
+        for table in (self.begun, self.held, self.answers, self.builds):
+            table.clear()
+
+
+class BuildSession:
+    """/session: what the client sends as messages of one call, and back, without I/O."""
+
+    def __init__(self, headers: Iterable[Tuple[str, str]]):
+        self.call = Call("/moby.buildkit.v1.Control/Session", headers)
+        self.to_client, self.to_server = bytearray(), self.call.out
+
+    @property
+    def over(self) -> bool:
+        """Whether buildkitd has said all."""
+        return self.call.ended
+
+    def room(self) -> Tuple[bool, bool]:
+        """Whether more may be read from the client, and from buildkitd: always, since its window is bounded."""
+        return len(self.to_server) + self.call.sender.waiting < 4 * BLOCK, True
+
+    def flushed(self) -> None:
+        """Let buildkitd send more when the client has taken most of what came."""
+        if len(self.to_client) < BLOCK:
+            self.call.consumed()
+
+    def from_client(self, data: bytes) -> None:
+        """Bytes of the client: one message."""
+        self.call.send(varint(1 << 3 | 2) + varint(len(data)), data)
+
+    def from_server(self, data: bytes) -> None:
+        """Bytes of buildkitd."""
+        for message in self.call.feed(data):
+            for each in fields(memoryview(message)):
+                if each.number == 1:
+                    self.to_client += each.value
+
+    def client_ended(self) -> None:
+        """The client has said all."""
+        self.call.finish()
+
+    def server_ended(self) -> None:
+        """buildkitd is gone: so is the session."""
+        self.call.ended = True
+
+
+class End:
+    """One end of a relay: a socket that does not block, what is to be written to it, and who takes what is read."""
+
+    def __init__(self, sock: socket.socket, out: bytearray, feed: Callable[[bytes], None]):
+        self.sock = sock
+        self.out = out
+        self.feed = feed
+        self.broken = False
+        self.buffer = memoryview(bytearray(BLOCK))
+        sock.setblocking(False)
+
+    def read(self) -> Optional[memoryview]:
+        """What has come, to be used up before the next; empty at the end, None when nothing has."""
+        try:
+            return self.buffer[:self.sock.recv_into(self.buffer)]
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            return self.buffer[:0]
+
+    def flush(self) -> None:
+        """Write as much as goes; what nobody can take any more is dropped, and the end is `broken`."""
+        while self.out:
+            try:
+                del self.out[:0 if self.broken else self.sock.send(self.out)]
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                self.broken = True
+            if self.broken:
+                self.out.clear()
+
+
+def relay(joint: Any, client: socket.socket, server: Optional[socket.socket], early: bytes = b"") -> None:
+    """Carry bytes between the two through a Splice or a Session until one of them has ended. After buildkitd's end the
+    client is answered for a few seconds more."""
+    near = End(client, joint.to_client, joint.from_client)
+    far = End(server, joint.to_server, joint.from_server) if server else None
+    deadline = None if far else time.monotonic() + 10.0
+    poller = select.poll()
+    if early:
+        joint.from_client(early)
+    while True:
+        near.flush()
+        if near.broken or joint.over and not near.out or deadline and time.monotonic() > deadline:
+            return
+        joint.flushed()
+        if far:
+            far.flush()
+        for end, room in zip((near, far), joint.room()):
+            if end:
+                poller.register(end.sock, (select.POLLIN if room else 0) | (select.POLLOUT if end.out else 0))
+        for descriptor, what in poller.poll(1000 if deadline else None):
+            if not what & ~select.POLLOUT:
+                continue
+            end = near if descriptor == client.fileno() else far
+            data = end.read()
+            if data:
+                end.feed(data)
+            elif data is not None and end is near:
+                joint.client_ended()
+                if far:
+                    far.flush()
+                return
+            elif data is not None:
+                poller.unregister(server)
+                far, deadline = None, time.monotonic() + 10.0
+                joint.server_ended()
+
+
+###############################################################################
+# BuildKit
+###############################################################################
+
+NO_BUILDKIT = "start it with a containerd worker, or say where it is with --buildkit-host"
+WORKER_LABEL = "org.mobyproject.buildkit.worker.containerd."
+
+
+def full_names(text: str) -> List[str]:
+    """The tags of a build, joined by commas, in full; 400 for what is no tag."""
+    names = []
+    for each in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            reference = parse_reference(each)
+        except BadParameter as error:
+            raise BadParameter(f"invalid tag {each!r}: {error}") from None
+        if reference.digest:
+            raise BadParameter(f"invalid tag {each!r}: a tag of a build has no digest")
+        names.append(reference.name)
+    return names
+
+
+def rewrite_exporter(exporter: bytes) -> Tuple[bytes, Optional[List[str]]]:
+    """An exporter as buildkitd knows it: `moby` becomes `image` with the attributes that dockerd gives it, any other stays.
+    With it the names it puts into the image store, None when it puts nothing there. 400 for a bad name."""
+    parts, kind, attributes = list(fields(exporter)), "", {}
+    for each in parts:
+        if each.number == 1:
+            kind = str(each.value, "utf-8")
+        elif each.number == 2:
+            key, value = read_entry(each.value)
+            attributes[key] = value
+    if kind == "image":
+        names = [each for each in attributes.get("name", "").split(",") if each]
+        return exporter, None if attributes.get("store", "").lower() in ("0", "f", "false") else names
+    if kind != "moby":
+        return exporter, None
+    names = full_names(attributes.get("name", ""))
+    changed = {"name": ",".join(names)} if names else {}
+    for key, value in (("unpack", "true"), ("dangling-name-prefix", "moby-dangling")):
+        if key not in attributes:
+            changed[key] = value
+    # Spelled so in BuildKit.
+    changed["danging-name-empty-only"] = "true"
+    kept = [each.raw for each in parts if each.number != 1 and not (each.number == 2 and read_entry(each.value)[0] in changed)]
+    added = [field(2, field(1, key.encode()) + field(2, value.encode())) for key, value in changed.items()]
+    return b"".join([field(1, b"image"), *kept, *added]), names
+
+
+def rewrite_solve(message: bytes) -> Tuple[bytes, Optional[List[str]]]:
+    """A SolveRequest as buildkitd understands it, with its other fields untouched, and the names it puts into the image
+    store, None when it puts nothing there. 400 for a bad name, ValueError for what is no SolveRequest."""
+    parts = list(fields(message))
+    exporters = [each.value for each in parts if each.number == 13]
+    if not exporters:
+        # The one exporter of older clients.
+        old = [field(1 if each.number == 3 else 2, each.value) for each in parts if each.number in (3, 4)]
+        exporters = [b"".join(old)] if old else []
+    rewritten = [rewrite_exporter(each) for each in exporters]
+    stored = [names for _, names in rewritten if names is not None]
+    told = [name for names in stored for name in names] if stored else None
+    if [each for each, _ in rewritten] == exporters:
+        return message, told
+    kept = [each.raw for each in parts if each.number not in (3, 4, 13)]
+    return b"".join([*kept, *(field(13, each) for each, _ in rewritten)]), told
+
+
+def dial(address: str, timeout: float = 5.0) -> socket.socket:
+    """A connection to a buildkitd; 503 with the reason."""
+    kind, _, place = address.partition("://")
+    try:
+        if kind == "unix":
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(timeout)
+                sock.connect(place)
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+        if kind == "tcp":
+            host, _, port = place.rstrip("/").rpartition(":")
+            sock = socket.create_connection((host.strip("[]"), int(port)), timeout)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            return sock
+    except (OSError, ValueError, OverflowError) as error:
+        raise Unavailable(f"{address}: {getattr(error, 'strerror', None) or error}") from None
+    raise Unavailable(f"{address}: only unix://PATH and tcp://HOST:PORT can be reached")
+
+
+def dial_buildkit(nerdctl: Nerdctl) -> Tuple[socket.socket, str]:
+    """A connection to the buildkitd that nerdctl would use, and its address; 503 when there is none."""
+    reasons = []
+    for address in nerdctl.buildkit_addresses():
+        try:
+            return dial(address), address
+        except Unavailable as error:
+            reasons.append(str(error))
+    raise Unavailable(f"buildkitd does not answer ({'; '.join(reasons)}): {NO_BUILDKIT}")
+
+
+def parse_workers(message: bytes) -> List[Dict[str, str]]:
+    """The labels of each worker of a ListWorkersResponse, the worker that builds first."""
+    return [dict(read_entry(label.value) for label in fields(record.value) if label.number == 2)
+            for record in fields(message) if record.number == 1]
+
+
+def list_workers(address: str, timeout: float = 10.0) -> List[Dict[str, str]]:
+    """The labels of a buildkitd's workers; 503 when it does not tell them in time."""
+    call, deadline = Call("/moby.buildkit.v1.Control/ListWorkers"), time.monotonic() + timeout
+    call.send()
+    call.finish()
+    try:
+        with dial(address) as sock:
+            while not call.ended:
+                sock.settimeout(max(0.01, deadline - time.monotonic()))
+                sock.sendall(call.out)
+                call.out.clear()
+                data = sock.recv(BLOCK)
+                messages = call.feed(data)
+                if messages:
+                    return parse_workers(messages[0])
+                if not data:
+                    break
+    except (OSError, ValueError):
+        pass
+    raise Unavailable(f"buildkitd at {address} does not tell its workers: see its log")
+
+
+def worker_complaint(workers: List[Dict[str, str]], namespace: str, containerd: str) -> str:
+    """Why nerdctl would not see an image built by the first of these workers, "" when it would. `containerd` is the UUID of
+    nerdctl's."""
+    labels = workers[0] if workers else {}
+    found, uuid = labels.get(WORKER_LABEL + "namespace"), labels.get(WORKER_LABEL + "uuid")
+    if found is None:
+        what = "has no containerd worker, or not as its first"
+    elif found != namespace:
+        what = f"builds for the containerd namespace {found!r}"
+    elif uuid and containerd and uuid != containerd:
+        what = "builds for another containerd"
+    else:
+        return ""
+    return (f"buildkitd {what}, so that nerdctl would never see the image: in buildkitd.toml, write `enabled = false` under [worker.oci], and "
+            f"`enabled = true`, `namespace = \"{namespace}\"` and containerd's `address` under [worker.containerd], and restart buildkitd")
+
+
+def solved_digest(answer: bytes) -> str:
+    """The image's digest in a SolveResponse, "" when there is none."""
+    with contextlib.suppress(ValueError, TypeError):
+        return dict(read_entry(each.value) for each in fields(answer) if each.number == 1).get("containerimage.digest", "")
+    return ""
+
+
+def replaced_images(engine: Engine, names: List[str]) -> Dict[str, str]:
+    """The ids of the images that have these names now. Only told while somebody listens to events: it costs a process."""
+    if not engine.journal.queues:
+        return {}
+    with contextlib.suppress(ApiError):
+        return {each.name: each.id for each in engine.snapshot.names.get() if each.name in names}
+    return {}
+
+
+def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, Optional[Callable[[bytes], None]]]:
+    """What a Splice asks of a SolveRequest. 400 for a bad tag; 409 when the image would get lost; 503 when buildkitd
+    does not say where it would go."""
+    try:
+        message, names = rewrite_solve(message)
+    except (ValueError, TypeError):
+        return message, None
+    if names is None:
+        return message, None
+    containerd = engine.snapshot.info.get().get("ID") or ""
+    complaint = worker_complaint(list_workers(address), engine.nerdctl.namespace, containerd)
+    if complaint:
+        raise Conflict(complaint)
+    before = replaced_images(engine, names)
+
+    def answered(answer: bytes) -> None:
+        engine.snapshot.names.drop()
+        digest = solved_digest(answer)
+        # A name that is new is told by containerd.
+        for name in names if digest else ():
+            if before.get(name, digest) != digest:
+                engine.journal.emit("image", "untag", before[name], {"name": familiar(name)})
+            if name in before:
+                engine.journal.emit("image", "tag", digest, {"name": familiar(name)})
+
+    return message, answered
+
+
+@route("POST", "/grpc")
+def buildkit_grpc(engine: Engine, request: Request) -> Response:
+    """101, then buildkitd. 101 also without one: after anything else clients would set up a builder of their own."""
+    try:
+        server, address = dial_buildkit(engine.nerdctl)
+        failure = None
+    except ApiError as error:
+        server, address, failure = None, "", error
+
+    def serve(connection: Connection) -> None:
+        splice = Splice(functools.partial(prepare_solve, engine, address))
+        if failure:
+            log(f"build: {failure}")
+            splice.server_ended(failure)
+        join(splice, connection, server)
+
+    return Response(101, Hijack(serve, protocol="h2c"))
+
+
+@route("POST", "/session")
+def buildkit_session(engine: Engine, request: Request) -> Response:
+    """101, then a session of buildkitd; without a buildkitd one that ends at once."""
+    headers = [(name, value) for name, value in request.headers.items() if name.lower().startswith("x-docker-expose-session-")]
+    server = None
+    with contextlib.suppress(ApiError):
+        server, _ = dial_buildkit(engine.nerdctl)
+
+    def serve(connection: Connection) -> None:
+        if server:
+            join(BuildSession(headers), connection, server)
+
+    return Response(101, Hijack(serve, protocol="h2c"))
+
+
+def join(joint: Any, connection: Connection, server: Optional[socket.socket]) -> None:
+    """Relay until the end and close buildkitd's side."""
+    try:
+        relay(joint, connection.sock, server, connection.early)
+    except ValueError as error:
+        log(f"build: {error}")
+    finally:
+        if server:
+            server.close()
 
 
 ###############################################################################
@@ -4340,8 +8306,8 @@ class SocketClient(Client):
     def __init__(self, handler: "RequestHandler"):
         self.handler = handler
 
-    def when_gone(self, callback: Callable[[], None]):
-        return self.handler.server.hangups.watch(self.handler.connection, callback)
+    def when_gone(self, callback: Callable[[], Any], half: bool = True):
+        return self.handler.server.hangups.watch(self.handler.connection, callback, half)
 
 
 class HeadReader:
@@ -4551,7 +8517,10 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                 stream.close()
                 return self.respond(error_response(error), body)
             # Too late for a status: the missing end of the chunks tells the client.
+            log(f"{self.command} {self.path.partition('?')[0]}: broken off: {error}")
             self.close_connection = True
+            if self.server.engine.nerdctl.debug:
+                log(f"{self.command} {self.path.partition('?')[0]}: broken off: {error}")
         except (ClientGone, OSError):
             self.close_connection = True
         except Exception:
@@ -4584,9 +8553,15 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             lines.append(f"Content-Type: {response.media_type if upgraded else 'application/vnd.docker.raw-stream'}")
         if upgraded:
             lines += ["Connection: Upgrade", f"Upgrade: {response.body.protocol}"]
-        lines += [f"{name}: {value}" for name, value in response.headers.items()]
+        told = {"Api-Version": "%d.%d" % API_NEWEST, "Docker-Experimental": "false", "Ostype": "linux", "Server": self.version_string(),
+                **response.headers}
+        lines += [f"{name}: {value}" for name, value in told.items()]
         try:
             self.wfile.write(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+        except OSError:
+            response.body.abandon()
+            return 499
+        try:
             response.body.serve(Connection(self.connection, early[: len(early)]))
         except (ClientGone, OSError):
             pass
@@ -4786,6 +8761,405 @@ def dial_stdio(path: str) -> int:
 
 
 ###############################################################################
+# ctr
+###############################################################################
+
+# Where nerdctl is not installed, this file stands in for it: `nerdctld.py nerdctl COMMAND …` takes the commands, flags and
+# formats that the sections above use, has containerd's own ctr do the work, and prints what nerdctl would print. ctr promises
+# no stable output: names, digests, JSON and the few columns below are all that is read of it, alike from 1.6 to 2.3.
+NO_NERDCTL = "nerdctl is not installed"
+UNKNOWN_CTR = "this ctr is not known: "
+CTR_WORDS = [(re.compile(pattern), words) for pattern, words in (
+    (r"^failed to resolve reference \"[^\"]*\": ", "failed to resolve image: "),
+    (r"^container \"([^\"]+)\" in namespace \S+: not found$", r"no such container: \1"),
+    (r"^(?:cannot access socket|failed to dial) \"?([^\s\":]+)\"?: ", r'cannot access containerd socket "\1": '),
+)]
+Flags = Dict[str, List[str]]
+
+
+def parse_ctr_error(stderr: str) -> str:
+    """What ctr says went wrong, in nerdctl's words."""
+    lines = [line for line in stderr.splitlines() if line.strip()] or ["ctr failed without a word"]
+    message = re.sub(r"^ctr: ", "", next((line for line in lines if line.startswith("ctr: ")), lines[-1]))
+    for pattern, words in CTR_WORDS:
+        message = pattern.sub(words, message)
+    return message
+
+
+def parse_ctr_table(text: str, head: str, row: str) -> List[Tuple[str, ...]]:
+    """The groups of `row` in each line of a table whose first columns are `head`; 500 for anything else."""
+    first, *lines = [line for line in text.splitlines() if line.strip()] or [""]
+    for line in lines if first.split()[:3] == head.split() else [first]:
+        if first.split()[:3] != head.split() or not re.match(row, line):
+            raise ApiError(f"{UNKNOWN_CTR}it prints {line[:80]!r} for {head!r}")
+    return [re.match(row, line).groups() for line in lines]
+
+
+class Ctr:
+    """Runs ctr. `command` is the argv in front ("ctr", or "k3s ctr" as two words). What it starts stays in this process's
+    group, so that who ends the one ends the other. What goes wrong is an ApiError in nerdctl's words."""
+
+    def __init__(self, command: List[str], namespace: str, address: str, snapshotter: str):
+        self.namespace, self.snapshotter = namespace, [f"--snapshotter={snapshotter}"] if snapshotter else []
+        self.path = address.replace("unix://", "", 1) or ("" if "k3s" in command[0] else "/run/containerd/containerd.sock")
+        self.command = [*command, *([f"--address={self.path}"] if self.path else []), f"--namespace={namespace}"]
+
+    def start(self, *words: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE) -> subprocess.Popen:
+        """A running ctr, its stderr piped."""
+        if self.path and not os.path.exists(self.path):
+            # ctr 1.6 would look for it for ten seconds.
+            raise ApiError(f'cannot access containerd socket "{self.path}": no such file or directory')
+        return subprocess.Popen([*self.command, *words], stdin=stdin, stdout=stdout, stderr=subprocess.PIPE)
+
+    def finish(self, process: subprocess.Popen) -> str:
+        """What is left of a ctr's stdout, at its end."""
+        output, errors = process.communicate()
+        if process.returncode:
+            raise ApiError(parse_ctr_error(errors.decode(errors="replace")))
+        return (output or b"").decode()
+
+    def run(self, *words: str, **pipes: Any) -> str:
+        """The stdout of a ctr that succeeded."""
+        return self.finish(self.start(*words, **pipes))
+
+    def local(self, *words: str) -> List[str]:
+        """A command with --local where this ctr has that: the transfer service, which it uses otherwise, does not say what
+        it loads, and its progress is mixed into what is saved."""
+        return [*words, "--local"] if "--local" in self.run(*words, "--help") else list(words)
+
+    def each(self, commands: Iterable[List[str]]) -> Iterator[str]:
+        """The stdout of each command, a few of which run at a time; "" where its object is not there."""
+        waiting = list(commands)
+        for start in range(0, len(waiting), 4):
+            for process in [self.start(*words) for words in waiting[start:start + 4]]:
+                try:
+                    yield self.finish(process)
+                except ApiError as error:
+                    if not re.search(r"not found$|^no such container", str(error)):
+                        raise
+                    yield ""
+
+    def targets(self) -> Dict[str, Tuple[str, str]]:
+        """All images: name -> digest and media type."""
+        rows = parse_ctr_table(self.run("images", "ls"), "REF TYPE DIGEST", r"(\S+)\s+(\S+)\s+(\w+:[0-9a-f]{32,})\s")
+        return {name: (digest, kind) for name, kind, digest in rows}
+
+    def tasks(self) -> Dict[str, Tuple[int, str]]:
+        """Container id -> process id and status (RUNNING, PAUSED, STOPPED …) of those that have a task."""
+        rows = parse_ctr_table(self.run("tasks", "ls"), "TASK PID STATUS", r"(\S+)\s+(\d+)\s+([A-Z]+)\s*$")
+        return {identity: (int(pid), status) for identity, pid, status in rows}
+
+    def blobs(self, digests: Iterable[str]) -> Dict[str, Tuple[int, Any]]:
+        """Digest -> size and value of JSON in the content store; those that are not there are left out."""
+        wanted = list(dict.fromkeys(digests))
+        found = {digest: text.encode() for digest, text in zip(wanted, self.each(["content", "get", each] for each in wanted)) if text}
+        if any(digest != "sha256:" + hashlib.sha256(data).hexdigest() for digest, data in found.items()):
+            raise ApiError(UNKNOWN_CTR + "the content it prints is not what its digest says")
+        return {digest: (len(data), json.loads(data)) for digest, data in found.items()}
+
+    def usage(self, tips: Iterable[str]) -> Dict[str, Tuple[int, int]]:
+        """Snapshot key -> its own bytes and all with those below it, for the keys in `tips` that there are and what is below."""
+        words, row = ["snapshots", *self.snapshotter], r"(\S+)\s+(?:(\S+)\s+)?(?:Active|Committed|View)\s*$"
+        parents, wanted = dict(parse_ctr_table(self.run(*words, "ls"), "KEY PARENT KIND", row)), {}
+        for key in tips:
+            while key in parents and key not in wanted:
+                wanted[key], key = parents[key], parents[key]
+        told = self.run(*words, "usage", "-b", "--", *wanted) if wanted else "KEY SIZE INODES"
+        own = {key: int(size) for key, size in parse_ctr_table(told, "KEY SIZE INODES", r"(\S+)\s+(\d+)\s+\d+\s*$")}
+        total = lambda key: own.get(key, 0) + total(parents[key]) if key in parents else 0
+        return {key: (size, total(key)) for key, size in own.items()}
+
+    def transfer(self, verb: str, reference: str, *words: str) -> None:
+        """Pull or push, the progress going to our stdout, with the credentials of $DOCKER_CONFIG. The password goes in by a
+        pseudo-terminal, since everybody could read it on a command line."""
+        flags = ["--hosts-dir=/etc/containerd/certs.d"] if os.path.isdir("/etc/containerd/certs.d") else []
+        (user, password), ours, theirs = docker_login(reference.partition("/")[0]), -1, subprocess.DEVNULL
+        if user:
+            ours, theirs = pty.openpty()
+            mode = termios.tcgetattr(theirs)
+            mode[0] = mode[3] = 0
+            termios.tcsetattr(theirs, termios.TCSANOW, mode)
+            os.write(ours, password.encode() + b"\n")
+            flags.append(f"--user={user}")
+        self.run(*self.local("images", verb), *flags, *words, stdin=theirs, stdout=None)
+
+
+def docker_login(host: str) -> Tuple[str, str]:
+    """User and password for a registry in Docker's config.json, ("", "") without; 501 for a token."""
+    path = os.path.join(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker"), "config.json")
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+        for key, entry in (json.load(file).get("auths") or {}).items():
+            if re.sub(r"^https?://(index\.(?=docker\.io))?", "", key).partition("/")[0] == host:
+                if entry.get("identitytoken"):
+                    raise NotImplementedHere(f"{NO_NERDCTL}, and ctr cannot be given the identity token for {host}")
+                user, _, password = base64.b64decode(entry.get("auth") or "").decode().partition(":")
+                return user, password
+    return "", ""
+
+
+# Command -> the flags it takes (with a value: `name=`) and the formats it knows; the method of CtrCommands is called like it.
+# Networks and volumes are nerdctl's own, so that without it there are none, and no methods for them.
+CTR_COMMANDS: Dict[str, Tuple[str, ...]] = {
+    "version": ("", "{{json .}}"), "info": ("", "{{json .}}"), "events": ("", "{{json .}}"),
+    "network ls": ("", "{{json .}}"), "volume ls": ("size", "{{json .}}"),
+    "images": ("no-trunc", "{{json .}}"), "image inspect": ("mode=", "{{json .}}"), "history": ("no-trunc", "{{json .}}"),
+    "tag": ("",), "rmi": ("force",), "pull": ("platform= unpack=",), "push": ("platform=",), "save": ("platform=",),
+    "load": ("platform= all-platforms",), "login": ("username= password-stdin",),
+    "ps": ("no-trunc size filter=", CONTAINER_ROW, '{"ID":{{json .ID}},"Size":{{json .Size}}}'), "container inspect": ("mode=", INSPECT_FORMAT, "{{json .State}}"),
+    "build": ("progress= build-arg= label= cache-from= add-host= no-cache pull target= platform= network= allow= provenance= file= tag=",),
+}
+
+
+def parse_flags(words: List[str], known: List[str]) -> Tuple[Flags, List[str]]:
+    """The flags that stand in front, and the words behind them or behind `--`; 400 for a flag that is not `known`."""
+    flags: Flags = {}
+    try:
+        pairs, rest = getopt.getopt(words, "a", known)
+    except getopt.GetoptError as error:
+        raise BadParameter(f"unknown flag: --{error.opt}") from None
+    for name, value in pairs:
+        flags.setdefault(name.lstrip("-"), []).append(value)
+    return flags, rest
+
+
+def ctr_main(argv: List[str]) -> int:
+    """`nerdctld.py nerdctl …`: the exit status. A failure is a line on stderr as nerdctl writes it."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        options, words = parse_flags(argv, ["namespace=", "address=", "snapshotter=", "ctr="])
+        command, namespace, address, snapshotter = (options.get(key, [""])[-1] for key in ("ctr", "namespace", "address", "snapshotter"))
+        name = next((each for each in (" ".join(words[:2]), *words[:1]) if each in CTR_COMMANDS), "")
+        if not name:
+            raise NotImplementedHere(f"{NO_NERDCTL}, and containerd's ctr cannot do what `nerdctl {' '.join(words[:1])}` does: install nerdctl "
+                                     "for running containers, networks and volumes")
+        known, *formats = CTR_COMMANDS[name]
+        flags, rest = parse_flags(words[len(name.split()):], [*known.split(), *(["format="] if formats else [])])
+        if formats and flags.get("format", [""])[-1] not in formats:
+            raise NotImplementedHere(f"{NO_NERDCTL}, and what stands in for it does not know this --format of {name}")
+        ctr = CtrCommands(shlex.split(command) or find_ctr() or ["ctr"], namespace or "default", address, snapshotter)
+        for row in getattr(ctr, name.replace(" ", "_"), lambda *_: ())(flags, rest) or ():
+            print(row if isinstance(row, str) else json_bytes(row).decode(), flush=True)
+        return 0
+    except (ApiError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        message = str(error) if isinstance(error, (ApiError, OSError)) else UNKNOWN_CTR + repr(error)
+        if isinstance(error, FileNotFoundError):
+            message = f'exec: "{error.filename}": executable file not found in $PATH'
+        print(f'time="{rfc3339(time.time_ns())}" level=fatal msg={json.dumps(message, ensure_ascii=False)}', file=sys.stderr)
+        return 1
+
+
+def find_ctr() -> List[str]:
+    """argv of the ctr on PATH, or of k3s's; [] where there is none."""
+    return next((words for words in (["ctr"], ["k3s", "ctr"]) if shutil.which(words[0])), [])
+
+
+def nerdctl_command() -> List[str]:
+    """argv of nerdctl; where it is not on PATH but ctr is, of what stands in for it, with a warning in the log."""
+    if shutil.which("nerdctl") or not find_ctr():
+        return ["nerdctl"]
+    log(f"warning: {NO_NERDCTL}: images, listings and builds go by {' '.join(find_ctr())}, everything else is answered with 501")
+    import importlib.util
+    import marshal
+
+    # Each call is a new Python, and compiling this file would be half of its time: it is done once, into memory.
+    compiled = os.memfd_create("nerdctld.pyc")
+    with open(__file__, "rb") as file:
+        os.write(compiled, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(compile(file.read(), __file__, "exec")))
+    return [sys.executable, "-IS", f"/proc/{os.getpid()}/fd/{compiled}", "nerdctl"]
+
+
+def whole_manifests(ctr: Ctr, index: Dict[str, Any]) -> List[Tuple[str, Dict[str, Any], Dict[str, Any]]]:
+    """Platform, descriptor and manifest of those in an index that are all here: this machine's first, attestations last."""
+    present, whole = set(ctr.run("content", "ls", "-q").split()), []
+    read = ctr.blobs(each["digest"] for each in index["manifests"] if each["digest"] in present)
+    for each in index["manifests"]:
+        manifest = read.get(each["digest"], (0, {}))[1]
+        if manifest and all(part["digest"] in present for part in [manifest["config"], *manifest["layers"]]):
+            platform = map((each.get("platform") or {}).get, ("os", "architecture", "variant"))
+            whole.append(("/".join(filter(None, platform)), each, manifest))
+    return sorted(whole, key=lambda found: (found[0] == "unknown/unknown", not fits_machine(found[0])))
+
+
+def chain_ids(config: Dict[str, Any]) -> List[str]:
+    """The keys of an image's snapshots, from the lowest layer up."""
+    link = lambda below, layer: "sha256:" + hashlib.sha256(f"{below} {layer}".encode()).hexdigest()
+    return list(itertools.accumulate(config["rootfs"]["diff_ids"], link))
+
+
+def native_images(ctr: Ctr, names: List[str]) -> Tuple[List[Dict[str, Any]], Dict[str, Tuple[int, int]]]:
+    """Images as nerdctl's native inspect has them, but for those not all here (404 when none is), and their snapshots' bytes."""
+    images, found = ctr.targets(), []
+    read = ctr.blobs(images[name][0] for name in names if name in images)
+    for name in names:
+        digest, kind = images.get(name, ("", ""))
+        size, manifest = read.get(digest, (0, {}))
+        described = {"mediaType": kind, "digest": digest, "size": size}
+        entry = {"Image": {"Name": name, "Target": described}}
+        if "manifests" in manifest:
+            described, manifest = next((each[1:] for each in whole_manifests(ctr, manifest)), ({}, {}))
+        if manifest:
+            found.append({**entry, "ManifestDesc": described, "Manifest": manifest, "ImageConfigDesc": manifest["config"]})
+    configs = ctr.blobs(each["ImageConfigDesc"]["digest"] for each in found)
+    found = [{**each, "ImageConfig": configs[each["ImageConfigDesc"]["digest"]][1]} for each in found if each["ImageConfigDesc"]["digest"] in configs]
+    if not found:
+        raise NotFound(f"no such image: {names[0]}")
+    sizes = ctr.usage(key for each in found for key in chain_ids(each["ImageConfig"])[-1:])
+    return [{**each, "size": sizes.get((chain_ids(each["ImageConfig"]) or [""])[-1], (0, 0))[1]} for each in found], sizes
+
+
+class CtrCommands(Ctr):
+    """nerdctl's commands, a method each, which returns what is printed: JSON values or text, a line each."""
+
+    def version(self, flags: Flags, words: List[str]) -> Any:
+        """Versions of ctr and containerd; in the place of nerdctl's that there is none."""
+        own, server = (dict(re.findall(r"^ *(\w+): *(\S*)$", part, re.M)) for part in self.run("version").partition("Server:")[::2])
+        return [{"Client": {"Version": f"{NO_NERDCTL}: ctr {own['Version']}", "Components": [{"Name": "ctr", "Version": own["Version"]}]},
+                 "Server": {"Components": [{"Name": "containerd", "Version": server["Version"], "Details": {
+                     "GitCommit": server.get("Revision") or "", "UUID": server.get("UUID") or ""}}]}}]
+
+    def info(self, flags: Flags, words: List[str]) -> Any:
+        """What is known of the machine and of containerd, with a warning that nerdctl is not there. Limits are told as there:
+        nothing is run, and clients would warn of each."""
+        server, unified = self.version({}, [])[0]["Server"]["Components"][0], os.path.exists("/sys/fs/cgroup/cgroup.controllers")
+        return [{
+            **dict.fromkeys("MemoryLimit SwapLimit CpuCfsPeriod CpuCfsQuota CPUShares CPUSet PidsLimit IPv4Forwarding OomKillDisable".split(), True),
+            "ID": server["Details"]["UUID"], "Driver": "".join(self.snapshotter)[14:] or "overlayfs",
+            "CgroupDriver": "systemd" if unified and os.path.isdir("/run/systemd/system") else "cgroupfs", "CgroupVersion": "2" if unified else "1",
+            "ServerVersion": server["Version"], "MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "Warnings": [f"WARNING: {NO_NERDCTL}: over containerd's ctr there are images, listings and builds only"],
+        }]
+
+    def events(self, flags: Flags, words: List[str]) -> Any:
+        """containerd's events as they come, an empty line after each as nerdctl has it."""
+        process = self.start("events")
+        for line in process.stdout:
+            found = re.match(r"([\d-]+) ([\d:.]+) \+0000 UTC (\S+) (/\S+) ?(.*)", line.decode(errors="replace"))
+            if not found:
+                process.kill()
+                raise ApiError(f"{UNKNOWN_CTR}it tells the event {line[:80]!r}")
+            day, hour, namespace, topic, payload = found.groups()
+            yield {"Timestamp": f"{day}T{hour}Z", "Namespace": namespace, "Topic": topic, "Event": payload}
+            yield ""
+        self.finish(process)
+
+    def images(self, flags: Flags, words: List[str]) -> Any:
+        """The names of images with their digests; what nerdctl says besides is read by image inspect."""
+        return [{"Name": name, "Digest": digest, "ID": digest} for name, (digest, _) in self.targets().items()]
+
+    def image_inspect(self, flags: Flags, words: List[str]) -> Any:
+        """Images with manifest, configuration and unpacked size."""
+        return native_images(self, words)[0]
+
+    def history(self, flags: Flags, words: List[str]) -> Any:
+        """The steps an image was made in, newest first, with their unpacked sizes."""
+        (image, *_), sizes = native_images(self, words)
+        keys, rows = iter(chain_ids(image["ImageConfig"])), []
+        for step in image["ImageConfig"].get("history") or []:
+            size, _ = (0, 0) if step.get("empty_layer") else sizes.get(next(keys, ""), (0, 0))
+            rows.insert(0, {"CreatedBy": step.get("created_by") or "", "Size": f"{size}B"})
+        return rows
+
+    def tag(self, flags: Flags, words: List[str]) -> Any:
+        """Give an image another name, which may be another image's until then."""
+        if words[0] != words[1]:
+            self.run(*self.local("images", "tag"), "--force", "--", *words)
+
+    def rmi(self, flags: Flags, words: List[str]) -> Any:
+        """Remove names, and what nothing else needs any more."""
+        for name in set(words) - set(self.targets()):
+            raise NotFound(f"no such image: {name}")
+        self.run("images", "rm", "--sync", "--", *words)
+
+    def pull(self, flags: Flags, words: List[str]) -> Any:
+        """Pull one image. ctr unpacks it for any platform, so --unpack makes no difference."""
+        self.transfer("pull", words[0], *(f"--platform={each}" for each in flags.get("platform", [])), *self.snapshotter, "--", words[0])
+
+    def push(self, flags: Flags, words: List[str]) -> Any:
+        """Push one image; of an index that is only partly here, or with --platform, the manifest that is."""
+        digest, options, wanted = self.targets().get(words[0], ("", ""))[0], [], flags.get("platform", [""])[-1]
+        if not digest:
+            raise NotFound(f'image "{words[0]}": not found')
+        index = self.blobs([digest])[digest][1]
+        whole = whole_manifests(self, index) if "manifests" in index else []
+        if whole and (wanted or len(whole) < len(index["manifests"])):
+            chosen = next(each[1] for each in whole if each[0].startswith(wanted))
+            options = [f"--manifest={chosen['digest']}", f"--manifest-type={chosen['mediaType']}"]
+            print(f"pushing as a reduced-platform image ({chosen['mediaType']}, {chosen['digest']})", file=sys.stderr)
+        self.transfer("push", words[0], *options, "--", words[0])
+
+    def load(self, flags: Flags, words: List[str], stdin: Any = None) -> Any:
+        """Load an archive from standard input. One without a name becomes import@DIGEST, as with nerdctl."""
+        options = [*([f"--platform={each}" for each in flags.get("platform", [])] or ["--all-platforms"]), *self.snapshotter]
+        told = self.run(*self.local("images", "import"), "--digests", "--skip-digest-for-named", *options, "--", "-", stdin=stdin)
+        loaded, images = re.findall(r"^unpacking (\S+) \((\S+)\)", told, re.M), self.targets()
+        if not loaded or any(images.get(name, ("",))[0] != digest for name, digest in loaded):
+            raise ApiError(f"{UNKNOWN_CTR}it says of what it loaded {told[:80]!r}")
+        for name, digest in loaded:
+            if name.endswith("@" + digest):
+                self.tag({}, [name, "import@" + digest])
+                self.rmi({}, [name])
+            yield "Loaded image: " + ("import@" + digest if name.endswith("@" + digest) else name)
+
+    def save(self, flags: Flags, words: List[str]) -> Any:
+        """Write the archive of images to standard output."""
+        self.run(*self.local("images", "export"), *(f"--platform={each}" for each in flags.get("platform", [])), "--", "-", *words, stdout=None)
+
+    def login(self, flags: Flags, words: List[str]) -> Any:
+        """Ask the registry whether it takes the credentials. Nothing is kept: clients send theirs with each request."""
+        registry = Registry(Reference(words[0] + "/login", "", ""), {"username": flags["username"][-1], "password": sys.stdin.read()})
+        status, headers, _ = registry._send(registry.host, "/v2/", "")
+        if status == 401:
+            status = registry._send(registry.host, "/v2/", registry._authorize(headers.get("www-authenticate") or ""))[0]
+        if status != 200:
+            raise ApiError(f"{registry.host} answered {status}" + (" Unauthorized" if status == 401 else ""))
+
+    def container_inspect(self, flags: Flags, words: List[str]) -> Any:
+        """One container as INSPECT_FORMAT has it, or an empty State: ctr tells none, and for an unknown exit code containerd says 255."""
+        told, (pid, status) = json.loads(self.run("containers", "info", "--", words[0])), self.tasks().get(words[0], (0, ""))
+        task = {"Pid": pid, "Status": {"Status": status.lower(), "ExitStatus": 255 if status == "STOPPED" else 0}} if status else None
+        found = {**told, "Runtime": told["Runtime"]["Name"], "Task": task, "Spec": {**told["Spec"], **(told["Spec"].get("linux") or {})}}
+        return [found if flags["format"][-1] == INSPECT_FORMAT else {}]
+
+    def ps(self, flags: Flags, words: List[str]) -> Any:
+        """Containers as CONTAINER_ROW has them, or their sizes; all, or that of the filter `id=`."""
+        wanted = [each.partition("id=")[2] for each in flags.get("filter", [])] or self.run("containers", "ls", "-q").split()
+        found = [json.loads(text) for text in self.each(["containers", "info", "--", each] for each in wanted) if text]
+        if "size" in flags:
+            sizes = self.usage(each["SnapshotKey"] for each in found)
+            return [{"ID": each["ID"], "Size": "%dB (virtual %dB)" % sizes.get(each["SnapshotKey"], (0, 0))} for each in found]
+        tasks, rows = self.tasks(), []
+        for each in sorted(found, key=lambda each: -(nanoseconds_of(each["CreatedAt"]) or 0)):
+            labels, status = each.get("Labels") or {}, tasks.get(each["ID"], (0, "CREATED"))[1]
+            pod = [labels.get("io.kubernetes." + key) for key in ("pod.namespace", "pod.name", "container.name")]
+            rows.append([{
+                "ID": each["ID"], "Image": each["Image"], "CreatedAt": each["CreatedAt"], "Runtime": each["Runtime"]["Name"],
+                "Names": labels.get("nerdctl/name") or ("k8s://" + "/".join(filter(None, pod)) if pod[0] else ""),
+                "Command": json.dumps(" ".join((each.get("Spec") or {}).get("process", {}).get("args") or [])),
+                "Status": {"RUNNING": "Up", "STOPPED": "Exited"}.get(status, status.capitalize()),
+            }, labels])
+        return rows
+
+    def build(self, flags: Flags, words: List[str]) -> Any:
+        """Build by buildctl and load what comes of it: so it does not matter which worker and namespace buildkitd has."""
+        addresses, file = Nerdctl(["buildctl"], self.namespace).buildkit_addresses(), flags.get("file", [words[0] + "/Dockerfile"])[-1]
+        address = next((each for each in addresses if os.path.exists(each.replace("unix://", "", 1))), addresses[-1])
+        options = [f"--local=context={words[0]}", f"--local=dockerfile={os.path.dirname(file)}", f"--opt=filename={os.path.basename(file)}"]
+        for key, form in (("build-arg", "--opt=build-arg:"), ("label", "--opt=label:"), ("cache-from", "--import-cache=type=registry,ref="),
+                          ("target", "--opt=target="), ("platform", "--opt=platform="), ("network", "--opt=force-network-mode="), ("allow", "--allow="),
+                          ("no-cache", "--no-cache"), ("pull", "--opt=image-resolve-mode=pull")):
+            options += [form + value for value in flags.get(key, [])]
+        if "add-host" in flags:
+            options.append("--opt=add-hosts=" + ",".join(each.replace(":", "=", 1) for each in flags["add-host"]))
+        options.append(f'--output=type=docker,"name={",".join(flags["tag"])}",dest=-')
+        command = ["buildctl", "--addr=" + address, "build", "--progress=plain", "--frontend=dockerfile.v0", *options]
+        building = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        try:
+            return list(self.load({}, [], building.stdout))
+        except ApiError as error:
+            raise ApiError("exit status 1" if building.wait() else str(error)) from None
+
+
+###############################################################################
 # Command line
 ###############################################################################
 
@@ -4799,8 +9173,8 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
     parser.add_argument("command", nargs="?", choices=["dial-stdio"], help=argparse.SUPPRESS)
     parser.add_argument("-H", "--addr", metavar="unix://PATH", default="",
                         help=f"socket to listen on (default: the one systemd hands over, else {default_socket_path()})")
-    parser.add_argument("--nerdctl", metavar="COMMAND", default=environment("NERDCTL") or "nerdctl",
-                        help='nerdctl to run, such as "lima nerdctl" (default: $NERDCTL or nerdctl)')
+    parser.add_argument("--nerdctl", metavar="COMMAND", default=environment("NERDCTL") or "",
+                        help='nerdctl to run, such as "lima nerdctl" (default: $NERDCTL, nerdctl, or where that is missing containerd\'s ctr)')
     parser.add_argument("--namespace", default=environment("CONTAINERD_NAMESPACE") or "default", help="containerd namespace")
     parser.add_argument("--address", default=environment("CONTAINERD_ADDRESS") or "", help="containerd's socket")
     parser.add_argument("--snapshotter", default=environment("CONTAINERD_SNAPSHOTTER") or "", help="containerd snapshotter")
@@ -4811,7 +9185,7 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"nerdctld {VERSION}")
     options = parser.parse_args(argv)
     try:
-        if not shlex.split(options.nerdctl):
+        if options.nerdctl and not shlex.split(options.nerdctl):
             parser.error("--nerdctl: no command")
     except ValueError as error:
         parser.error(f"--nerdctl: {error}")
@@ -4829,17 +9203,23 @@ def listen(address: str) -> Tuple[socket.socket, str]:
     return own_socket(path), path
 
 
-def serve_until_told(server: Server, idle_timeout: float, ready: Callable[[], None]) -> None:
-    """Serve until SIGTERM, SIGINT or, with a timeout, until idle for so long. `ready` is called when a signal would be
-    heeded."""
+def watch_signals() -> int:
+    """From now on SIGTERM and SIGINT make the returned descriptor readable instead of ending the process."""
     reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     for number in (signal.SIGTERM, signal.SIGINT):
-        # Not an Event: its lock may be held by the very code that the signal interrupts.
-        signal.signal(number, lambda *_: os.write(writer, b"\0"))
+        signal.signal(number, lambda *_: None)
+    # Written to at once whichever thread the kernel picks, while a handler would wait for the main thread to wake up.
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    return reader
+
+
+def serve_until_told(server: Server, idle_timeout: float, signals: int) -> None:
+    """Serve until a signal or, with a timeout, until idle for so long; then let running requests end, for a bounded
+    time."""
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    ready()
-    while not poll_readable(reader, min(1.0, idle_timeout / 4) if idle_timeout else None):
+    while not poll_readable(signals, min(1.0, idle_timeout / 4) if idle_timeout else None):
         if server.idle_seconds() >= idle_timeout:
             log(f"idle for {idle_timeout:g} seconds: ending")
             break
@@ -4848,30 +9228,37 @@ def serve_until_told(server: Server, idle_timeout: float, ready: Callable[[], No
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the daemon; the exit status."""
-    options = parse_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["nerdctl"]:
+        return ctr_main(argv[1:])
+    options = parse_args(argv)
     notify = os.environ.pop("NOTIFY_SOCKET", "")
     try:
         if options.command == "dial-stdio":
             return dial_stdio(socket_path(options.addr) if options.addr else default_socket_path())
+        signals = watch_signals()
         listener, path = listen(options.addr)
+        inode = os.lstat(path).st_ino if path else 0
     except StartError as error:
         log(str(error))
         return 1
-    nerdctl = Nerdctl(shlex.split(options.nerdctl), options.namespace, options.address, options.snapshotter,
+    nerdctl = Nerdctl(shlex.split(options.nerdctl) or nerdctl_command(), options.namespace, options.address, options.snapshotter,
                       options.buildkit_host, options.debug)
     engine = Engine(nerdctl)
     engine.workspace.sweep()
+    engine.caretaker = Caretaker(engine)
     server = Server(engine, listener)
-    inode = os.lstat(path).st_ino if path else 0
+    notify_systemd("READY=1", notify)
+    threading.Thread(target=engine.caretaker.look, name="look", daemon=True).start()
     log(f"listening on {path or 'the socket of systemd'}, namespace {nerdctl.namespace}")
-    serve_until_told(server, 0.0 if path else options.idle_timeout, lambda: notify_systemd("READY=1", notify))
+    serve_until_told(server, 0.0 if path else options.idle_timeout, signals)
     notify_systemd("STOPPING=1", notify)
     if path:
         with contextlib.suppress(OSError):
             if os.lstat(path).st_ino == inode:
                 os.unlink(path)
     # Streams of events would last until their clients leave.
-    engine.journal.close()
+    engine.hang_up()
     deadline = time.monotonic() + 10.0
     while server.active and time.monotonic() < deadline:
         time.sleep(0.02)
