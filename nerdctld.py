@@ -5141,6 +5141,9 @@ class LogFile:
                 return False
             self.file.seek(0)
             return True
+        if mine.st_size > self.file.tell():
+            # Written after we looked and before it was put aside.
+            return True
         self.close()
         self.open()
         return self.file is not None
