@@ -4786,6 +4786,7 @@ class TrailingError:
     held back until more comes or the stream has ended."""
 
     MARK = b'time="'
+    LEVEL = b'" level=fatal msg='
     LIMIT = 8192
 
     def __init__(self) -> None:
@@ -4795,12 +4796,22 @@ class TrailingError:
         """What may be passed on now."""
         data = self.held + data
         start = data.rfind(self.MARK)
-        line = data[start:] if start >= 0 else b""
-        if line and len(line) < self.LIMIT and b"\n" not in line[:-1] and (line.count(b'"') < 2 or FATAL_LINE.match(line)):
-            self.held = line
+        if start < 0 and len(data) >= select.PIPE_BUF:
+            # nerdctl writes its line at once, so that only the end of a full buffer can part it.
+            start = next((len(data) - size for size in range(len(self.MARK) - 1, 0, -1) if data.endswith(self.MARK[:size])), -1)
+        if start >= 0 and len(data) - start < self.LIMIT and self._possible(data[start:]):
+            self.held = data[start:]
             return data[:start]
         self.held = b""
         return data
+
+    def _possible(self, line: bytes) -> bool:
+        """Whether a line is nerdctl's, or the beginning of it."""
+        end = line.find(b'"', len(self.MARK))
+        rest = line[end:] if end >= 0 else b""
+        if b"\n" in line[:-1] or (not rest and line.endswith(b"\n")):
+            return False
+        return rest.startswith(self.LEVEL) or self.LEVEL.startswith(rest)
 
     def finish(self, failed: bool) -> Tuple[bytes, str]:
         """At the end of the stream: what is still to be passed on, and nerdctl's own message, "" for none. `failed` says
@@ -5122,7 +5133,12 @@ class LogFile:
                 return []
         data = self.file.read(BLOCK)
         if not data and self._rotated():
+            # The old one may have grown before it was put aside.
             data = self.file.read(BLOCK)
+            if not data:
+                self.close()
+                self.open()
+                data = self.file.read(BLOCK) if self.file else b""
         if not data:
             return []
         *whole, self.rest = (self.rest + data).split(b"\n")
@@ -5131,7 +5147,7 @@ class LogFile:
         return [each for each in found if each] or [LogLine(0, STDOUT, b"")]
 
     def _rotated(self) -> bool:
-        """Go on with the new file when the old one was put aside."""
+        """Whether the file was put aside for a new one; one that was cut short is read from its beginning."""
         try:
             now, mine = os.stat(self.path), os.fstat(self.file.fileno())
         except OSError:
