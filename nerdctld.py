@@ -1370,11 +1370,15 @@ class ContainerTable:
     that is cheaper."""
 
     FEW = 1
+    # Whoever asks while containers come and go without end is not kept for ever.
+    ROUNDS = 20
 
     def __init__(self, nerdctl: Nerdctl, feed: EventFeed):
         self.nerdctl = nerdctl
         self.feed = feed
-        self.changed: set = set()
+        # Real id -> when it was marked as changed; taken out only after it was read, so that nobody is given what was before.
+        self.changed: Dict[str, int] = {}
+        self.marks = itertools.count(1)
         self.unlabelled = False
         self.whole = Cached(self._read_all, lambda: feed.live)
         self.lock = threading.Lock()
@@ -1387,7 +1391,7 @@ class ContainerTable:
     def drop(self, real: str = "") -> None:
         """One container is no longer as it was, or any may be."""
         if real:
-            self.changed.add(real)
+            self.changed[real] = next(self.marks)
         else:
             self.whole.drop()
 
@@ -1414,14 +1418,14 @@ class ContainerTable:
             table = self.whole.value
             if table and real in table:
                 self.whole.value = {**table, real: table[real].with_status(status)}
-        self.changed.add(real)
+        self.changed[real] = next(self.marks)
 
     def add(self, container: Container) -> None:
         """A container was made, of which not everything is known yet."""
         with self.patching:
             if self.whole.value is not None:
                 self.whole.value = {container.real: container, **self.whole.value}
-        self.changed.add(container.real)
+        self.changed[container.real] = next(self.marks)
 
     def remove(self, real: str) -> None:
         """A container is gone for good; a reading that is under way may still have it."""
@@ -1431,7 +1435,7 @@ class ContainerTable:
                 self.gone.pop(next(iter(self.gone)))
             if self.whole.value is not None:
                 self.whole.value = {key: each for key, each in self.whole.value.items() if key != real}
-        self.changed.discard(real)
+        self.changed.pop(real, None)
 
     def _settled(self, table: Dict[str, Container]) -> Dict[str, Container]:
         """What was read, with what events told while it was."""
@@ -1452,11 +1456,11 @@ class ContainerTable:
             self.whole.get(asked)
             with self.patching:
                 self.whole.value = self._settled(self.whole.value)
-            while self.changed:
-                try:
-                    real = self.changed.pop()
-                except KeyError:
+            for _ in range(self.ROUNDS):
+                marked = list(self.changed.items())
+                if not marked:
                     break
+                real, mark = marked[0]
                 self.patched.pop(real, None)
                 try:
                     found = self._read_one(real)
@@ -1465,14 +1469,23 @@ class ContainerTable:
                     raise
                 with self.patching:
                     self.whole.value = self._settled(self._with(self.whole.value, real, found))
+                self._unmark([(real, mark)])
             return self.whole.value
 
     def _read_all(self) -> Dict[str, Container]:
-        self.changed.clear()
+        marked = list(self.changed.items())
         self.patched.clear()
         found = parse_containers(self._steady_rows())
         with self.patching:
-            return self._settled(found)
+            found = self._settled(found)
+        self._unmark(marked)
+        return found
+
+    def _unmark(self, marked: List[Tuple[str, int]]) -> None:
+        """These were read, and need it no more unless they were marked again meanwhile."""
+        for real, mark in marked:
+            if self.changed.get(real) == mark:
+                self.changed.pop(real, None)
 
     def _steady_rows(self, *options: str) -> List[Any]:
         return steadily(lambda: self._rows(*options))
@@ -1977,7 +1990,7 @@ class Tasks:
             self.condition.notify_all()
 
     def failed(self, real: str, status: int) -> None:
-        """A container could not be started: for those who wait, it ended with this status."""
+        """A container could not be started, or its end was not told: for those who wait, it ended with this status."""
         with self.condition:
             self.count += 1
             self._note(self.ends, real, (self.count, status))
@@ -2036,7 +2049,11 @@ class Tasks:
             return last[1] if last else 0
         if condition == "removed" or now.running or now.state == "restarting":
             return None
-        task = ((self.snapshot.detail(now).get("Task") or {}).get("Status")) or {}
+        try:
+            task = ((self.snapshot.detail(now).get("Task") or {}).get("Status")) or {}
+        except NotFound:
+            # It went meanwhile, or is being made anew: to be looked at again.
+            return None
         if condition == "not-running" or (nanoseconds_of(task.get("ExitTime") or "") or 0) > began:
             return task.get("ExitStatus") or 0
         return None
@@ -4747,6 +4764,8 @@ def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Contain
     if not re.fullmatch(r"[0-9a-f]{64}", real):
         raise ApiError(f"nerdctl created a container and printed no id: {real[:100]!r}")
     labels = dict(each.partition("=")[2].partition("=")[::2] for each in [*labels, *more, *plan.words] if each.startswith("--label="))
+    if any(each.startswith("--health-cmd=") for each in plan.words):
+        labels["nerdctl/healthcheck"] = json.dumps({"Test": ["CMD-SHELL", ""]})
     if engine.nerdctl.local:
         labels["nerdctl/state-dir"] = os.path.join(engine.snapshot.store, "containers", engine.nerdctl.namespace, real)
     row = {"ID": real, "Names": name, "Image": plan.image, "Status": "Created", "CreatedAt": rfc3339(time.time_ns())}
@@ -5268,6 +5287,10 @@ def start_container(engine: Engine, container: Container) -> None:
         with engine.feed.needed():
             if stdin and not tty and not was_started(container):
                 start_with_stdin(engine, engine.snapshot.container(container.id), waiting)
+            elif stdin and not tty and any(each.stdin for each in waiting):
+                # Told here and not to the attach, of whose errors clients show no more than the number.
+                raise NotImplementedHere("nerdctl can give stdin without a terminal only at the first start of a container: create it anew, "
+                                         "or start it without --interactive")
             elif waiting:
                 start_attached(engine, container, waiting, tty, any(each.stdin for each in waiting))
             else:
@@ -5660,6 +5683,10 @@ class Caretaker:
                 session = self.engine.sessions.get(container.id)
                 if session:
                     session.ended.wait(10)
+                code = parse_status(container.status)["code"]
+                if code is not None and container.real not in self.engine.tasks.ends:
+                    # Seen and not told, before the feed was live: with the container its exit status would be gone.
+                    self.engine.tasks.failed(container.real, code)
                 with contextlib.suppress(NotFound):
                     remove_container(self.engine, container, force=True, volumes=True)
             self.release(container.id)
@@ -5822,16 +5849,11 @@ def rfc3339_full(nanoseconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(nanoseconds // 10**9)) + f".{nanoseconds % 10**9:09d}Z"
 
 
-def check_attach(container: Container, stdin: bool, tty: bool, running: bool, held: bool) -> None:
-    """501 with a reason where a client's input could not reach the container."""
-    if not stdin or not has_stdin(container) or held:
-        return
-    if running:
+def check_attach(container: Container, stdin: bool, held: bool) -> None:
+    """501 with a reason where a client's input could not reach a running container."""
+    if stdin and has_stdin(container) and container.running and not held:
         raise NotImplementedHere("nobody was attached to this container's stdin when it was started, and nerdctl cannot reach it later: "
                                  "attach with --no-stdin, or use exec")
-    if not tty and was_started(container):
-        raise NotImplementedHere("nerdctl can give stdin without a terminal only at the first start of a container: create it anew, "
-                                 "or start it without --interactive")
 
 
 class WebSocket(Connection):
@@ -5986,7 +6008,7 @@ def prepare_attach(engine: Engine, request: Request, name: str) -> Tuple[Contain
         raise Conflict("container is restarting, wait until the container is running")
     tty = is_terminal(engine, container)
     stdin = request.flag("stdin") and request.flag("stream")
-    check_attach(container, stdin, tty, container.running, container.id in engine.sessions)
+    check_attach(container, stdin, container.id in engine.sessions)
     return container, tty, DetachKeys(request.value("detachKeys")) if tty and stdin else None
 
 

@@ -3073,16 +3073,15 @@ class TestStreams:
     def test_answers(self, furnished, path, status):
         assert ask(furnished, "GET" if "/ws" in path else "POST", "/containers/" + path).status == status
 
-    @pytest.mark.parametrize("tty, status, held, refused", [(False, "Up", False, True), (True, "Up", False, True), (True, "Up", True, False), (False, "Exited (0) 1 second ago", False, True),
-                                                            (True, "Exited (0) 1 second ago", False, False), (False, "Created", False, False)])
-    def test_input_out_of_reach(self, tty, status, held, refused):
+    @pytest.mark.parametrize("status, held, refused", [("Up", False, True), ("Up", True, False), ("Exited (0) 1 second ago", False, False), ("Created", False, False)])
+    def test_input_out_of_reach(self, status, held, refused):
         container = nerdctld.Container({"ID": "1" * 64, "Status": status}, nerdctld.request_labels({"OpenStdin": True}))
         if refused:
             with pytest.raises(nerdctld.NotImplementedHere):
-                nerdctld.check_attach(container, True, tty, container.running, held)
+                nerdctld.check_attach(container, True, held)
         else:
-            nerdctld.check_attach(container, True, tty, container.running, held)
-        nerdctld.check_attach(container, False, tty, container.running, held)
+            nerdctld.check_attach(container, True, held)
+        nerdctld.check_attach(container, False, held)
 
     def websocket(self):
         connection, far = pair()
@@ -6441,6 +6440,343 @@ class TestLiveBuild:
 
 # A new one each time: the registry keeps what was pushed.
 BIG = f"localhost:5000/tstlive/big:{int(time.time())}"
+
+
+@pytest.fixture
+def box(live, client):
+    """`box(*words)` runs docker with containers of its own, which are removed at the end."""
+    def run(*words, **options):
+        return live.docker(client, *words, **options)
+
+    run.live, run.client = live, client
+    run.text = lambda *words, **options: live.text(client, *words, **options)
+    yield run
+    names = [each["Id"] for each in live.ask("GET", "/containers/json?all=1").json]
+    for name in names:
+        live.ask("DELETE", f"/containers/{name}?force=1&v=1")
+
+
+def on_terminal(command, script, environment, seconds=30):
+    """Run a command on a pseudo-terminal and type: `script` is pairs of what is waited for and what is typed then (bytes, or
+    a window size). Its status and what was seen."""
+    import pty
+    import termios
+
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(["setsid", "-c", *command], stdin=slave, stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+    seen, left, deadline = b"", list(script), time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if select.select([master], [], [], 0.1)[0]:
+            try:
+                data = os.read(master, 65536)
+            except OSError:
+                break
+            seen += data
+        if left and left[0][0] in seen:
+            action = left.pop(0)[1]
+            if isinstance(action, bytes):
+                os.write(master, action)
+            else:
+                fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", *action, 0, 0))
+    os.close(master)
+    try:
+        return process.wait(5), seen
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait(5), seen
+
+
+QUIET = ("--network", "none")
+
+
+class TestLiveContainers:
+    def test_run(self, box):
+        done = box("run", "--rm", *QUIET, BASE, "sh", "-c", "echo out; echo err >&2; exit 3")
+        assert (done.returncode, done.stdout, done.stderr) == (3, b"out\n", b"err\n")
+        assert until(lambda: box.text("ps", "-aq") == "")
+
+    def test_run_what_cannot_be_run(self, box):
+        done = box("run", "--rm", *QUIET, BASE, "nosuch")
+        assert done.returncode == 127 and b"executable file not found" in done.stderr
+        assert until(lambda: box.text("ps", "-aq") == "")
+
+    def test_output_is_exact(self, box):
+        data = os.urandom(3000000)
+        # nerdctl 2.3 does not wait for the last output of a container that ends, so this one takes its time.
+        done = box("run", "-i", "--rm", *QUIET, BASE, "sh", "-c", "cat; sleep 1", data=data)
+        assert done.returncode == 0 and done.stdout == data
+        done = box("run", "--rm", *QUIET, BASE, "sh", "-c", "head -c 500000 /bin/busybox; sleep 1")
+        assert done.stdout == pathlib.Path("/bin/busybox").read_bytes()[:500000]
+
+    def test_input_ends(self, box):
+        done = box("run", "-i", "--name", "tstin", *QUIET, BASE, "sh", "-c", "cat; exit 7", data=b"no line end")
+        assert (done.returncode, done.stdout, done.stderr) == (7, b"no line end", b"")
+        assert box.text("logs", "tstin") == "no line end"
+        done = box("start", "-ai", "tstin", data=b"more")
+        assert done.returncode == 1 and b"first start" in done.stderr
+
+    def test_terminal(self, box):
+        environment = {**os.environ, "DOCKER_HOST": "unix://" + box.live.socket, "TERM": "dumb"}
+        status, seen = on_terminal([box.client, "run", "-it", "--name", "tstt", *QUIET, BASE, "sh"], [
+            (b"# ", b"stty size; echo one\n"), (b"24 80", (33, 99)), (b"one\r\n", b"sleep 1; stty size; echo t''wo\n"), (b"two\r\n", b"exit 4\n")], environment)
+        assert status == 4 and b"24 80" in seen and b"33 99" in seen
+        status, seen = on_terminal([box.client, "start", "-ai", "tstt"], [(b"# ", b"echo a''gain\n"), (b"again\r\n", b"\x10\x11")], environment)
+        assert status == 0 and box.text("ps", "-q") != ""
+        status, seen = on_terminal([box.client, "attach", "tstt"], [(b"", b"\necho t''hird; exit 5\n")], environment)
+        assert status == 5 and b"third" in seen
+
+    def test_life(self, box):
+        box.text("run", "-d", "--name", "tstlife", "-e", "A=1", "-l", "x=y", *QUIET, BASE, "sh", "-c", "trap 'exit 9' TERM; echo up; while :; do sleep 0.1; done")
+        assert until(lambda: box.text("logs", "tstlife") == "up\n")
+        assert box.text("inspect", "-f", "{{.State.Status}} {{.Config.Labels.x}} {{.Image}}", "tstlife").startswith("running y sha256:")
+        for command, state in (("pause", "paused"), ("unpause", "running")):
+            box.text(command, "tstlife")
+            assert box.text("inspect", "-f", "{{.State.Status}}", "tstlife") == state + "\n"
+        assert "sleep 0.1" in box.text("top", "tstlife")
+        assert box.text("stats", "--no-stream", "--format", "{{.Name}}", "tstlife") == "tstlife\n"
+        box.text("rename", "tstlife", "tstlive")
+        assert box("rm", "tstlive").returncode == 1
+        box.text("stop", "tstlive")
+        assert box.text("inspect", "-f", "{{.State.ExitCode}}", "tstlive") == box.text("wait", "tstlive") == "9\n"
+        box.text("start", "tstlive")
+        box.text("kill", "tstlive")
+        assert until(lambda: "Exited (137)" in box.text("ps", "-a"))
+        box.text("rm", "tstlive")
+
+    def test_exec(self, box):
+        box.text("run", "-d", "--name", "tstexec", *QUIET, BASE, "sleep", "100")
+        done = box("exec", "tstexec", "sh", "-c", "echo out; echo err >&2; exit 5")
+        assert (done.returncode, done.stdout, done.stderr) == (5, b"out\n", b"err\n")
+        assert box("exec", "-i", "tstexec", "cat", data=b"x" * 1000000).stdout == b"x" * 1000000
+        assert box.text("exec", "-u", "user", "-w", "/tmp", "-e", "B=2", "tstexec", "sh", "-c", "id -un; pwd; echo $B") == "user\n/tmp\n2\n"
+        assert box("exec", "tstexec", "nosuch").returncode in (126, 127)
+        assert b"unable to find user nobodyelse" in box("exec", "-u", "nobodyelse", "tstexec", "true").stderr
+        box.text("exec", "-d", "tstexec", "touch", "/tmp/made")
+        assert until(lambda: box("exec", "tstexec", "ls", "/tmp/made").returncode == 0)
+
+    def test_copies(self, box, tmp_path):
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "file").write_text("content")
+        box.text("create", "--name", "tstcp", *QUIET, BASE, "sleep", "100")
+        for _ in range(2):
+            box.text("cp", str(tmp_path / "in"), "tstcp:/tmp/")
+            box.text("cp", "tstcp:/tmp/in/file", str(tmp_path / "out"))
+            assert (tmp_path / "out").read_text() == "content"
+            assert re.search(rb"Could not find the file|No such container:path", box("cp", "tstcp:/nosuch", str(tmp_path)).stderr)
+            box("start", "tstcp")
+        assert {"A /tmp/in/file"} <= set(box.text("diff", "tstcp").splitlines())
+
+    def test_logs(self, box):
+        box.text("run", "-d", "--name", "tstlogs", *QUIET, BASE, "sh", "-c", "for i in 1 2 3; do echo $i; echo e$i >&2; done")
+        box.text("wait", "tstlogs")
+        done = box("logs", "tstlogs")
+        assert (done.stdout, done.stderr) == (b"1\n2\n3\n", b"e1\ne2\ne3\n")
+        assert len(box("logs", "--tail", "2", "tstlogs").stdout + box("logs", "--tail", "2", "tstlogs").stderr) >= 4
+        assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z 1\n", box.text("logs", "-t", "tstlogs"))
+        assert box.text("logs", "-f", "tstlogs") == "1\n2\n3\n"
+        assert box.text("logs", "--since", "1h", "tstlogs") == "1\n2\n3\n" and box.text("logs", "--until", "1h", "tstlogs") == ""
+
+    def test_networks_and_volumes(self, box):
+        box.text("network", "create", "--label", "a=b", "tstnet")
+        assert box("network", "create", "tstnet").returncode == 1
+        box.text("volume", "create", "tstvol")
+        box.text("run", "-d", "--name", "tsta", "--network", "tstnet", "-v", "tstvol:/data", BASE, "sh", "-c", "echo kept > /data/f; sleep 100")
+        assert "1 packets received" in box.text("run", "--rm", "--network", "tstnet", BASE, "ping", "-c1", "tsta")
+        assert box("volume", "rm", "tstvol").returncode == 1 and box("network", "rm", "tstnet").returncode == 1
+        assert "tsta" in box.text("network", "inspect", "-f", "{{range .Containers}}{{.Name}}{{end}}", "tstnet")
+        box.text("rm", "-f", "tsta")
+        assert box.text("run", "--rm", *QUIET, "-v", "tstvol:/data", BASE, "cat", "/data/f") == "kept\n"
+        box.text("volume", "rm", "tstvol")
+        box.text("network", "rm", "tstnet")
+
+    def test_connect(self, box):
+        box.text("network", "create", "tstsecond")
+        try:
+            name = box.text("create", "--name", "tstc", BASE, "sleep", "100").strip()
+            box.text("network", "connect", "tstsecond", "tstc")
+            assert box.text("inspect", "-f", "{{.Id}} {{len .NetworkSettings.Networks}}", "tstc") == name + " 2\n"
+            box.text("start", "tstc")
+            assert b"nerdctl cannot connect a container that was started" in box("network", "connect", "host", "tstc").stderr
+        finally:
+            box("rm", "-f", "tstc")
+            box.text("network", "rm", "tstsecond")
+
+    def test_health(self, box):
+        box.text("run", "-d", "--name", "tsth", *QUIET, "--health-cmd", "test -f /tmp/well", "--health-interval", "1s", "--health-retries", "1", BASE, "sleep", "100")
+        state = lambda: box.text("inspect", "-f", "{{.State.Health.Status}}", "tsth").strip()
+        assert until(lambda: state() == "unhealthy", 20)
+        box.text("exec", "tsth", "touch", "/tmp/well")
+        assert until(lambda: state() == "healthy", 20)
+
+    def test_cycles_leave_nothing(self, box):
+        def held():
+            folder = f"/proc/{box.live.process.pid}"
+            return len(os.listdir(folder + "/fd")), len(os.listdir(folder + "/task"))
+
+        cycle = lambda: (box.text("run", "-d", "--name", "tstcycle", *QUIET, BASE, "sleep", "100"), box.text("exec", "tstcycle", "true"),
+                         box.text("run", "--rm", *QUIET, BASE, "true"), box.text("rm", "-f", "tstcycle"))
+        cycle()
+        time.sleep(1)
+        before = held()
+        for _ in range(5):
+            cycle()
+        assert until(lambda: all(now <= then + 1 for now, then in zip(held(), before))), (before, held())
+
+
+class TestLivePlug:
+    """The daemon is killed; what it started goes on."""
+
+    @pytest.fixture
+    def own(self, live, tmp_path_factory):
+        found = []
+
+        def start():
+            found.append(Live(tmp_path_factory.mktemp("plug"), "--namespace", NAMESPACE))
+            return found[-1]
+
+        yield start
+        for each in found:
+            each.end()
+        for each in live.ask("GET", "/containers/json?all=1").json:
+            live.ask("DELETE", f"/containers/{each['Id']}?force=1")
+
+    def test_containers_and_their_logs_outlive_it(self, own, client):
+        first = own()
+        first.text(client, "run", "-d", "--name", "tstplug", *QUIET, BASE, "sh", "-c", "i=0; while [ $i -lt 60 ]; do echo $i; i=$((i+1)); sleep 0.1; done")
+        attached = subprocess.Popen([client, "-H", "unix://" + first.socket, "run", "--name", "tsttold", *QUIET, BASE, "sh", "-c",
+                                     "i=0; while [ $i -lt 60 ]; do echo $i; i=$((i+1)); sleep 0.1; done"], stdin=subprocess.DEVNULL,
+                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert attached.stdout.readline() == b"0\n"
+        first.process.kill()
+        attached.wait(20)
+        attached.stdout.close()
+        second = own()
+        for name in ("tstplug", "tsttold"):
+            second.text(client, "wait", name)
+            assert second.text(client, "logs", name) == "".join(f"{number}\n" for number in range(60))
+
+    def test_rm_is_not_forgotten(self, own, client):
+        first = own()
+        first.text(client, "run", "-d", "--rm", "--name", "tstrm", *QUIET, BASE, "sleep", "2")
+        first.text(client, "run", "-d", "--rm", "--name", "tstrmlater", *QUIET, BASE, "sleep", "4")
+        first.process.kill()
+        first.process.wait(5)
+        time.sleep(2.5)
+        second = own()
+        assert until(lambda: "tstrm" not in second.text(client, "ps", "-a", "--format", "{{.Names}}"), 15)
+
+
+COMPOSE = """
+services:
+  db:
+    image: %s
+    command: ["sh", "-c", "echo up > /data/x; sleep 300"]
+    stop_grace_period: 0s
+    healthcheck: {test: ["CMD", "test", "-f", "/data/x"], interval: 1s, retries: 10}
+    volumes: ["data:/data"]
+    networks: [back]
+  web:
+    image: %s
+    command: ["sh", "-c", "ping -c1 db && echo found; sleep 300"]
+    stop_grace_period: 0s
+    depends_on: {db: {condition: service_healthy}}
+    networks: [back, front]
+volumes: {data: {}}
+networks: {back: {}, front: {}}
+""" % (BASE, BASE)
+
+
+class TestLiveCompose:
+    def test_project(self, live, tmp_path):
+        if subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=20).returncode:
+            pytest.skip("no docker compose")
+        (tmp_path / "compose.yaml").write_text(COMPOSE)
+        compose = lambda *words: live.docker("docker", "compose", "-p", "tstcmp", "-f", str(tmp_path / "compose.yaml"), *words, timeout=90)
+        try:
+            done = compose("up", "-d")
+            assert done.returncode == 0, done.stderr.decode()
+            again = compose("up", "-d")
+            assert again.returncode == 0 and b"Recreate" not in again.stderr
+            assert b"healthy" in compose("ps").stdout
+            assert until(lambda: b"found" in compose("logs").stdout)
+            assert compose("exec", "-T", "db", "cat", "/data/x").stdout == b"up\n"
+            assert compose("run", "--rm", "--no-deps", "web", "echo", "ran").stdout == b"ran\n"
+            assert compose("restart", "db").returncode == 0
+        finally:
+            done = compose("down", "-v")
+        assert done.returncode == 0 and live.ask("GET", "/containers/json?all=1").json == []
+
+
+class TestLiveDockerPy:
+    def test_containers(self, live):
+        python = pathlib.Path(os.environ.get("NERDCTLD_STACK_CACHE") or "/var/cache/nerdctld-stack") / "python/bin/python"
+        if not python.exists() or subprocess.run([python, "-c", "import docker"], capture_output=True, timeout=30).returncode:
+            pytest.skip("no docker-py")
+        script = """
+import docker, io, socket, sys, tarfile
+client = docker.DockerClient(base_url=sys.argv[1], timeout=60)
+image = sys.argv[2]
+assert client.containers.run(image, ["echo", "hi"], remove=True, network_mode="none") == b"hi\\n"
+box = client.containers.run(image, ["sleep", "100"], detach=True, network_mode="none")
+try:
+    assert box.exec_run(["sh", "-c", "echo o; echo e >&2; exit 4"], demux=True) == (4, (b"o\\n", b"e\\n"))
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        entry = tarfile.TarInfo("f"); entry.size = 3; tar.addfile(entry, io.BytesIO(b"abc"))
+    assert box.put_archive("/tmp", data.getvalue())
+    stream, told = box.get_archive("/tmp/f")
+    assert told["name"] == "f" and tarfile.open(fileobj=io.BytesIO(b"".join(stream))).extractfile("f").read() == b"abc"
+    assert box.stats(stream=False)["memory_stats"]["usage"] > 0
+finally:
+    box.remove(force=True)
+box = client.containers.create(image, ["sh", "-c", "read line; echo got $line; exit 2"], stdin_open=True, network_mode="none")
+sock = box.attach_socket(params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
+box.start()
+sock._sock.sendall(b"word\\n")
+assert b"got word" in b"".join(iter(lambda: sock._sock.recv(4096), b""))
+assert box.wait()["StatusCode"] == 2 and box.logs() == b"got word\\n"
+box.remove()
+"""
+        done = subprocess.run([python, "-c", script, "unix://" + live.socket, BASE], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+
+class TestLiveRootless:
+    def test_an_ordinary_user(self, tmp_path):
+        import pwd
+
+        try:
+            user = pwd.getpwnam("nerdctld-test")
+        except KeyError:
+            pytest.skip("no user nerdctld-test: .ci/stack up --rootless makes one")
+        runtime = f"/run/user/{user.pw_uid}"
+        python = next((each for each in (sys.executable, "/usr/bin/python3") if subprocess.run(
+            ["setpriv", "--reuid", user.pw_name, "--clear-groups", each, "-c", ""], capture_output=True, timeout=20).returncode == 0), "")
+        if os.geteuid() or not python or not os.path.exists(runtime + "/containerd-rootless/child_pid") or why_not_live():
+            pytest.skip("no rootless containerd: .ci/stack up --rootless starts one")
+        shutil.copy(HERE / "nerdctld.py", "/tmp/nerdctld-rootless.py")
+        environment = {"PATH": "/usr/local/bin:/usr/bin:/usr/sbin:/sbin:/bin", "HOME": user.pw_dir, "XDG_RUNTIME_DIR": runtime, "USER": user.pw_name}
+        command = ["setpriv", "--reuid", user.pw_name, "--regid", str(user.pw_gid), "--init-groups", python, "/tmp/nerdctld-rootless.py"]
+        process = subprocess.Popen(command, env=environment, cwd="/", stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        docker = lambda *words, **options: subprocess.run(["docker", "-H", f"unix://{runtime}/nerdctl.sock", *words], capture_output=True, timeout=90,
+                                                          env={**os.environ, "DOCKER_BUILDKIT": "0"}, **options)
+        try:
+            assert until(lambda: docker("version").returncode == 0, 20)
+            assert BASE.encode() in docker("images", "--format", "{{.Repository}}:{{.Tag}}").stdout
+            assert docker("run", "--rm", BASE, "echo", "hi").stdout == b"hi\n"
+            assert docker("run", "-i", "--rm", BASE, "cat", input=b"in").stdout == b"in"
+            done = docker("build", "-t", "tstrootless:1", "-", input=f"FROM {BASE}\nRUN echo made > /made\nCMD cat /made".encode())
+            assert done.returncode == 0, done.stderr
+            assert docker("run", "--rm", "tstrootless:1").stdout == b"made\n"
+            assert docker("save", "tstrootless:1").stdout[257:262] == b"ustar"
+            assert docker("rmi", "tstrootless:1").returncode == 0
+            assert "name=rootless" in docker("info", "--format", "{{.SecurityOptions}}").stdout.decode()
+        finally:
+            process.terminate()
+            process.wait(20)
+            os.unlink("/tmp/nerdctld-rootless.py")
 
 
 class TestLiveLeaving:
