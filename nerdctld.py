@@ -2038,13 +2038,21 @@ class Tasks:
                     self.condition.wait(30.0 if self.feed.live else 0.2)
         return None
 
+    def _look(self, container: Container) -> Optional[Container]:
+        return next((each for each in self.snapshot.containers.get().values() if each.id == container.id), None)
+
     def _status(self, container: Container, condition: str, since: int, began: int) -> Optional[int]:
         """The exit status if the condition is met."""
         ends = [self.ends[real] for real in (container.real, self.reals.get(container.id, "")) if real in self.ends]
         last = max((end for end in ends if end[0] > since), default=None)
         if last and condition != "removed":
             return last[1]
-        now = next((each for each in self.snapshot.containers.get().values() if each.id == container.id), None)
+        now = self._look(container)
+        if now is None and container.real not in self.snapshot.containers.gone:
+            # nerdctl's list now and then leaves a container out while its task begins or ends.
+            time.sleep(0.1)
+            self.snapshot.containers.drop()
+            now = self._look(container)
         if now is None:
             return last[1] if last else 0
         if condition == "removed" or now.running or now.state == "restarting":
