@@ -826,7 +826,7 @@ V17_PS = Recording(
 V17_LABELS = Recording(
     "nerdctl 1.7.7: container inspect --mode=native --format [{{json .ID}},{{json .Labels}}] -- ID",
     stdout='["d11a5a9ab3b177a10c87ee11917f0ddff3edf682c57230b7cb67281b428b43e1",{"a":"b,c","io.containerd.image.config.stop-signal'
-    '":"SIGTERM","nerdctl/extraHosts":"null","nerdctl/log-uri":"binary:///tmp/w/tst/nerdctl-v1.7.7?_NERDCTL_INTERNAL_LOGGIN'
+    '":"SIGTERM","nerdctl/extraHosts":"null","nerdctl/log-uri":"binary:///usr/local/bin/nerdctl?_NERDCTL_INTERNAL_LOGGIN'
     'G=%2Fvar%2Flib%2Fnerdctl%2F1935db59","nerdctl/mounts":"[{\\"Type\\":\\"bind\\",\\"Source\\":\\"/tmp\\",\\"Destination\\":\\"/host'
     '\\",\\"Mode\\":\\"ro\\",\\"RW\\":false,\\"Propagation\\":\\"\\"}]","nerdctl/name":"tstold","nerdctl/namespace":"tstold","nerdctl/'
     'networks":"[\\"none\\"]","nerdctl/platform":"linux/amd64","nerdctl/state-dir":"/var/lib/nerdctl/1935db59/containers/tsto'
