@@ -1521,14 +1521,161 @@ class ContainerTable:
 
 
 class Image(NamedTuple):
-    """One name of an image as `nerdctl images` tells it: `name` in full, with registry and tag or digest, as
-    containerd has it; `id` the digest of its target, which is the id clients see."""
+    """One name of an image: `name` in full, with registry and tag or digest, as containerd has it; `id` the digest of its
+    target, which is the id clients see."""
 
     name: str
     id: str
-    created: int
-    size: int
-    platform: str
+
+
+# What nerdctl's push makes for itself and takes away again.
+REDUCED = "-tmp-reduced-platform"
+
+
+class ImageChange:
+    """A change of our own to images: how many events containerd told of each name since it began, and, as nerdctl says,
+    what each name stands for after it."""
+
+    def __init__(self) -> None:
+        self.events: collections.Counter = collections.Counter()
+        self.after: Dict[str, Tuple[str, int]] = {}
+
+    def became(self, name: str, identity: str, events: int = 1) -> None:
+        """A name stands for this digest now, or for nothing when it is ""; nerdctl changed it so many times."""
+        self.after[name] = (identity, events)
+
+    def touched(self, name: str) -> None:
+        """A name may stand for something else now."""
+        self.after[name] = ("", 0)
+
+
+class ImageTable:
+    """All names of images, in the order of the names. Those that events or writes named are read anew by themselves, or all
+    together when that is cheaper; what a write of our own made of a name needs no reading, when the events that came of
+    it are just as many as that write makes: then nobody else changed the name meanwhile."""
+
+    FEW = 8
+    ROUNDS = 20
+    # How long the events of a write that has ended are waited for, in seconds.
+    LATE = 0.1
+
+    def __init__(self, read: Callable[[], List[Image]], inspect: Callable[[List[str]], List[Image]], feed: EventFeed):
+        self.inspect = inspect
+        self.feed = feed
+        self.whole = Cached(lambda: self._read_all(read), lambda: feed.live)
+        # Name -> when it was marked as changed; taken out only after it was read.
+        self.changed: Dict[str, int] = {}
+        self.marks = itertools.count(1)
+        self.edits = 0
+        self.changes: List[ImageChange] = []
+        self.lock = threading.Lock()
+        self.told = threading.Condition()
+
+    def drop(self) -> None:
+        """Any name may have changed."""
+        self.whole.drop()
+
+    def fresh(self) -> bool:
+        """Whether what is known is so."""
+        return not self.changed and self.whole.fresh()
+
+    def stamp(self) -> Tuple:
+        """The same as long as nothing has changed."""
+        return self.whole.began, self.edits
+
+    def get(self) -> List[Image]:
+        """All names as they are now."""
+        self.feed.keep()
+        if self.fresh():
+            return list(self.whole.value.values())
+        asked = time.monotonic()
+        with self.lock:
+            if len(self.changed) > self.FEW:
+                self.whole.drop()
+            self.whole.get(asked)
+            for _ in range(self.ROUNDS):
+                marked = dict(self.changed)
+                if not marked:
+                    break
+                self._read_some(marked)
+            return list(self.whole.value.values())
+
+    def on_event(self, topic: str, name: str) -> None:
+        """Note what containerd tells of a name."""
+        if name.endswith(REDUCED):
+            return
+        with self.told:
+            for change in self.changes:
+                change.events[name] += 1
+            if not name:
+                self.whole.drop()
+            elif topic != "/images/delete" or not self._put(name, ""):
+                self.changed[name] = next(self.marks)
+            self.told.notify_all()
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[ImageChange]:
+        """Context of a write of our own. Whoever reads after it sees it; what it did not tell of makes everything read anew."""
+        change = ImageChange()
+        with self.told:
+            self.changes.append(change)
+        whole = False
+        try:
+            yield change
+            whole = bool(change.after) and self.feed.live
+        finally:
+            with self.told:
+                if whole:
+                    self.told.wait_for(lambda: all(change.events[name] >= count for name, (_, count) in change.after.items()), self.LATE)
+                    self._settle(change)
+                else:
+                    self.whole.drop()
+                self.changes.remove(change)
+
+    def _settle(self, change: ImageChange) -> None:
+        for name, (identity, count) in change.after.items():
+            if count and change.events[name] == count and self._put(name, identity):
+                self.changed.pop(name, None)
+            else:
+                self.changed[name] = next(self.marks)
+
+    def _put(self, name: str, identity: str) -> bool:
+        """Note what a name stands for; False while somebody reads, who may have read it before."""
+        if not self.lock.acquire(blocking=False):
+            return False
+        try:
+            if self.whole.value is not None:
+                self._replace({name: identity})
+            return True
+        finally:
+            self.lock.release()
+
+    def _replace(self, after: Dict[str, str]) -> None:
+        names = {**{name: image.id for name, image in self.whole.value.items()}, **after}
+        self.whole.value = {name: Image(name, names[name]) for name in sorted(names) if names[name]}
+        self.edits += 1
+
+    def _read_all(self, read: Callable[[], List[Image]]) -> Dict[str, Image]:
+        marked = dict(self.changed)
+        found = {image.name: image for image in sorted(read())}
+        self._unmark(marked)
+        return found
+
+    def _read_some(self, marked: Dict[str, int]) -> None:
+        found = {image.name: image.id for image in self.inspect(sorted(marked))}
+        if all(name in found for name in marked):
+            self._replace({name: found[name] for name in marked})
+            self._unmark(marked)
+        else:
+            # It is gone, or its content is.
+            self.whole.drop()
+            self.whole.get()
+
+    def _unmark(self, marked: Dict[str, int]) -> None:
+        with self.told:
+            for name, mark in marked.items():
+                if self.changed.get(name) == mark:
+                    del self.changed[name]
 
 
 def modified(*paths: str) -> Tuple:
@@ -1612,12 +1759,9 @@ def parse_images(rows: List[Any]) -> List[Image]:
     found: Dict[str, Image] = {}
     for row in rows:
         name = row.get("Name") or f"{row.get('Repository')}:{row.get('Tag')}"
-        if name == ":":
-            # What nerdctl leaves of an image that was removed by force under a running container.
-            continue
-        found.setdefault(name, Image(
-            name, row.get("Digest") or row.get("ID") or "", (nanoseconds_of(row.get("CreatedAt") or "") or 0) // 10**9,
-            size_bytes(row.get("Size") or ""), row.get("Platform") or ""))
+        # What nerdctl leaves of an image that was removed by force under a running container has no name.
+        if name != ":" and not name.endswith(REDUCED):
+            found.setdefault(name, Image(name, row.get("Digest") or row.get("ID") or ""))
     return list(found.values())
 
 
@@ -1755,9 +1899,11 @@ class Snapshot:
         self.nerdctl = nerdctl
         self.feed = feed
         self.containers = ContainerTable(nerdctl, feed)
-        self.names = Cached(self._read_images, lambda: feed.live)
-        self.groups = Cached(self._group_images, lambda: feed.live and self.names.fresh(), lambda: self.names.began)
+        self.names = ImageTable(self._read_images, self._inspect_images, feed)
+        self.groups = Cached(self._group_images, self.names.fresh, self.names.stamp)
         self.details: Dict[str, Dict[str, Any]] = {}
+        # Images whose content is not here, and when that was seen.
+        self.hollow: Dict[str, float] = {}
         self.version = Cached(self._read_version, self._recent)
         self.info = Cached(self._read_info, self._recent)
         self.aged = 0.0
@@ -1823,8 +1969,10 @@ class Snapshot:
         groups: Dict[str, ImageGroup] = {}
         for image in self.names.get():
             groups.setdefault(image.id, ImageGroup(image.id)).names.append(image.name)
-        self._read_details([group for identity, group in groups.items() if identity not in self.details])
+        soon = time.monotonic() - self.AGE
+        self._read_details([group for identity, group in groups.items() if identity not in self.details and self.hollow.get(identity, 0.0) < soon])
         self.details = {identity: self.details[identity] for identity in groups if identity in self.details}
+        self.hollow = {identity: self.hollow[identity] for identity in groups if identity in self.hollow}
         for identity, group in groups.items():
             group.detail = self.details.get(identity, {})
         return groups
@@ -1833,20 +1981,23 @@ class Snapshot:
         """What is behind a digest never changes, so it is read once."""
         for start in range(0, len(groups), 50):
             part = groups[start:start + 50]
-            found = self._inspect_images([group.names[0] for group in part])
-            missing = [group for group in part if group.id not in found]
-            if missing and len(part) > 1:
-                for group in missing:
-                    found.update(self._inspect_images(group.names[:1]))
-            self.details.update(found)
+            self._inspect_images([group.names[0] for group in part])
+            missing = [group for group in part if group.id not in self.details]
+            for group in missing if len(part) > 1 else ():
+                self._inspect_images(group.names[:1])
+        self.hollow.update({group.id: time.monotonic() for group in groups if group.id not in self.details})
 
-    def _inspect_images(self, names: List[str]) -> Dict[str, Dict[str, Any]]:
+    def _inspect_images(self, names: List[str]) -> List[Image]:
+        """Read the details of images; what these names stand for (and the other names of the same images), without those
+        that are gone or whose content is."""
         output = self.nerdctl.output("image", "inspect", "--mode=native", "--format", "{{json .}}", "--", *names)
-        found: Dict[str, Dict[str, Any]] = {}
+        found = []
         for line in output.stdout.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                found[entry["Image"]["Target"]["digest"]] = entry
+                image = Image(entry["Image"]["Name"], entry["Image"]["Target"]["digest"])
+                self.details[image.id] = entry
+                found.append(image)
         return found
 
     def on_event(self, event: Optional[ContainerdEvent]) -> None:
@@ -1855,7 +2006,7 @@ class Snapshot:
             self.containers.drop()
             self.names.drop()
         elif event.topic.startswith("/images/"):
-            self.names.drop()
+            self.names.on_event(event.topic, event.payload.get("name") or "")
         elif event.container and not event.topic.startswith("/tasks/exec-"):
             status = {"/tasks/start": "Up", "/tasks/paused": "Paused", "/tasks/resumed": "Up"}.get(event.topic)
             if event.topic == "/tasks/exit":
@@ -2120,14 +2271,14 @@ class Engine:
         self.workspace.remove()
 
     @contextlib.contextmanager
-    def changing_images(self) -> Iterator[None]:
-        """Context of our own change to images: what containerd says meanwhile is told by the handler in Docker's words,
-        and the snapshot of images is dropped at its end."""
+    def changing_images(self) -> Iterator[ImageChange]:
+        """Context of our own change to images, which is told what it made of their names: what containerd says meanwhile is
+        told by the handler in Docker's words."""
         self.quiet["images"] += 1
         try:
-            yield
+            with self.snapshot.names.changing() as change:
+                yield change
         finally:
-            self.snapshot.names.drop()
             # The events of the change itself come a little later.
             timer = threading.Timer(0.3, lambda: self.quiet.subtract(["images"]))
             timer.daemon = True
@@ -2810,6 +2961,8 @@ def image_history(engine: Engine, request: Request, name: str) -> Response:
 PROGRESS_LINE = re.compile(
     r"(?P<kind>manifest|config|layer|index|attestation)-(?P<digest>sha256:[0-9a-f]+):?\s+(?P<state>[a-z ]+?)\s*"
     r"(?:\|.*\|\s*(?:(?P<current>[\d.]+ ?[KMGT]?i?B)/(?P<total>[\d.]+ ?[KMGT]?i?B))?\s*)?$")
+# Below the layers, a line for each name that was set: the descriptor it stands for.
+TARGET_LINE = re.compile(r"application/[\w.+-]+ (sha256:[0-9a-f]{64})\s*$", re.M)
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 PULL_WORDS = {"waiting": "Waiting", "downloading": "Downloading", "extracting": "Extracting", "resolving": "Waiting", "resolved": "Waiting",
               "complete": "Pull complete", "done": "Pull complete", "already exists": "Already exists", "exists": "Already exists"}
@@ -2824,9 +2977,14 @@ class ProgressTable:
         self.words = words
         self.told: Dict[str, Tuple] = {}
         self.done: set = set()
+        # What the names that nerdctl has set stand for.
+        self.targets: Dict[str, None] = {}
 
     def messages(self, line: str) -> List[Dict[str, Any]]:
         """The messages that a line of output makes due, [] for most."""
+        target = TARGET_LINE.match(line)
+        if target:
+            self.targets[target.group(1)] = None
         found = PROGRESS_LINE.search(ANSI.sub("", line).rstrip())
         if not found or found.group("kind") not in ("layer", "config"):
             return []
@@ -2934,8 +3092,13 @@ def pull_image(engine: Engine, request: Request, reference: Reference, platform:
     """Pull one reference; yields Docker's messages."""
     before = {name: group.id for group in engine.snapshot.image_groups().values() for name in group.names}.get(reference.name)
     begin = {"status": f"Pulling from {registry_path(reference)}", "id": reference.tag or reference.digest}
-    with engine.changing_images():
-        yield from run_progress(engine, request, pull_args(reference, platform), environment, ProgressTable(PULL_WORDS), begin)
+    with engine.changing_images() as change:
+        table = ProgressTable(PULL_WORDS)
+        yield from run_progress(engine, request, pull_args(reference, platform), environment, table, begin)
+        if len(table.targets) == 1 and not platform:
+            change.became(reference.name, *table.targets)
+        else:
+            change.touched(reference.name)
     group = engine.snapshot.image(reference.name)
     name = familiar(reference.name)
     yield message_line({"status": f"Digest: {group.id}"})
@@ -3089,8 +3252,10 @@ def remove_extra_names(engine: Engine, base: str, before: Iterable[str]) -> None
     known = set(before)
     extra = [image.name for image in engine.snapshot.names.get() if image.name not in known and image.name.startswith(base + "@sha256:")]
     if extra:
-        engine.nerdctl.output("rmi", "--", *extra)
-        engine.snapshot.names.drop()
+        with engine.changing_images() as change:
+            engine.nerdctl.output("rmi", "--", *extra)
+            for name in extra:
+                change.became(name, "")
 
 
 def parse_loaded(text: str) -> List[str]:
@@ -3098,6 +3263,22 @@ def parse_loaded(text: str) -> List[str]:
     `Loaded image:` lines (3 of 25 times on a busy machine), but names it in its progress."""
     told = [*re.findall(r"^Loaded image: (\S+)", text, re.M), *re.findall(r"^(\S+:\S+)[ \t]+saved[ \t]*$", ANSI.sub("", text), re.M)]
     return list(dict.fromkeys(told))
+
+
+def note_loaded(change: ImageChange, text: str, extra: str) -> None:
+    """Tell what a load made of the names, as far as its output says so: the names `extra@sha256:…`, which it sets beside the
+    others, have their digest in them, and what is left is of the others when it is one. nerdctl sets a name as often as it
+    says that it was loaded."""
+    often = collections.Counter(re.findall(r"^Loaded image: (\S+)", text, re.M))
+    names = parse_loaded(text)
+    own = {name: name.partition("@")[2] for name in names if name.startswith(extra + "@sha256:")}
+    left = set(TARGET_LINE.findall(ANSI.sub("", text))) - set(own.values())
+    for name in names:
+        identity = own.get(name) or (next(iter(left)) if len(left) == 1 else "")
+        if identity and often[name]:
+            change.became(name, identity, often[name])
+        else:
+            change.touched(name)
 
 
 def loaded_names(engine: Engine, told: List[str], before: Iterable[str]) -> List[str]:
@@ -3121,7 +3302,7 @@ def image_load(engine: Engine, request: Request) -> Response:
 
     def chunks() -> Iterator[bytes]:
         before = [image.name for image in engine.snapshot.names.get()]
-        with engine.changing_images():
+        with engine.changing_images() as change:
             # Not ended when the client leaves: that is seen when the body breaks off, and what has come whole is loaded.
             with engine.nerdctl.start(*arguments, stdin=subprocess.PIPE) as process:
                 taken, told = 0, time.monotonic()
@@ -3140,11 +3321,11 @@ def image_load(engine: Engine, request: Request) -> Response:
                 process.close_stdin()
                 text = b"".join(iter(process.read, b"")).decode(errors="replace")
                 process.check()
+            note_loaded(change, text, "import")
         loaded = parse_loaded(text)
         named = loaded_names(engine, loaded, before)
         if named:
-            with engine.changing_images():
-                remove_extra_names(engine, "import", before)
+            remove_extra_names(engine, "import", before)
         names = {name: group for group in engine.snapshot.image_groups().values() for name in group.names}
         for each in named or loaded:
             group = names.get(each) or names.get(each.partition(" ")[0])
@@ -3235,8 +3416,9 @@ def image_import(engine: Engine, request: Request) -> Response:
                 for _ in iter(process.read, b""):
                     pass
                 process.check()
-            remove_extra_names(engine, working, before)
-            if lines:
+        remove_extra_names(engine, working, before)
+        if lines:
+            with engine.changing_images():
                 try:
                     apply_changes(engine, working, target.name if target else working, lines)
                 finally:
@@ -3363,8 +3545,11 @@ def delete_conflict(group: ImageGroup, name: str, users: List[Container], by_nam
 
 def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: bool) -> List[Dict[str, str]]:
     """Remove names of an image, with one nerdctl; what was untagged and, with the last name, deleted."""
-    with engine.changing_images():
+    with engine.changing_images() as change:
         engine.nerdctl.run("rmi", *(["--force"] if force else []), "--", *names)
+        # By force it leaves an image without a name under a running container.
+        for name in names if not force else ():
+            change.became(name, "")
     left = engine.snapshot.image_groups().get(group.id)
     told = [{"Untagged": familiar(name)} for name in names if not name.startswith(("moby-dangling@", "import@", WORKING_NAME))]
     for name in names:
@@ -3417,8 +3602,9 @@ def image_tag(engine: Engine, request: Request, name: str) -> Response:
     target = parse_reference(f"{repository}:{tag}" if tag else repository)
     if target.digest:
         raise BadParameter("refusing to create a tag with a digest reference")
-    with engine.changing_images():
+    with engine.changing_images() as change:
         engine.nerdctl.run("tag", "--", group.names[0], target.name)
+        change.became(target.name, group.id)
     engine.journal.emit("image", "tag", group.id, {"name": familiar(target.name)})
     return Response(201)
 
@@ -3481,7 +3667,7 @@ def image_commit(engine: Engine, request: Request) -> Response:
     working = target or f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
     arguments = [f"--message={request.value('comment')}", f"--author={request.value('author')}",
                  f"--pause={'true' if request.flag('pause', True) else 'false'}"]
-    with engine.changing_images():
+    with engine.changing_images() as change:
         if len(own) == len(lines):
             engine.nerdctl.run("commit", *arguments, *(f"--change={line}" for line in lines), "--", container.real, working, timeout=600)
         else:
@@ -3491,6 +3677,8 @@ def image_commit(engine: Engine, request: Request) -> Response:
                 apply_changes(engine, before, working, lines)
             finally:
                 engine.nerdctl.output("rmi", "--force", "--", before)
+                change.touched(before)
+        change.touched(working)
     group = engine.snapshot.image(working)
     engine.tell(container, "commit", comment=request.value("comment"), imageID=group.id, imageRef=familiar(target))
     return Response(201, {"Id": group.id})
