@@ -584,9 +584,9 @@ class Process:
     def _relay(self, _: Any) -> Any:
         """The input of a process that passes everything on to us and, once we are gone, drops it: nerdctl must not be
         stopped by a broken pipe, nor its container by a full one. A plain pipe where there is no such tee."""
-        if not self.runner.tee:
+        if not find_tee():
             return subprocess.PIPE
-        self.relays.append(subprocess.Popen([self.runner.tee, "-p", "/dev/null"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        self.relays.append(subprocess.Popen([find_tee(), "-p", "/dev/null"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                             stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True))
         return self.relays[-1].stdin
 
@@ -736,7 +736,6 @@ class Nerdctl:
             self.environment["BUILDKIT_HOST"] = buildkit_host
         self.places = threading.BoundedSemaphore(max(4, 2 * (os.cpu_count() or 1)))
         self.processes: set = set()
-        self.tee = find_tee()
 
     def missing(self, error: OSError) -> ApiError:
         """The ApiError for a nerdctl that could not be started."""
@@ -842,6 +841,7 @@ class Nerdctl:
                 process.kill()
 
 
+@functools.lru_cache(maxsize=None)
 def find_tee() -> str:
     """A tee that goes on when its reader has left (GNU's -p), "" where there is none."""
     path = shutil.which("tee") or ""
@@ -9454,7 +9454,8 @@ def watch_signals() -> int:
 def serve_until_told(server: Server, idle_timeout: float, signals: int) -> None:
     """Serve until a signal or, with a timeout, until idle for so long; then let running requests end, for a bounded
     time."""
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    # How often the loop looks whether it is to end.
+    thread = threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True)
     thread.start()
     while not poll_readable(signals, min(1.0, idle_timeout / 4) if idle_timeout else None):
         if server.idle_seconds() >= idle_timeout:
