@@ -4202,19 +4202,35 @@ def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]], a
     return found
 
 
+def listed_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
+    """docker_networks() with such addresses as are known without a process; worked out once as long as `networks` are these."""
+    detail = container.memo.get("detail")
+    known = container.memo.get("listed networks")
+    if known is None or known[0] is not networks or known[1] is not detail:
+        addresses = parse_addresses(detail.get("Task")) if detail else []
+        known = container.memo["listed networks"] = (networks, detail, docker_networks(container, networks, addresses))
+    return known[2]
+
+
+def lasting_row(container: Container) -> Dict[str, Any]:
+    """What `/containers/json` lists of a container that stays so as long as nerdctl's own row does."""
+    if "row" not in container.memo:
+        try:
+            command = json.loads(container.command) if container.command.startswith('"') else container.command
+        except ValueError:
+            command = container.command.strip('"')
+        container.memo["row"] = {
+            "Id": container.id, "Names": ["/" + container.name], "Image": shown_image(container), "ImageID": "", "Command": command,
+            "Created": container.created // 10**9, "Ports": parse_ports(container.ports), "Labels": container.visible_labels,
+            "State": container.state, "Status": "", "HostConfig": {"NetworkMode": network_mode(container)},
+            "NetworkSettings": {}, "Mounts": parse_mounts(container.labels),
+        }
+    return container.memo["row"]
+
+
 def docker_container_row(container: Container, image_id: str, networks: Dict[str, Any], now: float, version: Tuple[int, int]) -> Dict[str, Any]:
     """A container as `/containers/json` lists it."""
-    try:
-        command = json.loads(container.command) if container.command.startswith('"') else container.command
-    except ValueError:
-        command = container.command.strip('"')
-    row = {
-        "Id": container.id, "Names": ["/" + container.name], "Image": shown_image(container), "ImageID": image_id, "Command": command,
-        "Created": container.created // 10**9, "Ports": parse_ports(container.ports), "Labels": container.visible_labels,
-        "State": container.state, "Status": status_text(container, now),
-        "HostConfig": {"NetworkMode": network_mode(container)}, "NetworkSettings": {"Networks": networks},
-        "Mounts": parse_mounts(container.labels),
-    }
+    row = {**lasting_row(container), "ImageID": image_id, "Status": status_text(container, now), "NetworkSettings": {"Networks": networks}}
     if version >= (1, 52):
         health = parse_status(container.status)["health"]
         row["Health"] = {"Status": health or "none", "FailingStreak": 0}
@@ -4324,8 +4340,7 @@ def container_list(engine: Engine, request: Request) -> Response:
     networks = engine.snapshot.networks.get() if found else {}
     rows, now = [], time.time()
     for container in found:
-        addresses = parse_addresses(container.memo["detail"].get("Task")) if "detail" in container.memo else []
-        row = docker_container_row(container, images.get(container.image, ""), docker_networks(container, networks, addresses), now, request.version)
+        row = docker_container_row(container, images.get(container.image, ""), listed_networks(container, networks), now, request.version)
         if container.real in sizes:
             row["SizeRw"], row["SizeRootFs"] = sizes[container.real]
         rows.append(row)
