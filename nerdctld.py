@@ -1326,6 +1326,12 @@ class Container:
         other.status, other.memo, other.read_at = status, {}, time.time()
         return other
 
+    def with_labels(self, labels: Dict[str, str]) -> "Container":
+        """The same with other labels, one of which is its name."""
+        other = copy.copy(self)
+        other.labels, other.name, other.memo = labels, labels.get("nerdctl/name") or self.name, {}
+        return other
+
     @property
     def running(self) -> bool:
         """Whether it has a task that runs or is paused."""
@@ -1404,20 +1410,22 @@ class ContainerTable:
         return table
 
     def known(self) -> Dict[str, Container]:
-        """All containers as events and our own writes tell of them: ids and states are right, a label or a name may not be
-        so yet. Costs no process while the feed is live."""
+        """All containers as events and our own writes tell of them: ids, names and states are right, something else may not
+        be so yet, and one that somebody else made may not be there. Costs no process while the feed is live."""
         if self.feed.live and self.whole.valid and not self.ghosts:
             self.feed.keep()
             return self.whole.value
         return self.get()
 
-    def patch(self, real: str, status: str) -> None:
-        """The state of a container has changed so; its row is still to be read anew."""
+    def patch(self, real: str, status: str = "", labels: Optional[Dict[str, str]] = None) -> None:
+        """The state or the labels of a container have changed so; its row is still to be read anew."""
         with self.patching:
-            self.patched[real] = status
+            if status:
+                self.patched[real] = status
             table = self.whole.value
             if table and real in table:
-                self.whole.value = {**table, real: table[real].with_status(status)}
+                now = table[real].with_labels(labels) if labels else table[real]
+                self.whole.value = {**table, real: now.with_status(status) if status else now}
         self.changed[real] = next(self.marks)
 
     def add(self, container: Container) -> None:
@@ -2015,8 +2023,8 @@ class Snapshot:
                 status = f"Exited ({event.payload.get('exit_status') or 0}) Less than a second ago"
             if event.topic == "/containers/delete":
                 self.containers.remove(event.container)
-            elif status:
-                self.containers.patch(event.container, status)
+            elif status or event.topic == "/containers/update":
+                self.containers.patch(event.container, status or "", typed(event.payload.get("labels"), dict, "labels"))
             else:
                 self.containers.drop(event.container)
 
@@ -2051,13 +2059,11 @@ class Snapshot:
         return self._choose(self.containers.get(), name)
 
     def find(self, name: str) -> Container:
-        """The same for something to be done to it: whatever is named by its whole id needs no new reading, since its state
-        is known from events."""
-        if re.fullmatch(r"[0-9a-f]{64}", name):
-            for each in self.containers.known().values():
-                if each.id == name:
-                    return each
-        return self.container(name)
+        """The same for something to be done to it: whatever is named by its whole id or its name needs no new reading,
+        since its state is known from events."""
+        wanted = name.lstrip("/")
+        found = [each for each in self.containers.known().values() if wanted in (each.id, each.name)] if wanted else []
+        return found[0] if len(found) == 1 else self.container(name)
 
     def _choose(self, table: Dict[str, Container], name: str) -> Container:
         wanted = name.lstrip("/")
@@ -2115,6 +2121,8 @@ class Tasks:
         self.execs: Dict[str, int] = {}
         self.ends: Dict[str, Tuple[int, int]] = {}
         self.reals: Dict[str, str] = {}
+        # The count when something may have happened that no event told of.
+        self.missed = 0
         feed.listeners.append(self.on_event)
 
     def now(self) -> int:
@@ -2131,7 +2139,9 @@ class Tasks:
         """Note an event of the feed."""
         with self.condition:
             self.count += 1
-            if event is not None:
+            if event is None:
+                self.missed = self.count
+            else:
                 if event.topic == "/tasks/start":
                     self._note(self.starts, event.container, self.count)
                 elif event.topic == "/tasks/exec-started":
@@ -2196,6 +2206,10 @@ class Tasks:
         """The exit status if the condition is met."""
         ends = [self.ends[real] for real in (container.real, self.reals.get(container.id, "")) if real in self.ends]
         last = max((end for end in ends if end[0] > since), default=None)
+        if last is None and condition == "not-running" and "containerd.io/restart.policy" not in container.labels:
+            # It has ended already, and was not started again.
+            begun = max(self.missed, *(self.starts.get(real, 0) for real in (container.real, self.reals.get(container.id, ""))))
+            last = max((end for end in ends if end[0] > begun), default=None)
         if last and condition != "removed":
             return last[1]
         now = self._look(container)
@@ -5505,7 +5519,10 @@ def start_container(engine: Engine, container: Container) -> None:
             elif waiting:
                 start_attached(engine, container, waiting, tty, any(each.stdin for each in waiting))
             else:
+                count = engine.tasks.now()
                 engine.nerdctl.run("start", "--", container.real)
+                # From here on events tell of its state.
+                engine.tasks.started_since(container.real, count, 2.0 if engine.feed.live else 0.0)
     except BaseException:
         for each in waiting:
             each.finish()
@@ -5700,6 +5717,7 @@ def container_pause(engine: Engine, request: Request, name: str) -> Response:
         raise Conflict(f"container {container.id} is already paused")
     with engine.changing(container):
         engine.nerdctl.run("pause", "--", container.real)
+        engine.snapshot.containers.patch(container.real, "Paused")
     return Response(204)
 
 
@@ -5711,6 +5729,7 @@ def container_unpause(engine: Engine, request: Request, name: str) -> Response:
         raise Conflict(f"container {container.id} is not paused")
     with engine.changing(container):
         engine.nerdctl.run("unpause", "--", container.real)
+        engine.snapshot.containers.patch(container.real, "Up")
     return Response(204)
 
 

@@ -15,6 +15,7 @@ import gzip
 import fcntl
 import functools
 import bz2
+import collections
 import struct
 import select
 import random
@@ -1545,6 +1546,20 @@ class TestSnapshot:
         ask(furnished, "GET", "/containers/json?all=1")
         assert scripted.argv("ps")[:5] == ["ps", "-a", "--no-trunc", "--filter", "id=" + ID]
         assert len(scripted.calls("ps")) == 2
+
+    def test_names_are_known_from_events(self, furnished, scripted):
+        self.settle(furnished)
+        found = furnished.snapshot.container("tstnew")
+        furnished.snapshot.containers.patch(found.real, "Up")
+        calls = len(scripted.calls())
+        assert furnished.snapshot.find("tstnew").running and furnished.snapshot.find("/tstnew").id == found.id
+        labels = {**found.labels, "nerdctl/name": "other"}
+        furnished.feed._tell(nerdctld.parse_event(event_line("/containers/update", id=found.real, labels=labels), "default"))
+        assert furnished.snapshot.find("other").id == found.id
+        assert len(scripted.calls()) == calls
+        # What nobody told of is read, and the recording knows it by its old name only.
+        assert furnished.snapshot.find("tstnew").id == found.id
+        assert len(scripted.calls()) == calls + 1
 
     def tell_image(self, engine, action, name):
         """What containerd tells of a name, as the feed takes it in."""
@@ -3107,6 +3122,29 @@ class TestContainerLifecycle:
     def test_wait_for_one_that_is_not_running(self, willing):
         assert ask(willing, "POST", "/containers/tstdone/wait").json == {"StatusCode": 3}
         assert ask(willing, "POST", "/containers/tstnew/wait", {"condition": ""}).json == {"StatusCode": 0}
+
+    def test_wait_for_an_end_that_was_told_costs_no_process(self, willing, scripted):
+        real = identity(willing, "tstweb")
+        self.tell(willing, "/tasks/exit", real, exit_status=7)
+        calls = len(scripted.calls())
+        assert ask(willing, "POST", "/containers/tstweb/wait").json == {"StatusCode": 7}
+        assert len(scripted.calls()) == calls
+        # Started again, and so to be waited for again.
+        self.tell(willing, "/tasks/start", real)
+        found, thread = self.waiting(willing, "/containers/tstweb/wait")
+        time.sleep(0.2)
+        assert not found
+        self.tell(willing, "/tasks/exit", real, exit_status=8)
+        thread.join(10)
+        assert found[0].json == {"StatusCode": 8}
+        # When events may have been missed it is looked up, and nerdctl says that it runs.
+        calls = len(scripted.calls())
+        willing.feed._tell(None)
+        found, thread = self.waiting(willing, "/containers/tstweb/wait")
+        assert until(lambda: len(scripted.calls()) > calls) and not found
+        self.tell(willing, "/tasks/exit", real, exit_status=9)
+        thread.join(10)
+        assert found[0].json == {"StatusCode": 9}
 
     def test_next_exit_of_one_that_was_never_started(self, willing):
         real = identity(willing, "tstnew")
@@ -7354,6 +7392,61 @@ def bench_work(archive):
     ]
 
 
+def bench_lives():
+    """Two lives of a container, step by step: name, the words of the bare command, the API request. `{}` is the container."""
+    body = {"Image": BASE, "Cmd": ["sh", "-c", "echo hello"]}
+    sleeps = {"Image": BASE, "Cmd": ["sh", "-c", "echo hello; exec sleep 600"]}
+    return {
+        "life": [
+            ("create", ["create", "--name", "{}", BASE, *body["Cmd"]], ("POST", "/containers/create?name={}", body)),
+            ("start", ["start", "{}"], ("POST", "/containers/{}/start", None)),
+            ("wait", ["wait", "{}"], ("POST", "/containers/{}/wait", None)),
+            ("logs", ["logs", "{}"], ("GET", "/containers/{}/logs?stdout=1&stderr=1", None)),
+            ("rm", ["rm", "{}"], ("DELETE", "/containers/{}", None)),
+        ],
+        "run -d": [
+            ("create", ["create", "--name", "{}", BASE, *sleeps["Cmd"]], ("POST", "/containers/create?name={}", sleeps)),
+            ("start", ["start", "{}"], ("POST", "/containers/{}/start", None)),
+            ("logs", ["logs", "{}"], ("GET", "/containers/{}/logs?stdout=1&stderr=1", None)),
+            ("exec", ["exec", "{}", "echo", "hi"], ("EXEC", "/containers/{}/exec", {"AttachStdout": True, "Cmd": ["echo", "hi"]})),
+            ("rm -f", ["rm", "-f", "{}"], ("DELETE", "/containers/{}?force=1", None)),
+        ],
+    }
+
+
+def bench_call(engine, call, name):
+    """One step of a life through an engine; whether it went well."""
+    method, path, body = call[0], call[1].format(name), call[2]
+    if method != "EXEC":
+        return engine.ask(method, path, body).status < 400
+    made = engine.ask("POST", path, body)
+    return made.status == 201 and b"hi" in engine.ask("POST", f"/exec/{made.json['Id']}/start", {"Detach": False}).body
+
+
+def bench_lives_table(options, daemon, peers, bare):
+    """The lives of containers, step by step and as a whole, by turns with bare nerdctl; medians in ms."""
+    for life, steps in bench_lives().items():
+        taken = collections.defaultdict(list)
+        engines = [("nerdctl", None), ("daemon", daemon), *((os.path.basename(each.socket)[:14], each) for each in peers)]
+        for number in range(options.rounds):
+            for title, engine in engines:
+                name, whole = f"nerdctld-bench-{number}", 0.0
+                for step, words, call in steps:
+                    began = time.monotonic()
+                    good = bench_call(engine, call, name) if engine else bare([each.format(name) for each in words], None)()
+                    assert good is not False, (title, step)
+                    taken[title, step].append((time.monotonic() - began) * 1000)
+                    whole += taken[title, step][-1]
+                taken[title, "all of it"].append(whole)
+        for step in [*(step for step, _, _ in steps), "all of it"]:
+            alone, ours = (statistics.median(taken[title, step]) for title in ("nerdctl", "daemon"))
+            line = f"{life + ': ' + step:16}{alone:12.1f}{ours:12.1f}{ours / alone:8.2f}{ours - alone:9.1f}"
+            for title, _ in engines[2:]:
+                theirs = statistics.median(taken[title, step])
+                line += f"{f'{theirs:.1f} ({ours / theirs:.2f}x)':>16}"
+            print(line, flush=True)
+
+
 def bench(argv):
     """Print each read and write as a ratio to the bare nerdctl command for the same work, and to peers; the exit status."""
     parser = argparse.ArgumentParser(prog="test_nerdctld.py --bench")
@@ -7412,6 +7505,7 @@ def bench_table(options, daemon, peers, archive, config):
             theirs = median_of(options.rounds, through(peer, call))
             line += f"{f'{theirs * 1000:.1f} ({ours / theirs:.2f}x)' if theirs and ours else '-':>16}"
         print(line, flush=True)
+    bench_lives_table(options, daemon, peers, bare)
     print(f"_ping: {median_of(50, through(daemon, ('GET', '/_ping', None, {}))) * 1000:.2f} ms")
     print(f"the daemon adds, at the median, {statistics.median(reads + writes):.1f} ms to a command ({statistics.median(reads):.1f} to a read, "
           f"{statistics.median(writes):.1f} to a write)")
