@@ -1504,17 +1504,19 @@ BB = "sha256:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892"
 BB_CONFIG = "sha256:4e848621cfa6a3a51a22d2d9a7f5a1ecb7f5a0b203f3a0eb45efdb3c050758bf"
 
 
-class TestSnapshot:
-    def settle(self, engine):
-        engine.feed.SETTLE = 0.0
-        drops = []
-        engine.feed.listeners.append(lambda event: drops.append(event is None))
-        assert engine.feed.wait_live()
-        # The feed drops everything when it begins, and once more when it has settled.
-        assert until(lambda: sum(drops) >= 2)
+def settle_feed(engine):
+    """Wait until events are believed to cover everything."""
+    engine.feed.SETTLE = 0.0
+    drops = []
+    engine.feed.listeners.append(lambda event: drops.append(event is None))
+    assert engine.feed.wait_live()
+    # The feed drops everything when it begins, and once more when it has settled.
+    assert until(lambda: sum(drops) >= 2)
 
+
+class TestSnapshot:
     def test_reads_are_answered_from_it(self, furnished, scripted):
-        self.settle(furnished)
+        settle_feed(furnished)
         for _ in range(5):
             assert ask(furnished, "GET", "/containers/json?all=1").status == 200
             assert ask(furnished, "GET", "/images/json").status == 200
@@ -1527,7 +1529,7 @@ class TestSnapshot:
         assert len(scripted.calls("ps")) == 3
 
     def test_own_writes_are_read(self, furnished, scripted):
-        self.settle(furnished)
+        settle_feed(furnished)
         ask(furnished, "GET", "/images/json")
         scripted.on("tag")
         scripted.on("images", stdout=IMAGES.stdout + IMAGES.stdout.splitlines()[0].replace("docker.io/library/tst:a", "docker.io/library/new:b"))
@@ -1535,7 +1537,7 @@ class TestSnapshot:
         assert "new:b" in ask(furnished, "GET", "/images/json").json[0]["RepoTags"]
 
     def test_event_drops(self, furnished, scripted):
-        self.settle(furnished)
+        settle_feed(furnished)
         ask(furnished, "GET", "/containers/json?all=1")
         ask(furnished, "GET", "/images/json")
         furnished.feed._tell(nerdctld.parse_event(event_line("/tasks/exec-started", container_id=ID, exec_id="e"), "default"))
@@ -1548,7 +1550,7 @@ class TestSnapshot:
         assert len(scripted.calls("ps")) == 2
 
     def test_names_are_known_from_events(self, furnished, scripted):
-        self.settle(furnished)
+        settle_feed(furnished)
         found = furnished.snapshot.container("tstnew")
         furnished.snapshot.containers.patch(found.real, "Up")
         calls = len(scripted.calls())
@@ -1566,7 +1568,7 @@ class TestSnapshot:
         engine.feed._tell(nerdctld.parse_event(event_line("/images/" + action, name=name), "default"))
 
     def test_an_image_event_reads_one_name(self, furnished, scripted):
-        self.settle(furnished)
+        settle_feed(furnished)
         ask(furnished, "GET", "/images/json")
         inspected = len(scripted.calls("image"))
         self.tell_image(furnished, "update", BASE)
@@ -1579,7 +1581,7 @@ class TestSnapshot:
         assert len(scripted.calls("images")) == 2
 
     def test_what_is_deleted_costs_no_process(self, furnished, scripted):
-        self.settle(furnished)
+        settle_feed(furnished)
         ask(furnished, "GET", "/images/json")
         calls = len(scripted.calls())
         self.tell_image(furnished, "delete", BASE)
@@ -1588,7 +1590,7 @@ class TestSnapshot:
         assert len(scripted.calls()) == calls
 
     def test_a_write_of_our_own_costs_no_reading(self, furnished, scripted):
-        self.settle(furnished)
+        settle_feed(furnished)
         ask(furnished, "GET", "/images/json")
         calls = len(scripted.calls())
         scripted.on("tag")
@@ -1664,7 +1666,7 @@ class TestSnapshot:
         assert {each.name: each.id for each in table.get()} == world
 
     def test_everything_is_dropped_when_anything_may_have_happened(self, furnished, scripted):
-        self.settle(furnished)
+        settle_feed(furnished)
         for _ in range(2):
             ask(furnished, "GET", "/containers/json?all=1")
             ask(furnished, "GET", "/images/json")
@@ -1672,7 +1674,7 @@ class TestSnapshot:
         assert len(scripted.calls("ps")) == len(scripted.calls("images")) == 2
 
     def test_break_of_the_feed_drops_everything(self, furnished, scripted):
-        self.settle(furnished)
+        settle_feed(furnished)
         ask(furnished, "GET", "/containers/json?all=1")
         furnished.feed.process.kill()
         assert until(lambda: not furnished.feed.live)
@@ -1680,7 +1682,7 @@ class TestSnapshot:
         assert len(scripted.calls("ps")) == 2
 
     def test_a_failed_read_is_not_kept(self, furnished, scripted):
-        self.settle(furnished)
+        settle_feed(furnished)
         scripted.on("ps", stderr=fatal("unexpected EOF"), status=1)
         assert ask(furnished, "GET", "/containers/json").status == 500
         scripted.on("ps", PS)
@@ -3124,6 +3126,7 @@ class TestContainerLifecycle:
         assert ask(willing, "POST", "/containers/tstnew/wait", {"condition": ""}).json == {"StatusCode": 0}
 
     def test_wait_for_an_end_that_was_told_costs_no_process(self, willing, scripted):
+        settle_feed(willing)
         real = identity(willing, "tstweb")
         self.tell(willing, "/tasks/exit", real, exit_status=7)
         calls = len(scripted.calls())
