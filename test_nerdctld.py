@@ -3127,14 +3127,14 @@ class TestContainerLifecycle:
 
     def test_wait_for_an_end_that_was_told_costs_no_process(self, willing, scripted):
         settle_feed(willing)
-        real = identity(willing, "tstweb")
+        real = identity(willing, "tstpaused")
         self.tell(willing, "/tasks/exit", real, exit_status=7)
         calls = len(scripted.calls())
-        assert ask(willing, "POST", "/containers/tstweb/wait").json == {"StatusCode": 7}
+        assert ask(willing, "POST", "/containers/tstpaused/wait").json == {"StatusCode": 7}
         assert len(scripted.calls()) == calls
         # Started again, and so to be waited for again.
         self.tell(willing, "/tasks/start", real)
-        found, thread = self.waiting(willing, "/containers/tstweb/wait")
+        found, thread = self.waiting(willing, "/containers/tstpaused/wait")
         time.sleep(0.2)
         assert not found
         self.tell(willing, "/tasks/exit", real, exit_status=8)
@@ -3143,7 +3143,7 @@ class TestContainerLifecycle:
         # When events may have been missed it is looked up, and nerdctl says that it runs.
         calls = len(scripted.calls())
         willing.feed._tell(None)
-        found, thread = self.waiting(willing, "/containers/tstweb/wait")
+        found, thread = self.waiting(willing, "/containers/tstpaused/wait")
         assert until(lambda: len(scripted.calls()) > calls) and not found
         self.tell(willing, "/tasks/exit", real, exit_status=9)
         thread.join(10)
