@@ -378,7 +378,8 @@ PLACEHOLDERS = {
     # An image name may have slashes, ports, tags and digests.
     "image": r"(?P<name>.+)",
     "name": r"(?P<name>[^/]+)",
-    "id": r"(?P<name>[^/]+)",
+    # As dockerd has it: a client asks for a container by what may be the name of an image.
+    "id": r"(?P<name>.+)",
 }
 
 
@@ -471,6 +472,7 @@ NERDCTL_ERRORS: List[Tuple[Any, type, str]] = [
         (r"no such object:? ([^\s\]]+)", NotFound, "No such object: {0}"),
         (r"unauthorized|no basic auth credentials|authorization failed|401 Unauthorized", Unauthorized, ""),
         (r"(?:access denied|insufficient_scope|403 Forbidden)", NotFound, ""),
+        (r"failed to resolve (?:image|reference):? (\S+): not found", NotFound, 'failed to resolve reference "{0}": {0}: not found'),
         (r"failed to resolve (?:image|reference)[^\n]*not found", NotFound, ""),
         (r"no network found matching: (\S+)", NotFound, "network {0} not found"),
         (r"volume \"?([^\"\s/]+)\"? is in use", Conflict, "remove {0}: volume is in use"),
@@ -528,7 +530,7 @@ def nerdctl_message(stderr: str) -> str:
 
 def nerdctl_error(stderr: str) -> ApiError:
     """The ApiError for what nerdctl wrote on stderr before it ended with a status other than 0."""
-    message = nerdctl_message(stderr)
+    message = re.sub("^(?=failed to create shim task)", "failed to create task for container: ", nerdctl_message(stderr))
     # Some fatal lines only say that there was an error, and the lines before say which.
     for text in (message, "\n".join(parse_logrus(line)[1] for line in stderr[-4096:].splitlines())):
         for pattern, kind, words in NERDCTL_ERRORS:
@@ -2348,7 +2350,6 @@ def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
         "NFd": 0, "NGoroutines": 0, "GenericResources": None, "ExperimentalBuild": False, "Labels": [],
         "HttpProxy": "", "HttpsProxy": "", "NoProxy": "", "IndexServerAddress": "https://index.docker.io/v1/",
         "RegistryConfig": {
-            "AllowNondistributableArtifactsCIDRs": None, "AllowNondistributableArtifactsHostnames": None,
             "InsecureRegistryCIDRs": ["127.0.0.0/8", "::1/128"],
             "IndexConfigs": {"docker.io": {"Name": "docker.io", "Mirrors": [], "Secure": True, "Official": True}}, "Mirrors": [],
         },
@@ -2447,7 +2448,7 @@ def system_auth(engine: Engine, request: Request) -> Response:
         if re.search(r"401|[Uu]nauthorized|incorrect username|authentication (?:is )?required|denied", output.stderr):
             raise Unauthorized(f"Get \"https://{host}/v2/\": unauthorized: incorrect username or password")
         raise ApiError(str(error))
-    return Response(200, {"IdentityToken": "", "Status": "Login Succeeded"})
+    return Response(200, {"Status": "Login Succeeded"})
 
 
 def match_event(event: Dict[str, Any], filters: Dict[str, List[str]]) -> bool:
@@ -2747,11 +2748,16 @@ def docker_image(group: ImageGroup, version: Tuple[int, int]) -> Dict[str, Any]:
         image.update({"VirtualSize": size, "Container": "", "ContainerConfig": image["Config"]})
     if version >= (1, 48):
         image["Descriptor"] = docker_descriptor(group)
+    if version >= (1, 52):
+        # From here on dockerd leaves out what is empty, and the driver where containerd has the images.
+        del image["GraphDriver"]
+        image["Config"] = {key: value for key, value in image["Config"].items() if value}
+        image = {key: value for key, value in image.items() if value or key not in ("Parent", "Comment", "DockerVersion", "Author")}
     return image
 
 
-def check_platform(group: ImageGroup, text: str) -> None:
-    """404 unless the image is here for the platform of a `platform` parameter (JSON, or os/architecture)."""
+def check_platform(group: ImageGroup, text: str, name: str) -> None:
+    """404 with the name that the client used, unless the image is here for the platform of a `platform` parameter (JSON, or os/architecture)."""
     if not text:
         return
     if text.startswith("{"):
@@ -2761,7 +2767,6 @@ def check_platform(group: ImageGroup, text: str) -> None:
         system, architecture, variant = (text.split("/") + ["", ""])[:3]
     have = docker_platform(group)
     if (system or "linux") != have["os"] or architecture != have["architecture"] or (variant and variant != have.get("variant", variant)):
-        name = (group.repo_tags or [group.id])[0]
         asked = "/".join(each for each in (system or "linux", architecture, variant) if each)
         raise NotFound(f"image with reference {name} was found but does not provide the specified platform ({asked})")
 
@@ -2770,7 +2775,7 @@ def check_platform(group: ImageGroup, text: str) -> None:
 def image_inspect(engine: Engine, request: Request, name: str) -> Response:
     """One image; 404 when there is none of that name, id or platform."""
     group = engine.snapshot.image(name)
-    check_platform(group, request.value("platform"))
+    check_platform(group, request.value("platform"), name)
     image = docker_image(group, request.version)
     if request.flag("manifests") and request.version >= (1, 48):
         image["Manifests"] = docker_manifests(group, image_users(engine).get(group.id, []))
@@ -2795,7 +2800,7 @@ def docker_history(group: ImageGroup, sizes: List[int]) -> List[Dict[str, Any]]:
 def image_history(engine: Engine, request: Request, name: str) -> Response:
     """How an image was made, a row a step; sizes as unpacked."""
     group = engine.snapshot.image(name)
-    check_platform(group, request.value("platform"))
+    check_platform(group, request.value("platform"), name)
     rows = group.detail.get("History")
     if rows is None:
         rows = engine.nerdctl.rows("history", "--no-trunc", "--format", "{{json .}}", "--", group.names[0])
@@ -3300,7 +3305,7 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     wanted = list(dict.fromkeys(each for name in names for each in expand_names(engine, name)))
     if platform:
         for name in wanted:
-            check_platform(engine.snapshot.image(name), platform)
+            check_platform(engine.snapshot.image(name), platform, name)
     arguments = ["save", *([f"--platform={platform_words(platform)}"] if platform else []), "--", *wanted]
 
     def chunks() -> Iterator[bytes]:
@@ -3802,7 +3807,8 @@ def build_cache(engine: Engine) -> List[Dict[str, Any]]:
         return []
     found = []
     for row in parse_rows(output.stdout):
-        found += [docker_cache(each) for each in (row if isinstance(row, list) else [row])]
+        # An empty cache is `null`.
+        found += [docker_cache(each) for each in (row if isinstance(row, list) else [row]) if each]
     return found
 
 
@@ -4203,6 +4209,9 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         if key == "RestartPolicy" and isinstance(value, dict):
             # `docker update` changes it later, and the label follows.
             continue
+        if key == "PortBindings" and isinstance(value, dict):
+            value = {port if "/" in port else port + "/tcp": [{"HostIp": "", "HostPort": "", **each} for each in places or []]
+                     for port, places in value.items()}
         if value not in (None, "", 0, [], {}) or key not in found:
             found[key] = value
     if found["NetworkMode"] == "default":
@@ -4232,12 +4241,12 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
         "Env": [each for each in process.get("env") or [] if not each.startswith("HOSTNAME=")] or None,
         "Cmd": command, "Image": shown_image(container), "Volumes": asked.get("Volumes") or image.get("Volumes"),
         "WorkingDir": asked.get("WorkingDir") or process.get("cwd") or "", "Entrypoint": entrypoint,
-        "OnBuild": None, "Labels": container.visible_labels,
+        "Labels": container.visible_labels,
     }
     ports = {**{key: {} for key in port_bindings(container)}, **(image.get("ExposedPorts") or {}), **(asked.get("ExposedPorts") or {})}
     if ports:
         found["ExposedPorts"] = ports
-    for key in ("Healthcheck", "StopSignal", "StopTimeout", "Shell", "MacAddress", "NetworkDisabled"):
+    for key in ("Healthcheck", "StopSignal", "StopTimeout", "Shell", "MacAddress", "NetworkDisabled", "OnBuild"):
         if asked.get(key) or image.get(key):
             found[key] = asked.get(key) or image.get(key)
     return found
@@ -4283,8 +4292,6 @@ def docker_container(container: Container, detail: Dict[str, Any], networks: Dic
         "SandboxID": hashlib.sha256(container.id.encode()).hexdigest() if container.running else "", "SandboxKey": "", "Ports": ports, "Networks": attached,
     }
     if version < (1, 52):
-        settings.update({"Bridge": "", "HairpinMode": False, "LinkLocalIPv6Address": "", "LinkLocalIPv6PrefixLen": 0,
-                         "SecondaryIPAddresses": None, "SecondaryIPv6Addresses": None})
         for key, empty in (("EndpointID", ""), ("Gateway", ""), ("GlobalIPv6Address", ""), ("GlobalIPv6PrefixLen", 0), ("IPAddress", ""),
                            ("IPPrefixLen", 0), ("IPv6Gateway", ""), ("MacAddress", "")):
             settings[key] = first.get(key, empty)
@@ -4299,6 +4306,8 @@ def docker_container(container: Container, detail: Dict[str, Any], networks: Dic
         "HostConfig": docker_host_config(container, spec), "GraphDriver": {"Data": None, "Name": detail.get("Snapshotter") or "overlayfs"},
         "Mounts": parse_mounts(container.labels), "Config": config, "NetworkSettings": settings,
     }
+    if version >= (1, 52):
+        found["Storage"] = {"RootFS": {"Snapshot": {"Name": found.pop("GraphDriver")["Name"]}}}
     if version >= (1, 48) and image:
         found["ImageManifestDescriptor"] = {**docker_descriptor(image), "platform": docker_platform(image)}
     return found
@@ -4750,7 +4759,7 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
     if not name:
         raise BadParameter("no command specified" if not body else "invalid reference format")
     group = engine.snapshot.image(name)
-    check_platform(group, platform)
+    check_platform(group, platform, name)
     full = ""
     with contextlib.suppress(BadParameter):
         full = parse_reference(name).name
@@ -4945,6 +4954,17 @@ class Terminal:
             fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", height & 0xFFFF, width & 0xFFFF, 0, 0))
             if self.pid:
                 os.kill(self.pid, signal.SIGWINCH)
+
+    def pass_size(self, path: str) -> None:
+        """Give another terminal the same size, where this one has any."""
+        with contextlib.suppress(OSError):
+            size = fcntl.ioctl(self.master, termios.TIOCGWINSZ, bytes(8))
+            if any(size[:4]):
+                descriptor = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+                try:
+                    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, size)
+                finally:
+                    os.close(descriptor)
 
     def started(self, process: Process) -> None:
         """nerdctl runs: from now on only it holds the other end."""
@@ -5315,18 +5335,37 @@ def new_terminal(container: Container) -> Terminal:
     return Terminal(*[each for each in size if isinstance(each, int)][:2])
 
 
+@contextlib.contextmanager
+def sized_early(engine: Engine, real: str, terminal: Optional[Terminal]) -> Iterator[None]:
+    """Context in which a container gets the size of its terminal between its creation by the runtime and its start: nerdctl
+    tells it after the start, when a program that asks at once has seen none."""
+    def on_event(event: Optional[ContainerdEvent]) -> None:
+        if event is not None and event.topic == "/tasks/create" and event.container == real:
+            terminal.pass_size(f"/proc/{event.payload.get('pid')}/fd/0")
+
+    if terminal is None or not engine.nerdctl.local:
+        yield
+        return
+    engine.feed.listeners.append(on_event)
+    try:
+        yield
+    finally:
+        engine.feed.listeners.remove(on_event)
+
+
 def start_attached(engine: Engine, container: Container, waiting: List[Attachment], tty: bool, stdin: bool) -> None:
     """Start a container with clients on its streams."""
     session = Session(waiting, new_terminal(container) if tty else None, on_end=lambda *_: engine.sessions.pop(container.id, None))
     session.begun = engine.tasks.now()
     arguments = ["start", "--attach", *(["--interactive"] if tty and stdin else []), *([NO_DETACH_KEYS] if tty else []), "--", container.real]
     engine.sessions[container.id] = session
-    try:
-        session.run(engine.nerdctl, arguments, stdin=tty and stdin, lasting=True)
-    except BaseException:
-        engine.sessions.pop(container.id, None)
-        raise
-    wait_started(engine, session, lambda: container.real)
+    with sized_early(engine, container.real, session.terminal):
+        try:
+            session.run(engine.nerdctl, arguments, stdin=tty and stdin, lasting=True)
+        except BaseException:
+            engine.sessions.pop(container.id, None)
+            raise
+        wait_started(engine, session, lambda: container.real)
 
 
 def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachment]) -> None:
@@ -8498,9 +8537,13 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def leave(self, body: Optional[Body], response: Response) -> None:
         """Take what the handler left unread off the connection, so that it is not taken for the next request."""
-        if body is not None and not body.ended and not isinstance(response.body, (Stream, Hijack)):
-            if not body.drain(1 << 18, 0.2):
-                self.close_connection = True
+        if body is None or body.ended or isinstance(response.body, Stream):
+            return
+        if isinstance(response.body, Hijack):
+            # dockerode sends its options once more as a body: they are not input for the container.
+            body.drain(JSON_LIMIT, 2.0) if not body.chunked else None
+        elif not body.drain(1 << 18, 0.2):
+            self.close_connection = True
 
     def linger(self, body: Optional[Body]) -> None:
         """After an answer that came before the end of a body, let the client read it: a close now would reset it."""
