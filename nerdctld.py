@@ -472,8 +472,7 @@ NERDCTL_ERRORS: List[Tuple[Any, type, str]] = [
         (r"no such object:? ([^\s\]]+)", NotFound, "No such object: {0}"),
         (r"unauthorized|no basic auth credentials|authorization failed|401 Unauthorized", Unauthorized, ""),
         (r"(?:access denied|insufficient_scope|403 Forbidden)", NotFound, ""),
-        (r"failed to resolve (?:image|reference):? (\S+): not found", NotFound, 'failed to resolve reference "{0}": {0}: not found'),
-        (r"failed to resolve (?:image|reference)[^\n]*not found", NotFound, ""),
+        (r"failed to resolve (?:image|reference):? \"?([^\s\"]+?)\"?:(?: \S+:)? not found", NotFound, 'failed to resolve reference "{0}": {0}: not found'),
         (r"no network found matching: (\S+)", NotFound, "network {0} not found"),
         (r"volume \"?([^\"\s/]+)\"? is in use", Conflict, "remove {0}: volume is in use"),
         (r"\"([^\"/]+)/volume.json\" does not exist", NotFound, "get {0}: no such volume"),
@@ -1254,6 +1253,10 @@ class Journal:
 # containerd's (a container that was made anew); the create request, in parts of less than 4096 bytes.
 LABEL_ID = "nerdctld/id"
 LABEL_REQUEST = "nerdctld/request"
+# Made without its ports, since another container had them: it gets them at its first start.
+LABEL_PORTS = "nerdctld/ports-later"
+# In front of the name of a container while another one takes its place.
+ASIDE = "nerdctld-aside."
 HIDDEN_LABELS = ("nerdctl/", "nerdctld/", "containerd.io/restart.", "io.containerd.image.config.")
 
 
@@ -1389,6 +1392,8 @@ class ContainerTable:
         self.gone: Dict[str, None] = {}
         # Containers that are being made anew under the same id: shown as they were for as long as there is none.
         self.ghosts: Dict[str, Container] = {}
+        # Those whose place another one takes, or has taken: shown to nobody.
+        self.asides: Dict[str, Container] = {}
 
     def drop(self, real: str = "") -> None:
         """One container is no longer as it was, or any may be."""
@@ -1441,7 +1446,8 @@ class ContainerTable:
 
     def _settled(self, table: Dict[str, Container]) -> Dict[str, Container]:
         """What was read, with what events told while it was."""
-        found = {real: each for real, each in table.items() if real not in self.gone}
+        self.asides.update({real: each for real, each in table.items() if each.name.startswith(ASIDE)})
+        found = {real: each for real, each in table.items() if real not in self.gone and not each.name.startswith(ASIDE)}
         for real, status in self.patched.items():
             if real in found:
                 found[real] = found[real].with_status(status)
@@ -4791,6 +4797,67 @@ def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Contain
     return container
 
 
+@contextlib.contextmanager
+def making_anew(engine: Engine, container: Container, made: Callable[[], str]) -> Iterator[None]:
+    """Context in which another container takes the place of one that was never started, under the id that clients know.
+    Until there is one (`made()` is its real id) the old one is kept under another name: it comes back if none was made,
+    and `settle_aside` finds it if the daemon is killed meanwhile."""
+    try:
+        with engine.replacing(container):
+            engine.nerdctl.run("rename", container.real, ASIDE + container.name)
+            try:
+                yield
+            finally:
+                if not made():
+                    engine.nerdctl.run("rename", container.real, container.name)
+                    engine.hidden.pop(container.real, None)
+                engine.snapshot.containers.drop()
+    finally:
+        if made():
+            with contextlib.suppress(NotFound):
+                engine.nerdctl.run("rm", "--volumes", "--", container.real)
+            engine.snapshot.containers.asides.pop(container.real, None)
+
+
+def make_anew(engine: Engine, container: Container, plan: Plan, marks: Iterable[str] = ()) -> Container:
+    """Put a new container by a plan in the place of one that was never started; `marks` are labels it gets."""
+    made: List[Container] = []
+    with making_anew(engine, container, lambda: made[0].real if made else ""):
+        made.append(create_container(engine, plan, container.name, f"--label={LABEL_ID}={container.id}", *(f"--label={each}=1" for each in marks)))
+    return made[0]
+
+
+def create_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
+    """Create a container; where others have its ports now, as nerdctl checks them at once and Docker at the start, for the
+    time being without them."""
+    if f"--label={LABEL_PORTS}=1" not in more:
+        try:
+            return make_container(engine, plan, name, *more)
+        except ApiError as error:
+            if "port is already allocated" not in str(error):
+                raise
+        more = (*more, f"--label={LABEL_PORTS}=1")
+    return make_container(engine, plan._replace(words=[each for each in plan.words if not each.startswith("--publish=")]), name, *more)
+
+
+def settle_aside(engine: Engine, container: Container) -> None:
+    """For the start of the daemon: what a killed one had put aside goes where its place was taken, and comes back where not.
+    A `nerdctl run` that outlived that daemon may still be about to take it."""
+    for pause in (0.5, 2.0, 0.0):
+        try:
+            engine.snapshot.containers.drop()
+            if any(each.id == container.id for each in engine.snapshot.containers.get().values()):
+                engine.nerdctl.run("rm", "--volumes", "--", container.real)
+            else:
+                engine.nerdctl.run("rename", container.real, container.name[len(ASIDE):])
+                engine.snapshot.containers.drop()
+            engine.snapshot.containers.asides.pop(container.real, None)
+            return
+        except ApiError as error:
+            log(f"{container.name}: {error}")
+            time.sleep(pause)
+
+
 @route("POST", "/containers/create")
 def container_create(engine: Engine, request: Request) -> Response:
     """Create a container; 201 with its id and warnings. 404 for no such image, 409 for a name in use, 400 for bad values.
@@ -4800,7 +4867,7 @@ def container_create(engine: Engine, request: Request) -> Response:
         raise BadParameter("config cannot be empty in order to create a container")
     plan = plan_container(engine, body, request.value("platform"))
     name = check_name(engine, request.value("name")) if request.value("name") else ""
-    container = make_container(engine, plan, name)
+    container = create_container(engine, plan, name)
     return Response(201, {"Id": container.id, "Warnings": create_warnings(body)})
 
 
@@ -5309,10 +5376,13 @@ def wait_started(engine: Engine, session: Session, real: Callable[[], str]) -> N
 
 def start_container(engine: Engine, container: Container) -> None:
     """Start a container that does not run, held by a session where clients wait on its streams."""
+    before = container.real
     waiting = engine.take_waiting(container.id)
     tty, stdin = is_terminal(engine, container), has_stdin(container)
     try:
         with engine.feed.needed():
+            if LABEL_PORTS in container.labels and not was_started(container) and not (stdin and not tty):
+                container = with_ports(engine, container)
             if stdin and not tty and not was_started(container):
                 start_with_stdin(engine, engine.snapshot.container(container.id), waiting)
             elif stdin and not tty and any(each.stdin for each in waiting):
@@ -5327,6 +5397,21 @@ def start_container(engine: Engine, container: Container) -> None:
         for each in waiting:
             each.finish()
         raise
+    finally:
+        if container.real != before:
+            engine.snapshot.containers.drop(container.real)
+
+
+def with_ports(engine: Engine, container: Container) -> Container:
+    """The container that takes the place of one that was made without its ports; 500 where others still have them."""
+    if container.id in engine.touched:
+        raise NotImplementedHere("files were copied into this container, and its ports were taken when it was created: nerdctl cannot add them later")
+    plan = plan_container(engine, stored_request(container))._replace(image=container.image)
+    made: List[Container] = []
+    with making_anew(engine, container, lambda: made[0].real if made else ""):
+        made.append(make_container(engine, plan, container.name, f"--label={LABEL_ID}={container.id}"))
+    engine.tasks.rename(container.id, made[0].real)
+    return made[0]
 
 
 def new_terminal(container: Container) -> Terminal:
@@ -5377,7 +5462,7 @@ def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachm
     plan = plan_container(engine, stored_request(container))._replace(image=container.image)
     labels = {**request_labels(plan.request), LABEL_ID: container.id}
     once = bool(plan.request.get("StdinOnce"))
-    with engine.workspace.temporary("run") as folder, engine.replacing(container):
+    with engine.workspace.temporary("run") as folder:
         note = os.path.join(folder, "id")
 
         def real() -> str:
@@ -5393,26 +5478,22 @@ def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachm
         session.begun = engine.tasks.now()
         arguments = ["run", "--pull=never", f"--cidfile={note}", f"--name={container.name}", *plan.words,
                      *(f"--label={key}={value}" for key, value in labels.items()), "--", plan.image, *plan.command]
-        engine.nerdctl.run("rm", "--volumes", "--", container.real)
-        engine.sessions[container.id] = session
-        try:
-            session.run(engine.nerdctl, arguments, stdin=True, lasting=True)
-            wait_started(engine, session, real)
-        except BaseException:
-            engine.sessions.pop(container.id, None)
-            if not real():
-                # Nothing took its place: the container is made again as it was.
-                make_container(engine, plan, container.name, f"--label={LABEL_ID}={container.id}")
-            raise
-        finally:
-            engine.snapshot.containers.drop()
+        with making_anew(engine, container, real):
+            engine.sessions[container.id] = session
+            try:
+                session.run(engine.nerdctl, arguments, stdin=True, lasting=True)
+                wait_started(engine, session, real)
+            except BaseException:
+                engine.sessions.pop(container.id, None)
+                raise
 
 
 def start_refused(engine: Engine, container: Container, error: ApiError) -> None:
     """After a start that failed: a container that was to be removed at its end is removed now."""
     if auto_removed(container):
         with contextlib.suppress(ApiError):
-            remove_container(engine, container, force=True, volumes=True)
+            # Another one may have taken its place.
+            remove_container(engine, engine.snapshot.container(container.id), force=True, volumes=True)
     engine.tasks.failed(container.real, 127 if "not found" in str(error) or "no such file" in str(error) else 126 if "denied" in str(error) else 128)
 
 
@@ -5674,7 +5755,11 @@ class Caretaker:
     def look(self) -> None:
         """Find what is to be cared for among the containers there are; for the start of the daemon."""
         with contextlib.suppress(ApiError):
-            for container in self.engine.snapshot.containers.get().values():
+            table = self.engine.snapshot.containers.get()
+            for container in list(self.engine.snapshot.containers.asides.values()):
+                if container.id not in self.engine.replaced:
+                    settle_aside(self.engine, container)
+            for container in table.values():
                 if container.running or container.state == "restarting":
                     self.hold(container)
                 elif auto_removed(container) and was_started(container):
@@ -7083,17 +7168,7 @@ def rewire(engine: Engine, network: Dict[str, Any], container: Container, settin
     host["NetworkMode"] = next(iter(endpoints), "none")
     body.update({"HostConfig": host, "NetworkingConfig": {"EndpointsConfig": endpoints}})
     plan = plan_container(engine, body)._replace(image=container.image)
-    before = plan_container(engine, stored_request(container))._replace(image=container.image)
-    label = f"--label={LABEL_ID}={container.id}"
-    with engine.replacing(container):
-        engine.nerdctl.run("rm", "--volumes", "--", container.real)
-        try:
-            make_container(engine, plan, container.name, label)
-        except ApiError:
-            make_container(engine, before, container.name, label)
-            raise
-        finally:
-            engine.snapshot.containers.drop()
+    make_anew(engine, container, plan, [LABEL_PORTS] if LABEL_PORTS in container.labels else [])
 
 
 @route("POST", "/networks/{id}/connect")
