@@ -378,7 +378,8 @@ PLACEHOLDERS = {
     # An image name may have slashes, ports, tags and digests.
     "image": r"(?P<name>.+)",
     "name": r"(?P<name>[^/]+)",
-    "id": r"(?P<name>[^/]+)",
+    # As dockerd has it: a client asks for a container by what may be the name of an image.
+    "id": r"(?P<name>.+)",
 }
 
 
@@ -471,7 +472,7 @@ NERDCTL_ERRORS: List[Tuple[Any, type, str]] = [
         (r"no such object:? ([^\s\]]+)", NotFound, "No such object: {0}"),
         (r"unauthorized|no basic auth credentials|authorization failed|401 Unauthorized", Unauthorized, ""),
         (r"(?:access denied|insufficient_scope|403 Forbidden)", NotFound, ""),
-        (r"failed to resolve (?:image|reference)[^\n]*not found", NotFound, ""),
+        (r"failed to resolve (?:image|reference):? \"?([^\s\"]+?)\"?:(?: \S+:)? not found", NotFound, 'failed to resolve reference "{0}": {0}: not found'),
         (r"no network found matching: (\S+)", NotFound, "network {0} not found"),
         (r"volume \"?([^\"\s/]+)\"? is in use", Conflict, "remove {0}: volume is in use"),
         (r"\"([^\"/]+)/volume.json\" does not exist", NotFound, "get {0}: no such volume"),
@@ -528,7 +529,7 @@ def nerdctl_message(stderr: str) -> str:
 
 def nerdctl_error(stderr: str) -> ApiError:
     """The ApiError for what nerdctl wrote on stderr before it ended with a status other than 0."""
-    message = nerdctl_message(stderr)
+    message = re.sub("^(?=failed to create shim task)", "failed to create task for container: ", nerdctl_message(stderr))
     # Some fatal lines only say that there was an error, and the lines before say which.
     for text in (message, "\n".join(parse_logrus(line)[1] for line in stderr[-4096:].splitlines())):
         for pattern, kind, words in NERDCTL_ERRORS:
@@ -1252,6 +1253,10 @@ class Journal:
 # containerd's (a container that was made anew); the create request, in parts of less than 4096 bytes.
 LABEL_ID = "nerdctld/id"
 LABEL_REQUEST = "nerdctld/request"
+# Made without its ports, since another container had them: it gets them at its first start.
+LABEL_PORTS = "nerdctld/ports-later"
+# In front of the name of a container while another one takes its place.
+ASIDE = "nerdctld-aside."
 HIDDEN_LABELS = ("nerdctl/", "nerdctld/", "containerd.io/restart.", "io.containerd.image.config.")
 
 
@@ -1393,6 +1398,8 @@ class ContainerTable:
         self.gone: Dict[str, None] = {}
         # Containers that are being made anew under the same id: shown as they were for as long as there is none.
         self.ghosts: Dict[str, Container] = {}
+        # Those whose place another one takes, or has taken: shown to nobody.
+        self.asides: Dict[str, Container] = {}
 
     def drop(self, real: str = "") -> None:
         """One container is no longer as it was, or any may be."""
@@ -1447,7 +1454,8 @@ class ContainerTable:
 
     def _settled(self, table: Dict[str, Container]) -> Dict[str, Container]:
         """What was read, with what events told while it was."""
-        found = {real: each for real, each in table.items() if real not in self.gone}
+        self.asides.update({real: each for real, each in table.items() if each.name.startswith(ASIDE)})
+        found = {real: each for real, each in table.items() if real not in self.gone and not each.name.startswith(ASIDE)}
         for real, status in self.patched.items():
             if real in found:
                 found[real] = found[real].with_status(status)
@@ -2513,7 +2521,6 @@ def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
         "NFd": 0, "NGoroutines": 0, "GenericResources": None, "ExperimentalBuild": False, "Labels": [],
         "HttpProxy": "", "HttpsProxy": "", "NoProxy": "", "IndexServerAddress": "https://index.docker.io/v1/",
         "RegistryConfig": {
-            "AllowNondistributableArtifactsCIDRs": None, "AllowNondistributableArtifactsHostnames": None,
             "InsecureRegistryCIDRs": ["127.0.0.0/8", "::1/128"],
             "IndexConfigs": {"docker.io": {"Name": "docker.io", "Mirrors": [], "Secure": True, "Official": True}}, "Mirrors": [],
         },
@@ -2612,7 +2619,7 @@ def system_auth(engine: Engine, request: Request) -> Response:
         if re.search(r"401|[Uu]nauthorized|incorrect username|authentication (?:is )?required|denied", output.stderr):
             raise Unauthorized(f"Get \"https://{host}/v2/\": unauthorized: incorrect username or password")
         raise ApiError(str(error))
-    return Response(200, {"IdentityToken": "", "Status": "Login Succeeded"})
+    return Response(200, {"Status": "Login Succeeded"})
 
 
 def match_event(event: Dict[str, Any], filters: Dict[str, List[str]]) -> bool:
@@ -2912,11 +2919,16 @@ def docker_image(group: ImageGroup, version: Tuple[int, int]) -> Dict[str, Any]:
         image.update({"VirtualSize": size, "Container": "", "ContainerConfig": image["Config"]})
     if version >= (1, 48):
         image["Descriptor"] = docker_descriptor(group)
+    if version >= (1, 52):
+        # From here on dockerd leaves out what is empty, and the driver where containerd has the images.
+        del image["GraphDriver"]
+        image["Config"] = {key: value for key, value in image["Config"].items() if value}
+        image = {key: value for key, value in image.items() if value or key not in ("Parent", "Comment", "DockerVersion", "Author")}
     return image
 
 
-def check_platform(group: ImageGroup, text: str) -> None:
-    """404 unless the image is here for the platform of a `platform` parameter (JSON, or os/architecture)."""
+def check_platform(group: ImageGroup, text: str, name: str) -> None:
+    """404 with the name that the client used, unless the image is here for the platform of a `platform` parameter (JSON, or os/architecture)."""
     if not text:
         return
     if text.startswith("{"):
@@ -2926,7 +2938,6 @@ def check_platform(group: ImageGroup, text: str) -> None:
         system, architecture, variant = (text.split("/") + ["", ""])[:3]
     have = docker_platform(group)
     if (system or "linux") != have["os"] or architecture != have["architecture"] or (variant and variant != have.get("variant", variant)):
-        name = (group.repo_tags or [group.id])[0]
         asked = "/".join(each for each in (system or "linux", architecture, variant) if each)
         raise NotFound(f"image with reference {name} was found but does not provide the specified platform ({asked})")
 
@@ -2935,7 +2946,7 @@ def check_platform(group: ImageGroup, text: str) -> None:
 def image_inspect(engine: Engine, request: Request, name: str) -> Response:
     """One image; 404 when there is none of that name, id or platform."""
     group = engine.snapshot.image(name)
-    check_platform(group, request.value("platform"))
+    check_platform(group, request.value("platform"), name)
     image = docker_image(group, request.version)
     if request.flag("manifests") and request.version >= (1, 48):
         image["Manifests"] = docker_manifests(group, image_users(engine).get(group.id, []))
@@ -2960,7 +2971,7 @@ def docker_history(group: ImageGroup, sizes: List[int]) -> List[Dict[str, Any]]:
 def image_history(engine: Engine, request: Request, name: str) -> Response:
     """How an image was made, a row a step; sizes as unpacked."""
     group = engine.snapshot.image(name)
-    check_platform(group, request.value("platform"))
+    check_platform(group, request.value("platform"), name)
     rows = group.detail.get("History")
     if rows is None:
         rows = engine.nerdctl.rows("history", "--no-trunc", "--format", "{{json .}}", "--", group.names[0])
@@ -3496,7 +3507,7 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     wanted = list(dict.fromkeys(each for name in names for each in expand_names(engine, name)))
     if platform:
         for name in wanted:
-            check_platform(engine.snapshot.image(name), platform)
+            check_platform(engine.snapshot.image(name), platform, name)
     arguments = ["save", *([f"--platform={platform_words(platform)}"] if platform else []), "--", *wanted]
 
     def chunks() -> Iterator[bytes]:
@@ -4004,7 +4015,8 @@ def build_cache(engine: Engine) -> List[Dict[str, Any]]:
         return []
     found = []
     for row in parse_rows(output.stdout):
-        found += [docker_cache(each) for each in (row if isinstance(row, list) else [row])]
+        # An empty cache is `null`.
+        found += [docker_cache(each) for each in (row if isinstance(row, list) else [row]) if each]
     return found
 
 
@@ -4420,6 +4432,9 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         if key == "RestartPolicy" and isinstance(value, dict):
             # `docker update` changes it later, and the label follows.
             continue
+        if key == "PortBindings" and isinstance(value, dict):
+            value = {port if "/" in port else port + "/tcp": [{"HostIp": "", "HostPort": "", **each} for each in places or []]
+                     for port, places in value.items()}
         if value not in (None, "", 0, [], {}) or key not in found:
             found[key] = value
     if found["NetworkMode"] == "default":
@@ -4449,12 +4464,12 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
         "Env": [each for each in process.get("env") or [] if not each.startswith("HOSTNAME=")] or None,
         "Cmd": command, "Image": shown_image(container), "Volumes": asked.get("Volumes") or image.get("Volumes"),
         "WorkingDir": asked.get("WorkingDir") or process.get("cwd") or "", "Entrypoint": entrypoint,
-        "OnBuild": None, "Labels": container.visible_labels,
+        "Labels": container.visible_labels,
     }
     ports = {**{key: {} for key in port_bindings(container)}, **(image.get("ExposedPorts") or {}), **(asked.get("ExposedPorts") or {})}
     if ports:
         found["ExposedPorts"] = ports
-    for key in ("Healthcheck", "StopSignal", "StopTimeout", "Shell", "MacAddress", "NetworkDisabled"):
+    for key in ("Healthcheck", "StopSignal", "StopTimeout", "Shell", "MacAddress", "NetworkDisabled", "OnBuild"):
         if asked.get(key) or image.get(key):
             found[key] = asked.get(key) or image.get(key)
     return found
@@ -4500,8 +4515,6 @@ def docker_container(container: Container, detail: Dict[str, Any], networks: Dic
         "SandboxID": hashlib.sha256(container.id.encode()).hexdigest() if container.running else "", "SandboxKey": "", "Ports": ports, "Networks": attached,
     }
     if version < (1, 52):
-        settings.update({"Bridge": "", "HairpinMode": False, "LinkLocalIPv6Address": "", "LinkLocalIPv6PrefixLen": 0,
-                         "SecondaryIPAddresses": None, "SecondaryIPv6Addresses": None})
         for key, empty in (("EndpointID", ""), ("Gateway", ""), ("GlobalIPv6Address", ""), ("GlobalIPv6PrefixLen", 0), ("IPAddress", ""),
                            ("IPPrefixLen", 0), ("IPv6Gateway", ""), ("MacAddress", "")):
             settings[key] = first.get(key, empty)
@@ -4516,6 +4529,8 @@ def docker_container(container: Container, detail: Dict[str, Any], networks: Dic
         "HostConfig": docker_host_config(container, spec), "GraphDriver": {"Data": None, "Name": detail.get("Snapshotter") or "overlayfs"},
         "Mounts": parse_mounts(container.labels), "Config": config, "NetworkSettings": settings,
     }
+    if version >= (1, 52):
+        found["Storage"] = {"RootFS": {"Snapshot": {"Name": found.pop("GraphDriver")["Name"]}}}
     if version >= (1, 48) and image:
         found["ImageManifestDescriptor"] = {**docker_descriptor(image), "platform": docker_platform(image)}
     return found
@@ -4967,7 +4982,7 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
     if not name:
         raise BadParameter("no command specified" if not body else "invalid reference format")
     group = engine.snapshot.image(name)
-    check_platform(group, platform)
+    check_platform(group, platform, name)
     full = ""
     with contextlib.suppress(BadParameter):
         full = parse_reference(name).name
@@ -4999,6 +5014,67 @@ def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Contain
     return container
 
 
+@contextlib.contextmanager
+def making_anew(engine: Engine, container: Container, made: Callable[[], str]) -> Iterator[None]:
+    """Context in which another container takes the place of one that was never started, under the id that clients know.
+    Until there is one (`made()` is its real id) the old one is kept under another name: it comes back if none was made,
+    and `settle_aside` finds it if the daemon is killed meanwhile."""
+    try:
+        with engine.replacing(container):
+            engine.nerdctl.run("rename", container.real, ASIDE + container.name)
+            try:
+                yield
+            finally:
+                if not made():
+                    engine.nerdctl.run("rename", container.real, container.name)
+                    engine.hidden.pop(container.real, None)
+                engine.snapshot.containers.drop()
+    finally:
+        if made():
+            with contextlib.suppress(NotFound):
+                engine.nerdctl.run("rm", "--volumes", "--", container.real)
+            engine.snapshot.containers.asides.pop(container.real, None)
+
+
+def make_anew(engine: Engine, container: Container, plan: Plan, marks: Iterable[str] = ()) -> Container:
+    """Put a new container by a plan in the place of one that was never started; `marks` are labels it gets."""
+    made: List[Container] = []
+    with making_anew(engine, container, lambda: made[0].real if made else ""):
+        made.append(create_container(engine, plan, container.name, f"--label={LABEL_ID}={container.id}", *(f"--label={each}=1" for each in marks)))
+    return made[0]
+
+
+def create_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
+    """Create a container; where others have its ports now, as nerdctl checks them at once and Docker at the start, for the
+    time being without them."""
+    if f"--label={LABEL_PORTS}=1" not in more:
+        try:
+            return make_container(engine, plan, name, *more)
+        except ApiError as error:
+            if "port is already allocated" not in str(error):
+                raise
+        more = (*more, f"--label={LABEL_PORTS}=1")
+    return make_container(engine, plan._replace(words=[each for each in plan.words if not each.startswith("--publish=")]), name, *more)
+
+
+def settle_aside(engine: Engine, container: Container) -> None:
+    """For the start of the daemon: what a killed one had put aside goes where its place was taken, and comes back where not.
+    A `nerdctl run` that outlived that daemon may still be about to take it."""
+    for pause in (0.5, 2.0, 0.0):
+        try:
+            engine.snapshot.containers.drop()
+            if any(each.id == container.id for each in engine.snapshot.containers.get().values()):
+                engine.nerdctl.run("rm", "--volumes", "--", container.real)
+            else:
+                engine.nerdctl.run("rename", container.real, container.name[len(ASIDE):])
+                engine.snapshot.containers.drop()
+            engine.snapshot.containers.asides.pop(container.real, None)
+            return
+        except ApiError as error:
+            log(f"{container.name}: {error}")
+            time.sleep(pause)
+
+
 @route("POST", "/containers/create")
 def container_create(engine: Engine, request: Request) -> Response:
     """Create a container; 201 with its id and warnings. 404 for no such image, 409 for a name in use, 400 for bad values.
@@ -5008,7 +5084,7 @@ def container_create(engine: Engine, request: Request) -> Response:
         raise BadParameter("config cannot be empty in order to create a container")
     plan = plan_container(engine, body, request.value("platform"))
     name = check_name(engine, request.value("name")) if request.value("name") else ""
-    container = make_container(engine, plan, name)
+    container = create_container(engine, plan, name)
     return Response(201, {"Id": container.id, "Warnings": create_warnings(body)})
 
 
@@ -5162,6 +5238,17 @@ class Terminal:
             fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", height & 0xFFFF, width & 0xFFFF, 0, 0))
             if self.pid:
                 os.kill(self.pid, signal.SIGWINCH)
+
+    def pass_size(self, path: str) -> None:
+        """Give another terminal the same size, where this one has any."""
+        with contextlib.suppress(OSError):
+            size = fcntl.ioctl(self.master, termios.TIOCGWINSZ, bytes(8))
+            if any(size[:4]):
+                descriptor = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+                try:
+                    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, size)
+                finally:
+                    os.close(descriptor)
 
     def started(self, process: Process) -> None:
         """nerdctl runs: from now on only it holds the other end."""
@@ -5506,10 +5593,13 @@ def wait_started(engine: Engine, session: Session, real: Callable[[], str]) -> N
 
 def start_container(engine: Engine, container: Container) -> None:
     """Start a container that does not run, held by a session where clients wait on its streams."""
+    before = container.real
     waiting = engine.take_waiting(container.id)
     tty, stdin = is_terminal(engine, container), has_stdin(container)
     try:
         with engine.feed.needed():
+            if LABEL_PORTS in container.labels and not was_started(container) and not (stdin and not tty):
+                container = with_ports(engine, container)
             if stdin and not tty and not was_started(container):
                 start_with_stdin(engine, engine.snapshot.container(container.id), waiting)
             elif stdin and not tty and any(each.stdin for each in waiting):
@@ -5527,6 +5617,21 @@ def start_container(engine: Engine, container: Container) -> None:
         for each in waiting:
             each.finish()
         raise
+    finally:
+        if container.real != before:
+            engine.snapshot.containers.drop(container.real)
+
+
+def with_ports(engine: Engine, container: Container) -> Container:
+    """The container that takes the place of one that was made without its ports; 500 where others still have them."""
+    if container.id in engine.touched:
+        raise NotImplementedHere("files were copied into this container, and its ports were taken when it was created: nerdctl cannot add them later")
+    plan = plan_container(engine, stored_request(container))._replace(image=container.image)
+    made: List[Container] = []
+    with making_anew(engine, container, lambda: made[0].real if made else ""):
+        made.append(make_container(engine, plan, container.name, f"--label={LABEL_ID}={container.id}"))
+    engine.tasks.rename(container.id, made[0].real)
+    return made[0]
 
 
 def new_terminal(container: Container) -> Terminal:
@@ -5535,18 +5640,37 @@ def new_terminal(container: Container) -> Terminal:
     return Terminal(*[each for each in size if isinstance(each, int)][:2])
 
 
+@contextlib.contextmanager
+def sized_early(engine: Engine, real: str, terminal: Optional[Terminal]) -> Iterator[None]:
+    """Context in which a container gets the size of its terminal between its creation by the runtime and its start: nerdctl
+    tells it after the start, when a program that asks at once has seen none."""
+    def on_event(event: Optional[ContainerdEvent]) -> None:
+        if event is not None and event.topic == "/tasks/create" and event.container == real:
+            terminal.pass_size(f"/proc/{event.payload.get('pid')}/fd/0")
+
+    if terminal is None or not engine.nerdctl.local:
+        yield
+        return
+    engine.feed.listeners.append(on_event)
+    try:
+        yield
+    finally:
+        engine.feed.listeners.remove(on_event)
+
+
 def start_attached(engine: Engine, container: Container, waiting: List[Attachment], tty: bool, stdin: bool) -> None:
     """Start a container with clients on its streams."""
     session = Session(waiting, new_terminal(container) if tty else None, on_end=lambda *_: engine.sessions.pop(container.id, None))
     session.begun = engine.tasks.now()
     arguments = ["start", "--attach", *(["--interactive"] if tty and stdin else []), *([NO_DETACH_KEYS] if tty else []), "--", container.real]
     engine.sessions[container.id] = session
-    try:
-        session.run(engine.nerdctl, arguments, stdin=tty and stdin, lasting=True)
-    except BaseException:
-        engine.sessions.pop(container.id, None)
-        raise
-    wait_started(engine, session, lambda: container.real)
+    with sized_early(engine, container.real, session.terminal):
+        try:
+            session.run(engine.nerdctl, arguments, stdin=tty and stdin, lasting=True)
+        except BaseException:
+            engine.sessions.pop(container.id, None)
+            raise
+        wait_started(engine, session, lambda: container.real)
 
 
 def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachment]) -> None:
@@ -5558,7 +5682,7 @@ def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachm
     plan = plan_container(engine, stored_request(container))._replace(image=container.image)
     labels = {**request_labels(plan.request), LABEL_ID: container.id}
     once = bool(plan.request.get("StdinOnce"))
-    with engine.workspace.temporary("run") as folder, engine.replacing(container):
+    with engine.workspace.temporary("run") as folder:
         note = os.path.join(folder, "id")
 
         def real() -> str:
@@ -5574,26 +5698,22 @@ def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachm
         session.begun = engine.tasks.now()
         arguments = ["run", "--pull=never", f"--cidfile={note}", f"--name={container.name}", *plan.words,
                      *(f"--label={key}={value}" for key, value in labels.items()), "--", plan.image, *plan.command]
-        engine.nerdctl.run("rm", "--volumes", "--", container.real)
-        engine.sessions[container.id] = session
-        try:
-            session.run(engine.nerdctl, arguments, stdin=True, lasting=True)
-            wait_started(engine, session, real)
-        except BaseException:
-            engine.sessions.pop(container.id, None)
-            if not real():
-                # Nothing took its place: the container is made again as it was.
-                make_container(engine, plan, container.name, f"--label={LABEL_ID}={container.id}")
-            raise
-        finally:
-            engine.snapshot.containers.drop()
+        with making_anew(engine, container, real):
+            engine.sessions[container.id] = session
+            try:
+                session.run(engine.nerdctl, arguments, stdin=True, lasting=True)
+                wait_started(engine, session, real)
+            except BaseException:
+                engine.sessions.pop(container.id, None)
+                raise
 
 
 def start_refused(engine: Engine, container: Container, error: ApiError) -> None:
     """After a start that failed: a container that was to be removed at its end is removed now."""
     if auto_removed(container):
         with contextlib.suppress(ApiError):
-            remove_container(engine, container, force=True, volumes=True)
+            # Another one may have taken its place.
+            remove_container(engine, engine.snapshot.container(container.id), force=True, volumes=True)
     engine.tasks.failed(container.real, 127 if "not found" in str(error) or "no such file" in str(error) else 126 if "denied" in str(error) else 128)
 
 
@@ -5857,7 +5977,11 @@ class Caretaker:
     def look(self) -> None:
         """Find what is to be cared for among the containers there are; for the start of the daemon."""
         with contextlib.suppress(ApiError):
-            for container in self.engine.snapshot.containers.get().values():
+            table = self.engine.snapshot.containers.get()
+            for container in list(self.engine.snapshot.containers.asides.values()):
+                if container.id not in self.engine.replaced:
+                    settle_aside(self.engine, container)
+            for container in table.values():
                 if container.running or container.state == "restarting":
                     self.hold(container)
                 elif auto_removed(container) and was_started(container):
@@ -7266,17 +7390,7 @@ def rewire(engine: Engine, network: Dict[str, Any], container: Container, settin
     host["NetworkMode"] = next(iter(endpoints), "none")
     body.update({"HostConfig": host, "NetworkingConfig": {"EndpointsConfig": endpoints}})
     plan = plan_container(engine, body)._replace(image=container.image)
-    before = plan_container(engine, stored_request(container))._replace(image=container.image)
-    label = f"--label={LABEL_ID}={container.id}"
-    with engine.replacing(container):
-        engine.nerdctl.run("rm", "--volumes", "--", container.real)
-        try:
-            make_container(engine, plan, container.name, label)
-        except ApiError:
-            make_container(engine, before, container.name, label)
-            raise
-        finally:
-            engine.snapshot.containers.drop()
+    make_anew(engine, container, plan, [LABEL_PORTS] if LABEL_PORTS in container.labels else [])
 
 
 @route("POST", "/networks/{id}/connect")
@@ -8720,9 +8834,13 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def leave(self, body: Optional[Body], response: Response) -> None:
         """Take what the handler left unread off the connection, so that it is not taken for the next request."""
-        if body is not None and not body.ended and not isinstance(response.body, (Stream, Hijack)):
-            if not body.drain(1 << 18, 0.2):
-                self.close_connection = True
+        if body is None or body.ended or isinstance(response.body, Stream):
+            return
+        if isinstance(response.body, Hijack):
+            # dockerode sends its options once more as a body: they are not input for the container.
+            body.drain(JSON_LIMIT, 2.0) if not body.chunked else None
+        elif not body.drain(1 << 18, 0.2):
+            self.close_connection = True
 
     def linger(self, body: Optional[Body]) -> None:
         """After an answer that came before the end of a body, let the client read it: a close now would reset it."""

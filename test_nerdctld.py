@@ -3658,12 +3658,15 @@ class TestNetworkChanges:
         labels = {"nerdctl/networks": '["bridge"]', **nerdctld.request_labels(request)}
         scripted.on("ps", stdout=json.dumps([{"ID": "5" * 64, "Names": "mine", "Image": BASE, "Status": "Created", "CreatedAt": "2026-11-24T00:00:00Z"}, labels]) + "\n")
         scripted.on("rm")
+        scripted.on("rename")
         scripted.on("create", stdout="6" * 64 + "\n")
         assert ask(furnished, "POST", "/networks/tstnet/connect", {"Container": "mine", "EndpointConfig": {"Aliases": ["other"]}}).status == 200
         words = scripted.argv("create")
         assert [each for each in words if each.startswith(("--network", "--name", "--hostname", "--label=nerdctld/id"))] == [
             "--name=mine", "--label=nerdctld/id=" + "5" * 64, "--hostname=other", "--network=bridge", "--network=tstnet"]
-        assert scripted.argv("rm") == ["rm", "--volumes", "--", "5" * 64]
+        # At every moment one of the two is there under its id.
+        assert [each["argv"] for each in scripted.calls() if each["argv"][0] in ("rename", "create", "rm")] == [
+            ["rename", "5" * 64, "nerdctld-aside.mine"], words, ["rm", "--volumes", "--", "5" * 64]]
 
 
 class TestVolumeChanges:
