@@ -26,14 +26,10 @@ import calendar
 import collections
 import contextlib
 import copy
-import dataclasses
 import errno
 import fcntl
 import functools
 import getopt
-import hashlib
-import http.client
-import http.server
 import io
 import itertools
 import json
@@ -60,6 +56,24 @@ import tty
 import urllib.parse
 import zlib
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+
+# OpenSSL is 5 of 25 MB: `hashlib` loads it for what Python has itself, and `http.client` for https, which only a question
+# to a registry needs.
+try:
+    from _sha2 import sha256
+except ImportError:
+    try:
+        from _sha256 import sha256
+    except ImportError:
+        from hashlib import sha256
+OPENSSL_LATER = "ssl" not in sys.modules
+if OPENSSL_LATER:
+    sys.modules["ssl"] = None  # type: ignore[assignment]
+import http.client
+import http.server
+
+if OPENSSL_LATER:
+    del sys.modules["ssl"]
 
 VERSION = "0.1.0"
 API_NEWEST = (1, 56)
@@ -161,18 +175,17 @@ class Client:
         return contextlib.nullcontext()
 
 
-@dataclasses.dataclass(frozen=True)
 class Request:
     """One request. `version` is a pair such as (1, 44); `query` maps each name to its list of values; `body` has
     `read(n)` and `readinto(view)`; `headers` compares names without case."""
 
-    method: str
-    path: str
-    version: Tuple[int, int] = API_NEWEST
-    query: Dict[str, List[str]] = dataclasses.field(default_factory=dict)
-    headers: Any = dataclasses.field(default_factory=dict)
-    body: Any = dataclasses.field(default_factory=io.BytesIO)
-    client: Client = dataclasses.field(default_factory=Client)
+    def __init__(self, method: str, path: str, version: Tuple[int, int] = API_NEWEST, query: Optional[Dict[str, List[str]]] = None,
+                 headers: Any = None, body: Any = None, client: Optional[Client] = None):
+        self.method, self.path, self.version = method, path, version
+        self.query = {} if query is None else query
+        self.headers = {} if headers is None else headers
+        self.body = io.BytesIO() if body is None else body
+        self.client = client or Client()
 
     def value(self, name: str, default: str = "") -> str:
         """First value of a query parameter."""
@@ -496,6 +509,8 @@ LOGRUS = re.compile(r'^time="[^"]*" level=(\w+) msg=(?:"((?:[^"\\]|\\.)*)"|(\S+)
 LOGRUS_TTY = re.compile(r"^(FATA|ERRO|WARN|INFO|DEBU)\[\d+\] (.*)")
 GO_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\"}
 SHORT_CALL = 120.0
+# How long a nerdctl that mounts a container's files may take to end by itself.
+UNMOUNTING = 10.0
 
 
 def parse_logrus(line: str) -> Tuple[str, str]:
@@ -552,10 +567,10 @@ class Process:
     reaped, whatever happened. stderr goes to memory that no reader is needed for, unless it was asked for as a pipe."""
 
     def __init__(self, runner: "Nerdctl", argv: List[str], environment: Dict[str, str], stdin: Any, stdout: Any, stderr: Any,
-                 client: Client, lasting: bool = False):
+                 client: Client, lasting: bool = False, mounts: bool = False):
         self.runner = runner
         self.argv = argv
-        self.lasting = lasting
+        self.lasting, self.mounts = lasting, mounts
         self.began = time.monotonic()
         self.messages = None
         if stderr is None:
@@ -579,7 +594,7 @@ class Process:
         if self.relays:
             self.stdout, self.stderr = (relay.stdout for relay in self.relays)
         runner.processes.add(self)
-        self.watch = client.when_gone(self.kill)
+        self.watch = contextlib.nullcontext() if mounts else client.when_gone(self.kill)
         self.watch.__enter__()
 
     def _relay(self, _: Any) -> Any:
@@ -677,19 +692,25 @@ class Process:
     def close(self) -> None:
         """End what still runs, reap it, close every descriptor."""
         self.watch.__exit__(None, None, None)
+        if self.mounts:
+            self._close_pipes()
+            self.wait(UNMOUNTING)
         if self.popen.returncode is None and self.popen.poll() is None:
             self.kill(signal.SIGTERM)
             if self.wait(2.0) is None:
                 self.kill()
                 self.popen.wait()
-        for each in (self.stdin, self.stdout, self.stderr):
-            if each:
-                with contextlib.suppress(OSError):
-                    each.close()
+        self._close_pipes()
         if self in self.runner.processes:
             self.runner.tell(self)
         self._release()
         self.runner.processes.discard(self)
+
+    def _close_pipes(self) -> None:
+        for each in (self.stdin, self.stdout, self.stderr):
+            if each:
+                with contextlib.suppress(OSError):
+                    each.close()
 
     def _release(self) -> None:
         """Reap the relays and let the memory of stderr go."""
@@ -764,11 +785,13 @@ class Nerdctl:
             log(f"{shlex.join(process.argv)} -> {process.popen.returncode} in {took:.0f} ms{' ' + nerdctl_message(said) if said else ''}")
 
     def start(self, *arguments: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE, stderr: Any = None,
-              environment: Optional[Dict[str, str]] = None, client: Client = Client(), lasting: bool = False) -> Process:
+              environment: Optional[Dict[str, str]] = None, client: Client = Client(), lasting: bool = False,
+              mounts: bool = False) -> Process:
         """A running process for a stream. stderr None keeps it in memory for check(). It is killed when `client`
-        leaves; a `lasting` one goes on when the daemon ends."""
+        leaves; a `lasting` one goes on when the daemon ends. One that `mounts` a container's files would leave them mounted
+        if it was killed: it finds its pipes closed, and has a while to end by itself."""
         merged = {**self.environment, **environment} if environment else self.environment
-        return Process(self, self.argv(arguments), merged, stdin, stdout, stderr, client, lasting)
+        return Process(self, self.argv(arguments), merged, stdin, stdout, stderr, client, lasting, mounts)
 
     def output(self, *arguments: str, data: bytes = b"", timeout: float = SHORT_CALL,
                environment: Optional[Dict[str, str]] = None) -> Output:
@@ -832,8 +855,8 @@ class Nerdctl:
         return other.output(*arguments, timeout=timeout)
 
     def end_all(self) -> None:
-        """End every process that is still running, but for those that hold a container."""
-        ending = [process for process in list(self.processes) if not process.lasting]
+        """End every process that is still running, but for those that hold a container or will find their pipes closed."""
+        ending = [process for process in list(self.processes) if not (process.lasting or process.mounts)]
         for process in ending:
             process.kill(signal.SIGTERM)
         deadline = time.monotonic() + 2.0
@@ -1835,7 +1858,7 @@ class ImageGroup:
 
 def made_up_id(name: str) -> str:
     """A stable id for what nerdctl gives none: host, none, and networks of other CNI users."""
-    return hashlib.sha256(f"nerdctld network {name}".encode()).hexdigest()
+    return sha256(f"nerdctld network {name}".encode()).hexdigest()
 
 
 def parse_network(row: Dict[str, Any]) -> Dict[str, Any]:
@@ -1936,7 +1959,7 @@ class Snapshot:
     def store(self) -> str:
         """nerdctl's own folder for this containerd: the hash of its address is in the name."""
         address = self.nerdctl.address.replace("unix://", "", 1) or "/run/containerd/containerd.sock"
-        return os.path.join(data_root(), hashlib.sha256(os.path.realpath(address).encode()).hexdigest()[:8])
+        return os.path.join(data_root(), sha256(os.path.realpath(address).encode()).hexdigest()[:8])
 
     def _volume_stamp(self) -> Any:
         """The same for volumes."""
@@ -3132,6 +3155,19 @@ def pull_image(engine: Engine, request: Request, reference: Reference, platform:
     engine.journal.emit("image", "pull", name, {**group.labels, "name": name})
 
 
+class TlsConnection(http.client.HTTPConnection):
+    """An HTTP connection by TLS to a host whose certificate the system trusts."""
+
+    default_port = 443
+
+    def connect(self) -> None:
+        """Connect; OSError where that fails or the certificate is not good."""
+        import ssl
+
+        super().connect()
+        self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+
+
 class Registry:
     """The few questions that nerdctl does not put to a registry: the tags of a repository, and the descriptor of a
     reference. Plain http for this machine only, as nerdctl does; token and basic authentication."""
@@ -3185,8 +3221,7 @@ class Registry:
         name = host.rpartition(":")[0] or host
         if plain is None:
             plain = name in ("localhost", "127.0.0.1", "[::1]")
-        kind = http.client.HTTPConnection if plain else http.client.HTTPSConnection
-        connection = kind(host, timeout=30)
+        connection = (http.client.HTTPConnection if plain else TlsConnection)(host, timeout=30)
         try:
             headers = {"Accept": self.TYPES, "User-Agent": f"nerdctld/{VERSION}"}
             if authorization:
@@ -3214,7 +3249,7 @@ def image_distribution(engine: Engine, request: Request, name: str) -> Response:
     headers, body = registry.ask(f"manifests/{reference.digest or reference.tag}")
     manifest = typed(parse_json(body), dict, "manifest")
     media_type = manifest.get("mediaType") or headers.get("content-type") or ""
-    digest = headers.get("docker-content-digest") or "sha256:" + hashlib.sha256(body).hexdigest()
+    digest = headers.get("docker-content-digest") or "sha256:" + sha256(body).hexdigest()
     if "manifests" in manifest:
         platforms = [each.get("platform") or {} for each in manifest["manifests"]]
         platforms = [each for each in platforms if each.get("os") not in (None, "unknown")]
@@ -4192,7 +4227,7 @@ def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, A
     return {
         "IPAMConfig": asked.get("IPAMConfig"), "Links": asked.get("Links"), "Aliases": asked.get("Aliases"), "DriverOpts": asked.get("DriverOpts"),
         "GwPriority": 0, "NetworkID": identity,
-        "EndpointID": hashlib.sha256(f"{container.id}/{identity}".encode()).hexdigest() if running else "",
+        "EndpointID": sha256(f"{container.id}/{identity}".encode()).hexdigest() if running else "",
         "Gateway": config.get("Gateway") or "" if running else "", "IPAddress": address.get("ip") or "", "MacAddress": address.get("mac") or "",
         "IPPrefixLen": address.get("prefix") or 0, "IPv6Gateway": "", "GlobalIPv6Address": address.get("ip6") or "",
         "GlobalIPv6PrefixLen": address.get("prefix6") or 0, "DNSNames": None,
@@ -4512,7 +4547,7 @@ def docker_container(container: Container, detail: Dict[str, Any], networks: Dic
     ports: Dict[str, Any] = {key: None for key in config.get("ExposedPorts") or {}}
     ports.update(port_bindings(container) if container.running else {})
     settings = {
-        "SandboxID": hashlib.sha256(container.id.encode()).hexdigest() if container.running else "", "SandboxKey": "", "Ports": ports, "Networks": attached,
+        "SandboxID": sha256(container.id.encode()).hexdigest() if container.running else "", "SandboxKey": "", "Ports": ports, "Networks": attached,
     }
     if version < (1, 52):
         for key, empty in (("EndpointID", ""), ("Gateway", ""), ("GlobalIPv6Address", ""), ("GlobalIPv6PrefixLen", 0), ("IPAddress", ""),
@@ -6384,6 +6419,8 @@ def container_attach_websocket(engine: Engine, request: Request, name: str) -> R
     if "websocket" not in (request.headers.get("Upgrade") or "").lower() or not key:
         raise BadParameter("not a websocket handshake")
     attachment, serve, abandon, _ = attach(engine, request, name, framed=False)
+    import hashlib
+
     accept = base64.b64encode(hashlib.sha1((key + WEBSOCKET_KEY).encode()).digest()).decode()
 
     def serve_frames(connection: Connection) -> None:
@@ -6755,7 +6792,7 @@ def path_stat(engine: Engine, container: Container, path: str) -> Tuple[PathStat
             raise not_there(container, path) from None
         except OSError as error:
             raise BadParameter(f"{path}: {error.strerror}") from None
-    with engine.nerdctl.start("cp", "--", f"{container.real}:{path}", "-") as process:
+    with engine.nerdctl.start("cp", "--", f"{container.real}:{path}", "-", mounts=True) as process:
         header, _ = read_header(process)
         if not header:
             copy_failed(process, container, path)
@@ -6771,7 +6808,7 @@ def link_stat(engine: Engine, container: Container, path: str, found: PathStat) 
     import tarfile
 
     folder, name = os.path.split(path)
-    with engine.nerdctl.start("cp", "--", f"{container.real}:{folder.rstrip('/')}/.", "-") as process, contextlib.suppress(tarfile.TarError):
+    with engine.nerdctl.start("cp", "--", f"{container.real}:{folder.rstrip('/')}/.", "-", mounts=True) as process, contextlib.suppress(tarfile.TarError):
         for entry in tarfile.open(fileobj=process, mode="r|"):
             if entry.issym() and entry.name in (name, f"./{name}"):
                 resolved = entry.linkname if entry.linkname.startswith("/") else f"{folder}/{entry.linkname}"
@@ -6888,7 +6925,7 @@ def archive_get(engine: Engine, request: Request, name: str) -> Response:
         if target:
             yield link_archive(found, target)
             return
-        with engine.nerdctl.start("cp", "--", f"{container.real}:{taken}", "-", client=request.client) as process:
+        with engine.nerdctl.start("cp", "--", f"{container.real}:{taken}", "-", mounts=True) as process:
             widen_pipe(process.stdout)
             yield from copied_tar(process, os.path.basename(path.rstrip("/")) or "/")
         engine.tell(container, "archive-path", path=path)
@@ -6931,7 +6968,7 @@ def archive_put(engine: Engine, request: Request, name: str) -> Response:
     if not stat.S_ISDIR(found.mode):
         raise BadParameter("extraction point is not a directory")
     with engine.nerdctl.start("cp", "--", "-", f"{container.real}:{path}", stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                              client=request.client) as process:
+                              mounts=True) as process:
         empty = True
         for block in plain_blocks(request.body):
             empty = False
@@ -6952,7 +6989,9 @@ def container_export(engine: Engine, request: Request, name: str) -> Response:
     container = engine.snapshot.find(name)
 
     def chunks() -> Iterator[bytes]:
-        with engine.nerdctl.start("export", "--", container.real, client=request.client) as process:
+        # Go ends a program that finds its stdout closed; the same pipe by another number is an error to it, and it unmounts.
+        output = ["--output=/dev/stdout"] if engine.nerdctl.local else []
+        with engine.nerdctl.start("export", *output, "--", container.real, mounts=True) as process:
             widen_pipe(process.stdout)
             yield from iter(process.read, b"")
             process.check()
@@ -9242,7 +9281,7 @@ class Ctr:
         """Digest -> size and value of JSON in the content store; those that are not there are left out."""
         wanted = list(dict.fromkeys(digests))
         found = {digest: text.encode() for digest, text in zip(wanted, self.each(["content", "get", each] for each in wanted)) if text}
-        if any(digest != "sha256:" + hashlib.sha256(data).hexdigest() for digest, data in found.items()):
+        if any(digest != "sha256:" + sha256(data).hexdigest() for digest, data in found.items()):
             raise ApiError(UNKNOWN_CTR + "the content it prints is not what its digest says")
         return {digest: (len(data), json.loads(data)) for digest, data in found.items()}
 
@@ -9371,7 +9410,7 @@ def whole_manifests(ctr: Ctr, index: Dict[str, Any]) -> List[Tuple[str, Dict[str
 
 def chain_ids(config: Dict[str, Any]) -> List[str]:
     """The keys of an image's snapshots, from the lowest layer up."""
-    link = lambda below, layer: "sha256:" + hashlib.sha256(f"{below} {layer}".encode()).hexdigest()
+    link = lambda below, layer: "sha256:" + sha256(f"{below} {layer}".encode()).hexdigest()
     return list(itertools.accumulate(config["rootfs"]["diff_ids"], link))
 
 

@@ -37,6 +37,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import statistics
 import subprocess
@@ -1193,6 +1194,14 @@ class TestNerdctlProcess:
             pid = process.popen.pid
         assert not os.path.exists(f"/proc/{pid}")
 
+    def test_what_mounts_ends_by_itself(self, tmp_path):
+        program = tmp_path / "nerdctl"
+        program.write_text(f"#!/bin/sh\nyes | head -c 100000000\nsleep 0.2\necho unmounted > {tmp_path}/told\n")
+        program.chmod(0o755)
+        with nerdctld.Nerdctl([str(program)]).start("cp", mounts=True) as process:
+            assert process.read(2) == b"y\n"
+        assert (tmp_path / "told").read_text() == "unmounted\n" and process.popen.returncode == 0
+
     def test_places_are_given_back(self, engine, scripted):
         for _ in range(20):
             with pytest.raises(nerdctld.ApiError):
@@ -1831,7 +1840,7 @@ class TestSystem:
     def test_auth(self, engine, scripted):
         scripted.on("login", reads=True, stdout="Login Succeeded\n")
         answer = ask(engine, "POST", "/auth", {"username": "-u", "password": "p", "serveraddress": "http://localhost:5000/v1/"})
-        assert (answer.status, answer.json) == (200, {"IdentityToken": "", "Status": "Login Succeeded"})
+        assert (answer.status, answer.json) == (200, {"Status": "Login Succeeded"})
         call = scripted.calls("login")[0]
         assert call["argv"] == ["login", "--username", "-u", "--password-stdin", "--", "localhost:5000"] and call["text"] == "p"
         assert call["auth"] == {"auths": {}}, "not in a folder of its own"
@@ -2246,7 +2255,6 @@ class FakeRegistry(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.partition("?")[0]
-        host = f"127.0.0.1:{self.server.server_address[1]}"
         bodies = {"/v2/a/b/manifests/1": self.MANIFEST, "/v2/a/b/blobs/sha256:c": self.CONFIG, "/v2/a/b/tags/list": b'{"tags":["2","1","-x",3]}',
                   "/token": b'{"token":"good"}'}
         body, status, headers = bodies.get(path, b"{}"), 200 if path in bodies else 404, {}
@@ -2254,7 +2262,7 @@ class FakeRegistry(http.server.BaseHTTPRequestHandler):
             if self.headers.get("Authorization") != "Basic " + base64.b64encode(b"u:p").decode():
                 status = 401
         elif self.headers.get("Authorization") != "Bearer good":
-            status, headers = 401, {"WWW-Authenticate": f'Bearer realm="http://{host}/token",service="s",scope="x"'}
+            status, headers = 401, {"WWW-Authenticate": f'Bearer realm="{self.server.scheme}://{self.headers["Host"]}/token",service="s",scope="x"'}
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
@@ -2265,15 +2273,24 @@ class FakeRegistry(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def registry():
-    """host:port of a fake registry."""
+@contextlib.contextmanager
+def local_registry(context=None):
+    """host:port of a fake registry, with TLS where there is a context for it."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeRegistry)
-    server.daemon_threads = True
+    server.daemon_threads, server.scheme = True, "https" if context else "http"
+    if context:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def registry():
+    """host:port of a fake registry."""
+    with local_registry() as address:
+        yield address
 
 
 class TestRegistry:
@@ -2291,6 +2308,23 @@ class TestRegistry:
         assert ask(engine, "GET", f"/distribution/{registry}/a/b:2/json", headers=self.HEADERS).status == 404
         assert ask(engine, "GET", "/distribution/127.0.0.1:1/a/json").status == 500
         assert ask(engine, "GET", "/distribution/-x/json").status == 400
+
+    def test_tls(self, engine, tmp_path, monkeypatch):
+        if not shutil.which("openssl"):
+            pytest.skip("no openssl to make a certificate with")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "crt"), "-days", "2",
+                        "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:registry.test"], check=True, capture_output=True, timeout=60)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tmp_path / "crt", tmp_path / "key")
+        with local_registry(context) as address:
+            port = address.rpartition(":")[2]
+            connect = socket.create_connection
+            monkeypatch.setattr(socket, "create_connection", lambda where, *more: connect(("127.0.0.1", where[1]), *more))
+            path = f"/distribution/registry.test:{port}/a/b:1/json"
+            answer = ask(engine, "GET", path, headers=self.HEADERS)
+            assert answer.status == 500 and "certificate verify failed" in answer.message
+            monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "crt"))
+            assert ask(engine, "GET", path, headers=self.HEADERS).status == 200
 
     def test_pull_of_all_tags(self, furnished, scripted, registry):
         scripted.on("pull", PULL)
@@ -3532,7 +3566,7 @@ class TestArchive:
     def test_export(self, furnished, scripted):
         scripted.on("export", stdout="a tar")
         assert ask(furnished, "GET", "/containers/tstdone/export").body == b"a tar"
-        assert scripted.argv("export") == ["export", "--", identity(furnished, "tstdone")]
+        assert scripted.argv("export") == ["export", "--output=/dev/stdout", "--", identity(furnished, "tstdone")]
 
 
 ###############################################################################
@@ -5955,7 +5989,7 @@ class TestCtr:
         assert status == 0 and told[-1] == "Pull complete" and all(not call["tty"] for call in ctr.calls())
         assert run("push", "--", BASE)[0] == 0 and ctr.argv()[-1] == " ".join(["images push", *ctr.local, "--", BASE])
         missing = error(run("pull", "--", "localhost:5000/nope:1"))
-        assert isinstance(missing, nerdctld.NotFound) and str(missing) == "failed to resolve image: localhost:5000/nope:1: not found"
+        assert isinstance(missing, nerdctld.NotFound) and str(missing) == 'failed to resolve reference "localhost:5000/nope:1": localhost:5000/nope:1: not found'
         assert isinstance(error(run("push", "--", "localhost:5000/nope:1")), nerdctld.NotFound)
 
     def test_password_goes_by_a_terminal(self, ctr, run):
@@ -6338,22 +6372,33 @@ class TestUnits:
         if not shutil.which("systemd-analyze"):
             pytest.skip("no systemd-analyze")
         for name in ("nerdctl.service", "nerdctl.socket"):
-            text = (HERE / name).read_text()
-            (tmp_path / name).write_text(text.replace("ExecStart=nerdctld.py", f"ExecStart={HERE}/nerdctld.py"))
+            shutil.copy(HERE / name, tmp_path)
         done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(tmp_path / "nerdctl.service"), str(tmp_path / "nerdctl.socket")],
                               capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and "nerdctl." not in done.stderr, done.stderr
 
-    def test_options_are_known(self):
-        line = re.search(r"^ExecStart=(\S+) (.*)$", (HERE / "nerdctl.service").read_text(), re.M)
-        assert line.group(1) == "nerdctld.py" and nerdctld.parse_args(line.group(2).split()).idle_timeout == 600
+    @staticmethod
+    def command(cache, folder=HERE):
+        """The command of the service, for a cache and a folder with the program."""
+        line = re.search(r"^ExecStart=(.*)$", (HERE / "nerdctl.service").read_text(), re.M).group(1)
+        assert line.count("'/usr/local/bin', '/usr/bin'") == 1 and line.count("%C") == 1
+        words = shlex.split(line.replace("'/usr/local/bin', '/usr/bin'", f"'{folder}'").replace("%C", str(cache)))
+        assert (words[0], words[-1]) == ("python3", "$NERDCTLD_OPTIONS")
+        return [sys.executable, *words[1:-1]]
+
+    def test_options_are_known(self, tmp_path):
+        words = self.command(tmp_path)
+        assert nerdctld.parse_args(words[words.index("-c") + 2:]).idle_timeout == 600
 
     def test_socket_activation(self, tmp_path, scripted):
         if not shutil.which("systemd-socket-activate"):
             pytest.skip("no systemd-socket-activate")
-        found = Daemon(tmp_path, command=["systemd-socket-activate", "-l", str(tmp_path / "nd.sock"), "-E", "PATH", sys.executable, str(HERE / "nerdctld.py"),
+        found = Daemon(tmp_path, command=["systemd-socket-activate", "-l", str(tmp_path / "nd.sock"), "-E", "PATH", *self.command(tmp_path),
                                           "--nerdctl", str(scripted.program)])
         assert found.ask("GET", "/_ping").body == b"OK"
+        # What the next start takes, and what is not loaded for an idle daemon.
+        assert list((tmp_path / "nerdctld").rglob("nerdctld.*.pyc"))
+        assert not re.search(r"lib(ssl|crypto)\.", pathlib.Path(f"/proc/{found.process.pid}/maps").read_text())
         assert found.end() == 0
 
 
@@ -6752,6 +6797,25 @@ class TestLiveContainers:
             box("start", "tstcp")
         assert {"A /tmp/in/file"} <= set(box.text("diff", "tstcp").splitlines())
 
+    def test_no_mount_stays(self, box):
+        # Whatever nerdctl mounts of a container that does not run, it unmounts, also when nobody reads the rest.
+        box.text("create", "--name", "tstcp", *QUIET, BASE, "true")
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w") as tar:
+            entry = tarfile.TarInfo("big")
+            entry.size = 30 << 20
+            tar.addfile(entry, io.BytesIO(os.urandom(entry.size)))
+        assert box.live.ask("PUT", "/containers/tstcp/archive?path=/tmp", data.getvalue()).status == 200
+        assert box.live.ask("HEAD", "/containers/tstcp/archive?path=/tmp").status == 200
+        for method, path, body in (("GET", "archive?path=/tmp/big", b""), ("GET", "export", b""), ("PUT", "archive?path=/tmp", data.getvalue())):
+            sock = box.live.connect()
+            sock.sendall(f"{method} /containers/tstcp/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body[:1 << 20])
+            if not body:
+                assert sock.recv(100).startswith(b"HTTP/1.1 200")
+            time.sleep(0.3)
+            sock.close()
+        assert until(lambda: not re.findall(r"/nerdctl-(?:cp|export)-", pathlib.Path("/proc/self/mounts").read_text()))
+
     def test_logs(self, box):
         box.text("run", "-d", "--name", "tstlogs", *QUIET, BASE, "sh", "-c", "for i in 1 2 3; do echo $i; echo e$i >&2; done")
         box.text("wait", "tstlogs")
@@ -7061,8 +7125,8 @@ class TestLiveSSH:
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True, timeout=20)
         (tmp_path / "bin").mkdir()
         shutil.copy(HERE / "nerdctl", tmp_path / "bin" / "docker")
-        (tmp_path / "bin" / "nerdctld.py").write_text(f"#!/bin/sh\nexec {sys.executable} {HERE}/nerdctld.py --addr unix://{live.socket} \"$@\"\n")
-        (tmp_path / "bin" / "nerdctld.py").chmod(0o755)
+        (tmp_path / "bin" / "nerdctld").write_text(f"#!/bin/sh\nexec {sys.executable} {HERE}/nerdctld.py --addr unix://{live.socket} \"$@\"\n")
+        (tmp_path / "bin" / "nerdctld").chmod(0o755)
         os.chmod(tmp_path, 0o755)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
