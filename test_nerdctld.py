@@ -7114,6 +7114,91 @@ class TestLiveLeaving:
         assert building.ask("GET", "/images/tstlive/i:1/json").status == 404
 
 
+class TestLiveSystemd:
+    """The units in a Debian that systemd boots in a container, with a containerd of its own and the docker CLI."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def shell(cls):
+        """Function of (script, user) that runs it in there; its output. `fails` asks for a failure."""
+        tree = pathlib.Path(os.environ.get("NERDCTLD_STACK_CACHE") or "/var/cache/nerdctld-stack") / "debian.tar"
+        reason = why_not_live() or (not tree.exists() and "there is no Debian to boot (.ci/stack up --systemd)")
+        if reason:
+            pytest.skip(reason)
+        with open(tree, "rb") as file:
+            subprocess.run(["nerdctl", "--namespace=nerdctld-systemd", "import", "-", "debian:systemd"], stdin=file, capture_output=True, check=True, timeout=120)
+        programs = {name: os.path.realpath(shutil.which(name)) for name in ("containerd", "containerd-shim-runc-v2", "ctr", "nerdctl", "docker", "runc")}
+        shared = [f"--volume={path}:/usr/local/bin/{name}:ro" for name, path in programs.items()]
+        real("rm", "-f", "-v", "tstsystemd", namespace="nerdctld-systemd")
+        done = real("run", "-d", "--name", "tstsystemd", "--privileged", "--network=none", "--tmpfs=/run", "--tmpfs=/run/lock", "--tmpfs=/tmp", "--env=container=docker",
+                    "--volume=/var/lib/containerd", "--volume=/var/lib/nerdctl", f"--volume={HERE}:/src:ro", f"--volume={STACK}:/stack:ro", *shared,
+                    "debian:systemd", "/sbin/init", namespace="nerdctld-systemd")
+
+        def run(script, user="root", fails=False):
+            done = subprocess.run(["nerdctl", "--namespace=nerdctld-systemd", "exec", "-i", "tstsystemd", "su", user, "-c", "exec bash -e"],
+                                  input=("export DOCKER_HOST=${DOCKER_HOST:-unix:///run/nerdctl.sock}\n" + script).encode(), stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, timeout=100)
+            text = re.sub(r"time=\S+ level=fatal msg=.exec failed.*\n", "", done.stdout.decode())
+            assert bool(done.returncode) == fails, text
+            return text
+        try:
+            if done.returncode or not until(lambda: b"running" in real("exec", "tstsystemd", "systemctl", "is-system-running", namespace="nerdctld-systemd").stdout, 40):
+                pytest.skip("systemd does not boot in a container here")
+            run("""install -m 755 /src/nerdctld.py /usr/local/bin/
+                install -m 644 /src/nerdctl.socket /src/nerdctl.service /etc/systemd/system/
+                printf '[Service]\nType=notify\nExecStart=/usr/local/bin/containerd\nDelegate=yes\nKillMode=process\n' >/etc/systemd/system/containerd.service
+                systemctl daemon-reload; systemctl start containerd; systemctl enable --now nerdctl.socket""")
+            yield run
+        finally:
+            real("rm", "-f", "-v", "tstsystemd", namespace="nerdctld-systemd")
+            real("rmi", "-f", "debian:systemd", namespace="nerdctld-systemd")
+
+    def test_first_connection_starts_it(self, shell):
+        assert shell("systemctl is-active nerdctl.service", fails=True) == "inactive\n"
+        assert shell("stat -c '%a %U %G' /run/nerdctl.sock") == "660 root root\n"
+        assert shell("docker version -f '{{.Server.Version}}'; systemctl is-active nerdctl.service") == f"{nerdctld.VERSION}\nactive\n"
+        assert shell("ls /var/cache/nerdctld/usr/local/bin").startswith("nerdctld.cpython")
+        assert BASE in shell("docker load -q -i /stack/base.tar; docker images --format '{{.Repository}}:{{.Tag}}'")
+        assert shell(f"docker run --rm --network none {BASE} echo hello") == "hello\n"
+
+    def test_a_restart_leaves_containers_alone(self, shell):
+        shell(f"docker run -d --name keep --network none {BASE} sh -c 'i=0; while :; do i=$((i+1)); echo line $i; sleep 0.2; done'")
+        before = shell("systemctl show -P MainPID nerdctl.service; systemctl restart nerdctl.service; systemctl kill -s KILL nerdctl.service; sleep 1")
+        assert shell("systemctl show -P MainPID nerdctl.service") != before
+        assert shell("docker inspect -f '{{.State.Running}} {{.RestartCount}}' keep") == "true 0\n"
+        lines = shell("sleep 1; docker logs keep").splitlines()
+        assert lines == [f"line {number}" for number in range(1, len(lines) + 1)] and len(lines) > 5
+
+    def test_it_ends_when_idle_and_comes_back(self, shell):
+        shell("""mkdir -p /etc/systemd/system/nerdctl.service.d
+            printf '[Service]\nEnvironment="NERDCTLD_OPTIONS=--idle-timeout=1 --debug"\n' >/etc/systemd/system/nerdctl.service.d/options.conf
+            systemctl daemon-reload; systemctl restart nerdctl.service; docker ps""")
+        shell("for i in $(seq 60); do systemctl is-active -q nerdctl.service || exit 0; sleep 0.5; done; exit 1")
+        assert shell("systemctl show -P Result nerdctl.service; systemctl is-active nerdctl.socket") == "success\nactive\n"
+        assert shell("docker ps --format '{{.Names}}'; docker rm -f keep") == "keep\nkeep\n"
+
+    def test_group(self, shell):
+        shell("""groupadd nerdctl; useradd -m -G nerdctl insider; useradd -m outsider; mkdir -p /etc/systemd/system/nerdctl.socket.d
+            printf '[Socket]\nSocketGroup=nerdctl\n' >/etc/systemd/system/nerdctl.socket.d/group.conf
+            systemctl daemon-reload; systemctl stop nerdctl.service; systemctl restart nerdctl.socket""")
+        assert BASE in shell("docker images --format '{{.Repository}}:{{.Tag}}'", "insider")
+        assert "permission denied" in shell("docker images", "outsider", fails=True)
+
+    def test_manager_of_a_user(self, shell):
+        shell("loginctl enable-linger outsider; for i in $(seq 50); do [ -S /run/user/$(id -u outsider)/bus ] && break; sleep 0.2; done")
+        environment = "export XDG_RUNTIME_DIR=/run/user/$(id -u); export DOCKER_HOST=unix://$XDG_RUNTIME_DIR/nerdctl.sock\n"
+        shell(environment + """mkdir -p ~/.config/systemd/user; cp /src/nerdctl.socket /src/nerdctl.service ~/.config/systemd/user/
+            systemctl --user daemon-reload; systemctl --user enable --now nerdctl.socket""", "outsider")
+        assert shell(environment + "docker version -f '{{.Server.Version}}'; systemctl --user is-active nerdctl.service; stat -c %U $XDG_RUNTIME_DIR/nerdctl.sock; "
+                     "ls ~/.cache/nerdctld/usr/local/bin | head -c 8", "outsider") == f"{nerdctld.VERSION}\nactive\noutsider\nnerdctld"
+
+    def test_nothing_stays(self, shell):
+        shell("systemctl stop nerdctl.socket nerdctl.service")
+        assert shell("ls /run/nerdctl.sock", fails=True) and shell("pgrep -u root -f 'import nerdctld'", fails=True) == ""
+        journal = shell("journalctl --no-pager -o cat -u nerdctl.service")
+        assert "listening on the socket of systemd" in journal and "Traceback" not in journal
+
+
 class TestLiveSSH:
     @pytest.fixture
     def host(self, live, tmp_path):
