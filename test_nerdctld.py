@@ -7578,92 +7578,266 @@ def bench_call(engine, call, name):
     return made.status == 201 and b"hi" in engine.ask("POST", f"/exec/{made.json['Id']}/start", {"Detach": False}).body
 
 
-def bench_lives_table(options, daemon, peers, bare):
-    """The lives of containers, step by step and as a whole, by turns with bare nerdctl; medians in ms."""
-    for life, steps in bench_lives().items():
-        taken = collections.defaultdict(list)
-        engines = [("nerdctl", None), ("daemon", daemon), *((os.path.basename(each.socket)[:14], each) for each in peers)]
-        for number in range(options.rounds):
-            for title, engine in engines:
-                name, whole = f"nerdctld-bench-{number}", 0.0
-                for step, words, call in steps:
-                    began = time.monotonic()
-                    good = bench_call(engine, call, name) if engine else bare([each.format(name) for each in words], None)()
-                    assert good is not False, (title, step)
-                    taken[title, step].append((time.monotonic() - began) * 1000)
-                    whole += taken[title, step][-1]
-                taken[title, "all of it"].append(whole)
-        for step in [*(step for step, _, _ in steps), "all of it"]:
-            alone, ours = (statistics.median(taken[title, step]) for title in ("nerdctl", "daemon"))
-            line = f"{life + ': ' + step:16}{alone:12.1f}{ours:12.1f}{ours / alone:8.2f}{ours - alone:9.1f}"
-            for title, _ in engines[2:]:
-                theirs = statistics.median(taken[title, step])
-                line += f"{f'{theirs:.1f} ({ours / theirs:.2f}x)':>16}"
-            print(line, flush=True)
+class Bench:
+    """One run of the ratios: a daemon over the real nerdctl, and the peers that were named."""
+
+    def __init__(self, options, folder):
+        self.options, self.folder = options, folder
+        self.archive = (STACK / "base.tar").read_bytes()
+        self.environment = {"DOCKER_CONFIG": str(folder)}
+        real("load", data=self.archive)
+        self.daemon = Live(folder, "--namespace", NAMESPACE, environment=self.environment)
+        self.peers = []
+        for address in options.peer:
+            peer = Daemon.__new__(Daemon)
+            peer.socket = address.replace("unix://", "", 1)
+            self.peers.append(peer)
+            peer.ask("POST", "/images/load?quiet=1", self.archive, {"Content-Type": "application/x-tar"})
+
+    def close(self):
+        """End the daemon, take away the images."""
+        self.daemon.end()
+        real("rmi", "-f", *real("images", "--format", "{{.Name}}").stdout.decode().split())
+
+    def bare(self, words, data=None):
+        """An action that runs nerdctl."""
+        return lambda: subprocess.run(["nerdctl", f"--namespace={NAMESPACE}", *words], input=data, capture_output=True, timeout=300,
+                                      env={**os.environ, **self.environment}).returncode == 0
+
+    @staticmethod
+    def through(engine, call):
+        """An action that makes an API call."""
+        def action():
+            answer = engine.ask(call[0], call[1], call[2], call[3] if len(call) > 3 else None)
+            return answer.status < 400 and b'"errorDetail"' not in answer.body[-2000:]
+        return action
+
+    def line(self, name, alone, ours, theirs=(), unit=1000, adds=True):
+        """Print a row: seconds as ms (or what `unit` makes of them), the ratio, what is added, the peers."""
+        text = f"{name:26}" + "".join(f"{each * unit:12.2f}" if each else f"{'-':>12}" for each in (alone, ours))
+        text += f"{ours / alone:8.2f}" if alone and ours else " " * 8
+        text += f"{(ours - alone) * unit:9.1f}" if alone and ours and adds else " " * 9
+        print(text + "".join(f"{f'{each * unit:.1f} ({ours / each:.2f}x)' if each and ours else '-':>18}" for each in theirs), flush=True)
+
+    def memory(self, key="VmRSS", pid=None):
+        """MB of the daemon, resident now or (VmHWM) at most."""
+        return int(re.search(key + r":\s+(\d+)", pathlib.Path(f"/proc/{pid or self.daemon.process.pid}/status").read_text()).group(1)) / 1000
+
+    def commands(self):
+        """Each read and write as a command of its own, on a connection of its own."""
+        # The event feed settles in half a second, and reads come from the snapshot then.
+        self.daemon.ask("GET", "/containers/json?all=1")
+        time.sleep(1)
+        reads, writes = [], []
+        for name, words, data, call in bench_work(self.archive):
+            self.through(self.daemon, call)()
+            alone, ours = median_of(self.options.rounds, self.bare(words, data)), median_of(self.options.rounds, self.through(self.daemon, call))
+            if alone and ours:
+                (reads if call[0] == "GET" else writes).append((ours - alone) * 1000)
+            self.line(name, alone, ours, [median_of(self.options.rounds, self.through(peer, call)) for peer in self.peers])
+        print(f"the daemon adds, at the median, {statistics.median(reads + writes):.1f} ms to a command ({statistics.median(reads):.1f} to a read, "
+              f"{statistics.median(writes):.1f} to a write)")
+
+    def lives(self):
+        """The lives of containers, step by step and as a whole, by turns with bare nerdctl."""
+        for life, steps in bench_lives().items():
+            taken = collections.defaultdict(list)
+            engines = [("nerdctl", None), ("daemon", self.daemon), *((each.socket, each) for each in self.peers)]
+            for number in range(self.options.rounds):
+                for title, engine in engines:
+                    name, whole = f"nerdctld-bench-{number}", 0.0
+                    for step, words, call in steps:
+                        began = time.monotonic()
+                        good = bench_call(engine, call, name) if engine else self.bare([each.format(name) for each in words])()
+                        assert good is not False, (title, step)
+                        taken[title, step].append(time.monotonic() - began)
+                        whole += taken[title, step][-1]
+                    taken[title, "all of it"].append(whole)
+            for step in [*(step for step, _, _ in steps), "all of it"]:
+                alone, ours, *theirs = (statistics.median(taken[title, step]) for title, _ in engines)
+                self.line(f"{life}: {step}", alone, ours, theirs)
+
+    def reads(self):
+        """Warm reads on one connection, as a client library keeps it."""
+        name = f"/containers/{self.daemon.ask('POST', '/containers/create?name=nerdctld-bench', {'Image': BASE}).json['Id']}/json"
+        for peer in self.peers:
+            peer.ask("POST", "/containers/create?name=nerdctld-bench", {"Image": BASE})
+        self.daemon.ask("GET", "/containers/json?all=1")
+        time.sleep(1)
+        for title, path in (("_ping", "/_ping"), ("version", "/version"), ("info", "/info"), ("ps", "/containers/json?all=1"), ("images", "/images/json"),
+                            ("image inspect", f"/images/{BASE}/json"), ("container inspect", name), ("networks", "/networks"), ("volumes", "/volumes")):
+            ours, *theirs = (self.kept(each, path if each is self.daemon else path.replace(name, "/containers/nerdctld-bench/json"), 100)
+                             for each in (self.daemon, *self.peers))
+            self.line("warm " + title, None, ours, theirs)
+        for each in (self.daemon, *self.peers):
+            each.ask("DELETE", "/containers/nerdctld-bench")
+
+    @staticmethod
+    def kept(engine, path, rounds):
+        """Median seconds of a GET on one connection; None where it is refused."""
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = engine.connect()
+
+        def action():
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            answer.read()
+            return answer.status == 200
+        with contextlib.closing(connection):
+            return median_of(rounds, action)
+
+    def many(self):
+        """`ps -a` over 300 containers: the first answer of a new daemon, and later ones on one connection."""
+        for number in range(300):
+            real("create", "--name", f"nerdctld-bench-{number}", "--network=none", BASE, "true")
+        try:
+            cold = []
+            for number in range(3):
+                (self.folder / str(number)).mkdir()
+                other = Live(self.folder / str(number), "--namespace", NAMESPACE)
+                cold.append(median_of(1, self.through(other, ("GET", "/containers/json?all=1", None))))
+                other.end()
+            self.line("ps -a of 300, cold", median_of(3, self.bare(["ps", "-a", "--no-trunc"])), statistics.median(cold))
+            self.line("ps -a of 300, warm", None, self.kept(self.daemon, "/containers/json?all=1", 30))
+        finally:
+            real("rm", *(f"nerdctld-bench-{number}" for number in range(300)), timeout=300)
+
+    def start(self):
+        """The first answer after socket activation, and what the daemon holds: with the command of the unit."""
+        if not shutil.which("systemd-socket-activate"):
+            print("no systemd-socket-activate")
+            return
+        taken = []
+        for number in range(self.options.rounds):
+            path = self.folder / f"start-{number}"
+            process = subprocess.Popen(["systemd-socket-activate", "-l", str(path), *(f"--setenv={name}" for name in ("PATH", "HOME")),
+                                        *TestUnits.command(self.folder), f"--namespace={NAMESPACE}"], stderr=subprocess.DEVNULL)
+            assert until(path.exists)
+            time.sleep(0.2)
+            found = Daemon.__new__(Daemon)
+            found.socket = str(path)
+            began = time.monotonic()
+            found.ask("GET", "/_ping")
+            taken.append(time.monotonic() - began)
+            if number == self.options.rounds - 1:
+                for each in ("/version", "/info", "/containers/json?all=1", "/images/json", "/networks", "/volumes"):
+                    found.ask("GET", each)
+                idle = self.memory(pid=process.pid)
+            process.terminate()
+            process.wait(20)
+        self.line("first answer", None, statistics.median(taken[1:]))
+        print(f"after a read of everything: {idle:.1f} MB resident")
+
+    def streams(self):
+        """MB/s of 200 MB through nerdctl into a pipe and through the daemon."""
+        size = 200
+        name, body = "nerdctld-bench", {"Image": BASE, "Cmd": ["sh", "-c", f"head -c {size}000000 /dev/urandom >/big; seq 2000000; touch /done; sleep 900"]}
+        self.daemon.ask("POST", f"/containers/create?name={name}", body)
+        self.daemon.ask("POST", f"/containers/{name}/start")
+        assert until(lambda: real("exec", name, "ls", "/done").returncode == 0, 120)
+        self.daemon.ask("POST", f"/commit?container={name}&repo={name}")
+        highest = self.memory("VmHWM")
+        for title, words, path in (
+                ("export", ["export", name], f"/containers/{name}/export"), ("archive", ["cp", f"{name}:/big", "-"], f"/containers/{name}/archive?path=/big"),
+                ("save", ["save", name], f"/images/{name}/get"), ("logs", ["logs", name], f"/containers/{name}/logs?stdout=1&stderr=1")):
+            rates = [[], []]
+            for _ in range(max(3, self.options.rounds // 2)):
+                for rate, open_one in zip(rates, (lambda: self.bare_pipe(words), lambda: self.socket_pipe(path))):
+                    rate.append(self.drained(open_one))
+            self.line(f"{title}, MB/s", *(statistics.median(rate) for rate in rates), unit=1, adds=False)
+        archive = self.daemon.ask("GET", f"/images/{name}/get").body
+        alone, ours = (statistics.median(rate) for rate in zip(*((len(archive) / 1e6 / median_of(1, action) for action in (
+            self.bare(["load"], archive), self.through(self.daemon, ("POST", "/images/load?quiet=1", archive, {"Content-Type": "application/x-tar"}))))
+            for _ in range(3))))
+        self.line("load, MB/s", alone, ours, unit=1, adds=False)
+        print(f"resident: at most {highest:.1f} MB before, {self.memory('VmHWM'):.1f} MB after")
+        self.daemon.ask("DELETE", f"/containers/{name}?force=1")
+
+    @contextlib.contextmanager
+    def bare_pipe(self, words):
+        """A reader of what a nerdctl command writes."""
+        with subprocess.Popen(["nerdctl", f"--namespace={NAMESPACE}", *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as process:
+            yield lambda buffer: process.stdout.readinto(buffer)
+
+    @contextlib.contextmanager
+    def socket_pipe(self, path):
+        """A reader of an answer, chunks and all."""
+        with contextlib.closing(self.daemon.connect()) as sock:
+            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            yield sock.recv_into
+
+    @staticmethod
+    def drained(open_one):
+        """MB/s, from the start of the command or request."""
+        began, total, buffer = time.monotonic(), 0, memoryview(bytearray(1 << 20))
+        with open_one() as read:
+            while True:
+                count = read(buffer)
+                if not count:
+                    return total / 1e6 / (time.monotonic() - began)
+                total += count
+
+    def builds(self):
+        """`docker build` of a context of 500 MB and of one of 5,000 files, against `buildctl build`; and, since buildx itself
+        does more than buildctl, against buildx that goes to the same buildkitd without the daemon."""
+        (self.folder / "bk").mkdir()
+        builder = Builder(self.folder / "bk")
+        try:
+            builder.run("buildx", "create", "--name", "bench", "--driver", "remote", builder.address)
+            print(f"{'':67}{'buildx alone':>18}")
+            for title, count, size in (("context of 500 MB", 1, 500_000_000), ("5,000 small files", 5000, 1000)):
+                context = self.folder / f"context-{count}"
+                context.mkdir()
+                (context / "Dockerfile").write_text("FROM scratch\nCOPY file0 /\n")
+                for number in range(count):
+                    (context / f"file{number}").write_bytes(os.urandom(size))
+                taken = [[], [], []]
+                for number in range(max(3, self.options.rounds // 2) + 1):
+                    name = f"bench-{count}:{number}"
+                    for place, words in enumerate((
+                            ["buildctl", f"--addr={builder.address}", "build", "--frontend=dockerfile.v0", f"--local=context={context}", f"--local=dockerfile={context}",
+                             f"--output=type=image,name=docker.io/library/{name}-a,unpack=true"], ["docker", "build", "-q", "-t", f"{name}-b", str(context)],
+                            ["docker", "buildx", "--builder=bench", "build", "-q", "--output", f"type=image,name=docker.io/library/{name}-c,unpack=true", str(context)])):
+                        # What has changed is sent again, all of it.
+                        for each in context.iterdir():
+                            os.utime(each)
+                        taken[place].append(median_of(1, lambda: subprocess.run(
+                            words, env=builder.environment(), capture_output=True, timeout=200).returncode == 0))
+                # The first of each is slower for both: caches of the host.
+                alone, ours, theirs = (statistics.median(each[1:]) for each in taken)
+                self.line(title, alone, ours, [theirs])
+                shutil.rmtree(context)
+            print(f"the daemon held at most {builder.memory() * 1.048576:.1f} MB")
+        finally:
+            builder.close()
+
+
+BENCHES = ("commands", "lives", "reads", "many", "start", "streams", "builds")
 
 
 def bench(argv):
     """Print each read and write as a ratio to the bare nerdctl command for the same work, and to peers; the exit status."""
     parser = argparse.ArgumentParser(prog="test_nerdctld.py --bench")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"only these of {', '.join(BENCHES)}")
     parser.add_argument("--bench", action="store_true")
     parser.add_argument("--peer", action="append", default=[], metavar="unix://PATH", help="another engine to compare with")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args(argv)
+    if set(options.parts) - set(BENCHES):
+        parser.error(f"no such part; there are {', '.join(BENCHES)}")
     reason = why_not_live()
     if reason:
         print(reason, file=sys.stderr)
         return 1
-    archive = (STACK / "base.tar").read_bytes()
     with tempfile.TemporaryDirectory() as folder:
-        real("load", data=archive)
-        config = {"DOCKER_CONFIG": folder}
-        daemon = Live(pathlib.Path(folder), "--namespace", NAMESPACE, environment=config)
-        peers = []
-        for address in options.peer:
-            peer = Daemon.__new__(Daemon)
-            peer.socket = address.replace("unix://", "", 1)
-            peers.append(peer)
-            peer.ask("POST", "/images/load?quiet=1", archive, {"Content-Type": "application/x-tar"})
+        run = Bench(options, pathlib.Path(folder))
+        print(f"{'medians':26}{'nerdctl ms':>12}{'daemon ms':>12}{'ratio':>8}{'adds ms':>9}" + "".join(f"{os.path.basename(each.socket)[:16]:>18}" for each in run.peers))
         try:
-            bench_table(options, daemon, peers, archive, config)
+            for part in options.parts or BENCHES:
+                getattr(run, part)()
         finally:
-            daemon.end()
-            names = real("images", "--format", "{{.Name}}").stdout.decode().split()
-            real("rmi", "-f", *names)
+            run.close()
     return 0
-
-
-def bench_table(options, daemon, peers, archive, config):
-    """Measure, print a line for each piece of work, and what the daemon adds at the median of all."""
-    def through(engine, call):
-        def action():
-            answer = engine.ask(call[0], call[1], call[2], call[3])
-            return answer.status < 400 and b'"errorDetail"' not in answer.body[-2000:]
-        return action
-
-    def bare(words, data):
-        return lambda: subprocess.run(["nerdctl", f"--namespace={NAMESPACE}", *words], input=data, capture_output=True, timeout=60,
-                                      env={**os.environ, **config}).returncode == 0
-    print(f"{'':16}{'nerdctl ms':>12}{'daemon ms':>12}{'ratio':>8}{'adds ms':>9}" + "".join(f"{os.path.basename(each.socket)[:14]:>16}" for each in peers))
-    # The event feed settles in half a second, and reads come from the snapshot then.
-    daemon.ask("GET", "/containers/json?all=1")
-    time.sleep(1)
-    reads, writes = [], []
-    for name, words, data, call in bench_work(archive):
-        through(daemon, call)()
-        alone, ours = median_of(options.rounds, bare(words, data)), median_of(options.rounds, through(daemon, call))
-        line = f"{name:16}" + "".join(f"{each * 1000:12.1f}" if each else f"{'-':>12}" for each in (alone, ours))
-        if alone and ours:
-            (reads if call[0] == "GET" else writes).append((ours - alone) * 1000)
-            line += f"{ours / alone:8.2f}{(ours - alone) * 1000:9.1f}"
-        for peer in peers:
-            theirs = median_of(options.rounds, through(peer, call))
-            line += f"{f'{theirs * 1000:.1f} ({ours / theirs:.2f}x)' if theirs and ours else '-':>16}"
-        print(line, flush=True)
-    bench_lives_table(options, daemon, peers, bare)
-    print(f"_ping: {median_of(50, through(daemon, ('GET', '/_ping', None, {}))) * 1000:.2f} ms")
-    print(f"the daemon adds, at the median, {statistics.median(reads + writes):.1f} ms to a command ({statistics.median(reads):.1f} to a read, "
-          f"{statistics.median(writes):.1f} to a write)")
 
 
 if __name__ == "__main__":
