@@ -5131,6 +5131,8 @@ def container_create(engine: Engine, request: Request) -> Response:
 # pseudo-terminal or, since `start` has no stdin without one, `run -i` with the same request. All others are started
 # detached, and their output is read from the log file.
 STDOUT, STDERR = 1, 2
+# What stands before a piece of output: its stream and its length.
+FRAME = struct.Struct(">B3xI")
 # nerdctl looks for its own detach keys, and would leave the container with Docker's default ones.
 NO_DETACH_KEYS = "--detach-keys=" + ",".join(["ctrl-@"] * 8)
 FATAL_LINE = re.compile(rb'time="[^"\n]*" level=fatal msg=.*\n?\Z')
@@ -5236,7 +5238,7 @@ class Attachment:
             return
         try:
             if self.framed:
-                self.connection.send(bytes([kind, 0, 0, 0]) + len(data).to_bytes(4, "big"), data)
+                self.connection.send(FRAME.pack(kind, len(data)), data)
             else:
                 self.connection.send(data)
         except ClientGone:
@@ -5429,21 +5431,32 @@ def pump_stdin(attachment: Attachment, session: Session, keys: Optional[DetachKe
 
 
 class LogLine(NamedTuple):
-    """A line of a container's log: nanoseconds since 1970, STDOUT or STDERR, and what was written, as bytes."""
+    """A line of a container's log: when it was written, as the log has it; STDOUT or STDERR; and what was written, as bytes."""
 
-    time: int
+    stamp: str
     kind: int
     text: bytes
 
+    @property
+    def time(self) -> int:
+        """Nanoseconds since 1970."""
+        return nanoseconds_of(self.stamp) or 0
 
-def parse_log_line(line: bytes) -> Optional[LogLine]:
-    """A line of a json-file log; None for what is none."""
+
+NO_LINE = LogLine("", STDOUT, b"")
+
+
+def parse_log_lines(lines: List[bytes]) -> List[LogLine]:
+    """The lines of a json-file log, without what is none."""
     try:
-        row = json.loads(line)
-        kind = STDERR if row.get("stream") == "stderr" else STDOUT
-        return LogLine(nanoseconds_of(row.get("time") or "") or 0, kind, (row.get("log") or "").encode("utf-8", "surrogatepass"))
-    except (ValueError, AttributeError, TypeError):
-        return None
+        # One text for all of them is read in a third of the time.
+        return [LogLine(row["time"], STDERR if row["stream"] == "stderr" else STDOUT, row["log"].encode("utf-8", "surrogatepass"))
+                for row in json.loads(b"[" + b",".join(lines) + b"]")]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        if len(lines) < 2:
+            return []
+        half = len(lines) // 2
+        return parse_log_lines(lines[:half]) + parse_log_lines(lines[half:])
 
 
 class LogFile:
@@ -5508,9 +5521,8 @@ class LogFile:
         if not data:
             return []
         *whole, self.rest = (self.rest + data).split(b"\n")
-        found = [parse_log_line(line) for line in whole if line]
         # Not empty while there is more to read.
-        return [each for each in found if each] or [LogLine(0, STDOUT, b"")]
+        return parse_log_lines([line for line in whole if line]) or [NO_LINE]
 
     def _rotated(self) -> bool:
         """Whether the file was put aside for a new one; one that was cut short is read from its beginning."""
@@ -5570,7 +5582,7 @@ def follow_log(engine: Engine, container: Container, file: LogFile, follow: bool
             return
         if not follow and may_run(engine, container):
             return
-        yield LogLine(0, STDOUT, b"")
+        yield NO_LINE
         time.sleep(pause)
         pause = min(pause * 1.5, 0.05)
 
@@ -6169,9 +6181,9 @@ def log_lines(engine: Engine, request: Request, container: Container) -> Iterato
         else:
             source = nerdctl_log(engine, request, container, follow, tail)
         for line in source:
-            if line.text and last and line.time > last:
+            if last and line.text and line.time > last:
                 return
-            if not line.text or (wanted[line.kind] and line.time >= first):
+            if not line.text or (wanted[line.kind] and (not first or line.time >= first)):
                 yield line
 
 
@@ -6181,7 +6193,7 @@ def nerdctl_log(engine: Engine, request: Request, container: Container, follow: 
     with engine.nerdctl.start(*arguments, "--", container.real, client=request.client) as process:
         for text in process.lines():
             moment, _, rest = text.partition(" ")
-            yield LogLine(nanoseconds_of(moment) or 0, STDOUT, rest.encode("utf-8", "surrogateescape") + b"\n")
+            yield LogLine(moment, STDOUT, rest.encode("utf-8", "surrogateescape") + b"\n")
         process.check()
 
 
@@ -6223,7 +6235,7 @@ def container_logs(engine: Engine, request: Request, name: str) -> Response:
                 text = details + line.text
                 if request.flag("timestamps"):
                     text = rfc3339_full(line.time).encode() + b" " + text
-                parts.append(text if tty else bytes([line.kind, 0, 0, 0]) + len(text).to_bytes(4, "big") + text)
+                parts.append(text if tty else FRAME.pack(line.kind, len(text)) + text)
             if parts and (not line.text or len(parts) > 500):
                 yield b"".join(parts)
                 parts = []

@@ -2923,11 +2923,11 @@ class TestSessions:
         assert file.lines() == []
         line = self.log_line("é\n", 7, "stderr")
         path.write_text(line + line[:20])
-        assert file.lines() == [nerdctld.LogLine(1795478407500000000, nerdctld.STDERR, "é\n".encode())]
+        assert file.lines() == [nerdctld.LogLine("2026-11-24T00:00:07.5Z", nerdctld.STDERR, "é\n".encode())]
         assert self.texts(file) == []
         with open(path, "a") as more:
-            more.write(line[20:] + "no json\n" + self.log_line("b\n"))
-        assert self.texts(file) == ["é\n".encode(), b"b\n"]
+            more.write(line[20:] + "no json\n" + self.log_line("b\n") + "1,2\n[\n" + '{"log":1}\n' + self.log_line("c\n"))
+        assert self.texts(file) == ["é\n".encode(), b"b\n", b"c\n"]
         file.close()
 
     def test_log_that_is_rotated(self, tmp_path):
