@@ -7935,38 +7935,44 @@ class Sender:
 
     def push(self, stream: int, *parts: Any, end: bool = False) -> None:
         """Send data on a stream now or later."""
-        queue = self.queues.setdefault(stream, bytearray())
-        for part in parts:
-            queue += part
+        data, sent = parts[0] if len(parts) == 1 else b"".join(parts), 0
         if end:
             self.ending.add(stream)
-        self._flush(stream)
+        if stream not in self.queues:
+            sent = self._send(stream, data)
+            if sent == len(data):
+                self.ending.discard(stream)
+                return
+        self.queues.setdefault(stream, bytearray()).extend(memoryview(data)[sent:])
 
     def flush(self) -> None:
         """Send what there is room for by now."""
-        for stream in list(self.queues):
-            self._flush(stream)
+        for stream, queue in list(self.queues.items()):
+            del queue[:self._send(stream, queue)]
+            if not queue:
+                self.ending.discard(stream)
+                del self.queues[stream]
 
-    def _flush(self, stream: int) -> None:
-        queue, at, end = self.queues[stream], 0, stream in self.ending
-        with memoryview(queue) as view:
-            while at < len(queue):
-                room = min(self.connection, self.frame_size, self.windows.get(stream, WINDOW), len(queue) - at)
+    def _send(self, stream: int, data: Any) -> int:
+        """Put what there is room for into frames; how many bytes that is."""
+        end, pieces, at = stream in self.ending, [], 0
+        with memoryview(data) as view:
+            while at < len(data):
+                room = min(self.connection, self.frame_size, self.windows.get(stream, WINDOW), len(data) - at)
                 if room <= 0:
                     break
-                self.out += FRAME_HEAD.pack(room << 8 | DATA, END_STREAM if end and at + room == len(queue) else 0, stream)
-                self.out += view[at:at + room]
+                pieces += FRAME_HEAD.pack(room << 8 | DATA, END_STREAM if end and at + room == len(data) else 0, stream), view[at:at + room]
                 at += room
                 self.connection -= room
                 if stream in self.windows:
                     self.windows[stream] -= room
                     self.owed += room
-        if end and not queue:
+            self.out += b"".join(pieces)
+            for piece in pieces[1::2]:
+                piece.release()
+        if end and not data:
             self.out += frame(DATA, END_STREAM, stream)
-        del queue[:at]
-        if not queue:
-            self.ending.discard(stream)
-            del self.queues[stream]
+        return at
 
     def settings(self, payload: bytes) -> int:
         """Heed a SETTINGS frame; by how much the window of every stream has changed."""
@@ -8297,6 +8303,7 @@ class End:
         self.broken = False
         self.buffer = memoryview(bytearray(BLOCK))
         sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
 
     def read(self) -> Optional[memoryview]:
         """What has come, to be used up before the next; empty at the end, None when nothing has."""
