@@ -7366,7 +7366,7 @@ def network_create(engine: Engine, request: Request) -> Response:
         raise
     finally:
         engine.snapshot.networks.drop()
-    network = engine.snapshot.networks.get()[name]
+    network = find_network(engine, name)
     engine.journal.emit("network", "create", network["Id"], {"name": name, "type": network["Driver"]})
     return Response(201, {"Id": network["Id"], "Warning": ""})
 
@@ -8620,10 +8620,10 @@ class Body:
         """Fill a part of `view`; 0 at the end of the body."""
         if self.ended or not len(view):
             return 0
-        if self.expects:
-            self.expects = False
-            self.handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
+            if self.expects:
+                self.expects = False
+                self.handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             if self.chunked and not self.left:
                 self.left = self._chunk_size()
                 if not self.left:

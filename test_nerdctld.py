@@ -7840,5 +7840,352 @@ def bench(argv):
     return 0
 
 
+###############################################################################
+# Endurance
+###############################################################################
+
+JUNK = ("", "0", "1", "-1", "true", "null", "1e9", "nan", "inf", "9" * 30, "9" * 5000, "-", "--help", "-v", "a b", "é", "\ud800", "\x7f", "\0", "..", ".", "a:b:c",
+        "@", "=", "a=b", ":", "{", "[]", '{"a"', "%", "%zz", "%ff", "%00", "%2e%2e", "\U0001f40b", "a" * 300, "sha256:" + "0" * 64, "'", "\n", "$x", "2026-13-45T99:99:99Z")
+FIELDS = tuple(sorted(set(re.findall(r'"([A-Z][A-Za-z0-9]+)"', SOURCE))))
+KEYS = tuple(sorted(set(re.findall(r'request\.(?:value|values|flag|integer|timestamp|json|filters)\("(\w+)"', SOURCE)))) + ("filters", "t", "q")
+FILTERS = ("label", "name", "id", "status", "before", "since", "until", "dangling", "reference", "ancestor", "exited", "health", "volume", "network", "type", "event")
+
+
+class Malformed:
+    """A seeded source of requests that are wrong somewhere."""
+
+    def __init__(self, seed, names):
+        self.random, self.names = random.Random(seed), names
+
+    def word(self):
+        """A name there may be, or junk."""
+        return self.random.choice(self.names if self.random.random() < 0.6 else JUNK)
+
+    def value(self, depth=0):
+        """Something JSON can say."""
+        kind = self.random.randrange(12 if depth < 4 else 8)
+        if kind < 8:
+            return self.random.choice((None, True, False, 0, -1, 10**400, 1.5, -2**63, [], {}, self.word(), self.word()))
+        if kind < 9:
+            return [self.value(depth + 1) for _ in range(self.random.randrange(4))]
+        return {self.random.choice(FIELDS if self.random.random() < 0.8 else JUNK): self.value(depth + 1) for _ in range(self.random.randrange(6))}
+
+    def document(self, path):
+        """A JSON body: one that is nearly right, or anything."""
+        if path.startswith("/auth"):
+            return json.dumps({"username": self.word(), "password": self.word(), "serveraddress": "localhost:1"}).encode()
+        some = self.random.choice(({"Image": BASE, "Cmd": ["true"], "HostConfig": {}, "NetworkingConfig": {"EndpointsConfig": {}}}, {"Name": "fuzz"}, {}))
+        if isinstance(some, dict):
+            for _ in range(self.random.randrange(5)):
+                where = self.random.choice([some, *(each for each in some.values() if isinstance(each, dict))])
+                where[self.random.choice(FIELDS)] = self.value(1)
+        some = some if self.random.random() < 0.7 else self.value()
+        text = json.dumps(some) if self.random.random() < 0.95 else "[" * 100000
+        return self.damaged(text.encode(), 0.2)
+
+    def damaged(self, data, likely):
+        """The bytes, with some likelihood wrong in places."""
+        data = bytearray(data)
+        while data and self.random.random() < likely:
+            at = self.random.randrange(len(data))
+            kind = self.random.randrange(4)
+            if kind == 0:
+                data[at] = self.random.randrange(256)
+            elif kind == 1:
+                del data[at:at + self.random.randrange(1, 50)]
+            elif kind == 2:
+                data[at:at] = self.random.choice((b"\0", b"\r\n", b"\xff", b"\xed\xa0\x80", b"[" * 50))
+            else:
+                del data[at:]
+        return bytes(data)
+
+    def query(self):
+        """A query string with its question mark, or none."""
+        parts = []
+        for _ in range(self.random.choice((0, 0, 0, 1, 2, 5))):
+            key = self.random.choice(KEYS if self.random.random() < 0.9 else JUNK)
+            value = self.word()
+            if key == "filters" and self.random.random() < 0.9:
+                some = self.random.choice(([self.word()], {self.word(): True}, self.word(), None, [1]))
+                value = json.dumps({self.random.choice(FILTERS if self.random.random() < 0.9 else JUNK): some})
+            elif key in ("buildargs", "labels", "cachefrom", "changes", "platform"):
+                value = json.dumps(self.value())
+            quoted = self.random.random() < 0.95
+            parts.append((urllib.parse.quote(key, errors="surrogatepass") + "=" + urllib.parse.quote(value, errors="surrogatepass")) if quoted else f"{key}={value}")
+        return "?" + "&".join(parts) if parts else ""
+
+    def target(self):
+        """A method and a target; those that ask a registry name one of this machine that is not there."""
+        route = self.random.choice(nerdctld.ROUTES)
+        if route.handler is nerdctld.swarm_refused:
+            route = self.random.choice(nerdctld.ROUTES)
+        if route.path in ("/distribution/{image}/json", "/images/create", "/images/{image}/push", "/images/search", "/auth"):
+            nowhere = urllib.parse.quote("localhost:1/" + self.word(), errors="surrogatepass", safe="/:")
+            return route.method, route.path.replace("{image}", nowhere) + f"?fromImage={nowhere}&term={nowhere}&tag={self.random.choice(('1', '%ff', '', 'a%20b'))}"
+        path = re.sub(r"\{\w+\}", lambda _: urllib.parse.quote(self.word(), errors="surrogatepass", safe="/:"), route.path)
+        version = self.random.choice(("", "/v1.24", "/v1.41", "/v1.56") * 6 + ("/v1.99", "/v0.1", "/v1", "/v1.", "/v1.2.3", "/v-1.4", f"/v1.{'9' * 5000}", "//v1.41"))
+        method = route.method if self.random.random() < 0.9 else self.random.choice(("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PRI", "get", "X" * 99, ""))
+        return method, version + path + self.query()
+
+    def tar(self):
+        """An archive with something odd in it."""
+        inside = self.random.choice(("Dockerfile", "../x", "/x", "a" * 200, "é", "."))
+        data = tar_of(("Dockerfile", self.random.choice((b"FROM localhost:1/x\n", b"\0\xff", b""))), (inside, b"x" * self.random.randrange(2000)))
+        data = self.random.choice((data, data, gzip.compress(data), bz2.compress(data), b"\x28\xb5\x2f\xfd", lzma.compress(data)))
+        return self.damaged(data, 0.6)
+
+    def frames(self):
+        """Bytes for a connection that was handed over: of HTTP/2, of a WebSocket or of nothing."""
+        kind = self.random.randrange(3)
+        if kind == 0:
+            some = b"".join(nerdctld.frame(self.random.randrange(12), self.random.randrange(256), self.random.choice((0, 1, 2, 3, 2**31 - 1)),
+                                           self.random.randbytes(self.random.choice((0, 1, 4, 5, 8, 50)))) for _ in range(self.random.randrange(8)))
+            some = nerdctld.PREFACE + nerdctld.frame(4, 0, 0) + some
+        elif kind == 1:
+            some = b"".join(client_frame(self.random.randbytes(self.random.choice((0, 1, 125, 126, 70000))), self.random.randrange(16),
+                                         final=self.random.choice((0, 0x80, 0xf0))) for _ in range(self.random.randrange(5)))
+        else:
+            some = self.random.randbytes(self.random.randrange(300))
+        return self.damaged(some, 0.3)
+
+    def headers(self):
+        """Lines of a head, some of them wrong."""
+        junk = self.random.choice(JUNK)
+        auth = base64.urlsafe_b64encode(json.dumps(self.value()).encode())
+        many = (b"Host: x", b"Connection: keep-alive", b"Connection: close", b"Expect: 100-continue", b"Expect: x", b"Content-Type: text/plain", b"Content-Type:",
+                b"X-Registry-Auth: " + auth, b"X-Registry-Config: " + auth, b"X-Registry-Auth: ~", b"no colon", b" folded: x", b": x", b"X: " + b"x" * 70000,
+                b"Transfer-Encoding: gzip", b"Transfer-Encoding: chunked, chunked", b"Content-Length: 1\r\nContent-Length: 2", b"Content-Length: -1", b"Content-Length: +3",
+                b"Content-Length: " + b"9" * 5000, b"Content-Length: 0x10", b"Content-Encoding: gzip", b"Upgrade: tcp\r\nConnection: Upgrade",
+                b"Upgrade: h2c\r\nConnection: Upgrade", b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+                b"X-Junk: " + junk.encode(errors="surrogatepass"), b"\r\n".join(b"X%d: y" % each for each in range(120)))
+        return [self.random.choice(many) for _ in range(self.random.choice((0, 0, 0, 0, 0, 1, 2)))]
+
+    def chunked(self, data):
+        """The body in chunks, some of them wrong."""
+        parts = []
+        for at in range(0, len(data), 1000):
+            part = data[at:at + 1000]
+            parts.append(b"%x\r\n%b\r\n" % (len(part), part))
+        return self.damaged(b"".join(parts) + b"0\r\n\r\n", 0.3)
+
+    def request(self):
+        """The bytes of a request."""
+        method, target = self.target()
+        lines = self.headers()
+        upgrades = "/grpc" in target or "/session" in target or "/attach" in target or ("/exec/" in target and "/start" in target)
+        if upgrades and self.random.random() < 0.8:
+            kind = b"websocket" if "/ws" in target else b"h2c"
+            lines.append(b"Connection: Upgrade\r\nUpgrade: " + kind + b"\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==")
+            body = self.frames()
+        else:
+            body = b"" if method in ("GET", "HEAD") else self.tar() if "archive" in target or "/build" in target or "/load" in target else self.document(target)
+            if body and self.random.random() < 0.8:
+                lines.append(b"Content-Type: application/" + (b"json" if body[:1] in b"{[" else b"x-tar"))
+                if self.random.random() < 0.3:
+                    lines, body = [*lines, b"Transfer-Encoding: chunked"], self.chunked(body)
+                else:
+                    lines.append(b"Content-Length: %d" % max(0, len(body) + self.random.choice((0, 0, 0, 0, 0, 1, -1, 5000))))
+        protocol = self.random.choice(("HTTP/1.1",) * 80 + ("HTTP/1.0", "HTTP/0.9", "HTTP/2.0", "HTTP/1.x", "HTTP/", "", "FTP/1.1", "HTTP/1.1 x"))
+        first = f"{method} {target} {protocol}".encode(errors="surrogatepass")
+        return self.damaged(b"\r\n".join([self.damaged(first, 0.02), *lines, b"", b""]), 0.03) + body
+
+
+def footprint(pid, folder):
+    """What a process holds: descriptors, threads, children, files in its folder for temporary ones, resident KiB."""
+    base = pathlib.Path(f"/proc/{pid}")
+    children = 0
+    for task in (base / "task").iterdir():
+        with contextlib.suppress(OSError):
+            children += len((task / "children").read_text().split())
+    files = sum(len(found) for _, *both in os.walk(folder) for found in both) if folder else 0
+    status = (base / "status").read_text()
+    return {"descriptors": len(os.listdir(base / "fd")), "threads": len(os.listdir(base / "task")), "children": children, "files": files,
+            "rss": int(re.search(r"VmRSS:\s+(\d+)", status).group(1))}
+
+
+def peer_of(path):
+    """The process that listens on a socket."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(path)
+        return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+
+
+def throw(path, data, leaves, bound=30.0):
+    """Send bytes and stop sending; (status or 0, the words of a 500). AssertionError when neither an answer nor a close comes.
+    `leaves`: go without reading it."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(bound)
+        sock.connect(path)
+        told = b""
+        with contextlib.suppress(ConnectionError, BrokenPipeError):
+            with contextlib.suppress(ConnectionError, BrokenPipeError):
+                sock.sendall(data)
+                sock.shutdown(socket.SHUT_WR)
+            if leaves:
+                return 0, ""
+            while len(told) < 1 << 16:
+                try:
+                    part = sock.recv(65536)
+                except socket.timeout:
+                    raise AssertionError(f"no answer within {bound} s") from None
+                told += part
+                head, end, body = told.partition(b"\r\n\r\n")
+                if not part or (end and not head.startswith((b"HTTP/1.1 500", b"HTTP/1.1 100"))) or b'"}' in body:
+                    break
+    found = re.findall(rb"^HTTP/1\.1 (\d{3}) ", told, re.M)
+    status = int(found[-1]) if found else 0
+    return status, told.partition(b"\r\n\r\n")[2].decode(errors="replace") if status == 500 else ""
+
+
+class Fuzz:
+    """Throws malformed requests at a daemon from several threads and notes what must not be. `ours` tells a 500 that is the
+    daemon's own from one that nerdctl's failure is."""
+
+    WORKERS = 4
+
+    def __init__(self, path, seed, names, ours):
+        self.path, self.seed, self.names, self.ours = path, seed, names, ours
+        self.problems, self.statuses, self.lock = [], collections.Counter(), threading.Lock()
+
+    def one(self, number):
+        """Throw the request with this number."""
+        source = Malformed(f"{self.seed}.{number}", self.names)
+        data = source.request()
+        try:
+            status, words = throw(self.path, data, source.random.random() < 0.1)
+            problem = words if status == 500 and self.ours(words) else ""
+        except (AssertionError, OSError) as error:
+            status, problem = 0, repr(error)
+        with self.lock:
+            self.statuses[status] += 1
+            if problem:
+                self.problems.append(f"number {number}: {problem.strip()}: {data[:600]!r}")
+
+    def throw(self, numbers):
+        """Throw those with these numbers."""
+        left = iter(numbers)
+
+        def work():
+            while len(self.problems) < 50:
+                with self.lock:
+                    number = next(left, None)
+                if number is None:
+                    return
+                self.one(number)
+        threads = [threading.Thread(target=work) for _ in range(self.WORKERS)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+
+
+def fuzz_run(path, count, seed, names, ours, folder="", warm=500):
+    """Throw `count` requests after some to warm up: (the Fuzz, footprint before, footprint after), settled both times."""
+    pid = peer_of(path)
+    found = Fuzz(path, seed, names, ours)
+
+    def settled(bounds):
+        until(lambda: all(footprint(pid, folder)[name] <= most for name, most in bounds.items()), 30)
+        return footprint(pid, folder)
+    found.throw(range(warm))
+    before = settled({"threads": 12, "children": 1})
+    found.throw(range(warm, warm + count))
+    after = settled({name: before[name] + 4 for name in ("descriptors", "threads", "children", "files")})
+    if throw(path, b"GET /_ping HTTP/1.1\r\n\r\n", False, 10)[0] != 200:
+        found.problems.append("_ping does not answer afterwards")
+    for name in ("descriptors", "threads", "children", "files"):
+        # A resident call or two come and go with what was asked last.
+        if after[name] > before[name] + 4:
+            found.problems.append(f"{name} grew from {before[name]} to {after[name]}")
+    if after["rss"] > before["rss"] + (64 << 10):
+        found.problems.append(f"rss grew from {before['rss']} to {after['rss']} KiB")
+    return found, before, after
+
+
+def fuzzed_daemon(folder):
+    """A daemon over a scripted nerdctl that does most of what it is told."""
+    (folder / "scripted").mkdir()
+    (folder / "tmp").mkdir()
+    scripted = furnish(Scripted(folder / "scripted"))
+    for name in (*NAMES, "exec", "logs", "network create", "network rm", "volume create", "volume rm", "tag", "rmi"):
+        scripted.on(name)
+    scripted.on("pull", PULL)
+    scripted.on("create", stdout=ID + "\n")
+    return Daemon(folder, "--nerdctl", str(scripted.program), "--debug", "--buildkit-host", f"unix://{folder}/nosuch.sock",
+                  environment={"TMPDIR": str(folder / "tmp")})
+
+
+FUZZ_NAMES = ("tstweb", "tstdone", "tstnew", "tstpaused", "tstvol", "tstnet", ID, BASE, "bridge", "none", "host", "busybox", "nosuch")
+
+
+# Why a 500 is not the daemon's own: the script said so (a line break in a name cuts its words), the registry is not there,
+# or nerdctl was ended because the client had left.
+OUTSIDE = re.compile(r'not in the script|"\\"not"|cannot ask localhost:1|nerdctl failed without a word')
+
+
+def fuzz_scripted(folder, count, seed):
+    """Throw at a daemon over a scripted nerdctl; as fuzz_run, with the tracebacks in its log among the problems."""
+    daemon = fuzzed_daemon(folder)
+    try:
+        found = fuzz_run(daemon.socket, count, seed, FUZZ_NAMES, lambda words: not OUTSIDE.search(words), folder / "tmp")
+    finally:
+        status = daemon.end()
+    log = daemon.log.read_text(errors="replace")
+    found[0].problems += ["traceback" + each.partition("\nnerdctld: ")[0][:3000] for each in log.split("Traceback (most recent call last)")[1:6]]
+    if status:
+        found[0].problems.append(f"it ended with {status}")
+    return found
+
+
+def fuzz(argv):
+    """Throw malformed requests, print what came and what must not; the exit status."""
+    parser = argparse.ArgumentParser(prog="test_nerdctld.py --fuzz")
+    parser.add_argument("--fuzz", type=int, metavar="N", required=True)
+    parser.add_argument("--seed", default="1")
+    parser.add_argument("--socket", help="of a daemon that runs, over a nerdctl namespace that may be spoilt")
+    options = parser.parse_args(argv)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.socket:
+            found, before, after = fuzz_run(options.socket, options.fuzz, options.seed, FUZZ_NAMES, lambda words: "internal error" in words)
+        else:
+            found, before, after = fuzz_scripted(pathlib.Path(folder), options.fuzz, options.seed)
+    print(f"{sum(found.statuses.values())} requests in {time.monotonic() - began:.0f} s; statuses {dict(sorted(found.statuses.items()))}")
+    print(f"before {before}\nafter  {after}")
+    for each in found.problems:
+        print(each)
+    return 1 if found.problems else 0
+
+
+class TestEndurance:
+    def test_a_client_that_left_before_its_100(self):
+        # Its other end is closed: the 100 cannot be sent.
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        with ours, ours.makefile("wb", buffering=0) as wfile, ours.makefile("rb") as rfile:
+            handler = types.SimpleNamespace(wfile=wfile, rfile=rfile, close_connection=False)
+            with pytest.raises(nerdctld.ClientGone):
+                nerdctld.Body(handler, 5, False, True).read()
+            assert handler.close_connection
+
+    def test_a_network_that_is_gone_once_it_is_made(self, furnished, scripted):
+        scripted.on("network create")
+        assert ask(furnished, "POST", "/networks/create", {"Name": "brief"}).status == 404
+
+    def test_malformed_requests(self, tmp_path):
+        found, _, _ = fuzz_scripted(tmp_path, 1500, 20261124)
+        assert not found.problems, "\n".join(found.problems[:5])
+        # Most parts of the daemon were reached.
+        assert {200, 201, 204, 400, 404, 409, 500} <= set(found.statuses), found.statuses
+
+
+def main(argv):
+    """Run the tests, or what an option asks for; the exit status."""
+    for option, action in (("--bench", bench), ("--fuzz", fuzz)):
+        if option in argv:
+            return action(argv)
+    return pytest.main(["-q", __file__, *argv])
+
+
 if __name__ == "__main__":
-    sys.exit(bench(sys.argv[1:]) if "--bench" in sys.argv else pytest.main(["-q", __file__, *sys.argv[1:]]))
+    sys.exit(main(sys.argv[1:]))
