@@ -8179,9 +8179,185 @@ class TestEndurance:
         assert {200, 201, 204, 400, 404, 409, 500} <= set(found.statuses), found.statuses
 
 
+KILLED = "nerdctld-kills"
+
+
+class Sudden:
+    """Clients that work on a daemon until it is killed, and what they have been promised by then: `there` (id -> name) and
+    `gone` (ids removed, or removed by themselves once started), and `open` (names about which there was no answer)."""
+
+    def __init__(self, daemon, seed):
+        self.daemon, self.seed = daemon, seed
+        self.there, self.gone, self.open, self.stop = {}, {}, set(), threading.Event()
+        self.threads = [threading.Thread(target=self.work, args=(action, number))
+                        for number, action in enumerate((self.keep, self.keep, self.brief, self.typed, self.typed, self.typed, self.look, self.load))]
+        for each in self.threads:
+            each.start()
+
+    def work(self, action, number):
+        """Repeat one thing until the daemon is gone."""
+        source = random.Random(f"{self.seed}.{number}")
+        while not self.stop.is_set():
+            # In the middle of an answer too.
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+                action(source, f"k{number}-{source.randrange(10**9)}")
+
+    def end(self):
+        """Kill the daemon; wait for the clients."""
+        # Told first, or they would go on against nobody; each is in the middle of something.
+        self.stop.set()
+        self.daemon.process.kill()
+        self.daemon.process.wait()
+        for each in self.threads:
+            each.join()
+
+    def create(self, name, **more):
+        """The id of a new container."""
+        self.open.add(name)
+        answer = self.daemon.ask("POST", f"/containers/create?name={name}", {"Image": BASE, **more})
+        self.open.discard(name)
+        assert answer.status == 201, answer.body
+        self.there[answer.json["Id"]] = name
+        return answer.json["Id"]
+
+    def remove(self, identity):
+        """Take one away again."""
+        name = self.there.pop(identity)
+        self.open.add(name)
+        if self.daemon.ask("DELETE", f"/containers/{identity}?force=1").status == 204:
+            self.open.discard(name)
+            self.gone[identity] = name
+
+    def keep(self, source, name):
+        identity = self.create(name, Cmd=["sleep", "1000"], HostConfig={"NetworkMode": "none"})
+        self.daemon.ask("POST", f"/containers/{identity}/start")
+        made = self.daemon.ask("POST", f"/containers/{identity}/exec", {"Cmd": ["true"], "AttachStdout": True}).json
+        self.daemon.ask("POST", f"/exec/{made['Id']}/start", {})
+        if source.random() < 0.5:
+            self.remove(identity)
+
+    def brief(self, source, name):
+        identity = self.create(name, Cmd=["sleep", str(source.random())], HostConfig={"NetworkMode": "none", "AutoRemove": True})
+        started = self.there.pop(identity)
+        self.open.add(started)
+        if self.daemon.ask("POST", f"/containers/{identity}/start").status == 204:
+            self.open.discard(started)
+            self.gone[identity] = started
+
+    def typed(self, source, name):
+        """One with stdin, which is made anew at its start."""
+        identity = self.create(name, Cmd=["cat"], OpenStdin=True, StdinOnce=True, AttachStdin=True, HostConfig={"NetworkMode": "none"})
+        with self.daemon.connect() as sock:
+            sock.sendall(f"POST /containers/{identity}/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n".encode())
+            sock.recv(4096)
+            self.daemon.ask("POST", f"/containers/{identity}/start")
+            sock.sendall(b"typed\n")
+            sock.recv(100)
+        if source.random() < 0.5:
+            self.remove(identity)
+
+    def look(self, source, name):
+        for each in list(self.there)[:3]:
+            self.daemon.ask("GET", f"/containers/{each}/logs?stdout=1")
+        self.daemon.ask("GET", "/containers/json?all=1")
+
+    def load(self, source, name):
+        self.daemon.ask("POST", "/images/load?quiet=1", (STACK / "base.tar").read_bytes(), {"Content-Type": "application/x-tar"})
+        self.daemon.ask("POST", "/build", CONTEXT, TAR)
+
+    def broken(self, daemon):
+        """What the next daemon does not hold of what this one promised, in words; with what is open tidied up."""
+        found = []
+
+        def settled(what, condition):
+            if not until(condition, 20):
+                found.append(what)
+        names = lambda: real("ps", "-a", "--format", "{{.Names}}", namespace=KILLED).stdout.decode().split()
+        for identity, name in self.there.items():
+            settled(f"{name} is lost", lambda: daemon.ask("GET", f"/containers/{identity}/json").status == 200)
+            answer = daemon.ask("GET", f"/containers/{identity}/json")
+            if answer.status == 200 and answer.json["Name"] != "/" + name:
+                found.append(f"{name} is now {answer.json['Name']}")
+            if answer.status == 200 and answer.json["State"]["Status"] == "created":
+                started = daemon.ask("POST", f"/containers/{identity}/start")
+                if started.status != 204:
+                    found.append(f"{name} does not start: {started.body!r}")
+        for identity, name in self.gone.items():
+            settled(f"{name} is still there", lambda: daemon.ask("GET", f"/containers/{identity}/json").status == 404)
+        settled("something is still put aside", lambda: not [each for each in names() if each.startswith(nerdctld.ASIDE)])
+        for name in [*self.there.values(), *self.open]:
+            settled(f"{name} cannot be removed", lambda: daemon.ask("DELETE", f"/containers/{name}?force=1").status == 404)
+        for name in list(self.open)[:4]:
+            answer = daemon.ask("POST", f"/containers/create?name={name}", {"Image": BASE, "HostConfig": {"NetworkMode": "none"}})
+            if answer.status != 201 or daemon.ask("DELETE", f"/containers/{name}?force=1").status != 204:
+                found.append(f"the name {name} cannot be had: {answer.body!r}")
+        settled("containers are left", lambda: not names())
+        if names():
+            found.append(f"left: {real('ps', '-a', '--no-trunc', namespace=KILLED).stdout.decode()}")
+        return found
+
+
+def kill_run(folder, count, seed, tell=lambda words: None):
+    """Kill a daemon `count` times under load; problems in words, and the most temporary folders there were at once."""
+    source, problems, most = random.Random(seed), [], 0
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    real("load", data=(STACK / "base.tar").read_bytes(), namespace=KILLED)
+    start = lambda: Live(folder, "--namespace", KILLED, "--debug", environment={"TMPDIR": str(temporary)})
+    daemon = start()
+    try:
+        for number in range(count):
+            load = Sudden(daemon, f"{seed}.{number}")
+            time.sleep(source.uniform(0.3, 3.0))
+            load.end()
+            daemon = start()
+            found = load.broken(daemon)
+            left = len(list(temporary.iterdir()))
+            most = max(most, left)
+            if left > 1:
+                found.append(f"{left} temporary folders: {os.listdir(temporary)}")
+            problems += [f"kill {number}: {each}" for each in found]
+            tell(f"kill {number}: {len(load.there)} kept, {len(load.gone)} gone, {len(load.open)} open: {found or 'good'}")
+    finally:
+        daemon.end()
+        names = real("ps", "-aq", namespace=KILLED).stdout.decode().split()
+        if names:
+            real("rm", "-f", *names, namespace=KILLED)
+        images = real("images", "--format", "{{.Name}}", namespace=KILLED).stdout.decode().split()
+        if images:
+            real("rmi", "-f", *images, namespace=KILLED)
+        real("namespace", "rm", KILLED)
+    trace = daemon.log.read_text(errors="replace").split("Traceback (most recent call last)")[1:]
+    return problems + ["traceback" + each.partition("\nnerdctld: ")[0][:3000] for each in trace[:5]], most
+
+
+def kills(argv):
+    """Kill a daemon over the real nerdctl again and again, print what it did not keep; the exit status."""
+    parser = argparse.ArgumentParser(prog="test_nerdctld.py --kills")
+    parser.add_argument("--kills", type=int, metavar="N", required=True)
+    parser.add_argument("--seed", default="1")
+    options = parser.parse_args(argv)
+    reason = why_not_live()
+    if reason:
+        print(reason, file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        problems, most = kill_run(pathlib.Path(folder), options.kills, options.seed, lambda words: print(words, flush=True))
+    print(f"{options.kills} kills, {len(problems)} problems, at most {most} temporary folders at once")
+    for each in problems:
+        print(each)
+    return 1 if problems else 0
+
+
+class TestLiveKills:
+    def test_nothing_promised_is_lost(self, live_daemons, tmp_path):
+        problems, _ = kill_run(tmp_path, 3, 20261124)
+        assert not problems, "\n".join(problems)
+
+
 def main(argv):
     """Run the tests, or what an option asks for; the exit status."""
-    for option, action in (("--bench", bench), ("--fuzz", fuzz)):
+    for option, action in (("--bench", bench), ("--fuzz", fuzz), ("--kills", kills)):
         if option in argv:
             return action(argv)
     return pytest.main(["-q", __file__, *argv])
