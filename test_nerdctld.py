@@ -8355,9 +8355,138 @@ class TestLiveKills:
         assert not problems, "\n".join(problems)
 
 
+BOTH = "nerdctld-both"
+
+
+class BothSides:
+    """Random changes in one namespace by way of the daemon and of the bare nerdctl; `model` is what there has to be:
+    containers (name -> whether it runs), images, networks and volumes."""
+
+    def __init__(self, daemon, seed):
+        self.daemon, self.random, self.count = daemon, random.Random(seed), 0
+        self.model = {"containers": {}, "images": {BASE}, "networks": set(), "volumes": set()}
+        self.waits = {"own": [], **{kind: [] for kind in self.model}}
+
+    def ours(self):
+        """The daemon's lists."""
+        get = lambda path: self.daemon.ask("GET", path).json
+        return {"containers": {each["Names"][0][1:]: each["State"] == "running" for each in get("/containers/json?all=1")},
+                "images": {tag for each in get("/images/json") for tag in each["RepoTags"] or ()},
+                "networks": {each["Name"] for each in get("/networks") if each["Name"].startswith("both")},
+                "volumes": {each["Name"] for each in get("/volumes")["Volumes"]}}
+
+    def bare(self):
+        """The lists of the bare nerdctl."""
+        lines = lambda *words: real(*words, namespace=BOTH).stdout.decode().splitlines()
+        return {"containers": {name: status.startswith("Up") for name, _, status in (each.partition("\t") for each in lines("ps", "-a", "--format", "{{.Names}}\t{{.Status}}"))},
+                "images": {each for each in lines("images", "--format", "{{.Name}}") if each.startswith("localhost:5000/")},
+                "networks": {each for each in lines("network", "ls", "--format", "{{.Name}}") if each.startswith("both")},
+                "volumes": set(lines("volume", "ls", "-q"))}
+
+    def change(self):
+        """One change in the model: (kind, the request, the words of nerdctl for the same)."""
+        self.count += 1
+        new, model = f"both{self.count}", self.model
+        containers = model["containers"]
+        some = self.random.choice(sorted(containers) or [""])
+        image = self.random.choice(sorted(model["images"] - {BASE}) or [""])
+        network, volume = (self.random.choice(sorted(model[each]) or [""]) for each in ("networks", "volumes"))
+        tag = f"localhost:5000/{new}:1"
+        makes = [("containers", lambda: containers.update({new: False}), ("POST", f"/containers/create?name={new}", {"Image": BASE, "Cmd": ["sleep", "1000"], "HostConfig": {"NetworkMode": "none"}}),
+                  ["create", "--network=none", f"--name={new}", BASE, "sleep", "1000"]),
+                 ("images", lambda: model["images"].add(tag), ("POST", f"/images/{BASE}/tag?repo=localhost:5000/{new}&tag=1"), ["tag", BASE, tag]),
+                 ("networks", lambda: model["networks"].add(new), ("POST", "/networks/create", {"Name": new}), ["network", "create", new]),
+                 ("volumes", lambda: model["volumes"].add(new), ("POST", "/volumes/create", {"Name": new}), ["volume", "create", new])]
+        others = []
+        if some:
+            others += [("containers", lambda: containers.pop(some), ("DELETE", f"/containers/{some}?force=1"), ["rm", "-f", some]),
+                       ("containers", lambda: containers.update({new: containers.pop(some)}), ("POST", f"/containers/{some}/rename?name={new}"), ["rename", some, new]),
+                       ("containers", lambda: containers.update({some: True}), ("POST", f"/containers/{some}/start"), ["start", some]) if not containers[some] else
+                       ("containers", lambda: containers.update({some: False}), ("POST", f"/containers/{some}/stop?t=0"), ["stop", "-t", "0", some])] * 2
+        if image:
+            others.append(("images", lambda: model["images"].discard(image), ("DELETE", f"/images/{image}"), ["rmi", image]))
+        if network:
+            others.append(("networks", lambda: model["networks"].discard(network), ("DELETE", f"/networks/{network}"), ["network", "rm", network]))
+        if volume:
+            others.append(("volumes", lambda: model["volumes"].discard(volume), ("DELETE", f"/volumes/{volume}"), ["volume", "rm", volume]))
+        return self.random.choice(self.random.choice((makes, others or makes)))
+
+    def step(self):
+        """Make a change and compare; what is wrong in words, or ""."""
+        kind, apply, request, words = self.change()
+        own = self.random.random() < 0.5
+        if own:
+            answer = self.daemon.ask(*request)
+            good, told = answer.status < 400, answer.body
+        else:
+            done = real(*words, namespace=BOTH)
+            good, told = done.returncode == 0, done.stderr
+        began = time.monotonic()
+        if not good:
+            return f"{request if own else words}: {told!r}"
+        apply()
+        ours = self.ours()
+        if own and ours != self.model:
+            return f"after {request}: {ours} is not {self.model}"
+        while ours != self.model and time.monotonic() - began < 5:
+            ours = self.ours()
+        self.waits["own" if own else kind].append(time.monotonic() - began)
+        if ours != self.model:
+            return f"5 s after {words}: {ours} is not {self.model}"
+        bare = self.bare()
+        return f"after {request if own else words} nerdctl has {bare} and not {self.model}" if bare != self.model else ""
+
+
+def both_run(folder, count, seed):
+    """Make `count` changes from both sides: (what is wrong in words, kind -> seconds until the lists had each)."""
+    real("load", data=(STACK / "base.tar").read_bytes(), namespace=BOTH)
+    daemon = Live(folder, "--namespace", BOTH, "--debug")
+    sides = BothSides(daemon, seed)
+    try:
+        for _ in range(count):
+            problem = sides.step()
+            if problem:
+                return problem, sides.waits
+        return "", sides.waits
+    finally:
+        daemon.end()
+        for words in (["rm", "-f"], ["rmi", "-f"], ["network", "rm"], ["volume", "rm"]):
+            found = {"rm": "ps -aq", "rmi": "images --format {{.Name}}", "network": "network ls --format {{.Name}}", "volume": "volume ls -q"}[words[0]]
+            names = real(*found.split(), namespace=BOTH).stdout.decode().split()
+            names = [each for each in names if words[0] != "network" or each.startswith("both")]
+            if names:
+                real(*words, *names, namespace=BOTH)
+        real("namespace", "rm", BOTH)
+
+
+def both(argv):
+    """Change a namespace from both sides, print how soon the daemon's lists had it; the exit status."""
+    parser = argparse.ArgumentParser(prog="test_nerdctld.py --both")
+    parser.add_argument("--both", type=int, metavar="N", required=True)
+    parser.add_argument("--seed", default="1")
+    options = parser.parse_args(argv)
+    reason = why_not_live()
+    if reason:
+        print(reason, file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        problem, waits = both_run(pathlib.Path(folder), options.both, options.seed)
+    for kind, seconds in waits.items():
+        if seconds:
+            print(f"{kind:12}{len(seconds):5} changes, seen after {statistics.median(seconds) * 1000:7.1f} ms at the median, {max(seconds) * 1000:7.1f} at most")
+    print(problem or "all lists were the same")
+    return 1 if problem else 0
+
+
+class TestLiveBothSides:
+    def test_lists_stay_the_same(self, live_daemons, tmp_path):
+        problem, _ = both_run(tmp_path, 40, 20261124)
+        assert not problem
+
+
 def main(argv):
     """Run the tests, or what an option asks for; the exit status."""
-    for option, action in (("--bench", bench), ("--fuzz", fuzz), ("--kills", kills)):
+    for option, action in (("--bench", bench), ("--fuzz", fuzz), ("--kills", kills), ("--both", both)):
         if option in argv:
             return action(argv)
     return pytest.main(["-q", __file__, *argv])
