@@ -5802,7 +5802,7 @@ def stop_args(request: Request) -> List[str]:
 def check_signal(text: str) -> str:
     """The name or number of a signal, as nerdctl takes it; 400 with dockerd's words for anything else."""
     name = text.upper()
-    if name.isdigit():
+    if re.fullmatch(r"[0-9]{1,9}", name):
         if 0 < int(name) <= 64:
             return name
     else:

@@ -7856,10 +7856,12 @@ class Malformed:
 
     def __init__(self, seed, names):
         self.random, self.names = random.Random(seed), names
+        # Half of them are wrong in few places, and get further.
+        self.calm = self.random.random() < 0.5
 
     def word(self):
         """A name there may be, or junk."""
-        return self.random.choice(self.names if self.random.random() < 0.6 else JUNK)
+        return self.random.choice(self.names if self.random.random() < (0.95 if self.calm else 0.5) else JUNK)
 
     def value(self, depth=0):
         """Something JSON can say."""
@@ -7885,7 +7887,7 @@ class Malformed:
 
     def damaged(self, data, likely):
         """The bytes, with some likelihood wrong in places."""
-        data = bytearray(data)
+        data, likely = bytearray(data), likely / 4 if self.calm else likely
         while data and self.random.random() < likely:
             at = self.random.randrange(len(data))
             kind = self.random.randrange(4)
@@ -7920,9 +7922,11 @@ class Malformed:
         if route.handler is nerdctld.swarm_refused:
             route = self.random.choice(nerdctld.ROUTES)
         if route.path in ("/distribution/{image}/json", "/images/create", "/images/{image}/push", "/images/search", "/auth"):
-            nowhere = urllib.parse.quote("localhost:1/" + self.word(), errors="surrogatepass", safe="/:")
+            nowhere = urllib.parse.quote("localhost:1/" + (self.word().strip("/") or "x"), errors="surrogatepass", safe="/:")
             return route.method, route.path.replace("{image}", nowhere) + f"?fromImage={nowhere}&term={nowhere}&tag={self.random.choice(('1', '%ff', '', 'a%20b'))}"
         path = re.sub(r"\{\w+\}", lambda _: urllib.parse.quote(self.word(), errors="surrogatepass", safe="/:"), route.path)
+        if self.calm:
+            return route.method, "/v1.44" + path + self.query()
         version = self.random.choice(("", "/v1.24", "/v1.41", "/v1.56") * 6 + ("/v1.99", "/v0.1", "/v1", "/v1.", "/v1.2.3", "/v-1.4", f"/v1.{'9' * 5000}", "//v1.41"))
         method = route.method if self.random.random() < 0.9 else self.random.choice(("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PRI", "get", "X" * 99, ""))
         return method, version + path + self.query()
@@ -7971,7 +7975,7 @@ class Malformed:
     def request(self):
         """The bytes of a request."""
         method, target = self.target()
-        lines = self.headers()
+        lines = [] if self.calm else self.headers()
         upgrades = "/grpc" in target or "/session" in target or "/attach" in target or ("/exec/" in target and "/start" in target)
         if upgrades and self.random.random() < 0.8:
             kind = b"websocket" if "/ws" in target else b"h2c"
@@ -7984,8 +7988,8 @@ class Malformed:
                 if self.random.random() < 0.3:
                     lines, body = [*lines, b"Transfer-Encoding: chunked"], self.chunked(body)
                 else:
-                    lines.append(b"Content-Length: %d" % max(0, len(body) + self.random.choice((0, 0, 0, 0, 0, 1, -1, 5000))))
-        protocol = self.random.choice(("HTTP/1.1",) * 80 + ("HTTP/1.0", "HTTP/0.9", "HTTP/2.0", "HTTP/1.x", "HTTP/", "", "FTP/1.1", "HTTP/1.1 x"))
+                    lines.append(b"Content-Length: %d" % max(0, len(body) + (0 if self.calm else self.random.choice((0, 0, 0, 0, 0, 1, -1, 5000)))))
+        protocol = "HTTP/1.1" if self.calm else self.random.choice(("HTTP/1.1",) * 80 + ("HTTP/1.0", "HTTP/0.9", "HTTP/2.0", "HTTP/1.x", "HTTP/", "", "FTP/1.1", "HTTP/1.1 x"))
         first = f"{method} {target} {protocol}".encode(errors="surrogatepass")
         return self.damaged(b"\r\n".join([self.damaged(first, 0.02), *lines, b"", b""]), 0.03) + body
 
@@ -8107,7 +8111,7 @@ def fuzzed_daemon(folder):
     (folder / "scripted").mkdir()
     (folder / "tmp").mkdir()
     scripted = furnish(Scripted(folder / "scripted"))
-    for name in (*NAMES, "exec", "logs", "network create", "network rm", "volume create", "volume rm", "tag", "rmi"):
+    for name in (*NAMES, "exec", "logs", "network create", "network rm", "volume create", "volume rm", "tag", "rmi", "cp", "build"):
         scripted.on(name)
     scripted.on("pull", PULL)
     scripted.on("create", stdout=ID + "\n")
@@ -8167,6 +8171,10 @@ class TestEndurance:
             with pytest.raises(nerdctld.ClientGone):
                 nerdctld.Body(handler, 5, False, True).read()
             assert handler.close_connection
+
+    @pytest.mark.parametrize("name", ["9" * 5000, "²", "0", "65"])
+    def test_a_signal_that_is_no_number_of_one(self, furnished, name):
+        assert ask(furnished, "POST", "/containers/tstweb/kill?signal=" + urllib.parse.quote(name)).status == 400
 
     def test_a_network_that_is_gone_once_it_is_made(self, furnished, scripted):
         scripted.on("network create")
@@ -8484,9 +8492,113 @@ class TestLiveBothSides:
         assert not problem
 
 
+BUSY = "nerdctld-load"
+
+
+class Load:
+    """Many clients of one daemon at once, for some seconds: followers of logs and of events, readers, pullers."""
+
+    def __init__(self, daemon, seconds):
+        self.daemon, self.until, self.counts, self.lock = daemon, time.monotonic() + seconds, collections.Counter(), threading.Lock()
+        self.pings, self.most, self.during = [], 0, {}
+
+    def told(self, what, size=1):
+        with self.lock:
+            self.counts[what] += size
+
+    def follow(self, path, what):
+        """Read a stream until the time is over."""
+        with self.daemon.connect() as sock:
+            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            sock.settimeout(1)
+            while time.monotonic() < self.until:
+                with contextlib.suppress(socket.timeout):
+                    part = sock.recv(65536)
+                    if not part:
+                        return self.told(what + " ended")
+                    self.told(what + " bytes", len(part))
+
+    def repeat(self, method, path, what):
+        """Ask the same again and again."""
+        while time.monotonic() < self.until:
+            answer = self.daemon.ask(method, path)
+            self.told(what if answer.status == 200 and b"errorDetail" not in answer.body else what + " failed")
+
+    def guarded(self, what, action, *arguments):
+        """An action whose failure is counted."""
+        try:
+            action(*arguments)
+        except (OSError, http.client.HTTPException) as error:
+            self.told(f"{what}: {error!r}")
+
+    def watch(self):
+        """Measure while the others work."""
+        while time.monotonic() < self.until:
+            began = time.monotonic()
+            self.daemon.ask("GET", "/_ping")
+            self.pings.append(time.monotonic() - began)
+            self.most = max(self.most, len([each for each in self.daemon.children() if "nerdctl" in each.partition(" ")[0]]))
+            now = footprint(self.daemon.process.pid, "")
+            self.during = {key: max(value, self.during.get(key, 0)) for key, value in now.items()}
+            time.sleep(0.05)
+
+    def run(self, container, streams, readers, pullers):
+        """Start all of them and wait for their end."""
+        reads = ("/containers/json?all=1", "/images/json", "/networks", "/volumes", f"/containers/{container}/json", f"/images/{BASE}/json", "/info", "/version")
+        work = [("logs", self.follow, f"/containers/{container}/logs?follow=1&stdout=1", "logs") for _ in range(streams // 2)]
+        work += [("events", self.follow, "/events", "events") for _ in range(streams - streams // 2)]
+        work += [("reads", self.repeat, "GET", reads[number % len(reads)], "reads") for number in range(readers)]
+        work += [("pulls", self.repeat, "POST", f"/images/create?fromImage={BASE.rpartition(':')[0]}&tag={BASE.rpartition(':')[2]}", "pulls") for _ in range(pullers)]
+        work.append(("ping", self.watch))
+        threads = [threading.Thread(target=self.guarded, args=each) for each in work]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+
+
+def load(argv):
+    """Load a daemon over the real nerdctl, print what it took and gave; the exit status."""
+    parser = argparse.ArgumentParser(prog="test_nerdctld.py --load")
+    parser.add_argument("--load", type=float, metavar="SECONDS", required=True)
+    for name, count in (("streams", 200), ("readers", 50), ("pullers", 20)):
+        parser.add_argument("--" + name, type=int, default=count)
+    options = parser.parse_args(argv)
+    reason = why_not_live()
+    if reason:
+        print(reason, file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        real("load", data=(STACK / "base.tar").read_bytes(), namespace=BUSY)
+        real("push", BASE, namespace=BUSY)
+        daemon = Live(pathlib.Path(folder), "--namespace", BUSY)
+        try:
+            name = real("run", "-d", "--network=none", BASE, "sh", "-c", "while :; do echo line; sleep 0.2; done", namespace=BUSY).stdout.decode().strip()
+            daemon.ask("GET", "/containers/json?all=1")
+            time.sleep(1)
+            before = footprint(daemon.process.pid, "")
+            found = Load(daemon, options.load)
+            found.run(name, options.streams, options.readers, options.pullers)
+            until(lambda: footprint(daemon.process.pid, "")["threads"] <= before["threads"], 30)
+            after = footprint(daemon.process.pid, "")
+        finally:
+            daemon.end()
+            names = real("ps", "-aq", namespace=BUSY).stdout.decode().split()
+            real("rm", "-f", *names, namespace=BUSY)
+            real("rmi", "-f", *real("images", "--format", "{{.Name}}", namespace=BUSY).stdout.decode().split(), namespace=BUSY)
+            real("namespace", "rm", BUSY)
+        log = daemon.log.read_text(errors="replace")
+    print(f"nerdctl processes at the worst moment: {found.most}; {dict(found.counts)}")
+    print(f"_ping: {statistics.median(found.pings) * 1000:.1f} ms at the median of {len(found.pings)}, {max(found.pings) * 1000:.1f} at most")
+    print(f"before {before}\nduring {found.during}\nafter  {after}")
+    bad = [each for each in found.counts if ":" in each or "failed" in each or "ended" in each] + (["a traceback"] if "Traceback" in log else [])
+    print(*bad, sep="\n")
+    return 1 if bad else 0
+
+
 def main(argv):
     """Run the tests, or what an option asks for; the exit status."""
-    for option, action in (("--bench", bench), ("--fuzz", fuzz), ("--kills", kills), ("--both", both)):
+    for option, action in (("--bench", bench), ("--fuzz", fuzz), ("--kills", kills), ("--both", both), ("--load", load)):
         if option in argv:
             return action(argv)
     return pytest.main(["-q", __file__, *argv])
