@@ -3,7 +3,8 @@
 
 Hermetic tests run anywhere: a scripted nerdctl replays what the real one printed (each Recording says which version and
 command it is of). Live tests, in the classes called TestLive…, run where nerdctl and containerd answer; otherwise they skip
-with one line. `python3 test_nerdctld.py --bench` prints ratios instead.
+with one line. `python3 test_nerdctld.py --bench` prints ratios instead; `--fuzz N` throws malformed requests at a daemon, `--kills N`
+kills one under load, `--both N` changes a namespace from both sides, `--load SECONDS` has it serve many clients at once.
 """
 
 import argparse
@@ -8187,7 +8188,7 @@ class TestEndurance:
         assert {200, 201, 204, 400, 404, 409, 500} <= set(found.statuses), found.statuses
 
 
-KILLED = "nerdctld-kills"
+KILLED = "nerdctld-killed"
 
 
 class Sudden:
@@ -8273,6 +8274,10 @@ class Sudden:
         self.daemon.ask("POST", "/images/load?quiet=1", (STACK / "base.tar").read_bytes(), {"Content-Type": "application/x-tar"})
         self.daemon.ask("POST", "/build", CONTEXT, TAR)
 
+    def names(self):
+        """Those of all containers there are, as the bare nerdctl tells them."""
+        return real("ps", "-a", "--format", "{{.Names}}", namespace=KILLED).stdout.decode().split()
+
     def broken(self, daemon):
         """What the next daemon does not hold of what this one promised, in words; with what is open tidied up."""
         found = []
@@ -8280,7 +8285,7 @@ class Sudden:
         def settled(what, condition):
             if not until(condition, 20):
                 found.append(what)
-        names = lambda: real("ps", "-a", "--format", "{{.Names}}", namespace=KILLED).stdout.decode().split()
+        names = self.names
         for identity, name in self.there.items():
             settled(f"{name} is lost", lambda: daemon.ask("GET", f"/containers/{identity}/json").status == 200)
             answer = daemon.ask("GET", f"/containers/{identity}/json")
@@ -8317,7 +8322,13 @@ def kill_run(folder, count, seed, tell=lambda words: None):
         for number in range(count):
             load = Sudden(daemon, f"{seed}.{number}")
             time.sleep(source.uniform(0.3, 3.0))
+            if number % 2:
+                # Right after one was put aside, while another takes its place.
+                size = daemon.log.stat().st_size
+                until(lambda: nerdctld.ASIDE.encode() in daemon.log.read_bytes()[size:], 5)
+                time.sleep(source.uniform(0.0, 0.3))
             load.end()
+            aside = [each for each in load.names() if each.startswith(nerdctld.ASIDE)]
             daemon = start()
             found = load.broken(daemon)
             left = len(list(temporary.iterdir()))
@@ -8325,7 +8336,7 @@ def kill_run(folder, count, seed, tell=lambda words: None):
             if left > 1:
                 found.append(f"{left} temporary folders: {os.listdir(temporary)}")
             problems += [f"kill {number}: {each}" for each in found]
-            tell(f"kill {number}: {len(load.there)} kept, {len(load.gone)} gone, {len(load.open)} open: {found or 'good'}")
+            tell(f"kill {number}: {len(load.there)} kept, {len(load.gone)} gone, {len(load.open)} open, {len(aside)} aside: {found or 'good'}")
     finally:
         daemon.end()
         names = real("ps", "-aq", namespace=KILLED).stdout.decode().split()
