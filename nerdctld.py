@@ -3800,7 +3800,8 @@ def unpack_context(body: Any, root: str) -> None:
                 unpack_member(archive, member, root)
     except tarfile.TarError as error:
         raise BadParameter(f"invalid build context: {error}") from None
-    except (EOFError, UnicodeError, ValueError, OverflowError, zlib.error) as error:
+    except (EOFError, UnicodeError, ValueError, TypeError, OverflowError, zlib.error) as error:
+        # The TypeError is tarfile's for a gzip header that breaks off.
         raise BadParameter(f"invalid build context: {error}") from None
     except OSError as error:
         if error.errno == errno.ENOSPC:

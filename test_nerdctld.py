@@ -8177,6 +8177,13 @@ class TestEndurance:
     def test_a_signal_that_is_no_number_of_one(self, furnished, name):
         assert ask(furnished, "POST", "/containers/tstweb/kill?signal=" + urllib.parse.quote(name)).status == 400
 
+    @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+    def test_a_context_that_breaks_off(self, compress, tmp_path):
+        whole = compress(CONTEXT)
+        for size in (*range(1, 24), len(whole) // 2):
+            with pytest.raises(nerdctld.BadParameter):
+                nerdctld.unpack_context(BlockBody(whole[:size]), str(tmp_path))
+
     def test_a_network_that_is_gone_once_it_is_made(self, furnished, scripted):
         scripted.on("network create")
         assert ask(furnished, "POST", "/networks/create", {"Name": "brief"}).status == 404
