@@ -4263,12 +4263,33 @@ def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]], a
     return found
 
 
+def parse_hosts_note(note: Dict[str, Any], names: List[str]) -> List[Dict[str, Any]]:
+    """parse_addresses() of what nerdctl noted of a running container for the hosts files of its peers: CNI's results, by
+    the names of networks."""
+    found = []
+    for result in filter(None, map((note.get("Networks") or {}).get, names)):
+        mac = next((each.get("mac") for each in result.get("interfaces") or [] if each.get("sandbox")), "")
+        interface = {"Name": "eth0", "HardwareAddr": mac, "Addrs": [each.get("address") or "" for each in result.get("ips") or []]}
+        found += parse_addresses({"NetNS": {"Interfaces": [interface]}})
+    return found
+
+
+def noted_addresses(container: Container) -> List[Dict[str, Any]]:
+    """parse_addresses() of a container without a process, [] where nerdctl's files are not readable from here."""
+    if container.running and container.folder:
+        containers, namespace, name = container.folder.rsplit("/", 2)
+        with contextlib.suppress(OSError, ValueError):
+            with open(os.path.join(os.path.dirname(containers), "etchosts", namespace, name, "meta.json"), "rb") as file:
+                return parse_hosts_note(json.load(file), network_names(container))
+    return []
+
+
 def listed_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
     """docker_networks() with such addresses as are known without a process; worked out once as long as `networks` are these."""
     detail = container.memo.get("detail")
     known = container.memo.get("listed networks")
     if known is None or known[0] is not networks or known[1] is not detail:
-        addresses = parse_addresses(detail.get("Task")) if detail else []
+        addresses = parse_addresses(detail.get("Task")) if detail else noted_addresses(container)
         known = container.memo["listed networks"] = (networks, detail, docker_networks(container, networks, addresses))
     return known[2]
 
@@ -5786,17 +5807,19 @@ def container_start(engine: Engine, request: Request, name: str) -> Response:
     return Response(204)
 
 
-def stop_args(request: Request) -> List[str]:
-    """Flags for the seconds and the signal of a stop."""
-    seconds, signal_name = request.value("t"), request.value("signal")
+def stop_args(request: Request, container: Container) -> Tuple[List[str], float]:
+    """Flags for the seconds and the signal of a stop, and how long nerdctl may take for it."""
+    # nerdctl does not keep a StopTimeout of 0.
+    seconds = request.integer("t") if request.value("t") else stored_request(container).get("StopTimeout")
+    signal_name = request.value("signal")
     arguments = []
-    if seconds:
+    if seconds is not None:
         # Docker's -1 is for ever.
-        number = request.integer("t")
-        arguments.append(f"--time={number if number >= 0 else 10**6}")
+        seconds = seconds if seconds >= 0 else 10**6
+        arguments.append(f"--time={seconds}")
     if signal_name:
         arguments.append(f"--signal={check_signal(signal_name)}")
-    return arguments
+    return arguments, SHORT_CALL + min(seconds or 0, 86400)
 
 
 def check_signal(text: str) -> str:
@@ -5817,12 +5840,12 @@ def container_stop(engine: Engine, request: Request, name: str) -> Response:
     """Stop it within `t` seconds, then kill it; 204, 304 when it does not run."""
     read_limited(request.body, JSON_LIMIT)
     container = engine.snapshot.find(name)
-    arguments = stop_args(request)
+    arguments, longest = stop_args(request, container)
     if not container.running and container.state != "restarting":
         raise NotModified()
     count = engine.tasks.now()
     with engine.changing(container):
-        engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=SHORT_CALL + max(0, min(request.integer("t"), 86400)))
+        engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest)
         engine.tasks.ended_since(container.real, count, 2.0 if engine.feed.live else 0.0)
     engine.tell(container, "stop")
     return Response(204)
@@ -5833,10 +5856,10 @@ def container_restart(engine: Engine, request: Request, name: str) -> Response:
     """Stop it if it runs, and start it; 204."""
     read_limited(request.body, JSON_LIMIT)
     container = engine.snapshot.find(name)
-    arguments = stop_args(request)
+    arguments, longest = stop_args(request, container)
     with engine.changing(container), engine.restarting(container):
         if container.running:
-            engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=SHORT_CALL + max(0, min(request.integer("t"), 86400)))
+            engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest)
             session = engine.sessions.get(container.id)
             if session:
                 session.ended.wait(5)

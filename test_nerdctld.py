@@ -2540,6 +2540,24 @@ class TestContainers:
         assert re.fullmatch(r"Exited \(3\) .* ago", rows["/tstdone"]["Status"])
         assert (rows["/tstnew"]["Status"], rows["/tstnew"]["State"], rows["/tstpaused"]["State"]) == ("Created", "created", "paused")
 
+    def test_addresses_in_the_list_need_no_process(self, tmp_path):
+        note = {"ID": ID, "Networks": {
+            "back": {"interfaces": [{"mac": "1", "name": "br0"}, {"mac": "2", "name": "eth1", "sandbox": "/proc/1/ns/net"}],
+                     "ips": [{"address": "10.5.0.7/24", "gateway": "10.5.0.1"}, {"address": "fd00::7/64"}]},
+            "front": {"interfaces": [{"mac": "3", "name": "eth0", "sandbox": "/proc/1/ns/net"}], "ips": [{"address": "10.6.0.7/16"}]}}}
+        folder = tmp_path / "etchosts" / "default" / ID
+        folder.mkdir(parents=True)
+        (folder / "meta.json").write_text(json.dumps(note))
+        labels = {"nerdctl/state-dir": f"{tmp_path}/containers/default/{ID}", "nerdctl/networks": '["front","back"]'}
+        networks = {name: {"Id": name, "Name": name, "IPAM": {"Config": [{"Subnet": "10.0.0.0/8", "Gateway": gateway}]}}
+                    for name, gateway in (("front", "10.6.0.1"), ("back", "10.5.0.1"))}
+        told = nerdctld.listed_networks(nerdctld.Container({"ID": ID, "Status": "Up"}, labels), networks)
+        assert {key: told["front"][key] for key in ("IPAddress", "IPPrefixLen", "Gateway", "MacAddress")} == {
+            "IPAddress": "10.6.0.7", "IPPrefixLen": 16, "Gateway": "10.6.0.1", "MacAddress": "3"}
+        assert (told["back"]["IPAddress"], told["back"]["GlobalIPv6Address"], told["back"]["MacAddress"]) == ("10.5.0.7", "fd00::7", "2")
+        told = nerdctld.listed_networks(nerdctld.Container({"ID": ID, "Status": "Created"}, labels), networks)
+        assert told["front"]["IPAddress"] == told["front"]["Gateway"] == ""
+
     def test_newest_first(self, reading):
         assert self.names(reading, "all=1") == ["/tstpaused", "/tstnew", "/tstdone", "/tstweb"]
 
@@ -3088,6 +3106,13 @@ def willing(furnished, scripted):
 
 
 class TestContainerLifecycle:
+    @pytest.mark.parametrize("asked, query, words, seconds", [
+        ({"StopTimeout": 0}, {}, ["--time=0"], 0), ({"StopTimeout": 300}, {}, ["--time=300"], 300), ({"StopTimeout": 300}, {"t": ["1"]}, ["--time=1"], 1),
+        ({"StopTimeout": -1}, {}, ["--time=1000000"], 86400), ({}, {}, [], 0), ({"StopTimeout": None}, {"t": ["-1"]}, ["--time=1000000"], 86400)])
+    def test_time_of_a_stop(self, asked, query, words, seconds):
+        container = nerdctld.Container({"ID": "1" * 64}, nerdctld.request_labels(asked))
+        assert nerdctld.stop_args(nerdctld.Request("POST", "/", query=query), container) == (words, nerdctld.SHORT_CALL + seconds)
+
     @pytest.mark.parametrize("method, path, status, words", [
         ("POST", "tstnew/start", 204, "start -- {id}"), ("POST", "tstweb/start", 304, ""), ("POST", "tstpaused/start", 409, ""), ("POST", "nosuch/start", 404, ""),
         ("POST", "tstweb/stop", 204, "stop -- {id}"), ("POST", "tstweb/stop?t=3&signal=int", 204, "stop --time=3 --signal=SIGINT -- {id}"), ("POST", "tstweb/stop?t=-1", 204, "stop --time=1000000 -- {id}"),
@@ -6991,6 +7016,182 @@ box.remove()
         assert done.returncode == 0, done.stderr
 
 
+CACHE = pathlib.Path(os.environ.get("NERDCTLD_STACK_CACHE") or "/var/cache/nerdctld-stack")
+
+
+def python_with(module):
+    """The stack's Python, which has this module."""
+    python = CACHE / "python/bin/python"
+    if not python.exists() or subprocess.run([python, "-c", "import " + module], capture_output=True, timeout=30).returncode:
+        pytest.skip(f"no {module} for Python: .ci/stack up --clients installs it")
+    return str(python)
+
+
+def node_with(module):
+    """node, and the environment in which it finds this module."""
+    modules = CACHE / "node/node_modules"
+    if not shutil.which("node") or not (modules / module).is_dir():
+        pytest.skip(f"no {module} for Node: .ci/stack up --clients installs it")
+    return "node", {"NODE_PATH": str(modules)}
+
+
+# Stands in for ryuk: it takes the filters of what is to be reaped, one a line, notes them in its log and acknowledges each.
+REAPER = "tstlive/reaper:1"
+REAPER_DOCKERFILE = f"""FROM {BASE}
+RUN printf '#!/bin/sh\\nwhile read line; do echo "$line" >&2; echo ACK; done\\n' >/ack && chmod +x /ack
+EXPOSE 8080
+CMD ["sh", "-c", "echo 'Reaper Started!'; exec nc -ll -p 8080 -e /ack"]
+"""
+
+TESTCONTAINERS_PYTHON = '''
+import json, os, pathlib, signal, sys, tempfile, urllib.request
+from testcontainers.core.container import DockerContainer, Reaper
+from testcontainers.core.docker_client import DockerClient
+from testcontainers.core.image import DockerImage
+from testcontainers.core.labels import SESSION_ID
+from testcontainers.core.network import Network
+from testcontainers.core.wait_strategies import (
+    CompositeWaitStrategy, ExecWaitStrategy, HealthcheckWaitStrategy, HttpWaitStrategy, LogMessageWaitStrategy, PortWaitStrategy)
+
+image = sys.argv[1]
+fetch = lambda box, port: urllib.request.urlopen(f"http://{box.get_container_host_ip()}:{box.get_exposed_port(port)}/", timeout=10).read()
+web = ["sh", "-c", "mkdir /www; echo served >/www/index.html; echo up; echo and running >&2; exec httpd -f -p 8000 -h /www"]
+every = CompositeWaitStrategy(LogMessageWaitStrategy("^up$"), PortWaitStrategy(8000), HttpWaitStrategy(8000), ExecWaitStrategy(["test", "-d", "/www"]),
+                              HealthcheckWaitStrategy())
+health = {"test": ["CMD", "test", "-f", "/www/index.html"], "interval": 10**9, "retries": 9}
+box = DockerContainer(image, command=web, healthcheck=health).with_exposed_ports(8000).with_env("A", "b")
+with box.with_copy_into_container(b"copied", "/in/file").waiting_for(every):
+    assert fetch(box, 8000) == b"served\\n"
+    done = box.exec(["sh", "-c", "echo $A; echo e >&2; exit 3"])
+    assert (done.exit_code, sorted(done.output.split())) == (3, [b"b", b"e"])
+    assert box.exec("nosuch").exit_code in (126, 127)
+    assert box.get_logs() == (b"up\\n", b"and running\\n")
+    assert box.exec("cat /in/file").output == b"copied"
+    with tempfile.TemporaryDirectory() as folder:
+        box.copy_from_container("/www/index.html", pathlib.Path(folder) / "f")
+        assert (pathlib.Path(folder) / "f").read_text() == "served\\n"
+    assert box.status == "running" and box.get_container_info().Config.Image == image
+    box.get_wrapped_container().stop(timeout=0)
+    box.reload()
+    assert box.status == "exited"
+with Network() as network, DockerContainer(image, command=web).with_network(network).with_network_aliases("web").waiting_for(LogMessageWaitStrategy("up")):
+    with DockerContainer(image, command=["wget", "-qO-", "http://web:8000/"]).with_network(network) as box:
+        assert box.wait() == 0 and box.get_logs()[0] == b"served\\n", box.get_logs()
+with tempfile.TemporaryDirectory() as folder:
+    (pathlib.Path(folder) / "Dockerfile").write_text(f"FROM {image}\\nRUN echo made >/made\\nCMD cat /made\\n")
+    with DockerImage(folder, tag="tstlive/tcbuilt:1") as built, DockerContainer(str(built)) as box:
+        assert box.wait() == 0 and box.get_logs() == (b"made\\n", b"")
+        assert any("made" in (each.get("stream") or "") for each in built.get_logs()), built.get_logs()
+client = DockerClient().client
+assert client.containers.list(all=True, filters={"label": f"org.testcontainers.session-id={SESSION_ID}"}) == []
+client.containers.get(Reaper._container.get_container_id())
+left = [DockerContainer(image, command=["sleep", "1000"]).start() for _ in range(2)]
+Network().create()
+client.volumes.create("tsttcvolume", labels={"org.testcontainers.session-id": SESSION_ID})
+print(SESSION_ID, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+TESTCONTAINERS_NODE = r'''
+const { DockerComposeEnvironment, GenericContainer, Network, Wait } = require("testcontainers");
+const assert = require("assert"), fs = require("fs"), os = require("os"), path = require("path");
+const image = process.argv.at(-1);
+const text = async (stream, wanted) => { let seen = ""; for await (const data of stream) { seen += data; if (wanted && seen.includes(wanted)) break; } return seen; };
+const web = ["sh", "-c", "mkdir /www; echo served >/www/index.html; echo up; exec httpd -f -p 8000 -h /www"];
+// The sockets of its streams do not keep node alive.
+setInterval(() => {}, 1000);
+(async () => {
+  const every = Wait.forAll([Wait.forLogMessage("up"), Wait.forListeningPorts(), Wait.forHttp("/", 8000), Wait.forHealthCheck(), Wait.forSuccessfulCommand("test -d /www")]);
+  let box = await new GenericContainer(image).withCommand(web).withExposedPorts(8000).withEnvironment({ A: "b" })
+    .withHealthCheck({ test: ["CMD", "test", "-f", "/www/index.html"], interval: 1000, retries: 9 })
+    .withCopyContentToContainer([{ content: "copied", target: "/in/file" }]).withWaitStrategy(every).start();
+  assert.equal(await (await fetch(`http://${box.getHost()}:${box.getMappedPort(8000)}/`)).text(), "served\n");
+  const done = await box.exec(["sh", "-c", "echo $A; echo e >&2; exit 3"]);
+  assert.deepEqual([done.exitCode, done.stdout, done.stderr], [3, "b\n", "e\n"]);
+  assert.equal((await box.exec(["cat", "/in/file"])).output, "copied");
+  assert.match(await text(await box.logs(), "up\n"), /^up\n/);
+  await box.copyContentToContainer([{ content: "later", target: "/tmp/later" }]);
+  assert.match(await text(await box.copyArchiveFromContainer("/tmp/later")), /later/);
+  assert.match(await box.commit({ repo: "tstlive/tccommit", tag: "1", deleteOnExit: false }), /^sha256:/);
+  await box.restart();
+  assert.equal((await box.exec(["cat", "/tmp/later"])).output, "later");
+  await box.stop();
+  const network = await new Network().start();
+  box = await new GenericContainer(image).withCommand(web).withNetwork(network).withNetworkAliases("web").withWaitStrategy(Wait.forLogMessage("up")).start();
+  const other = await new GenericContainer(image).withCommand(["sleep", "1000"]).withNetwork(network).start();
+  assert.equal((await other.exec(["wget", "-qO-", "http://web:8000/"])).output, "served\n");
+  await other.stop(); await box.stop(); await network.stop();
+  const once = await new GenericContainer(image).withCommand(["sh", "-c", "echo once"]).withWaitStrategy(Wait.forOneShotStartup()).start();
+  await once.stop();
+  const folder = fs.mkdtempSync(path.join(os.tmpdir(), "tc"));
+  fs.writeFileSync(path.join(folder, "Dockerfile"), `FROM ${image}\nARG X\nRUN echo made $X >/made\nCMD cat /made; sleep 1000\n`);
+  const built = await GenericContainer.fromDockerfile(folder).withBuildArgs({ X: "well" }).build("tstlive/tcnode:1");
+  box = await built.withWaitStrategy(Wait.forLogMessage("made well")).start();
+  await box.stop();
+  await assert.rejects(new GenericContainer("tstlive/nosuch:1").start());
+  const reused = () => new GenericContainer(image).withCommand(["sleep", "1001"]).withReuse().start();
+  box = await reused();
+  assert.equal((await reused()).getId(), box.getId());
+  await box.stop();
+  fs.writeFileSync(path.join(folder, "compose.yaml"), `services: {one: {image: "${image}", command: sh -c "echo composed; sleep 1000", stop_grace_period: 0s}}`);
+  const project = await new DockerComposeEnvironment(folder, "compose.yaml").withWaitStrategy("one-1", Wait.forLogMessage("composed")).up();
+  await project.down();
+  box = await new GenericContainer(image).withCommand(["sleep", "1000"]).start();
+  await new Network().start();
+  console.log(box.getLabels()["org.testcontainers.session-id"]);
+  process.kill(process.pid, "SIGKILL");
+})().catch((error) => { console.error(error); process.exit(1); });
+'''
+
+
+class TestLiveTestcontainers:
+    @pytest.fixture
+    def reaper(self, building, tmp_path):
+        """Environment of a testcontainers with a reaper; whatever it leaves is removed."""
+        answer = building.ask("POST", "/build?t=" + REAPER, body=tar_of(("Dockerfile", REAPER_DOCKERFILE.encode())), headers=TAR)
+        assert b"Successfully tagged" in answer.body, answer.body
+        yield {**os.environ, "DOCKER_HOST": "unix://" + building.socket, "HOME": str(tmp_path), "RYUK_CONTAINER_IMAGE": REAPER, "TC_POOLING_INTERVAL": "0.2"}
+        label = filtered(label=["org.testcontainers.session-id"])
+        for box in building.ask("GET", "/containers/json?all=1&" + label).json + self.reapers(building):
+            building.ask("DELETE", f"/containers/{box['Id']}?force=1&v=1")
+        for network in building.ask("GET", "/networks?" + label).json:
+            building.ask("DELETE", f"/networks/{network['Id']}")
+
+    @staticmethod
+    def reapers(building):
+        return building.ask("GET", "/containers/json?" + filtered(ancestor=[REAPER])).json
+
+    def is_reaped(self, command, building, environment):
+        """Does what ryuk does when the client that told it a filter has gone; what was left, by kinds."""
+        done = subprocess.run([*command, BASE], capture_output=True, text=True, timeout=150, env=environment)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        told = "org.testcontainers.session-id=" + done.stdout.strip()
+        (keeper,) = [each for each in self.reapers(building) if done.stdout.strip() in each["Names"][0]]
+        assert f"label={told}\r\n".encode() in building.ask("GET", f"/containers/{keeper['Id']}/logs?stderr=1").body
+        label = filtered(label=[told])
+        found = {"containers": building.ask("GET", "/v1.44/containers/json?all=1&" + label).json, "networks": building.ask("GET", "/v1.44/networks?" + label).json,
+                 "volumes": building.ask("GET", "/v1.44/volumes?" + label).json["Volumes"]}
+        for kind, each in [(kind, each) for kind, rows in found.items() for each in rows]:
+            query = {"containers": "?force=1&v=1", "networks": "", "volumes": "?force=1"}[kind]
+            assert building.ask("DELETE", f"/v1.44/{kind}/{each.get('Id') or each['Name']}{query}").status == 204
+        assert building.ask("GET", "/containers/json?all=1&" + label).json == building.ask("GET", "/networks?" + label).json == []
+        return {kind: len([each for each in rows if each.get("Image") != REAPER]) for kind, rows in found.items()}
+
+    def test_python(self, building, reaper):
+        command = [python_with("testcontainers"), "-c", TESTCONTAINERS_PYTHON]
+        assert self.is_reaped(command, building, reaper) == {"containers": 2, "networks": 1, "volumes": 1}
+
+    def test_a_reaper_ends_with_its_client(self, building, reaper):
+        script = "import sys\nfrom testcontainers.core.container import DockerContainer\nwith DockerContainer(sys.argv[1], command=['true']) as box: assert box.wait() == 0"
+        done = subprocess.run([python_with("testcontainers"), "-c", script, BASE], capture_output=True, text=True, timeout=100, env=reaper)
+        assert done.returncode == 0, done.stderr
+        assert until(lambda: self.reapers(building) == [])
+
+    def test_node(self, building, reaper):
+        node, environment = node_with("testcontainers")
+        assert self.is_reaped([node, "-e", TESTCONTAINERS_NODE], building, {**reaper, **environment}) == {"containers": 1, "networks": 1, "volumes": 0}
+
+
 class TestLiveRootless:
     def test_an_ordinary_user(self, tmp_path):
         import pwd
@@ -7103,6 +7304,24 @@ class TestLiveLeaving:
         answer = live.ask("POST", f"/images/create?fromImage={BIG}")
         assert answer.lines[-1]["status"].startswith("Status: ")
         assert live.ask("DELETE", f"/images/{BIG}").status == 200
+
+    def test_copies(self, live):
+        folder = re.search(rb"TMPDIR=([^\0]*)", pathlib.Path(f"/proc/{live.process.pid}/environ").read_bytes()).group(1).decode()
+        name = live.ask("POST", "/containers/create", {"Image": BASE, "Cmd": ["true"], "HostConfig": {"NetworkMode": "none"}}).json["Id"]
+        try:
+            for path in ("/", "/bin", "/bin/busybox", "/nosuch"):
+                live.ask("HEAD", f"/containers/{name}/archive?path={path}")
+            for target in ("archive?path=/", "archive?path=/bin", "export"):
+                with live.connect() as sock:
+                    sock.sendall(f"GET /containers/{name}/{target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                    assert sock.recv(1000)
+            with live.connect() as sock:
+                sock.sendall(f"PUT /containers/{name}/archive?path=/tmp HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n".encode() + tar_of(("f", b"x" * 300000)))
+                time.sleep(0.3)
+            self.clean(live)
+            assert folder not in pathlib.Path("/proc/mounts").read_text()
+        finally:
+            live.ask("DELETE", f"/containers/{name}?force=1")
 
     def test_build(self, building):
         context = tar_of(("Dockerfile", f"FROM {BASE}\nRUN sleep 60\n".encode()))
