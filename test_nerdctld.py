@@ -1378,6 +1378,56 @@ class TestEvents:
                                                          "exitCode": "137", "execDuration": "5"}}
         assert die["time"] == die["timeNano"] // 10**9
 
+    def test_the_steps_of_a_build_are_no_containers(self):
+        step = "nzu2uewdfb6flr2yppwc1bsp8"
+        for topic, payload in (("/containers/create", {"id": step}), ("/tasks/start", {"container_id": step, "pid": 1}), ("/tasks/exit", {"container_id": step, "id": step}),
+                               ("/containers/delete", {"id": step})):
+            assert nerdctld.parse_event(event_line(topic, **payload), "default") is None
+            assert nerdctld.parse_event(event_line(topic, **{key: value if key == "pid" else ID for key, value in payload.items()}), "default")
+        assert nerdctld.parse_event(event_line("/containers/create", id=step, image="x"), "default")
+        rows = [[{"ID": step, "Image": "", "Status": "Up"}, None], [{"ID": ID, "Image": BASE}, {}], [{"ID": "made-by-ctr", "Image": ""}, {}], [{"ID": step[::-1], "Image": "x"}, {}]]
+        assert list(nerdctld.parse_containers(rows)) == [ID, "made-by-ctr", step[::-1]]
+
+    @pytest.mark.parametrize("name", ["moby-dangling@sha256:" + "1" * 64, "import@sha256:" + "1" * 64, nerdctld.WORKING_NAME + "x:1", "sha256:" + "1" * 64, BASE + nerdctld.REDUCED])
+    def test_names_that_nobody_gave_are_not_told(self, furnished, name):
+        for topic in ("create", "delete"):
+            furnished.on_event(nerdctld.parse_event(event_line("/images/" + topic, name=name), "default"))
+        assert list(furnished.journal.history) == []
+
+    def test_image_events_name_the_image(self, furnished):
+        settle_feed(furnished)
+        tell = lambda topic: furnished.on_event(nerdctld.parse_event(event_line("/images/" + topic, name=BASE), "default"))
+        with furnished.journal.subscribe() as (_, new):
+            tell("create")
+            tell("delete")
+            told = [new.get(timeout=1) for _ in range(2)]
+        assert [(each["Action"], each["Actor"]) for each in told] == [(action, {"ID": BB, "Attributes": {"name": BASE}}) for action in ("tag", "untag")]
+
+    def test_events_of_handlers_come_after_those_before_them(self, furnished):
+        settle_feed(furnished)
+        made = nerdctld.Container({"ID": ID, "Image": BASE}, {})
+        look = furnished.snapshot.containers.known
+        furnished.snapshot.containers.known = lambda: time.sleep(0.3) or look()
+        with furnished.journal.subscribe() as (_, new):
+            event = nerdctld.parse_event(event_line("/containers/create", id=ID, image=BASE), "default")
+            feed = threading.Thread(target=furnished.on_event, args=(event,))
+            feed.start()
+            time.sleep(0.1)
+            furnished.tell(made, "attach")
+            told = [new.get(timeout=1) for _ in range(2)]
+        feed.join()
+        assert [each["Action"] for each in told] == ["create", "attach"] and told[0]["Actor"] == told[1]["Actor"]
+        assert told[1]["Actor"]["Attributes"]["name"] == "tstweb"
+
+    def test_signals_of_a_stop(self, furnished):
+        container = furnished.snapshot.container("tstweb")
+        for status in (137, 0):
+            with furnished.being_stopped(container, 15):
+                furnished.on_event(nerdctld.parse_event(event_line("/tasks/exit", container_id=ID, id=ID, exit_status=status), "default"))
+        furnished.on_event(nerdctld.parse_event(event_line("/tasks/exit", container_id=ID, id=ID, exit_status=137), "default"))
+        told = [(each["Action"], each["Actor"]["Attributes"].get("signal")) for each in furnished.journal.history]
+        assert told == [("kill", "15"), ("kill", "9"), ("die", None), ("kill", "15"), ("die", None), ("die", None)]
+
     def test_journal_keeps_256(self):
         journal = nerdctld.Journal()
         for number in range(300):
@@ -2660,6 +2710,21 @@ def host(**fields):
 
 
 class TestContainerCreate:
+    @pytest.mark.parametrize("limits, words", [
+        ({"Memory": 1000}, "Minimum memory limit allowed is 6MB"), ({"Memory": -5}, "Minimum memory limit"), ({"MemorySwap": 10**8}, "You should always set the Memory limit"),
+        ({"Memory": 10**8, "MemorySwap": 10**7}, "Minimum memoryswap limit should be larger"), ({"MemorySwappiness": 200}, "Invalid value: 200, valid memory swappiness"),
+        ({"MemoryReservation": 1000}, "Minimum memory reservation"), ({"Memory": 10**7, "MemoryReservation": 10**8}, "Minimum memory limit can not be less than memory res"),
+        ({"NanoCpus": 10**9, "CpuPeriod": 2000}, "Nano CPUs and CPU Period cannot"), ({"NanoCpus": 10**9, "CpuQuota": 2000}, "Nano CPUs and CPU Quota cannot"),
+        ({"NanoCpus": 10**14}, "Range of CPUs is from 0.01 to"), ({"NanoCpus": -1}, "Range of CPUs is from 0.01 to"), ({"CpuPeriod": 10}, "CPU cfs period can not be less"),
+        ({"CpuQuota": 10}, "CPU cfs quota can not be less"), ({"ShmSize": -1}, "SHM size can not be less than 0"), ({"OomScoreAdj": 5000}, "Invalid value 5000, range for oom")])
+    def test_limits_that_cannot_be(self, limits, words):
+        with pytest.raises(nerdctld.BadParameter, match=re.escape(words)):
+            nerdctld.create_args({"HostConfig": limits}, {}, NETWORKS, None)
+
+    @pytest.mark.parametrize("limits", [{"Memory": 10**8, "MemorySwap": -1, "MemorySwappiness": -1}, {"CpuQuota": -1, "CpuPeriod": 1000}, {"NanoCpus": 5 * 10**8}, {"MemorySwappiness": None}])
+    def test_limits_that_can(self, limits):
+        nerdctld.check_limits(limits)
+
     FIELDS = [
         ({"Domainname": "d.test"}, "--domainname=d.test"), ({"User": "1:2"}, "--user=1:2"), ({"Tty": True}, "--tty"), ({"OpenStdin": True}, "--interactive"),
         ({"StopSignal": "SIGINT"}, "--stop-signal=SIGINT"), ({"WorkingDir": "/w"}, "--workdir=/w"), ({"Hostname": "h"}, "--hostname=h"),
@@ -2672,9 +2737,9 @@ class TestContainerCreate:
         (host(ReadonlyRootfs=True), "--read-only"), (host(Runtime="runc"), "--runtime=runc"), (host(SecurityOpt=["a=b,c"]), "--security-opt=a=b,c"),
         (host(UsernsMode="host"), "--userns=host"), (host(ShmSize=64), "--shm-size=64"), (host(Sysctls={"a.b": "1"}), "--sysctl=a.b=1"),
         (host(Annotations={"a": "b"}), "--annotation=a=b"), (host(CgroupParent="/p"), "--cgroup-parent=/p"), (host(CpuShares=5), "--cpu-shares=5"),
-        (host(CpuPeriod=5), "--cpu-period=5"), (host(CpuQuota=5), "--cpu-quota=5"), (host(CpuRealtimePeriod=5), "--cpu-rt-period=5"),
+        (host(CpuPeriod=5000), "--cpu-period=5000"), (host(CpuQuota=5000), "--cpu-quota=5000"), (host(CpuRealtimePeriod=5), "--cpu-rt-period=5"),
         (host(CpuRealtimeRuntime=5), "--cpu-rt-runtime=5"), (host(CpusetCpus="0-1"), "--cpuset-cpus=0-1"), (host(CpusetMems="0"), "--cpuset-mems=0"),
-        (host(Memory=5), "--memory=5"), (host(MemoryReservation=5), "--memory-reservation=5"), (host(MemorySwap=-1), "--memory-swap=-1"),
+        (host(Memory=7000000), "--memory=7000000"), (host(MemoryReservation=7000000), "--memory-reservation=7000000"), (host(MemorySwap=-1), "--memory-swap=-1"),
         (host(KernelMemory=5), "--kernel-memory=5"), (host(OomKillDisable=True), "--oom-kill-disable"), (host(PidsLimit=5), "--pids-limit=5"),
         (host(BlkioWeight=5), "--blkio-weight=5"), (host(Init=True), "--init"), (host(NanoCpus=1500000000), "--cpus=1.5"),
         (host(MemorySwappiness=0), "--memory-swappiness=0"), (host(MemorySwappiness=-1),),
@@ -3151,11 +3216,19 @@ class TestContainerLifecycle:
         scripted.on("start", stderr=fatal(message), status=1)
         assert ask(willing, "POST", "/containers/tstnew/start").status == status
 
+    @pytest.mark.parametrize("method, path, told", [
+        ("POST", "stop", ["kill 15", "stop"]), ("POST", "stop?signal=INT", ["kill 2", "stop"]), ("POST", "restart", ["kill 15", "stop", "restart"]), ("POST", "kill", ["kill 9"]),
+        ("POST", "kill?signal=HUP", ["kill 1"]), ("DELETE", "?force=1", ["kill 9"]), ("GET", "top", ["top"])])
+    def test_events(self, willing, scripted, method, path, told):
+        scripted.on("top", stdout="PID CMD\n1 sh\n")
+        assert ask(willing, method, "/containers/tstweb" + ("" if path.startswith("?") else "/") + path).status < 300
+        assert [(each["Action"] + " " + each["Actor"]["Attributes"].get("signal", "")).strip() for each in willing.journal.history] == told
+
     def test_update(self, willing, scripted):
         real = identity(willing, "tstweb")
-        answer = ask(willing, "POST", "/containers/tstweb/update", {"Memory": 64, "NanoCpus": 5 * 10**8, "RestartPolicy": {"Name": "no"}, "PidsLimit": 0, "BlkioDeviceReadBps": None})
+        answer = ask(willing, "POST", "/containers/tstweb/update", {"Memory": 64 << 20, "NanoCpus": 5 * 10**8, "RestartPolicy": {"Name": "no"}, "PidsLimit": 0, "BlkioDeviceReadBps": None})
         assert (answer.status, answer.json) == (200, {"Warnings": None})
-        assert scripted.argv("update") == ["update", "--memory=64", "--cpus=0.5", "--restart=no", "--", real]
+        assert scripted.argv("update") == ["update", "--memory=67108864", "--cpus=0.5", "--restart=no", "--", real]
         assert ask(willing, "POST", "/containers/tstweb/update", {"RestartPolicy": {"Name": "odd"}}).status == 400
 
     def tell(self, engine, topic, real, **payload):
@@ -7190,6 +7263,173 @@ class TestLiveTestcontainers:
     def test_node(self, building, reaper):
         node, environment = node_with("testcontainers")
         assert self.is_reaped([node, "-e", TESTCONTAINERS_NODE], building, {**reaper, **environment}) == {"containers": 1, "networks": 1, "volumes": 0}
+
+
+DOCKERODE = r'''
+const Docker = require("dockerode"), assert = require("assert"), { PassThrough } = require("stream"), tar = require("tar-stream");
+const fs = require("fs"), os = require("os"), path = require("path");
+const [image, registry] = process.argv.slice(-2);
+const docker = new Docker(), QUIET = { HostConfig: { NetworkMode: "none" } };
+const sink = () => { const stream = new PassThrough(), parts = []; stream.on("data", (data) => parts.push(data)); stream.text = () => Buffer.concat(parts).toString(); return stream; };
+const ended = (stream) => new Promise((resolve, reject) => stream.on("end", resolve).on("close", resolve).on("error", reject));
+const progress = (stream) => new Promise((resolve, reject) => docker.modem.followProgress(stream, (error, rows) => error ? reject(error) : resolve(rows)));
+const split = async (stream) => { const out = sink(), err = sink(); docker.modem.demuxStream(stream, out, err); await ended(stream); return [out.text(), err.text()]; };
+const packed = (files) => { const pack = tar.pack(); for (const name in files) pack.entry({ name }, files[name]); pack.finalize(); return pack; };
+const buffered = async (stream) => { const parts = []; for await (const data of stream) parts.push(data); return Buffer.concat(parts); };
+const fails = (promise, code) => assert.rejects(promise, (error) => { assert.equal(error.statusCode, code, error.message); assert(error.message.length > 30); return true; });
+(async () => {
+  const out = sink(), err = sink();
+  let [told, box] = await docker.run(image, ["sh", "-c", "echo out; echo err >&2; exit 3"], [out, err], { Tty: false, ...QUIET });
+  assert.deepEqual([told.StatusCode, out.text(), err.text()], [3, "out\n", "err\n"]);
+  await box.remove();
+  const screen = sink();
+  [told, box] = await docker.run(image, ["sh", "-c", "test -t 1 && echo terminal"], screen, { Tty: true, ...QUIET });
+  assert.deepEqual([told.StatusCode, screen.text()], [0, "terminal\r\n"]);
+  await box.remove();
+
+  // events
+  const events = await docker.getEvents({ filters: { type: ["container"], label: ["dd"] } }), seen = [];
+  events.on("data", (data) => data.toString().trim().split("\n").forEach((line) => seen.push(JSON.parse(line).Action)));
+
+  // attach
+  box = await docker.createContainer({ Image: image, Cmd: ["sh", "-c", "cat; echo at end >&2; exit 7"], OpenStdin: true, StdinOnce: true, AttachStdin: true, Labels: { dd: "1" }, ...QUIET });
+  let stream = await box.attach({ stream: true, stdin: true, stdout: true, stderr: true, hijack: true });
+  await box.start();
+  const waited = box.wait();
+  stream.write("first ");
+  stream.end("last");
+  assert.deepEqual(await split(stream), ["first last", "at end\n"]);
+  assert.equal((await waited).StatusCode, 7);
+  assert.deepEqual(await split(await box.logs({ follow: true, stdout: true, stderr: true })), ["first last", "at end\n"]);
+  await box.remove();
+
+  // exec
+  box = await docker.createContainer({ Image: image, name: "tstdd", Cmd: ["sh", "-c", "i=0; while :; do echo $i; i=$((i+1)); sleep 0.1; done"], Labels: { dd: "1" }, ...QUIET });
+  await box.start();
+  const run = async (options, start, input) => {
+    const exec = await box.exec({ AttachStdout: true, AttachStderr: true, ...options });
+    const stream = await exec.start(start);
+    if (input) stream.end(input);
+    const said = options.Tty ? [(await buffered(stream)).toString()] : await split(stream);
+    return [(await exec.inspect()).ExitCode, ...said];
+  };
+  assert.deepEqual(await run({ Cmd: ["sh", "-c", "echo o; echo e >&2; exit 4"] }, {}), [4, "o\n", "e\n"]);
+  assert.deepEqual(await run({ Cmd: ["cat"], AttachStdin: true }, { hijack: true, stdin: true }, "x".repeat(200000)), [0, "x".repeat(200000), ""]);
+  assert.deepEqual(await run({ Cmd: ["sh", "-c", "tty; stty size"], Tty: true, ConsoleSize: [33, 99] }, { Tty: true, ConsoleSize: [33, 99] }), [0, "/dev/pts/0\r\n33 99\r\n"]);
+
+  // logs
+  stream = await box.logs({ follow: true, stdout: true, tail: 1, timestamps: true });
+  const lines = sink();
+  docker.modem.demuxStream(stream, lines, lines);
+  while (lines.text().split("\n").length < 5) await new Promise((done) => setTimeout(done, 50));
+  stream.destroy();
+  assert.match(lines.text(), /^\d{4}-\d\d-\d\dT\S+Z \d+\n/);
+  assert((await box.logs({ stdout: true, tail: 2 })).length >= 2 * 9);
+
+  // archive
+  await box.putArchive(await buffered(packed({ "dir/file": "content", "dir/other": "x".repeat(100000) })), { path: "/tmp" });
+  await box.putArchive(packed({ "streamed": "too" }), { path: "/tmp" });
+  const names = [], extract = tar.extract();
+  extract.on("entry", (header, content, next) => { names.push(header.name.replace(/\/$/, "")); content.on("end", next).resume(); });
+  (await box.getArchive({ path: "/tmp/dir" })).pipe(extract);
+  await new Promise((done) => extract.on("finish", done));
+  assert.deepEqual(names.sort(), ["dir", "dir/file", "dir/other"]);
+  const stat = JSON.parse(Buffer.from((await box.infoArchive({ path: "/tmp/dir/file" })).headers["x-docker-container-path-stat"], "base64"));
+  assert.deepEqual([stat.name, stat.size], ["file", 7]);
+
+  // life
+  assert((await box.stats({ stream: false })).memory_stats.usage > 0);
+  assert((await box.top({ ps_args: "-o pid,args" })).Processes.length >= 1);
+  assert((await box.changes()).some((each) => each.Path === "/tmp/dir/file"));
+  await box.pause();
+  assert.equal((await box.inspect()).State.Status, "paused");
+  await box.unpause();
+  await box.rename({ name: "tstdd2" });
+  await box.update({ PidsLimit: 100 });
+  await box.restart({ t: 0 });
+  assert.equal((await docker.listContainers({ filters: { label: ["dd=1"], status: ["running"] } }))[0].Names[0], "/tstdd2");
+
+  // errors
+  await fails(docker.getContainer("nosuch").inspect(), 404);
+  await assert.rejects(docker.getContainer("nosuch").attach({ stream: true, stdout: true }), (error) => error.statusCode === 404);
+  await fails(docker.getImage("nosuch:1").inspect(), 404);
+  await fails(docker.getImage("nosuch:1").remove(), 404);
+  await fails(docker.getExec("nosuch").inspect(), 404);
+  await fails(docker.getNetwork("nosuch").inspect(), 404);
+  await fails(docker.getVolume("nosuch").inspect(), 404);
+  await fails(docker.createContainer({ Image: "tstlive/nosuch:1" }), 404);
+  await fails(docker.createContainer({ Image: image, name: "tstdd2", ...QUIET }), 409);
+  await fails(box.remove(), 409);
+  await fails(box.getArchive({ path: "/nosuch" }), 404);
+  await fails(docker.createContainer({ Image: image, HostConfig: { Memory: -5 } }), 400);
+  await assert.rejects(box.start(), (error) => error.statusCode === 304);
+  await box.remove({ force: true, v: true });
+
+  // images
+  const name = `${registry}/tstlive/dockerode`;
+  let rows = await progress(await docker.buildImage(packed({ Dockerfile: `FROM ${image}\nARG A\nCOPY f /f\nRUN echo $A >/a\nCMD cat /a /f\n`, f: "copied\n" }), { t: name + ":1", buildargs: { A: "b" } }));
+  assert(rows.some((row) => /Successfully tagged/.test(row.stream)));
+  const folder = fs.mkdtempSync(path.join(os.tmpdir(), "dd"));
+  fs.writeFileSync(path.join(folder, "Dockerfile"), `FROM ${name}:1\nRUN exit 9\n`);
+  rows = await progress(await docker.buildImage({ context: folder, src: ["Dockerfile"] }, { t: "tstlive/no:1" }));
+  assert.match(rows.at(-1).errorDetail.message, /9$/);
+  rows = await progress(await docker.getImage(name + ":1").push());
+  assert(rows.some((row) => row.aux && /^sha256:/.test(row.aux.Digest)));
+  await docker.getImage(name + ":1").remove();
+  rows = await progress(await docker.pull(name + ":1"));
+  assert.match(rows.at(-1).status, /^Status: /);
+  const output = sink();
+  [told, box] = await docker.run(name + ":1", [], output, QUIET);
+  await box.remove();
+  assert.equal(told.StatusCode, 0);
+  const noise = `${registry}/tstlive/ddnoise:1`;
+  await progress(await docker.importImage(packed({ noise: require("crypto").randomBytes(30 << 20) }), { repo: noise.slice(0, -2), tag: "1" }));
+  rows = await progress(await docker.getImage(noise).push());
+  assert(rows.some((row) => row.progressDetail && row.progressDetail.total > 3e7), JSON.stringify(rows));
+  await docker.getImage(noise).remove();
+  rows = await progress(await docker.pull(noise));
+  assert(rows.some((row) => row.status === "Pull complete" && row.id.length === 12), JSON.stringify(rows));
+  await docker.getImage(noise).remove();
+  await assert.rejects(docker.pull(`${registry}/tstlive/nosuch:1`), (error) => error.statusCode === 404);
+  assert.match((await docker.getImage(name + ":1").distribution()).Descriptor.digest, /^sha256:/);
+  const saved = await buffered(await docker.getImage(name + ":1").get());
+  await docker.getImage(name + ":1").tag({ repo: "tstlive/dd", tag: "2" });
+  rows = await docker.getImage("tstlive/dd:2").remove();
+  assert.deepEqual(rows, [{ Untagged: "tstlive/dd:2" }]);
+  assert((await docker.getImage(name + ":1").history()).length >= 3);
+  rows = await progress(await docker.loadImage(require("stream").Readable.from([saved])));
+  assert(rows.some((row) => (row.stream || "").includes(`Loaded image: ${name}:1`)));
+  assert.equal((await docker.checkAuth({ username: "u", password: "p", serveraddress: registry })).Status, "Login Succeeded");
+
+  // others
+  const network = await docker.createNetwork({ Name: "tstddnet", CheckDuplicate: true, Labels: { dd: "1" } });
+  await fails(docker.createNetwork({ Name: "tstddnet", CheckDuplicate: true }), 409);
+  assert.equal((await docker.listNetworks({ filters: { label: ["dd"] } }))[0].Id, network.id);
+  await network.remove();
+  const volume = await docker.createVolume({ Name: "tstddvol", Labels: { dd: "1" } });
+  assert.equal((await docker.listVolumes({ filters: { label: ["dd"] } })).Volumes.length, 1);
+  await (await docker.getVolume("tstddvol")).remove();
+  assert.deepEqual((await docker.pruneContainers({ filters: { label: ["dd"] } })).ContainersDeleted || [], []);
+  assert((await docker.df()).Images.length);
+  assert.equal((await docker.ping()).toString(), "OK");
+  assert.equal((await docker.info()).OSType, "linux");
+  assert.equal((await docker.version()).ApiVersion, "1.56");
+  for (const each of ["create", "attach", "start", "die", "destroy", "exec_die", "pause", "rename", "restart", "kill", "extract-to-dir"]) assert(seen.some((one) => one.startsWith(each)), `${each} is not in ${seen}`);
+  events.destroy();
+})().catch((error) => { console.error(error); process.exit(1); });
+'''
+
+
+class TestLiveDockerode:
+    def test_all_of_it(self, building):
+        node, environment = node_with("dockerode")
+        environment = {**os.environ, **environment, "DOCKER_HOST": "unix://" + building.socket}
+        try:
+            done = subprocess.run([node, "-e", DOCKERODE, BASE, REGISTRY], capture_output=True, text=True, timeout=150, env=environment)
+            assert done.returncode == 0, done.stderr
+        finally:
+            for box in building.ask("GET", "/containers/json?all=1&" + filtered(label=["dd"])).json:
+                building.ask("DELETE", f"/containers/{box['Id']}?force=1&v=1")
 
 
 class TestLiveRootless:
