@@ -1089,8 +1089,13 @@ class ContainerdEvent(NamedTuple):
         return self.payload.get("container_id") or ""
 
 
+# What BuildKit calls the container of a step; nobody else gives such ids.
+BUILD_STEP = re.compile(r"[0-9a-z]{25}")
+
+
 def parse_event(line: str, namespace: str) -> Optional[ContainerdEvent]:
-    """A line of `nerdctl events --format {{json .}}`; None for an empty line and for other namespaces."""
+    """A line of `nerdctl events --format {{json .}}`; None for an empty line, for other namespaces and for the steps of a
+    build that is under way."""
     if not line.strip():
         return None
     try:
@@ -1098,7 +1103,8 @@ def parse_event(line: str, namespace: str) -> Optional[ContainerdEvent]:
         if row.get("Namespace") != namespace:
             return None
         payload = json.loads(row.get("Event") or "{}") or {}
-        return ContainerdEvent(row["Topic"], nanoseconds_of(row.get("Timestamp") or "") or time.time_ns(), payload)
+        event = ContainerdEvent(row["Topic"], nanoseconds_of(row.get("Timestamp") or "") or time.time_ns(), payload)
+        return None if BUILD_STEP.fullmatch(event.container) and not payload.get("image") else event
     except (ValueError, KeyError, AttributeError, TypeError):
         return None
 
@@ -1395,8 +1401,9 @@ def steadily(read: Callable[[], List[Any]]) -> List[Any]:
 
 
 def parse_containers(rows: List[Any]) -> Dict[str, Container]:
-    """Rows of `ps --no-trunc --format CONTAINER_ROW` as real id -> Container, newest first."""
-    return {row["ID"]: Container(row, labels) for row, labels in rows if row.get("ID")}
+    """Rows of `ps --no-trunc --format CONTAINER_ROW` as real id -> Container, newest first, without the steps of builds."""
+    return {row["ID"]: Container(row, labels) for row, labels in rows
+            if row.get("ID") and (row.get("Image") or not BUILD_STEP.fullmatch(row["ID"]))}
 
 
 class ContainerTable:
@@ -1639,6 +1646,11 @@ class ImageTable:
                 self._read_some(marked)
             return list(self.whole.value.values())
 
+    def last(self, name: str) -> str:
+        """The id that a name was last known to stand for, "" for none."""
+        known = (self.whole.value or {}).get(name)
+        return known.id if known else ""
+
     def on_event(self, topic: str, name: str) -> None:
         """Note what containerd tells of a name."""
         if name.endswith(REDUCED):
@@ -1808,6 +1820,11 @@ def parse_images(rows: List[Any]) -> List[Image]:
 # our own for imports and commits without one. containerd keeps no image without a name.
 WORKING_NAME = "nerdctld.invalid/"
 NAMELESS = (WORKING_NAME, "import/", "moby-dangling/", "sha256:", "sha256/")
+
+
+def is_nameless(name: str) -> bool:
+    """Whether a name in containerd is none that people would know."""
+    return name.endswith(REDUCED) or (name.partition("@")[0] + "/").startswith(NAMELESS) or name.startswith(NAMELESS)
 
 
 class ImageGroup:
@@ -2290,7 +2307,9 @@ class Engine:
         self.begun: Dict[str, int] = {}
         # Containers behind an id that clients know by another: their making and going is no event.
         self.hidden: Dict[str, None] = {}
-        self.feed.listeners.append(self.snapshot.on_event)
+        # Real ids of containers that are being stopped. One event is told after the other, also by handlers.
+        self.stopping: set = set()
+        self.telling = threading.RLock()
         self.feed.listeners.append(self.on_event)
 
     def busy(self) -> bool:
@@ -2398,24 +2417,42 @@ class Engine:
 
     def tell(self, container: Container, action: str, **more: str) -> None:
         """Emit an event of a container."""
-        self.journal.emit("container", action, *self.actor(container, **more))
+        with self.telling:
+            identity, attributes = self.actor(container)
+            if not container.runtime:
+                # Just made, and not read yet.
+                attributes = self.known.get(container.real, (identity, attributes))[1]
+            self.journal.emit("container", action, identity, {**attributes, **more})
+
+    @contextlib.contextmanager
+    def being_stopped(self, container: Container, number: int) -> Iterator[None]:
+        """Context in which a container is sent a signal, and another one if it goes on."""
+        self.tell(container, "kill", signal=str(number))
+        self.stopping.add(container.real)
+        try:
+            yield
+        finally:
+            self.stopping.discard(container.real)
 
     def on_event(self, event: Optional[ContainerdEvent]) -> None:
-        """Tell Docker's event for one of containerd. Only while somebody listens or a container needs it are containers
-        looked up, since that costs a process."""
-        if event is None:
-            return
-        if event.topic.startswith("/images/"):
-            if self.quiet["images"] <= 0:
-                self._image_event(event)
-        elif event.container:
-            self._container_event(event)
+        """Pass on an event of containerd, and tell Docker's event for it. Only while somebody listens are containers and
+        images looked up, since that costs a process."""
+        with self.telling:
+            name = (event.payload.get("name") or "") if event and event.topic.startswith("/images/") else ""
+            before = self.snapshot.names.last(name) if name else ""
+            self.snapshot.on_event(event)
+            if name and self.quiet["images"] <= 0 and not is_nameless(name):
+                self._image_event(event, name, before)
+            elif event and event.container:
+                self._container_event(event)
 
-    def _image_event(self, event: ContainerdEvent) -> None:
-        name = event.payload.get("name") or ""
+    def _image_event(self, event: ContainerdEvent, name: str, identity: str) -> None:
         action = {"/images/create": "tag", "/images/delete": "untag"}.get(event.topic)
-        if action and name:
-            self.journal.emit("image", action, familiar(name), {"name": familiar(name)}, event.time)
+        if action == "tag" and self.journal.queues:
+            with contextlib.suppress(ApiError):
+                identity = next((each.id for each in self.snapshot.names.get() if each.name == name), "")
+        if action:
+            self.journal.emit("image", action, identity or familiar(name), {"name": familiar(name)}, event.time)
 
     def _container_event(self, event: ContainerdEvent) -> None:
         action = {
@@ -2430,6 +2467,8 @@ class Engine:
         if action == "start":
             self.begun[event.container] = event.time
         elif action == "die":
+            if event.container in self.stopping and event.payload.get("exit_status") == 128 + signal.SIGKILL:
+                self.journal.emit("container", "kill", identity, {**attributes, "signal": str(int(signal.SIGKILL))}, event.time)
             began = self.begun.pop(event.container, event.time)
             attributes = {**attributes, "exitCode": str(event.payload.get("exit_status") or 0),
                           "execDuration": str(max(0, event.time - began) // 10**9)}
@@ -4264,12 +4303,33 @@ def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]], a
     return found
 
 
+def parse_hosts_note(note: Dict[str, Any], names: List[str]) -> List[Dict[str, Any]]:
+    """parse_addresses() of what nerdctl noted of a running container for the hosts files of its peers: CNI's results, by
+    the names of networks."""
+    found = []
+    for result in filter(None, map((note.get("Networks") or {}).get, names)):
+        mac = next((each.get("mac") for each in result.get("interfaces") or [] if each.get("sandbox")), "")
+        interface = {"Name": "eth0", "HardwareAddr": mac, "Addrs": [each.get("address") or "" for each in result.get("ips") or []]}
+        found += parse_addresses({"NetNS": {"Interfaces": [interface]}})
+    return found
+
+
+def noted_addresses(container: Container) -> List[Dict[str, Any]]:
+    """parse_addresses() of a container without a process, [] where nerdctl's files are not readable from here."""
+    if container.running and container.folder:
+        containers, namespace, name = container.folder.rsplit("/", 2)
+        with contextlib.suppress(OSError, ValueError):
+            with open(os.path.join(os.path.dirname(containers), "etchosts", namespace, name, "meta.json"), "rb") as file:
+                return parse_hosts_note(json.load(file), network_names(container))
+    return []
+
+
 def listed_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
     """docker_networks() with such addresses as are known without a process; worked out once as long as `networks` are these."""
     detail = container.memo.get("detail")
     known = container.memo.get("listed networks")
     if known is None or known[0] is not networks or known[1] is not detail:
-        addresses = parse_addresses(detail.get("Task")) if detail else []
+        addresses = parse_addresses(detail.get("Task")) if detail else noted_addresses(container)
         known = container.memo["listed networks"] = (networks, detail, docker_networks(container, networks, addresses))
     return known[2]
 
@@ -4941,11 +5001,37 @@ def command_words(body: Dict[str, Any], image: Dict[str, Any]) -> Tuple[List[str
     return [f"--entrypoint={each}" for each in words], command
 
 
+def check_limits(host: Dict[str, Any], update: bool = False) -> None:
+    """400 with dockerd's words for limits that cannot be, of a create request's HostConfig or of an update."""
+    memory, swap, reservation, cpus, period, quota, shm, oom, swappiness = (typed(host.get(key), int, key) for key in (
+        "Memory", "MemorySwap", "MemoryReservation", "NanoCpus", "CpuPeriod", "CpuQuota", "ShmSize", "OomScoreAdj", "MemorySwappiness"))
+    least, processors = 6 << 20, os.cpu_count() or 1
+    for wrong, message in (
+        (memory and memory < least, "Minimum memory limit allowed is 6MB"),
+        (0 < swap < memory, "Minimum memoryswap limit should be larger than memory limit, see usage"),
+        (swap > 0 and not memory and not update, "You should always set the Memory limit when using Memoryswap limit, see usage"),
+        (not -1 <= swappiness <= 100, f"Invalid value: {swappiness}, valid memory swappiness range is 0-100"),
+        (reservation and reservation < least, "Minimum memory reservation allowed is 6MB"),
+        (0 < memory < reservation, "Minimum memory limit can not be less than memory reservation limit, see usage"),
+        (cpus and period, "Conflicting options: Nano CPUs and CPU Period cannot both be set"),
+        (cpus and quota, "Conflicting options: Nano CPUs and CPU Quota cannot both be set"),
+        (not 0 <= cpus <= processors * 10**9,
+         f"Range of CPUs is from 0.01 to {processors}.00, as there are only {processors} CPUs available"),
+        (period and not 1000 <= period <= 10**6, "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)"),
+        (0 < quota < 1000, "CPU cfs quota can not be less than 1ms (i.e. 1000)"),
+        (shm < 0, "SHM size can not be less than 0"),
+        (not -1000 <= oom <= 1000, f"Invalid value {oom}, range for oom score adj is [-1000, 1000]"),
+    ):
+        if wrong:
+            raise BadParameter(message)
+
+
 def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str, Dict[str, Any]],
                 find: Callable[[str], Container]) -> Tuple[List[str], List[str]]:
     """argv between `create` and the image's name, and the words after it, of a create request; `image` is the image's own
     configuration. 400 for bad values."""
     host = typed(body.get("HostConfig"), dict, "HostConfig")
+    check_limits(host)
     words: List[str] = []
     for path, flag, render in CREATE_FLAGS:
         words += render(field_of(body, path), flag, path)
@@ -5787,17 +5873,24 @@ def container_start(engine: Engine, request: Request, name: str) -> Response:
     return Response(204)
 
 
-def stop_args(request: Request) -> List[str]:
-    """Flags for the seconds and the signal of a stop."""
-    seconds, signal_name = request.value("t"), request.value("signal")
+def stop_args(request: Request, container: Container) -> Tuple[List[str], float]:
+    """Flags for the seconds and the signal of a stop, and how long nerdctl may take for it."""
+    # nerdctl does not keep a StopTimeout of 0.
+    seconds = request.integer("t") if request.value("t") else stored_request(container).get("StopTimeout")
+    signal_name = request.value("signal")
     arguments = []
-    if seconds:
+    if seconds is not None:
         # Docker's -1 is for ever.
-        number = request.integer("t")
-        arguments.append(f"--time={number if number >= 0 else 10**6}")
+        seconds = seconds if seconds >= 0 else 10**6
+        arguments.append(f"--time={seconds}")
     if signal_name:
         arguments.append(f"--signal={check_signal(signal_name)}")
-    return arguments
+    return arguments, SHORT_CALL + min(seconds or 0, 86400)
+
+
+def stop_signal(request: Request, container: Container) -> int:
+    """The number of the signal that a container is asked to end with."""
+    return signal_number(check_signal(request.value("signal") or container.labels.get("io.containerd.image.config.stop-signal") or "TERM"))
 
 
 def check_signal(text: str) -> str:
@@ -5818,12 +5911,12 @@ def container_stop(engine: Engine, request: Request, name: str) -> Response:
     """Stop it within `t` seconds, then kill it; 204, 304 when it does not run."""
     read_limited(request.body, JSON_LIMIT)
     container = engine.snapshot.find(name)
-    arguments = stop_args(request)
+    arguments, longest = stop_args(request, container)
     if not container.running and container.state != "restarting":
         raise NotModified()
     count = engine.tasks.now()
-    with engine.changing(container):
-        engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=SHORT_CALL + max(0, min(request.integer("t"), 86400)))
+    with engine.changing(container), engine.being_stopped(container, stop_signal(request, container)):
+        engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest)
         engine.tasks.ended_since(container.real, count, 2.0 if engine.feed.live else 0.0)
     engine.tell(container, "stop")
     return Response(204)
@@ -5834,10 +5927,12 @@ def container_restart(engine: Engine, request: Request, name: str) -> Response:
     """Stop it if it runs, and start it; 204."""
     read_limited(request.body, JSON_LIMIT)
     container = engine.snapshot.find(name)
-    arguments = stop_args(request)
+    arguments, longest = stop_args(request, container)
     with engine.changing(container), engine.restarting(container):
         if container.running:
-            engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=SHORT_CALL + max(0, min(request.integer("t"), 86400)))
+            with engine.being_stopped(container, stop_signal(request, container)):
+                engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest)
+            engine.tell(container, "stop")
             session = engine.sessions.get(container.id)
             if session:
                 session.ended.wait(5)
@@ -5862,12 +5957,12 @@ def container_kill(engine: Engine, request: Request, name: str) -> Response:
     if not container.running:
         raise Conflict(f"cannot kill container: {name}: container {container.id} is not running")
     count = engine.tasks.now()
+    engine.tell(container, "kill", signal=str(signal_number(word)))
     with engine.changing(container), engine.feed.needed():
         engine.nerdctl.run("kill", f"--signal={word}", "--", container.real)
         if word in ("SIGKILL", "9") and engine.feed.live:
             # As dockerd does: who is told that it was killed finds it so.
             engine.tasks.ended_since(container.real, count, 5.0)
-    engine.tell(container, "kill", signal=str(signal_number(word)))
     return Response(204)
 
 
@@ -5926,6 +6021,7 @@ def container_update(engine: Engine, request: Request, name: str) -> Response:
     """Change its limits or restart policy; 200 with warnings."""
     container = engine.snapshot.container(name)
     body = request.json(required=True)
+    check_limits(body, update=True)
     words: List[str] = []
     for key, flag, render in UPDATE_FLAGS:
         words += render(body.get(key), flag, key)
@@ -5985,6 +6081,8 @@ def container_delete(engine: Engine, request: Request, name: str) -> Response:
         raise Conflict(f'cannot remove container "/{container.name}": container is {word}: '
                        + ("unpause and then stop the container before removing or force remove" if word == "paused"
                           else "stop the container before removing or force remove"))
+    if container.running:
+        engine.tell(container, "kill", signal=str(int(signal.SIGKILL)))
     remove_container(engine, container, request.flag("force"), request.flag("v"))
     return Response(204)
 
@@ -6941,7 +7039,7 @@ def archive_get(engine: Engine, request: Request, name: str) -> Response:
         with engine.nerdctl.start("cp", "--", f"{container.real}:{taken}", "-", mounts=True) as process:
             widen_pipe(process.stdout)
             yield from copied_tar(process, os.path.basename(path.rstrip("/")) or "/")
-        engine.tell(container, "archive-path", path=path)
+        engine.tell(container, "archive-path")
 
     return Response(200, Stream(chunks(), primed=True), "application/x-tar", found.header())
 
@@ -6992,7 +7090,7 @@ def archive_put(engine: Engine, request: Request, name: str) -> Response:
         process.close_stdin()
         process.check()
     engine.touched.add(container.id)
-    engine.tell(container, "extract-to-dir", path=path)
+    engine.tell(container, "extract-to-dir")
     return Response(200)
 
 
@@ -7237,7 +7335,9 @@ def container_top(engine: Engine, request: Request, name: str) -> Response:
         words = shlex.split(request.value("ps_args"))
     except ValueError as error:
         raise BadParameter(f"invalid ps_args: {error}") from None
-    return Response(200, parse_top(engine.nerdctl.run("top", container.real, *words).stdout.decode(errors="replace")))
+    found = parse_top(engine.nerdctl.run("top", container.real, *words).stdout.decode(errors="replace"))
+    engine.tell(container, "top")
+    return Response(200, found)
 
 
 ###############################################################################

@@ -1379,6 +1379,56 @@ class TestEvents:
                                                          "exitCode": "137", "execDuration": "5"}}
         assert die["time"] == die["timeNano"] // 10**9
 
+    def test_the_steps_of_a_build_are_no_containers(self):
+        step = "nzu2uewdfb6flr2yppwc1bsp8"
+        for topic, payload in (("/containers/create", {"id": step}), ("/tasks/start", {"container_id": step, "pid": 1}), ("/tasks/exit", {"container_id": step, "id": step}),
+                               ("/containers/delete", {"id": step})):
+            assert nerdctld.parse_event(event_line(topic, **payload), "default") is None
+            assert nerdctld.parse_event(event_line(topic, **{key: value if key == "pid" else ID for key, value in payload.items()}), "default")
+        assert nerdctld.parse_event(event_line("/containers/create", id=step, image="x"), "default")
+        rows = [[{"ID": step, "Image": "", "Status": "Up"}, None], [{"ID": ID, "Image": BASE}, {}], [{"ID": "made-by-ctr", "Image": ""}, {}], [{"ID": step[::-1], "Image": "x"}, {}]]
+        assert list(nerdctld.parse_containers(rows)) == [ID, "made-by-ctr", step[::-1]]
+
+    @pytest.mark.parametrize("name", ["moby-dangling@sha256:" + "1" * 64, "import@sha256:" + "1" * 64, nerdctld.WORKING_NAME + "x:1", "sha256:" + "1" * 64, BASE + nerdctld.REDUCED])
+    def test_names_that_nobody_gave_are_not_told(self, furnished, name):
+        for topic in ("create", "delete"):
+            furnished.on_event(nerdctld.parse_event(event_line("/images/" + topic, name=name), "default"))
+        assert list(furnished.journal.history) == []
+
+    def test_image_events_name_the_image(self, furnished):
+        settle_feed(furnished)
+        tell = lambda topic: furnished.on_event(nerdctld.parse_event(event_line("/images/" + topic, name=BASE), "default"))
+        with furnished.journal.subscribe() as (_, new):
+            tell("create")
+            tell("delete")
+            told = [new.get(timeout=1) for _ in range(2)]
+        assert [(each["Action"], each["Actor"]) for each in told] == [(action, {"ID": BB, "Attributes": {"name": BASE}}) for action in ("tag", "untag")]
+
+    def test_events_of_handlers_come_after_those_before_them(self, furnished):
+        settle_feed(furnished)
+        made = nerdctld.Container({"ID": ID, "Image": BASE}, {})
+        look = furnished.snapshot.containers.known
+        furnished.snapshot.containers.known = lambda: time.sleep(0.3) or look()
+        with furnished.journal.subscribe() as (_, new):
+            event = nerdctld.parse_event(event_line("/containers/create", id=ID, image=BASE), "default")
+            feed = threading.Thread(target=furnished.on_event, args=(event,))
+            feed.start()
+            time.sleep(0.1)
+            furnished.tell(made, "attach")
+            told = [new.get(timeout=1) for _ in range(2)]
+        feed.join()
+        assert [each["Action"] for each in told] == ["create", "attach"] and told[0]["Actor"] == told[1]["Actor"]
+        assert told[1]["Actor"]["Attributes"]["name"] == "tstweb"
+
+    def test_signals_of_a_stop(self, furnished):
+        container = furnished.snapshot.container("tstweb")
+        for status in (137, 0):
+            with furnished.being_stopped(container, 15):
+                furnished.on_event(nerdctld.parse_event(event_line("/tasks/exit", container_id=ID, id=ID, exit_status=status), "default"))
+        furnished.on_event(nerdctld.parse_event(event_line("/tasks/exit", container_id=ID, id=ID, exit_status=137), "default"))
+        told = [(each["Action"], each["Actor"]["Attributes"].get("signal")) for each in furnished.journal.history]
+        assert told == [("kill", "15"), ("kill", "9"), ("die", None), ("kill", "15"), ("die", None), ("die", None)]
+
     def test_journal_keeps_256(self):
         journal = nerdctld.Journal()
         for number in range(300):
@@ -2541,6 +2591,24 @@ class TestContainers:
         assert re.fullmatch(r"Exited \(3\) .* ago", rows["/tstdone"]["Status"])
         assert (rows["/tstnew"]["Status"], rows["/tstnew"]["State"], rows["/tstpaused"]["State"]) == ("Created", "created", "paused")
 
+    def test_addresses_in_the_list_need_no_process(self, tmp_path):
+        note = {"ID": ID, "Networks": {
+            "back": {"interfaces": [{"mac": "1", "name": "br0"}, {"mac": "2", "name": "eth1", "sandbox": "/proc/1/ns/net"}],
+                     "ips": [{"address": "10.5.0.7/24", "gateway": "10.5.0.1"}, {"address": "fd00::7/64"}]},
+            "front": {"interfaces": [{"mac": "3", "name": "eth0", "sandbox": "/proc/1/ns/net"}], "ips": [{"address": "10.6.0.7/16"}]}}}
+        folder = tmp_path / "etchosts" / "default" / ID
+        folder.mkdir(parents=True)
+        (folder / "meta.json").write_text(json.dumps(note))
+        labels = {"nerdctl/state-dir": f"{tmp_path}/containers/default/{ID}", "nerdctl/networks": '["front","back"]'}
+        networks = {name: {"Id": name, "Name": name, "IPAM": {"Config": [{"Subnet": "10.0.0.0/8", "Gateway": gateway}]}}
+                    for name, gateway in (("front", "10.6.0.1"), ("back", "10.5.0.1"))}
+        told = nerdctld.listed_networks(nerdctld.Container({"ID": ID, "Status": "Up"}, labels), networks)
+        assert {key: told["front"][key] for key in ("IPAddress", "IPPrefixLen", "Gateway", "MacAddress")} == {
+            "IPAddress": "10.6.0.7", "IPPrefixLen": 16, "Gateway": "10.6.0.1", "MacAddress": "3"}
+        assert (told["back"]["IPAddress"], told["back"]["GlobalIPv6Address"], told["back"]["MacAddress"]) == ("10.5.0.7", "fd00::7", "2")
+        told = nerdctld.listed_networks(nerdctld.Container({"ID": ID, "Status": "Created"}, labels), networks)
+        assert told["front"]["IPAddress"] == told["front"]["Gateway"] == ""
+
     def test_newest_first(self, reading):
         assert self.names(reading, "all=1") == ["/tstpaused", "/tstnew", "/tstdone", "/tstweb"]
 
@@ -2643,6 +2711,21 @@ def host(**fields):
 
 
 class TestContainerCreate:
+    @pytest.mark.parametrize("limits, words", [
+        ({"Memory": 1000}, "Minimum memory limit allowed is 6MB"), ({"Memory": -5}, "Minimum memory limit"), ({"MemorySwap": 10**8}, "You should always set the Memory limit"),
+        ({"Memory": 10**8, "MemorySwap": 10**7}, "Minimum memoryswap limit should be larger"), ({"MemorySwappiness": 200}, "Invalid value: 200, valid memory swappiness"),
+        ({"MemoryReservation": 1000}, "Minimum memory reservation"), ({"Memory": 10**7, "MemoryReservation": 10**8}, "Minimum memory limit can not be less than memory res"),
+        ({"NanoCpus": 10**9, "CpuPeriod": 2000}, "Nano CPUs and CPU Period cannot"), ({"NanoCpus": 10**9, "CpuQuota": 2000}, "Nano CPUs and CPU Quota cannot"),
+        ({"NanoCpus": 10**14}, "Range of CPUs is from 0.01 to"), ({"NanoCpus": -1}, "Range of CPUs is from 0.01 to"), ({"CpuPeriod": 10}, "CPU cfs period can not be less"),
+        ({"CpuQuota": 10}, "CPU cfs quota can not be less"), ({"ShmSize": -1}, "SHM size can not be less than 0"), ({"OomScoreAdj": 5000}, "Invalid value 5000, range for oom")])
+    def test_limits_that_cannot_be(self, limits, words):
+        with pytest.raises(nerdctld.BadParameter, match=re.escape(words)):
+            nerdctld.create_args({"HostConfig": limits}, {}, NETWORKS, None)
+
+    @pytest.mark.parametrize("limits", [{"Memory": 10**8, "MemorySwap": -1, "MemorySwappiness": -1}, {"CpuQuota": -1, "CpuPeriod": 1000}, {"NanoCpus": 5 * 10**8}, {"MemorySwappiness": None}])
+    def test_limits_that_can(self, limits):
+        nerdctld.check_limits(limits)
+
     FIELDS = [
         ({"Domainname": "d.test"}, "--domainname=d.test"), ({"User": "1:2"}, "--user=1:2"), ({"Tty": True}, "--tty"), ({"OpenStdin": True}, "--interactive"),
         ({"StopSignal": "SIGINT"}, "--stop-signal=SIGINT"), ({"WorkingDir": "/w"}, "--workdir=/w"), ({"Hostname": "h"}, "--hostname=h"),
@@ -2655,9 +2738,9 @@ class TestContainerCreate:
         (host(ReadonlyRootfs=True), "--read-only"), (host(Runtime="runc"), "--runtime=runc"), (host(SecurityOpt=["a=b,c"]), "--security-opt=a=b,c"),
         (host(UsernsMode="host"), "--userns=host"), (host(ShmSize=64), "--shm-size=64"), (host(Sysctls={"a.b": "1"}), "--sysctl=a.b=1"),
         (host(Annotations={"a": "b"}), "--annotation=a=b"), (host(CgroupParent="/p"), "--cgroup-parent=/p"), (host(CpuShares=5), "--cpu-shares=5"),
-        (host(CpuPeriod=5), "--cpu-period=5"), (host(CpuQuota=5), "--cpu-quota=5"), (host(CpuRealtimePeriod=5), "--cpu-rt-period=5"),
+        (host(CpuPeriod=5000), "--cpu-period=5000"), (host(CpuQuota=5000), "--cpu-quota=5000"), (host(CpuRealtimePeriod=5), "--cpu-rt-period=5"),
         (host(CpuRealtimeRuntime=5), "--cpu-rt-runtime=5"), (host(CpusetCpus="0-1"), "--cpuset-cpus=0-1"), (host(CpusetMems="0"), "--cpuset-mems=0"),
-        (host(Memory=5), "--memory=5"), (host(MemoryReservation=5), "--memory-reservation=5"), (host(MemorySwap=-1), "--memory-swap=-1"),
+        (host(Memory=7000000), "--memory=7000000"), (host(MemoryReservation=7000000), "--memory-reservation=7000000"), (host(MemorySwap=-1), "--memory-swap=-1"),
         (host(KernelMemory=5), "--kernel-memory=5"), (host(OomKillDisable=True), "--oom-kill-disable"), (host(PidsLimit=5), "--pids-limit=5"),
         (host(BlkioWeight=5), "--blkio-weight=5"), (host(Init=True), "--init"), (host(NanoCpus=1500000000), "--cpus=1.5"),
         (host(MemorySwappiness=0), "--memory-swappiness=0"), (host(MemorySwappiness=-1),),
@@ -3089,6 +3172,13 @@ def willing(furnished, scripted):
 
 
 class TestContainerLifecycle:
+    @pytest.mark.parametrize("asked, query, words, seconds", [
+        ({"StopTimeout": 0}, {}, ["--time=0"], 0), ({"StopTimeout": 300}, {}, ["--time=300"], 300), ({"StopTimeout": 300}, {"t": ["1"]}, ["--time=1"], 1),
+        ({"StopTimeout": -1}, {}, ["--time=1000000"], 86400), ({}, {}, [], 0), ({"StopTimeout": None}, {"t": ["-1"]}, ["--time=1000000"], 86400)])
+    def test_time_of_a_stop(self, asked, query, words, seconds):
+        container = nerdctld.Container({"ID": "1" * 64}, nerdctld.request_labels(asked))
+        assert nerdctld.stop_args(nerdctld.Request("POST", "/", query=query), container) == (words, nerdctld.SHORT_CALL + seconds)
+
     @pytest.mark.parametrize("method, path, status, words", [
         ("POST", "tstnew/start", 204, "start -- {id}"), ("POST", "tstweb/start", 304, ""), ("POST", "tstpaused/start", 409, ""), ("POST", "nosuch/start", 404, ""),
         ("POST", "tstweb/stop", 204, "stop -- {id}"), ("POST", "tstweb/stop?t=3&signal=int", 204, "stop --time=3 --signal=SIGINT -- {id}"), ("POST", "tstweb/stop?t=-1", 204, "stop --time=1000000 -- {id}"),
@@ -3127,11 +3217,19 @@ class TestContainerLifecycle:
         scripted.on("start", stderr=fatal(message), status=1)
         assert ask(willing, "POST", "/containers/tstnew/start").status == status
 
+    @pytest.mark.parametrize("method, path, told", [
+        ("POST", "stop", ["kill 15", "stop"]), ("POST", "stop?signal=INT", ["kill 2", "stop"]), ("POST", "restart", ["kill 15", "stop", "restart"]), ("POST", "kill", ["kill 9"]),
+        ("POST", "kill?signal=HUP", ["kill 1"]), ("DELETE", "?force=1", ["kill 9"]), ("GET", "top", ["top"])])
+    def test_events(self, willing, scripted, method, path, told):
+        scripted.on("top", stdout="PID CMD\n1 sh\n")
+        assert ask(willing, method, "/containers/tstweb" + ("" if path.startswith("?") else "/") + path).status < 300
+        assert [(each["Action"] + " " + each["Actor"]["Attributes"].get("signal", "")).strip() for each in willing.journal.history] == told
+
     def test_update(self, willing, scripted):
         real = identity(willing, "tstweb")
-        answer = ask(willing, "POST", "/containers/tstweb/update", {"Memory": 64, "NanoCpus": 5 * 10**8, "RestartPolicy": {"Name": "no"}, "PidsLimit": 0, "BlkioDeviceReadBps": None})
+        answer = ask(willing, "POST", "/containers/tstweb/update", {"Memory": 64 << 20, "NanoCpus": 5 * 10**8, "RestartPolicy": {"Name": "no"}, "PidsLimit": 0, "BlkioDeviceReadBps": None})
         assert (answer.status, answer.json) == (200, {"Warnings": None})
-        assert scripted.argv("update") == ["update", "--memory=64", "--cpus=0.5", "--restart=no", "--", real]
+        assert scripted.argv("update") == ["update", "--memory=67108864", "--cpus=0.5", "--restart=no", "--", real]
         assert ask(willing, "POST", "/containers/tstweb/update", {"RestartPolicy": {"Name": "odd"}}).status == 400
 
     def tell(self, engine, topic, real, **payload):
@@ -6992,6 +7090,349 @@ box.remove()
         assert done.returncode == 0, done.stderr
 
 
+CACHE = pathlib.Path(os.environ.get("NERDCTLD_STACK_CACHE") or "/var/cache/nerdctld-stack")
+
+
+def python_with(module):
+    """The stack's Python, which has this module."""
+    python = CACHE / "python/bin/python"
+    if not python.exists() or subprocess.run([python, "-c", "import " + module], capture_output=True, timeout=30).returncode:
+        pytest.skip(f"no {module} for Python: .ci/stack up --clients installs it")
+    return str(python)
+
+
+def node_with(module):
+    """node, and the environment in which it finds this module."""
+    modules = CACHE / "node/node_modules"
+    if not shutil.which("node") or not (modules / module).is_dir():
+        pytest.skip(f"no {module} for Node: .ci/stack up --clients installs it")
+    return "node", {"NODE_PATH": str(modules)}
+
+
+# Stands in for ryuk: it takes the filters of what is to be reaped, one a line, notes them in its log and acknowledges each.
+REAPER = "tstlive/reaper:1"
+REAPER_DOCKERFILE = f"""FROM {BASE}
+RUN printf '#!/bin/sh\\nwhile read line; do echo "$line" >&2; echo ACK; done\\n' >/ack && chmod +x /ack
+EXPOSE 8080
+CMD ["sh", "-c", "echo 'Reaper Started!'; exec nc -ll -p 8080 -e /ack"]
+"""
+
+TESTCONTAINERS_PYTHON = '''
+import json, os, pathlib, signal, sys, tempfile, urllib.request
+from testcontainers.core.container import DockerContainer, Reaper
+from testcontainers.core.docker_client import DockerClient
+from testcontainers.core.image import DockerImage
+from testcontainers.core.labels import SESSION_ID
+from testcontainers.core.network import Network
+from testcontainers.core.wait_strategies import (
+    CompositeWaitStrategy, ExecWaitStrategy, HealthcheckWaitStrategy, HttpWaitStrategy, LogMessageWaitStrategy, PortWaitStrategy)
+
+image = sys.argv[1]
+fetch = lambda box, port: urllib.request.urlopen(f"http://{box.get_container_host_ip()}:{box.get_exposed_port(port)}/", timeout=10).read()
+web = ["sh", "-c", "mkdir /www; echo served >/www/index.html; echo up; echo and running >&2; exec httpd -f -p 8000 -h /www"]
+every = CompositeWaitStrategy(LogMessageWaitStrategy("^up$"), PortWaitStrategy(8000), HttpWaitStrategy(8000), ExecWaitStrategy(["test", "-d", "/www"]),
+                              HealthcheckWaitStrategy())
+health = {"test": ["CMD", "test", "-f", "/www/index.html"], "interval": 10**9, "retries": 9}
+box = DockerContainer(image, command=web, healthcheck=health).with_exposed_ports(8000).with_env("A", "b")
+with box.with_copy_into_container(b"copied", "/in/file").waiting_for(every):
+    assert fetch(box, 8000) == b"served\\n"
+    done = box.exec(["sh", "-c", "echo $A; echo e >&2; exit 3"])
+    assert (done.exit_code, sorted(done.output.split())) == (3, [b"b", b"e"])
+    assert box.exec("nosuch").exit_code in (126, 127)
+    assert box.get_logs() == (b"up\\n", b"and running\\n")
+    assert box.exec("cat /in/file").output == b"copied"
+    with tempfile.TemporaryDirectory() as folder:
+        box.copy_from_container("/www/index.html", pathlib.Path(folder) / "f")
+        assert (pathlib.Path(folder) / "f").read_text() == "served\\n"
+    assert box.status == "running" and box.get_container_info().Config.Image == image
+    box.get_wrapped_container().stop(timeout=0)
+    box.reload()
+    assert box.status == "exited"
+with Network() as network, DockerContainer(image, command=web).with_network(network).with_network_aliases("web").waiting_for(LogMessageWaitStrategy("up")):
+    with DockerContainer(image, command=["wget", "-qO-", "http://web:8000/"]).with_network(network) as box:
+        assert box.wait() == 0 and box.get_logs()[0] == b"served\\n", box.get_logs()
+with tempfile.TemporaryDirectory() as folder:
+    (pathlib.Path(folder) / "Dockerfile").write_text(f"FROM {image}\\nRUN echo made >/made\\nCMD cat /made\\n")
+    with DockerImage(folder, tag="tstlive/tcbuilt:1") as built, DockerContainer(str(built)) as box:
+        assert box.wait() == 0 and box.get_logs() == (b"made\\n", b"")
+        assert any("made" in (each.get("stream") or "") for each in built.get_logs()), built.get_logs()
+client = DockerClient().client
+assert client.containers.list(all=True, filters={"label": f"org.testcontainers.session-id={SESSION_ID}"}) == []
+client.containers.get(Reaper._container.get_container_id())
+left = [DockerContainer(image, command=["sleep", "1000"]).start() for _ in range(2)]
+Network().create()
+client.volumes.create("tsttcvolume", labels={"org.testcontainers.session-id": SESSION_ID})
+print(SESSION_ID, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+TESTCONTAINERS_NODE = r'''
+const { DockerComposeEnvironment, GenericContainer, Network, Wait } = require("testcontainers");
+const assert = require("assert"), fs = require("fs"), os = require("os"), path = require("path");
+const image = process.argv.at(-1);
+const text = async (stream, wanted) => { let seen = ""; for await (const data of stream) { seen += data; if (wanted && seen.includes(wanted)) break; } return seen; };
+const web = ["sh", "-c", "mkdir /www; echo served >/www/index.html; echo up; exec httpd -f -p 8000 -h /www"];
+// The sockets of its streams do not keep node alive.
+setInterval(() => {}, 1000);
+(async () => {
+  const every = Wait.forAll([Wait.forLogMessage("up"), Wait.forListeningPorts(), Wait.forHttp("/", 8000), Wait.forHealthCheck(), Wait.forSuccessfulCommand("test -d /www")]);
+  let box = await new GenericContainer(image).withCommand(web).withExposedPorts(8000).withEnvironment({ A: "b" })
+    .withHealthCheck({ test: ["CMD", "test", "-f", "/www/index.html"], interval: 1000, retries: 9 })
+    .withCopyContentToContainer([{ content: "copied", target: "/in/file" }]).withWaitStrategy(every).start();
+  assert.equal(await (await fetch(`http://${box.getHost()}:${box.getMappedPort(8000)}/`)).text(), "served\n");
+  const done = await box.exec(["sh", "-c", "echo $A; echo e >&2; exit 3"]);
+  assert.deepEqual([done.exitCode, done.stdout, done.stderr], [3, "b\n", "e\n"]);
+  assert.equal((await box.exec(["cat", "/in/file"])).output, "copied");
+  assert.match(await text(await box.logs(), "up\n"), /^up\n/);
+  await box.copyContentToContainer([{ content: "later", target: "/tmp/later" }]);
+  assert.match(await text(await box.copyArchiveFromContainer("/tmp/later")), /later/);
+  assert.match(await box.commit({ repo: "tstlive/tccommit", tag: "1", deleteOnExit: false }), /^sha256:/);
+  await box.restart();
+  assert.equal((await box.exec(["cat", "/tmp/later"])).output, "later");
+  await box.stop();
+  const network = await new Network().start();
+  box = await new GenericContainer(image).withCommand(web).withNetwork(network).withNetworkAliases("web").withWaitStrategy(Wait.forLogMessage("up")).start();
+  const other = await new GenericContainer(image).withCommand(["sleep", "1000"]).withNetwork(network).start();
+  assert.equal((await other.exec(["wget", "-qO-", "http://web:8000/"])).output, "served\n");
+  await other.stop(); await box.stop(); await network.stop();
+  const once = await new GenericContainer(image).withCommand(["sh", "-c", "echo once"]).withWaitStrategy(Wait.forOneShotStartup()).start();
+  await once.stop();
+  const folder = fs.mkdtempSync(path.join(os.tmpdir(), "tc"));
+  fs.writeFileSync(path.join(folder, "Dockerfile"), `FROM ${image}\nARG X\nRUN echo made $X >/made\nCMD cat /made; sleep 1000\n`);
+  const built = await GenericContainer.fromDockerfile(folder).withBuildArgs({ X: "well" }).build("tstlive/tcnode:1");
+  box = await built.withWaitStrategy(Wait.forLogMessage("made well")).start();
+  await box.stop();
+  await assert.rejects(new GenericContainer("tstlive/nosuch:1").start());
+  const reused = () => new GenericContainer(image).withCommand(["sleep", "1001"]).withReuse().start();
+  box = await reused();
+  assert.equal((await reused()).getId(), box.getId());
+  await box.stop();
+  fs.writeFileSync(path.join(folder, "compose.yaml"), `services: {one: {image: "${image}", command: sh -c "echo composed; sleep 1000", stop_grace_period: 0s}}`);
+  const project = await new DockerComposeEnvironment(folder, "compose.yaml").withWaitStrategy("one-1", Wait.forLogMessage("composed")).up();
+  await project.down();
+  box = await new GenericContainer(image).withCommand(["sleep", "1000"]).start();
+  await new Network().start();
+  console.log(box.getLabels()["org.testcontainers.session-id"]);
+  process.kill(process.pid, "SIGKILL");
+})().catch((error) => { console.error(error); process.exit(1); });
+'''
+
+
+class TestLiveTestcontainers:
+    @pytest.fixture
+    def reaper(self, building, tmp_path):
+        """Environment of a testcontainers with a reaper; whatever it leaves is removed."""
+        answer = building.ask("POST", "/build?t=" + REAPER, body=tar_of(("Dockerfile", REAPER_DOCKERFILE.encode())), headers=TAR)
+        assert b"Successfully tagged" in answer.body, answer.body
+        yield {**os.environ, "DOCKER_HOST": "unix://" + building.socket, "HOME": str(tmp_path), "RYUK_CONTAINER_IMAGE": REAPER, "TC_POOLING_INTERVAL": "0.2"}
+        label = filtered(label=["org.testcontainers.session-id"])
+        for box in building.ask("GET", "/containers/json?all=1&" + label).json + self.reapers(building):
+            building.ask("DELETE", f"/containers/{box['Id']}?force=1&v=1")
+        for network in building.ask("GET", "/networks?" + label).json:
+            building.ask("DELETE", f"/networks/{network['Id']}")
+
+    @staticmethod
+    def reapers(building):
+        return building.ask("GET", "/containers/json?" + filtered(ancestor=[REAPER])).json
+
+    def is_reaped(self, command, building, environment):
+        """Does what ryuk does when the client that told it a filter has gone; what was left, by kinds."""
+        done = subprocess.run([*command, BASE], capture_output=True, text=True, timeout=150, env=environment)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        told = "org.testcontainers.session-id=" + done.stdout.strip()
+        (keeper,) = [each for each in self.reapers(building) if done.stdout.strip() in each["Names"][0]]
+        assert f"label={told}\r\n".encode() in building.ask("GET", f"/containers/{keeper['Id']}/logs?stderr=1").body
+        label = filtered(label=[told])
+        found = {"containers": building.ask("GET", "/v1.44/containers/json?all=1&" + label).json, "networks": building.ask("GET", "/v1.44/networks?" + label).json,
+                 "volumes": building.ask("GET", "/v1.44/volumes?" + label).json["Volumes"]}
+        for kind, each in [(kind, each) for kind, rows in found.items() for each in rows]:
+            query = {"containers": "?force=1&v=1", "networks": "", "volumes": "?force=1"}[kind]
+            assert building.ask("DELETE", f"/v1.44/{kind}/{each.get('Id') or each['Name']}{query}").status == 204
+        assert building.ask("GET", "/containers/json?all=1&" + label).json == building.ask("GET", "/networks?" + label).json == []
+        return {kind: len([each for each in rows if each.get("Image") != REAPER]) for kind, rows in found.items()}
+
+    def test_python(self, building, reaper):
+        command = [python_with("testcontainers"), "-c", TESTCONTAINERS_PYTHON]
+        assert self.is_reaped(command, building, reaper) == {"containers": 2, "networks": 1, "volumes": 1}
+
+    def test_a_reaper_ends_with_its_client(self, building, reaper):
+        script = "import sys\nfrom testcontainers.core.container import DockerContainer\nwith DockerContainer(sys.argv[1], command=['true']) as box: assert box.wait() == 0"
+        done = subprocess.run([python_with("testcontainers"), "-c", script, BASE], capture_output=True, text=True, timeout=100, env=reaper)
+        assert done.returncode == 0, done.stderr
+        assert until(lambda: self.reapers(building) == [])
+
+    def test_node(self, building, reaper):
+        node, environment = node_with("testcontainers")
+        assert self.is_reaped([node, "-e", TESTCONTAINERS_NODE], building, {**reaper, **environment}) == {"containers": 1, "networks": 1, "volumes": 0}
+
+
+DOCKERODE = r'''
+const Docker = require("dockerode"), assert = require("assert"), { PassThrough } = require("stream"), tar = require("tar-stream");
+const fs = require("fs"), os = require("os"), path = require("path");
+const [image, registry] = process.argv.slice(-2);
+const docker = new Docker(), QUIET = { HostConfig: { NetworkMode: "none" } };
+const sink = () => { const stream = new PassThrough(), parts = []; stream.on("data", (data) => parts.push(data)); stream.text = () => Buffer.concat(parts).toString(); return stream; };
+const ended = (stream) => new Promise((resolve, reject) => stream.on("end", resolve).on("close", resolve).on("error", reject));
+const progress = (stream) => new Promise((resolve, reject) => docker.modem.followProgress(stream, (error, rows) => error ? reject(error) : resolve(rows)));
+const split = async (stream) => { const out = sink(), err = sink(); docker.modem.demuxStream(stream, out, err); await ended(stream); return [out.text(), err.text()]; };
+const packed = (files) => { const pack = tar.pack(); for (const name in files) pack.entry({ name }, files[name]); pack.finalize(); return pack; };
+const buffered = async (stream) => { const parts = []; for await (const data of stream) parts.push(data); return Buffer.concat(parts); };
+const fails = (promise, code) => assert.rejects(promise, (error) => { assert.equal(error.statusCode, code, error.message); assert(error.message.length > 30); return true; });
+(async () => {
+  const out = sink(), err = sink();
+  let [told, box] = await docker.run(image, ["sh", "-c", "echo out; echo err >&2; exit 3"], [out, err], { Tty: false, ...QUIET });
+  assert.deepEqual([told.StatusCode, out.text(), err.text()], [3, "out\n", "err\n"]);
+  await box.remove();
+  const screen = sink();
+  [told, box] = await docker.run(image, ["sh", "-c", "test -t 1 && echo terminal"], screen, { Tty: true, ...QUIET });
+  assert.deepEqual([told.StatusCode, screen.text()], [0, "terminal\r\n"]);
+  await box.remove();
+
+  // events
+  const events = await docker.getEvents({ filters: { type: ["container"], label: ["dd"] } }), seen = [];
+  events.on("data", (data) => data.toString().trim().split("\n").forEach((line) => seen.push(JSON.parse(line).Action)));
+
+  // attach
+  box = await docker.createContainer({ Image: image, Cmd: ["sh", "-c", "cat; echo at end >&2; exit 7"], OpenStdin: true, StdinOnce: true, AttachStdin: true, Labels: { dd: "1" }, ...QUIET });
+  let stream = await box.attach({ stream: true, stdin: true, stdout: true, stderr: true, hijack: true });
+  await box.start();
+  const waited = box.wait();
+  stream.write("first ");
+  stream.end("last");
+  assert.deepEqual(await split(stream), ["first last", "at end\n"]);
+  assert.equal((await waited).StatusCode, 7);
+  assert.deepEqual(await split(await box.logs({ follow: true, stdout: true, stderr: true })), ["first last", "at end\n"]);
+  await box.remove();
+
+  // exec
+  box = await docker.createContainer({ Image: image, name: "tstdd", Cmd: ["sh", "-c", "i=0; while :; do echo $i; i=$((i+1)); sleep 0.1; done"], Labels: { dd: "1" }, ...QUIET });
+  await box.start();
+  const run = async (options, start, input) => {
+    const exec = await box.exec({ AttachStdout: true, AttachStderr: true, ...options });
+    const stream = await exec.start(start);
+    if (input) stream.end(input);
+    const said = options.Tty ? [(await buffered(stream)).toString()] : await split(stream);
+    return [(await exec.inspect()).ExitCode, ...said];
+  };
+  assert.deepEqual(await run({ Cmd: ["sh", "-c", "echo o; echo e >&2; exit 4"] }, {}), [4, "o\n", "e\n"]);
+  assert.deepEqual(await run({ Cmd: ["cat"], AttachStdin: true }, { hijack: true, stdin: true }, "x".repeat(200000)), [0, "x".repeat(200000), ""]);
+  assert.deepEqual(await run({ Cmd: ["sh", "-c", "tty; stty size"], Tty: true, ConsoleSize: [33, 99] }, { Tty: true, ConsoleSize: [33, 99] }), [0, "/dev/pts/0\r\n33 99\r\n"]);
+
+  // logs
+  stream = await box.logs({ follow: true, stdout: true, tail: 1, timestamps: true });
+  const lines = sink();
+  docker.modem.demuxStream(stream, lines, lines);
+  while (lines.text().split("\n").length < 5) await new Promise((done) => setTimeout(done, 50));
+  stream.destroy();
+  assert.match(lines.text(), /^\d{4}-\d\d-\d\dT\S+Z \d+\n/);
+  assert((await box.logs({ stdout: true, tail: 2 })).length >= 2 * 9);
+
+  // archive
+  await box.putArchive(await buffered(packed({ "dir/file": "content", "dir/other": "x".repeat(100000) })), { path: "/tmp" });
+  await box.putArchive(packed({ "streamed": "too" }), { path: "/tmp" });
+  const names = [], extract = tar.extract();
+  extract.on("entry", (header, content, next) => { names.push(header.name.replace(/\/$/, "")); content.on("end", next).resume(); });
+  (await box.getArchive({ path: "/tmp/dir" })).pipe(extract);
+  await new Promise((done) => extract.on("finish", done));
+  assert.deepEqual(names.sort(), ["dir", "dir/file", "dir/other"]);
+  const stat = JSON.parse(Buffer.from((await box.infoArchive({ path: "/tmp/dir/file" })).headers["x-docker-container-path-stat"], "base64"));
+  assert.deepEqual([stat.name, stat.size], ["file", 7]);
+
+  // life
+  assert((await box.stats({ stream: false })).memory_stats.usage > 0);
+  assert((await box.top({ ps_args: "-o pid,args" })).Processes.length >= 1);
+  assert((await box.changes()).some((each) => each.Path === "/tmp/dir/file"));
+  await box.pause();
+  assert.equal((await box.inspect()).State.Status, "paused");
+  await box.unpause();
+  await box.rename({ name: "tstdd2" });
+  await box.update({ PidsLimit: 100 });
+  await box.restart({ t: 0 });
+  assert.equal((await docker.listContainers({ filters: { label: ["dd=1"], status: ["running"] } }))[0].Names[0], "/tstdd2");
+
+  // errors
+  await fails(docker.getContainer("nosuch").inspect(), 404);
+  await assert.rejects(docker.getContainer("nosuch").attach({ stream: true, stdout: true }), (error) => error.statusCode === 404);
+  await fails(docker.getImage("nosuch:1").inspect(), 404);
+  await fails(docker.getImage("nosuch:1").remove(), 404);
+  await fails(docker.getExec("nosuch").inspect(), 404);
+  await fails(docker.getNetwork("nosuch").inspect(), 404);
+  await fails(docker.getVolume("nosuch").inspect(), 404);
+  await fails(docker.createContainer({ Image: "tstlive/nosuch:1" }), 404);
+  await fails(docker.createContainer({ Image: image, name: "tstdd2", ...QUIET }), 409);
+  await fails(box.remove(), 409);
+  await fails(box.getArchive({ path: "/nosuch" }), 404);
+  await fails(docker.createContainer({ Image: image, HostConfig: { Memory: -5 } }), 400);
+  await assert.rejects(box.start(), (error) => error.statusCode === 304);
+  await box.remove({ force: true, v: true });
+
+  // images
+  const name = `${registry}/tstlive/dockerode`;
+  let rows = await progress(await docker.buildImage(packed({ Dockerfile: `FROM ${image}\nARG A\nCOPY f /f\nRUN echo $A >/a\nCMD cat /a /f\n`, f: "copied\n" }), { t: name + ":1", buildargs: { A: "b" } }));
+  assert(rows.some((row) => /Successfully tagged/.test(row.stream)));
+  const folder = fs.mkdtempSync(path.join(os.tmpdir(), "dd"));
+  fs.writeFileSync(path.join(folder, "Dockerfile"), `FROM ${name}:1\nRUN exit 9\n`);
+  rows = await progress(await docker.buildImage({ context: folder, src: ["Dockerfile"] }, { t: "tstlive/no:1" }));
+  assert.match(rows.at(-1).errorDetail.message, /9$/);
+  rows = await progress(await docker.getImage(name + ":1").push());
+  assert(rows.some((row) => row.aux && /^sha256:/.test(row.aux.Digest)));
+  await docker.getImage(name + ":1").remove();
+  rows = await progress(await docker.pull(name + ":1"));
+  assert.match(rows.at(-1).status, /^Status: /);
+  const output = sink();
+  [told, box] = await docker.run(name + ":1", [], output, QUIET);
+  await box.remove();
+  assert.equal(told.StatusCode, 0);
+  const noise = `${registry}/tstlive/ddnoise:1`;
+  await progress(await docker.importImage(packed({ noise: require("crypto").randomBytes(30 << 20) }), { repo: noise.slice(0, -2), tag: "1" }));
+  rows = await progress(await docker.getImage(noise).push());
+  assert(rows.some((row) => row.progressDetail && row.progressDetail.total > 3e7), JSON.stringify(rows));
+  await docker.getImage(noise).remove();
+  rows = await progress(await docker.pull(noise));
+  assert(rows.some((row) => row.status === "Pull complete" && row.id.length === 12), JSON.stringify(rows));
+  await docker.getImage(noise).remove();
+  await assert.rejects(docker.pull(`${registry}/tstlive/nosuch:1`), (error) => error.statusCode === 404);
+  assert.match((await docker.getImage(name + ":1").distribution()).Descriptor.digest, /^sha256:/);
+  const saved = await buffered(await docker.getImage(name + ":1").get());
+  await docker.getImage(name + ":1").tag({ repo: "tstlive/dd", tag: "2" });
+  rows = await docker.getImage("tstlive/dd:2").remove();
+  assert.deepEqual(rows, [{ Untagged: "tstlive/dd:2" }]);
+  assert((await docker.getImage(name + ":1").history()).length >= 3);
+  rows = await progress(await docker.loadImage(require("stream").Readable.from([saved])));
+  assert(rows.some((row) => (row.stream || "").includes(`Loaded image: ${name}:1`)));
+  assert.equal((await docker.checkAuth({ username: "u", password: "p", serveraddress: registry })).Status, "Login Succeeded");
+
+  // others
+  const network = await docker.createNetwork({ Name: "tstddnet", CheckDuplicate: true, Labels: { dd: "1" } });
+  await fails(docker.createNetwork({ Name: "tstddnet", CheckDuplicate: true }), 409);
+  assert.equal((await docker.listNetworks({ filters: { label: ["dd"] } }))[0].Id, network.id);
+  await network.remove();
+  const volume = await docker.createVolume({ Name: "tstddvol", Labels: { dd: "1" } });
+  assert.equal((await docker.listVolumes({ filters: { label: ["dd"] } })).Volumes.length, 1);
+  await (await docker.getVolume("tstddvol")).remove();
+  assert.deepEqual((await docker.pruneContainers({ filters: { label: ["dd"] } })).ContainersDeleted || [], []);
+  assert((await docker.df()).Images.length);
+  assert.equal((await docker.ping()).toString(), "OK");
+  assert.equal((await docker.info()).OSType, "linux");
+  assert.equal((await docker.version()).ApiVersion, "1.56");
+  for (const each of ["create", "attach", "start", "die", "destroy", "exec_die", "pause", "rename", "restart", "kill", "extract-to-dir"]) assert(seen.some((one) => one.startsWith(each)), `${each} is not in ${seen}`);
+  events.destroy();
+})().catch((error) => { console.error(error); process.exit(1); });
+'''
+
+
+class TestLiveDockerode:
+    def test_all_of_it(self, building):
+        node, environment = node_with("dockerode")
+        environment = {**os.environ, **environment, "DOCKER_HOST": "unix://" + building.socket}
+        try:
+            done = subprocess.run([node, "-e", DOCKERODE, BASE, REGISTRY], capture_output=True, text=True, timeout=150, env=environment)
+            assert done.returncode == 0, done.stderr
+        finally:
+            for box in building.ask("GET", "/containers/json?all=1&" + filtered(label=["dd"])).json:
+                building.ask("DELETE", f"/containers/{box['Id']}?force=1&v=1")
+
+
 class TestLiveRootless:
     def test_an_ordinary_user(self, tmp_path):
         import pwd
@@ -7104,6 +7545,24 @@ class TestLiveLeaving:
         answer = live.ask("POST", f"/images/create?fromImage={BIG}")
         assert answer.lines[-1]["status"].startswith("Status: ")
         assert live.ask("DELETE", f"/images/{BIG}").status == 200
+
+    def test_copies(self, live):
+        folder = re.search(rb"TMPDIR=([^\0]*)", pathlib.Path(f"/proc/{live.process.pid}/environ").read_bytes()).group(1).decode()
+        name = live.ask("POST", "/containers/create", {"Image": BASE, "Cmd": ["true"], "HostConfig": {"NetworkMode": "none"}}).json["Id"]
+        try:
+            for path in ("/", "/bin", "/bin/busybox", "/nosuch"):
+                live.ask("HEAD", f"/containers/{name}/archive?path={path}")
+            for target in ("archive?path=/", "archive?path=/bin", "export"):
+                with live.connect() as sock:
+                    sock.sendall(f"GET /containers/{name}/{target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                    assert sock.recv(1000)
+            with live.connect() as sock:
+                sock.sendall(f"PUT /containers/{name}/archive?path=/tmp HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n".encode() + tar_of(("f", b"x" * 300000)))
+                time.sleep(0.3)
+            self.clean(live)
+            assert folder not in pathlib.Path("/proc/mounts").read_text()
+        finally:
+            live.ask("DELETE", f"/containers/{name}?force=1")
 
     def test_build(self, building):
         context = tar_of(("Dockerfile", f"FROM {BASE}\nRUN sleep 60\n".encode()))
