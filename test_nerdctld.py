@@ -7251,8 +7251,9 @@ class TestLiveTestcontainers:
         assert building.ask("GET", "/containers/json?all=1&" + label).json == building.ask("GET", "/networks?" + label).json == []
         return {kind: len([each for each in rows if each.get("Image") != REAPER]) for kind, rows in found.items()}
 
-    def test_python(self, building, reaper):
-        command = [python_with("testcontainers"), "-c", TESTCONTAINERS_PYTHON]
+    def test_python(self, building, reaper, tmp_path):
+        (tmp_path / "client.py").write_text(TESTCONTAINERS_PYTHON)
+        command = [python_with("testcontainers"), str(tmp_path / "client.py")]
         assert self.is_reaped(command, building, reaper) == {"containers": 2, "networks": 1, "volumes": 1}
 
     def test_a_reaper_ends_with_its_client(self, building, reaper):
@@ -7261,9 +7262,10 @@ class TestLiveTestcontainers:
         assert done.returncode == 0, done.stderr
         assert until(lambda: self.reapers(building) == [])
 
-    def test_node(self, building, reaper):
+    def test_node(self, building, reaper, tmp_path):
         node, environment = node_with("testcontainers")
-        assert self.is_reaped([node, "-e", TESTCONTAINERS_NODE], building, {**reaper, **environment}) == {"containers": 1, "networks": 1, "volumes": 0}
+        (tmp_path / "client.js").write_text(TESTCONTAINERS_NODE)
+        assert self.is_reaped([node, str(tmp_path / "client.js")], building, {**reaper, **environment}) == {"containers": 1, "networks": 1, "volumes": 0}
 
 
 DOCKERODE = r'''
@@ -7422,11 +7424,12 @@ const fails = (promise, code) => assert.rejects(promise, (error) => { assert.equ
 
 
 class TestLiveDockerode:
-    def test_all_of_it(self, building):
+    def test_all_of_it(self, building, tmp_path):
         node, environment = node_with("dockerode")
+        (tmp_path / "client.js").write_text(DOCKERODE)
         environment = {**os.environ, **environment, "DOCKER_HOST": "unix://" + building.socket}
         try:
-            done = subprocess.run([node, "-e", DOCKERODE, BASE, REGISTRY], capture_output=True, text=True, timeout=150, env=environment)
+            done = subprocess.run([node, str(tmp_path / "client.js"), BASE, REGISTRY], capture_output=True, text=True, timeout=150, env=environment)
             assert done.returncode == 0, done.stderr
         finally:
             for box in building.ask("GET", "/containers/json?all=1&" + filtered(label=["dd"])).json:
