@@ -1430,6 +1430,8 @@ class ContainerTable:
         self.ghosts: Dict[str, Container] = {}
         # Those whose place another one takes, or has taken: shown to nobody.
         self.asides: Dict[str, Container] = {}
+        # Set once all of them have been read.
+        self.read = threading.Event()
 
     def drop(self, real: str = "") -> None:
         """One container is no longer as it was, or any may be."""
@@ -1525,6 +1527,7 @@ class ContainerTable:
         with self.patching:
             found = self._settled(found)
         self._unmark(marked)
+        self.read.set()
         return found
 
     def _unmark(self, marked: List[Tuple[str, int]]) -> None:
@@ -4451,15 +4454,40 @@ def container_sizes(engine: Engine, container: Optional[Container] = None) -> Di
     return found
 
 
+def ahead(read: Callable[[], Any]) -> Callable[[], Any]:
+    """Begin to read something in a thread of its own: a function that waits for it, and gives its value or its error."""
+    found: List[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(read())
+        except BaseException as error:
+            found.append(error)
+
+    def wait() -> Any:
+        thread.join()
+        if isinstance(found[0], BaseException):
+            raise found[0]
+        return found[0]
+
+    thread = threading.Thread(target=run, name="ahead", daemon=True)
+    thread.start()
+    return wait
+
+
 @route("GET", "/containers/json")
 def container_list(engine: Engine, request: Request) -> Response:
     """Containers, newest first: the running ones, or `all`; `limit`, `size`, and all of the API's filters."""
     filters = request.filters(*CONTAINER_FILTERS)
     limit = request.integer("limit", -1)
+    read_names, read_networks = engine.snapshot.names.get, engine.snapshot.networks.get
+    if not engine.snapshot.containers.whole.fresh():
+        # The first answer costs three processes, and the time of the longest.
+        read_names, read_networks = ahead(read_names), ahead(read_networks)
     found = list_containers(engine, filters, request.flag("all"), limit)
     sizes = container_sizes(engine) if request.flag("size") else {}
-    images = {image.name: image.id for image in engine.snapshot.names.get()} if found else {}
-    networks = engine.snapshot.networks.get() if found else {}
+    images = {image.name: image.id for image in read_names()} if found else {}
+    networks = read_networks() if found else {}
     rows, now = [], time.time()
     for container in found:
         row = docker_container_row(container, images.get(container.image, ""), listed_networks(container, networks), now, request.version)
@@ -4531,6 +4559,8 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         if key == "PortBindings" and isinstance(value, dict):
             value = {port if "/" in port else port + "/tcp": [{"HostIp": "", "HostPort": "", **each} for each in places or []]
                      for port, places in value.items()}
+        if key == "LogConfig" and isinstance(value, dict):
+            value = {**value, "Type": value.get("Type") or found[key]["Type"], "Config": value.get("Config") or {}}
         if value not in (None, "", 0, [], {}) or key not in found:
             found[key] = value
     if found["NetworkMode"] == "default":
@@ -4610,7 +4640,7 @@ def docker_container(container: Container, detail: Dict[str, Any], networks: Dic
     settings = {
         "SandboxID": sha256(container.id.encode()).hexdigest() if container.running else "", "SandboxKey": "", "Ports": ports, "Networks": attached,
     }
-    if version < (1, 52):
+    if version < (1, 51):
         for key, empty in (("EndpointID", ""), ("Gateway", ""), ("GlobalIPv6Address", ""), ("GlobalIPv6PrefixLen", 0), ("IPAddress", ""),
                            ("IPPrefixLen", 0), ("IPv6Gateway", ""), ("MacAddress", "")):
             settings[key] = first.get(key, empty)
@@ -5225,9 +5255,15 @@ NO_DETACH_KEYS = "--detach-keys=" + ",".join(["ctrl-@"] * 8)
 FATAL_LINE = re.compile(rb'time="[^"\n]*" level=fatal msg=.*\n?\Z')
 
 
+# What nerdctl warns of while it makes a container, before anything else is on its stderr.
+LEADING_WARNINGS = re.compile(
+    rb'(?:time="[^"\n]*" level=warning msg="(?:volume \\"[^"\n]*\\" already exists|kernel support for cgroup |cgroup manager is set to |Limiting oom_score_adj |'
+    rb'Disabling the OOM killer |unknown security-opt|Label \\"|multiple images are found )[^\n]*\n)+')
+
+
 class TrailingError:
-    """Keeps nerdctl's own last line out of a stream of stderr that it shares with a process: what may be that line is
-    held back until more comes or the stream has ended."""
+    """Keeps nerdctl's own lines out of a stream of stderr that it shares with a process: its warnings at the beginning, and
+    its last line. What may be that is held back until more comes or the stream has ended."""
 
     MARK = b'time="'
     LEVEL = b'" level=fatal msg='
@@ -5235,10 +5271,15 @@ class TrailingError:
 
     def __init__(self) -> None:
         self.held = b""
+        self.beginning = True
 
     def feed(self, data: bytes) -> bytes:
         """What may be passed on now."""
         data = self.held + data
+        if self.beginning:
+            warnings = LEADING_WARNINGS.match(data)
+            data = data[warnings.end():] if warnings else data
+            self.beginning = not data
         start = data.rfind(self.MARK)
         if start < 0 and len(data) >= select.PIPE_BUF:
             # nerdctl writes its line at once, so that only the end of a full buffer can part it.
@@ -6123,7 +6164,9 @@ class Caretaker:
     def look(self) -> None:
         """Find what is to be cared for among the containers there are; for the start of the daemon."""
         with contextlib.suppress(ApiError):
-            table = self.engine.snapshot.containers.get()
+            # Who was waiting for the daemon to start is answered first, and what is read for that is enough here.
+            self.engine.snapshot.containers.read.wait(0.5)
+            table = self.engine.snapshot.containers.whole.value or self.engine.snapshot.containers.get()
             for container in list(self.engine.snapshot.containers.asides.values()):
                 if container.id not in self.engine.replaced:
                     settle_aside(self.engine, container)
@@ -6865,9 +6908,9 @@ def container_root(engine: Engine, container: Container) -> str:
     return root if pid and os.access(root, os.X_OK) else ""
 
 
-def not_there(container: Container, path: str) -> NotFound:
-    """The 404 for a path that a container does not have."""
-    return NotFound(f"Could not find the file {path} in container {container.id}")
+def not_there(name: str, path: str) -> NotFound:
+    """The 404 for a path that a container, by the name that the client used, does not have."""
+    return NotFound(f"Could not find the file {path} in container {name}")
 
 
 def tar_stat(header: bytes, path: str) -> PathStat:
@@ -6892,21 +6935,21 @@ def first_header(data: bytes) -> Optional[bytes]:
     return None
 
 
-def path_stat(engine: Engine, container: Container, path: str) -> Tuple[PathStat, str]:
+def path_stat(engine: Engine, container: Container, path: str, name: str) -> Tuple[PathStat, str]:
     """The stat of a path in a container, and the target of a link; of one that does not run from the tar that nerdctl makes,
-    which follows links. 404 where there is none."""
+    which follows links. 404 where there is none, with the `name` that the client gave the container."""
     root = container_root(engine, container)
     if root:
         try:
             return stat_below(root, path)
         except (FileNotFoundError, NotADirectoryError):
-            raise not_there(container, path) from None
+            raise not_there(name, path) from None
         except OSError as error:
             raise BadParameter(f"{path}: {error.strerror}") from None
     with engine.nerdctl.start("cp", "--", f"{container.real}:{path}", "-", mounts=True) as process:
         header, _ = read_header(process)
         if not header:
-            copy_failed(process, container, path)
+            copy_failed(process, name, path)
         found = tar_stat(header, path)
     if path.endswith("/") or tar_root(header, found.name):
         return found, ""
@@ -6997,20 +7040,20 @@ def copied_tar(process: Process, name: str) -> Iterator[bytes]:
     process.check()
 
 
-def copy_failed(process: Process, container: Container, path: str) -> None:
+def copy_failed(process: Process, name: str, path: str) -> None:
     """The ApiError of a copy that came to nothing."""
     process.wait()
     if "does not exist" in process.error_text() or "no such file" in process.error_text():
-        raise not_there(container, path)
+        raise not_there(name, path)
     process.check()
-    raise not_there(container, path)
+    raise not_there(name, path)
 
 
 @route("HEAD", "/containers/{id}/archive")
 def archive_stat(engine: Engine, request: Request, name: str) -> Response:
     """What a path in a container is, in a header; 404 where there is none."""
     container = engine.snapshot.find(name)
-    found, _ = path_stat(engine, container, check_path(request.value("path")))
+    found, _ = path_stat(engine, container, check_path(request.value("path")), name)
     return Response(200, None, "", found.header())
 
 
@@ -7028,7 +7071,7 @@ def archive_get(engine: Engine, request: Request, name: str) -> Response:
     """A path in a container as a tar, with its stat in a header; 404 where there is none."""
     container = engine.snapshot.find(name)
     path = check_path(request.value("path"))
-    found, target = path_stat(engine, container, path)
+    found, target = path_stat(engine, container, path, name)
     # nerdctl takes a root for the name of the folder that it is mounted at.
     taken = path if path.strip("/") else "/."
 
@@ -7073,9 +7116,9 @@ def archive_put(engine: Engine, request: Request, name: str) -> Response:
     container = engine.snapshot.find(name)
     path = check_path(request.value("path"))
     try:
-        found, _ = path_stat(engine, container, path.rstrip("/") + "/")
+        found, _ = path_stat(engine, container, path.rstrip("/") + "/", name)
     except NotFound:
-        raise not_there(container, path) from None
+        raise not_there(name, path) from None
     if not stat.S_ISDIR(found.mode):
         raise BadParameter("extraction point is not a directory")
     with engine.nerdctl.start("cp", "--", "-", f"{container.real}:{path}", stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
@@ -7192,14 +7235,14 @@ def cpu_stats(folders: Dict[str, str]) -> Dict[str, Any]:
         scale = 10**9 // os.sysconf("SC_CLK_TCK")
         user, system = ticks.get("user", 0) * scale, ticks.get("system", 0) * scale
         throttled = read_table(folders.get("cpu", folders["cpuacct"]) + "/cpu.stat")
-        waited = throttled.get("throttled_time", 0)
+        waited, more = throttled.get("throttled_time", 0), {"percpu_usage": [int(each) for each in read_file(folders["cpuacct"] + "/cpuacct.usage_percpu").split()]}
     else:
         told = throttled = read_table(folders.get("", "") + "/cpu.stat")
         total, user, system = told.get("usage_usec", 0) * 1000, told.get("user_usec", 0) * 1000, told.get("system_usec", 0) * 1000
-        waited = told.get("throttled_usec", 0) * 1000
+        waited, more = told.get("throttled_usec", 0) * 1000, {}
     machine = read_file("/proc/stat").partition("\n")[0].split()[1:8]
     return {
-        "cpu_usage": {"total_usage": total, "usage_in_kernelmode": system, "usage_in_usermode": user},
+        "cpu_usage": {"total_usage": total, "usage_in_kernelmode": system, "usage_in_usermode": user, **more},
         "system_cpu_usage": sum(map(int, machine)) * (10**9 // os.sysconf("SC_CLK_TCK")), "online_cpus": os.cpu_count() or 1,
         "throttling_data": {"periods": throttled.get("nr_periods", 0), "throttled_periods": throttled.get("nr_throttled", 0), "throttled_time": waited},
     }
@@ -7217,9 +7260,9 @@ def memory_stats(folders: Dict[str, str]) -> Dict[str, Any]:
     if "memory" in folders:
         folder = folders["memory"]
         limit = read_number(folder + "/memory.limit_in_bytes")
-        return {"usage": read_number(folder + "/memory.usage_in_bytes"), "max_usage": read_number(folder + "/memory.max_usage_in_bytes"),
-                "failcnt": read_number(folder + "/memory.failcnt"), "stats": read_table(folder + "/memory.stat"),
-                "limit": min(limit, total) or total}
+        found = {"usage": read_number(folder + "/memory.usage_in_bytes"), "max_usage": read_number(folder + "/memory.max_usage_in_bytes"),
+                 "stats": read_table(folder + "/memory.stat"), "failcnt": read_number(folder + "/memory.failcnt"), "limit": min(limit, total) or total}
+        return {key: value for key, value in found.items() if value or key != "failcnt"}
     folder = folders.get("", "")
     limit = read_number(folder + "/memory.max")
     return {"usage": read_number(folder + "/memory.current"), "stats": read_table(folder + "/memory.stat"), "limit": min(limit, total) or total}

@@ -2637,7 +2637,8 @@ class TestContainers:
         assert rows[-1]["SizeRw"] == 28672 and rows[-1]["SizeRootFs"] == 2097152
 
     def test_inspect_of_a_running_one(self, furnished, scripted):
-        told = ask(furnished, "GET", "/v1.51/containers/tstweb/json").json
+        assert "IPAddress" not in ask(furnished, "GET", "/v1.51/containers/tstweb/json").json["NetworkSettings"]
+        told = ask(furnished, "GET", "/v1.50/containers/tstweb/json").json
         assert (told["Id"], told["Name"], told["Image"], told["Path"], told["Args"]) == (ID, "/tstweb", BB, "sleep", ["1000"])
         assert told["State"]["Running"] and not told["State"]["Restarting"] and told["State"]["Pid"] == 32149
         assert told["HostConfig"]["RestartPolicy"] == {"Name": "always", "MaximumRetryCount": 0}
@@ -2953,6 +2954,14 @@ def unframe(data):
 
 class TestSessions:
     FATAL = b'time="2026-11-24T00:00:00Z" level=fatal msg="exec failed with exit code 3"\n'
+
+    def test_warnings_of_nerdctl_are_kept_back_at_the_beginning_alone(self):
+        # nerdctl 2.3.5, run -i -v vol:/data of a volume that is there
+        warning = b'time="2026-11-24T15:06:30Z" level=warning msg="volume \\"vol\\" already exists and will be returned as-is"\n'
+        of_the_program = b'time="2026-11-24T15:06:31Z" level=warning msg="low on space"\n'
+        trailing = nerdctld.TrailingError()
+        assert trailing.feed(warning) == b"" and trailing.feed(warning + of_the_program) == of_the_program
+        assert trailing.feed(warning) == warning and trailing.finish(False) == (b"", "")
 
     @pytest.mark.parametrize("text", [b"", b"out\n", b"no line end", b'time="x" level=fatal msg="of the program"\nmore\n', b'time="', b'a time="b" c\n', b'time="x" level=info msg=y\n'])
     def test_trailing_error_is_kept_back_on_all_splits(self, text):
@@ -3627,9 +3636,8 @@ class TestArchive:
 
     def test_none_of_one_that_does_not_run(self, furnished, scripted):
         scripted.on("cp", stderr=fatal("unable to copy: source does not exist"), status=1)
-        real = identity(furnished, "tstdone")
         answer = ask(furnished, "GET", "/containers/tstdone/archive?path=/no")
-        assert (answer.status, answer.message) == (404, f"Could not find the file /no in container {real}")
+        assert (answer.status, answer.message) == (404, "Could not find the file /no in container tstdone")
 
     @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
     def test_put(self, rooted, scripted, pack):
@@ -3684,10 +3692,10 @@ def folder_of(path, **files):
 
 class TestStatistics:
     def test_cpu(self, tmp_path):
-        one = {"cpuacct": folder_of(tmp_path / "1", cpuacct__usage="5000\n", cpuacct__stat="user 3\nsystem 4\n", cpu__stat="nr_periods 7\nnr_throttled 2\nthrottled_time 9\n")}
+        one = {"cpuacct": folder_of(tmp_path / "1", cpuacct__usage="5000\n", cpuacct__stat="user 3\nsystem 4\n", cpuacct__usage_percpu="2000 3000 \n", cpu__stat="nr_periods 7\nnr_throttled 2\nthrottled_time 9\n")}
         two = {"": folder_of(tmp_path / "2", cpu__stat="usage_usec 5\nuser_usec 3\nsystem_usec 2\nnr_periods 7\nnr_throttled 2\nthrottled_usec 9\n")}
         tick = 10**9 // os.sysconf("SC_CLK_TCK")
-        assert nerdctld.cpu_stats(one)["cpu_usage"] == {"total_usage": 5000, "usage_in_usermode": 3 * tick, "usage_in_kernelmode": 4 * tick}
+        assert nerdctld.cpu_stats(one)["cpu_usage"] == {"total_usage": 5000, "usage_in_usermode": 3 * tick, "usage_in_kernelmode": 4 * tick, "percpu_usage": [2000, 3000]}
         assert nerdctld.cpu_stats(two)["cpu_usage"] == {"total_usage": 5000, "usage_in_usermode": 3000, "usage_in_kernelmode": 2000}
         assert nerdctld.cpu_stats(one)["throttling_data"] == {"periods": 7, "throttled_periods": 2, "throttled_time": 9}
         assert nerdctld.cpu_stats(two)["throttling_data"]["throttled_time"] == 9000
@@ -7821,6 +7829,417 @@ class TestRecordedCalls:
             left = {f"{who}: {each}" for who, keys in (("only Docker's", only_theirs), ("only ours", only_ours)) for each in keys
                     if not any(re.fullmatch(pattern, each) or re.fullmatch(pattern, re.sub(r"^\[\]\.", "", each)) for pattern in known)}
             assert not left, f"{scenario}: {method} {place}"
+
+
+###############################################################################
+# All recorded calls again, on the real stack
+###############################################################################
+
+# What belongs together: later ones go on with what earlier ones made.
+CHAINS = {"compose": ("compose_up", "compose_ps_logs_exec", "compose_up_again", "compose_down")}
+# Scenarios that speak with BuildKit, and those that make no call of their own.
+NOT_REPLAYED = re.compile(r"buildx_.*|compose_build|devcontainer_build|docker_build_alias|dial_stdio")
+HEX = re.compile(r"(?<![0-9a-f])[0-9a-f]{12,64}(?![0-9a-f])")
+# Handlers that answer with a stream of JSON.
+STREAMS = {"image_create", "image_load", "image_push", "image_build", "system_events"}
+# Containers that a scenario found there and never looked at: name -> its command.
+FOUND = {"trcp": ["sh", "-c", "echo t > /tmp/t; ln -s t /tmp/lnk; exec sleep 300"], "trc": ["sleep", "300"], "trw": ["sh", "-c", "sleep 2; exit 9"]}
+
+
+def cut_json(text):
+    """The value of a JSON text that may have been cut short, and the key paths (as of `shape`) of what was still open there."""
+    with contextlib.suppress(ValueError):
+        return json.loads(text), []
+    brackets, string, escaped, good = [], False, False, ("", "")
+    for at, char in enumerate(text):
+        if string:
+            escaped = char == "\\" and not escaped
+            string = char != '"' or (text[at - 1] == "\\" and not closes(text, at))
+        elif char == '"':
+            string = True
+        elif char in "{[":
+            brackets.append("}" if char == "{" else "]")
+            good = text[:at + 1], "".join(reversed(brackets))
+        elif char in "}]":
+            brackets.pop()
+            good = text[:at + 1], "".join(reversed(brackets))
+        elif char == ",":
+            good = text[:at], "".join(reversed(brackets))
+    value = each = json.loads(good[0] + good[1])
+    path, opened = "", [""]
+    for _ in good[1][1:]:
+        if isinstance(each, dict):
+            key = list(each)[-1]
+            path, each = f"{path}.{key}" if path else key, each[key]
+        else:
+            path, each = path + "[]", each[-1]
+        opened.append(path)
+    return value, opened
+
+
+def closes(text, at):
+    """Whether the quotation mark there ends a string: an even number of backslashes stands before it."""
+    return (at - len(text[:at].rstrip("\\"))) % 2 == 0
+
+
+def json_lines(text):
+    """The JSON values of a stream, but for a last one that was cut short."""
+    found = []
+    for line in text.replace("\x1e", "").splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def recorded_bytes(event):
+    """The bytes of a piece of a recorded stream; None where they were not kept."""
+    _, _, size, text = event
+    if len(text.encode()) == size:
+        return text.encode()
+    return text.encode("latin-1") if len(text) == size and max(text) < "\u0100" else None
+
+
+def unframed(data, framed):
+    """Output by stream: {1: stdout, 2: stderr}; everything as stdout where there are no frames."""
+    if not framed:
+        return {1: data}
+    found = {1: b"", 2: b""}
+    while len(data) >= 8:
+        size = int.from_bytes(data[4:8], "big")
+        found[data[0]] = found.get(data[0], b"") + data[8:8 + size]
+        data = data[8 + size:]
+    return found
+
+
+class Call:
+    """A recorded call, and what our server answers to it."""
+
+    def __init__(self, row, end):
+        self.row, self.scenario, self.begin = row, row["scenario"], row["t"]
+        self.events = row.get("raw_events") or []
+        self.left = row.get("client_closed")
+        if self.events and not any(each[1:] == ["s2c", "EOF"] for each in self.events):
+            self.left = max(each[0] for each in self.events)
+        times = [row.get("t_resp"), row.get("t_end"), self.left, *[each[0] for each in self.events]]
+        self.answered = row.get("t_resp") or end
+        self.end = max(each for each in times if each) if any(times) else end
+        target = urllib.parse.urlsplit(row["path"])
+        self.path = urllib.parse.unquote(target.path)
+        self.handler = self.find(row["method"])
+        self.response, self.data, self.failure = None, b"", None
+        self.thread, self.headed, self.sock = None, threading.Event(), None
+
+    def find(self, method):
+        """The name of the handler that it goes to."""
+        try:
+            return nerdctld.find_route(method, nerdctld.split_version(self.path)[1])[0].__name__
+        except nerdctld.ApiError:
+            return "none"
+
+    def headers(self):
+        """The headers to send."""
+        found = {name: value for name, value in self.row["req_headers"] if name.lower() not in ("content-length", "transfer-encoding")}
+        if "x_registry_decoded" in self.row:
+            name = "X-Registry-Config" if self.handler == "image_build" else "X-Registry-Auth"
+            found[name] = base64.urlsafe_b64encode(self.row["x_registry_decoded"].encode()).decode()
+        return found
+
+    def start(self, live, path, body):
+        """Send it, in a thread of its own."""
+        self.sock = live.connect()
+        self.sock.settimeout(60)
+        self.thread = threading.Thread(target=self.run, args=(path, body), daemon=True)
+        self.thread.start()
+
+    def run(self, path, body):
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = self.sock
+        try:
+            connection.request(self.row["method"], path, body=body, headers=self.headers())
+            self.response = connection.getresponse()
+            self.headed.set()
+            if self.response.status == 101 or self.row.get("hijacked"):
+                threading.Thread(target=self.type, daemon=True).start()
+            read = self.response.fp.read1 if self.response.status == 101 else self.response.read1
+            while True:
+                data = read(65536)
+                if not data:
+                    break
+                self.data += data
+        except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
+            self.failure = error
+        finally:
+            self.headed.set()
+
+    def type(self):
+        """Type what the client typed, at its pace."""
+        now = self.answered
+        with contextlib.suppress(OSError):
+            for event in self.events:
+                if event[1] != "c2s":
+                    continue
+                time.sleep(min(max(event[0] - now, 0), 2.5))
+                now = event[0]
+                data = None if event[2] == "EOF" else recorded_bytes(event)
+                if data is None:
+                    if not self.ended_before(event):
+                        self.sock.shutdown(socket.SHUT_WR)
+                    return
+                self.sock.sendall(data)
+
+    def ended_before(self, event):
+        """Whether the server had closed its side before this event."""
+        return any(each[1:] == ["s2c", "EOF"] and each[0] <= event[0] for each in self.events)
+
+    def leave(self):
+        """The client goes away."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def join(self, seconds=30):
+        """Wait for its end."""
+        self.thread.join(seconds)
+        if self.thread.is_alive():
+            self.failure = TimeoutError("no end")
+            self.leave()
+            self.thread.join(5)
+        self.sock.close()
+
+
+class Replay:
+    """The calls of some scenarios, one after the other or side by side as they were recorded, with the ids that our server
+    gave in the place of Docker's. `differences` are (scenario, handler, what differs)."""
+
+    def __init__(self, live, scenarios, base, folder):
+        self.live, self.base, self.ids, self.differences, self.export = live, base, {}, set(), None
+        self.folder = folder
+        # Docker's ids of what our server did not make.
+        self.lost = set()
+        self.calls = []
+        for number, scenario in enumerate(scenarios):
+            rows = [json.loads(line) for line in (SHARED / "client-calls" / f"{scenario}.jsonl").read_text().splitlines()]
+            end = max(row["t"] for row in rows)
+            for row in rows:
+                if row.get("method") and row.get("status"):
+                    row["scenario"] = scenario
+                    self.calls.append(Call(row, end))
+            self.calls.append(None)
+
+    def run(self):
+        """Make all calls."""
+        self.prepare()
+        running, now = [], 0.0
+        for at, call in enumerate(self.calls):
+            if call is None:
+                running, now = self.settle(running, float("inf")), 0.0
+                continue
+            running = self.settle(running, call.begin)
+            if call.begin - now > 0.3:
+                time.sleep(min(call.begin - now, 2.5))
+            if any(identity.startswith(word) for word in HEX.findall(call.row["path"]) for identity in self.lost):
+                continue
+            call.start(self.live, self.target(call), self.body(call))
+            following = self.calls[at + 1].begin if self.calls[at + 1] else float("inf")
+            if call.answered <= following:
+                call.headed.wait(30)
+            running.append(call)
+            if call.end <= following and not call.left:
+                running = self.settle(running, following)
+            now = max(call.begin, *[each for each in (call.answered, call.end) if each <= following], *[
+                event[0] for each in running for event in each.events if event[0] <= following], 0)
+
+    def settle(self, running, moment):
+        """Wait for the calls that had ended by then; those still running."""
+        for call in sorted(running, key=lambda each: each.end):
+            if call.end > moment:
+                continue
+            if call.left:
+                time.sleep(0.3)
+                call.leave()
+            call.join()
+            self.judge(call)
+        return [each for each in running if each.end > moment]
+
+    def prepare(self):
+        """Make the containers and images that the scenarios found there."""
+        for name in re.findall(r"localhost:5000/[a-z]+:\w+", " ".join(call.row["path"] + (call.row.get("req_body") or "")[:4000] for call in filter(None, self.calls))):
+            if name.endswith((":trace", ":dpy")) or "/dcbase" in name or "/fakeryuk" in name:
+                self.ask("POST", f"/images/{BASE}/tag?repo={name.rpartition(':')[0]}&tag={name.rpartition(':')[2]}")
+        made, wanted = set(), {}
+        for call in filter(None, self.calls):
+            query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(call.row["path"]).query))
+            if call.handler == "container_create":
+                made |= {json.loads(call.row["resp_body"]).get("Id", "")[:12], query.get("name")}
+            if call.handler == "container_rename":
+                made.add(query.get("name"))
+            match = re.search(r"/containers/([^/]+)/(?!create)", call.path)
+            if call.handler == "network_connect":
+                name = json.loads(call.row["req_body"])["Container"]
+            else:
+                name = match.group(1) if match else query.get("container", "")
+            if re.fullmatch(r"[0-9a-f]{64}", name):
+                name = name[:12]
+            if name and name not in made and name != "nosuch":
+                wanted.setdefault(name, [])
+                wanted[name].append(call)
+        for name, calls in wanted.items():
+            self.make(name, calls)
+
+    def make(self, name, calls):
+        """Make a container as the first look at it told, and start it unless the scenario does."""
+        told = next((call for call in calls if call.handler == "container_inspect" and call.row["status"] == 200), None)
+        if told is None and name not in FOUND:
+            return
+        seen = cut_json(told.row["resp_body"])[0] if told and name not in FOUND else {"Config": {"Cmd": FOUND[name], "Image": BASE}, "HostConfig": {}}
+        settings = seen["HostConfig"] if "NetworkMode" in seen["HostConfig"] else {}
+        body = {**seen["Config"], "HostConfig": {key: value for key, value in settings.items() if key in ("AutoRemove", "PortBindings", "RestartPolicy", "LogConfig")}}
+        body.pop("Hostname", None)
+        identity = self.ask("POST", f"/containers/create?name={seen.get('Name', '/' + name)[1:]}", body)["Id"]
+        self.ids[seen.get("Id", name)] = identity
+        if seen.get("State", {}).get("Status") != "created" and not any(call.handler == "container_start" for call in calls):
+            self.ask("POST", f"/containers/{identity}/start")
+            time.sleep(0.5)
+
+    def ask(self, method, path, body=None):
+        """A call that has to succeed."""
+        answer = self.live.ask(method, path, body)
+        assert answer.status < 400, answer.body
+        return answer.json if answer.body else None
+
+    def ours(self, text):
+        """A text with our ids in the place of Docker's."""
+        def swap(match):
+            word = match.group()
+            return next((ours[:len(word)] for theirs, ours in self.ids.items() if theirs.startswith(word)), word)
+        return HEX.sub(swap, text)
+
+    def target(self, call):
+        """The path to ask for: our ids, this time's times, and no ten seconds for those that do not heed SIGTERM."""
+        path = self.ours(call.row["path"]).replace("%2Fsrv%2Fwork", urllib.parse.quote(str(self.folder), safe=""))
+        date = next((value for name, value in call.row["resp_headers"] if name == "Date"), None)
+        if date:
+            shift = int(time.time() - time.mktime(time.strptime(date, "%a, %d %b %Y %H:%M:%S GMT")) + time.timezone)
+            path = re.sub(r"\b(since|until)=(\d{9,})", lambda match: f"{match.group(1)}={int(match.group(2)) + shift}", path)
+        return path + "?t=1" if re.search(r"/(stop|restart)$", path) else path
+
+    def body(self, call):
+        """The body to send."""
+        row = call.row
+        if call.handler == "image_load":
+            return self.base
+        if "fromSrc" in row["path"]:
+            return self.export or self.base
+        text = row.get("req_body")
+        if text is None:
+            return b"" if row["method"] in ("POST", "PUT") else None
+        if call.handler in ("archive_put", "image_build") or "tar" in dict(call.headers()).get("Content-Type", ""):
+            return text.encode("latin-1", "replace").ljust(row["req_len"], b"\0")
+        return self.ours(text).replace("/srv/work", str(self.folder)).encode()
+
+    # What came back
+
+    def differ(self, call, what):
+        self.differences.add((call.scenario, call.handler, what))
+
+    def judge(self, call):
+        """Note what is not as it was recorded."""
+        row = call.row
+        if call.response is None or call.failure and not call.left:
+            self.differ(call, f"no answer: {call.failure!r}")
+            if call.response is None:
+                return
+        if call.response.status != row["status"]:
+            if row["status"] == 201:
+                self.lost |= {each for each in HEX.findall(row.get("resp_body") or "")}
+            self.differ(call, f"status {call.response.status} and not {row['status']}: {call.data[:200].decode(errors='replace').strip()}")
+            return
+        kind = lambda headers: next((value for name, value in headers if name.lower() == "content-type"), "none")
+        theirs, ours = kind(row["resp_headers"]), kind(call.response.getheaders())
+        if theirs != ours:
+            self.differ(call, f"Content-Type {ours} and not {theirs}")
+        if call.path.endswith("/export"):
+            self.export = call.data
+        if row.get("hijacked") or "stream" in theirs and "octet" not in theirs:
+            self.judge_output(call, theirs)
+        elif row.get("resp_body") and ("json" in theirs or theirs == "none"):
+            self.judge_json(call)
+        elif bool(call.data) != bool(row.get("resp_body")) and not call.left:
+            self.differ(call, f"{len(call.data)} bytes and not {row.get('resp_len')}")
+        self.judge_stat(call)
+
+    def judge_stat(self, call):
+        """The stat of a path in a container."""
+        stat_of = lambda headers: next((json.loads(base64.b64decode(value)) for name, value in headers if name == "X-Docker-Container-Path-Stat"), {})
+        theirs, ours = stat_of(call.row["resp_headers"]), stat_of(call.response.getheaders())
+        for key in sorted({*theirs, *ours} - {"mtime", "size"}):
+            if theirs.get(key) != ours.get(key):
+                self.differ(call, f"stat {key} {ours.get(key)!r} and not {theirs.get(key)!r}")
+
+    def judge_output(self, call, kind):
+        """Output of a container, or of a command in it."""
+        framed = "multiplexed" in kind or (call.data[:1] in (b"\1", b"\2") and call.data[1:4] == b"\0\0\0")
+        pieces = [recorded_bytes(each) for each in call.events if each[1] == "s2c" and each[2] != "EOF"] if call.row.get("hijacked") else [
+            (call.row.get("resp_body") or "").encode()]
+        if None in pieces or any(each[1] == "c2s" and each[2] != "EOF" and recorded_bytes(each) is None for each in call.events):
+            return
+        theirs, ours = unframed(b"".join(pieces), framed), unframed(call.data, framed)
+        for stream in (1, 2):
+            left, right = [self.plain(each.get(stream, b"")) for each in (theirs, ours)]
+            if left != right:
+                self.differ(call, f"stream {stream} {right!r} and not {left!r}")
+
+    @staticmethod
+    def plain(data):
+        """Output without times, ids, what a terminal's shell paints, and repetitions, of which there are more or less in a moment."""
+        text = re.sub(r"\x1b\[\w|\r|[0-9a-f]{12,}|\d{4}-\d\d-\d\dT[\d:.]*Z ", "", data.decode(errors="replace"))
+        return re.sub(r"(?s)(.+?)\1+", r"\1", text)
+
+    def judge_json(self, call):
+        """JSON: the keys of one value, or of each line of a stream; the words of an error."""
+        text, ours = call.row["resp_body"], call.data.decode(errors="replace")
+        if call.row["status"] >= 400:
+            words = [re.sub(r"[0-9a-f]{12,}", "ID", json.loads(each).get("message", "")) for each in (self.ours(text), ours)]
+            if words[0] != words[1]:
+                self.differ(call, f"message {words[1]!r} and not {words[0]!r}")
+            return
+        lines, mine = json_lines(text), json_lines(ours)
+        if call.handler in STREAMS:
+            self.learn(lines[-1:] or [{}], mine[-1:] or [{}])
+            for left, right in zip(lines, mine):
+                self.learn([left.get("aux") or {}], [right.get("aux") or {}])
+            for name, rows, others in (("no line", lines, mine), ("a line too many", mine, lines)):
+                shapes = {self.line_shape(each) for each in others}
+                for each in rows:
+                    if self.line_shape(each) not in shapes:
+                        self.differ(call, f"{name} {self.line_shape(each)}")
+            return
+        value, opened = cut_json(text if "\n" not in text.strip() else text.split("\n")[0])
+        answer = mine[0] if mine else None
+        self.learn([value], [answer])
+        left, right = [{HEX.sub("*", path) for path in shape(each)} for each in (value, answer)]
+        for each in sorted(each for each in left - right if not each.endswith("*")):
+            above = re.sub(r"\.?[^.]+$", "", each)
+            if above not in left or above in right or not above:
+                self.differ(call, f"no {each}")
+        for each in sorted(each for each in right - left if not each.endswith("*")):
+            above = re.sub(r"\.?[^.]+$", "", each)
+            if above.rstrip("[]") not in opened and above not in opened and not any("[]" in path and each.startswith(path) for path in opened) and (above in left or not above):
+                self.differ(call, f"too many: {each}")
+
+    @staticmethod
+    def line_shape(line):
+        """The keys of a line of a stream, with what stands in `status` and `Action` without names."""
+        words = line.get("Action") or re.sub(r"[0-9a-f]{12,}|\S*[/:]\S*|\d+", "*", line.get("status") or "")
+        return f"{words!r} " + " ".join(sorted(shape(line)))
+
+    def learn(self, theirs, ours):
+        """Remember which of our ids stands for which of Docker's."""
+        for left, right in zip(theirs, ours):
+            if isinstance(left, dict) and isinstance(right, dict):
+                for key in ("Id", "ID", "Name", "status"):
+                    pair = [re.sub(r"^sha256:", "", each.get(key) or "") for each in (left, right) if isinstance(each.get(key), str)]
+                    if len(pair) == 2 and all(re.fullmatch(r"[0-9a-f]{64}", each) for each in pair):
+                        self.ids.setdefault(*pair)
 
 
 class Description:
