@@ -4673,8 +4673,8 @@ def log_path(container: Container) -> str:
 
 
 def container_health(engine: Engine, container: Container) -> Optional[Dict[str, Any]]:
-    """State.Health of a container with a health check, None without."""
-    if not container.labels.get("nerdctl/healthcheck"):
+    """State.Health of a container with a health check, None without and before its first start."""
+    if not container.labels.get("nerdctl/healthcheck") or not was_started(container):
         return None
     if "health" not in container.memo:
         rows = engine.nerdctl.rows("container", "inspect", "--format", "{{json .State}}", "--", container.real)
