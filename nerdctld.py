@@ -5253,6 +5253,10 @@ FRAME = struct.Struct(">B3xI")
 # nerdctl looks for its own detach keys, and would leave the container with Docker's default ones.
 NO_DETACH_KEYS = "--detach-keys=" + ",".join(["ctrl-@"] * 8)
 FATAL_LINE = re.compile(rb'time="[^"\n]*" level=fatal msg=.*\n?\Z')
+# A signal (the SIGCHLD of its own logger too) that it passed on to a process which had ended by then.
+SIGNAL_LINE = rb'time="[^"\n]*" level=error msg="forward signal [^"\n]*" error=[^\n]*\n'
+SIGNAL_LINES = re.compile(rb"(?:" + SIGNAL_LINE + rb")*")
+TRAILING_SIGNAL_LINES = re.compile(rb"(?:" + SIGNAL_LINE + rb")+\Z")
 
 
 # What nerdctl warns of while it makes a container, before anything else is on its stderr.
@@ -5263,10 +5267,10 @@ LEADING_WARNINGS = re.compile(
 
 class TrailingError:
     """Keeps nerdctl's own lines out of a stream of stderr that it shares with a process: its warnings at the beginning, and
-    its last line. What may be that is held back until more comes or the stream has ended."""
+    its last lines. What may be those is held back until more comes or the stream has ended."""
 
     MARK = b'time="'
-    LEVEL = b'" level=fatal msg='
+    LEVELS = (b'" level=fatal msg=', b'" level=error msg="forward signal ')
     LIMIT = 8192
 
     def __init__(self) -> None:
@@ -5285,6 +5289,8 @@ class TrailingError:
             # nerdctl writes its line at once, so that only the end of a full buffer can part it.
             start = next((len(data) - size for size in range(len(self.MARK) - 1, 0, -1) if data.endswith(self.MARK[:size])), -1)
         if start >= 0 and len(data) - start < self.LIMIT and self._possible(data[start:]):
+            before = TRAILING_SIGNAL_LINES.search(data, max(0, len(data) - self.LIMIT), start)
+            start = before.start() if before else start
             self.held = data[start:]
             return data[:start]
         self.held = b""
@@ -5296,15 +5302,16 @@ class TrailingError:
         rest = line[end:] if end >= 0 else b""
         if b"\n" in line[:-1] or (not rest and line.endswith(b"\n")):
             return False
-        return rest.startswith(self.LEVEL) or self.LEVEL.startswith(rest)
+        return any(rest.startswith(level) or level.startswith(rest) for level in self.LEVELS)
 
     def finish(self, failed: bool) -> Tuple[bytes, str]:
         """At the end of the stream: what is still to be passed on, and nerdctl's own message, "" for none. `failed` says
         whether nerdctl ended with a status other than 0, and so has said something."""
-        line, self.held = self.held, b""
-        if failed and FATAL_LINE.match(line):
-            return b"", parse_logrus(line.decode(errors="replace").rstrip("\n"))[1]
-        return line, ""
+        held, self.held = self.held, b""
+        last = held[SIGNAL_LINES.match(held).end():]
+        if failed and FATAL_LINE.match(last):
+            return b"", parse_logrus(last.decode(errors="replace").rstrip("\n"))[1]
+        return held if last else b"", ""
 
 
 class DetachKeys:

@@ -2976,6 +2976,17 @@ class TestSessions:
                 rest, message = trailing.finish(True)
                 assert (parts + rest, message) == (text, "exec failed with exit code 3"), (first, second)
 
+    # nerdctl 2.3.5, start --attach of a container that ended meanwhile
+    SIGNAL = b'time="2026-11-24T16:51:19Z" level=error msg="forward signal child exited" error="context canceled"\n'
+
+    @pytest.mark.parametrize("parts, failed, told", [
+        ([b"hello\n", SIGNAL], False, b"hello\n"), ([b"hello\n" + SIGNAL], False, b"hello\n"), ([SIGNAL, SIGNAL[:50], SIGNAL[50:]], False, b""),
+        ([b"out", SIGNAL, SIGNAL, FATAL], True, b"out"), ([SIGNAL + FATAL], True, b""), ([SIGNAL, b"more"], False, SIGNAL + b"more"),
+        ([SIGNAL, FATAL], False, SIGNAL + FATAL), ([SIGNAL, b"more" + FATAL], True, SIGNAL + b"more")])
+    def test_signals_that_came_too_late_are_kept_back_at_the_end(self, parts, failed, told):
+        trailing = nerdctld.TrailingError()
+        assert b"".join([*map(trailing.feed, parts)]) + trailing.finish(failed)[0] == told
+
     @pytest.mark.parametrize("text", [b"a\n" + FATAL, FATAL + b"b", b'time="', b'time="x" level=fatal', b"", FATAL[:-1]])
     def test_nothing_is_kept_back_of_a_success(self, text):
         trailing = nerdctld.TrailingError()
@@ -7346,7 +7357,9 @@ const fails = (promise, code) => assert.rejects(promise, (error) => { assert.equ
   (await box.getArchive({ path: "/tmp/dir" })).pipe(extract);
   await new Promise((done) => extract.on("finish", done));
   assert.deepEqual(names.sort(), ["dir", "dir/file", "dir/other"]);
-  const stat = JSON.parse(Buffer.from((await box.infoArchive({ path: "/tmp/dir/file" })).headers["x-docker-container-path-stat"], "base64"));
+  const head = await box.infoArchive({ path: "/tmp/dir/file" });
+  head.resume();
+  const stat = JSON.parse(Buffer.from(head.headers["x-docker-container-path-stat"], "base64"));
   assert.deepEqual([stat.name, stat.size], ["file", 7]);
 
   // life
