@@ -290,10 +290,25 @@ def read_limited(body: Any, limit: int) -> bytes:
         parts.append(part)
 
 
+class Piped(NamedTuple):
+    """A piece of a stream that is still in a pipe: `size` bytes, all there, which the kernel moves on without a copy."""
+
+    descriptor: int
+    size: int
+    # Less than this is copied sooner than moved.
+    WORTH = 1 << 15
+
+    def move(self, target: int) -> None:
+        """Move all of it to another descriptor; OSError when nobody reads there."""
+        left = self.size
+        while left:
+            left -= os.splice(self.descriptor, target, left)
+
+
 class Stream:
     """A body that is made while it is sent.
 
-    `chunks` yields bytes; a generator is closed in any case, so its own `finally` does the cleaning up, and while it
+    `chunks` yields bytes, and Piped of pipes that it goes on with afterwards; a generator is closed in any case, so its own `finally` does the cleaning up, and while it
     waits for something else than the client it stands in `request.client.when_gone()`. A `primed` stream yields its
     first chunk before the headers go out: an ApiError raised until then is an ordinary error response, later it can only
     break the stream off."""
@@ -640,6 +655,22 @@ class Process:
     def read(self, size: int = BLOCK) -> bytes:
         """Up to `size` bytes of stdout as soon as there are any; b"" at its end."""
         return os.read(self.stdout.fileno(), size)
+
+    def pieces(self, kept: int = 0) -> Iterator[Any]:
+        """Stdout to its end as bytes, and as Piped what is not worth to be read here. The last `kept` bytes come as bytes."""
+        descriptor = self.stdout.fileno()
+        with contextlib.suppress(OSError):
+            # The two processes at its ends change places less often. fcntl has the name F_SETPIPE_SZ from Python 3.10 on.
+            fcntl.fcntl(descriptor, 1031, 1 << 20)
+        while True:
+            waiting = int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder) - kept
+            if waiting >= Piped.WORTH and hasattr(os, "splice"):
+                yield Piped(descriptor, waiting)
+                continue
+            data = self.read()
+            if not data:
+                return
+            yield data
 
     def lines(self, source: Any = None) -> Iterator[str]:
         """The lines of stdout, or of another of its pipes, as they come and without line ends."""
@@ -3558,9 +3589,12 @@ def whole_archive(engine: Engine, request: Request, arguments: List[str]) -> Ite
     sent, tail = 0, b""
     for attempt in range(SAVE_ATTEMPTS):
         with engine.nerdctl.start(*arguments, client=request.client) as process:
-            widen_pipe(process.stdout)
             seen, again = 0, b""
-            for block in iter(process.read, b""):
+            for block in process.pieces(len(ARCHIVE_END)) if not sent else iter(process.read, b""):
+                if isinstance(block, Piped):
+                    seen, sent = seen + block.size, sent + block.size
+                    yield block
+                    continue
                 known = min(len(block), max(0, sent - seen))
                 again = (again + block[:known])[-len(ARCHIVE_END):]
                 seen += len(block)
@@ -3595,12 +3629,6 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
                 engine.journal.emit("image", "save", engine.snapshot.image(name).id, {"name": familiar(name)})
 
     return Response(200, Stream(chunks(), primed=True), "application/x-tar")
-
-
-def widen_pipe(file: Any) -> None:
-    """Let a pipe hold a MiB, so that the two processes at its ends change places less often."""
-    with contextlib.suppress(OSError, AttributeError):
-        fcntl.fcntl(file.fileno(), 1031, 1 << 20)  # F_SETPIPE_SZ; fcntl has the name from Python 3.10 on.
 
 
 @route("GET", "/images/get")
@@ -7037,7 +7065,7 @@ def copied_tar(process: Process, name: str) -> Iterator[bytes]:
     header, data = read_header(process)
     if header is None or name == "." or tar_root(header, name):
         yield data
-        yield from iter(process.read, b"")
+        yield from process.pieces()
     else:
         try:
             yield from renamed_tar(TarSource(data, process), name)
@@ -7087,7 +7115,6 @@ def archive_get(engine: Engine, request: Request, name: str) -> Response:
             yield link_archive(found, target)
             return
         with engine.nerdctl.start("cp", "--", f"{container.real}:{taken}", "-", mounts=True) as process:
-            widen_pipe(process.stdout)
             yield from copied_tar(process, os.path.basename(path.rstrip("/")) or "/")
         engine.tell(container, "archive-path")
 
@@ -7153,8 +7180,7 @@ def container_export(engine: Engine, request: Request, name: str) -> Response:
         # Go ends a program that finds its stdout closed; the same pipe by another number is an error to it, and it unmounts.
         output = ["--output=/dev/stdout"] if engine.nerdctl.local else []
         with engine.nerdctl.start("export", *output, "--", container.real, mounts=True) as process:
-            widen_pipe(process.stdout)
-            yield from iter(process.read, b"")
+            yield from process.pieces()
             process.check()
         engine.tell(container, "export")
 
@@ -9130,9 +9156,13 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         return response.status
 
-    def send_chunk(self, chunk: bytes, chunked: bool) -> None:
-        """One chunk in as few system calls as its size allows."""
-        if not chunked:
+    def send_chunk(self, chunk: Any, chunked: bool) -> None:
+        """One chunk, bytes or Piped, in as few system calls as its size allows."""
+        if isinstance(chunk, Piped):
+            self.wfile.write(b"%x\r\n" % chunk.size if chunked else b"")
+            chunk.move(self.connection.fileno())
+            self.wfile.write(b"\r\n" if chunked else b"")
+        elif not chunked:
             self.wfile.write(chunk)
         elif len(chunk) < 65536:
             self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
