@@ -662,8 +662,15 @@ class Process:
         with contextlib.suppress(OSError):
             # The two processes at its ends change places less often. fcntl has the name F_SETPIPE_SZ from Python 3.10 on.
             fcntl.fcntl(descriptor, 1031, 1 << 20)
+        pause = 0.0005
         while True:
-            waiting = int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder) - kept
+            if waiting_bytes(descriptor) < Piped.WORTH + kept:
+                # nerdctl writes 32 KiB at a time or less: to be woken by each would cost both of us more than they are worth.
+                poll_readable(descriptor, None)
+                time.sleep(pause)
+                found = waiting_bytes(descriptor)
+                pause = min(2 * pause, 0.004) if found < BLOCK else max(pause / 2, 0.00025) if found > 2 * BLOCK else pause
+            waiting = waiting_bytes(descriptor) - kept
             if waiting >= Piped.WORTH and hasattr(os, "splice"):
                 yield Piped(descriptor, waiting)
                 continue
@@ -765,6 +772,11 @@ def poll_readable(descriptor: int, timeout: Optional[float]) -> bool:
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
     return bool(poller.poll(None if timeout is None else max(0, int(timeout * 1000))))
+
+
+def waiting_bytes(descriptor: int) -> int:
+    """How much can be read from a pipe at once."""
+    return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 class Nerdctl:
