@@ -7493,6 +7493,67 @@ class TestLiveDockerode:
                 building.ask("DELETE", f"/containers/{box['Id']}?force=1&v=1")
 
 
+class TestLiveDevContainers:
+    """The devcontainers CLI: `up` and `exec` on an image, a Dockerfile and a compose project."""
+
+    @pytest.fixture
+    @classmethod
+    def cli(cls, building, tmp_path):
+        """Function of (configuration, files) that makes a workspace; it returns a function that runs the CLI there."""
+        _, environment = node_with("@devcontainers")
+        environment = {**os.environ, **environment, "DOCKER_HOST": "unix://" + building.socket}
+        workspace = tmp_path / "tstwork"
+
+        def run(*words, status=0):
+            done = subprocess.run([CACHE / "node/node_modules/.bin/devcontainer", words[0], "--workspace-folder", str(workspace), *words[1:]],
+                                  capture_output=True, text=True, timeout=150, env=environment, stdin=subprocess.DEVNULL)
+            assert done.returncode == status, done.stdout + done.stderr
+            return done.stdout
+
+        def make(configuration, **files):
+            (workspace / ".devcontainer").mkdir(parents=True)
+            (workspace / "file").write_text("of the workspace\n")
+            for name, text in {"devcontainer.json": json.dumps(configuration), **files}.items():
+                (workspace / ".devcontainer" / name).write_text(text)
+            return run
+        try:
+            yield make
+        finally:
+            for box in building.ask("GET", "/containers/json?all=1").json:
+                if any(str(workspace) in value for value in box["Labels"].values()):
+                    building.ask("DELETE", f"/containers/{box['Id']}?force=1&v=1")
+            building.ask("DELETE", "/volumes/tstdevdata")
+            building.ask("DELETE", "/networks/tstwork_devcontainer_default")
+            for image in building.ask("GET", "/images/json").json:
+                for name in image["RepoTags"] or ():
+                    if name.startswith(("vsc-tstwork", "tstwork_")):
+                        building.ask("DELETE", f"/images/{name}?force=1")
+
+    def test_image(self, cli):
+        run = cli({"image": BASE, "remoteUser": "root", "containerEnv": {"A": "b"}, "postCreateCommand": "echo created >/tmp/made", "runArgs": ["--network=none"]})
+        first = json.loads(run("up"))
+        assert first["outcome"] == "success" and first["remoteWorkspaceFolder"] == "/workspaces/tstwork"
+        assert json.loads(run("up"))["containerId"] == first["containerId"]
+        assert run("exec", "sh", "-c", "cat /workspaces/tstwork/file /tmp/made; echo $A; exit 3", status=3) == "of the workspace\ncreated\nb\n"
+        assert json.loads(run("up", "--remove-existing-container"))["containerId"] != first["containerId"]
+
+    def test_dockerfile(self, cli, building):
+        run = cli({"build": {"dockerfile": "Dockerfile", "args": {"WHAT": "it"}}, "remoteUser": "user", "postStartCommand": "echo started >/tmp/started",
+                   "mounts": ["type=volume,source=tstdevdata,target=/data"]}, Dockerfile=f"FROM {BASE}\nARG WHAT\nRUN echo built $WHAT >/built\n")
+        made = json.loads(run("up"))["containerId"]
+        assert run("exec", "sh", "-c", "cat /built /tmp/started; id -un; exit 4", status=4) == "built it\nstarted\nuser\n"
+        mounts = {each["Destination"]: each for each in building.ask("GET", f"/containers/{made}/json").json["Mounts"]}
+        assert mounts["/data"]["Name"] == "tstdevdata" and mounts["/workspaces/tstwork"]["Type"] == "bind"
+
+    def test_compose(self, cli):
+        if subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=20).returncode:
+            pytest.skip("no docker compose")
+        run = cli({"dockerComposeFile": "compose.yml", "service": "dev", "workspaceFolder": "/work", "remoteUser": "root"}, **{"compose.yml": json.dumps({"services": {
+            "dev": {"image": BASE, "command": "sleep 900", "volumes": ["..:/work"], "depends_on": ["other"]}, "other": {"image": BASE, "command": "sleep 900", "hostname": "other"}}})})
+        assert json.loads(run("up"))["composeProjectName"] == "tstwork_devcontainer"
+        assert run("exec", "sh", "-c", "cat /work/file; ping -c 1 -w 5 other >/dev/null && echo reached") == "of the workspace\nreached\n"
+
+
 class TestLiveRootless:
     def test_an_ordinary_user(self, tmp_path):
         import pwd
