@@ -4,7 +4,7 @@
 Hermetic tests run anywhere: a scripted nerdctl replays what the real one printed (each Recording says which version and
 command it is of). Live tests, in the classes called TestLive…, run where nerdctl and containerd answer; otherwise they skip
 with one line. `python3 test_nerdctld.py --bench` prints ratios instead; `--fuzz N` throws malformed requests at a daemon, `--kills N`
-kills one under load, `--both N` changes a namespace from both sides, `--load SECONDS` has it serve many clients at once.
+kills one under load, `--both N` changes a namespace from both sides, `--load SECONDS` has it serve many clients at once, `--cycles N` runs and removes containers.
 """
 
 import argparse
@@ -9711,9 +9711,71 @@ def load(argv):
     return 1 if bad else 0
 
 
+CYCLES = "nerdctld-cycles"
+
+
+def left_behind():
+    """What containers of the namespace CYCLES leave on a machine: counts by kind."""
+    lines = lambda *words: len(subprocess.run(words, capture_output=True, timeout=60).stdout.splitlines())
+    ctr = ("ctr", "--namespace", CYCLES)
+    names = sum(len(files) for folder, _, files in os.walk("/var/lib/nerdctl") if f"/{CYCLES}" in folder)
+    return {"containers": lines(*ctr, "containers", "ls", "-q"), "tasks": lines(*ctr, "tasks", "ls", "-q"), "snapshots": lines(*ctr, "snapshots", "ls"),
+            "leases": lines(*ctr, "leases", "ls", "-q"), "files of nerdctl": names,
+            "temporary folders": len([*pathlib.Path(tempfile.gettempdir()).glob("nerdctld-*")]),
+            "processes of the namespace": lines("pgrep", "-f", f"-namespace[ =]{CYCLES} .*(-id|start|run|exec|logging)")}
+
+
+def cycles(argv):
+    """Run, exec and remove containers with the docker CLI again and again, print what that leaves; the exit status."""
+    parser = argparse.ArgumentParser(prog="test_nerdctld.py --cycles")
+    parser.add_argument("--cycles", type=int, metavar="N", required=True)
+    options = parser.parse_args(argv)
+    reason = why_not_live()
+    if reason:
+        print(reason, file=sys.stderr)
+        return 1
+    real("load", data=(STACK / "base.tar").read_bytes(), namespace=CYCLES)
+    with tempfile.TemporaryDirectory() as folder:
+        daemon = Live(pathlib.Path(folder), "--namespace", CYCLES)
+        docker = lambda *words, **more: subprocess.run(["docker", "-H", f"unix://{daemon.socket}", *words], capture_output=True, timeout=120, **more)
+        wrong = []
+
+        def cycle(number):
+            name = f"cycle{number}"
+            for words, expected, more in (
+                    (("run", "-d", "--name", name, "--network=none", "--label", "l=v", BASE, "sleep", "100"), None, {}), (("exec", name, "echo", "x"), b"x\n", {}),
+                    (("run", "--rm", "-i", "--network=none", BASE, "cat"), b"in", {"input": b"in"}), (("run", "--rm", "--network=none", "-v", "/data", BASE, "echo", "y"), b"y\n", {}),
+                    (("logs", name), b"", {}), (("rm", "-f", name), None, {})):
+                done = docker(*words, **more)
+                if done.returncode or expected not in (None, done.stdout):
+                    wrong.append(f"cycle {number}: {words}: {done}")
+
+        def both():
+            time.sleep(2)
+            return {**footprint(daemon.process.pid, ""), **left_behind()}
+        try:
+            for number in range(3):
+                cycle(number)
+            before, began = both(), time.monotonic()
+            for number in range(options.cycles):
+                cycle(number)
+            took, after = time.monotonic() - began, both()
+        finally:
+            daemon.end()
+            real("rmi", "-f", BASE, namespace=CYCLES)
+        wrong += ["a traceback in the log"] if b"Traceback" in daemon.log.read_bytes() else []
+    print(f"{options.cycles} cycles in {took:.0f} s, {len(wrong)} wrong")
+    print("before", before, "\nafter ", after)
+    print(*wrong[:20], sep="\n")
+    more = [key for key in before if key not in ("rss", "descriptors", "threads") and after[key] > before[key] or
+            key in ("descriptors", "threads") and after[key] > before[key] + 1]
+    print("more than before: " + (", ".join(more) or "nothing"))
+    return 1 if wrong or more else 0
+
+
 def main(argv):
     """Run the tests, or what an option asks for; the exit status."""
-    for option, action in (("--bench", bench), ("--fuzz", fuzz), ("--kills", kills), ("--both", both), ("--load", load)):
+    for option, action in (("--bench", bench), ("--fuzz", fuzz), ("--kills", kills), ("--both", both), ("--load", load), ("--cycles", cycles)):
         if option in argv:
             return action(argv)
     return pytest.main(["-q", __file__, *argv])
