@@ -1112,6 +1112,54 @@ def string_map(value: Any, what: str) -> Dict[str, str]:
     return {key: typed(each, str, what) for key, each in typed(value, dict, what).items()}
 
 
+LINKS_FOLLOWED = 40
+
+
+@contextlib.contextmanager
+def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[int, List[str], str]]:
+    """A path below a root folder as an O_PATH descriptor, with the names on the way to it and, for a link at its end that
+    is not to be followed, where that leads. Links are taken as inside of the root, and each step is opened by itself, so
+    that nobody inside can lead it out. FileNotFoundError and other OSErrors as lstat has."""
+    left = [part for part in path.split("/") if part]
+    stack = [os.open(root, os.O_PATH | os.O_DIRECTORY)]
+    names: List[str] = []
+    links, last = 0, ""
+    try:
+        while left:
+            part = left.pop(0)
+            if part in (".", ".."):
+                if part == ".." and names:
+                    os.close(stack.pop())
+                    names.pop()
+                continue
+            entry = os.open(part, os.O_PATH | os.O_NOFOLLOW, dir_fd=stack[-1])
+            stack.append(entry)
+            names.append(part)
+            mode = os.fstat(entry).st_mode
+            if stat.S_ISLNK(mode):
+                target = os.readlink("", dir_fd=entry)
+                if not (left or follow or path.endswith("/")):
+                    last = target
+                    break
+                links += 1
+                if links > LINKS_FOLLOWED:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                os.close(stack.pop())
+                names.pop()
+                if target.startswith("/"):
+                    for each in stack[1:]:
+                        os.close(each)
+                    del stack[1:]
+                    names.clear()
+                left = [each for each in target.split("/") if each] + left
+            elif left and not stat.S_ISDIR(mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        yield stack[-1], names, last
+    finally:
+        for each in stack:
+            os.close(each)
+
+
 ###############################################################################
 # Events
 ###############################################################################
@@ -2361,6 +2409,12 @@ class Engine:
     def busy(self) -> bool:
         """Whether something depends on the daemon although no request is running."""
         return self.feed.needs > 0 or bool(self.sessions) or any(each.running for each in list(self.execs.values()))
+
+    def leave_session(self, identity: str, session: Any) -> None:
+        """A session holds a container's streams no more; one that came after it stays."""
+        with self.lock:
+            if self.sessions.get(identity) is session:
+                del self.sessions[identity]
 
     def hang_up(self) -> None:
         """The daemon is about to end: those who only follow something are let go."""
@@ -5437,6 +5491,7 @@ class Terminal:
     """A pseudo-terminal; nerdctl gets `slave` as its stdin and stdout, and is told of every new size."""
 
     def __init__(self, height: int = 0, width: int = 0):
+        self.lock = threading.Lock()
         self.master, self.slave = pty.openpty()
         # The container's own terminal makes line ends and echoes.
         tty.setraw(self.slave)
@@ -5446,15 +5501,16 @@ class Terminal:
 
     def resize(self, height: int, width: int) -> None:
         """Set the size in characters."""
-        with contextlib.suppress(OSError):
-            fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", height & 0xFFFF, width & 0xFFFF, 0, 0))
+        with self.lock, contextlib.suppress(OSError):
+            if self.master >= 0:
+                fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", height & 0xFFFF, width & 0xFFFF, 0, 0))
             if self.pid:
                 os.kill(self.pid, signal.SIGWINCH)
 
     def pass_size(self, path: str) -> None:
         """Give another terminal the same size, where this one has any."""
-        with contextlib.suppress(OSError):
-            size = fcntl.ioctl(self.master, termios.TIOCGWINSZ, bytes(8))
+        with self.lock, contextlib.suppress(OSError):
+            size = fcntl.ioctl(self.master, termios.TIOCGWINSZ, bytes(8)) if self.master >= 0 else bytes(8)
             if any(size[:4]):
                 descriptor = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
                 try:
@@ -5466,6 +5522,17 @@ class Terminal:
         """nerdctl runs: from now on only it holds the other end."""
         os.close(self.slave)
         self.pid = process.popen.pid
+
+    def ended(self) -> None:
+        """nerdctl is about to be reaped: its number may soon be another's."""
+        with self.lock:
+            self.pid = 0
+
+    def close(self) -> None:
+        """Nobody is to be told of sizes any more."""
+        with self.lock:
+            os.close(self.master)
+            self.master = -1
 
 
 class Session:
@@ -5488,14 +5555,17 @@ class Session:
         self.message = ""
         # Where the count of task events stood when it was begun.
         self.begun = 0
+        # Set when input may be passed on.
+        self.taking = threading.Event()
 
-    def run(self, nerdctl: Nerdctl, arguments: List[str], stdin: bool, lasting: bool) -> None:
-        """Start nerdctl with these arguments. A `lasting` one outlives the daemon."""
+    def run(self, nerdctl: Nerdctl, arguments: List[str], stdin: bool, lasting: bool, held: bool = False) -> None:
+        """Start nerdctl with these arguments. A `lasting` one outlives the daemon. Input for one that is `held` waits for
+        `taking`: nerdctl 2.3 forgets an end of file that it reads before its process runs, which then waits for it for ever."""
         if self.terminal:
             try:
                 self.process = nerdctl.start(*arguments, stdin=self.terminal.slave, stdout=self.terminal.slave, lasting=lasting)
             except ApiError:
-                os.close(self.terminal.master)
+                self.terminal.close()
                 os.close(self.terminal.slave)
                 raise
             self.terminal.started(self.process)
@@ -5504,6 +5574,8 @@ class Session:
             self.process = nerdctl.start(*arguments, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, stderr=subprocess.PIPE, lasting=lasting)
             self.stdin = self.process.stdin.fileno() if stdin else -1
             self.outputs = {self.process.stdout.fileno(): STDOUT, self.process.stderr.fileno(): STDERR}
+        if not held:
+            self.taking.set()
         for attachment in self.attachments:
             attachment.session = self
             attachment.ready.set()
@@ -5521,19 +5593,29 @@ class Session:
 
     def write(self, data: bytes) -> bool:
         """Input for the process; False when it takes none any more."""
+        self.taking.wait()
+        with self.lock:
+            # A number of its own: a write may last, and the session end meanwhile.
+            if self.stdin < 0:
+                return False
+            descriptor = os.dup(self.stdin)
         view = memoryview(data)
         try:
             while view:
-                view = view[os.write(self.stdin, view):]
-        except (OSError, ValueError):
+                view = view[os.write(descriptor, view):]
+        except OSError:
             return False
+        finally:
+            os.close(descriptor)
         return True
 
     def close_stdin(self, force: bool = False) -> None:
         """End of the input of one client: of the process too, where it was opened for one client only."""
-        if self.process and self.process.stdin and (self.once or force):
-            self.stdin = -1
-            self.process.close_stdin()
+        self.taking.wait()
+        with self.lock:
+            if self.process and self.process.stdin and (self.once or force):
+                self.stdin = -1
+                self.process.close_stdin()
 
     def put(self, kind: int, data: bytes) -> None:
         """Send output to everyone who is there."""
@@ -5563,6 +5645,8 @@ class Session:
                         continue
                     kind = self.outputs[descriptor]
                     self.put(kind, trailing.feed(data) if kind == STDERR else data)
+            if self.terminal:
+                self.terminal.ended()
             self.status = self.process.wait()
             rest, self.message = trailing.finish(bool(self.status))
             self.put(STDERR, rest)
@@ -5574,9 +5658,12 @@ class Session:
             self._end()
 
     def _end(self) -> None:
+        with self.lock:
+            self.stdin = -1
+        self.taking.set()
         self.process.close()
         if self.terminal:
-            os.close(self.terminal.master)
+            self.terminal.close()
         try:
             self.on_end(self.status if self.status is not None else 1, self.message)
         except Exception:
@@ -5598,7 +5685,7 @@ def pump_stdin(attachment: Attachment, session: Session, keys: Optional[DetachKe
         detached = False
         if keys:
             data, detached = keys.feed(data)
-        if data and session.stdin >= 0 and not session.write(data):
+        if data and not session.write(data):
             session.close_stdin(force=True)
         if detached:
             return True
@@ -5882,7 +5969,7 @@ def sized_early(engine: Engine, real: str, terminal: Optional[Terminal]) -> Iter
 
 def start_attached(engine: Engine, container: Container, waiting: List[Attachment], tty: bool, stdin: bool) -> None:
     """Start a container with clients on its streams."""
-    session = Session(waiting, new_terminal(container) if tty else None, on_end=lambda *_: engine.sessions.pop(container.id, None))
+    session = Session(waiting, new_terminal(container) if tty else None, on_end=lambda *_: engine.leave_session(container.id, session))
     session.begun = engine.tasks.now()
     arguments = ["start", "--attach", *(["--interactive"] if tty and stdin else []), *([NO_DETACH_KEYS] if tty else []), "--", container.real]
     engine.sessions[container.id] = session
@@ -5890,7 +5977,7 @@ def start_attached(engine: Engine, container: Container, waiting: List[Attachmen
         try:
             session.run(engine.nerdctl, arguments, stdin=tty and stdin, lasting=True)
         except BaseException:
-            engine.sessions.pop(container.id, None)
+            engine.leave_session(container.id, session)
             raise
         wait_started(engine, session, lambda: container.real)
 
@@ -5916,18 +6003,20 @@ def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachm
                     return found
             return ""
 
-        session = Session(waiting, once=once, on_end=lambda *_: engine.sessions.pop(container.id, None))
+        session = Session(waiting, once=once, on_end=lambda *_: engine.leave_session(container.id, session))
         session.begun = engine.tasks.now()
         arguments = ["run", "--pull=never", f"--cidfile={note}", f"--name={container.name}", *plan.words,
                      *(f"--label={key}={value}" for key, value in labels.items()), "--", plan.image, *plan.command]
         with making_anew(engine, container, real):
             engine.sessions[container.id] = session
             try:
-                session.run(engine.nerdctl, arguments, stdin=True, lasting=True)
+                session.run(engine.nerdctl, arguments, stdin=True, lasting=True, held=True)
                 wait_started(engine, session, real)
             except BaseException:
-                engine.sessions.pop(container.id, None)
+                engine.leave_session(container.id, session)
                 raise
+            finally:
+                session.taking.set()
 
 
 def start_refused(engine: Engine, container: Container, error: ApiError) -> None:
@@ -6725,10 +6814,15 @@ def check_user(engine: Engine, container: Container, user: str) -> None:
         return
     pid = (engine.snapshot.detail(container).get("Task") or {}).get("Pid") or 0
     try:
-        with open(f"/proc/{pid}/root/etc/passwd", encoding="utf-8", errors="replace") as file:
-            if any(line.partition(":")[0] == name for line in file):
-                return
+        with opened_below(f"/proc/{pid}/root", "/etc/passwd", follow=True) as (descriptor, _, _):
+            lines = []
+            # The container's own: it may be a FIFO, on which nerdctl would wait for ever, or without an end.
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                with open(f"/proc/self/fd/{descriptor}", "rb") as file:
+                    lines = file.read(1 << 20).splitlines()
     except OSError:
+        return
+    if any(line.partition(b":")[0] == name.encode() for line in lines):
         return
     raise BadParameter(f"unable to find user {name}: no matching entries in passwd file")
 
@@ -6777,15 +6871,40 @@ def begin_exec(engine: Engine, instance: Exec, attachments: List[Attachment]) ->
             raise Conflict(f"exec command {instance.id} is already running" if instance.running
                            else f"exec command {instance.id} has already run")
         instance.started = instance.running = True
-    session = Session(attachments, Terminal(*instance.size) if instance.tty else None, on_end=ended)
-    instance.session = session
     engine.tell(instance.container, "exec_start: " + " ".join(string_list(instance.config["Cmd"], "Cmd")), execID=instance.id)
     try:
-        session.run(engine.nerdctl, exec_args(instance), stdin=bool(instance.config.get("AttachStdin")), lasting=not attachments)
+        session = instance.session = Session(attachments, Terminal(*instance.size) if instance.tty else None, on_end=ended)
+        session.run(engine.nerdctl, exec_args(instance), stdin=bool(instance.config.get("AttachStdin")), lasting=not attachments, held=not instance.tty)
     except BaseException:
         instance.running, instance.code = False, 126
         raise
     return session
+
+
+def has_opened_stdin(pid: int) -> bool:
+    """Whether a nerdctl writes to the FIFO of an exec's stdin (`…/exec-ID-stdin`): it can when the shim reads there, which it
+    does once the command runs."""
+    with contextlib.suppress(OSError):
+        for each in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError, AttributeError):
+                if os.readlink(f"/proc/{pid}/fd/{each}").endswith("-stdin"):
+                    with open(f"/proc/{pid}/fdinfo/{each}", encoding="ascii") as file:
+                        flags = int(re.search(r"flags:\s*([0-7]+)", file.read()).group(1), 8)
+                    if flags & os.O_ACCMODE == os.O_WRONLY and not flags & os.O_PATH:
+                        return True
+    return False
+
+
+def take_input(engine: Engine, instance: Exec, session: Session, attachment: Attachment, since: int) -> None:
+    """Let the input of a client through when the command of a session runs, or one of the two has ended."""
+    seen = None
+    while not (session.ended.wait(0.004) or attachment.done.is_set() or has_opened_stdin(session.process.popen.pid)):
+        # What cannot be looked at (nerdctl runs elsewhere) is believed from events, with a moment more.
+        if seen is None and engine.tasks.exec_since(instance.container.real, since):
+            seen = time.monotonic()
+        if seen is not None and time.monotonic() > seen + (2.0 if engine.nerdctl.local else 0.1):
+            break
+    session.taking.set()
 
 
 def exec_begun(engine: Engine, instance: Exec, session: Session, since: int) -> None:
@@ -6823,15 +6942,22 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
         attachment = Attachment(bool(config.get("AttachStdout")), bool(config.get("AttachStderr")), not instance.tty, bool(config.get("AttachStdin")))
         attachment.connect(connection)
         keys = DetachKeys(typed(config.get("DetachKeys"), str, "DetachKeys")) if instance.tty and attachment.stdin else None
-        try:
-            session = begin_exec(engine, instance, [attachment])
-        except ApiError as error:
-            attachment.put(STDOUT, (str(error) + "\r\n").encode())
-            return
-        with request.client.when_gone(attachment.leave, half=False):
+        with contextlib.ExitStack() as stack:
+            if attachment.stdin and not engine.nerdctl.local:
+                stack.enter_context(engine.feed.needed())
+            stack.enter_context(request.client.when_gone(attachment.leave, half=False))
+            since = engine.tasks.now()
+            try:
+                session = begin_exec(engine, instance, [attachment])
+            except ApiError as error:
+                attachment.put(STDOUT, (str(error) + "\r\n").encode())
+                return
+            if attachment.stdin and not session.taking.is_set():
+                take_input(engine, instance, session, attachment, since)
             if attachment.stdin and pump_stdin(attachment, session, keys):
                 attachment.leave()
             attachment.done.wait()
+        session.taking.set()
         if attachment.gone:
             session.close_stdin(force=True)
 
@@ -6898,52 +7024,17 @@ def check_path(text: str) -> str:
     return "/" + text.lstrip("/")
 
 
-LINKS_FOLLOWED = 40
 
 
 def stat_below(root: str, path: str) -> Tuple[PathStat, str]:
-    """A path below a root folder, with links taken as inside of it, and where a link at its end leads, "" for none. Each
-    step is opened by itself, so that nobody inside can lead it out. FileNotFoundError and other OSErrors as lstat has."""
-    left = [part for part in path.split("/") if part]
-    stack = [os.open(root, os.O_PATH | os.O_DIRECTORY)]
-    names: List[str] = []
-    links = 0
-    try:
-        while left:
-            part = left.pop(0)
-            if part in (".", ".."):
-                if part == ".." and names:
-                    os.close(stack.pop())
-                    names.pop()
-                continue
-            entry = os.open(part, os.O_PATH | os.O_NOFOLLOW, dir_fd=stack[-1])
-            stack.append(entry)
-            names.append(part)
-            found = os.fstat(entry)
-            if stat.S_ISLNK(found.st_mode):
-                target = os.readlink("", dir_fd=entry)
-                if not left and not path.endswith("/"):
-                    resolved = target if target.startswith("/") else "/" + "/".join([*names[:-1], target])
-                    return PathStat(part, len(target), found.st_mode, found.st_mtime_ns, os.path.normpath(resolved)), target
-                links += 1
-                if links > LINKS_FOLLOWED:
-                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-                os.close(stack.pop())
-                names.pop()
-                if target.startswith("/"):
-                    for each in stack[1:]:
-                        os.close(each)
-                    del stack[1:]
-                    names.clear()
-                left = [each for each in target.split("/") if each] + left
-            elif left and not stat.S_ISDIR(found.st_mode):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        found = os.fstat(stack[-1])
-        name = os.path.basename(path.rstrip("/")) or "/"
-        return PathStat(name, found.st_size, found.st_mode, found.st_mtime_ns, ""), ""
-    finally:
-        for each in stack:
-            os.close(each)
+    """A path below a root folder, with links taken as inside of it, and where a link at its end leads, "" for none.
+    FileNotFoundError and other OSErrors as lstat has."""
+    with opened_below(root, path) as (descriptor, names, target):
+        found = os.fstat(descriptor)
+        if target:
+            resolved = target if target.startswith("/") else "/" + "/".join([*names[:-1], target])
+            return PathStat(names[-1], len(target), found.st_mode, found.st_mtime_ns, os.path.normpath(resolved)), target
+        return PathStat(os.path.basename(path.rstrip("/")) or "/", found.st_size, found.st_mode, found.st_mtime_ns, ""), ""
 
 
 def container_root(engine: Engine, container: Container) -> str:

@@ -3134,12 +3134,56 @@ class TestSessions:
             os.close(terminal.master)
             os.close(terminal.slave)
 
-    def session(self, script, stdin=False, attachments=(), **options):
+    def session(self, script, stdin=False, attachments=(), held=False, **options):
         """A session over a shell script, with an end that is waited for."""
         ends = []
         session = nerdctld.Session(attachments, on_end=lambda *end: ends.append(end), **options)
-        session.run(nerdctld.Nerdctl(["/bin/sh", "-c", script, "sh"]), [], stdin=stdin, lasting=False)
+        session.run(nerdctld.Nerdctl(["/bin/sh", "-c", script, "sh"]), [], stdin=stdin, lasting=False, held=held)
         return session, ends
+
+    @pytest.mark.parametrize("data", [b"", b"in"])
+    def test_input_is_held(self, data, tmp_path):
+        attachment, connection, far = self.attached(stdin=True)
+        session, ends = self.session(f"touch {tmp_path}/begun; cat >{tmp_path}/got; exit 7", stdin=True, attachments=[attachment], held=True)
+        far.sendall(data)
+        far.shutdown(socket.SHUT_WR)
+        thread = threading.Thread(target=nerdctld.pump_stdin, args=(attachment, session, None))
+        thread.start()
+        assert until((tmp_path / "begun").exists) and not session.ended.wait(0.3) and (tmp_path / "got").read_bytes() == b""
+        session.taking.set()
+        assert session.ended.wait(10) and ends == [(7, "")] and (tmp_path / "got").read_bytes() == data
+        thread.join(10)
+        assert not thread.is_alive()
+
+    def test_held_input_of_what_ends(self):
+        attachment, connection, far = self.attached(stdin=True)
+        session, ends = self.session("exit 3", stdin=True, attachments=[attachment], held=True)
+        far.sendall(b"in")
+        thread = threading.Thread(target=nerdctld.pump_stdin, args=(attachment, session, None))
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive() and ends[0][0] == 3
+
+    def test_nothing_reaches_the_numbers_of_what_has_ended(self):
+        release = threading.Event()
+        session = nerdctld.Session([], on_end=lambda *_: release.wait(10), terminal=nerdctld.Terminal(24, 80))
+        session.run(nerdctld.Nerdctl(["/bin/sh", "-c", "exit 0", "sh"]), [], stdin=True, lasting=False)
+        number = session.terminal.master
+        assert until(lambda: session.terminal.master < 0)
+        others = []
+        try:
+            # Whoever opens next gets the number.
+            while number not in [each for pair in others for each in pair]:
+                others.append(os.openpty())
+            assert session.write(b"secret") is False
+            session.terminal.resize(99, 99)
+            other = next(pair[0] for pair in others if number in pair)
+            assert fcntl.ioctl(other, termios.TIOCGWINSZ, bytes(8))[:4] == bytes(4) and not select.select([each for pair in others for each in pair], [], [], 0)[0]
+        finally:
+            release.set()
+            for each in itertools.chain(*others):
+                os.close(each)
+        assert session.ended.wait(10)
 
     def attached(self, **options):
         connection, far = pair()
@@ -3552,6 +3596,39 @@ class TestExec:
         nerdctld.check_user(furnished, None, "12345:6")
         with pytest.raises(nerdctld.BadParameter, match="unable to find user nosuchuser: no matching entries in passwd file"):
             nerdctld.check_user(furnished, None, "nosuchuser:x")
+
+    @pytest.mark.parametrize("make, known", [
+        (lambda etc: (etc / "passwd").write_text("root:x:0\nuser:x:1\n"), True), (lambda etc: (etc / "passwd").write_text("users:x:1\n"), False),
+        (lambda etc: os.mkfifo(etc / "passwd"), False), (lambda etc: (etc / "passwd").symlink_to("/etc/real"), True), (lambda etc: None, None)])
+    def test_passwd_is_looked_at_with_care(self, furnished, tmp_path, monkeypatch, make, known):
+        (tmp_path / "etc").mkdir()
+        (tmp_path / "etc/real").write_text("user:x:1\n")
+        make(tmp_path / "etc")
+        opened = nerdctld.opened_below
+        monkeypatch.setattr(nerdctld, "opened_below", lambda root, *rest, **more: opened(str(tmp_path), *rest, **more))
+        monkeypatch.setattr(nerdctld.Snapshot, "detail", lambda *_: {"Task": {"Pid": 1}})
+        if known is False:
+            with pytest.raises(nerdctld.BadParameter, match="unable to find user user"):
+                nerdctld.check_user(furnished, None, "user")
+        else:
+            nerdctld.check_user(furnished, None, "user")
+
+    def test_stdin_of_an_exec_is_open_once_somebody_reads(self, tmp_path):
+        fifo = tmp_path / "exec-1-stdin"
+        os.mkfifo(fifo)
+        handle = os.open(fifo, os.O_PATH)
+        reader = None
+        try:
+            assert not nerdctld.has_opened_stdin(os.getpid())
+            reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+            assert not nerdctld.has_opened_stdin(os.getpid())
+            writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+            assert nerdctld.has_opened_stdin(os.getpid())
+            os.close(writer)
+            assert not nerdctld.has_opened_stdin(os.getpid()) and not nerdctld.has_opened_stdin(2 ** 22 + 1)
+        finally:
+            os.close(handle)
+            os.close(reader)
 
     def test_old_ones_are_forgotten(self, furnished, scripted, monkeypatch):
         monkeypatch.setattr(nerdctld, "EXECS_KEPT", 3)
@@ -6899,6 +6976,15 @@ class TestLiveContainers:
         assert box.text("logs", "tstin") == "no line end"
         done = box("start", "-ai", "tstin", data=b"more")
         assert done.returncode == 1 and b"first start" in done.stderr
+
+    def test_input_that_has_no_bytes(self, box):
+        # Bare nerdctl 2.3.5 never ends here: it forgets an end of file that comes before the process runs.
+        assert box.text("run", "-i", "--rm", *QUIET, BASE, "cat", data=b"") == ""
+        box.text("run", "-d", "--name", "tstnone", *QUIET, BASE, "sleep", "100")
+        for data in (b"", b"a"):
+            assert box.text("exec", "-i", "tstnone", "cat", data=data) == data.decode()
+        box.text("exec", "tstnone", "sh", "-c", "mv /etc/passwd /etc/real; ln -s /etc/real /etc/passwd")
+        assert box.text("exec", "-u", "user", "tstnone", "id", "-u") == "1000\n"
 
     def test_terminal(self, box):
         environment = {**os.environ, "DOCKER_HOST": "unix://" + box.live.socket, "TERM": "dumb"}
