@@ -800,6 +800,8 @@ class Nerdctl:
         if buildkit_host:
             self.environment["BUILDKIT_HOST"] = buildkit_host
         self.places = threading.BoundedSemaphore(max(4, 2 * (os.cpu_count() or 1)))
+        # Those that mostly wait for something else stand in nobody's way.
+        self.waiting_places = threading.BoundedSemaphore(64)
         self.processes: set = set()
 
     def missing(self, error: OSError) -> ApiError:
@@ -837,14 +839,16 @@ class Nerdctl:
         return Process(self, self.argv(arguments), merged, stdin, stdout, stderr, client, lasting, mounts)
 
     def output(self, *arguments: str, data: bytes = b"", timeout: float = SHORT_CALL,
-               environment: Optional[Dict[str, str]] = None) -> Output:
-        """Run to the end, whatever its status. 503 when no place becomes free or it does not end within `timeout`."""
-        if not self.places.acquire(timeout=timeout):
+               environment: Optional[Dict[str, str]] = None, waits: bool = False) -> Output:
+        """Run to the end, whatever its status. 503 when no place becomes free or it does not end within `timeout`. One that
+        mostly `waits` takes no place of those that work."""
+        places = self.waiting_places if waits else self.places
+        if not places.acquire(timeout=timeout):
             raise Unavailable("too many nerdctl processes are running")
         try:
             return self._output(arguments, data, timeout, environment)
         finally:
-            self.places.release()
+            places.release()
 
     def _output(self, arguments, data, timeout, environment) -> Output:
         stdin: Any = subprocess.DEVNULL
@@ -871,9 +875,9 @@ class Nerdctl:
             return Output(status, b"".join(parts), process.error_text())
 
     def run(self, *arguments: str, data: bytes = b"", timeout: float = SHORT_CALL,
-            environment: Optional[Dict[str, str]] = None) -> Output:
+            environment: Optional[Dict[str, str]] = None, waits: bool = False) -> Output:
         """Run to the end; the ApiError of the table above for a status other than 0."""
-        output = self.output(*arguments, data=data, timeout=timeout, environment=environment)
+        output = self.output(*arguments, data=data, timeout=timeout, environment=environment, waits=waits)
         if output.status:
             raise nerdctl_error(output.stderr)
         return output
@@ -1469,9 +1473,23 @@ class Container:
         return {"up": "running", "pausing": "paused", "unknown": "dead", "stopped": "exited"}.get(word, word or "created")
 
     @property
+    def request(self) -> Dict[str, Any]:
+        """The create request that it was made with, {} for one that others made."""
+        if "request" not in self.memo:
+            parts = itertools.takewhile(lambda part: part is not None, (self.labels.get(f"{LABEL_REQUEST}.{number}") for number in itertools.count()))
+            found = None
+            with contextlib.suppress(ValueError):
+                found = json.loads("".join(parts) or "{}")
+            self.memo["request"] = found if isinstance(found, dict) else {}
+        return self.memo["request"]
+
+    @property
     def visible_labels(self) -> Dict[str, str]:
         """The labels a client set."""
-        return {key: value for key, value in self.labels.items() if not key.startswith(HIDDEN_LABELS)}
+        asked = self.request.get("Labels")
+        # containerd drops those without a value.
+        empty = {key: value for key, value in asked.items() if value == ""} if isinstance(asked, dict) else {}
+        return {**empty, **{key: value for key, value in self.labels.items() if not key.startswith(HIDDEN_LABELS)}}
 
     @property
     def folder(self) -> str:
@@ -2344,14 +2362,19 @@ class Tasks:
     def _look(self, container: Container) -> Optional[Container]:
         return next((each for each in self.snapshot.containers.get().values() if each.id == container.id), None)
 
-    def _status(self, container: Container, condition: str, since: int, began: int) -> Optional[int]:
-        """The exit status if the condition is met."""
+    def _last_end(self, container: Container, condition: str, since: int) -> Optional[Tuple[int, int]]:
+        """The end that events have told of and that meets the condition: its place in the count and the exit status."""
         ends = [self.ends[real] for real in (container.real, self.reals.get(container.id, "")) if real in self.ends]
         last = max((end for end in ends if end[0] > since), default=None)
         if last is None and condition == "not-running" and "containerd.io/restart.policy" not in container.labels:
             # It has ended already, and was not started again.
             begun = max(self.missed, *(self.starts.get(real, 0) for real in (container.real, self.reals.get(container.id, ""))))
             last = max((end for end in ends if end[0] > begun), default=None)
+        return last
+
+    def _status(self, container: Container, condition: str, since: int, began: int) -> Optional[int]:
+        """The exit status if the condition is met."""
+        last = self._last_end(container, condition, since)
         if last and condition != "removed":
             return last[1]
         now = self._look(container)
@@ -2361,6 +2384,10 @@ class Tasks:
             self.snapshot.containers.drop()
             now = self._look(container)
         if now is None:
+            # It may have ended, and been removed, while it was looked for.
+            with self.condition:
+                self.condition.wait_for(lambda: self._last_end(container, condition, since), 1.0 if self.feed.live else 0.0)
+                last = self._last_end(container, condition, since)
             return last[1] if last else 0
         if condition == "removed" or now.running or now.state == "restarting":
             return None
@@ -2773,7 +2800,7 @@ def system_auth(engine: Engine, request: Request) -> Response:
         raise BadParameter(f"invalid registry address {address!r}")
     with engine.workspace.docker_config({}) as environment:
         output = engine.nerdctl.output("login", "--username", user, "--password-stdin", "--", host,
-                                       data=password.encode(), timeout=60, environment=environment)
+                                       data=password.encode(), timeout=60, environment=environment, waits=True)
     if output.status:
         error = nerdctl_error(output.stderr)
         if isinstance(error, Unavailable):
@@ -3579,7 +3606,7 @@ def apply_changes(engine: Engine, source: str, target: str, lines: List[str]) ->
     with engine.workspace.temporary("changes") as folder:
         with open(os.path.join(folder, "Dockerfile"), "w", encoding="utf-8") as file:
             file.write("\n".join([f"FROM {source}", *lines]) + "\n")
-        engine.nerdctl.run("build", "--progress=plain", "--provenance=false", f"--tag={target}", "--", folder, timeout=600)
+        engine.nerdctl.run("build", "--progress=plain", "--provenance=false", f"--tag={target}", "--", folder, timeout=600, waits=True)
 
 
 def image_import(engine: Engine, request: Request) -> Response:
@@ -3865,10 +3892,10 @@ def image_commit(engine: Engine, request: Request) -> Response:
                  f"--pause={'true' if request.flag('pause', True) else 'false'}"]
     with engine.changing_images() as change:
         if len(own) == len(lines):
-            engine.nerdctl.run("commit", *arguments, *(f"--change={line}" for line in lines), "--", container.real, working, timeout=600)
+            engine.nerdctl.run("commit", *arguments, *(f"--change={line}" for line in lines), "--", container.real, working, timeout=600, waits=True)
         else:
             before = f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
-            engine.nerdctl.run("commit", *arguments, "--", container.real, before, timeout=600)
+            engine.nerdctl.run("commit", *arguments, "--", container.real, before, timeout=600, waits=True)
             try:
                 apply_changes(engine, before, working, lines)
             finally:
@@ -4338,23 +4365,6 @@ def request_labels(body: Dict[str, Any]) -> Dict[str, str]:
     return {f"{LABEL_REQUEST}.{number}": part for number, part in enumerate(parts)}
 
 
-def stored_request(container: Container) -> Dict[str, Any]:
-    """The create request that a container was made with, {} for one that others made."""
-    if "request" not in container.memo:
-        parts = []
-        for number in itertools.count():
-            part = container.labels.get(f"{LABEL_REQUEST}.{number}")
-            if part is None:
-                break
-            parts.append(part)
-        try:
-            found = json.loads("".join(parts)) if parts else {}
-        except ValueError:
-            found = {}
-        container.memo["request"] = found if isinstance(found, dict) else {}
-    return container.memo["request"]
-
-
 def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, Any], asked: Dict[str, Any]) -> Dict[str, Any]:
     """One entry of NetworkSettings.Networks. `network` is the snapshot's, `address` of its interface, `asked` the
     request's EndpointSettings."""
@@ -4390,7 +4400,7 @@ def parse_addresses(task: Optional[Dict[str, Any]]) -> List[Dict[str, Any]]:
 
 def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]], addresses: List[Dict[str, Any]]) -> Dict[str, Any]:
     """NetworkSettings.Networks: the container's networks by name, with the addresses of its interfaces in turn."""
-    asked = typed(stored_request(container).get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig") or {}
+    asked = typed(container.request.get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig") or {}
     found = {}
     for number, name in enumerate(each for each in network_names(container) if not each.startswith("container:")):
         network = networks.get(name) or {}
@@ -4458,7 +4468,7 @@ def docker_container_row(container: Container, image_id: str, networks: Dict[str
 
 def shown_image(container: Container) -> str:
     """The image as the client named it, else as people write it."""
-    return stored_request(container).get("Image") or familiar(container.image)
+    return container.request.get("Image") or familiar(container.image)
 
 
 CONTAINER_FILTERS = ("ancestor", "before", "expose", "exited", "health", "id", "isolation", "is-task", "label", "name", "network", "publish",
@@ -4645,7 +4655,7 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
                   for mount in parse_mounts(labels) if mount["Type"] == "bind"] or None,
         "CgroupnsMode": "private" if any(each.get("type") == "cgroup" for each in spec.get("namespaces") or []) else "host",
     })
-    asked = typed(stored_request(container).get("HostConfig"), dict, "HostConfig")
+    asked = typed(container.request.get("HostConfig"), dict, "HostConfig")
     for key, value in asked.items():
         if key == "RestartPolicy" and isinstance(value, dict):
             # `docker update` changes it later, and the label follows.
@@ -4664,7 +4674,7 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
 
 def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, Any]) -> Dict[str, Any]:
     """Config: what the client asked for with the image's defaults under it, or what the OCI spec tells."""
-    asked, process = stored_request(container), spec.get("process") or {}
+    asked, process = container.request, spec.get("process") or {}
     arguments = process.get("args") or []
     entrypoint = image.get("Entrypoint") or None
     command = arguments
@@ -4944,6 +4954,23 @@ def mount_word(mount: Dict[str, Any]) -> str:
     return ",".join(map(csv_word, words))
 
 
+def check_volume_name(name: str) -> None:
+    """400 for what no volume can be called."""
+    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", name):
+        raise BadParameter(f'create {name}: "{name}" includes invalid characters for a local volume name, only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. '
+                           "If you intended to pass a host directory, use absolute path")
+
+
+def created_bind(mount: Dict[str, Any]) -> str:
+    """The word for a bind whose source is to be made, as only `--volume` does it; "" for any other mount."""
+    mount_word(mount)
+    options, source = typed(mount.get("BindOptions"), dict, "BindOptions"), mount.get("Source") or ""
+    if mount.get("Type") != "bind" or not options.get("CreateMountpoint") or os.path.lexists(source) or ":" in source + mount["Target"]:
+        return ""
+    kept = [each for each in ("ro" if mount.get("ReadOnly") else "", options.get("Propagation") or "") if each]
+    return "--volume=" + ":".join([source, mount["Target"], *([",".join(kept)] if kept else [])])
+
+
 def bind_word(text: str) -> str:
     """The value of `--volume` for one of HostConfig.Binds, without the options that change nothing on Linux."""
     parts = text.split(":")
@@ -4951,6 +4978,8 @@ def bind_word(text: str) -> str:
         raise BadParameter(f"invalid volume specification: '{text}'")
     if not parts[:2][-1].startswith("/"):
         raise BadParameter(f"invalid volume specification: '{text}': invalid mount config: mount path must be absolute")
+    if len(parts) > 1 and not parts[0].startswith("/"):
+        check_volume_name(parts[0])
     if len(parts) == 3:
         kept = [each for each in parts[2].split(",") if each and each not in ("nocopy", "cached", "delegated", "consistent")]
         parts[2:] = [",".join(kept)] if kept else []
@@ -4962,7 +4991,7 @@ def mount_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     host = typed(body.get("HostConfig"), dict, "HostConfig")
     words = [f"--volume={bind_word(each)}" for each in string_list(host.get("Binds"), "Binds")]
     mounts = [typed(each, dict, "Mounts") for each in typed(host.get("Mounts"), list, "Mounts")]
-    words += [f"--mount={mount_word(each)}" for each in mounts]
+    words += [created_bind(each) or f"--mount={mount_word(each)}" for each in mounts]
     for path, options in string_map(host.get("Tmpfs"), "Tmpfs").items():
         words.append(f"--tmpfs={path}:{options}" if options else f"--tmpfs={path}")
     taken = {(each.split(":") + [""])[1] or each for each in string_list(host.get("Binds"), "Binds")} | {each.get("Target") for each in mounts}
@@ -5204,12 +5233,19 @@ def check_name(engine: Engine, name: str) -> str:
     return name
 
 
-def slim(value: Any) -> Any:
-    """A request without its empty fields, as it is kept."""
-    if isinstance(value, dict):
-        found = {key: slim(each) for key, each in value.items()}
-        return {key: each for key, each in found.items() if each not in (None, "", 0, False, {}) or key in ("Entrypoint",)}
-    return value
+# Objects of a create request whose keys are users' words, and mean something without a value too.
+NAMED_FIELDS = {"Annotations", "Config", "DriverOpts", "EndpointsConfig", "ExposedPorts", "Labels", "Options", "PortBindings", "StorageOpt", "Sysctls",
+                "Tmpfs", "Volumes"}
+# Fields in which nothing is said by None, and something by 0 or an empty list.
+TELLING_FIELDS = {"Entrypoint", "MemorySwappiness", "StopTimeout"}
+
+
+def slim(value: Any, named: bool = False) -> Any:
+    """A request without its empty fields, as it is kept: a container made of it is the same."""
+    if not isinstance(value, dict):
+        return value
+    found = {key: slim(each, key in NAMED_FIELDS) for key, each in value.items()}
+    return found if named else {key: each for key, each in found.items() if each not in (None, "", 0, False, {}) or key in TELLING_FIELDS and each is not None}
 
 
 class Plan(NamedTuple):
@@ -5866,7 +5902,7 @@ def may_run(engine: Engine, container: Container) -> bool:
 
 def is_terminal(engine: Engine, container: Container) -> bool:
     """Whether a container has a pseudo-terminal."""
-    asked = stored_request(container)
+    asked = container.request
     if asked:
         return bool(asked.get("Tty"))
     return bool((((engine.snapshot.detail(container).get("Spec") or {}).get("process")) or {}).get("terminal"))
@@ -5874,7 +5910,7 @@ def is_terminal(engine: Engine, container: Container) -> bool:
 
 def has_stdin(container: Container) -> bool:
     """Whether a container was made with stdin open."""
-    return bool(stored_request(container).get("OpenStdin"))
+    return bool(container.request.get("OpenStdin"))
 
 
 def was_started(container: Container) -> bool:
@@ -5935,7 +5971,7 @@ def with_ports(engine: Engine, container: Container) -> Container:
     """The container that takes the place of one that was made without its ports; 500 where others still have them."""
     if container.id in engine.touched:
         raise NotImplementedHere("files were copied into this container, and its ports were taken when it was created: nerdctl cannot add them later")
-    plan = plan_container(engine, stored_request(container))._replace(image=container.image)
+    plan = plan_container(engine, container.request)._replace(image=container.image)
     made: List[Container] = []
     with making_anew(engine, container, lambda: made[0].real if made else ""):
         made.append(make_container(engine, plan, container.name, f"--label={LABEL_ID}={container.id}"))
@@ -5945,7 +5981,7 @@ def with_ports(engine: Engine, container: Container) -> Container:
 
 def new_terminal(container: Container) -> Terminal:
     """A pseudo-terminal of the size that the client of a container has."""
-    size = typed(stored_request(container).get("HostConfig"), dict, "HostConfig").get("ConsoleSize") or [0, 0]
+    size = typed(container.request.get("HostConfig"), dict, "HostConfig").get("ConsoleSize") or [0, 0]
     return Terminal(*[each for each in size if isinstance(each, int)][:2])
 
 
@@ -5988,7 +6024,7 @@ def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachm
     if container.id in engine.touched:
         raise NotImplementedHere("files were copied into this container before its first start, and nerdctl can only give stdin to a container "
                                  "that it makes and starts at once: create it without --interactive, or copy the files after the start")
-    plan = plan_container(engine, stored_request(container))._replace(image=container.image)
+    plan = plan_container(engine, container.request)._replace(image=container.image)
     labels = {**request_labels(plan.request), LABEL_ID: container.id}
     once = bool(plan.request.get("StdinOnce"))
     with engine.workspace.temporary("run") as folder:
@@ -6053,7 +6089,7 @@ def container_start(engine: Engine, request: Request, name: str) -> Response:
 def stop_args(request: Request, container: Container) -> Tuple[List[str], float]:
     """Flags for the seconds and the signal of a stop, and how long nerdctl may take for it."""
     # nerdctl does not keep a StopTimeout of 0.
-    seconds = request.integer("t") if request.value("t") else stored_request(container).get("StopTimeout")
+    seconds = request.integer("t") if request.value("t") else container.request.get("StopTimeout")
     signal_name = request.value("signal")
     arguments = []
     if seconds is not None:
@@ -6093,7 +6129,7 @@ def container_stop(engine: Engine, request: Request, name: str) -> Response:
         raise NotModified()
     count = engine.tasks.now()
     with engine.changing(container), engine.being_stopped(container, stop_signal(request, container)):
-        engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest)
+        engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest, waits=True)
         engine.tasks.ended_since(container.real, count, 2.0 if engine.feed.live else 0.0)
     engine.tell(container, "stop")
     return Response(204)
@@ -6108,7 +6144,7 @@ def container_restart(engine: Engine, request: Request, name: str) -> Response:
     with engine.changing(container), engine.restarting(container):
         if container.running:
             with engine.being_stopped(container, stop_signal(request, container)):
-                engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest)
+                engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest, waits=True)
             engine.tell(container, "stop")
             session = engine.sessions.get(container.id)
             if session:
@@ -6293,7 +6329,7 @@ class Caretaker:
         self.engine = engine
         self.lock = threading.Lock()
         self.cared: Dict[str, Any] = {}
-        self.ended: queue.Queue = queue.Queue()
+        self.changed: queue.Queue = queue.Queue()
         engine.feed.listeners.append(self.on_event)
         threading.Thread(target=self._reap, name="caretaker", daemon=True).start()
 
@@ -6310,7 +6346,7 @@ class Caretaker:
                 if container.running or container.state == "restarting":
                     self.hold(container)
                 elif auto_removed(container) and was_started(container):
-                    self.ended.put(container.real)
+                    self.changed.put(container.real)
 
     def hold(self, container: Container) -> None:
         """Care for a container that runs, or is about to."""
@@ -6333,16 +6369,21 @@ class Caretaker:
             stack.close()
 
     def on_event(self, event: Optional[ContainerdEvent]) -> None:
-        """Note the ends of containers; called in the feed's thread, so the work is done elsewhere."""
+        """Note the starts and ends of containers; called in the feed's thread, so the work is done elsewhere."""
         if event is None:
             if self.cared:
-                self.ended.put("")
+                self.changed.put("")
         elif event.topic in ("/tasks/exit", "/containers/delete") and event.payload.get("id") in (None, "", event.container):
-            self.ended.put(event.container)
+            self.changed.put(event.container)
+        elif event.topic == "/tasks/start":
+            # By a restart policy, or by somebody else; whom we start is cared for already.
+            known = (self.engine.snapshot.containers.whole.value or {}).get(event.container)
+            if known is None or known.id not in self.cared and (auto_removed(known) or needs_checks(known)):
+                self.changed.put(event.container)
 
     def _reap(self) -> None:
         while True:
-            real = self.ended.get()
+            real = self.changed.get()
             try:
                 self._settle(real)
             except ApiError as error:
@@ -6351,11 +6392,14 @@ class Caretaker:
                 log(traceback.format_exc())
 
     def _settle(self, real: str) -> None:
-        """After the end of a container (any, for ""): remove it if it is to be, and stop caring for what does not run."""
+        """After the end of a container (any, for ""): remove it if it is to be, and stop caring for what does not run. After
+        its start: care for it."""
         if not real and not self.cared:
             return
         table = self.engine.snapshot.containers.known()
         for container in [table[real]] if real in table else list(table.values()) if not real else []:
+            if container.running:
+                self.hold(container)
             if container.running or container.state in ("restarting", "created") or container.id in self.engine.replaced:
                 continue
             if auto_removed(container) and container.id not in self.engine.restarts:
@@ -6398,7 +6442,7 @@ class Caretaker:
             # The first check comes an interval after the start.
             return interval - (time.time() - began / 1e9)
         before = (container_health(self.engine, container) or {}).get("Status")
-        output = self.engine.nerdctl.output("container", "healthcheck", container.real, timeout=interval + 600)
+        output = self.engine.nerdctl.output("container", "healthcheck", container.real, timeout=interval + 600, waits=True)
         if output.status and self.engine.nerdctl.debug:
             log(f"health check of {identity[:12]}: {nerdctl_message(output.stderr)}")
         self.engine.snapshot.containers.drop(container.real)
@@ -6411,7 +6455,7 @@ class Caretaker:
 
 def auto_removed(container: Container) -> bool:
     """Whether it is to be removed at its end."""
-    return bool((stored_request(container).get("HostConfig") or {}).get("AutoRemove"))
+    return bool((container.request.get("HostConfig") or {}).get("AutoRemove"))
 
 
 def needs_checks(container: Container) -> bool:
@@ -6485,8 +6529,8 @@ def tail_count(request: Request) -> Optional[int]:
 
 def log_details(container: Container) -> bytes:
     """What `details` puts before each line: the labels and variables that the log options name."""
-    options = typed(typed(stored_request(container).get("HostConfig"), dict, "HostConfig").get("LogConfig"), dict, "LogConfig").get("Config") or {}
-    environment = dict(each.partition("=")[::2] for each in string_list(stored_request(container).get("Env"), "Env"))
+    options = typed(typed(container.request.get("HostConfig"), dict, "HostConfig").get("LogConfig"), dict, "LogConfig").get("Config") or {}
+    environment = dict(each.partition("=")[::2] for each in string_list(container.request.get("Env"), "Env"))
     found = {key: container.visible_labels[key] for key in str(options.get("labels") or "").split(",") if key in container.visible_labels}
     found.update({key: environment[key] for key in str(options.get("env") or "").split(",") if key in environment})
     return ",".join(f"{urllib.parse.quote(key)}={urllib.parse.quote(value)}" for key, value in sorted(found.items())).encode() + b" "
@@ -7704,12 +7748,12 @@ def rewire(engine: Engine, network: Dict[str, Any], container: Container, settin
     it anew: nerdctl has no other way. 501 for one that was started."""
     name = network["Name"]
     word = "connect" if settings is not None else "disconnect"
-    if was_started(container) or not stored_request(container):
+    if was_started(container) or not container.request:
         raise NotImplementedHere(f"nerdctl cannot {word} a container that was started (or made by others) and a network: give it its networks "
                                  "when it is created")
     if container.id in engine.touched:
         raise NotImplementedHere(f"files were copied into this container, and nerdctl cannot {word} it without making it anew: {word} it first")
-    body = dict(stored_request(container))
+    body = dict(container.request)
     endpoints = dict(typed(typed(body.get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig"), dict, "EndpointsConfig"))
     host = dict(typed(body.get("HostConfig"), dict, "HostConfig"))
     # The networks it has now, by name.
@@ -7802,9 +7846,8 @@ def volume_create(engine: Engine, request: Request) -> Response:
     labels, options = string_map(body.get("Labels"), "Labels"), string_map(body.get("DriverOpts"), "DriverOpts")
     if driver not in ("", "local"):
         raise NotFound(f'create {name}: error looking up volume plugin {driver}: plugin "{driver}" not found')
-    if name and not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", name):
-        raise BadParameter(f'create {name}: "{name}" includes invalid characters for a local volume name, only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. '
-                           "If you intended to pass a host directory, use absolute path")
+    if name:
+        check_volume_name(name)
     if typed(body.get("ClusterVolumeSpec"), dict, "ClusterVolumeSpec"):
         raise Unavailable(NO_SWARM)
     found = engine.snapshot.volumes.get().get(name) if name else None
