@@ -8,9 +8,9 @@ The way of a request, in one direction only:
 
 Sections, each using only what stands above it:
 
-    Errors · Requests, responses · Routes · nerdctl process · Conversions · Events · Snapshot · Engine ·
+    Errors · Requests, responses · Routes · nerdctl process · Conversions · gRPC · Events · Snapshot · Engine ·
     System · Images · Build · Containers · Container create · Sessions · Container lifecycle · Streams · Exec ·
-    Archive · Statistics · Networks · Volumes · Swarm and plugins · gRPC · Relay · BuildKit · HTTP server ·
+    Archive · Statistics · Networks · Volumes · Swarm and plugins · Relay · BuildKit · HTTP server ·
     Sockets · ctr · Command line
 
 To add an endpoint:
@@ -1165,6 +1165,349 @@ def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[i
 
 
 ###############################################################################
+# gRPC
+###############################################################################
+
+# As much of protobuf, HTTP/2 and gRPC as it takes to speak with BuildKit and, for what nerdctl has no command for, containerd.
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, RESET, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
+END_STREAM = ACK = 1
+END_HEADERS, PADDED = 4, 8
+# Length and kind, flags, stream.
+FRAME_HEAD = struct.Struct(">IBI")
+WINDOW = 65535
+GRPC_CODES = {400: 3, 409: 9, 503: 14}
+
+
+class Field(NamedTuple):
+    """A field of a protobuf message: its number, its value (bytes, or an int for a varint) and all of its bytes."""
+
+    number: int
+    value: Any
+    raw: bytes
+
+
+def varint(number: int) -> bytes:
+    """A number as protobuf and HPACK write it, seven bits a byte."""
+    parts = bytearray()
+    while number > 127:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    parts.append(number)
+    return bytes(parts)
+
+
+def read_varint(data: bytes, at: int) -> Tuple[int, int]:
+    """The number that begins at `at`, and where it ends; ValueError for one that is cut short or has over ten bytes."""
+    number = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            break
+        byte = data[at]
+        at += 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, at
+    raise ValueError("not a varint")
+
+
+def field(number: int, value: bytes) -> bytes:
+    """A field that holds bytes, text or a message."""
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def fields(data: Any) -> Iterator[Field]:
+    """The fields of a message, bytes or a view of them, in order; ValueError for what is no message."""
+    at = 0
+    while at < len(data):
+        tag, start = read_varint(data, at)
+        wire, value = tag & 7, b""
+        if wire == 0:
+            value, end = read_varint(data, start)
+        elif wire in (1, 5):
+            end = start + (8 if wire == 1 else 4)
+        elif wire == 2:
+            size, start = read_varint(data, start)
+            end = start + size
+        else:
+            raise ValueError("not a protobuf message")
+        if not tag >> 3 or end > len(data):
+            raise ValueError("not a protobuf message")
+        yield Field(tag >> 3, value if wire == 0 else data[start:end], data[at:end])
+        at = end
+
+
+def read_entry(data: bytes) -> Tuple[str, str]:
+    """Key and value of an entry of a map of strings."""
+    found = {each.number: each.value for each in fields(data)}
+    return str(found.get(1, b""), "utf-8"), str(found.get(2, b""), "utf-8")
+
+
+class Frame(NamedTuple):
+    """An HTTP/2 frame: `raw` is all of it, a header block with its continuations. `kind` -1 is the preface."""
+
+    kind: int
+    flags: int
+    stream: int
+    raw: Any
+
+    @property
+    def ends(self) -> bool:
+        """Whether its sender says nothing more on the stream."""
+        return self.kind == RESET or self.kind in (DATA, HEADERS) and bool(self.flags & END_STREAM)
+
+    @property
+    def data(self) -> Any:
+        """What it carries, without padding."""
+        return self.raw[10:len(self.raw) - self.raw[9]] if self.kind == DATA and self.flags & PADDED else self.raw[9:]
+
+    @property
+    def number(self) -> int:
+        """The increment of a WINDOW_UPDATE."""
+        return int.from_bytes(self.raw[9:13], "big") & 0x7FFFFFFF
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """The bytes of a frame."""
+    return FRAME_HEAD.pack(len(payload) << 8 | kind, flags, stream) + payload
+
+
+def credit(stream: int, size: int) -> bytes:
+    """A WINDOW_UPDATE; nothing for 0 bytes."""
+    return frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", size)) if size > 0 else b""
+
+
+def header_block(headers: Iterable[Tuple[str, str]]) -> bytes:
+    """Headers in HPACK, all as literals that are kept in no table, so that they may stand between anybody else's."""
+    def text(value: str) -> bytes:
+        data = value.encode("latin-1", "replace")
+        return (varint(len(data)) if len(data) < 127 else b"\x7f" + varint(len(data) - 127)) + data
+
+    return b"".join(b"\x10" + text(name) + text(value) for name, value in headers)
+
+
+def header_frames(stream: int, headers: Iterable[Tuple[str, str]], flags: int = 0) -> bytes:
+    """HEADERS and as many CONTINUATIONs as the smallest limit of a frame demands."""
+    block = header_block(headers)
+    parts = [block[at:at + 16384] for at in range(0, len(block), 16384)]
+    return b"".join(frame(CONTINUATION if at else HEADERS, (0 if at else flags) | (END_HEADERS if at + 1 == len(parts) else 0), stream, part)
+                    for at, part in enumerate(parts))
+
+
+def grpc_end(stream: int, error: Optional[ApiError], begun: bool = False) -> bytes:
+    """The end of a gRPC stream, with an error or without; `begun` when the answer's headers were sent before."""
+    headers = [] if begun else [(":status", "200"), ("content-type", "application/grpc")]
+    headers.append(("grpc-status", str(GRPC_CODES.get(error.status, 13)) if error else "0"))
+    if error:
+        headers.append(("grpc-message", urllib.parse.quote(str(error), safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}")))
+    return header_frames(stream, headers, END_STREAM)
+
+
+class Frames:
+    """Cuts bytes, as they come, into frames."""
+
+    LIMIT = 1 << 25
+
+    def __init__(self, preface: bytes = b""):
+        self.preface = preface
+        self.rest = b""
+
+    def feed(self, data: Any) -> List[Frame]:
+        """The frames that are complete by now; ValueError for what is not HTTP/2."""
+        data = b"".join((self.rest, data))
+        found, at = [], 0
+        if self.preface:
+            if data[:len(self.preface)] != self.preface[:len(data)]:
+                raise ValueError("not HTTP/2")
+            if len(data) >= len(self.preface):
+                found.append(Frame(-1, 0, 0, self.preface))
+                at, self.preface = len(self.preface), b""
+        view = memoryview(data)
+        while not self.preface and len(data) >= at + 9:
+            head, flags, stream = FRAME_HEAD.unpack_from(data, at)
+            kind, end = head & 255, at + 9 + (head >> 8)
+            while kind == HEADERS and not flags & END_HEADERS and len(data) >= end + 9:
+                head, more, _ = FRAME_HEAD.unpack_from(data, end)
+                flags, end = flags | more & END_HEADERS, end + 9 + (head >> 8)
+            if end > len(data) or kind == HEADERS and not flags & END_HEADERS:
+                break
+            found.append(Frame(kind, flags, stream & 0x7FFFFFFF, view[at:end]))
+            at = end
+        self.rest = data[at:]
+        if len(self.rest) > self.LIMIT:
+            raise ValueError("an HTTP/2 header block has no end")
+        return found
+
+
+class Sender:
+    """DATA towards buildkitd, appended to `out` as its windows have room; the rest waits here. Sizes are in bytes."""
+
+    def __init__(self, out: bytearray):
+        self.out = out
+        self.connection = self.initial = WINDOW
+        self.frame_size = 16384
+        # Only streams on which more or other data is sent than the client sends: of all others it minds the window.
+        self.windows: Dict[int, int] = {}
+        self.queues: Dict[int, bytearray] = {}
+        self.ending: set = set()
+        # What was sent on those streams. The client must not be credited for it a second time.
+        self.owed = 0
+
+    @property
+    def waiting(self) -> int:
+        """How much waits for room."""
+        return sum(map(len, self.queues.values())) if self.queues else 0
+
+    def push(self, stream: int, *parts: Any, end: bool = False) -> None:
+        """Send data on a stream now or later."""
+        data, sent = parts[0] if len(parts) == 1 else b"".join(parts), 0
+        if end:
+            self.ending.add(stream)
+        if stream not in self.queues:
+            sent = self._send(stream, data)
+            if sent == len(data):
+                self.ending.discard(stream)
+                return
+        self.queues.setdefault(stream, bytearray()).extend(memoryview(data)[sent:])
+
+    def flush(self) -> None:
+        """Send what there is room for by now."""
+        for stream, queue in list(self.queues.items()):
+            del queue[:self._send(stream, queue)]
+            if not queue:
+                self.ending.discard(stream)
+                del self.queues[stream]
+
+    def _send(self, stream: int, data: Any) -> int:
+        """Put what there is room for into frames; how many bytes that is."""
+        end, pieces, at = stream in self.ending, [], 0
+        with memoryview(data) as view:
+            while at < len(data):
+                room = min(self.connection, self.frame_size, self.windows.get(stream, WINDOW), len(data) - at)
+                if room <= 0:
+                    break
+                pieces += FRAME_HEAD.pack(room << 8 | DATA, END_STREAM if end and at + room == len(data) else 0, stream), view[at:at + room]
+                at += room
+                self.connection -= room
+                if stream in self.windows:
+                    self.windows[stream] -= room
+                    self.owed += room
+            self.out += b"".join(pieces)
+            for piece in pieces[1::2]:
+                piece.release()
+        if end and not data:
+            self.out += frame(DATA, END_STREAM, stream)
+        return at
+
+    def settings(self, payload: bytes) -> int:
+        """Heed a SETTINGS frame; by how much the window of every stream has changed."""
+        change = 0
+        for key, value in struct.iter_unpack(">HI", bytes(payload[:len(payload) // 6 * 6])):
+            if key == 5:
+                self.frame_size = max(16384, value)
+            elif key == 4:
+                change += value - self.initial
+                self.windows = {stream: window + value - self.initial for stream, window in self.windows.items()}
+                self.initial = value
+        return change
+
+    def forget(self, stream: int) -> int:
+        """Drop a stream; how many bytes of the client's own wait no more."""
+        left = len(self.queues.pop(stream, b""))
+        self.ending.discard(stream)
+        return 0 if self.windows.pop(stream, None) is not None else left
+
+
+class Call:
+    """One gRPC call as the HTTP/2 client of a connection of its own, without I/O: `out` is to be written to it."""
+
+    WINDOW = 1 << 22
+    LONGEST = 1 << 26
+
+    def __init__(self, method: str, headers: Iterable[Tuple[str, str]] = ()):
+        self.frames = Frames()
+        self.body = bytearray()
+        self.received = 0
+        self.ended = False
+        settings = struct.pack(">HIHI", 2, 0, 4, self.WINDOW)
+        # Without an authority or a content type buildkitd refuses the call; with an upper-case name too.
+        first = [(":method", "POST"), (":scheme", "http"), (":path", method), (":authority", "localhost"),
+                 ("content-type", "application/grpc"), ("te", "trailers")]
+        self.out = bytearray(PREFACE + frame(SETTINGS, 0, 0, settings) + credit(0, self.WINDOW - WINDOW))
+        self.sender = Sender(self.out)
+        self.sender.windows[1] = WINDOW
+        self.out += header_frames(1, [*first, *((name.lower(), value) for name, value in headers)])
+
+    def send(self, *parts: Any) -> None:
+        """Send a message that is the sum of its parts."""
+        self.sender.push(1, struct.pack(">BI", 0, sum(map(len, parts))), *parts)
+
+    def finish(self) -> None:
+        """Say that no more messages come."""
+        self.sender.push(1, end=True)
+
+    def feed(self, data: bytes) -> List[bytes]:
+        """The messages that are complete by now; `ended` is set with the last. ValueError for what is not gRPC."""
+        for each in self.frames.feed(data):
+            if each.kind == DATA:
+                self.received += len(each.raw) - 9
+                self.body += each.data
+            elif each.kind == SETTINGS and not each.flags & ACK:
+                self.sender.settings(each.data)
+                self.out += frame(SETTINGS, ACK, 0)
+                self.sender.flush()
+            elif each.kind == PING and not each.flags & ACK:
+                self.out += frame(PING, ACK, 0, bytes(each.data))
+            elif each.kind == WINDOW_UPDATE:
+                if each.stream:
+                    self.sender.windows[1] += each.number
+                else:
+                    self.sender.connection += each.number
+                self.sender.flush()
+            self.ended = self.ended or each.ends and each.stream == 1
+        return self._messages()
+
+    def _messages(self) -> List[bytes]:
+        found, at = [], 0
+        while len(self.body) >= at + 5:
+            end = at + 5 + int.from_bytes(self.body[at + 1:at + 5], "big")
+            if self.body[at] or end - at > self.LONGEST:
+                raise ValueError("buildkitd sent a message that is compressed or too long")
+            if len(self.body) < end:
+                break
+            with memoryview(self.body) as view:
+                found.append(bytes(view[at + 5:end]))
+            at = end
+        del self.body[:at]
+        return found
+
+    def consumed(self) -> None:
+        """Make room for more, since what came has been used up."""
+        if self.received >= self.WINDOW // 4:
+            self.out += credit(0, self.received) + credit(1, self.received)
+            self.received = 0
+
+
+def unary(sock: socket.socket, method: str, message: bytes = b"", headers: Iterable[Tuple[str, str]] = (), timeout: float = 10.0) -> Optional[bytes]:
+    """The answer to one message, None when there is none in time. OSError and ValueError when the connection breaks or
+    does not speak gRPC."""
+    call, deadline = Call(method, headers), time.monotonic() + timeout
+    call.send(message)
+    call.finish()
+    while not call.ended:
+        sock.settimeout(max(0.01, deadline - time.monotonic()))
+        sock.sendall(call.out)
+        call.out.clear()
+        data = sock.recv(BLOCK)
+        messages = call.feed(data)
+        if messages:
+            return messages[0]
+        if not data:
+            break
+    return None
+
+
+###############################################################################
 # Events
 ###############################################################################
 
@@ -1939,6 +2282,17 @@ def is_nameless(name: str) -> bool:
     return name.endswith(REDUCED) or (name.partition("@")[0] + "/").startswith(NAMELESS) or name.startswith(NAMELESS)
 
 
+def with_health_check(told: Dict[str, Any]) -> Dict[str, Any]:
+    """An image's configuration with the health check that nerdctl keeps as a label, since OCI has no field for it."""
+    config = told.get("config") or {}
+    if "nerdctl/healthcheck" not in (config.get("Labels") or {}):
+        return told
+    labels = dict(config["Labels"])
+    with contextlib.suppress(ValueError):
+        return {**told, "config": {**config, "Healthcheck": json.loads(labels.pop("nerdctl/healthcheck")), "Labels": labels}}
+    return told
+
+
 class ImageGroup:
     """All names of one image. `id` is the digest of its target (an index or a manifest), as in dockerd's containerd
     store; `detail` what `image inspect --mode=native` tells of it, {} where its content is not at hand."""
@@ -1971,7 +2325,7 @@ class ImageGroup:
     @property
     def config(self) -> Dict[str, Any]:
         """The image's configuration file, {} when unknown."""
-        return self.detail.get("ImageConfig") or {}
+        return with_health_check(self.detail.get("ImageConfig") or {})
 
     @property
     def labels(self) -> Dict[str, str]:
@@ -2009,7 +2363,7 @@ def parse_network(row: Dict[str, Any]) -> Dict[str, Any]:
         "Name": name, "Id": row.get("NerdctlID") or made_up_id(name), "Created": file_time(row.get("File") or ""), "Scope": "local",
         "Driver": driver, "EnableIPv4": True, "EnableIPv6": any(":" in each.get("Subnet", "") for each in config),
         "IPAM": {"Driver": "default", "Options": None if name in ("bridge", "host", "none") else {}, "Config": config or None},
-        "Internal": driver == "bridge" and plugin.get("isGateway") is False, "Attachable": False, "Ingress": False,
+        "Internal": driver == "bridge" and not plugin.get("isGateway"), "Attachable": False, "Ingress": False,
         "ConfigFrom": {"Network": ""}, "ConfigOnly": False, "Options": options,
         "Labels": {key: value for key, value in labels.items() if not key.startswith(HIDDEN_LABELS)},
     }
@@ -2425,6 +2779,8 @@ class Engine:
         self.caretaker: Any = None
         self.quiet: collections.Counter = collections.Counter()
         self.known: Dict[str, Tuple[str, Dict[str, str]]] = {}
+        # What events that are kept tell of containers that were removed.
+        self.departed: Dict[str, Tuple[str, Dict[str, str]]] = {}
         self.begun: Dict[str, int] = {}
         # Containers behind an id that clients know by another: their making and going is no event.
         self.hidden: Dict[str, None] = {}
@@ -2535,6 +2891,9 @@ class Engine:
         """A container was removed."""
         self.touched.discard(container.id)
         with self.lock:
+            self.departed[container.real] = self.actor(container)
+            for real in list(self.departed)[:-Journal.KEPT]:
+                del self.departed[real]
             for identity in [each.id for each in self.execs.values() if each.container.id == container.id]:
                 self.execs.pop(identity, None)
 
@@ -2602,6 +2961,19 @@ class Engine:
         elif action == "destroy":
             self.known.pop(event.container, None)
         self.journal.emit("container", action, identity, attributes, event.time)
+
+    def completed(self, event: Dict[str, Any]) -> Dict[str, Any]:
+        """A kept event, of a container with what is known of it: nobody asked while nobody listened."""
+        actor = event["Actor"]
+        if event["Type"] != "container" or "name" in actor["Attributes"]:
+            return event
+        identity, attributes = self.departed.get(actor["ID"], ("", {}))
+        if not identity:
+            with contextlib.suppress(ApiError):
+                for container in self.snapshot.containers.get().values():
+                    if actor["ID"] in (container.real, container.id):
+                        identity, attributes = self.actor(container)
+        return {**event, "Actor": {"ID": identity or actor["ID"], "Attributes": {**attributes, **actor["Attributes"]}}}
 
     def _actor_of(self, real: str, gone: bool) -> Tuple[str, Dict[str, str]]:
         """Id and attributes of a container that an event names, as they were last known where it is gone."""
@@ -2871,7 +3243,7 @@ def system_events(engine: Engine, request: Request) -> Response:
 
     def chunks() -> Iterator[bytes]:
         with engine.journal.subscribe() as (kept, new), engine.feed.needed(), request.client.when_gone(lambda: new.put(None)):
-            for event in kept if since is not None else ():
+            for event in map(engine.completed, kept) if since is not None else ():
                 when = event["timeNano"] / 1e9
                 if when >= since and (until is None or when <= until) and match_event(event, filters):
                     yield lead + json_bytes(docker_event(event, request.version)) + b"\n"
@@ -3959,8 +4331,14 @@ def unpack_context(body: Any, root: str) -> None:
 
     try:
         with tarfile.open(fileobj=io.BufferedReader(BodyFile(body), 1 << 20), mode="r|*", bufsize=1 << 20) as archive:
-            for member in archive:
-                unpack_member(archive, member, root)
+            member = None
+            try:
+                for member in archive:
+                    unpack_member(archive, member, root)
+            except tarfile.ReadError as error:
+                # `docker build -f -` of 20.10 and others leave out what fills the last block. That the body is whole HTTP tells.
+                if str(error) != "unexpected end of data" or member is None or archive.fileobj.pos < member.offset_data + member.size:
+                    raise
     except tarfile.TarError as error:
         raise BadParameter(f"invalid build context: {error}") from None
     except (EOFError, UnicodeError, ValueError, TypeError, OverflowError, zlib.error) as error:
@@ -4251,21 +4629,25 @@ def build_prune(engine: Engine, request: Request) -> Response:
 
 AGO = re.compile(r"(?:about )?(an?|less than a|\d+) (second|minute|hour|day|week|month|year)s?", re.I)
 UNIT_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800, "month": 2592000, "year": 31536000}
-PORT_RANGE = re.compile(r"(?:(?P<ip>.*):)?(?P<host>\d+)(?:-(?P<host_end>\d+))?->(?P<port>\d+)(?:-(?P<end>\d+))?/(?P<kind>\w+)")
+PORT_RANGE = re.compile(r"(?:(?P<ip>.*):)?(?P<host>\d+)(?:-(?P<host_end>\d+))?->(?P<port>\d+)(?:-(?P<end>\d+))?(?:/(?P<kind>\w+))?")
 REQUEST_PART = 3900
 
 
 def parse_ports(text: str) -> List[Dict[str, Any]]:
-    """The `Ports` of nerdctl's ps (`0.0.0.0:8000-8001->80-81/tcp, …`) as Docker's list."""
-    ports = []
-    for part in text.split(","):
-        found = PORT_RANGE.fullmatch(part.strip())
-        if found:
-            first, host = int(found.group("port")), int(found.group("host"))
-            for offset in range(int(found.group("end") or first) - first + 1):
-                ports.append({"IP": (found.group("ip") or "0.0.0.0").strip("[]"), "PrivatePort": first + offset,
-                              "PublicPort": host + offset, "Type": found.group("kind")})
-    return ports
+    """The `Ports` of nerdctl's ps (`0.0.0.0:8000-8001->80-81/tcp, …`) as Docker's list. Of several in a row it tells the
+    address only with the first and the protocol only with the last: `0.0.0.0:1->80, 2->80/tcp`."""
+    ports: List[Dict[str, Any]] = []
+    untold: List[Dict[str, Any]] = []
+    address = "0.0.0.0"
+    for found in filter(None, (PORT_RANGE.fullmatch(part.strip()) for part in text.split(","))):
+        first, host = int(found.group("port")), int(found.group("host"))
+        address = (found.group("ip") or address).strip("[]")
+        untold += [{"IP": address, "PrivatePort": first + offset, "PublicPort": host + offset, "Type": "tcp"}
+                   for offset in range(int(found.group("end") or first) - first + 1)]
+        if found.group("kind"):
+            ports += [{**each, "Type": found.group("kind")} for each in untold]
+            untold = []
+    return ports + untold
 
 
 def parse_ago(text: str) -> Optional[int]:
@@ -4340,6 +4722,21 @@ def parse_mounts(labels: Dict[str, str]) -> List[Dict[str, Any]]:
             mount["Driver"] = each.get("Driver") or "local"
         mount.update({"Mode": each.get("Mode") or "", "RW": bool(each.get("RW", True)), "Propagation": each.get("Propagation") or ""})
         mounts.append(mount)
+    return mounts
+
+
+def docker_mounts(container: Container) -> List[Dict[str, Any]]:
+    """The mounts of a container as Docker shows them: of those in memory only what was asked for as a mount."""
+    asked = typed(container.request.get("HostConfig"), dict, "HostConfig").get("Mounts")
+    shown = {each.get("Target") for each in asked if isinstance(each, dict)} if isinstance(asked, list) else set()
+    mounts = []
+    for each in parse_mounts(container.labels):
+        if each["Type"] == "bind":
+            mounts.append({**each, "Propagation": each["Propagation"] or "rprivate"})
+        elif each["Type"] != "tmpfs":
+            mounts.append(each)
+        elif each["Destination"] in shown:
+            mounts.append({**each, "Source": "", "Mode": ""})
     return mounts
 
 
@@ -4441,6 +4838,29 @@ def listed_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -
     return known[2]
 
 
+# What nerdctl puts in front of the command of a container with an init process.
+INIT_WORDS = ["/sbin/tini", "--"]
+
+
+def has_init(container: Container) -> bool:
+    """Whether an init process was asked for."""
+    return bool(typed(container.request.get("HostConfig"), dict, "HostConfig").get("Init"))
+
+
+def quoted_command(command: str, container: Container) -> str:
+    """The command of `ps` as Docker words it: words with spaces in quotes, as far as the request tells which those are."""
+    quoted = lambda words: " ".join(f"'{each}'" if " " in each else each for each in words)
+    asked = container.request
+    if has_init(container) and command.startswith(" ".join(INIT_WORDS) + " "):
+        command = command[len(" ".join(INIT_WORDS)) + 1:]
+    head, tail = (string_list(asked.get(key), key) if isinstance(asked.get(key), list) else [] for key in ("Entrypoint", "Cmd"))
+    if tail and command.endswith(" ".join(tail)):
+        command = command[:len(command) - len(" ".join(tail))] + quoted(tail)
+    if head and command.startswith(" ".join(head)):
+        command = quoted(head) + command[len(" ".join(head)):]
+    return command
+
+
 def lasting_row(container: Container) -> Dict[str, Any]:
     """What `/containers/json` lists of a container that stays so as long as nerdctl's own row does."""
     if "row" not in container.memo:
@@ -4449,10 +4869,11 @@ def lasting_row(container: Container) -> Dict[str, Any]:
         except ValueError:
             command = container.command.strip('"')
         container.memo["row"] = {
-            "Id": container.id, "Names": ["/" + container.name], "Image": shown_image(container), "ImageID": "", "Command": command,
+            "Id": container.id, "Names": ["/" + container.name], "Image": shown_image(container), "ImageID": "",
+            "Command": quoted_command(command, container),
             "Created": container.created // 10**9, "Ports": parse_ports(container.ports), "Labels": container.visible_labels,
             "State": container.state, "Status": "", "HostConfig": {"NetworkMode": network_mode(container)},
-            "NetworkSettings": {}, "Mounts": parse_mounts(container.labels),
+            "NetworkSettings": {}, "Mounts": docker_mounts(container),
         }
     return container.memo["row"]
 
@@ -4630,6 +5051,9 @@ def port_bindings(container: Container) -> Dict[str, Any]:
     return found
 
 
+UPDATED_FIELDS = ("NanoCpus", "CpuShares", "CpusetCpus", "CpusetMems", "Memory", "MemoryReservation", "MemorySwap", "PidsLimit")
+
+
 def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, Any]:
     """HostConfig: what the OCI spec and nerdctl's labels tell, under what the client asked for."""
     labels, resources = container.labels, spec.get("resources") or {}
@@ -4656,9 +5080,11 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         "CgroupnsMode": "private" if any(each.get("type") == "cgroup" for each in spec.get("namespaces") or []) else "host",
     })
     asked = typed(container.request.get("HostConfig"), dict, "HostConfig")
+    if found["CpuQuota"] > 0 and found["CpuPeriod"] and not (asked.get("CpuPeriod") or asked.get("CpuQuota")):
+        found.update({"NanoCpus": found["CpuQuota"] * 10**9 // found["CpuPeriod"], "CpuPeriod": 0, "CpuQuota": 0})
     for key, value in asked.items():
-        if key == "RestartPolicy" and isinstance(value, dict):
-            # `docker update` changes it later, and the label follows.
+        if key == "RestartPolicy" and isinstance(value, dict) or key in UPDATED_FIELDS and found.get(key):
+            # `docker update` changes it later, and what nerdctl tells follows.
             continue
         if key == "PortBindings" and isinstance(value, dict):
             value = {port if "/" in port else port + "/tcp": [{"HostIp": "", "HostPort": "", **each} for each in places or []]
@@ -4737,6 +5163,8 @@ def docker_container(container: Container, detail: Dict[str, Any], networks: Dic
     image_config = (image.config.get("config") or {}) if image else {}
     config, arguments = docker_config(container, spec, image_config), (spec.get("process") or {}).get("args") or [""]
     attached = docker_networks(container, networks, parse_addresses(detail.get("Task")))
+    if has_init(container) and arguments[:2] == INIT_WORDS:
+        arguments = arguments[2:]
     first = next(iter(attached.values()), {})
     hosts = next((each["source"] for each in spec.get("mounts") or [] if each.get("destination") == "/etc/hosts"), "")
     ports: Dict[str, Any] = {key: None for key in config.get("ExposedPorts") or {}}
@@ -4757,7 +5185,7 @@ def docker_container(container: Container, detail: Dict[str, Any], networks: Dic
         "Driver": detail.get("Snapshotter") or "overlayfs", "Platform": "linux", "MountLabel": "", "ProcessLabel": "",
         "AppArmorProfile": (spec.get("process") or {}).get("apparmorProfile") or "", "ExecIDs": None,
         "HostConfig": docker_host_config(container, spec), "GraphDriver": {"Data": None, "Name": detail.get("Snapshotter") or "overlayfs"},
-        "Mounts": parse_mounts(container.labels), "Config": config, "NetworkSettings": settings,
+        "Mounts": docker_mounts(container), "Config": config, "NetworkSettings": settings,
     }
     if version >= (1, 52):
         found["Storage"] = {"RootFS": {"Snapshot": {"Name": found.pop("GraphDriver")["Name"]}}}
@@ -4856,7 +5284,7 @@ def _pairs(value: Any, flag: str, what: str) -> List[str]:
 CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str, str], List[str]]], ...] = (
     ("Domainname", "--domainname", _text), ("User", "--user", _text), ("Tty", "--tty", _switch),
     ("OpenStdin", "--interactive", _switch), ("StopSignal", "--stop-signal", _text), ("WorkingDir", "--workdir", _text),
-    ("HostConfig.VolumesFrom", "--volumes-from", _each), ("HostConfig.CapAdd", "--cap-add", _listed),
+    ("HostConfig.CapAdd", "--cap-add", _listed),
     ("HostConfig.CapDrop", "--cap-drop", _listed), ("HostConfig.CgroupnsMode", "--cgroupns", _text), ("HostConfig.Dns", "--dns", _listed),
     ("HostConfig.DnsOptions", "--dns-option", _listed), ("HostConfig.DnsSearch", "--dns-search", _listed),
     ("HostConfig.ExtraHosts", "--add-host", _listed), ("HostConfig.GroupAdd", "--group-add", _listed), ("HostConfig.UTSMode", "--uts", _text),
@@ -4872,7 +5300,6 @@ CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str, str], List[str]]], ...] 
     ("HostConfig.MemoryReservation", "--memory-reservation", _number), ("HostConfig.MemorySwap", "--memory-swap", _number),
     ("HostConfig.KernelMemory", "--kernel-memory", _number), ("HostConfig.OomKillDisable", "--oom-kill-disable", _switch),
     ("HostConfig.PidsLimit", "--pids-limit", _number), ("HostConfig.BlkioWeight", "--blkio-weight", _number),
-    ("HostConfig.Init", "--init", _switch),
 )
 # Accepted by dockerd and without a counterpart in nerdctl.
 IGNORED_FIELDS = ("DeviceCgroupRules", "Links", "StorageOpt", "CpuCount", "CpuPercent", "IOMaximumIOps", "IOMaximumBandwidth", "Cgroup")
@@ -4956,6 +5383,8 @@ def mount_word(mount: Dict[str, Any]) -> str:
 
 def check_volume_name(name: str) -> None:
     """400 for what no volume can be called."""
+    if len(name) == 1:
+        raise BadParameter(f"create {name}: volume name is too short, names should be at least two alphanumeric characters")
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", name):
         raise BadParameter(f'create {name}: "{name}" includes invalid characters for a local volume name, only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. '
                            "If you intended to pass a host directory, use absolute path")
@@ -4971,6 +5400,9 @@ def created_bind(mount: Dict[str, Any]) -> str:
     return "--volume=" + ":".join([source, mount["Target"], *([",".join(kept)] if kept else [])])
 
 
+BIND_MODE = re.compile(r"|r[ow]|[zZ]|nocopy|cached|delegated|consistent|r?(?:shared|slave|private)|r?bind")
+
+
 def bind_word(text: str) -> str:
     """The value of `--volume` for one of HostConfig.Binds, without the options that change nothing on Linux."""
     parts = text.split(":")
@@ -4981,6 +5413,8 @@ def bind_word(text: str) -> str:
     if len(parts) > 1 and not parts[0].startswith("/"):
         check_volume_name(parts[0])
     if len(parts) == 3:
+        if not all(BIND_MODE.fullmatch(each) for each in parts[2].split(",")):
+            raise BadParameter(f"invalid mode: {parts[2]}")
         kept = [each for each in parts[2].split(",") if each and each not in ("nocopy", "cached", "delegated", "consistent")]
         parts[2:] = [",".join(kept)] if kept else []
     return ":".join(parts)
@@ -4991,6 +5425,10 @@ def mount_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     host = typed(body.get("HostConfig"), dict, "HostConfig")
     words = [f"--volume={bind_word(each)}" for each in string_list(host.get("Binds"), "Binds")]
     mounts = [typed(each, dict, "Mounts") for each in typed(host.get("Mounts"), list, "Mounts")]
+    targets = [os.path.normpath((each.split(":") + [""])[1] or each) for each in string_list(host.get("Binds"), "Binds")]
+    targets += [os.path.normpath(str(each.get("Target"))) for each in mounts]
+    for target in [each for each in targets if targets.count(each) > 1]:
+        raise BadParameter(f"Duplicate mount point: {target}")
     words += [created_bind(each) or f"--mount={mount_word(each)}" for each in mounts]
     for path, options in string_map(host.get("Tmpfs"), "Tmpfs").items():
         words.append(f"--tmpfs={path}:{options}" if options else f"--tmpfs={path}")
@@ -5003,10 +5441,15 @@ def mount_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     return words
 
 
-def health_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
-    """Words for the health check: the request's, or what the image says (which nerdctl does not read)."""
+def health_check(body: Dict[str, Any], image: Dict[str, Any]) -> Dict[str, Any]:
+    """The request's health check, with what the image says where it says nothing."""
     asked = typed(body.get("Healthcheck"), dict, "Healthcheck")
-    check = {**(image.get("Healthcheck") or {}), **{key: value for key, value in asked.items() if value}}
+    return {**(image.get("Healthcheck") or {}), **{key: value for key, value in asked.items() if value}}
+
+
+def health_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
+    """Words for the health check."""
+    check = health_check(body, image)
     test = string_list(check.get("Test"), "Healthcheck.Test")
     if test[:1] == ["NONE"]:
         return ["--no-healthcheck"]
@@ -5078,7 +5521,7 @@ def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]], find
     if body.get("NetworkDisabled"):
         mode = "none"
     if mode.startswith("container:"):
-        return [f"--network=container:{find(mode.partition(':')[2]).real}"]
+        return [f"--network=container:{other_container(find, mode.partition(':')[2]).real}"]
     if mode in ("host", "none"):
         return [f"--network={mode}"]
     if mode in ("", "default") and [each for each in endpoints if each != "default"]:
@@ -5115,14 +5558,51 @@ def hostname_args(body: Dict[str, Any]) -> List[str]:
     return [f"--hostname={name}"] if name else []
 
 
+def other_container(find: Callable[[str], Container], name: str) -> Container:
+    """A container that a request names; 400 and not 404 when there is none, which clients take for a missing image."""
+    try:
+        return find(name)
+    except NotFound as error:
+        raise BadParameter(str(error)) from None
+
+
 def namespace_args(host: Dict[str, Any], find: Callable[[str], Container]) -> List[str]:
-    """Words for the IPC and PID namespaces, in which a container is named by its real id."""
+    """Words for the IPC and PID namespaces, in which a container is named by its real id, and for what of /proc is hidden."""
     words = []
     for key, flag in (("IpcMode", "--ipc"), ("PidMode", "--pid")):
         mode = typed(host.get(key), str, key)
         if mode.startswith("container:"):
-            mode = f"container:{find(mode.partition(':')[2]).real}"
+            mode = f"container:{other_container(find, mode.partition(':')[2]).real}"
         words += [f"{flag}={mode}"] if mode else []
+    if host.get("MaskedPaths") == [] and host.get("ReadonlyPaths") == []:
+        words.append("--security-opt=systempaths=unconfined")
+    return words
+
+
+def init_args(host: Dict[str, Any]) -> List[str]:
+    """Words for an init process. nerdctl's default, tini, needs the host's libc in the image; one without that is taken
+    where there is one."""
+    if not typed(host.get("Init"), bool, "Init"):
+        return []
+    static = next((each for each in ("docker-init", "tini-static") if shutil.which(each)), "")
+    return ["--init", *([f"--init-binary={static}"] if static else [])]
+
+
+def volumes_from_args(host: Dict[str, Any], find: Callable[[str], Container]) -> List[str]:
+    """Words for the mounts of other containers, with `:ro` or `:rw` behind their names, which nerdctl's flag does not know."""
+    words = []
+    for each in string_list(host.get("VolumesFrom"), "VolumesFrom"):
+        name, _, mode = each.partition(":")
+        if mode not in ("", "ro", "rw"):
+            raise BadParameter(f"invalid mode: {mode}")
+        container = other_container(find, name)
+        if not mode:
+            words.append(f"--volumes-from={container.real}")
+            continue
+        for mount in parse_mounts(container.labels):
+            if mount.get("Type") in ("bind", "volume"):
+                source = mount.get("Name") or mount.get("Source") or ""
+                words.append(f"--volume={source}:{mount['Destination']}" + (":ro" if mode == "ro" or not mount.get("RW", True) else ""))
     return words
 
 
@@ -5199,6 +5679,7 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
         raise BadParameter("invalid label: names that begin with nerdctl/ are nerdctl's own")
     words += environment_args(body) + hostname_args(body) + port_args(body, image) + mount_args(body, image) + health_args(body, image)
     words += restart_args(host) + device_args(host) + network_args(body, networks, find) + namespace_args(host, find) + log_args(host)
+    words += init_args(host) + volumes_from_args(host, find)
     words += [f"--label={key}={value}" for key, value in labels.items()]
     flags, command = command_words(body, image)
     return words + flags, command
@@ -5250,12 +5731,13 @@ def slim(value: Any, named: bool = False) -> Any:
 
 class Plan(NamedTuple):
     """What a container is made of: `words` between the command and the image, `image` its name, `command` the words after
-    it, `request` what is kept of the request."""
+    it, `request` what is kept of the request, `health` the health check if there is one."""
 
     words: List[str]
     image: str
     command: List[str]
     request: Dict[str, Any]
+    health: Dict[str, Any] = {}
 
 
 def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> Plan:
@@ -5274,7 +5756,7 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
         raise BadParameter("no command specified")
     if platform:
         words.append(f"--platform={platform_words(platform)}")
-    return Plan(words, full if full in group.names else group.names[0], command, slim(body))
+    return Plan(words, full if full in group.names else group.names[0], command, slim(body), health_check(body, image))
 
 
 def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
@@ -5286,8 +5768,8 @@ def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Contain
     if not re.fullmatch(r"[0-9a-f]{64}", real):
         raise ApiError(f"nerdctl created a container and printed no id: {real[:100]!r}")
     labels = dict(each.partition("=")[2].partition("=")[::2] for each in [*labels, *more, *plan.words] if each.startswith("--label="))
-    if any(each.startswith("--health-cmd=") for each in plan.words):
-        labels["nerdctl/healthcheck"] = json.dumps({"Test": ["CMD-SHELL", ""]})
+    if plan.health:
+        labels["nerdctl/healthcheck"] = json.dumps(plan.health)
     if engine.nerdctl.local:
         labels["nerdctl/state-dir"] = os.path.join(engine.snapshot.store, "containers", engine.nerdctl.namespace, real)
     row = {"ID": real, "Names": name, "Image": plan.image, "Status": "Created", "CreatedAt": rfc3339(time.time_ns())}
@@ -6003,6 +6485,26 @@ def sized_early(engine: Engine, real: str, terminal: Optional[Terminal]) -> Iter
         engine.feed.listeners.remove(on_event)
 
 
+def end_input(nerdctl: Nerdctl, real: str) -> None:
+    """Tell containerd that a container gets no input. `nerdctl start --attach` gives it a stdin that nobody ends, and a program
+    that reads it would wait for ever; no command of nerdctl's closes it."""
+    address = nerdctl.address.replace("unix://", "", 1) or "/run/containerd/containerd.sock"
+    try:
+        if os.geteuid() and not nerdctl.address:
+            # The user's own, in a mount namespace of its own.
+            runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+            with open(f"{runtime}/containerd-rootless/child_pid", encoding="ascii") as file:
+                address = f"/proc/{file.read().strip()}/root{address}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(5.0)
+            sock.connect(address)
+            unary(sock, "/containerd.services.tasks.v1.Tasks/CloseIO", field(1, real.encode()) + varint(3 << 3) + varint(1),
+                  [("containerd-namespace", nerdctl.namespace)], 5.0)
+    except (OSError, ValueError) as error:
+        if nerdctl.debug:
+            log(f"{real[:12]}: its input was not ended: {error}")
+
+
 def start_attached(engine: Engine, container: Container, waiting: List[Attachment], tty: bool, stdin: bool) -> None:
     """Start a container with clients on its streams."""
     session = Session(waiting, new_terminal(container) if tty else None, on_end=lambda *_: engine.leave_session(container.id, session))
@@ -6016,6 +6518,8 @@ def start_attached(engine: Engine, container: Container, waiting: List[Attachmen
             engine.leave_session(container.id, session)
             raise
         wait_started(engine, session, lambda: container.real)
+    if not tty and engine.nerdctl.local:
+        end_input(engine.nerdctl, container.real)
 
 
 def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachment]) -> None:
@@ -6544,6 +7048,8 @@ def container_logs(engine: Engine, request: Request, name: str) -> Response:
         raise BadParameter("Bad parameters: you must choose at least one stream")
     tail_count(request)
     request.timestamp("since"), request.timestamp("until")
+    if (typed(container.request.get("HostConfig"), dict, "HostConfig").get("LogConfig") or {}).get("Type") == "none":
+        raise NotImplementedHere("configured logging driver does not support reading")
     tty = is_terminal(engine, container)
     details = log_details(container) if request.flag("details") else b""
     follow = request.flag("follow")
@@ -8063,330 +8569,6 @@ for _method, _path in (("GET", "/plugins/privileges"), ("POST", "/plugins/pull")
 
 
 ###############################################################################
-# gRPC
-###############################################################################
-
-# As much of protobuf, HTTP/2 and gRPC as it takes to speak with BuildKit; no I/O.
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RESET, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
-END_STREAM = ACK = 1
-END_HEADERS, PADDED = 4, 8
-# Length and kind, flags, stream.
-FRAME_HEAD = struct.Struct(">IBI")
-WINDOW = 65535
-GRPC_CODES = {400: 3, 409: 9, 503: 14}
-
-
-class Field(NamedTuple):
-    """A field of a protobuf message: its number, its value (bytes, or an int for a varint) and all of its bytes."""
-
-    number: int
-    value: Any
-    raw: bytes
-
-
-def varint(number: int) -> bytes:
-    """A number as protobuf and HPACK write it, seven bits a byte."""
-    parts = bytearray()
-    while number > 127:
-        parts.append(number & 127 | 128)
-        number >>= 7
-    parts.append(number)
-    return bytes(parts)
-
-
-def read_varint(data: bytes, at: int) -> Tuple[int, int]:
-    """The number that begins at `at`, and where it ends; ValueError for one that is cut short or has over ten bytes."""
-    number = 0
-    for shift in range(0, 70, 7):
-        if at >= len(data):
-            break
-        byte = data[at]
-        at += 1
-        number |= (byte & 127) << shift
-        if byte < 128:
-            return number, at
-    raise ValueError("not a varint")
-
-
-def field(number: int, value: bytes) -> bytes:
-    """A field that holds bytes, text or a message."""
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def fields(data: Any) -> Iterator[Field]:
-    """The fields of a message, bytes or a view of them, in order; ValueError for what is no message."""
-    at = 0
-    while at < len(data):
-        tag, start = read_varint(data, at)
-        wire, value = tag & 7, b""
-        if wire == 0:
-            value, end = read_varint(data, start)
-        elif wire in (1, 5):
-            end = start + (8 if wire == 1 else 4)
-        elif wire == 2:
-            size, start = read_varint(data, start)
-            end = start + size
-        else:
-            raise ValueError("not a protobuf message")
-        if not tag >> 3 or end > len(data):
-            raise ValueError("not a protobuf message")
-        yield Field(tag >> 3, value if wire == 0 else data[start:end], data[at:end])
-        at = end
-
-
-def read_entry(data: bytes) -> Tuple[str, str]:
-    """Key and value of an entry of a map of strings."""
-    found = {each.number: each.value for each in fields(data)}
-    return str(found.get(1, b""), "utf-8"), str(found.get(2, b""), "utf-8")
-
-
-class Frame(NamedTuple):
-    """An HTTP/2 frame: `raw` is all of it, a header block with its continuations. `kind` -1 is the preface."""
-
-    kind: int
-    flags: int
-    stream: int
-    raw: Any
-
-    @property
-    def ends(self) -> bool:
-        """Whether its sender says nothing more on the stream."""
-        return self.kind == RESET or self.kind in (DATA, HEADERS) and bool(self.flags & END_STREAM)
-
-    @property
-    def data(self) -> Any:
-        """What it carries, without padding."""
-        return self.raw[10:len(self.raw) - self.raw[9]] if self.kind == DATA and self.flags & PADDED else self.raw[9:]
-
-    @property
-    def number(self) -> int:
-        """The increment of a WINDOW_UPDATE."""
-        return int.from_bytes(self.raw[9:13], "big") & 0x7FFFFFFF
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """The bytes of a frame."""
-    return FRAME_HEAD.pack(len(payload) << 8 | kind, flags, stream) + payload
-
-
-def credit(stream: int, size: int) -> bytes:
-    """A WINDOW_UPDATE; nothing for 0 bytes."""
-    return frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", size)) if size > 0 else b""
-
-
-def header_block(headers: Iterable[Tuple[str, str]]) -> bytes:
-    """Headers in HPACK, all as literals that are kept in no table, so that they may stand between anybody else's."""
-    def text(value: str) -> bytes:
-        data = value.encode("latin-1", "replace")
-        return (varint(len(data)) if len(data) < 127 else b"\x7f" + varint(len(data) - 127)) + data
-
-    return b"".join(b"\x10" + text(name) + text(value) for name, value in headers)
-
-
-def header_frames(stream: int, headers: Iterable[Tuple[str, str]], flags: int = 0) -> bytes:
-    """HEADERS and as many CONTINUATIONs as the smallest limit of a frame demands."""
-    block = header_block(headers)
-    parts = [block[at:at + 16384] for at in range(0, len(block), 16384)]
-    return b"".join(frame(CONTINUATION if at else HEADERS, (0 if at else flags) | (END_HEADERS if at + 1 == len(parts) else 0), stream, part)
-                    for at, part in enumerate(parts))
-
-
-def grpc_end(stream: int, error: Optional[ApiError], begun: bool = False) -> bytes:
-    """The end of a gRPC stream, with an error or without; `begun` when the answer's headers were sent before."""
-    headers = [] if begun else [(":status", "200"), ("content-type", "application/grpc")]
-    headers.append(("grpc-status", str(GRPC_CODES.get(error.status, 13)) if error else "0"))
-    if error:
-        headers.append(("grpc-message", urllib.parse.quote(str(error), safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}")))
-    return header_frames(stream, headers, END_STREAM)
-
-
-class Frames:
-    """Cuts bytes, as they come, into frames."""
-
-    LIMIT = 1 << 25
-
-    def __init__(self, preface: bytes = b""):
-        self.preface = preface
-        self.rest = b""
-
-    def feed(self, data: Any) -> List[Frame]:
-        """The frames that are complete by now; ValueError for what is not HTTP/2."""
-        data = b"".join((self.rest, data))
-        found, at = [], 0
-        if self.preface:
-            if data[:len(self.preface)] != self.preface[:len(data)]:
-                raise ValueError("not HTTP/2")
-            if len(data) >= len(self.preface):
-                found.append(Frame(-1, 0, 0, self.preface))
-                at, self.preface = len(self.preface), b""
-        view = memoryview(data)
-        while not self.preface and len(data) >= at + 9:
-            head, flags, stream = FRAME_HEAD.unpack_from(data, at)
-            kind, end = head & 255, at + 9 + (head >> 8)
-            while kind == HEADERS and not flags & END_HEADERS and len(data) >= end + 9:
-                head, more, _ = FRAME_HEAD.unpack_from(data, end)
-                flags, end = flags | more & END_HEADERS, end + 9 + (head >> 8)
-            if end > len(data) or kind == HEADERS and not flags & END_HEADERS:
-                break
-            found.append(Frame(kind, flags, stream & 0x7FFFFFFF, view[at:end]))
-            at = end
-        self.rest = data[at:]
-        if len(self.rest) > self.LIMIT:
-            raise ValueError("an HTTP/2 header block has no end")
-        return found
-
-
-class Sender:
-    """DATA towards buildkitd, appended to `out` as its windows have room; the rest waits here. Sizes are in bytes."""
-
-    def __init__(self, out: bytearray):
-        self.out = out
-        self.connection = self.initial = WINDOW
-        self.frame_size = 16384
-        # Only streams on which more or other data is sent than the client sends: of all others it minds the window.
-        self.windows: Dict[int, int] = {}
-        self.queues: Dict[int, bytearray] = {}
-        self.ending: set = set()
-        # What was sent on those streams. The client must not be credited for it a second time.
-        self.owed = 0
-
-    @property
-    def waiting(self) -> int:
-        """How much waits for room."""
-        return sum(map(len, self.queues.values())) if self.queues else 0
-
-    def push(self, stream: int, *parts: Any, end: bool = False) -> None:
-        """Send data on a stream now or later."""
-        data, sent = parts[0] if len(parts) == 1 else b"".join(parts), 0
-        if end:
-            self.ending.add(stream)
-        if stream not in self.queues:
-            sent = self._send(stream, data)
-            if sent == len(data):
-                self.ending.discard(stream)
-                return
-        self.queues.setdefault(stream, bytearray()).extend(memoryview(data)[sent:])
-
-    def flush(self) -> None:
-        """Send what there is room for by now."""
-        for stream, queue in list(self.queues.items()):
-            del queue[:self._send(stream, queue)]
-            if not queue:
-                self.ending.discard(stream)
-                del self.queues[stream]
-
-    def _send(self, stream: int, data: Any) -> int:
-        """Put what there is room for into frames; how many bytes that is."""
-        end, pieces, at = stream in self.ending, [], 0
-        with memoryview(data) as view:
-            while at < len(data):
-                room = min(self.connection, self.frame_size, self.windows.get(stream, WINDOW), len(data) - at)
-                if room <= 0:
-                    break
-                pieces += FRAME_HEAD.pack(room << 8 | DATA, END_STREAM if end and at + room == len(data) else 0, stream), view[at:at + room]
-                at += room
-                self.connection -= room
-                if stream in self.windows:
-                    self.windows[stream] -= room
-                    self.owed += room
-            self.out += b"".join(pieces)
-            for piece in pieces[1::2]:
-                piece.release()
-        if end and not data:
-            self.out += frame(DATA, END_STREAM, stream)
-        return at
-
-    def settings(self, payload: bytes) -> int:
-        """Heed a SETTINGS frame; by how much the window of every stream has changed."""
-        change = 0
-        for key, value in struct.iter_unpack(">HI", bytes(payload[:len(payload) // 6 * 6])):
-            if key == 5:
-                self.frame_size = max(16384, value)
-            elif key == 4:
-                change += value - self.initial
-                self.windows = {stream: window + value - self.initial for stream, window in self.windows.items()}
-                self.initial = value
-        return change
-
-    def forget(self, stream: int) -> int:
-        """Drop a stream; how many bytes of the client's own wait no more."""
-        left = len(self.queues.pop(stream, b""))
-        self.ending.discard(stream)
-        return 0 if self.windows.pop(stream, None) is not None else left
-
-
-class Call:
-    """One gRPC call as the HTTP/2 client of a connection of its own, without I/O: `out` is to be written to it."""
-
-    WINDOW = 1 << 22
-    LONGEST = 1 << 26
-
-    def __init__(self, method: str, headers: Iterable[Tuple[str, str]] = ()):
-        self.frames = Frames()
-        self.body = bytearray()
-        self.received = 0
-        self.ended = False
-        settings = struct.pack(">HIHI", 2, 0, 4, self.WINDOW)
-        # Without an authority or a content type buildkitd refuses the call; with an upper-case name too.
-        first = [(":method", "POST"), (":scheme", "http"), (":path", method), (":authority", "localhost"),
-                 ("content-type", "application/grpc"), ("te", "trailers")]
-        self.out = bytearray(PREFACE + frame(SETTINGS, 0, 0, settings) + credit(0, self.WINDOW - WINDOW))
-        self.sender = Sender(self.out)
-        self.sender.windows[1] = WINDOW
-        self.out += header_frames(1, [*first, *((name.lower(), value) for name, value in headers)])
-
-    def send(self, *parts: Any) -> None:
-        """Send a message that is the sum of its parts."""
-        self.sender.push(1, struct.pack(">BI", 0, sum(map(len, parts))), *parts)
-
-    def finish(self) -> None:
-        """Say that no more messages come."""
-        self.sender.push(1, end=True)
-
-    def feed(self, data: bytes) -> List[bytes]:
-        """The messages that are complete by now; `ended` is set with the last. ValueError for what is not gRPC."""
-        for each in self.frames.feed(data):
-            if each.kind == DATA:
-                self.received += len(each.raw) - 9
-                self.body += each.data
-            elif each.kind == SETTINGS and not each.flags & ACK:
-                self.sender.settings(each.data)
-                self.out += frame(SETTINGS, ACK, 0)
-                self.sender.flush()
-            elif each.kind == PING and not each.flags & ACK:
-                self.out += frame(PING, ACK, 0, bytes(each.data))
-            elif each.kind == WINDOW_UPDATE:
-                if each.stream:
-                    self.sender.windows[1] += each.number
-                else:
-                    self.sender.connection += each.number
-                self.sender.flush()
-            self.ended = self.ended or each.ends and each.stream == 1
-        return self._messages()
-
-    def _messages(self) -> List[bytes]:
-        found, at = [], 0
-        while len(self.body) >= at + 5:
-            end = at + 5 + int.from_bytes(self.body[at + 1:at + 5], "big")
-            if self.body[at] or end - at > self.LONGEST:
-                raise ValueError("buildkitd sent a message that is compressed or too long")
-            if len(self.body) < end:
-                break
-            with memoryview(self.body) as view:
-                found.append(bytes(view[at + 5:end]))
-            at = end
-        del self.body[:at]
-        return found
-
-    def consumed(self) -> None:
-        """Make room for more, since what came has been used up."""
-        if self.received >= self.WINDOW // 4:
-            self.out += credit(0, self.received) + credit(1, self.received)
-            self.received = 0
-
-
-###############################################################################
 # Relay
 ###############################################################################
 
@@ -8797,23 +8979,10 @@ def parse_workers(message: bytes) -> List[Dict[str, str]]:
 
 def list_workers(address: str, timeout: float = 10.0) -> List[Dict[str, str]]:
     """The labels of a buildkitd's workers; 503 when it does not tell them in time."""
-    call, deadline = Call("/moby.buildkit.v1.Control/ListWorkers"), time.monotonic() + timeout
-    call.send()
-    call.finish()
-    try:
-        with dial(address) as sock:
-            while not call.ended:
-                sock.settimeout(max(0.01, deadline - time.monotonic()))
-                sock.sendall(call.out)
-                call.out.clear()
-                data = sock.recv(BLOCK)
-                messages = call.feed(data)
-                if messages:
-                    return parse_workers(messages[0])
-                if not data:
-                    break
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError), dial(address) as sock:
+        answer = unary(sock, "/moby.buildkit.v1.Control/ListWorkers", timeout=timeout)
+        if answer is not None:
+            return parse_workers(answer)
     raise Unavailable(f"buildkitd at {address} does not tell its workers: see its log")
 
 

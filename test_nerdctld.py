@@ -2713,7 +2713,7 @@ class TestContainers:
         labels = nerdctld.request_labels(body)
         assert all(len(key) + len(value) < 4096 for key, value in labels.items())
         row = {"ID": "1" * 64, "Status": "Up"}
-        assert nerdctld.stored_request(nerdctld.Container(row, labels)) == body
+        assert nerdctld.Container(row, labels).request == body
 
 
 ###############################################################################
@@ -2767,7 +2767,7 @@ class TestContainerCreate:
         ({"StopSignal": "SIGINT"}, "--stop-signal=SIGINT"), ({"WorkingDir": "/w"}, "--workdir=/w"), ({"Hostname": "h"}, "--hostname=h"),
         ({"StopTimeout": 0}, "--stop-timeout=0"), ({"Env": ["A=b c", "B="]}, "--env=A=b c", "--env=B="), ({"Labels": {"k": "v,w"}}, "--label=k=v,w"),
         ({"Volumes": {"/v": {}}}, "--volume=/v"), ({"Entrypoint": ["a"]}, "--entrypoint=a"),
-        (host(VolumesFrom=["x:ro"]), "--volumes-from=x:ro"), (host(CapAdd=["NET_ADMIN"]), "--cap-add=NET_ADMIN"), (host(CapDrop=["ALL"]), "--cap-drop=ALL"),
+        (host(CapAdd=["NET_ADMIN"]), "--cap-add=NET_ADMIN"), (host(CapDrop=["ALL"]), "--cap-drop=ALL"),
         (host(CgroupnsMode="host"), "--cgroupns=host"), (host(Dns=["1.1.1.1"]), "--dns=1.1.1.1"), (host(DnsOptions=["a:1"]), "--dns-option=a:1"),
         (host(DnsSearch=["x.test"]), "--dns-search=x.test"), (host(ExtraHosts=["a:1.2.3.4"]), "--add-host=a:1.2.3.4"), (host(GroupAdd=["5"]), "--group-add=5"),
         (host(UTSMode="host"), "--uts=host"), (host(OomScoreAdj=-5), "--oom-score-adj=-5"), (host(Privileged=True), "--privileged"),
@@ -2778,7 +2778,7 @@ class TestContainerCreate:
         (host(CpuRealtimeRuntime=5), "--cpu-rt-runtime=5"), (host(CpusetCpus="0-1"), "--cpuset-cpus=0-1"), (host(CpusetMems="0"), "--cpuset-mems=0"),
         (host(Memory=7000000), "--memory=7000000"), (host(MemoryReservation=7000000), "--memory-reservation=7000000"), (host(MemorySwap=-1), "--memory-swap=-1"),
         (host(KernelMemory=5), "--kernel-memory=5"), (host(OomKillDisable=True), "--oom-kill-disable"), (host(PidsLimit=5), "--pids-limit=5"),
-        (host(BlkioWeight=5), "--blkio-weight=5"), (host(Init=True), "--init"), (host(NanoCpus=1500000000), "--cpus=1.5"),
+        (host(BlkioWeight=5), "--blkio-weight=5"), (host(NanoCpus=1500000000), "--cpus=1.5"),
         (host(MemorySwappiness=0), "--memory-swappiness=0"), (host(MemorySwappiness=-1),),
         (host(PidMode="host"), "--pid=host"), (host(IpcMode="container:other"), "--ipc=container:" + "f" * 64),
         (host(LogConfig={"Type": "journald", "Config": {"tag": "x"}}), "--log-driver=journald", "--log-opt=tag=x"),
@@ -2828,8 +2828,8 @@ class TestContainerCreate:
         assert words_of(host(Mounts=[mount])) == ["--mount=" + word]
 
     def test_binds(self):
-        body = {"Volumes": {"/b": {}, "/c": {}}, **host(Binds=["/a:/b:ro,cached,z", "v:/d:nocopy"], Mounts=[{"Type": "volume", "Source": "v", "Target": "/c"}])}
-        assert words_of(body) == ["--volume=/a:/b:ro,z", "--volume=v:/d", "--mount=type=volume,target=/c,source=v"]
+        body = {"Volumes": {"/b": {}, "/c": {}}, **host(Binds=["/a:/b:ro,cached,z", "vol:/d:nocopy"], Mounts=[{"Type": "volume", "Source": "v", "Target": "/c"}])}
+        assert words_of(body) == ["--volume=/a:/b:ro,z", "--volume=vol:/d", "--mount=type=volume,target=/c,source=v"]
 
     def test_health(self):
         check = {"Test": ["CMD", "a", "b c"], "Interval": 10**9, "Timeout": 2 * 10**9, "StartPeriod": 10**6, "Retries": 4}
