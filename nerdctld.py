@@ -803,13 +803,14 @@ class Nerdctl:
         self.processes: set = set()
 
     def missing(self, error: OSError) -> ApiError:
-        """The ApiError for a nerdctl that could not be started."""
+        """The ApiError for a nerdctl, or a buildctl, that could not be started."""
         if error.errno == errno.E2BIG:
             return BadParameter("invalid value: it is longer than a command line may be")
         if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR):
-            return Unavailable(
-                f"{self.command[0]} cannot be run ({error.strerror}): install nerdctl on PATH, or say where it is with --nerdctl"
-            )
+            advice = "install nerdctl on PATH, or say where it is with --nerdctl"
+            if self.command[0] == "buildctl":
+                advice = "install BuildKit's buildctl on PATH, and start a buildkitd"
+            return Unavailable(f"{self.command[0]} cannot be run ({error.strerror}): {advice}")
         return Unavailable(f"cannot start {self.command[0]}: {error.strerror}")
 
     def argv(self, arguments: Iterable[str]) -> List[str]:
@@ -4127,8 +4128,11 @@ def docker_cache(record: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def build_cache(engine: Engine) -> List[Dict[str, Any]]:
-    """The records of BuildKit's cache; none where no buildkitd answers."""
-    output = engine.nerdctl.buildctl("du", "--format", "{{json .}}")
+    """The records of BuildKit's cache; none where there is no buildctl or no buildkitd answers."""
+    try:
+        output = engine.nerdctl.buildctl("du", "--format", "{{json .}}")
+    except Unavailable:
+        return []
     if output.status:
         return []
     found = []
@@ -4143,7 +4147,7 @@ PRUNE_FILTERS = ("description", "id", "inuse", "label", "parent", "private", "sh
 
 @route("POST", "/build/prune")
 def build_prune(engine: Engine, request: Request) -> Response:
-    """Remove build cache, by BuildKit's own filters and `until`; 503 where no buildkitd answers."""
+    """Remove build cache, by BuildKit's own filters and `until`; 503 where there is no buildctl or no buildkitd answers."""
     filters = request.filters(*PRUNE_FILTERS)
     arguments = ["prune", "--format", "{{json .}}", *(["--all"] if request.flag("all") else [])]
     for key, values in filters.items():

@@ -1981,6 +1981,19 @@ class TestSystem:
         images = {each["Id"]: each["Containers"] for each in old["Images"]}
         assert images[BB] == 4
 
+    @pytest.mark.parametrize("script", ["", 'echo "error: failed to dial: no such file or directory" >&2; exit 1'], ids=["no buildctl", "no buildkitd"])
+    def test_df_without_buildkit(self, furnished, monkeypatch, tmp_path, script):
+        # The scripted nerdctl needs no more than a shell.
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "sh").symlink_to("/bin/sh")
+        if script:
+            (tmp_path / "bin" / "buildctl").write_text(f"#!/bin/sh\n{script}\n")
+            (tmp_path / "bin" / "buildctl").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+        answer = ask(furnished, "GET", "/v1.51/system/df")
+        assert answer.status == 200 and answer.json["BuildCache"] == [] and len(answer.json["Images"]) == 2
+        assert ask(furnished, "GET", "/v1.51/system/df?type=build-cache").json == {"BuildCache": []}
+
     def test_df_of_a_type(self, furnished, scripted):
         assert list(ask(furnished, "GET", "/v1.51/system/df?type=volume").json) == ["Volumes"]
         assert ask(furnished, "GET", "/system/df?type=nothing").status == 400
@@ -2603,6 +2616,9 @@ class TestBuild:
                       'while dialing: dial unix /nosuch: connect: no such file or directory"\' >&2; exit 1')
         answer = ask(furnished, "POST", "/build/prune")
         assert answer.status == 503 and "buildkitd" in answer.message
+        monkeypatch.setenv("PATH", str(tmp_path))
+        answer = ask(furnished, "POST", "/build/prune")
+        assert answer.status == 503 and answer.message.startswith("buildctl cannot be run") and "nerdctl" not in answer.message
 
 
 ###############################################################################
