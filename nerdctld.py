@@ -3251,7 +3251,8 @@ class TlsConnection(http.client.HTTPConnection):
         import ssl
 
         super().connect()
-        self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+        # Behind a proxy `host` is the proxy.
+        self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self._tunnel_host or self.host)
 
 
 class Registry:
@@ -4034,10 +4035,8 @@ def build_context(request: Request, folder: str) -> None:
         raise NotImplementedHere("nerdctl cannot build from a git repository: clone it, or use docker buildx")
     if not re.fullmatch(r"https?://\S+", remote):
         raise BadParameter(f"unable to prepare context: {remote!r} is not a URL")
-    import urllib.request
-
     try:
-        with urllib.request.urlopen(remote, timeout=60) as answer:
+        with open_url(remote) as answer:
             source = io.BufferedReader(answer, 1 << 20) if not isinstance(answer, io.BufferedIOBase) else answer
             if (answer.headers.get("Content-Type") or "").startswith("text/plain"):
                 data = source.read(REMOTE_LIMIT + 1)
@@ -4047,8 +4046,25 @@ def build_context(request: Request, folder: str) -> None:
                     file.write(data)
             else:
                 unpack_context(source, folder)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # The ValueError is urllib's for a URL that no request can be made of.
         raise BadParameter(f"unable to prepare context: cannot download {remote}: {error}") from None
+
+
+def open_url(url: str) -> Any:
+    """The answer to a GET, along redirects and through the proxies of the environment; urllib's errors. https has a handler
+    here: urllib has none, since http.client was loaded without OpenSSL."""
+    import urllib.request
+
+    class TlsHandler(urllib.request.AbstractHTTPHandler):
+        # Before that of a Python that has one.
+        handler_order = 400
+        https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+        def https_open(self, request: Any) -> Any:
+            return self.do_open(TlsConnection, request)
+
+    return urllib.request.build_opener(TlsHandler).open(url, timeout=60)
 
 
 def dockerfile_args(request: Request, folder: str) -> List[str]:

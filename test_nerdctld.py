@@ -2372,6 +2372,17 @@ class FakeRegistry(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def certificate(folder, *names):
+    """A server's TLS context with a new certificate for these names, which is `crt` in the folder."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make a certificate with")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(folder / "key"), "-out", str(folder / "crt"), "-days", "2",
+                    "-subj", "/CN=localhost", "-addext", "subjectAltName=" + ",".join(names)], check=True, capture_output=True, timeout=60)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "crt", folder / "key")
+    return context
+
+
 @contextlib.contextmanager
 def local_registry(context=None):
     """host:port of a fake registry, with TLS where there is a context for it."""
@@ -2409,13 +2420,7 @@ class TestRegistry:
         assert ask(engine, "GET", "/distribution/-x/json").status == 400
 
     def test_tls(self, engine, tmp_path, monkeypatch):
-        if not shutil.which("openssl"):
-            pytest.skip("no openssl to make a certificate with")
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "crt"), "-days", "2",
-                        "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:registry.test"], check=True, capture_output=True, timeout=60)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(tmp_path / "crt", tmp_path / "key")
-        with local_registry(context) as address:
+        with local_registry(certificate(tmp_path, "DNS:registry.test")) as address:
             port = address.rpartition(":")[2]
             connect = socket.create_connection
             monkeypatch.setattr(socket, "create_connection", lambda where, *more: connect(("127.0.0.1", where[1]), *more))
@@ -2577,22 +2582,52 @@ class TestBuild:
         answer = ask(furnished, "POST", "/build?t=tst:a", CONTEXT, TAR)
         assert "buildkitd does not answer" in (answer.message if answer.status == 503 else answer.lines[-1]["error"])
 
-    def test_remote(self, furnished, scripted, tmp_path):
+    @contextlib.contextmanager
+    def files(self, folder, context=None, moved=""):
+        """The URL of a server of a context and a Dockerfile, which has moved elsewhere where `moved` says so."""
         class Files(http.server.SimpleHTTPRequestHandler):
+            def do_GET(self):
+                if not moved:
+                    return super().do_GET()
+                self.send_response(307)
+                self.send_header("Location", moved + self.path)
+                self.end_headers()
+
             def log_message(self, *_):
                 pass
-        (tmp_path / "web").mkdir()
-        (tmp_path / "web" / "context.tar").write_bytes(CONTEXT)
-        (tmp_path / "web" / "Dockerfile.txt").write_text("FROM x\n")
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *words: Files(*words, directory=str(tmp_path / "web")))
+        folder.mkdir(exist_ok=True)
+        (folder / "context.tar").write_bytes(CONTEXT)
+        (folder / "Dockerfile.txt").write_text("FROM x\n")
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *words: Files(*words, directory=str(folder)))
+        if context:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        base = f"http://127.0.0.1:{server.server_address[1]}"
-        assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/context.tar").status == 200
-        assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/Dockerfile.txt").status == 200
-        assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/nothing").status == 400
+        yield f"http{'s' if context else ''}://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
         server.server_close()
+
+    def test_remote(self, furnished, scripted, tmp_path):
+        with self.files(tmp_path / "web") as base:
+            assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/context.tar").status == 200
+            assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/Dockerfile.txt").status == 200
+            assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/nothing").status == 400
+            assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/%C3%A9").status == 400
         assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/context.tar").status == 400
+
+    def test_remote_by_tls(self, scripted, tmp_path):
+        # In a process of its own: this one has loaded http.client with OpenSSL.
+        furnish(scripted)
+        context = certificate(tmp_path, "IP:127.0.0.1")
+        with self.files(tmp_path / "web", context) as base, self.files(tmp_path / "web", moved=base) as moved:
+            for trusted, status in ((str(tmp_path / "crt"), 200), ("/nowhere", 400)):
+                daemon = Daemon(tmp_path, "--nerdctl", str(scripted.program), environment={"SSL_CERT_FILE": trusted, "SSL_CERT_DIR": "/nowhere"})
+                try:
+                    for url in (base + "/context.tar", base + "/Dockerfile.txt", moved + "/context.tar"):
+                        answer = daemon.ask("POST", "/build?t=tst:a&remote=" + url)
+                        assert answer.status == status, url
+                        assert status == 200 or "certificate verify failed" in answer.message
+                finally:
+                    daemon.end()
 
     def buildctl(self, furnished, monkeypatch, tmp_path, script):
         folder = tmp_path / "bin"
