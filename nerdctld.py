@@ -943,11 +943,18 @@ class Workspace:
         self.lock = threading.Lock()
 
     def folder(self) -> str:
-        """The folder of this process."""
+        """The folder of this process, made anew where somebody (systemd-tmpfiles) has removed it."""
         with self.lock:
-            if not self.path:
+            if not self._ours():
                 self.path = tempfile.mkdtemp(prefix=f"{self.PREFIX}{os.getpid()}-")
             return self.path
+
+    def _ours(self) -> bool:
+        # Its name is known by now: whoever may write beside it could have made another.
+        with contextlib.suppress(OSError):
+            found = os.lstat(self.path)
+            return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+        return False
 
     @contextlib.contextmanager
     def temporary(self, kind: str) -> Iterator[str]:

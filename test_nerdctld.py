@@ -1295,6 +1295,22 @@ class TestNerdctlProcess:
             assert stat.S_IMODE(os.stat(folder + "/config.json").st_mode) == 0o600
         assert not os.path.exists(folder)
 
+    def test_a_workspace_that_was_removed_is_made_anew(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(nerdctld.tempfile, "tempdir", str(tmp_path))
+        workspace = nerdctld.Workspace()
+        first = workspace.folder()
+        assert workspace.folder() == first
+        os.rmdir(first)
+        with workspace.docker_config({}) as environment:
+            second = workspace.folder()
+            assert second != first and environment["DOCKER_CONFIG"].startswith(second)
+        # Another one of its name is none of ours.
+        os.rmdir(second)
+        os.symlink("/tmp", second)
+        assert workspace.folder() not in (first, second)
+        workspace.remove()
+        assert os.listdir(tmp_path) == [os.path.basename(second)]
+
     def test_sweep_removes_what_a_killed_daemon_left(self, tmp_path, monkeypatch):
         monkeypatch.setattr(nerdctld.tempfile, "tempdir", str(tmp_path))
         (tmp_path / "nerdctld-999999999-abc").mkdir()
