@@ -7160,32 +7160,66 @@ def archive_get(engine: Engine, request: Request, name: str) -> Response:
     return Response(200, Stream(chunks(), primed=True), "application/x-tar", found.header())
 
 
+def decompressor(head: bytes) -> Optional[Callable[[], Any]]:
+    """What makes decompressors for a body that begins so; None for one that is not packed."""
+    if head.startswith(b"\x1f\x8b"):
+        return lambda: zlib.decompressobj(31)
+    if head.startswith(b"BZh"):
+        import bz2
+
+        return bz2.BZ2Decompressor
+    if head.startswith(b"\xfd7zXZ"):
+        import lzma
+
+        return lzma.LZMADecompressor
+    return None
+
+
+def unpacked(blocks: Iterable[Any], begin: Callable[[], Any]) -> Iterator[bytes]:
+    """The content of compressed blocks, of one stream or of several in a row, which also zeros may stand between; 400 for
+    one that breaks off."""
+    unpack = begin()
+    for block in blocks:
+        data = bytes(block)
+        while data:
+            if unpack.eof:
+                data = data.lstrip(b"\0")
+                if not data:
+                    break
+                unpack = begin()
+            plain = unpack.decompress(data)
+            if plain:
+                yield plain
+            data = unpack.unused_data
+    if not unpack.eof:
+        raise BadParameter("invalid archive: its compressed data breaks off")
+
+
 def plain_blocks(body: Any) -> Iterator[Any]:
     """The blocks of a tar body, unpacked where it came as gzip, bzip2 or xz; 400 for a broken one."""
-    unpack = None
-    for number, block in enumerate(body.blocks()):
-        if number == 0:
-            head = bytes(block[:6])
-            if head.startswith(b"\x1f\x8b"):
-                unpack = zlib.decompressobj(31)
-            elif head.startswith((b"BZh", b"\xfd7zXZ")):
-                import bz2
-                import lzma
-
-                unpack = bz2.BZ2Decompressor() if head.startswith(b"BZh") else lzma.LZMADecompressor()
-        try:
-            yield unpack.decompress(block) if unpack else block
-        except (zlib.error, OSError, ValueError, EOFError) as error:
-            raise BadParameter(f"invalid archive: {error}") from None
-        except Exception as error:
-            if type(error).__name__ != "LZMAError":
-                raise
-            raise BadParameter(f"invalid archive: {error}") from None
+    blocks, first = body.blocks(), b""
+    for block in blocks:
+        first += bytes(block)
+        if len(first) >= 6:
+            break
+    begin = decompressor(first)
+    if not begin:
+        yield from itertools.chain([first] if first else [], blocks)
+        return
+    try:
+        yield from unpacked(itertools.chain([first], blocks), begin)
+    except (zlib.error, OSError, ValueError, EOFError) as error:
+        raise BadParameter(f"invalid archive: {error}") from None
+    except Exception as error:
+        if type(error).__name__ != "LZMAError":
+            raise
+        raise BadParameter(f"invalid archive: {error}") from None
 
 
 @route("PUT", "/containers/{id}/archive")
 def archive_put(engine: Engine, request: Request, name: str) -> Response:
-    """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none."""
+    """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none, and for an
+    archive that is broken or breaks off: what came before that is unpacked."""
     container = engine.snapshot.find(name)
     path = check_path(request.value("path"))
     try:

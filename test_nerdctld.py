@@ -3760,9 +3760,36 @@ class TestArchive:
         call = scripted.calls("cp")[-1]
         assert call["argv"] == ["cp", "--", "-", ID + ":/etc"] and call["stdin"] == len(data) and call["text"].startswith("some-name\0")
 
-    def test_put_of_nothing(self, rooted, scripted):
+    @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+    @pytest.mark.parametrize("size", [1, 100, 1 << 18])
+    @pytest.mark.parametrize("between", [b"", bytes(512)], ids=["", "padded"])
+    def test_streams_in_a_row(self, pack, size, between):
+        data = tar_with("some-name", "other")
+        whole = b"".join(pack(each) + between for each in (data[:700], b"", data[700:1100], data[1100:]))
+        body = types.SimpleNamespace(blocks=lambda: (memoryview(whole[at:at + size]) for at in range(0, len(whole), size)))
+        assert b"".join(nerdctld.plain_blocks(body)) == data
+
+    @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+    def test_put_of_streams_in_a_row(self, rooted, scripted, pack):
         scripted.on("cp", reads=True)
-        assert ask(rooted, "PUT", "/containers/tstweb/archive?path=/etc", b"").status == 200
+        data = tar_with("some-name")
+        assert ask(rooted, "PUT", "/containers/tstweb/archive?path=/etc", pack(data[:700]) + pack(data[700:])).status == 200
+        assert scripted.calls("cp")[-1]["stdin"] == len(data)
+
+    @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+    def test_put_of_what_breaks_off(self, rooted, scripted, pack):
+        scripted.on("cp", reads=True)
+        rooted.journal.history.clear()
+        packed = pack(tar_with("some-name"))
+        for body in (packed[:-1], packed + packed[:-1], packed[:-9], packed + packed[:8], packed + b"x", packed[:5]):
+            answer = ask(rooted, "PUT", "/containers/tstweb/archive?path=/etc", body)
+            assert answer.status == 400 and answer.message.startswith("invalid archive: "), body
+        assert list(rooted.journal.history) == [] and not rooted.touched
+
+    @pytest.mark.parametrize("body", [b"", gzip.compress(b"")], ids=["plain", "packed"])
+    def test_put_of_nothing(self, rooted, scripted, body):
+        scripted.on("cp", reads=True)
+        assert ask(rooted, "PUT", "/containers/tstweb/archive?path=/etc", body).status == 200
         assert scripted.calls("cp")[-1]["stdin"] == 1024
 
     @pytest.mark.parametrize("body", [b"\x1f\x8b" + bytes(100), b"BZh9" + bytes(100), b"\xfd7zXZ" + bytes(100)])
