@@ -2014,9 +2014,8 @@ class Snapshot:
         self.details: Dict[str, Dict[str, Any]] = {}
         # Images whose content is not here, and when that was seen.
         self.hollow: Dict[str, float] = {}
-        self.version = Cached(self._read_version, self._recent)
-        self.info = Cached(self._read_info, self._recent)
-        self.aged = 0.0
+        self.version = Cached(self._read_version, lambda: self._recent(self.version))
+        self.info = Cached(self._read_info, lambda: self._recent(self.info))
         self.networks = Cached(self._read_networks, lambda: True, self._network_stamp)
         self.volumes = Cached(self._read_volumes, lambda: True, self._volume_stamp)
 
@@ -2059,16 +2058,14 @@ class Snapshot:
         return {each["Name"]: each for each in map(parse_volume, parse_rows(output.stdout))}
 
     # What sends no event is believed for a short time.
-    def _recent(self) -> bool:
-        return time.monotonic() - self.aged < self.AGE
+    def _recent(self, kept: Cached) -> bool:
+        return time.monotonic() - kept.began < self.AGE
 
     def _read_version(self) -> Dict[str, Any]:
-        self.aged = time.monotonic()
         rows = self.nerdctl.rows("version", "--format", "{{json .}}", timeout=10)
         return rows[0] if rows else {}
 
     def _read_info(self) -> Dict[str, Any]:
-        self.aged = time.monotonic()
         rows = self.nerdctl.rows("info", "--format", "{{json .}}", timeout=20)
         return rows[0] if rows else {}
 

@@ -1863,6 +1863,26 @@ class TestSnapshot:
         with pytest.raises(nerdctld.BadParameter, match="invalid reference format"):
             nerdctld.parse_reference(text)
 
+    @pytest.mark.parametrize("command", ["version", "info"])
+    def test_what_could_not_be_read_again_is_not_believed(self, furnished, scripted, command):
+        assert ask(furnished, "GET", "/info").status == 200
+        scripted.on(command, stderr=FAILURES[0][1], status=1)
+        kept = getattr(furnished.snapshot, command)
+        assert kept.get()
+        kept.began -= furnished.snapshot.AGE
+        for _ in range(2):
+            with pytest.raises(nerdctld.Unavailable):
+                kept.get()
+        # A read of the one says nothing of the other.
+        other = furnished.snapshot.info if command == "version" else furnished.snapshot.version
+        other.began -= furnished.snapshot.AGE
+        other.get()
+        with pytest.raises(nerdctld.Unavailable):
+            kept.get()
+        furnish(scripted)
+        calls = len(scripted.calls(command))
+        assert kept.get() and kept.get() and len(scripted.calls(command)) == calls + 1
+
     def test_containers_of_1_7(self, engine, scripted):
         rows = json.loads(V17_LABELS.stdout)
         listing = ["ps", "-a", "--no-trunc", "--format"]
