@@ -3267,6 +3267,8 @@ class Registry:
         "application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json",
         "application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"))
     LIMIT = 8 << 20
+    REDIRECTS = 5
+    PAGES = 200
 
     def __init__(self, reference: Reference, credentials: Dict[str, str]):
         host, _, self.path = reference.repository.partition("/")
@@ -3289,6 +3291,18 @@ class Registry:
             raise ApiError(f"{self.host} answered {status}")
         return headers, body
 
+    def tags(self) -> List[str]:
+        """All tags of the repository, which may come in pages."""
+        found, path = [], "tags/list"
+        for _ in range(self.PAGES):
+            headers, body = self.ask(path)
+            found += [each for each in typed(parse_json(body), dict, "tags").get("tags") or [] if isinstance(each, str)]
+            query = next_query(headers.get("link") or "")
+            if not query:
+                return found
+            path = f"tags/list?{query}"
+        raise ApiError(f"{self.host}/{self.path} has more than {self.PAGES} pages of tags")
+
     def _basic(self) -> str:
         pair = f"{self.credentials.get('username', '')}:{self.credentials.get('password', '')}"
         return "Basic " + base64.b64encode(pair.encode()).decode() if self.credentials.get("username") else ""
@@ -3309,22 +3323,46 @@ class Registry:
         return f"Bearer {told.get('token') or told.get('access_token') or ''}" if isinstance(told, dict) else ""
 
     def _send(self, host: str, path: str, authorization: str, plain: Optional[bool] = None) -> Tuple[int, Dict[str, str], bytes]:
-        name = host.rpartition(":")[0] or host
+        """GET, along a few redirects: blobs are often elsewhere. Nobody but `host` sees the authorization, or may ask for one."""
         if plain is None:
-            plain = name in ("localhost", "127.0.0.1", "[::1]")
-        connection = (http.client.HTTPConnection if plain else TlsConnection)(host, timeout=30)
+            plain = (host.rpartition(":")[0] or host) in ("localhost", "127.0.0.1", "[::1]")
+        url, first = f"http{'' if plain else 's'}://{host}{path}", True
+        for _ in range(1 + self.REDIRECTS):
+            status, headers, body = self._get(url, authorization if first else "")
+            if not first:
+                headers.pop("www-authenticate", None)
+            if status not in (301, 302, 303, 307, 308) or not headers.get("location"):
+                return status, headers, body
+            try:
+                url = urllib.parse.urljoin(url, headers["location"])
+                first = first and urllib.parse.urlsplit(url)[:2] == ("http" if plain else "https", host)
+            except ValueError:
+                raise ApiError(f"{host} redirects to what is no URL") from None
+        raise ApiError(f"{host} redirects more than {self.REDIRECTS} times")
+
+    def _get(self, url: str, authorization: str) -> Tuple[int, Dict[str, str], bytes]:
+        scheme, host, path, query, _ = urllib.parse.urlsplit(url)
+        if scheme not in ("http", "https") or not host:
+            raise ApiError(f"cannot ask {host or 'a registry'}: {scheme!r} is not http")
+        headers = {"Accept": self.TYPES, "User-Agent": f"nerdctld/{VERSION}", **({"Authorization": authorization} if authorization else {})}
+        kind = TlsConnection if scheme == "https" else http.client.HTTPConnection
         try:
-            headers = {"Accept": self.TYPES, "User-Agent": f"nerdctld/{VERSION}"}
-            if authorization:
-                headers["Authorization"] = authorization
-            connection.request("GET", path, headers=headers)
-            response = connection.getresponse()
-            body = response.read(self.LIMIT)
-            return response.status, {key.lower(): value for key, value in response.getheaders()}, body
-        except (OSError, http.client.HTTPException) as error:
+            with contextlib.closing(kind(host, timeout=30)) as connection:
+                connection.request("GET", (path or "/") + (f"?{query}" if query else ""), headers=headers)
+                response = connection.getresponse()
+                body = response.read(self.LIMIT)
+                return response.status, {key.lower(): value for key, value in response.getheaders()}, body
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # The ValueError is of a URL that is not ASCII.
             raise ApiError(f"cannot ask {host}: {error}") from None
-        finally:
-            connection.close()
+
+
+def next_query(link: str) -> str:
+    """The query of the next page in a Link header, "" where there is none. The rest of the link is that of this page."""
+    for target, attributes in re.findall(r"<([^>]*)>([^,<]*)", link):
+        if re.search(r';\s*rel="?next\b', attributes, re.I):
+            return target.partition("#")[0].partition("?")[2]
+    return ""
 
 
 def registry_of(request: Request, reference: Reference) -> Registry:
@@ -3370,9 +3408,8 @@ def image_create(engine: Engine, request: Request) -> Response:
     def chunks() -> Iterator[bytes]:
         references = [reference]
         if not reference.tag and not reference.digest:
-            _, body = registry_of(request, reference).ask("tags/list")
-            tags = typed(parse_json(body), dict, "tags").get("tags") or []
-            references = [reference._replace(tag=each) for each in sorted(filter(lambda each: isinstance(each, str), tags)) if TAG.fullmatch(each)]
+            tags = registry_of(request, reference).tags()
+            references = [reference._replace(tag=each) for each in sorted(tags) if TAG.fullmatch(each)]
         begun = False
         with credentials_for(engine, request, reference.repository.partition("/")[0]) as environment:
             for each in references:

@@ -2382,7 +2382,8 @@ class TestImages:
 
 
 class FakeRegistry(http.server.BaseHTTPRequestHandler):
-    """A registry with one image, behind a token."""
+    """A registry with one image, behind a token unless it is `open`. The server's `told` (path -> status, headers, body) comes
+    first; what was asked, with which Authorization, is noted in `asked`."""
 
     protocol_version = "HTTP/1.1"
     CONFIG = json.dumps({"architecture": "arm64", "os": "linux", "variant": "v8", "rootfs": {}}).encode()
@@ -2390,14 +2391,17 @@ class FakeRegistry(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.partition("?")[0]
+        self.server.asked.append((self.path, self.headers.get("Authorization")))
         bodies = {"/v2/a/b/manifests/1": self.MANIFEST, "/v2/a/b/blobs/sha256:c": self.CONFIG, "/v2/a/b/tags/list": b'{"tags":["2","1","-x",3]}',
                   "/token": b'{"token":"good"}'}
         body, status, headers = bodies.get(path, b"{}"), 200 if path in bodies else 404, {}
         if path == "/token":
             if self.headers.get("Authorization") != "Basic " + base64.b64encode(b"u:p").decode():
                 status = 401
-        elif self.headers.get("Authorization") != "Bearer good":
+        elif not self.server.open and self.headers.get("Authorization") != "Bearer good":
             status, headers = 401, {"WWW-Authenticate": f'Bearer realm="{self.server.scheme}://{self.headers["Host"]}/token",service="s",scope="x"'}
+        elif self.path in self.server.told:
+            status, headers, body = self.server.told[self.path]
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
@@ -2420,10 +2424,11 @@ def certificate(folder, *names):
 
 
 @contextlib.contextmanager
-def local_registry(context=None):
+def local_registry(context=None, told=None, asked=None, open=False):
     """host:port of a fake registry, with TLS where there is a context for it."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeRegistry)
     server.daemon_threads, server.scheme = True, "https" if context else "http"
+    server.told, server.asked, server.open = told or {}, [] if asked is None else asked, open
     if context:
         server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -2465,6 +2470,56 @@ class TestRegistry:
             assert answer.status == 500 and "certificate verify failed" in answer.message
             monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "crt"))
             assert ask(engine, "GET", path, headers=self.HEADERS).status == 200
+
+    def test_redirects(self, engine):
+        far, blob, manifest = [], "/v2/a/b/blobs/sha256:c", "/v2/a/b/manifests/1"
+        with local_registry(told={"/x?y=1": (200, {}, FakeRegistry.CONFIG), manifest: (200, {}, FakeRegistry.MANIFEST)}, asked=far, open=True) as cdn:
+            for status, location in ((307, f"http://{cdn}/x?y=1"), (302, "/v2/elsewhere"), (308, f"//{cdn}/x?y=1")):
+                near = []
+                told = {blob: (status, {"Location": location}, b"{}"), "/v2/elsewhere": (301, {"Location": f"http://{cdn}/x?y=1"}, b""),
+                        manifest: (status, {"Location": f"http://{cdn}{manifest}"}, b"{}")}
+                with local_registry(told=told, asked=near) as registry:
+                    answer = ask(engine, "GET", f"/distribution/{registry}/a/b:1/json", headers=self.HEADERS)
+                assert answer.status == 200 and answer.json["Platforms"][0]["architecture"] == "arm64"
+                assert answer.json["Descriptor"]["digest"] == "sha256:" + hashlib.sha256(FakeRegistry.MANIFEST).hexdigest()
+                assert [each for each in near if each[0].startswith("/v2/elsewhere")] == ([("/v2/elsewhere", "Bearer good")] if status == 302 else [])
+        assert {each[1] for each in far} == {None} and len(far) == 6
+
+    @pytest.mark.parametrize("status, location, message", [
+        (302, "/v2/a/b/manifests/1", "redirects more than 5 times"), (302, "file:///etc/passwd", "'file' is not http"), (302, "http://[x", "no URL"),
+        (302, "http://127.0.0.1:x/", "cannot ask"), (302, "/\xe9", "cannot ask"), (302, "", "answered 302")])
+    def test_redirects_to_nowhere(self, engine, status, location, message):
+        asked = []
+        with local_registry(told={"/v2/a/b/manifests/1": (status, {"Location": location}, b"")}, asked=asked) as registry:
+            answer = ask(engine, "GET", f"/distribution/{registry}/a/b:1/json", headers=self.HEADERS)
+        assert answer.status == 500 and message in answer.message and len(asked) <= 8
+
+    def test_another_host_gets_no_credentials(self, engine):
+        far = []
+        with local_registry(asked=far) as cdn, local_registry(told={"/v2/a/b/manifests/1": (307, {"Location": f"http://{cdn}/x"}, b"")}) as registry:
+            assert ask(engine, "GET", f"/distribution/{registry}/a/b:1/json", headers=self.HEADERS).status == 401
+        assert {each for each in far} == {("/x", None)}
+
+    def test_tags_come_in_pages(self, engine):
+        path = "/v2/a/b/tags/list"
+        told = {path: (200, {"Link": f'</other>; rel="first", <{path}?last=2&n=2>; rel="next"'}, b'{"tags":["2","1"]}'),
+                path + "?last=2&n=2": (200, {"Link": f"<http://127.0.0.1:1{path}?last=4>;rel=next"}, b'{"tags":["3",4]}'), path + "?last=4": (200, {}, b'{"tags":["5"]}')}
+        with local_registry(told=told, open=True) as registry:
+            assert nerdctld.Registry(nerdctld.parse_reference(registry + "/a/b"), {}).tags() == ["2", "1", "3", "5"]
+
+    def test_tags_without_end(self, engine, monkeypatch):
+        path, asked = "/v2/a/b/tags/list", []
+        told = {each: (200, {"Link": f'<{path}?x>; rel="next"'}, b'{"tags":["1"]}') for each in (path, path + "?x")}
+        monkeypatch.setattr(nerdctld.Registry, "PAGES", 9)
+        with local_registry(told=told, asked=asked, open=True) as registry:
+            answer = ask(engine, "POST", f"/images/create?fromImage={registry}/a/b")
+            assert answer.status == 500 and "more than 9 pages" in answer.message and len(asked) == 9
+
+    @pytest.mark.parametrize("link, query", [
+        ('</v2/a/tags/list?n=1&last=x>; rel="next"', "n=1&last=x"), ("<?a=b,c>; rel=next", "a=b,c"), ('<x?1>; rel="prev"', ""), ('<x?1>; title="a"; rel="next"', "1"),
+        ('<x?1>; rel="prev", <x?2>; rel="NEXT"', "2"), ("", ""), ("garbage", ""), ('<x>; rel="next"', ""), ('<x?1>; rel="nextish"', "")])
+    def test_links(self, link, query):
+        assert nerdctld.next_query(link) == query
 
     def test_pull_of_all_tags(self, furnished, scripted, registry):
         scripted.on("pull", PULL)
