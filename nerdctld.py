@@ -3869,19 +3869,26 @@ def image_commit(engine: Engine, request: Request) -> Response:
     return Response(201, {"Id": group.id})
 
 
+def dockerfile_word(text: str) -> str:
+    """A word of a Dockerfile in which BuildKit finds this text again: no JSON, and no variables."""
+    return '"' + re.sub(r'[\\"$]', r"\\\g<0>", text) + '"'
+
+
 def config_changes(config: Dict[str, Any]) -> List[str]:
     """The Dockerfile instructions for the fields of a container config in the body of a commit."""
     lines = []
     for key, word in (("Cmd", "CMD"), ("Entrypoint", "ENTRYPOINT")):
         if config.get(key):
-            lines.append(f"{word} {json.dumps(string_list(config[key], key))}")
-    lines += [f"ENV {each.partition('=')[0]}={json.dumps(each.partition('=')[2])}" for each in string_list(config.get("Env"), "Env")]
-    lines += [f"LABEL {json.dumps(key)}={json.dumps(value)}" for key, value in string_map(config.get("Labels"), "Labels").items()]
-    lines += [f"EXPOSE {each}" for each in typed(config.get("ExposedPorts"), dict, "ExposedPorts")]
-    lines += [f"VOLUME {json.dumps([each])}" for each in typed(config.get("Volumes"), dict, "Volumes")]
+            lines.append(f"{word} {json.dumps(string_list(config[key], key), ensure_ascii=False)}")
+    pairs = [("ENV", *each.partition("=")[::2]) for each in string_list(config.get("Env"), "Env")]
+    pairs += [("LABEL", *each) for each in string_map(config.get("Labels"), "Labels").items()]
+    lines += [f"{word} {dockerfile_word(key)}={dockerfile_word(value)}" for word, key, value in pairs]
+    lines += [f"EXPOSE {dockerfile_word(each)}" for each in typed(config.get("ExposedPorts"), dict, "ExposedPorts")]
+    # Variables are looked for in what the JSON says.
+    lines += [f"VOLUME {json.dumps([dockerfile_word(each)], ensure_ascii=False)}" for each in typed(config.get("Volumes"), dict, "Volumes")]
     for key, word in (("User", "USER"), ("WorkingDir", "WORKDIR"), ("StopSignal", "STOPSIGNAL")):
         if config.get(key):
-            lines.append(f"{word} {typed(config[key], str, key)}")
+            lines.append(f"{word} {dockerfile_word(typed(config[key], str, key))}")
     if any("\n" in line or "\r" in line for line in lines):
         raise BadParameter("invalid config: it has a line break")
     return lines

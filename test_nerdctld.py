@@ -2369,6 +2369,17 @@ class TestImages:
         assert answer.status == 201 and "--pause=false" in scripted.argv("commit")
         assert len(scripted.calls("build")) == 1 and len(scripted.calls("rmi")) == 1
 
+    @pytest.mark.parametrize("config, lines", [
+        # BuildKit makes the same values of each of these lines.
+        ({"Env": ["A=$HOME", "B=é", 'C=a"b\\', "D=tab\there", "E=", "F", "G H=${X:-y}=z"]},
+         [r'ENV "A"="\$HOME"', 'ENV "B"="é"', r'ENV "C"="a\"b\\"', 'ENV "D"="tab\there"', 'ENV "E"=""', 'ENV "F"=""', r'ENV "G H"="\${X:-y}=z"']),
+        ({"Labels": {"é.$x": "'$y'`"}}, ["LABEL " + r'"é.\$x"="' + r"'\$y'`" + '"']), ({"Cmd": ["é", "$HOME", 'a"\\']}, [r'CMD ["é", "$HOME", "a\"\\"]']),
+        ({"Entrypoint": ["x"], "User": "1000:$x", "WorkingDir": "/a b\\", "StopSignal": "SIGTERM", "ExposedPorts": {"80/tcp": {}}},
+         ['ENTRYPOINT ["x"]', 'EXPOSE "80/tcp"', r'USER "1000:\$x"', r'WORKDIR "/a b\\"', 'STOPSIGNAL "SIGTERM"']),
+        ({"Volumes": {'/$x "é': {}}}, [r'VOLUME ["\"/\\$x \\\"é\""]']), ({}, [])])
+    def test_config_as_instructions(self, config, lines):
+        assert nerdctld.config_changes(config) == lines
+
     @pytest.mark.parametrize("query, body, status", [
         ("container=nosuch", {}, 404), ("container=tstnew", {}, 501), ("container=tstweb&changes=RUN%20x", {}, 400), ("container=tstweb&repo=A", {}, 400),
         ("container=tstweb", {"Env": "x\ny"}, 400), ("container=tstweb", {"User": "a\nRUN x"}, 400), ("container=tstweb", {"Labels": []}, 400), ("", {}, 400)])
