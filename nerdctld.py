@@ -9706,7 +9706,11 @@ def nerdctl_command() -> List[str]:
     # Each call is a new Python, and compiling this file would be half of its time: it is done once, into memory.
     compiled = os.memfd_create("nerdctld.pyc")
     with open(__file__, "rb") as file:
-        os.write(compiled, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(compile(file.read(), __file__, "exec")))
+        code = file.read()
+    # Unless the daemon itself runs from what was compiled.
+    if not code.startswith(importlib.util.MAGIC_NUMBER):
+        code = importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(compile(code, __file__, "exec"))
+    os.write(compiled, code)
     return [sys.executable, "-IS", f"/proc/{os.getpid()}/fd/{compiled}", "nerdctl"]
 
 

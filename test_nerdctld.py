@@ -6394,7 +6394,9 @@ class TestCtr:
         monkeypatch.setenv("PATH", str(tmp_path))
         assert isinstance(error(run(*words)), nerdctld.Unavailable)
 
-    def test_daemon_takes_it_by_itself(self, ctr, monkeypatch, capfd):
+    @pytest.mark.parametrize("file", [nerdctld.__file__, ""], ids=["source", "compiled"])
+    def test_daemon_takes_it_by_itself(self, ctr, monkeypatch, capfd, file):
+        monkeypatch.setattr(nerdctld, "__file__", file or compiled())
         monkeypatch.setenv("PATH", "/nowhere")
         assert nerdctld.nerdctl_command() == ["nerdctl"]
         monkeypatch.setenv("PATH", str(ctr.folder))
