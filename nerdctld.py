@@ -2389,15 +2389,22 @@ class Engine:
     def changing_images(self) -> Iterator[ImageChange]:
         """Context of our own change to images, which is told what it made of their names: what containerd says meanwhile is
         told by the handler in Docker's words."""
-        self.quiet["images"] += 1
+        self._count(self.quiet, "images", 1)
         try:
             with self.snapshot.names.changing() as change:
                 yield change
         finally:
             # The events of the change itself come a little later.
-            timer = threading.Timer(0.3, lambda: self.quiet.subtract(["images"]))
+            timer = threading.Timer(0.3, self._count, (self.quiet, "images", -1))
             timer.daemon = True
             timer.start()
+
+    def _count(self, counter: collections.Counter, key: str, more: int) -> None:
+        """Change a count that several threads change; what is 0 is not in it."""
+        with self.lock:
+            counter[key] += more
+            if not counter[key]:
+                del counter[key]
 
     @contextlib.contextmanager
     def changing(self, container: Container) -> Iterator[None]:
@@ -2442,13 +2449,11 @@ class Engine:
     @contextlib.contextmanager
     def restarting(self, container: Container) -> Iterator[None]:
         """Context of a restart, in which the end of a container is not the end of it."""
-        self.restarts[container.id] += 1
+        self._count(self.restarts, container.id, 1)
         try:
             yield
         finally:
-            self.restarts[container.id] -= 1
-            if not self.restarts[container.id]:
-                del self.restarts[container.id]
+            self._count(self.restarts, container.id, -1)
 
     def hold_if_needed(self, container: Container) -> None:
         """A container is about to start: somebody has to look after it."""
@@ -7587,7 +7592,11 @@ def network_inspect(engine: Engine, request: Request, name: str) -> Response:
     members = {}
     for container in engine.snapshot.containers.get().values():
         if container.running and network["Name"] in network_names(container):
-            detail = engine.snapshot.detail(container)
+            try:
+                detail = engine.snapshot.detail(container)
+            except NotFound:
+                # It has gone since it was listed.
+                continue
             told = docker_networks(container, engine.snapshot.networks.get(), parse_addresses(detail.get("Task"))).get(network["Name"]) or {}
             members[container.id] = {
                 "Name": container.name, "EndpointID": told.get("EndpointID") or "", "MacAddress": told.get("MacAddress") or "",

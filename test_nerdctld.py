@@ -1489,6 +1489,30 @@ class TestEvents:
             assert [each["Actor"]["ID"] for each in kept] == [str(number) for number in range(44, 300)]
         assert journal.queues == []
 
+    def test_counts_of_several_threads(self, engine):
+        class Slow(collections.Counter):
+            def __setitem__(self, key, value):
+                time.sleep(0.01)
+                super().__setitem__(key, value)
+
+        engine.quiet, engine.restarts = Slow(), Slow()
+        together, seen = threading.Barrier(8), []
+
+        def change():
+            together.wait(10)
+            with engine.restarting(nerdctld.Container({"ID": ID, "Image": BASE}, {})), engine.changing_images():
+                together.wait(10)
+                seen.append((engine.restarts[ID], engine.quiet["images"]))
+                together.wait(10)
+
+        threads = [threading.Thread(target=change) for _ in range(8)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(20)
+        assert seen == [(8, 8)] * 8
+        assert until(lambda: not engine.quiet) is True and not engine.restarts and not engine.lock.locked()
+
     def test_feed_stops_when_nobody_needs_it(self, engine, scripted):
         engine.feed.LINGER = 0.0
         with engine.feed.needed():
@@ -4103,6 +4127,13 @@ class TestNetworks:
     def test_inspect(self, reading, name):
         told = ask(reading, "GET", "/networks/" + name).json
         assert told["Containers"][ID]["IPv4Address"] == "10.77.0.2/24" and told["Containers"][ID]["Name"] == "tstweb"
+
+    def test_a_member_that_goes_meanwhile(self, furnished, scripted):
+        scripted.on("container inspect", stderr=fatal(f"1 errors: [no such object {ID}]"), status=1)
+        answer = ask(furnished, "GET", "/networks/tstnet")
+        assert (answer.status, answer.json["Name"], answer.json["Containers"]) == (200, "tstnet", {})
+        scripted.on("container inspect", stderr=FAILURES[0][1], status=1)
+        assert ask(furnished, "GET", "/networks/tstnet").status == 503
 
     def test_none(self, reading):
         answer = ask(reading, "GET", "/networks/nosuch")
