@@ -592,7 +592,7 @@ class Process:
             self.messages = stderr = os.memfd_create("stderr")
         self.relays: List[subprocess.Popen] = []
         try:
-            pipes = [self._relay(each) if lasting and each == subprocess.PIPE else each for each in (stdout, stderr)]
+            pipes = [self._relay() if lasting and each == subprocess.PIPE else each for each in (stdout, stderr)]
             self.popen = subprocess.Popen(
                 argv, stdin=stdin, stdout=pipes[0], stderr=pipes[1], env=environment, bufsize=0, start_new_session=True
             )
@@ -612,7 +612,7 @@ class Process:
         self.watch = contextlib.nullcontext() if mounts else client.when_gone(self.kill)
         self.watch.__enter__()
 
-    def _relay(self, _: Any) -> Any:
+    def _relay(self) -> Any:
         """The input of a process that passes everything on to us and, once we are gone, drops it: nerdctl must not be
         stopped by a broken pipe, nor its container by a full one. A plain pipe where there is no such tee."""
         if not find_tee():
@@ -3528,10 +3528,10 @@ def image_load(engine: Engine, request: Request) -> Response:
                 yield message_line({"stream": f"Loaded image: {familiar(each)}\n"})
             engine.journal.emit("image", "load", group.id if group else each, {"name": familiar(each)})
 
-    return Response(200, Stream(as_error_detail(chunks(), BadParameter), primed=True), "application/json")
+    return Response(200, Stream(as_error_detail(chunks()), primed=True), "application/json")
 
 
-def as_error_detail(chunks: Iterator[bytes], *_: type) -> Iterator[bytes]:
+def as_error_detail(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """A progress stream whose error, once it has begun, is its last message."""
     begun = False
     try:
@@ -4510,7 +4510,7 @@ def match_port(ports: List[Dict[str, Any]], key: str, wanted: List[str]) -> bool
     return False
 
 
-def match_container(engine: Engine, container: Container, filters: Dict[str, List[str]], images: Dict[str, str]) -> bool:
+def match_container(engine: Engine, container: Container, filters: Dict[str, List[str]]) -> bool:
     """Whether a container passes the filters of the list, but for before and since."""
     told = parse_status(container.status)
     networks = network_names(container)
@@ -4553,7 +4553,7 @@ def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: b
             table = [each for each in table if (each.created > moment if later else each.created < moment)]
     if limit > 0 or filters.get("status") or filters.get("exited") or filters.get("before") or filters.get("since"):
         everything = True
-    found = [each for each in table if (everything or each.running or each.state == "restarting") and match_container(engine, each, filters, {})]
+    found = [each for each in table if (everything or each.running or each.state == "restarting") and match_container(engine, each, filters)]
     return found[:limit] if limit > 0 else found
 
 
