@@ -1287,6 +1287,8 @@ class Journal:
     """Docker's events: the last of them, and everyone who listens. dockerd keeps 256."""
 
     KEPT = 256
+    # A listener that is further behind is let go: its client does not read.
+    BEHIND = 8192
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -1302,12 +1304,17 @@ class Journal:
         }
         with self.lock:
             self.history.append(event)
-            for each in self.queues:
-                each.put(event)
+            for each in list(self.queues):
+                if each.qsize() >= self.BEHIND:
+                    self.queues.remove(each)
+                    each.put(ApiError(f"the client is {self.BEHIND} events behind"))
+                else:
+                    each.put(event)
 
     @contextlib.contextmanager
     def subscribe(self) -> Iterator[Tuple[List[dict], queue.Queue]]:
-        """What is kept, oldest first, and a queue of everything after it. None in the queue means the end."""
+        """What is kept, oldest first, and a queue of everything after it. None in the queue means the end, an ApiError that
+        it has an end here because nobody read it."""
         mine: queue.Queue = queue.Queue()
         with self.lock:
             self.queues.append(mine)
@@ -1315,7 +1322,7 @@ class Journal:
         try:
             yield kept, mine
         finally:
-            with self.lock:
+            with self.lock, contextlib.suppress(ValueError):
                 self.queues.remove(mine)
 
     def close(self) -> None:
@@ -2784,7 +2791,8 @@ EVENT_FILTERS = ("config", "container", "daemon", "event", "action", "image", "l
 
 @route("GET", "/events")
 def system_events(engine: Engine, request: Request) -> Response:
-    """A stream of events: the kept ones since `since`, then new ones until `until` or until the client leaves."""
+    """A stream of events: the kept ones since `since`, then new ones until `until` or until the client leaves. It breaks off
+    when the client does not read it."""
     filters = request.filters(*EVENT_FILTERS)
     since, until = request.timestamp("since"), request.timestamp("until")
     if since is not None and until is not None and until < since:
@@ -2815,6 +2823,8 @@ def system_events(engine: Engine, request: Request) -> Response:
                     return
                 if event is None:
                     return
+                if isinstance(event, ApiError):
+                    raise event
                 if match_event(event, filters):
                     yield lead + json_bytes(docker_event(event, request.version)) + b"\n"
 

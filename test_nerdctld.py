@@ -1489,6 +1489,19 @@ class TestEvents:
             assert [each["Actor"]["ID"] for each in kept] == [str(number) for number in range(44, 300)]
         assert journal.queues == []
 
+    def test_a_listener_that_does_not_read_is_let_go(self):
+        journal = nerdctld.Journal()
+        assert journal.BEHIND >= 4096
+        journal.BEHIND = 5
+        with journal.subscribe() as (_, slow), journal.subscribe() as (_, quick):
+            for number in range(9):
+                journal.emit("image", "tag", str(number), {})
+                assert quick.get()["Actor"]["ID"] == str(number)
+            assert journal.queues == [quick]
+            assert [slow.get()["Actor"]["ID"] for _ in range(5)] == list("01234")
+            assert isinstance(slow.get(), nerdctld.ApiError) and slow.empty()
+        assert journal.queues == []
+
     def test_counts_of_several_threads(self, engine):
         class Slow(collections.Counter):
             def __setitem__(self, key, value):
@@ -2040,6 +2053,16 @@ class TestSystem:
         assert new["BuildCacheUsage"]["TotalCount"] == 2 and new["ContainerUsage"]["ActiveCount"] == 2
         images = {each["Id"]: each["Containers"] for each in old["Images"]}
         assert images[BB] == 4
+
+    def test_events_that_nobody_reads(self, furnished):
+        furnished.feed.SETTLE, furnished.journal.BEHIND = 0.0, 3
+        chunks = nerdctld.dispatch(furnished, nerdctld.Request("GET", "/events")).body.chunks
+        assert next(chunks) == b""
+        for number in range(5):
+            furnished.journal.emit("image", "tag", str(number), {})
+        assert [json.loads(next(chunks))["Actor"]["ID"] for _ in range(3)] == list("012")
+        with pytest.raises(nerdctld.ApiError, match="3 events behind"):
+            next(chunks)
 
     @pytest.mark.parametrize("script", ["", 'echo "error: failed to dial: no such file or directory" >&2; exit 1'], ids=["no buildctl", "no buildkitd"])
     def test_df_without_buildkit(self, furnished, monkeypatch, tmp_path, script):
