@@ -592,7 +592,7 @@ class Process:
             self.messages = stderr = os.memfd_create("stderr")
         self.relays: List[subprocess.Popen] = []
         try:
-            pipes = [self._relay(each) if lasting and each == subprocess.PIPE else each for each in (stdout, stderr)]
+            pipes = [self._relay() if lasting and each == subprocess.PIPE else each for each in (stdout, stderr)]
             self.popen = subprocess.Popen(
                 argv, stdin=stdin, stdout=pipes[0], stderr=pipes[1], env=environment, bufsize=0, start_new_session=True
             )
@@ -612,7 +612,7 @@ class Process:
         self.watch = contextlib.nullcontext() if mounts else client.when_gone(self.kill)
         self.watch.__enter__()
 
-    def _relay(self, _: Any) -> Any:
+    def _relay(self) -> Any:
         """The input of a process that passes everything on to us and, once we are gone, drops it: nerdctl must not be
         stopped by a broken pipe, nor its container by a full one. A plain pipe where there is no such tee."""
         if not find_tee():
@@ -805,13 +805,14 @@ class Nerdctl:
         self.processes: set = set()
 
     def missing(self, error: OSError) -> ApiError:
-        """The ApiError for a nerdctl that could not be started."""
+        """The ApiError for a nerdctl, or a buildctl, that could not be started."""
         if error.errno == errno.E2BIG:
             return BadParameter("invalid value: it is longer than a command line may be")
         if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR):
-            return Unavailable(
-                f"{self.command[0]} cannot be run ({error.strerror}): install nerdctl on PATH, or say where it is with --nerdctl"
-            )
+            advice = "install nerdctl on PATH, or say where it is with --nerdctl"
+            if self.command[0] == "buildctl":
+                advice = "install BuildKit's buildctl on PATH, and start a buildkitd"
+            return Unavailable(f"{self.command[0]} cannot be run ({error.strerror}): {advice}")
         return Unavailable(f"cannot start {self.command[0]}: {error.strerror}")
 
     def argv(self, arguments: Iterable[str]) -> List[str]:
@@ -946,11 +947,18 @@ class Workspace:
         self.lock = threading.Lock()
 
     def folder(self) -> str:
-        """The folder of this process."""
+        """The folder of this process, made anew where somebody (systemd-tmpfiles) has removed it."""
         with self.lock:
-            if not self.path:
+            if not self._ours():
                 self.path = tempfile.mkdtemp(prefix=f"{self.PREFIX}{os.getpid()}-")
             return self.path
+
+    def _ours(self) -> bool:
+        # Its name is known by now: whoever may write beside it could have made another.
+        with contextlib.suppress(OSError):
+            found = os.lstat(self.path)
+            return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+        return False
 
     @contextlib.contextmanager
     def temporary(self, kind: str) -> Iterator[str]:
@@ -1674,6 +1682,8 @@ class Journal:
     """Docker's events: the last of them, and everyone who listens. dockerd keeps 256."""
 
     KEPT = 256
+    # A listener that is further behind is let go: its client does not read.
+    BEHIND = 8192
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -1689,12 +1699,17 @@ class Journal:
         }
         with self.lock:
             self.history.append(event)
-            for each in self.queues:
-                each.put(event)
+            for each in list(self.queues):
+                if each.qsize() >= self.BEHIND:
+                    self.queues.remove(each)
+                    each.put(ApiError(f"the client is {self.BEHIND} events behind"))
+                else:
+                    each.put(event)
 
     @contextlib.contextmanager
     def subscribe(self) -> Iterator[Tuple[List[dict], queue.Queue]]:
-        """What is kept, oldest first, and a queue of everything after it. None in the queue means the end."""
+        """What is kept, oldest first, and a queue of everything after it. None in the queue means the end, an ApiError that
+        it has an end here because nobody read it."""
         mine: queue.Queue = queue.Queue()
         with self.lock:
             self.queues.append(mine)
@@ -1702,7 +1717,7 @@ class Journal:
         try:
             yield kept, mine
         finally:
-            with self.lock:
+            with self.lock, contextlib.suppress(ValueError):
                 self.queues.remove(mine)
 
     def close(self) -> None:
@@ -2426,9 +2441,8 @@ class Snapshot:
         self.details: Dict[str, Dict[str, Any]] = {}
         # Images whose content is not here, and when that was seen.
         self.hollow: Dict[str, float] = {}
-        self.version = Cached(self._read_version, self._recent)
-        self.info = Cached(self._read_info, self._recent)
-        self.aged = 0.0
+        self.version = Cached(self._read_version, lambda: self._recent(self.version))
+        self.info = Cached(self._read_info, lambda: self._recent(self.info))
         self.networks = Cached(self._read_networks, lambda: True, self._network_stamp)
         self.volumes = Cached(self._read_volumes, lambda: True, self._volume_stamp)
 
@@ -2471,16 +2485,14 @@ class Snapshot:
         return {each["Name"]: each for each in map(parse_volume, parse_rows(output.stdout))}
 
     # What sends no event is believed for a short time.
-    def _recent(self) -> bool:
-        return time.monotonic() - self.aged < self.AGE
+    def _recent(self, kept: Cached) -> bool:
+        return time.monotonic() - kept.began < self.AGE
 
     def _read_version(self) -> Dict[str, Any]:
-        self.aged = time.monotonic()
         rows = self.nerdctl.rows("version", "--format", "{{json .}}", timeout=10)
         return rows[0] if rows else {}
 
     def _read_info(self) -> Dict[str, Any]:
-        self.aged = time.monotonic()
         rows = self.nerdctl.rows("info", "--format", "{{json .}}", timeout=20)
         return rows[0] if rows else {}
 
@@ -2821,15 +2833,22 @@ class Engine:
     def changing_images(self) -> Iterator[ImageChange]:
         """Context of our own change to images, which is told what it made of their names: what containerd says meanwhile is
         told by the handler in Docker's words."""
-        self.quiet["images"] += 1
+        self._count(self.quiet, "images", 1)
         try:
             with self.snapshot.names.changing() as change:
                 yield change
         finally:
             # The events of the change itself come a little later.
-            timer = threading.Timer(0.3, lambda: self.quiet.subtract(["images"]))
+            timer = threading.Timer(0.3, self._count, (self.quiet, "images", -1))
             timer.daemon = True
             timer.start()
+
+    def _count(self, counter: collections.Counter, key: str, more: int) -> None:
+        """Change a count that several threads change; what is 0 is not in it."""
+        with self.lock:
+            counter[key] += more
+            if not counter[key]:
+                del counter[key]
 
     @contextlib.contextmanager
     def changing(self, container: Container) -> Iterator[None]:
@@ -2874,13 +2893,11 @@ class Engine:
     @contextlib.contextmanager
     def restarting(self, container: Container) -> Iterator[None]:
         """Context of a restart, in which the end of a container is not the end of it."""
-        self.restarts[container.id] += 1
+        self._count(self.restarts, container.id, 1)
         try:
             yield
         finally:
-            self.restarts[container.id] -= 1
-            if not self.restarts[container.id]:
-                del self.restarts[container.id]
+            self._count(self.restarts, container.id, -1)
 
     def hold_if_needed(self, container: Container) -> None:
         """A container is about to start: somebody has to look after it."""
@@ -3227,7 +3244,8 @@ EVENT_FILTERS = ("config", "container", "daemon", "event", "action", "image", "l
 
 @route("GET", "/events")
 def system_events(engine: Engine, request: Request) -> Response:
-    """A stream of events: the kept ones since `since`, then new ones until `until` or until the client leaves."""
+    """A stream of events: the kept ones since `since`, then new ones until `until` or until the client leaves. It breaks off
+    when the client does not read it."""
     filters = request.filters(*EVENT_FILTERS)
     since, until = request.timestamp("since"), request.timestamp("until")
     if since is not None and until is not None and until < since:
@@ -3258,6 +3276,8 @@ def system_events(engine: Engine, request: Request) -> Response:
                     return
                 if event is None:
                     return
+                if isinstance(event, ApiError):
+                    raise event
                 if match_event(event, filters):
                     yield lead + json_bytes(docker_event(event, request.version)) + b"\n"
 
@@ -3703,7 +3723,8 @@ class TlsConnection(http.client.HTTPConnection):
         import ssl
 
         super().connect()
-        self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+        # Behind a proxy `host` is the proxy.
+        self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self._tunnel_host or self.host)
 
 
 class Registry:
@@ -3714,6 +3735,8 @@ class Registry:
         "application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json",
         "application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"))
     LIMIT = 8 << 20
+    REDIRECTS = 5
+    PAGES = 200
 
     def __init__(self, reference: Reference, credentials: Dict[str, str]):
         host, _, self.path = reference.repository.partition("/")
@@ -3736,6 +3759,18 @@ class Registry:
             raise ApiError(f"{self.host} answered {status}")
         return headers, body
 
+    def tags(self) -> List[str]:
+        """All tags of the repository, which may come in pages."""
+        found, path = [], "tags/list"
+        for _ in range(self.PAGES):
+            headers, body = self.ask(path)
+            found += [each for each in typed(parse_json(body), dict, "tags").get("tags") or [] if isinstance(each, str)]
+            query = next_query(headers.get("link") or "")
+            if not query:
+                return found
+            path = f"tags/list?{query}"
+        raise ApiError(f"{self.host}/{self.path} has more than {self.PAGES} pages of tags")
+
     def _basic(self) -> str:
         pair = f"{self.credentials.get('username', '')}:{self.credentials.get('password', '')}"
         return "Basic " + base64.b64encode(pair.encode()).decode() if self.credentials.get("username") else ""
@@ -3756,22 +3791,46 @@ class Registry:
         return f"Bearer {told.get('token') or told.get('access_token') or ''}" if isinstance(told, dict) else ""
 
     def _send(self, host: str, path: str, authorization: str, plain: Optional[bool] = None) -> Tuple[int, Dict[str, str], bytes]:
-        name = host.rpartition(":")[0] or host
+        """GET, along a few redirects: blobs are often elsewhere. Nobody but `host` sees the authorization, or may ask for one."""
         if plain is None:
-            plain = name in ("localhost", "127.0.0.1", "[::1]")
-        connection = (http.client.HTTPConnection if plain else TlsConnection)(host, timeout=30)
+            plain = (host.rpartition(":")[0] or host) in ("localhost", "127.0.0.1", "[::1]")
+        url, first = f"http{'' if plain else 's'}://{host}{path}", True
+        for _ in range(1 + self.REDIRECTS):
+            status, headers, body = self._get(url, authorization if first else "")
+            if not first:
+                headers.pop("www-authenticate", None)
+            if status not in (301, 302, 303, 307, 308) or not headers.get("location"):
+                return status, headers, body
+            try:
+                url = urllib.parse.urljoin(url, headers["location"])
+                first = first and urllib.parse.urlsplit(url)[:2] == ("http" if plain else "https", host)
+            except ValueError:
+                raise ApiError(f"{host} redirects to what is no URL") from None
+        raise ApiError(f"{host} redirects more than {self.REDIRECTS} times")
+
+    def _get(self, url: str, authorization: str) -> Tuple[int, Dict[str, str], bytes]:
+        scheme, host, path, query, _ = urllib.parse.urlsplit(url)
+        if scheme not in ("http", "https") or not host:
+            raise ApiError(f"cannot ask {host or 'a registry'}: {scheme!r} is not http")
+        headers = {"Accept": self.TYPES, "User-Agent": f"nerdctld/{VERSION}", **({"Authorization": authorization} if authorization else {})}
+        kind = TlsConnection if scheme == "https" else http.client.HTTPConnection
         try:
-            headers = {"Accept": self.TYPES, "User-Agent": f"nerdctld/{VERSION}"}
-            if authorization:
-                headers["Authorization"] = authorization
-            connection.request("GET", path, headers=headers)
-            response = connection.getresponse()
-            body = response.read(self.LIMIT)
-            return response.status, {key.lower(): value for key, value in response.getheaders()}, body
-        except (OSError, http.client.HTTPException) as error:
+            with contextlib.closing(kind(host, timeout=30)) as connection:
+                connection.request("GET", (path or "/") + (f"?{query}" if query else ""), headers=headers)
+                response = connection.getresponse()
+                body = response.read(self.LIMIT)
+                return response.status, {key.lower(): value for key, value in response.getheaders()}, body
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # The ValueError is of a URL that is not ASCII.
             raise ApiError(f"cannot ask {host}: {error}") from None
-        finally:
-            connection.close()
+
+
+def next_query(link: str) -> str:
+    """The query of the next page in a Link header, "" where there is none. The rest of the link is that of this page."""
+    for target, attributes in re.findall(r"<([^>]*)>([^,<]*)", link):
+        if re.search(r';\s*rel="?next\b', attributes, re.I):
+            return target.partition("#")[0].partition("?")[2]
+    return ""
 
 
 def registry_of(request: Request, reference: Reference) -> Registry:
@@ -3817,9 +3876,8 @@ def image_create(engine: Engine, request: Request) -> Response:
     def chunks() -> Iterator[bytes]:
         references = [reference]
         if not reference.tag and not reference.digest:
-            _, body = registry_of(request, reference).ask("tags/list")
-            tags = typed(parse_json(body), dict, "tags").get("tags") or []
-            references = [reference._replace(tag=each) for each in sorted(filter(lambda each: isinstance(each, str), tags)) if TAG.fullmatch(each)]
+            tags = registry_of(request, reference).tags()
+            references = [reference._replace(tag=each) for each in sorted(tags) if TAG.fullmatch(each)]
         begun = False
         with credentials_for(engine, request, reference.repository.partition("/")[0]) as environment:
             for each in references:
@@ -3933,10 +3991,10 @@ def image_load(engine: Engine, request: Request) -> Response:
                 yield message_line({"stream": f"Loaded image: {familiar(each)}\n"})
             engine.journal.emit("image", "load", group.id if group else each, {"name": familiar(each)})
 
-    return Response(200, Stream(as_error_detail(chunks(), BadParameter), primed=True), "application/json")
+    return Response(200, Stream(as_error_detail(chunks()), primed=True), "application/json")
 
 
-def as_error_detail(chunks: Iterator[bytes], *_: type) -> Iterator[bytes]:
+def as_error_detail(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """A progress stream whose error, once it has begun, is its last message."""
     begun = False
     try:
@@ -4279,19 +4337,26 @@ def image_commit(engine: Engine, request: Request) -> Response:
     return Response(201, {"Id": group.id})
 
 
+def dockerfile_word(text: str) -> str:
+    """A word of a Dockerfile in which BuildKit finds this text again: no JSON, and no variables."""
+    return '"' + re.sub(r'[\\"$]', r"\\\g<0>", text) + '"'
+
+
 def config_changes(config: Dict[str, Any]) -> List[str]:
     """The Dockerfile instructions for the fields of a container config in the body of a commit."""
     lines = []
     for key, word in (("Cmd", "CMD"), ("Entrypoint", "ENTRYPOINT")):
         if config.get(key):
-            lines.append(f"{word} {json.dumps(string_list(config[key], key))}")
-    lines += [f"ENV {each.partition('=')[0]}={json.dumps(each.partition('=')[2])}" for each in string_list(config.get("Env"), "Env")]
-    lines += [f"LABEL {json.dumps(key)}={json.dumps(value)}" for key, value in string_map(config.get("Labels"), "Labels").items()]
-    lines += [f"EXPOSE {each}" for each in typed(config.get("ExposedPorts"), dict, "ExposedPorts")]
-    lines += [f"VOLUME {json.dumps([each])}" for each in typed(config.get("Volumes"), dict, "Volumes")]
+            lines.append(f"{word} {json.dumps(string_list(config[key], key), ensure_ascii=False)}")
+    pairs = [("ENV", *each.partition("=")[::2]) for each in string_list(config.get("Env"), "Env")]
+    pairs += [("LABEL", *each) for each in string_map(config.get("Labels"), "Labels").items()]
+    lines += [f"{word} {dockerfile_word(key)}={dockerfile_word(value)}" for word, key, value in pairs]
+    lines += [f"EXPOSE {dockerfile_word(each)}" for each in typed(config.get("ExposedPorts"), dict, "ExposedPorts")]
+    # Variables are looked for in what the JSON says.
+    lines += [f"VOLUME {json.dumps([dockerfile_word(each)], ensure_ascii=False)}" for each in typed(config.get("Volumes"), dict, "Volumes")]
     for key, word in (("User", "USER"), ("WorkingDir", "WORKDIR"), ("StopSignal", "STOPSIGNAL")):
         if config.get(key):
-            lines.append(f"{word} {typed(config[key], str, key)}")
+            lines.append(f"{word} {dockerfile_word(typed(config[key], str, key))}")
     if any("\n" in line or "\r" in line for line in lines):
         raise BadParameter("invalid config: it has a line break")
     return lines
@@ -4492,10 +4557,8 @@ def build_context(request: Request, folder: str) -> None:
         raise NotImplementedHere("nerdctl cannot build from a git repository: clone it, or use docker buildx")
     if not re.fullmatch(r"https?://\S+", remote):
         raise BadParameter(f"unable to prepare context: {remote!r} is not a URL")
-    import urllib.request
-
     try:
-        with urllib.request.urlopen(remote, timeout=60) as answer:
+        with open_url(remote) as answer:
             source = io.BufferedReader(answer, 1 << 20) if not isinstance(answer, io.BufferedIOBase) else answer
             if (answer.headers.get("Content-Type") or "").startswith("text/plain"):
                 data = source.read(REMOTE_LIMIT + 1)
@@ -4505,8 +4568,25 @@ def build_context(request: Request, folder: str) -> None:
                     file.write(data)
             else:
                 unpack_context(source, folder)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # The ValueError is urllib's for a URL that no request can be made of.
         raise BadParameter(f"unable to prepare context: cannot download {remote}: {error}") from None
+
+
+def open_url(url: str) -> Any:
+    """The answer to a GET, along redirects and through the proxies of the environment; urllib's errors. https has a handler
+    here: urllib has none, since http.client was loaded without OpenSSL."""
+    import urllib.request
+
+    class TlsHandler(urllib.request.AbstractHTTPHandler):
+        # Before that of a Python that has one.
+        handler_order = 400
+        https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+        def https_open(self, request: Any) -> Any:
+            return self.do_open(TlsConnection, request)
+
+    return urllib.request.build_opener(TlsHandler).open(url, timeout=60)
 
 
 def dockerfile_args(request: Request, folder: str) -> List[str]:
@@ -4586,8 +4666,11 @@ def docker_cache(record: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def build_cache(engine: Engine) -> List[Dict[str, Any]]:
-    """The records of BuildKit's cache; none where no buildkitd answers."""
-    output = engine.nerdctl.buildctl("du", "--format", "{{json .}}")
+    """The records of BuildKit's cache; none where there is no buildctl or no buildkitd answers."""
+    try:
+        output = engine.nerdctl.buildctl("du", "--format", "{{json .}}")
+    except Unavailable:
+        return []
     if output.status:
         return []
     found = []
@@ -4602,7 +4685,7 @@ PRUNE_FILTERS = ("description", "id", "inuse", "label", "parent", "private", "sh
 
 @route("POST", "/build/prune")
 def build_prune(engine: Engine, request: Request) -> Response:
-    """Remove build cache, by BuildKit's own filters and `until`; 503 where no buildkitd answers."""
+    """Remove build cache, by BuildKit's own filters and `until`; 503 where there is no buildctl or no buildkitd answers."""
     filters = request.filters(*PRUNE_FILTERS)
     arguments = ["prune", "--format", "{{json .}}", *(["--all"] if request.flag("all") else [])]
     for key, values in filters.items():
@@ -4922,7 +5005,7 @@ def match_port(ports: List[Dict[str, Any]], key: str, wanted: List[str]) -> bool
     return False
 
 
-def match_container(engine: Engine, container: Container, filters: Dict[str, List[str]], images: Dict[str, str]) -> bool:
+def match_container(engine: Engine, container: Container, filters: Dict[str, List[str]]) -> bool:
     """Whether a container passes the filters of the list, but for before and since."""
     told = parse_status(container.status)
     networks = network_names(container)
@@ -4965,7 +5048,7 @@ def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: b
             table = [each for each in table if (each.created > moment if later else each.created < moment)]
     if limit > 0 or filters.get("status") or filters.get("exited") or filters.get("before") or filters.get("since"):
         everything = True
-    found = [each for each in table if (everything or each.running or each.state == "restarting") and match_container(engine, each, filters, {})]
+    found = [each for each in table if (everything or each.running or each.state == "restarting") and match_container(engine, each, filters)]
     return found[:limit] if limit > 0 else found
 
 
@@ -7774,32 +7857,66 @@ def archive_get(engine: Engine, request: Request, name: str) -> Response:
     return Response(200, Stream(chunks(), primed=True), "application/x-tar", found.header())
 
 
+def decompressor(head: bytes) -> Optional[Callable[[], Any]]:
+    """What makes decompressors for a body that begins so; None for one that is not packed."""
+    if head.startswith(b"\x1f\x8b"):
+        return lambda: zlib.decompressobj(31)
+    if head.startswith(b"BZh"):
+        import bz2
+
+        return bz2.BZ2Decompressor
+    if head.startswith(b"\xfd7zXZ"):
+        import lzma
+
+        return lzma.LZMADecompressor
+    return None
+
+
+def unpacked(blocks: Iterable[Any], begin: Callable[[], Any]) -> Iterator[bytes]:
+    """The content of compressed blocks, of one stream or of several in a row, which also zeros may stand between; 400 for
+    one that breaks off."""
+    unpack = begin()
+    for block in blocks:
+        data = bytes(block)
+        while data:
+            if unpack.eof:
+                data = data.lstrip(b"\0")
+                if not data:
+                    break
+                unpack = begin()
+            plain = unpack.decompress(data)
+            if plain:
+                yield plain
+            data = unpack.unused_data
+    if not unpack.eof:
+        raise BadParameter("invalid archive: its compressed data breaks off")
+
+
 def plain_blocks(body: Any) -> Iterator[Any]:
     """The blocks of a tar body, unpacked where it came as gzip, bzip2 or xz; 400 for a broken one."""
-    unpack = None
-    for number, block in enumerate(body.blocks()):
-        if number == 0:
-            head = bytes(block[:6])
-            if head.startswith(b"\x1f\x8b"):
-                unpack = zlib.decompressobj(31)
-            elif head.startswith((b"BZh", b"\xfd7zXZ")):
-                import bz2
-                import lzma
-
-                unpack = bz2.BZ2Decompressor() if head.startswith(b"BZh") else lzma.LZMADecompressor()
-        try:
-            yield unpack.decompress(block) if unpack else block
-        except (zlib.error, OSError, ValueError, EOFError) as error:
-            raise BadParameter(f"invalid archive: {error}") from None
-        except Exception as error:
-            if type(error).__name__ != "LZMAError":
-                raise
-            raise BadParameter(f"invalid archive: {error}") from None
+    blocks, first = body.blocks(), b""
+    for block in blocks:
+        first += bytes(block)
+        if len(first) >= 6:
+            break
+    begin = decompressor(first)
+    if not begin:
+        yield from itertools.chain([first] if first else [], blocks)
+        return
+    try:
+        yield from unpacked(itertools.chain([first], blocks), begin)
+    except (zlib.error, OSError, ValueError, EOFError) as error:
+        raise BadParameter(f"invalid archive: {error}") from None
+    except Exception as error:
+        if type(error).__name__ != "LZMAError":
+            raise
+        raise BadParameter(f"invalid archive: {error}") from None
 
 
 @route("PUT", "/containers/{id}/archive")
 def archive_put(engine: Engine, request: Request, name: str) -> Response:
-    """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none."""
+    """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none, and for an
+    archive that is broken or breaks off: what came before that is unpacked."""
     container = engine.snapshot.find(name)
     path = check_path(request.value("path"))
     try:
@@ -8126,7 +8243,11 @@ def network_inspect(engine: Engine, request: Request, name: str) -> Response:
     members = {}
     for container in engine.snapshot.containers.get().values():
         if container.running and network["Name"] in network_names(container):
-            detail = engine.snapshot.detail(container)
+            try:
+                detail = engine.snapshot.detail(container)
+            except NotFound:
+                # It has gone since it was listed.
+                continue
             told = docker_networks(container, engine.snapshot.networks.get(), parse_addresses(detail.get("Task"))).get(network["Name"]) or {}
             members[container.id] = {
                 "Name": container.name, "EndpointID": told.get("EndpointID") or "", "MacAddress": told.get("MacAddress") or "",
@@ -9907,7 +10028,11 @@ def nerdctl_command() -> List[str]:
     # Each call is a new Python, and compiling this file would be half of its time: it is done once, into memory.
     compiled = os.memfd_create("nerdctld.pyc")
     with open(__file__, "rb") as file:
-        os.write(compiled, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(compile(file.read(), __file__, "exec")))
+        code = file.read()
+    # Unless the daemon itself runs from what was compiled.
+    if not code.startswith(importlib.util.MAGIC_NUMBER):
+        code = importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(compile(code, __file__, "exec"))
+    os.write(compiled, code)
     return [sys.executable, "-IS", f"/proc/{os.getpid()}/fd/{compiled}", "nerdctl"]
 
 

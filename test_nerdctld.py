@@ -1295,6 +1295,22 @@ class TestNerdctlProcess:
             assert stat.S_IMODE(os.stat(folder + "/config.json").st_mode) == 0o600
         assert not os.path.exists(folder)
 
+    def test_a_workspace_that_was_removed_is_made_anew(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(nerdctld.tempfile, "tempdir", str(tmp_path))
+        workspace = nerdctld.Workspace()
+        first = workspace.folder()
+        assert workspace.folder() == first
+        os.rmdir(first)
+        with workspace.docker_config({}) as environment:
+            second = workspace.folder()
+            assert second != first and environment["DOCKER_CONFIG"].startswith(second)
+        # Another one of its name is none of ours.
+        os.rmdir(second)
+        os.symlink("/tmp", second)
+        assert workspace.folder() not in (first, second)
+        workspace.remove()
+        assert os.listdir(tmp_path) == [os.path.basename(second)]
+
     def test_sweep_removes_what_a_killed_daemon_left(self, tmp_path, monkeypatch):
         monkeypatch.setattr(nerdctld.tempfile, "tempdir", str(tmp_path))
         (tmp_path / "nerdctld-999999999-abc").mkdir()
@@ -1472,6 +1488,43 @@ class TestEvents:
         with journal.subscribe() as (kept, _):
             assert [each["Actor"]["ID"] for each in kept] == [str(number) for number in range(44, 300)]
         assert journal.queues == []
+
+    def test_a_listener_that_does_not_read_is_let_go(self):
+        journal = nerdctld.Journal()
+        assert journal.BEHIND >= 4096
+        journal.BEHIND = 5
+        with journal.subscribe() as (_, slow), journal.subscribe() as (_, quick):
+            for number in range(9):
+                journal.emit("image", "tag", str(number), {})
+                assert quick.get()["Actor"]["ID"] == str(number)
+            assert journal.queues == [quick]
+            assert [slow.get()["Actor"]["ID"] for _ in range(5)] == list("01234")
+            assert isinstance(slow.get(), nerdctld.ApiError) and slow.empty()
+        assert journal.queues == []
+
+    def test_counts_of_several_threads(self, engine):
+        class Slow(collections.Counter):
+            def __setitem__(self, key, value):
+                time.sleep(0.01)
+                super().__setitem__(key, value)
+
+        engine.quiet, engine.restarts = Slow(), Slow()
+        together, seen = threading.Barrier(8), []
+
+        def change():
+            together.wait(10)
+            with engine.restarting(nerdctld.Container({"ID": ID, "Image": BASE}, {})), engine.changing_images():
+                together.wait(10)
+                seen.append((engine.restarts[ID], engine.quiet["images"]))
+                together.wait(10)
+
+        threads = [threading.Thread(target=change) for _ in range(8)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(20)
+        assert seen == [(8, 8)] * 8
+        assert until(lambda: not engine.quiet) is True and not engine.restarts and not engine.lock.locked()
 
     def test_feed_stops_when_nobody_needs_it(self, engine, scripted):
         engine.feed.LINGER = 0.0
@@ -1847,6 +1900,26 @@ class TestSnapshot:
         with pytest.raises(nerdctld.BadParameter, match="invalid reference format"):
             nerdctld.parse_reference(text)
 
+    @pytest.mark.parametrize("command", ["version", "info"])
+    def test_what_could_not_be_read_again_is_not_believed(self, furnished, scripted, command):
+        assert ask(furnished, "GET", "/info").status == 200
+        scripted.on(command, stderr=FAILURES[0][1], status=1)
+        kept = getattr(furnished.snapshot, command)
+        assert kept.get()
+        kept.began -= furnished.snapshot.AGE
+        for _ in range(2):
+            with pytest.raises(nerdctld.Unavailable):
+                kept.get()
+        # A read of the one says nothing of the other.
+        other = furnished.snapshot.info if command == "version" else furnished.snapshot.version
+        other.began -= furnished.snapshot.AGE
+        other.get()
+        with pytest.raises(nerdctld.Unavailable):
+            kept.get()
+        furnish(scripted)
+        calls = len(scripted.calls(command))
+        assert kept.get() and kept.get() and len(scripted.calls(command)) == calls + 1
+
     def test_containers_of_1_7(self, engine, scripted):
         rows = json.loads(V17_LABELS.stdout)
         listing = ["ps", "-a", "--no-trunc", "--format"]
@@ -1980,6 +2053,29 @@ class TestSystem:
         assert new["BuildCacheUsage"]["TotalCount"] == 2 and new["ContainerUsage"]["ActiveCount"] == 2
         images = {each["Id"]: each["Containers"] for each in old["Images"]}
         assert images[BB] == 4
+
+    def test_events_that_nobody_reads(self, furnished):
+        furnished.feed.SETTLE, furnished.journal.BEHIND = 0.0, 3
+        chunks = nerdctld.dispatch(furnished, nerdctld.Request("GET", "/events")).body.chunks
+        assert next(chunks) == b""
+        for number in range(5):
+            furnished.journal.emit("image", "tag", str(number), {})
+        assert [json.loads(next(chunks))["Actor"]["ID"] for _ in range(3)] == list("012")
+        with pytest.raises(nerdctld.ApiError, match="3 events behind"):
+            next(chunks)
+
+    @pytest.mark.parametrize("script", ["", 'echo "error: failed to dial: no such file or directory" >&2; exit 1'], ids=["no buildctl", "no buildkitd"])
+    def test_df_without_buildkit(self, furnished, monkeypatch, tmp_path, script):
+        # The scripted nerdctl needs no more than a shell.
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "sh").symlink_to("/bin/sh")
+        if script:
+            (tmp_path / "bin" / "buildctl").write_text(f"#!/bin/sh\n{script}\n")
+            (tmp_path / "bin" / "buildctl").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+        answer = ask(furnished, "GET", "/v1.51/system/df")
+        assert answer.status == 200 and answer.json["BuildCache"] == [] and len(answer.json["Images"]) == 2
+        assert ask(furnished, "GET", "/v1.51/system/df?type=build-cache").json == {"BuildCache": []}
 
     def test_df_of_a_type(self, furnished, scripted):
         assert list(ask(furnished, "GET", "/v1.51/system/df?type=volume").json) == ["Volumes"]
@@ -2320,6 +2416,17 @@ class TestImages:
         assert answer.status == 201 and "--pause=false" in scripted.argv("commit")
         assert len(scripted.calls("build")) == 1 and len(scripted.calls("rmi")) == 1
 
+    @pytest.mark.parametrize("config, lines", [
+        # BuildKit makes the same values of each of these lines.
+        ({"Env": ["A=$HOME", "B=é", 'C=a"b\\', "D=tab\there", "E=", "F", "G H=${X:-y}=z"]},
+         [r'ENV "A"="\$HOME"', 'ENV "B"="é"', r'ENV "C"="a\"b\\"', 'ENV "D"="tab\there"', 'ENV "E"=""', 'ENV "F"=""', r'ENV "G H"="\${X:-y}=z"']),
+        ({"Labels": {"é.$x": "'$y'`"}}, ["LABEL " + r'"é.\$x"="' + r"'\$y'`" + '"']), ({"Cmd": ["é", "$HOME", 'a"\\']}, [r'CMD ["é", "$HOME", "a\"\\"]']),
+        ({"Entrypoint": ["x"], "User": "1000:$x", "WorkingDir": "/a b\\", "StopSignal": "SIGTERM", "ExposedPorts": {"80/tcp": {}}},
+         ['ENTRYPOINT ["x"]', 'EXPOSE "80/tcp"', r'USER "1000:\$x"', r'WORKDIR "/a b\\"', 'STOPSIGNAL "SIGTERM"']),
+        ({"Volumes": {'/$x "é': {}}}, [r'VOLUME ["\"/\\$x \\\"é\""]']), ({}, [])])
+    def test_config_as_instructions(self, config, lines):
+        assert nerdctld.config_changes(config) == lines
+
     @pytest.mark.parametrize("query, body, status", [
         ("container=nosuch", {}, 404), ("container=tstnew", {}, 501), ("container=tstweb&changes=RUN%20x", {}, 400), ("container=tstweb&repo=A", {}, 400),
         ("container=tstweb", {"Env": "x\ny"}, 400), ("container=tstweb", {"User": "a\nRUN x"}, 400), ("container=tstweb", {"Labels": []}, 400), ("", {}, 400)])
@@ -2333,7 +2440,8 @@ class TestImages:
 
 
 class FakeRegistry(http.server.BaseHTTPRequestHandler):
-    """A registry with one image, behind a token."""
+    """A registry with one image, behind a token unless it is `open`. The server's `told` (path -> status, headers, body) comes
+    first; what was asked, with which Authorization, is noted in `asked`."""
 
     protocol_version = "HTTP/1.1"
     CONFIG = json.dumps({"architecture": "arm64", "os": "linux", "variant": "v8", "rootfs": {}}).encode()
@@ -2341,14 +2449,17 @@ class FakeRegistry(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.partition("?")[0]
+        self.server.asked.append((self.path, self.headers.get("Authorization")))
         bodies = {"/v2/a/b/manifests/1": self.MANIFEST, "/v2/a/b/blobs/sha256:c": self.CONFIG, "/v2/a/b/tags/list": b'{"tags":["2","1","-x",3]}',
                   "/token": b'{"token":"good"}'}
         body, status, headers = bodies.get(path, b"{}"), 200 if path in bodies else 404, {}
         if path == "/token":
             if self.headers.get("Authorization") != "Basic " + base64.b64encode(b"u:p").decode():
                 status = 401
-        elif self.headers.get("Authorization") != "Bearer good":
+        elif not self.server.open and self.headers.get("Authorization") != "Bearer good":
             status, headers = 401, {"WWW-Authenticate": f'Bearer realm="{self.server.scheme}://{self.headers["Host"]}/token",service="s",scope="x"'}
+        elif self.path in self.server.told:
+            status, headers, body = self.server.told[self.path]
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
@@ -2359,11 +2470,23 @@ class FakeRegistry(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def certificate(folder, *names):
+    """A server's TLS context with a new certificate for these names, which is `crt` in the folder."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make a certificate with")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(folder / "key"), "-out", str(folder / "crt"), "-days", "2",
+                    "-subj", "/CN=localhost", "-addext", "subjectAltName=" + ",".join(names)], check=True, capture_output=True, timeout=60)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "crt", folder / "key")
+    return context
+
+
 @contextlib.contextmanager
-def local_registry(context=None):
+def local_registry(context=None, told=None, asked=None, open=False):
     """host:port of a fake registry, with TLS where there is a context for it."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeRegistry)
     server.daemon_threads, server.scheme = True, "https" if context else "http"
+    server.told, server.asked, server.open = told or {}, [] if asked is None else asked, open
     if context:
         server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -2396,13 +2519,7 @@ class TestRegistry:
         assert ask(engine, "GET", "/distribution/-x/json").status == 400
 
     def test_tls(self, engine, tmp_path, monkeypatch):
-        if not shutil.which("openssl"):
-            pytest.skip("no openssl to make a certificate with")
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "crt"), "-days", "2",
-                        "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:registry.test"], check=True, capture_output=True, timeout=60)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(tmp_path / "crt", tmp_path / "key")
-        with local_registry(context) as address:
+        with local_registry(certificate(tmp_path, "DNS:registry.test")) as address:
             port = address.rpartition(":")[2]
             connect = socket.create_connection
             monkeypatch.setattr(socket, "create_connection", lambda where, *more: connect(("127.0.0.1", where[1]), *more))
@@ -2411,6 +2528,56 @@ class TestRegistry:
             assert answer.status == 500 and "certificate verify failed" in answer.message
             monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "crt"))
             assert ask(engine, "GET", path, headers=self.HEADERS).status == 200
+
+    def test_redirects(self, engine):
+        far, blob, manifest = [], "/v2/a/b/blobs/sha256:c", "/v2/a/b/manifests/1"
+        with local_registry(told={"/x?y=1": (200, {}, FakeRegistry.CONFIG), manifest: (200, {}, FakeRegistry.MANIFEST)}, asked=far, open=True) as cdn:
+            for status, location in ((307, f"http://{cdn}/x?y=1"), (302, "/v2/elsewhere"), (308, f"//{cdn}/x?y=1")):
+                near = []
+                told = {blob: (status, {"Location": location}, b"{}"), "/v2/elsewhere": (301, {"Location": f"http://{cdn}/x?y=1"}, b""),
+                        manifest: (status, {"Location": f"http://{cdn}{manifest}"}, b"{}")}
+                with local_registry(told=told, asked=near) as registry:
+                    answer = ask(engine, "GET", f"/distribution/{registry}/a/b:1/json", headers=self.HEADERS)
+                assert answer.status == 200 and answer.json["Platforms"][0]["architecture"] == "arm64"
+                assert answer.json["Descriptor"]["digest"] == "sha256:" + hashlib.sha256(FakeRegistry.MANIFEST).hexdigest()
+                assert [each for each in near if each[0].startswith("/v2/elsewhere")] == ([("/v2/elsewhere", "Bearer good")] if status == 302 else [])
+        assert {each[1] for each in far} == {None} and len(far) == 6
+
+    @pytest.mark.parametrize("status, location, message", [
+        (302, "/v2/a/b/manifests/1", "redirects more than 5 times"), (302, "file:///etc/passwd", "'file' is not http"), (302, "http://[x", "no URL"),
+        (302, "http://127.0.0.1:x/", "cannot ask"), (302, "/\xe9", "cannot ask"), (302, "", "answered 302")])
+    def test_redirects_to_nowhere(self, engine, status, location, message):
+        asked = []
+        with local_registry(told={"/v2/a/b/manifests/1": (status, {"Location": location}, b"")}, asked=asked) as registry:
+            answer = ask(engine, "GET", f"/distribution/{registry}/a/b:1/json", headers=self.HEADERS)
+        assert answer.status == 500 and message in answer.message and len(asked) <= 8
+
+    def test_another_host_gets_no_credentials(self, engine):
+        far = []
+        with local_registry(asked=far) as cdn, local_registry(told={"/v2/a/b/manifests/1": (307, {"Location": f"http://{cdn}/x"}, b"")}) as registry:
+            assert ask(engine, "GET", f"/distribution/{registry}/a/b:1/json", headers=self.HEADERS).status == 401
+        assert {each for each in far} == {("/x", None)}
+
+    def test_tags_come_in_pages(self, engine):
+        path = "/v2/a/b/tags/list"
+        told = {path: (200, {"Link": f'</other>; rel="first", <{path}?last=2&n=2>; rel="next"'}, b'{"tags":["2","1"]}'),
+                path + "?last=2&n=2": (200, {"Link": f"<http://127.0.0.1:1{path}?last=4>;rel=next"}, b'{"tags":["3",4]}'), path + "?last=4": (200, {}, b'{"tags":["5"]}')}
+        with local_registry(told=told, open=True) as registry:
+            assert nerdctld.Registry(nerdctld.parse_reference(registry + "/a/b"), {}).tags() == ["2", "1", "3", "5"]
+
+    def test_tags_without_end(self, engine, monkeypatch):
+        path, asked = "/v2/a/b/tags/list", []
+        told = {each: (200, {"Link": f'<{path}?x>; rel="next"'}, b'{"tags":["1"]}') for each in (path, path + "?x")}
+        monkeypatch.setattr(nerdctld.Registry, "PAGES", 9)
+        with local_registry(told=told, asked=asked, open=True) as registry:
+            answer = ask(engine, "POST", f"/images/create?fromImage={registry}/a/b")
+            assert answer.status == 500 and "more than 9 pages" in answer.message and len(asked) == 9
+
+    @pytest.mark.parametrize("link, query", [
+        ('</v2/a/tags/list?n=1&last=x>; rel="next"', "n=1&last=x"), ("<?a=b,c>; rel=next", "a=b,c"), ('<x?1>; rel="prev"', ""), ('<x?1>; title="a"; rel="next"', "1"),
+        ('<x?1>; rel="prev", <x?2>; rel="NEXT"', "2"), ("", ""), ("garbage", ""), ('<x>; rel="next"', ""), ('<x?1>; rel="nextish"', "")])
+    def test_links(self, link, query):
+        assert nerdctld.next_query(link) == query
 
     def test_pull_of_all_tags(self, furnished, scripted, registry):
         scripted.on("pull", PULL)
@@ -2564,22 +2731,52 @@ class TestBuild:
         answer = ask(furnished, "POST", "/build?t=tst:a", CONTEXT, TAR)
         assert "buildkitd does not answer" in (answer.message if answer.status == 503 else answer.lines[-1]["error"])
 
-    def test_remote(self, furnished, scripted, tmp_path):
+    @contextlib.contextmanager
+    def files(self, folder, context=None, moved=""):
+        """The URL of a server of a context and a Dockerfile, which has moved elsewhere where `moved` says so."""
         class Files(http.server.SimpleHTTPRequestHandler):
+            def do_GET(self):
+                if not moved:
+                    return super().do_GET()
+                self.send_response(307)
+                self.send_header("Location", moved + self.path)
+                self.end_headers()
+
             def log_message(self, *_):
                 pass
-        (tmp_path / "web").mkdir()
-        (tmp_path / "web" / "context.tar").write_bytes(CONTEXT)
-        (tmp_path / "web" / "Dockerfile.txt").write_text("FROM x\n")
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *words: Files(*words, directory=str(tmp_path / "web")))
+        folder.mkdir(exist_ok=True)
+        (folder / "context.tar").write_bytes(CONTEXT)
+        (folder / "Dockerfile.txt").write_text("FROM x\n")
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *words: Files(*words, directory=str(folder)))
+        if context:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        base = f"http://127.0.0.1:{server.server_address[1]}"
-        assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/context.tar").status == 200
-        assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/Dockerfile.txt").status == 200
-        assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/nothing").status == 400
+        yield f"http{'s' if context else ''}://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
         server.server_close()
+
+    def test_remote(self, furnished, scripted, tmp_path):
+        with self.files(tmp_path / "web") as base:
+            assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/context.tar").status == 200
+            assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/Dockerfile.txt").status == 200
+            assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/nothing").status == 400
+            assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/%C3%A9").status == 400
         assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/context.tar").status == 400
+
+    def test_remote_by_tls(self, scripted, tmp_path):
+        # In a process of its own: this one has loaded http.client with OpenSSL.
+        furnish(scripted)
+        context = certificate(tmp_path, "IP:127.0.0.1")
+        with self.files(tmp_path / "web", context) as base, self.files(tmp_path / "web", moved=base) as moved:
+            for trusted, status in ((str(tmp_path / "crt"), 200), ("/nowhere", 400)):
+                daemon = Daemon(tmp_path, "--nerdctl", str(scripted.program), environment={"SSL_CERT_FILE": trusted, "SSL_CERT_DIR": "/nowhere"})
+                try:
+                    for url in (base + "/context.tar", base + "/Dockerfile.txt", moved + "/context.tar"):
+                        answer = daemon.ask("POST", "/build?t=tst:a&remote=" + url)
+                        assert answer.status == status, url
+                        assert status == 200 or "certificate verify failed" in answer.message
+                finally:
+                    daemon.end()
 
     def buildctl(self, furnished, monkeypatch, tmp_path, script):
         folder = tmp_path / "bin"
@@ -2603,6 +2800,9 @@ class TestBuild:
                       'while dialing: dial unix /nosuch: connect: no such file or directory"\' >&2; exit 1')
         answer = ask(furnished, "POST", "/build/prune")
         assert answer.status == 503 and "buildkitd" in answer.message
+        monkeypatch.setenv("PATH", str(tmp_path))
+        answer = ask(furnished, "POST", "/build/prune")
+        assert answer.status == 503 and answer.message.startswith("buildctl cannot be run") and "nerdctl" not in answer.message
 
 
 ###############################################################################
@@ -3770,9 +3970,36 @@ class TestArchive:
         call = scripted.calls("cp")[-1]
         assert call["argv"] == ["cp", "--", "-", ID + ":/etc"] and call["stdin"] == len(data) and call["text"].startswith("some-name\0")
 
-    def test_put_of_nothing(self, rooted, scripted):
+    @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+    @pytest.mark.parametrize("size", [1, 100, 1 << 18])
+    @pytest.mark.parametrize("between", [b"", bytes(512)], ids=["", "padded"])
+    def test_streams_in_a_row(self, pack, size, between):
+        data = tar_with("some-name", "other")
+        whole = b"".join(pack(each) + between for each in (data[:700], b"", data[700:1100], data[1100:]))
+        body = types.SimpleNamespace(blocks=lambda: (memoryview(whole[at:at + size]) for at in range(0, len(whole), size)))
+        assert b"".join(nerdctld.plain_blocks(body)) == data
+
+    @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+    def test_put_of_streams_in_a_row(self, rooted, scripted, pack):
         scripted.on("cp", reads=True)
-        assert ask(rooted, "PUT", "/containers/tstweb/archive?path=/etc", b"").status == 200
+        data = tar_with("some-name")
+        assert ask(rooted, "PUT", "/containers/tstweb/archive?path=/etc", pack(data[:700]) + pack(data[700:])).status == 200
+        assert scripted.calls("cp")[-1]["stdin"] == len(data)
+
+    @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+    def test_put_of_what_breaks_off(self, rooted, scripted, pack):
+        scripted.on("cp", reads=True)
+        rooted.journal.history.clear()
+        packed = pack(tar_with("some-name"))
+        for body in (packed[:-1], packed + packed[:-1], packed[:-9], packed + packed[:8], packed + b"x", packed[:5]):
+            answer = ask(rooted, "PUT", "/containers/tstweb/archive?path=/etc", body)
+            assert answer.status == 400 and answer.message.startswith("invalid archive: "), body
+        assert list(rooted.journal.history) == [] and not rooted.touched
+
+    @pytest.mark.parametrize("body", [b"", gzip.compress(b"")], ids=["plain", "packed"])
+    def test_put_of_nothing(self, rooted, scripted, body):
+        scripted.on("cp", reads=True)
+        assert ask(rooted, "PUT", "/containers/tstweb/archive?path=/etc", body).status == 200
         assert scripted.calls("cp")[-1]["stdin"] == 1024
 
     @pytest.mark.parametrize("body", [b"\x1f\x8b" + bytes(100), b"BZh9" + bytes(100), b"\xfd7zXZ" + bytes(100)])
@@ -4000,6 +4227,13 @@ class TestNetworks:
     def test_inspect(self, reading, name):
         told = ask(reading, "GET", "/networks/" + name).json
         assert told["Containers"][ID]["IPv4Address"] == "10.77.0.2/24" and told["Containers"][ID]["Name"] == "tstweb"
+
+    def test_a_member_that_goes_meanwhile(self, furnished, scripted):
+        scripted.on("container inspect", stderr=fatal(f"1 errors: [no such object {ID}]"), status=1)
+        answer = ask(furnished, "GET", "/networks/tstnet")
+        assert (answer.status, answer.json["Name"], answer.json["Containers"]) == (200, "tstnet", {})
+        scripted.on("container inspect", stderr=FAILURES[0][1], status=1)
+        assert ask(furnished, "GET", "/networks/tstnet").status == 503
 
     def test_none(self, reading):
         answer = ask(reading, "GET", "/networks/nosuch")
@@ -6291,7 +6525,9 @@ class TestCtr:
         monkeypatch.setenv("PATH", str(tmp_path))
         assert isinstance(error(run(*words)), nerdctld.Unavailable)
 
-    def test_daemon_takes_it_by_itself(self, ctr, monkeypatch, capfd):
+    @pytest.mark.parametrize("file", [nerdctld.__file__, ""], ids=["source", "compiled"])
+    def test_daemon_takes_it_by_itself(self, ctr, monkeypatch, capfd, file):
+        monkeypatch.setattr(nerdctld, "__file__", file or compiled())
         monkeypatch.setenv("PATH", "/nowhere")
         assert nerdctld.nerdctl_command() == ["nerdctl"]
         monkeypatch.setenv("PATH", str(ctr.folder))
