@@ -4401,8 +4401,9 @@ def unpack_context(body: Any, root: str) -> None:
                 for member in archive:
                     unpack_member(archive, member, root)
             except tarfile.ReadError as error:
-                # `docker build -f -` of 20.10 and others leave out what fills the last block. That the body is whole HTTP tells.
-                if str(error) != "unexpected end of data" or member is None or archive.fileobj.pos < member.offset_data + member.size:
+                # `docker build -f -` leaves out what fills the last block. That the body is whole HTTP tells.
+                stream = archive.fileobj
+                if str(error) != "unexpected end of data" or member is None or stream.comptype != "tar" or stream.pos < member.offset_data + member.size:
                     raise
     except tarfile.TarError as error:
         raise BadParameter(f"invalid build context: {error}") from None
@@ -5209,8 +5210,8 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
     if ports:
         found["ExposedPorts"] = ports
     for key in ("Healthcheck", "StopSignal", "StopTimeout", "Shell", "MacAddress", "NetworkDisabled", "OnBuild"):
-        if asked.get(key) or image.get(key):
-            found[key] = asked.get(key) or image.get(key)
+        if asked.get(key) or image.get(key) or key == "StopTimeout" and asked.get(key) is not None:
+            found[key] = asked.get(key) or image.get(key) or asked[key]
     return found
 
 
@@ -6826,7 +6827,8 @@ def container_update(engine: Engine, request: Request, name: str) -> Response:
     for key, flag, render in UPDATE_FLAGS:
         words += render(body.get(key), flag, key)
     if body.get("NanoCpus"):
-        words.append(f"--cpus={typed(body['NanoCpus'], int, 'NanoCpus') / 1e9:g}")
+        # nerdctl 2.3.5 update takes --cpus and does nothing.
+        words += ["--cpu-period=100000", f"--cpu-quota={typed(body['NanoCpus'], int, 'NanoCpus') // 10**4}"]
     if body.get("RestartPolicy"):
         policy = restart_args({"RestartPolicy": body["RestartPolicy"], "AutoRemove": auto_removed(container)})
         words += policy or (["--restart=no"] if typed(body["RestartPolicy"], dict, "RestartPolicy").get("Name") == "no" else [])

@@ -1401,6 +1401,34 @@ class TestEvents:
     def test_garbage(self, line):
         assert nerdctld.parse_event(line, "default") is None
 
+    @staticmethod
+    def event_of(topic, container, **payload):
+        """An event as the feed has it."""
+        return nerdctld.ContainerdEvent(topic, time.time_ns(), {"container_id": container, **payload})
+
+    def test_the_end_of_a_container_that_goes_while_it_is_looked_for(self, engine, scripted):
+        container = nerdctld.Container({"ID": ID, "Names": "x", "Status": "Up"}, {})
+
+        def look(_):
+            engine.tasks.on_event(self.event_of("/tasks/exit", ID, id=ID, exit_status=7))
+            engine.snapshot.containers.gone[ID] = None
+        engine.tasks._look = look
+        assert engine.tasks._status(container, "not-running", engine.tasks.now(), time.time_ns()) == 7
+        assert engine.tasks._status(container, "removed", engine.tasks.now(), time.time_ns()) == 7
+
+    def test_events_that_were_kept_while_nobody_listened(self, furnished):
+        containers = list(furnished.snapshot.containers.get().values())
+        there, gone = containers[0], containers[1]
+        furnished.on_event(self.event_of("/tasks/exit", there.real, id=there.real, exit_status=3))
+        furnished.journal.emit("container", "die", gone.real, {"exitCode": "4"})
+        furnished.forget(gone)
+        furnished.snapshot.containers.remove(gone.real)
+        furnished.journal.emit("container", "die", "f" * 64, {})
+        for name, code in ((there.name, "3"), (gone.name, "4")):
+            found = ask(furnished, "GET", f"/events?since=0&until={time.time():.0f}&" + filtered(container=[name], event=["die"])).lines
+            assert [(each["Actor"]["Attributes"]["name"], each["Actor"]["Attributes"]["exitCode"]) for each in found] == [(name, code)]
+        assert len(ask(furnished, "GET", f"/events?since=0&until={time.time():.0f}&" + filtered(event=["die"])).lines) == 3
+
     @pytest.mark.parametrize("recording", [V21_EVENTS, V17_EVENTS], ids=["2.1.6", "1.7.7"])
     def test_the_end_of_an_exec_is_not_the_end_of_its_container(self, engine, recording):
         told = []
@@ -2663,7 +2691,13 @@ class TestBuild:
         nerdctld.unpack_context(io.BytesIO(tar_of(("s", {"type": tarfile.SYMTYPE, "linkname": "../secret"}), ("s", b"new"))), str(root))
         assert (tmp_path / "secret").read_text() == "s" and (root / "s").read_text() == "new"
 
-    @pytest.mark.parametrize("data", [b"", b"garbage" * 200, CONTEXT[:700], tar_of(("a", b"x"), mode="w:gz")[:40], b"\xfd7zXZ\x00" + b"x" * 600, b"BZh9" + b"x" * 600],
+    @pytest.mark.parametrize("size", [512 + 7, 512 + 8, 1024, 1536 + 1, 1536 + 100])
+    def test_a_tar_without_its_end(self, tmp_path, size):
+        # The docker CLI, `build -f -`: nothing after the last byte of the last file
+        nerdctld.unpack_context(io.BytesIO(CONTEXT[:size]), str(tmp_path))
+        assert (tmp_path / "Dockerfile").read_text() == "FROM x\n" and (tmp_path / "sub/a.txt").exists() == (size > 1536)
+
+    @pytest.mark.parametrize("data", [b"", b"garbage" * 200, CONTEXT[:515], tar_of(("a", b"x"), mode="w:gz")[:40], b"\xfd7zXZ\x00" + b"x" * 600, b"BZh9" + b"x" * 600],
                              ids=["empty", "garbage", "cut", "cut gzip", "broken xz", "broken bzip2"])
     def test_no_tar(self, furnished, scripted, data):
         assert ask(furnished, "POST", "/build", data, TAR).status == 400
@@ -2904,9 +2938,47 @@ class TestContainers:
         assert ask(reading, "GET", "/containers/-x/json").status == 404
 
     @pytest.mark.parametrize("text, ports", [
+        ("0.0.0.0:18080->80, 18081->80/tcp", [(80, 18080), (80, 18081)]), ("0.0.0.0:18080->80, 49153->80, 5->6/udp, [::]:7->8/tcp", [(80, 18080), (80, 49153), (6, 5), (8, 7)]),
         ("0.0.0.0:8000-8001->80-81/tcp", [(80, 8000), (81, 8001)]), ("[::]:53->53/udp, 127.0.0.1:1->2/tcp", [(53, 53), (2, 1)]), ("", []), ("x", [])])
     def test_ports(self, text, ports):
         assert [(each["PrivatePort"], each["PublicPort"]) for each in nerdctld.parse_ports(text)] == ports
+
+    def test_ports_tell_what_they_share_once(self):
+        # nerdctl 2.3.5, ps of run -p 18080:80 -p 18081:80 -p 53:53/udp
+        found = nerdctld.parse_ports("127.0.0.1:18080->80, 18081->80/tcp, 0.0.0.0:53->53/udp")
+        assert [(each["IP"], each["Type"]) for each in found] == [("127.0.0.1", "tcp"), ("127.0.0.1", "tcp"), ("0.0.0.0", "udp")]
+
+    def of_request(self, request, **row):
+        """A container that was made with this request."""
+        return nerdctld.Container({"ID": "1" * 64, "Status": "Up", "Names": "x", **row}, {
+            **nerdctld.request_labels(nerdctld.slim(request)), **{f"nerdctl/mounts.{number}": json.dumps(each) for number, each in enumerate(row.pop("mounts", ()))}})
+
+    def test_labels_without_a_value_are_there(self):
+        assert self.of_request({"Image": "x", "Labels": {"a": "", "b": "c"}}).visible_labels == {"a": ""}
+
+    @pytest.mark.parametrize("told, request_, shown", [
+        ("sh -c sleep 30", {"Cmd": ["sh", "-c", "sleep 30"]}, "sh -c 'sleep 30'"), ("sleep 30", {}, "sleep 30"), ("a b c d", {"Entrypoint": ["a b"], "Cmd": ["c d"]}, "'a b' 'c d'"),
+        ("/sbin/tini -- sleep 5", {"Cmd": ["sleep", "5"], "HostConfig": {"Init": True}}, "sleep 5"), ("/sbin/tini -- x", {"Cmd": ["/sbin/tini", "--", "x"]}, "/sbin/tini -- x"),
+        ("other", {"Cmd": ["a b"]}, "other")])
+    def test_command_of_a_row(self, told, request_, shown):
+        assert nerdctld.lasting_row(self.of_request({"Image": "x", **request_}, Command=json.dumps(told)))["Command"] == shown
+
+    def test_mounts_in_memory_are_shown_where_they_were_mounts(self):
+        mounts = [{"Type": "tmpfs", "Source": "tmpfs", "Destination": "/a", "Mode": "x"}, {"Type": "tmpfs", "Source": "tmpfs", "Destination": "/b", "Mode": "x"},
+                  {"Type": "bind", "Source": "/s", "Destination": "/c"}]
+        found = nerdctld.docker_mounts(self.of_request({"Image": "x", "HostConfig": {"Tmpfs": {"/a": ""}, "Mounts": [{"Type": "tmpfs", "Target": "/b"}]}}, mounts=mounts))
+        assert [(each["Destination"], each["Source"], each["Mode"], each["Propagation"]) for each in found] == [("/b", "", "", ""), ("/c", "/s", "", "rprivate")]
+
+    def test_limits_are_those_of_now(self):
+        container = self.of_request({"Image": "x", "HostConfig": {"NanoCpus": 700000000, "Memory": 1 << 26}})
+        found = nerdctld.docker_host_config(container, {"resources": {"cpu": {"quota": 50000, "period": 100000}, "memory": {"limit": 1 << 27}}})
+        assert [found[key] for key in ("NanoCpus", "CpuQuota", "CpuPeriod", "Memory")] == [500000000, 0, 0, 1 << 27]
+
+    def test_logs_that_are_not_kept(self, reading):
+        container = next(iter(reading.snapshot.containers.get().values()))
+        container.memo["request"] = {"HostConfig": {"LogConfig": {"Type": "none"}}}
+        answer = ask(reading, "GET", f"/containers/{container.id}/logs?stdout=1")
+        assert (answer.status, answer.message) == (501, "configured logging driver does not support reading")
 
     def test_a_request_is_kept_whole(self):
         body = {"Image": "x", "Env": ["A=" + "é" * 9000]}
@@ -2991,6 +3063,64 @@ class TestContainerCreate:
         (host(RestartPolicy={"Name": "always"}), "--restart=always"), (host(RestartPolicy={"Name": "on-failure", "MaximumRetryCount": 3}), "--restart=on-failure:3"),
         (host(RestartPolicy={"Name": "no"}),), ({"Env": ["PATH", "=x"]},),
     ]
+
+    @pytest.mark.parametrize("body", [
+        host(Tmpfs={"/a": ""}, Sysctls={"a": ""}), {"Volumes": {"/data": {}}, "ExposedPorts": {"81/tcp": {}}, **host(PublishAllPorts=True)}, {"Labels": {"a": "", "b": "c"}},
+        {"NetworkingConfig": {"EndpointsConfig": {"one": {}, "bridge": None}}, **host(NetworkMode="bridge")}, {"StopTimeout": 0}, host(MemorySwappiness=0),
+        {"Entrypoint": [], "Cmd": ["x"]}, host(LogConfig={"Type": "json-file", "Config": {"max-size": ""}}), host(PortBindings={"80/tcp": None}),
+        {"Healthcheck": {"Test": ["NONE"], "Interval": 0}}, host(MaskedPaths=[], ReadonlyPaths=[])])
+    def test_a_container_made_of_what_is_kept_is_the_same(self, body):
+        whole = {**BODY, "Tty": False, "Domainname": "", **body}
+        kept = json.loads(json.dumps(nerdctld.slim(whole)))
+        assert words_of(kept) == words_of(whole)
+
+    def test_init_that_needs_no_libc(self, monkeypatch):
+        monkeypatch.setattr(nerdctld.shutil, "which", lambda name: name if name == "tini-static" else None)
+        assert words_of(host(Init=True)) == ["--init", "--init-binary=tini-static"] and words_of(host(Init=False)) == []
+        monkeypatch.setattr(nerdctld.shutil, "which", lambda name: None)
+        assert words_of(host(Init=True)) == ["--init"]
+
+    def test_proc_is_not_hidden(self):
+        assert words_of(host(MaskedPaths=[], ReadonlyPaths=[])) == ["--security-opt=systempaths=unconfined"]
+        assert words_of(host(MaskedPaths=None, ReadonlyPaths=None)) == words_of(host(MaskedPaths=["/proc/x"], ReadonlyPaths=[])) == []
+
+    def test_mounts_of_others(self, furnished):
+        mounts = [{"Type": "bind", "Source": "/s", "Destination": "/a", "RW": True}, {"Type": "volume", "Name": "vol", "Source": "/var/x", "Destination": "/b", "RW": False},
+                  {"Type": "tmpfs", "Source": "tmpfs", "Destination": "/c"}]
+        other = nerdctld.Container({"ID": ID, "Names": "x", "Status": "Up"}, {f"nerdctl/mounts.{number}": json.dumps(each) for number, each in enumerate(mounts)})
+        words = lambda *names: nerdctld.volumes_from_args({"VolumesFrom": list(names)}, lambda name: other)
+        assert words("x") == [f"--volumes-from={ID}"]
+        assert words("x:ro") == ["--volume=/s:/a:ro", "--volume=vol:/b:ro"] and words("x:rw") == ["--volume=/s:/a", "--volume=vol:/b:ro"]
+        with pytest.raises(nerdctld.BadParameter, match="invalid mode: z"):
+            words("x:z")
+
+    @pytest.mark.parametrize("body", [host(VolumesFrom=["nosuch"]), host(NetworkMode="container:nosuch"), host(PidMode="container:nosuch")])
+    def test_other_containers_that_are_not_there(self, furnished, body):
+        # 404 would make clients pull the image.
+        answer = ask(furnished, "POST", "/containers/create", {**BODY, **body})
+        assert (answer.status, answer.message) == (400, "No such container: nosuch")
+
+    @pytest.mark.parametrize("body, message", [
+        (host(Binds=["rel/x:/m"]), "includes invalid characters for a local volume name"), (host(Binds=["./x:/m"]), "includes invalid characters"),
+        (host(Binds=["/a:/b:bogus"]), "invalid mode: bogus"), (host(Binds=["/a:/x", "/b:/x/"]), "Duplicate mount point: /x"), (host(Binds=["v:/x"]), "too short"),
+        (host(Binds=["/a:/x"], Mounts=[{"Type": "tmpfs", "Target": "/x"}]), "Duplicate mount point: /x")])
+    def test_mounts_that_cannot_be(self, body, message):
+        with pytest.raises(nerdctld.BadParameter, match=message):
+            words_of(body)
+
+    def test_bind_whose_source_is_made(self, tmp_path):
+        mount = {"Type": "bind", "Source": f"{tmp_path}/new", "Target": "/t", "ReadOnly": True, "BindOptions": {"CreateMountpoint": True}}
+        assert words_of(host(Mounts=[mount])) == [f"--volume={tmp_path}/new:/t:ro"]
+        (tmp_path / "new").mkdir()
+        assert words_of(host(Mounts=[mount])) == [f"--mount=type=bind,target=/t,source={tmp_path}/new,readonly"]
+
+    def test_health_check_of_an_image(self):
+        # nerdctl 2.3.5, image inspect --mode=native of an image with HEALTHCHECK --interval=1s
+        label = '{"Test":["CMD-SHELL","test -f /ok"],"Interval":1000000000,"Retries":2}'
+        told = nerdctld.with_health_check({"config": {"Cmd": ["sh"], "Labels": {"base": "busybox", "nerdctl/healthcheck": label}}})
+        assert told["config"] == {"Cmd": ["sh"], "Labels": {"base": "busybox"}, "Healthcheck": json.loads(label)}
+        assert words_of({}, told["config"]) == ["--health-cmd=test -f /ok", "--health-interval=1000000000ns", "--health-retries=2"]
+        assert nerdctld.with_health_check({"config": {"Labels": {"nerdctl/healthcheck": "{"}}})["config"]["Labels"]
 
     @pytest.mark.parametrize("body, words", [(each[0], list(each[1:])) for each in FIELDS])
     def test_field(self, body, words):
@@ -3472,6 +3602,60 @@ def willing(furnished, scripted):
 
 
 class TestContainerLifecycle:
+    def test_a_stop_takes_the_place_of_nobody(self, tmp_path):
+        program = tmp_path / "nerdctl"
+        program.write_text("#!/bin/sh\n[ $2 = ps ] || exec sleep 3\n")
+        program.chmod(0o755)
+        nerdctl = nerdctld.Nerdctl([str(program)])
+        threads = [threading.Thread(target=nerdctl.output, args=("stop",), kwargs={"waits": True}) for _ in range(40)]
+        for each in threads:
+            each.start()
+        began = time.monotonic()
+        nerdctl.run("ps")
+        assert time.monotonic() - began < 2.5
+        for each in threads:
+            each.join(20)
+
+    def test_who_is_started_by_others_is_cared_for(self, furnished, monkeypatch):
+        checked = {"nerdctl/healthcheck": json.dumps({"Test": ["CMD", "true"], "Interval": 10**12})}
+        monkeypatch.setattr(nerdctld.os.path, "isdir", lambda path: False)
+        table = furnished.snapshot.containers
+        container, other = (nerdctld.Container({"ID": digit * 64, "Names": digit, "Status": "Up"}, labels) for digit, labels in (("1", checked), ("2", {})))
+        monkeypatch.setattr(table, "known", lambda: {each.real: each for each in (container, other)})
+        caretaker = nerdctld.Caretaker(furnished)
+        try:
+            for each in (container, other):
+                caretaker.on_event(TestEvents.event_of("/tasks/start", each.real))
+            assert until(lambda: set(caretaker.cared) == {container.id})
+        finally:
+            caretaker.release(container.id)
+
+    @pytest.mark.parametrize("answers", [True, False])
+    def test_input_is_ended_by_containerd(self, tmp_path, answers):
+        got = []
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(tmp_path / "c.sock"))
+        listener.listen()
+
+        def serve():
+            sock, _ = listener.accept()
+            with sock:
+                while not got or b"\x18\x01" not in got[-1]:
+                    got.append((got[-1] if got else b"") + sock.recv(65536))
+                if answers:
+                    sock.sendall(nerdctld.frame(nerdctld.SETTINGS, 0, 0) + nerdctld.header_frames(1, [(":status", "200")])
+                                 + nerdctld.frame(nerdctld.DATA, 0, 1, bytes(5)) + nerdctld.grpc_end(1, None, True))
+        thread = threading.Thread(target=serve)
+        thread.start()
+        nerdctld.end_input(nerdctld.Nerdctl(["nerdctl"], "ns", str(tmp_path / "c.sock")), "a" * 64)
+        thread.join(10)
+        listener.close()
+        text = got[-1]
+        assert b"/containerd.services.tasks.v1.Tasks/CloseIO" in text and b"containerd-namespace\x02ns" in text and b"\x0a\x40" + b"a" * 64 + b"\x18\x01" in text
+
+    def test_input_of_a_containerd_that_is_not_there(self, tmp_path):
+        nerdctld.end_input(nerdctld.Nerdctl(["nerdctl"], "ns", str(tmp_path / "nosuch.sock")), "a" * 64)
+
     @pytest.mark.parametrize("asked, query, words, seconds", [
         ({"StopTimeout": 0}, {}, ["--time=0"], 0), ({"StopTimeout": 300}, {}, ["--time=300"], 300), ({"StopTimeout": 300}, {"t": ["1"]}, ["--time=1"], 1),
         ({"StopTimeout": -1}, {}, ["--time=1000000"], 86400), ({}, {}, [], 0), ({"StopTimeout": None}, {"t": ["-1"]}, ["--time=1000000"], 86400)])
@@ -3529,7 +3713,7 @@ class TestContainerLifecycle:
         real = identity(willing, "tstweb")
         answer = ask(willing, "POST", "/containers/tstweb/update", {"Memory": 64 << 20, "NanoCpus": 5 * 10**8, "RestartPolicy": {"Name": "no"}, "PidsLimit": 0, "BlkioDeviceReadBps": None})
         assert (answer.status, answer.json) == (200, {"Warnings": None})
-        assert scripted.argv("update") == ["update", "--memory=67108864", "--cpus=0.5", "--restart=no", "--", real]
+        assert scripted.argv("update") == ["update", "--memory=67108864", "--cpu-period=100000", "--cpu-quota=50000", "--restart=no", "--", real]
         assert ask(willing, "POST", "/containers/tstweb/update", {"RestartPolicy": {"Name": "odd"}}).status == 400
 
     def tell(self, engine, topic, real, **payload):
@@ -7212,6 +7396,32 @@ class TestLiveContainers:
         assert box.text("logs", "tstin") == "no line end"
         done = box("start", "-ai", "tstin", data=b"more")
         assert done.returncode == 1 and b"first start" in done.stderr
+
+    def test_no_stdin_is_an_empty_one(self, box):
+        assert box.text("run", "--rm", *QUIET, BASE, "sh", "-c", "cat; echo ended") == "ended\n"
+        assert box.text("run", "--rm", *QUIET, BASE) == ""
+
+    def test_exit_status_of_what_goes_at_once(self, box):
+        assert [box("run", "--rm", *QUIET, BASE, "sh", "-c", "exit 7").returncode for _ in range(8)] == [7] * 8
+
+    def test_what_is_made_anew_keeps_all_of_its_request(self, box):
+        done = box("run", "-i", "--name", "tstall", "--tmpfs", "/tt", "-v", "/data", "--label", "empty", "--stop-timeout", "0", *QUIET, BASE, "sh", "-c", "mount | grep -c -e ' /tt ' -e ' /data '", data=b"")
+        assert done.stdout == b"2\n"
+        assert box.text("inspect", "-f", "{{json .HostConfig.Tmpfs}} {{json .Config.Volumes}} {{.Config.StopTimeout}} {{index .Config.Labels \"empty\"}}.", "tstall") == '{"/tt":""} {"/data":{}} 0 .\n'
+
+    def test_mounts_of_another(self, box):
+        box.text("run", "-d", "--name", "tstfrom", "-v", "/data", *QUIET, BASE, "sleep", "100")
+        done = box("run", "--rm", "--volumes-from", "tstfrom:ro", *QUIET, BASE, "sh", "-c", "ls -d /data; touch /data/x")
+        assert done.stdout == b"/data\n" and b"Read-only" in done.stderr
+
+    def test_checks_go_on_after_a_restart_by_policy(self, box):
+        box.text("run", "-d", "--name", "tstagain", "--restart", "always", "--health-cmd", "test -f /ok", "--health-interval", "1s", "--health-retries", "1", *QUIET, BASE,
+                 "sh", "-c", "test -f /once || { touch /once; exit 1; }; touch /ok; sleep 100")
+        assert until(lambda: box.text("inspect", "-f", "{{.State.Health.Status}} {{.RestartCount}}", "tstagain") == "healthy 1\n", 40)
+
+    def test_ports_of_one(self, box):
+        box.text("run", "-d", "--name", "tsttwo", "-p", "18091:80", "-p", "18092:80", BASE, "sleep", "100")
+        assert set(box.text("port", "tsttwo").splitlines()) == {"80/tcp -> 0.0.0.0:18091", "80/tcp -> 0.0.0.0:18092"}
 
     def test_input_that_has_no_bytes(self, box):
         # Bare nerdctl 2.3.5 never ends here: it forgets an end of file that comes before the process runs.
