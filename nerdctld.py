@@ -5552,11 +5552,32 @@ def health_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     return words + _number(check.get("Retries"), "--health-retries", "Retries")
 
 
+CAPABILITIES = frozenset(
+    "ALL AUDIT_CONTROL AUDIT_READ AUDIT_WRITE BLOCK_SUSPEND BPF CHECKPOINT_RESTORE CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID IPC_LOCK IPC_OWNER KILL "
+    "LEASE LINUX_IMMUTABLE MAC_ADMIN MAC_OVERRIDE MKNOD NET_ADMIN NET_BIND_SERVICE NET_BROADCAST NET_RAW PERFMON SETFCAP SETGID SETPCAP SETUID SYSLOG SYS_ADMIN "
+    "SYS_BOOT SYS_CHROOT SYS_MODULE SYS_NICE SYS_PACCT SYS_PTRACE SYS_RAWIO SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG WAKE_ALARM".split())
+SECURITY_OPTIONS = ("apparmor", "label", "no-new-privileges", "privileged-without-host-devices", "seccomp", "systempaths", "writable-cgroups")
+
+
+def check_privileges(host: Dict[str, Any]) -> None:
+    """400 with dockerd's words for capabilities and security options that there are not; nerdctl drops them in silence."""
+    for key in ("CapAdd", "CapDrop"):
+        for each in string_list(host.get(key), key):
+            name = re.sub("^CAP_", "", each.upper())
+            if name not in CAPABILITIES:
+                raise BadParameter(f'invalid {key}: unknown capability: "CAP_{name}"')
+    for each in string_list(host.get("SecurityOpt"), "SecurityOpt"):
+        if re.split("[=:]", each)[0] not in SECURITY_OPTIONS:
+            raise BadParameter(f'invalid --security-opt 2: "{each}"')
+
+
 def restart_args(host: Dict[str, Any]) -> List[str]:
     """Words for the restart policy; 400 with dockerd's words where it cannot be."""
     policy = typed(host.get("RestartPolicy"), dict, "RestartPolicy")
     name, count = typed(policy.get("Name"), str, "RestartPolicy.Name"), typed(policy.get("MaximumRetryCount"), int, "MaximumRetryCount")
     if name in ("", "no"):
+        if count and name:
+            raise BadParameter("invalid restart policy: maximum retry count cannot be used with 'no'")
         return []
     if name not in ("always", "unless-stopped", "on-failure"):
         raise BadParameter(f"invalid restart policy: unknown policy '{name}'; use one of 'no', 'always', 'on-failure', or 'unless-stopped'")
@@ -5607,6 +5628,8 @@ def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]], find
     if mode.startswith("container:"):
         return [f"--network=container:{other_container(find, mode.partition(':')[2]).real}"]
     if mode in ("host", "none"):
+        if (typed(endpoints.get(mode), dict, "EndpointsConfig").get("IPAMConfig") or {}).get("IPv4Address"):
+            raise BadParameter("user specified IP address is supported on user defined networks only")
         return [f"--network={mode}"]
     if mode in ("", "default") and [each for each in endpoints if each != "default"]:
         mode = next(each for each in endpoints if each != "default")
@@ -5749,6 +5772,7 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     configuration. 400 for bad values."""
     host = typed(body.get("HostConfig"), dict, "HostConfig")
     check_limits(host)
+    check_privileges(host)
     words: List[str] = []
     for path, flag, render in CREATE_FLAGS:
         words += render(field_of(body, path), flag, path)

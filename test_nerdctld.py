@@ -3043,7 +3043,7 @@ class TestContainerCreate:
         (host(CgroupnsMode="host"), "--cgroupns=host"), (host(Dns=["1.1.1.1"]), "--dns=1.1.1.1"), (host(DnsOptions=["a:1"]), "--dns-option=a:1"),
         (host(DnsSearch=["x.test"]), "--dns-search=x.test"), (host(ExtraHosts=["a:1.2.3.4"]), "--add-host=a:1.2.3.4"), (host(GroupAdd=["5"]), "--group-add=5"),
         (host(UTSMode="host"), "--uts=host"), (host(OomScoreAdj=-5), "--oom-score-adj=-5"), (host(Privileged=True), "--privileged"),
-        (host(ReadonlyRootfs=True), "--read-only"), (host(Runtime="runc"), "--runtime=runc"), (host(SecurityOpt=["a=b,c"]), "--security-opt=a=b,c"),
+        (host(ReadonlyRootfs=True), "--read-only"), (host(Runtime="runc"), "--runtime=runc"), (host(SecurityOpt=["label=b,c"]), "--security-opt=label=b,c"),
         (host(UsernsMode="host"), "--userns=host"), (host(ShmSize=64), "--shm-size=64"), (host(Sysctls={"a.b": "1"}), "--sysctl=a.b=1"),
         (host(Annotations={"a": "b"}), "--annotation=a=b"), (host(CgroupParent="/p"), "--cgroup-parent=/p"), (host(CpuShares=5), "--cpu-shares=5"),
         (host(CpuPeriod=5000), "--cpu-period=5000"), (host(CpuQuota=5000), "--cpu-quota=5000"), (host(CpuRealtimePeriod=5), "--cpu-rt-period=5"),
@@ -3107,6 +3107,15 @@ class TestContainerCreate:
     def test_mounts_that_cannot_be(self, body, message):
         with pytest.raises(nerdctld.BadParameter, match=message):
             words_of(body)
+
+    @pytest.mark.parametrize("body, message", [
+        (host(CapAdd=["BOGUS"]), 'invalid CapAdd: unknown capability: "CAP_BOGUS"'), (host(CapDrop=["cap_x"]), 'invalid CapDrop: unknown capability: "CAP_X"'),
+        (host(SecurityOpt=["bogus=1"]), 'invalid --security-opt 2: "bogus=1"'), (host(RestartPolicy={"Name": "no", "MaximumRetryCount": 3}), "cannot be used with 'no'"),
+        ({"NetworkingConfig": {"EndpointsConfig": {"none": {"IPAMConfig": {"IPv4Address": "1.2.3.4"}}}}, **host(NetworkMode="none")}, "user defined networks only")])
+    def test_what_nerdctl_would_drop_in_silence(self, body, message):
+        with pytest.raises(nerdctld.BadParameter, match=message):
+            words_of(body)
+        words_of(host(CapAdd=["CAP_NET_ADMIN", "all", "sys_time"], SecurityOpt=["no-new-privileges", "seccomp=unconfined", "label:disable"]))
 
     def test_bind_whose_source_is_made(self, tmp_path):
         mount = {"Type": "bind", "Source": f"{tmp_path}/new", "Target": "/t", "ReadOnly": True, "BindOptions": {"CreateMountpoint": True}}
