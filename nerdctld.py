@@ -996,11 +996,13 @@ class Workspace:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a folder with everything in it, also where a build context has folders that may not be written."""
+    """Remove a folder with everything in it, also where a build context has folders that may not be written. Nothing outside
+    of it is touched, wherever links lead, and it may be gone."""
     def make_writable(function, name, _):
         with contextlib.suppress(OSError):
-            os.chmod(os.path.dirname(name), 0o700)
-            os.chmod(name, 0o700)
+            for each in (os.path.dirname(name), name):
+                if (each + "/").startswith(path + "/") and stat.S_ISDIR(os.lstat(each).st_mode):
+                    os.chmod(each, 0o700)
             function(name)
 
     # Python 3.12 has another name for it.
@@ -6121,7 +6123,7 @@ class Terminal:
         self.master, self.slave = pty.openpty()
         # The container's own terminal makes line ends and echoes.
         tty.setraw(self.slave)
-        self.pid = 0
+        self.pid, self.began = 0, 0.0
         if height and width:
             self.resize(height, width)
 
@@ -6130,6 +6132,16 @@ class Terminal:
         with self.lock, contextlib.suppress(OSError):
             if self.master >= 0:
                 fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", height & 0xFFFF, width & 0xFFFF, 0, 0))
+        self.signal()
+        # nerdctl looks at the size, starts the process, and listens for the signal some time after that.
+        for seconds in (0.3, 1.0) if self.pid and time.monotonic() < self.began + 5.0 else ():
+            timer = threading.Timer(seconds, self.signal)
+            timer.daemon = True
+            timer.start()
+
+    def signal(self) -> None:
+        """Have nerdctl look at the size."""
+        with self.lock, contextlib.suppress(OSError):
             if self.pid:
                 os.kill(self.pid, signal.SIGWINCH)
 
@@ -6147,7 +6159,7 @@ class Terminal:
     def started(self, process: Process) -> None:
         """nerdctl runs: from now on only it holds the other end."""
         os.close(self.slave)
-        self.pid = process.popen.pid
+        self.pid, self.began = process.popen.pid, process.began
 
     def ended(self) -> None:
         """nerdctl is about to be reaped: its number may soon be another's."""

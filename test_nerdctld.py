@@ -1210,6 +1210,37 @@ class TestNerdctlProcess:
                 for piece in process.pieces():
                     piece.move(near.fileno()) if isinstance(piece, nerdctld.Piped) else near.sendall(piece)
 
+    def test_nothing_beside_a_removed_folder_is_touched(self, tmp_path):
+        beside, tree = tmp_path / "beside", tmp_path / "around" / "tree"
+        beside.mkdir(mode=0o755)
+        (beside / "file").write_text("x")
+        (beside / "file").chmod(0o644)
+        tree.parent.mkdir(mode=0o755)
+
+        def modes():
+            return [stat.S_IMODE(each.stat().st_mode) for each in (beside, beside / "file", tree.parent, tmp_path)]
+        before = modes()
+        # It is gone.
+        nerdctld.remove_tree(str(tree))
+        assert modes() == before
+        (tree / "closed").mkdir(parents=True)
+        (tree / "closed" / "link").symlink_to(beside / "file")
+        (tree / "closed" / "folder").symlink_to(beside)
+        (tree / "closed").chmod(0o500)
+        script = "import sys, nerdctld; nerdctld.remove_tree(sys.argv[1])"
+        command = [sys.executable, "-c", script, str(tree)]
+        if os.geteuid() == 0:
+            for each in (tmp_path, *tmp_path.parents[:3], tree, tree / "closed"):
+                each.chmod(each.stat().st_mode | 0o055)
+            for each in (tree.parent, tree, tree / "closed", beside, beside / "file"):
+                os.chown(each, 65534, 65534)
+            (tree / "closed").chmod(0o500)
+            before = modes()
+            found = subprocess.run(["setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "-c", ""], capture_output=True)
+            command = command if found.returncode else ["setpriv", "--reuid", "65534", "--clear-groups", *command]
+        subprocess.run(command, cwd=HERE, check=True, timeout=20, capture_output=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+        assert modes() == before and (os.geteuid() == 0 or not tree.exists()) and (beside / "file").read_text() == "x"
+
     def test_timeout_ends_the_group(self, tmp_path):
         program = tmp_path / "nerdctl"
         program.write_text("#!/bin/sh\nsleep 600 & echo $!\nwait\n")
@@ -1425,9 +1456,9 @@ class TestEvents:
         furnished.snapshot.containers.remove(gone.real)
         furnished.journal.emit("container", "die", "f" * 64, {})
         for name, code in ((there.name, "3"), (gone.name, "4")):
-            found = ask(furnished, "GET", f"/events?since=0&until={time.time():.0f}&" + filtered(container=[name], event=["die"])).lines
+            found = ask(furnished, "GET", f"/events?since=0&until={time.time():.9f}&" + filtered(container=[name], event=["die"])).lines
             assert [(each["Actor"]["Attributes"]["name"], each["Actor"]["Attributes"]["exitCode"]) for each in found] == [(name, code)]
-        assert len(ask(furnished, "GET", f"/events?since=0&until={time.time():.0f}&" + filtered(event=["die"])).lines) == 3
+        assert len(ask(furnished, "GET", f"/events?since=0&until={time.time():.9f}&" + filtered(event=["die"])).lines) == 3
 
     @pytest.mark.parametrize("recording", [V21_EVENTS, V17_EVENTS], ids=["2.1.6", "1.7.7"])
     def test_the_end_of_an_exec_is_not_the_end_of_its_container(self, engine, recording):
@@ -3472,6 +3503,13 @@ class TestSessions:
         finally:
             os.close(terminal.master)
             os.close(terminal.slave)
+
+    def test_a_size_is_told_again_to_a_nerdctl_that_has_just_begun(self, tmp_path):
+        session, _ = self.session(f"echo $$ >{tmp_path}/pid; sleep 0.2; trap 'stty size <&1 >{tmp_path}/size; exit' WINCH; i=0; while [ $i -lt 50 ]; do i=$((i+1)); sleep 0.1; done",
+                                  stdin=True, terminal=nerdctld.Terminal(24, 80))
+        assert until((tmp_path / "pid").exists)
+        session.terminal.resize(33, 99)
+        assert session.ended.wait(10) and (tmp_path / "size").read_text() == "33 99\n"
 
     def session(self, script, stdin=False, attachments=(), held=False, **options):
         """A session over a shell script, with an end that is waited for."""
