@@ -308,8 +308,8 @@ class Piped(NamedTuple):
 class Stream:
     """A body that is made while it is sent.
 
-    `chunks` yields bytes, and Piped of pipes that it goes on with afterwards; a generator is closed in any case, so its own `finally` does the cleaning up, and while it
-    waits for something else than the client it stands in `request.client.when_gone()`. A `primed` stream yields its
+    `chunks` yields bytes, and Piped of pipes that it goes on with afterwards; a generator is closed in any case, so its own
+    `finally` does the cleaning up, and while it waits for something else than the client it stands in `request.client.when_gone()`. A `primed` stream yields its
     first chunk before the headers go out: an ApiError raised until then is an ordinary error response, later it can only
     break the stream off."""
 
@@ -10065,12 +10065,7 @@ def nerdctl_command() -> List[str]:
 
     # Each call is a new Python, and compiling this file would be half of its time: it is done once, into memory.
     compiled = os.memfd_create("nerdctld.pyc")
-    with open(__file__, "rb") as file:
-        code = file.read()
-    # Unless the daemon itself runs from what was compiled.
-    if not code.startswith(importlib.util.MAGIC_NUMBER):
-        code = importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(compile(code, __file__, "exec"))
-    os.write(compiled, code)
+    os.write(compiled, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(__loader__.get_code(__name__)))
     return [sys.executable, "-IS", f"/proc/{os.getpid()}/fd/{compiled}", "nerdctl"]
 
 
