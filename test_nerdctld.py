@@ -1230,7 +1230,7 @@ class TestNerdctlProcess:
         script = "import sys, nerdctld; nerdctld.remove_tree(sys.argv[1])"
         command = [sys.executable, "-c", script, str(tree)]
         if os.geteuid() == 0:
-            for each in (tmp_path, *tmp_path.parents[:3], tree, tree / "closed"):
+            for each in (tmp_path, *list(tmp_path.parents)[:2], tree, tree / "closed"):
                 each.chmod(each.stat().st_mode | 0o055)
             for each in (tree.parent, tree, tree / "closed", beside, beside / "file"):
                 os.chown(each, 65534, 65534)
@@ -3535,7 +3535,8 @@ class TestSessions:
     def test_held_input_of_what_ends(self):
         attachment, connection, far = self.attached(stdin=True)
         session, ends = self.session("exit 3", stdin=True, attachments=[attachment], held=True)
-        far.sendall(b"in")
+        with contextlib.suppress(BrokenPipeError):
+            far.sendall(b"in")
         thread = threading.Thread(target=nerdctld.pump_stdin, args=(attachment, session, None))
         thread.start()
         thread.join(10)
@@ -8072,41 +8073,41 @@ class TestLiveDockerode:
                 building.ask("DELETE", f"/containers/{box['Id']}?force=1&v=1")
 
 
+@pytest.fixture
+def cli(building, tmp_path):
+    """Function of (configuration, files) that makes a workspace; it returns a function that runs the CLI there."""
+    _, environment = node_with("@devcontainers")
+    environment = {**os.environ, **environment, "DOCKER_HOST": "unix://" + building.socket}
+    workspace = tmp_path / "tstwork"
+
+    def run(*words, status=0):
+        done = subprocess.run([CACHE / "node/node_modules/.bin/devcontainer", words[0], "--workspace-folder", str(workspace), *words[1:]],
+                              capture_output=True, text=True, timeout=150, env=environment, stdin=subprocess.DEVNULL)
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout
+
+    def make(configuration, **files):
+        (workspace / ".devcontainer").mkdir(parents=True)
+        (workspace / "file").write_text("of the workspace\n")
+        for name, text in {"devcontainer.json": json.dumps(configuration), **files}.items():
+            (workspace / ".devcontainer" / name).write_text(text)
+        return run
+    try:
+        yield make
+    finally:
+        for box in building.ask("GET", "/containers/json?all=1").json:
+            if any(str(workspace) in value for value in box["Labels"].values()):
+                building.ask("DELETE", f"/containers/{box['Id']}?force=1&v=1")
+        building.ask("DELETE", "/volumes/tstdevdata")
+        building.ask("DELETE", "/networks/tstwork_devcontainer_default")
+        for image in building.ask("GET", "/images/json").json:
+            for name in image["RepoTags"] or ():
+                if name.startswith(("vsc-tstwork", "tstwork_")):
+                    building.ask("DELETE", f"/images/{name}?force=1")
+
+
 class TestLiveDevContainers:
     """The devcontainers CLI: `up` and `exec` on an image, a Dockerfile and a compose project."""
-
-    @pytest.fixture
-    @classmethod
-    def cli(cls, building, tmp_path):
-        """Function of (configuration, files) that makes a workspace; it returns a function that runs the CLI there."""
-        _, environment = node_with("@devcontainers")
-        environment = {**os.environ, **environment, "DOCKER_HOST": "unix://" + building.socket}
-        workspace = tmp_path / "tstwork"
-
-        def run(*words, status=0):
-            done = subprocess.run([CACHE / "node/node_modules/.bin/devcontainer", words[0], "--workspace-folder", str(workspace), *words[1:]],
-                                  capture_output=True, text=True, timeout=150, env=environment, stdin=subprocess.DEVNULL)
-            assert done.returncode == status, done.stdout + done.stderr
-            return done.stdout
-
-        def make(configuration, **files):
-            (workspace / ".devcontainer").mkdir(parents=True)
-            (workspace / "file").write_text("of the workspace\n")
-            for name, text in {"devcontainer.json": json.dumps(configuration), **files}.items():
-                (workspace / ".devcontainer" / name).write_text(text)
-            return run
-        try:
-            yield make
-        finally:
-            for box in building.ask("GET", "/containers/json?all=1").json:
-                if any(str(workspace) in value for value in box["Labels"].values()):
-                    building.ask("DELETE", f"/containers/{box['Id']}?force=1&v=1")
-            building.ask("DELETE", "/volumes/tstdevdata")
-            building.ask("DELETE", "/networks/tstwork_devcontainer_default")
-            for image in building.ask("GET", "/images/json").json:
-                for name in image["RepoTags"] or ():
-                    if name.startswith(("vsc-tstwork", "tstwork_")):
-                        building.ask("DELETE", f"/images/{name}?force=1")
 
     def test_image(self, cli):
         run = cli({"image": BASE, "remoteUser": "root", "containerEnv": {"A": "b"}, "postCreateCommand": "echo created >/tmp/made", "runArgs": ["--network=none"]})
@@ -8169,33 +8170,33 @@ class TestLiveRootless:
             os.unlink("/tmp/nerdctld-rootless.py")
 
 
+@pytest.fixture(scope="class")
+def big(live_daemons, tmp_path_factory):
+    """An archive of 200 MB that does not compress, and the name of its image."""
+    path = tmp_path_factory.mktemp("big") / "big.tar"
+    layer = tmp_path_factory.mktemp("layer") / "layer.tar"
+    with tarfile.open(layer, "w") as archive:
+        info = tarfile.TarInfo("noise")
+        info.size = 200 << 20
+        with open("/dev/urandom", "rb") as noise:
+            archive.addfile(info, noise)
+    digest = hashlib.sha256(layer.read_bytes()).hexdigest()
+    config = json.dumps({"architecture": nerdctld.GO_ARCHITECTURES[os.uname().machine], "os": "linux", "config": {},
+                         "rootfs": {"type": "layers", "diff_ids": ["sha256:" + digest]}}).encode()
+    manifest = json.dumps([{"Config": "config.json", "RepoTags": [BIG], "Layers": ["layer.tar"]}]).encode()
+    with tarfile.open(path, "w") as archive:
+        for name, content in (("manifest.json", manifest), ("config.json", config)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        archive.add(layer, "layer.tar")
+    layer.unlink()
+    yield path
+    path.unlink()
+
+
 class TestLiveLeaving:
     """A client that leaves in the middle leaves nothing behind."""
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def big(cls, live_daemons, tmp_path_factory):
-        """An archive of 200 MB that does not compress, and the name of its image."""
-        path = tmp_path_factory.mktemp("big") / "big.tar"
-        layer = tmp_path_factory.mktemp("layer") / "layer.tar"
-        with tarfile.open(layer, "w") as archive:
-            info = tarfile.TarInfo("noise")
-            info.size = 200 << 20
-            with open("/dev/urandom", "rb") as noise:
-                archive.addfile(info, noise)
-        digest = hashlib.sha256(layer.read_bytes()).hexdigest()
-        config = json.dumps({"architecture": nerdctld.GO_ARCHITECTURES[os.uname().machine], "os": "linux", "config": {},
-                             "rootfs": {"type": "layers", "diff_ids": ["sha256:" + digest]}}).encode()
-        manifest = json.dumps([{"Config": "config.json", "RepoTags": [BIG], "Layers": ["layer.tar"]}]).encode()
-        with tarfile.open(path, "w") as archive:
-            for name, content in (("manifest.json", manifest), ("config.json", config)):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-            archive.add(layer, "layer.tar")
-        layer.unlink()
-        yield path
-        path.unlink()
 
     def clean(self, live):
         """Wait until nothing but the feed of events runs, and no temporary file is left."""
@@ -8274,44 +8275,44 @@ class TestLiveLeaving:
         assert building.ask("GET", "/images/tstlive/i:1/json").status == 404
 
 
+@pytest.fixture(scope="class")
+def shell():
+    """Function of (script, user) that runs it in there; its output. `fails` asks for a failure."""
+    tree = pathlib.Path(os.environ.get("NERDCTLD_STACK_CACHE") or "/var/cache/nerdctld-stack") / "debian.tar"
+    reason = why_not_live() or (not tree.exists() and "there is no Debian to boot (.ci/stack up --systemd)")
+    if reason:
+        pytest.skip(reason)
+    with open(tree, "rb") as file:
+        subprocess.run(["nerdctl", "--namespace=nerdctld-systemd", "import", "-", "debian:systemd"], stdin=file, capture_output=True, check=True, timeout=120)
+    programs = {name: os.path.realpath(shutil.which(name)) for name in ("containerd", "containerd-shim-runc-v2", "ctr", "nerdctl", "docker", "runc")}
+    shared = [f"--volume={path}:/usr/local/bin/{name}:ro" for name, path in programs.items()]
+    real("rm", "-f", "-v", "tstsystemd", namespace="nerdctld-systemd")
+    done = real("run", "-d", "--name", "tstsystemd", "--privileged", "--network=none", "--tmpfs=/run", "--tmpfs=/run/lock", "--tmpfs=/tmp", "--env=container=docker",
+                "--volume=/var/lib/containerd", "--volume=/var/lib/nerdctl", f"--volume={HERE}:/src:ro", f"--volume={STACK}:/stack:ro", *shared,
+                "debian:systemd", "/sbin/init", namespace="nerdctld-systemd")
+
+    def run(script, user="root", fails=False):
+        done = subprocess.run(["nerdctl", "--namespace=nerdctld-systemd", "exec", "-i", "tstsystemd", "su", user, "-c", "exec bash -e"],
+                              input=("export DOCKER_HOST=${DOCKER_HOST:-unix:///run/nerdctl.sock}\n" + script).encode(), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=100)
+        text = re.sub(r"time=\S+ level=fatal msg=.exec failed.*\n", "", done.stdout.decode())
+        assert bool(done.returncode) == fails, text
+        return text
+    try:
+        if done.returncode or not until(lambda: b"running" in real("exec", "tstsystemd", "systemctl", "is-system-running", namespace="nerdctld-systemd").stdout, 40):
+            pytest.skip("systemd does not boot in a container here")
+        run("""install -m 755 /src/nerdctld.py /usr/local/bin/
+            install -m 644 /src/nerdctl.socket /src/nerdctl.service /etc/systemd/system/
+            printf '[Service]\nType=notify\nExecStart=/usr/local/bin/containerd\nDelegate=yes\nKillMode=process\n' >/etc/systemd/system/containerd.service
+            systemctl daemon-reload; systemctl start containerd; systemctl enable --now nerdctl.socket""")
+        yield run
+    finally:
+        real("rm", "-f", "-v", "tstsystemd", namespace="nerdctld-systemd")
+        real("rmi", "-f", "debian:systemd", namespace="nerdctld-systemd")
+
+
 class TestLiveSystemd:
     """The units in a Debian that systemd boots in a container, with a containerd of its own and the docker CLI."""
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def shell(cls):
-        """Function of (script, user) that runs it in there; its output. `fails` asks for a failure."""
-        tree = pathlib.Path(os.environ.get("NERDCTLD_STACK_CACHE") or "/var/cache/nerdctld-stack") / "debian.tar"
-        reason = why_not_live() or (not tree.exists() and "there is no Debian to boot (.ci/stack up --systemd)")
-        if reason:
-            pytest.skip(reason)
-        with open(tree, "rb") as file:
-            subprocess.run(["nerdctl", "--namespace=nerdctld-systemd", "import", "-", "debian:systemd"], stdin=file, capture_output=True, check=True, timeout=120)
-        programs = {name: os.path.realpath(shutil.which(name)) for name in ("containerd", "containerd-shim-runc-v2", "ctr", "nerdctl", "docker", "runc")}
-        shared = [f"--volume={path}:/usr/local/bin/{name}:ro" for name, path in programs.items()]
-        real("rm", "-f", "-v", "tstsystemd", namespace="nerdctld-systemd")
-        done = real("run", "-d", "--name", "tstsystemd", "--privileged", "--network=none", "--tmpfs=/run", "--tmpfs=/run/lock", "--tmpfs=/tmp", "--env=container=docker",
-                    "--volume=/var/lib/containerd", "--volume=/var/lib/nerdctl", f"--volume={HERE}:/src:ro", f"--volume={STACK}:/stack:ro", *shared,
-                    "debian:systemd", "/sbin/init", namespace="nerdctld-systemd")
-
-        def run(script, user="root", fails=False):
-            done = subprocess.run(["nerdctl", "--namespace=nerdctld-systemd", "exec", "-i", "tstsystemd", "su", user, "-c", "exec bash -e"],
-                                  input=("export DOCKER_HOST=${DOCKER_HOST:-unix:///run/nerdctl.sock}\n" + script).encode(), stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT, timeout=100)
-            text = re.sub(r"time=\S+ level=fatal msg=.exec failed.*\n", "", done.stdout.decode())
-            assert bool(done.returncode) == fails, text
-            return text
-        try:
-            if done.returncode or not until(lambda: b"running" in real("exec", "tstsystemd", "systemctl", "is-system-running", namespace="nerdctld-systemd").stdout, 40):
-                pytest.skip("systemd does not boot in a container here")
-            run("""install -m 755 /src/nerdctld.py /usr/local/bin/
-                install -m 644 /src/nerdctl.socket /src/nerdctl.service /etc/systemd/system/
-                printf '[Service]\nType=notify\nExecStart=/usr/local/bin/containerd\nDelegate=yes\nKillMode=process\n' >/etc/systemd/system/containerd.service
-                systemctl daemon-reload; systemctl start containerd; systemctl enable --now nerdctl.socket""")
-            yield run
-        finally:
-            real("rm", "-f", "-v", "tstsystemd", namespace="nerdctld-systemd")
-            real("rmi", "-f", "debian:systemd", namespace="nerdctld-systemd")
 
     def test_first_connection_starts_it(self, shell):
         assert shell("systemctl is-active nerdctl.service", fails=True) == "inactive\n"
@@ -8987,26 +8988,26 @@ REPLAY_DIFFERENCES = [
 ]
 
 
+@pytest.fixture(scope="class")
+def replayed(tmp_path_factory):
+    """A daemon over a namespace of its own, whose things may all be pruned."""
+    reason = why_not_live() or (not CALLS and "no recorded client calls beside the repository")
+    if reason:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("replay")
+    daemon = Live(folder, "--namespace", "nerdctld-replay")
+    assert daemon.ask("POST", "/images/load?quiet=1", (STACK / "base.tar").read_bytes(), {"Content-Type": "application/x-tar"}).status == 200
+    yield daemon
+    daemon.end()
+    for word, rest in (("ps", "rm"), ("images", "rmi"), ("volume", "volume")):
+        names = real(*{"ps": ("ps", "-aq"), "images": ("images", "-q"), "volume": ("volume", "ls", "-q")}[word], namespace="nerdctld-replay").stdout.decode().split()
+        if names:
+            real(*{"rm": ("rm", "-f"), "rmi": ("rmi", "-f"), "volume": ("volume", "rm", "-f")}[rest], *names, namespace="nerdctld-replay", timeout=120)
+    assert b"Traceback" not in daemon.log.read_bytes()
+
+
 class TestLiveRecordedCalls:
     """All that stock clients said to dockerd 29, outside of buildx, said to us: statuses, media types, keys, words, output."""
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def replayed(cls, tmp_path_factory):
-        """A daemon over a namespace of its own, whose things may all be pruned."""
-        reason = why_not_live() or (not CALLS and "no recorded client calls beside the repository")
-        if reason:
-            pytest.skip(reason)
-        folder = tmp_path_factory.mktemp("replay")
-        daemon = Live(folder, "--namespace", "nerdctld-replay")
-        assert daemon.ask("POST", "/images/load?quiet=1", (STACK / "base.tar").read_bytes(), {"Content-Type": "application/x-tar"}).status == 200
-        yield daemon
-        daemon.end()
-        for word, rest in (("ps", "rm"), ("images", "rmi"), ("volume", "volume")):
-            names = real(*{"ps": ("ps", "-aq"), "images": ("images", "-q"), "volume": ("volume", "ls", "-q")}[word], namespace="nerdctld-replay").stdout.decode().split()
-            if names:
-                real(*{"rm": ("rm", "-f"), "rmi": ("rmi", "-f"), "volume": ("volume", "rm", "-f")}[rest], *names, namespace="nerdctld-replay", timeout=120)
-        assert b"Traceback" not in daemon.log.read_bytes()
 
     @pytest.mark.parametrize("scenario", [*CHAINS, *(path.stem for path in sorted((SHARED / "client-calls").glob("*.jsonl"))
                                                      if not NOT_REPLAYED.fullmatch(path.stem) and path.stem not in sum(CHAINS.values(), ()))])
@@ -9100,16 +9101,16 @@ class Description:
         return found
 
 
-class TestDescription:
-    @pytest.fixture(scope="class")
-    @classmethod
-    def description(cls):
-        """The API description, where it is at hand."""
-        path = SHARED / "engine-api" / "v1.56.yaml"
-        if not path.exists():
-            pytest.skip("no API description beside the repository")
-        return Description(path)
+@pytest.fixture(scope="class")
+def description():
+    """The API description, where it is at hand."""
+    path = SHARED / "engine-api" / "v1.56.yaml"
+    if not path.exists():
+        pytest.skip("no API description beside the repository")
+    return Description(path)
 
+
+class TestDescription:
     def test_reader(self, description):
         summary = description.definitions["ImageSummary"]
         assert summary["required"][:2] == ["Id", "ParentId"] and summary["properties"]["RepoTags"]["items"] == {"type": "string"}
