@@ -6638,7 +6638,7 @@ def start_attached(engine: Engine, container: Container, waiting: List[Attachmen
             engine.leave_session(container.id, session)
             raise
         wait_started(engine, session, lambda: container.real)
-    if not tty and engine.nerdctl.local:
+    if not tty and not has_stdin(container) and engine.nerdctl.local:
         end_input(engine.nerdctl, container.real)
 
 
