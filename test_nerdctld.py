@@ -3652,15 +3652,14 @@ def willing(furnished, scripted):
 class TestContainerLifecycle:
     def test_a_stop_takes_the_place_of_nobody(self, tmp_path):
         program = tmp_path / "nerdctl"
-        program.write_text("#!/bin/sh\n[ $2 = ps ] || exec sleep 3\n")
+        program.write_text("#!/bin/sh\n[ $2 = ps ] || exec sleep 1\n")
         program.chmod(0o755)
         nerdctl = nerdctld.Nerdctl([str(program)])
         threads = [threading.Thread(target=nerdctl.output, args=("stop",), kwargs={"waits": True}) for _ in range(40)]
         for each in threads:
             each.start()
-        began = time.monotonic()
         nerdctl.run("ps")
-        assert time.monotonic() - began < 2.5
+        assert any(each.is_alive() for each in threads)
         for each in threads:
             each.join(20)
 
@@ -9860,7 +9859,7 @@ class TestEndurance:
         assert ask(furnished, "POST", "/networks/create", {"Name": "brief"}).status == 404
 
     def test_malformed_requests(self, tmp_path):
-        found, _, _ = fuzz_scripted(tmp_path, 1500, 20261124)
+        found, _, _ = fuzz_scripted(tmp_path, 700, 20261124)
         assert not found.problems, "\n".join(found.problems[:5])
         # Most parts of the daemon were reached.
         assert {200, 201, 204, 400, 404, 409, 500} <= set(found.statuses), found.statuses
