@@ -2981,18 +2981,20 @@ class Engine:
             self.known.pop(event.container, None)
         self.journal.emit("container", action, identity, attributes, event.time)
 
-    def completed(self, event: Dict[str, Any]) -> Dict[str, Any]:
-        """A kept event, of a container with what is known of it: nobody asked while nobody listened."""
-        actor = event["Actor"]
-        if event["Type"] != "container" or "name" in actor["Attributes"]:
-            return event
-        identity, attributes = self.departed.get(actor["ID"], ("", {}))
-        if not identity:
-            with contextlib.suppress(ApiError):
-                for container in self.snapshot.containers.get().values():
-                    if actor["ID"] in (container.real, container.id):
-                        identity, attributes = self.actor(container)
-        return {**event, "Actor": {"ID": identity or actor["ID"], "Attributes": {**attributes, **actor["Attributes"]}}}
+    def completed(self, kept: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
+        """Kept events, those of containers with what is known of them: nobody asked while nobody listened."""
+        actors: Optional[Dict[str, Tuple[str, Dict[str, str]]]] = None
+        for event in kept:
+            actor = event["Actor"]
+            if event["Type"] == "container" and "name" not in actor["Attributes"]:
+                if actors is None:
+                    actors = dict(self.departed)
+                    with contextlib.suppress(ApiError):
+                        for container in self.snapshot.containers.get().values():
+                            actors[container.real] = actors[container.id] = self.actor(container)
+                identity, attributes = actors.get(actor["ID"], (actor["ID"], {}))
+                event = {**event, "Actor": {"ID": identity, "Attributes": {**attributes, **actor["Attributes"]}}}
+            yield event
 
     def _actor_of(self, real: str, gone: bool) -> Tuple[str, Dict[str, str]]:
         """Id and attributes of a container that an event names, as they were last known where it is gone."""
@@ -3263,7 +3265,7 @@ def system_events(engine: Engine, request: Request) -> Response:
 
     def chunks() -> Iterator[bytes]:
         with engine.journal.subscribe() as (kept, new), engine.feed.needed(), request.client.when_gone(lambda: new.put(None)):
-            for event in map(engine.completed, kept) if since is not None else ():
+            for event in engine.completed(kept) if since is not None else ():
                 when = event["timeNano"] / 1e9
                 if when >= since and (until is None or when <= until) and match_event(event, filters):
                     yield lead + json_bytes(docker_event(event, request.version)) + b"\n"
