@@ -489,6 +489,8 @@ NERDCTL_ERRORS: List[Tuple[Any, type, str]] = [
         (r"(?:no buildkit host is available|failed to ping to host|buildctl.* executable file not found|"
          r"could not connect to buildkit|listing workers)", Unavailable,
          "buildkitd does not answer: start it with a containerd worker, or say where it is with --buildkit-host"),
+        (r"no image was built", ApiError,
+         "no image was built where nerdctl looks for it: buildkitd's first worker has to be a containerd worker in nerdctl's namespace (buildkitd.toml)"),
         (r"executable file not found in \$PATH", BadParameter, ""),
         (r"exec: \"[^\"]*\": (?:permission denied|stat \S+: no such file or directory)|permission denied: unknown", BadParameter, ""),
         (r"(?:no such container:? |no container found for: |no running task found for container |container not found: )"

@@ -918,6 +918,8 @@ FAILURES = [
     ("ps", fatal("rootless containerd not running? (hint: use `containerd-rootless-setuptool.sh install` to start rootless containerd): "
                  "stat /run/user/1/containerd-rootless: no such file or directory"), 503,
      "rootless containerd is not running: containerd-rootless-setuptool.sh install sets it up"),
+    ("build (worker in another namespace)", fatal("no image was built"), 500,
+     "no image was built where nerdctl looks for it: buildkitd's first worker has to be a containerd worker in nerdctl's namespace (buildkitd.toml)"),
     ("ps -a (while a container goes)", fatal(f'container "{"5" * 64}" in namespace "default": not found'), 404, "No such container: " + "5" * 64),
     ("run x (over ctr)", fatal("nerdctl is not installed, and containerd's ctr cannot do what `nerdctl run` does: install nerdctl for running "
                                "containers, networks and volumes"), 501, "nerdctl is not installed"),
