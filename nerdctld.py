@@ -2717,10 +2717,19 @@ class Tasks:
 
     def wait(self, container: Container, condition: str, since: int, gone: Callable[[], bool]) -> Optional[int]:
         """Wait as `POST /containers/{id}/wait` says; the exit status, None when there is nobody to be told."""
-        began = time.time_ns()
+        began, failures = time.time_ns(), 0
         while not gone():
             seen = self.count
-            status = self._status(container, condition, since, began)
+            try:
+                status = self._status(container, condition, since, began)
+                failures = 0
+            except ApiError:
+                # Too late for another answer than the status: a nerdctl that fails once on a busy machine is asked again.
+                failures += 1
+                if failures > 20:
+                    raise
+                time.sleep(0.1)
+                continue
             if status is not None:
                 return status
             with self.condition:
@@ -6230,7 +6239,9 @@ class Session:
                 return False
             attachment.session = self
             attachment.ready.set()
-            self.attachments = [*self.attachments, attachment]
+            # One that was there from the beginning may ask before nerdctl runs.
+            if attachment not in self.attachments:
+                self.attachments = [*self.attachments, attachment]
             return True
 
     def write(self, data: bytes) -> bool:

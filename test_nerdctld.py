@@ -1449,6 +1449,23 @@ class TestEvents:
         assert engine.tasks._status(container, "not-running", engine.tasks.now(), time.time_ns()) == 7
         assert engine.tasks._status(container, "removed", engine.tasks.now(), time.time_ns()) == 7
 
+    @pytest.mark.parametrize("times", [3, 100])
+    def test_a_wait_outlasts_a_nerdctl_that_fails_now_and_then(self, engine, monkeypatch, times):
+        container, failures = nerdctld.Container({"ID": ID, "Names": "x", "Status": "Up"}, {}), []
+        monkeypatch.setattr(nerdctld.time, "sleep", lambda seconds: None)
+
+        def status(*_):
+            failures.append(1)
+            if len(failures) <= times:
+                raise nerdctld.ApiError("busy")
+            return 7
+        engine.tasks._status = status
+        if times < 20:
+            assert engine.tasks.wait(container, "not-running", 0, lambda: False) == 7
+        else:
+            with pytest.raises(nerdctld.ApiError, match="busy"):
+                engine.tasks.wait(container, "not-running", 0, lambda: False)
+
     def test_events_that_were_kept_while_nobody_listened(self, furnished):
         containers = list(furnished.snapshot.containers.get().values())
         there, gone = containers[0], containers[1]
@@ -3519,6 +3536,16 @@ class TestSessions:
         session = nerdctld.Session(attachments, on_end=lambda *end: ends.append(end), **options)
         session.run(nerdctld.Nerdctl(["/bin/sh", "-c", script, "sh"]), [], stdin=stdin, lasting=False, held=held)
         return session, ends
+
+    def test_a_client_is_there_once(self):
+        attachment, connection, far = self.attached()
+        session = nerdctld.Session([attachment])
+        # As await_session does it while nerdctl is about to be started.
+        assert session.join(attachment)
+        session.run(nerdctld.Nerdctl(["/bin/sh", "-c", "echo once", "sh"]), [], stdin=False, lasting=False)
+        assert session.ended.wait(10)
+        connection.sock.close()
+        assert unframe(drain(far)) == [(1, b"once\n")]
 
     @pytest.mark.parametrize("data", [b"", b"in"])
     def test_input_is_held(self, data, tmp_path):
