@@ -664,9 +664,9 @@ class Process:
         with contextlib.suppress(OSError):
             # The two processes at its ends change places less often. fcntl has the name F_SETPIPE_SZ from Python 3.10 on.
             fcntl.fcntl(descriptor, 1031, 1 << 20)
-        pause = 0.0005
+        pause, total = 0.0005, 0
         while True:
-            if waiting_bytes(descriptor) < Piped.WORTH + kept:
+            if total > 1 << 20 and waiting_bytes(descriptor) < Piped.WORTH + kept:
                 # nerdctl writes 32 KiB at a time or less: to be woken by each would cost both of us more than they are worth.
                 poll_readable(descriptor, None)
                 time.sleep(pause)
@@ -674,11 +674,13 @@ class Process:
                 pause = min(2 * pause, 0.004) if found < BLOCK else max(pause / 2, 0.00025) if found > 2 * BLOCK else pause
             waiting = waiting_bytes(descriptor) - kept
             if waiting >= Piped.WORTH and hasattr(os, "splice"):
+                total += waiting
                 yield Piped(descriptor, waiting)
                 continue
             data = self.read()
             if not data:
                 return
+            total += len(data)
             yield data
 
     def lines(self, source: Any = None) -> Iterator[str]:
@@ -1838,7 +1840,8 @@ class Container:
     def request(self) -> Dict[str, Any]:
         """The create request that it was made with, {} for one that others made."""
         if "request" not in self.memo:
-            parts = itertools.takewhile(lambda part: part is not None, (self.labels.get(f"{LABEL_REQUEST}.{number}") for number in itertools.count()))
+            parts = itertools.takewhile(lambda part: part is not None, (self.labels.get(f"{LABEL_REQUEST}.{number}") for number in itertools.count())) \
+                if LABEL_REQUEST + ".0" in self.labels else ()
             found = None
             with contextlib.suppress(ValueError):
                 found = json.loads("".join(parts) or "{}")
