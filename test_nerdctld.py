@@ -8991,7 +8991,7 @@ REPLAY_DIFFERENCES = [
     ("network_inspect", r"no Status.*", "addresses in use are not told"),
     ("system_info", r"no Runtimes\.\*\.status", "runc's own features are not told"),
     ("system_version", r"no Components\[\]\.Details\.Module.*", "of buildkitd inside of dockerd"),
-    ("system_events", r"(no line|a line too many) '(exec_\w+: |exec_die|exec_start|health_status|die|kill|stop|top|start|create|destroy|attach|commit|pause|unpause|prune|rename|restart|update|archive-path).*",
+    ("system_events", r"(no line|a line too many) '(exec_\w+: |exec_die|exec_start|health_status|die|kill|stop|top|start|create|destroy|attach|commit|pause|unpause|prune|rename|restart|update|archive-path|extract-to-dir).*",
      "what was told before the client left: health checks are no execs here, and containers take other times"),
     # Other things than those that were recorded
     ("archive_get", r"stat mode .*", "of another image"), ("image_inspect", r"(no|too many:) (Comment|Parent|Config\..*)", "another image"),
