@@ -1239,8 +1239,10 @@ class TestNerdctlProcess:
                 os.chown(each, 65534, 65534)
             (tree / "closed").chmod(0o500)
             before = modes()
-            found = subprocess.run(["setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "-c", ""], capture_output=True)
-            command = command if found.returncode else ["setpriv", "--reuid", "65534", "--clear-groups", *command]
+            # As an ordinary user, where one can get here.
+            user = ["setpriv", "--reuid", "65534", "--clear-groups"]
+            probe = [*user, sys.executable, "-c", "import os, sys, nerdctld; os.listdir(sys.argv[1])", str(tree)]
+            command = command if subprocess.run(probe, capture_output=True, cwd=HERE, timeout=20).returncode else [*user, *command]
         subprocess.run(command, cwd=HERE, check=True, timeout=20, capture_output=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
         assert modes() == before and (os.geteuid() == 0 or not tree.exists()) and (beside / "file").read_text() == "x"
 
