@@ -3122,7 +3122,8 @@ class TestContainerCreate:
         {"NetworkingConfig": {"EndpointsConfig": {"one": {}, "bridge": None}}, **host(NetworkMode="bridge")}, {"StopTimeout": 0}, host(MemorySwappiness=0),
         {"Entrypoint": [], "Cmd": ["x"]}, host(LogConfig={"Type": "json-file", "Config": {"max-size": ""}}), host(PortBindings={"80/tcp": None}),
         {"Healthcheck": {"Test": ["NONE"], "Interval": 0}}, host(MaskedPaths=[], ReadonlyPaths=[])])
-    def test_a_container_made_of_what_is_kept_is_the_same(self, body):
+    def test_a_container_made_of_what_is_kept_is_the_same(self, body, monkeypatch):
+        monkeypatch.setattr(nerdctld, "free_port", lambda kind: 40000)
         whole = {**BODY, "Tty": False, "Domainname": "", **body}
         kept = json.loads(json.dumps(nerdctld.slim(whole)))
         assert words_of(kept) == words_of(whole)
