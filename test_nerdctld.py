@@ -9012,6 +9012,7 @@ REPLAY_DIFFERENCES = [
     ("container_stats", r"too many: memory_stats\.stats\..*", "of another kernel"), ("container_stats", r"Content-Type application/json and not none", "dockerd 29 sends none"),
     # When things come
     ("container_attach|exec_start", r"(?s)stream 1 .*BusyBox.*", "what a shell and its terminal paint, in another order"),
+    ("container_attach", r"(?s)stream 1 '/ # echo again.*/ # .*", "where in its line a shell paints its prompt anew when its terminal gets its size"),
     ("container_attach", r"no answer: TimeoutError.*", "an interrupt that the client acted upon by itself"),
     ("container_attach", r"Content-Type application/json and not .*raw-stream|stream 1 .*No such container: nosuch.*", "an error before the upgrade is JSON, as everywhere"),
     ("container_attach", r"stream 1 '(as\\n|(l1\\n)?(l2\\n)?(l3\\n)?)?' and not '(as\\n|l2\\nl3\\n)'", "what was written before the client came, or had gone"),
