@@ -7515,7 +7515,7 @@ class TestLiveContainers:
     def test_terminal(self, box):
         environment = {**os.environ, "DOCKER_HOST": "unix://" + box.live.socket, "TERM": "dumb"}
         status, seen = on_terminal([box.client, "run", "-it", "--name", "tstt", *QUIET, BASE, "sh"], [
-            (b"# ", b"echo o''ne\n"), (b"one\r\n", (33, 99)), (b"one\r\n", b"sleep 1; stty size; echo t''wo\n"), (b"two\r\n", b"exit 4\n")], environment)
+            (b"# ", b"sleep 1; echo o''ne\n"), (b"one\r\n", (33, 99)), (b"one\r\n", b"sleep 1; stty size; echo t''wo\n"), (b"two\r\n", b"exit 4\n")], environment)
         assert status == 4 and b"33 99" in seen, seen
         status, seen = on_terminal([box.client, "start", "-ai", "tstt"], [(b"# ", b"echo a''gain\n"), (b"again\r\n", b"\x10\x11")], environment)
         assert status == 0 and box.text("ps", "-q") != ""
