@@ -583,6 +583,9 @@ class Process:
     """A running nerdctl, the leader of a process group of its own. Used as a context: at its end the group is gone and
     reaped, whatever happened. stderr goes to memory that no reader is needed for, unless it was asked for as a pipe."""
 
+    # How long it may take to end when it is asked to, in seconds.
+    GRACE = 2.0
+
     def __init__(self, runner: "Nerdctl", argv: List[str], environment: Dict[str, str], stdin: Any, stdout: Any, stderr: Any,
                  client: Client, lasting: bool = False, mounts: bool = False):
         self.runner = runner
@@ -739,7 +742,7 @@ class Process:
             self.wait(UNMOUNTING)
         if self.popen.returncode is None and self.popen.poll() is None:
             self.kill(signal.SIGTERM)
-            if self.wait(2.0) is None:
+            if self.wait(self.GRACE) is None:
                 self.kill()
                 self.popen.wait()
         self._close_pipes()
@@ -9697,6 +9700,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
     daemon_threads = True
     block_on_close = False
+    # handle_request() is called when there is one.
+    timeout = 0
 
     def __init__(self, engine: "Engine", listener: socket.socket):
         super().__init__("", RequestHandler, bind_and_activate=False)
@@ -10336,14 +10341,19 @@ def watch_signals() -> int:
 def serve_until_told(server: Server, idle_timeout: float, signals: int) -> None:
     """Serve until a signal or, with a timeout, until idle for so long; then let running requests end, for a bounded
     time."""
-    # How often the loop looks whether it is to end.
-    thread = threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True)
-    thread.start()
-    while not poll_readable(signals, min(1.0, idle_timeout / 4) if idle_timeout else None):
-        if server.idle_seconds() >= idle_timeout:
+    # serve_forever() looks every so often whether it is to end: an idle daemon would never sleep, and its end would wait.
+    poller = select.poll()
+    for each in (server.fileno(), signals):
+        poller.register(each, select.POLLIN)
+    while True:
+        ready = [descriptor for descriptor, _ in poller.poll(min(1000.0, idle_timeout * 250) if idle_timeout else None)]
+        if signals in ready:
+            break
+        if ready:
+            server.handle_request()
+        elif server.idle_seconds() >= idle_timeout:
             log(f"idle for {idle_timeout:g} seconds: ending")
             break
-    server.shutdown()
 
 
 def main(argv: Optional[List[str]] = None) -> int:
