@@ -55,7 +55,7 @@ import traceback
 import tty
 import urllib.parse
 import zlib
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 # OpenSSL is 5 of 25 MB: `hashlib` loads it for what Python has itself, and `http.client` for https, which only a question
 # to a registry needs.
@@ -1330,8 +1330,8 @@ class Frames:
         self.rest = b""
 
     def feed(self, data: Any) -> List[Frame]:
-        """The frames that are complete by now; ValueError for what is not HTTP/2."""
-        data = b"".join((self.rest, data))
+        """The frames that are complete by now, as views of `data`; ValueError for what is not HTTP/2."""
+        data = b"".join((self.rest, data)) if self.rest else data
         found, at = [], 0
         if self.preface:
             if data[:len(self.preface)] != self.preface[:len(data)]:
@@ -1356,16 +1356,65 @@ class Frames:
         return found
 
 
+class Outbox:
+    """Bytes that wait to be sent, in the pieces that they came in, so that they are not copied on their way: what is added
+    may not change afterwards."""
+
+    # Below this a piece is copied: it may be a small part of something large that it would keep in memory.
+    SMALL = 1 << 12
+    # As many pieces as go at once; Linux takes 1024.
+    MOST = 512
+
+    def __init__(self, first: bytes = b""):
+        self.pieces: Deque[Any] = collections.deque()
+        self.size = 0
+        self += first
+
+    def __iadd__(self, data: Any) -> "Outbox":
+        if data:
+            self.pieces.append(bytes(data) if len(data) < self.SMALL else memoryview(data))
+            self.size += len(data)
+        return self
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.pieces)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self.pieces.clear()
+        self.size = 0
+
+    def take(self, count: int) -> List[Any]:
+        """The first `count` bytes, taken out, in pieces."""
+        found = []
+        self.size -= count
+        while count:
+            piece = self.pieces.popleft()
+            if len(piece) > count:
+                self.pieces.appendleft(piece[count:])
+                piece = piece[:count]
+            found.append(piece)
+            count -= len(piece)
+        return found
+
+    def send(self, sock: socket.socket) -> None:
+        """Send what the socket takes at once; its errors, BlockingIOError among them, are the caller's."""
+        self.take(sock.sendmsg(itertools.islice(self.pieces, self.MOST)))
+
+
 class Sender:
     """DATA towards buildkitd, appended to `out` as its windows have room; the rest waits here. Sizes are in bytes."""
 
-    def __init__(self, out: bytearray):
+    def __init__(self, out: Outbox):
         self.out = out
         self.connection = self.initial = WINDOW
         self.frame_size = 16384
         # Only streams on which more or other data is sent than the client sends: of all others it minds the window.
         self.windows: Dict[int, int] = {}
-        self.queues: Dict[int, bytearray] = {}
+        self.queues: Dict[int, Outbox] = {}
         self.ending: set = set()
         # What was sent on those streams. The client must not be credited for it a second time.
         self.owed = 0
@@ -1377,44 +1426,35 @@ class Sender:
 
     def push(self, stream: int, *parts: Any, end: bool = False) -> None:
         """Send data on a stream now or later."""
-        data, sent = parts[0] if len(parts) == 1 else b"".join(parts), 0
+        queue = self.queues.setdefault(stream, Outbox())
+        for each in parts:
+            queue += each
         if end:
             self.ending.add(stream)
-        if stream not in self.queues:
-            sent = self._send(stream, data)
-            if sent == len(data):
-                self.ending.discard(stream)
-                return
-        self.queues.setdefault(stream, bytearray()).extend(memoryview(data)[sent:])
+            if not queue:
+                self.out += frame(DATA, END_STREAM, stream)
+        self._send(stream, queue)
 
     def flush(self) -> None:
         """Send what there is room for by now."""
         for stream, queue in list(self.queues.items()):
-            del queue[:self._send(stream, queue)]
-            if not queue:
-                self.ending.discard(stream)
-                del self.queues[stream]
+            self._send(stream, queue)
 
-    def _send(self, stream: int, data: Any) -> int:
-        """Put what there is room for into frames; how many bytes that is."""
-        end, pieces, at = stream in self.ending, [], 0
-        with memoryview(data) as view:
-            while at < len(data):
-                room = min(self.connection, self.frame_size, self.windows.get(stream, WINDOW), len(data) - at)
-                if room <= 0:
-                    break
-                pieces += FRAME_HEAD.pack(room << 8 | DATA, END_STREAM if end and at + room == len(data) else 0, stream), view[at:at + room]
-                at += room
-                self.connection -= room
-                if stream in self.windows:
-                    self.windows[stream] -= room
-                    self.owed += room
-            self.out += b"".join(pieces)
-            for piece in pieces[1::2]:
-                piece.release()
-        if end and not data:
-            self.out += frame(DATA, END_STREAM, stream)
-        return at
+    def _send(self, stream: int, queue: Outbox) -> None:
+        """Put what there is room for into frames."""
+        while queue:
+            room = min(self.connection, self.frame_size, self.windows.get(stream, WINDOW), len(queue))
+            if room <= 0:
+                return
+            self.out += FRAME_HEAD.pack(room << 8 | DATA, END_STREAM if stream in self.ending and room == len(queue) else 0, stream)
+            for piece in queue.take(room):
+                self.out += piece
+            self.connection -= room
+            if stream in self.windows:
+                self.windows[stream] -= room
+                self.owed += room
+        self.ending.discard(stream)
+        del self.queues[stream]
 
     def settings(self, payload: bytes) -> int:
         """Heed a SETTINGS frame; by how much the window of every stream has changed."""
@@ -1450,7 +1490,7 @@ class Call:
         # Without an authority or a content type buildkitd refuses the call; with an upper-case name too.
         first = [(":method", "POST"), (":scheme", "http"), (":path", method), (":authority", "localhost"),
                  ("content-type", "application/grpc"), ("te", "trailers")]
-        self.out = bytearray(PREFACE + frame(SETTINGS, 0, 0, settings) + credit(0, self.WINDOW - WINDOW))
+        self.out = Outbox(PREFACE + frame(SETTINGS, 0, 0, settings) + credit(0, self.WINDOW - WINDOW))
         self.sender = Sender(self.out)
         self.sender.windows[1] = WINDOW
         self.out += header_frames(1, [*first, *((name.lower(), value) for name, value in headers)])
@@ -1513,7 +1553,7 @@ def unary(sock: socket.socket, method: str, message: bytes = b"", headers: Itera
     call.finish()
     while not call.ended:
         sock.settimeout(max(0.01, deadline - time.monotonic()))
-        sock.sendall(call.out)
+        sock.sendall(bytes(call.out))
         call.out.clear()
         data = sock.recv(BLOCK)
         messages = call.feed(data)
@@ -5236,6 +5276,11 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
     return found
 
 
+def refused_code(error: str) -> int:
+    """The exit code that Docker gives a container whose start failed with these words."""
+    return 127 if "not found" in error or "no such file" in error else 126 if "denied" in error else 128
+
+
 def docker_state(container: Container, detail: Dict[str, Any], health: Optional[Dict[str, Any]]) -> Dict[str, Any]:
     """State, with times of RFC 3339. nerdctl's own `Restarting` is true for whatever has a restart policy, so it is not
     used."""
@@ -5246,14 +5291,16 @@ def docker_state(container: Container, detail: Dict[str, Any], health: Optional[
     if container.state == "restarting":
         state = "restarting"
     ended = nanoseconds_of(status.get("ExitTime") or "")
-    began = started_at(container)
+    began, code, error = started_at(container), status.get("ExitStatus") or 0 if state in ("exited", "restarting") else 0, ""
     if not task and began:
-        # The task went with a restart of the machine; containerd remembers no more.
-        state = "exited"
+        # nerdctl never takes an error back: only one of this time counts. Without, the task went with a restart of the machine,
+        # and containerd remembers no more.
+        error = container.labels.get("nerdctl/error") or "" if began / 1e9 > time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) else ""
+        state, code, began = ("created", refused_code(error), None) if error else ("exited", 0, began)
     found = {
         "Status": state, "Running": state in ("running", "paused", "restarting"), "Paused": state == "paused", "Restarting": state == "restarting",
         "OOMKilled": bool(container.memo.get("oom")), "Dead": False, "Pid": task.get("Pid") or 0 if state in ("running", "paused") else 0,
-        "ExitCode": status.get("ExitStatus") or 0 if state in ("exited", "restarting") else 0, "Error": container.labels.get("nerdctl/error") or "",
+        "ExitCode": code, "Error": error,
         "StartedAt": rfc3339(began), "FinishedAt": rfc3339(ended if ended and ended > 0 else None),
     }
     if health:
@@ -6706,7 +6753,7 @@ def start_refused(engine: Engine, container: Container, error: ApiError) -> None
         with contextlib.suppress(ApiError):
             # Another one may have taken its place.
             remove_container(engine, engine.snapshot.container(container.id), force=True, volumes=True)
-    engine.tasks.failed(container.real, 127 if "not found" in str(error) or "no such file" in str(error) else 126 if "denied" in str(error) else 128)
+    engine.tasks.failed(container.real, refused_code(str(error)))
 
 
 @route("POST", "/containers/{id}/start")
@@ -8782,7 +8829,7 @@ class Splice:
 
     def __init__(self, prepare: Callable[[bytes], Tuple[bytes, Optional[Callable[[bytes], None]]]]):
         self.prepare = prepare
-        self.to_client, self.to_server = bytearray(), bytearray()
+        self.to_client, self.to_server = Outbox(), Outbox()
         self.client_frames, self.server_frames = Frames(PREFACE), Frames()
         self.sender = Sender(self.to_server)
         self.fresh: set = set()
@@ -8942,7 +8989,7 @@ class BuildSession:
 
     def __init__(self, headers: Iterable[Tuple[str, str]]):
         self.call = Call("/moby.buildkit.v1.Control/Session", headers)
-        self.to_client, self.to_server = bytearray(), self.call.out
+        self.to_client, self.to_server = Outbox(), self.call.out
 
     @property
     def over(self) -> bool:
@@ -8981,29 +9028,29 @@ class BuildSession:
 class End:
     """One end of a relay: a socket that does not block, what is to be written to it, and who takes what is read."""
 
-    def __init__(self, sock: socket.socket, out: bytearray, feed: Callable[[bytes], None]):
+    def __init__(self, sock: socket.socket, out: Outbox, feed: Callable[[bytes], None]):
         self.sock = sock
         self.out = out
         self.feed = feed
         self.broken = False
-        self.buffer = memoryview(bytearray(BLOCK))
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
 
-    def read(self) -> Optional[memoryview]:
-        """What has come, to be used up before the next; empty at the end, None when nothing has."""
+    def read(self) -> Optional[bytes]:
+        """What has come; empty at the end, None when nothing has."""
         try:
-            return self.buffer[:self.sock.recv_into(self.buffer)]
+            return self.sock.recv(BLOCK)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:
-            return self.buffer[:0]
+            return b""
 
     def flush(self) -> None:
         """Write as much as goes; what nobody can take any more is dropped, and the end is `broken`."""
         while self.out:
             try:
-                del self.out[:0 if self.broken else self.sock.send(self.out)]
+                if not self.broken:
+                    self.out.send(self.sock)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
