@@ -1892,6 +1892,11 @@ class Container:
         return self.memo["request"]
 
     @property
+    def host_config(self) -> Dict[str, Any]:
+        """The HostConfig of that request."""
+        return typed(self.request.get("HostConfig"), dict, "HostConfig")
+
+    @property
     def visible_labels(self) -> Dict[str, str]:
         """The labels a client set."""
         asked = self.request.get("Labels")
@@ -4872,7 +4877,7 @@ def parse_mounts(labels: Dict[str, str]) -> List[Dict[str, Any]]:
 
 def docker_mounts(container: Container) -> List[Dict[str, Any]]:
     """The mounts of a container as Docker shows them: of those in memory only what was asked for as a mount."""
-    asked = typed(container.request.get("HostConfig"), dict, "HostConfig").get("Mounts")
+    asked = container.host_config.get("Mounts")
     shown = {each.get("Target") for each in asked if isinstance(each, dict)} if isinstance(asked, list) else set()
     mounts = []
     for each in parse_mounts(container.labels):
@@ -4989,7 +4994,7 @@ INIT_WORDS = ["/sbin/tini", "--"]
 
 def has_init(container: Container) -> bool:
     """Whether an init process was asked for."""
-    return bool(typed(container.request.get("HostConfig"), dict, "HostConfig").get("Init"))
+    return bool(container.host_config.get("Init"))
 
 
 def quoted_command(command: str, container: Container) -> str:
@@ -5224,7 +5229,7 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
                   for mount in parse_mounts(labels) if mount["Type"] == "bind"] or None,
         "CgroupnsMode": "private" if any(each.get("type") == "cgroup" for each in spec.get("namespaces") or []) else "host",
     })
-    asked = typed(container.request.get("HostConfig"), dict, "HostConfig")
+    asked = container.host_config
     if found["CpuQuota"] > 0 and found["CpuPeriod"] and not (asked.get("CpuPeriod") or asked.get("CpuQuota")):
         found.update({"NanoCpus": found["CpuQuota"] * 10**9 // found["CpuPeriod"], "CpuPeriod": 0, "CpuQuota": 0})
     for key, value in asked.items():
@@ -6239,6 +6244,45 @@ class Terminal:
             self.master = -1
 
 
+class Input:
+    """The way to a process's stdin: `file` is where it is written to, `once` whether it ends with the first client's input,
+    `on_end` is called after its end."""
+
+    def __init__(self, file: Any, once: bool = True, on_end: Callable[[], None] = lambda: None):
+        self.lock = threading.Lock()
+        self.file, self.once, self.on_end = file, once, on_end
+
+    def write(self, data: bytes) -> bool:
+        """Pass data on; False when none is taken any more."""
+        with self.lock:
+            # A number of its own: a write may last, and the end come meanwhile.
+            if self.file.closed:
+                return False
+            descriptor = os.dup(self.file.fileno())
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(descriptor, view):]
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    def close_stdin(self, force: bool = False) -> None:
+        """End of the input of one client: of the process too, where it was opened for one client only."""
+        if (self.once or force) and self.close():
+            self.on_end()
+
+    def close(self) -> bool:
+        """Let it go without a word; whether it was open."""
+        with self.lock, contextlib.suppress(OSError):
+            was_open = not self.file.closed
+            self.file.close()
+            return was_open
+        return False
+
+
 class Session:
     """A nerdctl process with the streams of one container (or exec): its output goes to every attachment, and their
     input to it. `on_end(status, message)` is called once, in its thread, when it has ended and before the clients are
@@ -6252,7 +6296,7 @@ class Session:
         self.once = once
         self.on_end = on_end
         self.process: Optional[Process] = None
-        self.stdin = -1
+        self.input: Optional[Input] = None
         self.outputs: Dict[int, int] = {}
         self.ended = threading.Event()
         self.status: Optional[int] = None
@@ -6273,10 +6317,11 @@ class Session:
                 os.close(self.terminal.slave)
                 raise
             self.terminal.started(self.process)
-            self.stdin, self.outputs = self.terminal.master if stdin else -1, {self.terminal.master: STDOUT}
+            self.input = Input(open(self.terminal.master, "wb", buffering=0, closefd=False), False) if stdin else None
+            self.outputs = {self.terminal.master: STDOUT}
         else:
             self.process = nerdctl.start(*arguments, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, stderr=subprocess.PIPE, lasting=lasting)
-            self.stdin = self.process.stdin.fileno() if stdin else -1
+            self.input = Input(self.process.stdin, self.once) if stdin else None
             self.outputs = {self.process.stdout.fileno(): STDOUT, self.process.stderr.fileno(): STDERR}
         if not held:
             self.taking.set()
@@ -6284,6 +6329,16 @@ class Session:
             attachment.session = self
             attachment.ready.set()
         threading.Thread(target=self._follow, name="session", daemon=True).start()
+
+    def take_input(self, target: Optional[Input]) -> None:
+        """Let input through, to this target, unless the process has ended."""
+        with self.lock:
+            if not self.taking.is_set():
+                self.input = target
+                self.taking.set()
+                return
+        if target:
+            target.close()
 
     def join(self, attachment: Attachment) -> bool:
         """Add a client; whether there is still something to come."""
@@ -6300,28 +6355,13 @@ class Session:
     def write(self, data: bytes) -> bool:
         """Input for the process; False when it takes none any more."""
         self.taking.wait()
-        with self.lock:
-            # A number of its own: a write may last, and the session end meanwhile.
-            if self.stdin < 0:
-                return False
-            descriptor = os.dup(self.stdin)
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[os.write(descriptor, view):]
-        except OSError:
-            return False
-        finally:
-            os.close(descriptor)
-        return True
+        return self.input is not None and self.input.write(data)
 
     def close_stdin(self, force: bool = False) -> None:
-        """End of the input of one client: of the process too, where it was opened for one client only."""
+        """End of the input of one client."""
         self.taking.wait()
-        with self.lock:
-            if self.process and self.process.stdin and (self.once or force):
-                self.stdin = -1
-                self.process.close_stdin()
+        if self.input:
+            self.input.close_stdin(force)
 
     def put(self, kind: int, data: bytes) -> None:
         """Send output to everyone who is there."""
@@ -6365,8 +6405,9 @@ class Session:
 
     def _end(self) -> None:
         with self.lock:
-            self.stdin = -1
-        self.taking.set()
+            self.taking.set()
+        if self.input:
+            self.input.close()
         self.process.close()
         if self.terminal:
             self.terminal.close()
@@ -6381,8 +6422,9 @@ class Session:
             attachment.finish()
 
 
-def pump_stdin(attachment: Attachment, session: Session, keys: Optional[DetachKeys]) -> bool:
-    """Pass a client's input on until it ends, the client leaves or detaches. Whether it was detached by its keys."""
+def pump_stdin(attachment: Attachment, session: Any, keys: Optional[DetachKeys]) -> bool:
+    """Pass a client's input on, to a Session or an Input, until it ends, the client leaves or detaches. Whether it was
+    detached by its keys."""
     while not attachment.done.is_set():
         data = attachment.connection.recv(65536)
         if not data:
@@ -6611,18 +6653,20 @@ def start_container(engine: Engine, container: Container) -> None:
     before = container.real
     waiting = engine.take_waiting(container.id)
     tty, stdin = is_terminal(engine, container), has_stdin(container)
+    piped = stdin and not tty
     try:
         with engine.feed.needed():
-            if LABEL_PORTS in container.labels and not was_started(container) and not (stdin and not tty):
+            by_run = piped and not reaches_input(engine.nerdctl)
+            if LABEL_PORTS in container.labels and not was_started(container) and not by_run:
                 container = with_ports(engine, container)
-            if stdin and not tty and not was_started(container):
+            if by_run and not was_started(container):
                 start_with_stdin(engine, engine.snapshot.container(container.id), waiting)
-            elif stdin and not tty and any(each.stdin for each in waiting):
+            elif by_run and any(each.stdin for each in waiting):
                 # Told here and not to the attach, of whose errors clients show no more than the number.
-                raise NotImplementedHere("nerdctl can give stdin without a terminal only at the first start of a container: create it anew, "
-                                         "or start it without --interactive")
-            elif waiting:
-                start_attached(engine, container, waiting, tty, any(each.stdin for each in waiting))
+                raise NotImplementedHere("without containerd's socket nerdctl can give stdin without a terminal only at the first start of a "
+                                         "container: create it anew, or start it without --interactive")
+            elif waiting or piped:
+                start_attached(engine, container, waiting, tty, piped or any(each.stdin for each in waiting))
             else:
                 count = engine.tasks.now()
                 engine.nerdctl.run("start", "--", container.real)
@@ -6651,7 +6695,7 @@ def with_ports(engine: Engine, container: Container) -> Container:
 
 def new_terminal(container: Container) -> Terminal:
     """A pseudo-terminal of the size that the client of a container has."""
-    size = typed(container.request.get("HostConfig"), dict, "HostConfig").get("ConsoleSize") or [0, 0]
+    size = container.host_config.get("ConsoleSize") or [0, 0]
     return Terminal(*[each for each in size if isinstance(each, int)][:2])
 
 
@@ -6673,49 +6717,101 @@ def sized_early(engine: Engine, real: str, terminal: Optional[Terminal]) -> Iter
         engine.feed.listeners.remove(on_event)
 
 
-def end_input(nerdctl: Nerdctl, real: str) -> None:
-    """Tell containerd that a container gets no input. `nerdctl start --attach` gives it a stdin that nobody ends, and a program
-    that reads it would wait for ever; no command of nerdctl's closes it."""
-    address = nerdctl.address.replace("unix://", "", 1) or "/run/containerd/containerd.sock"
+def dial_containerd(nerdctl: Nerdctl) -> Tuple[socket.socket, str]:
+    """A connection to containerd, and what its paths begin with as they are seen from here; OSError when there is none."""
+    address, root = nerdctl.address.replace("unix://", "", 1) or "/run/containerd/containerd.sock", ""
+    if not nerdctl.local:
+        raise OSError("it is on another machine")
+    if os.geteuid() and not nerdctl.address:
+        # The user's own, in a mount namespace of its own.
+        runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+        with open(f"{runtime}/containerd-rootless/child_pid", encoding="ascii") as file:
+            root = f"/proc/{file.read().strip()}/root"
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if os.geteuid() and not nerdctl.address:
-            # The user's own, in a mount namespace of its own.
-            runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
-            with open(f"{runtime}/containerd-rootless/child_pid", encoding="ascii") as file:
-                address = f"/proc/{file.read().strip()}/root{address}"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(5.0)
-            sock.connect(address)
-            unary(sock, "/containerd.services.tasks.v1.Tasks/CloseIO", field(1, real.encode()) + varint(3 << 3) + varint(1),
-                  [("containerd-namespace", nerdctl.namespace)], 5.0)
+        sock.settimeout(5.0)
+        sock.connect(root + address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock, root
+
+
+def ask_tasks(nerdctl: Nerdctl, method: str, message: bytes) -> Tuple[bytes, str]:
+    """What containerd's Tasks answers to a message, b"" for nothing or an error, and the root of its paths. OSError and
+    ValueError when it cannot be asked."""
+    sock, root = dial_containerd(nerdctl)
+    with sock:
+        return unary(sock, "/containerd.services.tasks.v1.Tasks/" + method, message, [("containerd-namespace", nerdctl.namespace)], 5.0) or b"", root
+
+
+def end_input(nerdctl: Nerdctl, real: str) -> None:
+    """Tell containerd that a container gets no more input. `nerdctl start --attach` gives it a stdin that nobody ends, and a
+    program that reads it would wait for ever; no command of nerdctl's closes it."""
+    try:
+        ask_tasks(nerdctl, "CloseIO", field(1, real.encode()) + varint(3 << 3) + varint(1))
     except (OSError, ValueError) as error:
         if nerdctl.debug:
             log(f"{real[:12]}: its input was not ended: {error}")
 
 
+def open_input(engine: Engine, container: Container) -> Optional[Input]:
+    """The way to the stdin of a container that was started by `nerdctl start --attach`, which makes the named pipe and writes
+    nothing to it; None where it has none or is out of reach."""
+    try:
+        answer, root = ask_tasks(engine.nerdctl, "Get", field(1, container.real.encode()))
+        process = next((each.value for each in fields(answer) if each.number == 1), b"")
+        path = next((each.value for each in fields(process) if each.number == 5), b"").decode()
+        if not path.startswith("/"):
+            return None
+        # Without a reader there is nobody to wait for.
+        descriptor = os.open(root + path, os.O_WRONLY | os.O_NONBLOCK)
+    except (OSError, ValueError, TypeError) as error:
+        if engine.nerdctl.debug:
+            log(f"{container.real[:12]}: its stdin cannot be reached: {error}")
+        return None
+    os.set_blocking(descriptor, True)
+    once = bool(container.request.get("StdinOnce"))
+    return Input(os.fdopen(descriptor, "wb", 0), once, lambda: end_input(engine.nerdctl, container.real))
+
+
+def reaches_input(nerdctl: Nerdctl) -> bool:
+    """Whether containerd is there for `open_input`."""
+    try:
+        dial_containerd(nerdctl)[0].close()
+    except OSError:
+        return False
+    return True
+
+
 def start_attached(engine: Engine, container: Container, waiting: List[Attachment], tty: bool, stdin: bool) -> None:
-    """Start a container with clients on its streams."""
+    """Start a container with clients on its streams, or with a stdin that they may come for."""
     session = Session(waiting, new_terminal(container) if tty else None, on_end=lambda *_: engine.leave_session(container.id, session))
     session.begun = engine.tasks.now()
     arguments = ["start", "--attach", *(["--interactive"] if tty and stdin else []), *([NO_DETACH_KEYS] if tty else []), "--", container.real]
     engine.sessions[container.id] = session
     with sized_early(engine, container.real, session.terminal):
         try:
-            session.run(engine.nerdctl, arguments, stdin=tty and stdin, lasting=True)
+            session.run(engine.nerdctl, arguments, stdin=tty and stdin, lasting=True, held=stdin and not tty)
         except BaseException:
             engine.leave_session(container.id, session)
             raise
-        wait_started(engine, session, lambda: container.real)
-    if not tty and not has_stdin(container) and engine.nerdctl.local:
+        target = None
+        try:
+            wait_started(engine, session, lambda: container.real)
+            target = open_input(engine, container) if stdin and not tty else None
+        finally:
+            session.take_input(target)
+    if not tty and not stdin and engine.nerdctl.local:
         end_input(engine.nerdctl, container.real)
 
 
 def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachment]) -> None:
-    """Start a container that was made with stdin and without a terminal, by putting a new one in its place: only
-    `nerdctl run` carries stdin. The id that clients know stays on it as a label."""
+    """Start a container that was made with stdin and without a terminal, where containerd is out of reach, by putting a new
+    one in its place: only `nerdctl run` carries stdin. The id that clients know stays on it as a label."""
     if container.id in engine.touched:
-        raise NotImplementedHere("files were copied into this container before its first start, and nerdctl can only give stdin to a container "
-                                 "that it makes and starts at once: create it without --interactive, or copy the files after the start")
+        raise NotImplementedHere("files were copied into this container before its first start, and without containerd's socket nerdctl can only give "
+                                 "stdin to a container that it makes and starts at once: create it without --interactive, or copy the files after the start")
     plan = plan_container(engine, container.request)._replace(image=container.image)
     labels = {**request_labels(plan.request), LABEL_ID: container.id}
     once = bool(plan.request.get("StdinOnce"))
@@ -7222,7 +7318,7 @@ def tail_count(request: Request) -> Optional[int]:
 
 def log_details(container: Container) -> bytes:
     """What `details` puts before each line: the labels and variables that the log options name."""
-    options = typed(typed(container.request.get("HostConfig"), dict, "HostConfig").get("LogConfig"), dict, "LogConfig").get("Config") or {}
+    options = typed(container.host_config.get("LogConfig"), dict, "LogConfig").get("Config") or {}
     environment = dict(each.partition("=")[::2] for each in string_list(container.request.get("Env"), "Env"))
     found = {key: container.visible_labels[key] for key in str(options.get("labels") or "").split(",") if key in container.visible_labels}
     found.update({key: environment[key] for key in str(options.get("env") or "").split(",") if key in environment})
@@ -7237,7 +7333,7 @@ def container_logs(engine: Engine, request: Request, name: str) -> Response:
         raise BadParameter("Bad parameters: you must choose at least one stream")
     tail_count(request)
     request.timestamp("since"), request.timestamp("until")
-    if (typed(container.request.get("HostConfig"), dict, "HostConfig").get("LogConfig") or {}).get("Type") == "none":
+    if (container.host_config.get("LogConfig") or {}).get("Type") == "none":
         raise NotImplementedHere("configured logging driver does not support reading")
     tty = is_terminal(engine, container)
     details = log_details(container) if request.flag("details") else b""
@@ -7385,10 +7481,17 @@ def serve_attachment(engine: Engine, request: Request, container: Container, att
                              name="attach", daemon=True).start()
         elif not container.running:
             await_session(engine, container, attachment, file, since)
-        if attachment.session is not None and attachment.stdin and pump_stdin(attachment, attachment.session, keys):
-            attachment.leave()
-            engine.tell(container, "detach")
-        attachment.done.wait()
+        with contextlib.ExitStack() as stack:
+            target: Any = attachment.session
+            if target is None and attachment.stdin and not is_terminal(engine, container):
+                # Started by another daemon.
+                target = open_input(engine, container)
+                if target:
+                    stack.callback(target.close)
+            if target is not None and attachment.stdin and pump_stdin(attachment, target, keys):
+                attachment.leave()
+                engine.tell(container, "detach")
+            attachment.done.wait()
 
 
 def attach(engine: Engine, request: Request, name: str, framed: bool) -> Tuple[Attachment, Callable[[Connection], None], Callable[[], None], str]:
@@ -7426,7 +7529,11 @@ def prepare_attach(engine: Engine, request: Request, name: str) -> Tuple[Contain
         raise Conflict("container is restarting, wait until the container is running")
     tty = is_terminal(engine, container)
     stdin = request.flag("stdin") and request.flag("stream")
-    check_attach(container, stdin, container.id in engine.sessions)
+    held = container.id in engine.sessions
+    if stdin and not held and not tty and has_stdin(container) and container.running:
+        found = open_input(engine, container)
+        held = found is not None and found.close()
+    check_attach(container, stdin, held)
     return container, tty, DetachKeys(request.value("detachKeys")) if tty and stdin else None
 
 

@@ -3701,6 +3701,54 @@ def identity(engine, name):
     return engine.snapshot.container(name).id
 
 
+class FakeTasks:
+    """A containerd of which only the Tasks service answers: method -> message; it hangs up on all others. `nerdctl` is one
+    that has its address."""
+
+    def __init__(self, path, answers):
+        self.answers, self.calls = answers, []
+        self.nerdctl = nerdctld.Nerdctl(["nerdctl"], "ns", str(path))
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(path))
+        self.listener.listen()
+        self.thread = threading.Thread(target=self.serve)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.thread.join(10)
+        self.listener.close()
+
+    def serve(self):
+        """Answer one connection after the other, a call on each."""
+        with contextlib.suppress(OSError):
+            while True:
+                with self.listener.accept()[0] as sock:
+                    self.answer(sock)
+
+    def answer(self, sock):
+        """One call."""
+        frames, heads, body, data = nerdctld.Frames(nerdctld.PREFACE), b"", b"", b"x"
+        while data and not heads.endswith(b"!"):
+            data = sock.recv(65536)
+            for each in frames.feed(data):
+                heads += bytes(each.raw) if each.kind == nerdctld.HEADERS else b""
+                body += bytes(each.data) if each.kind == nerdctld.DATA else b""
+                heads += b"!" if each.ends else b""
+        if not data:
+            return
+        assert b"containerd-namespace\x02ns" in heads
+        method = re.search(rb"/containerd\.services\.tasks\.v1\.Tasks/([A-Za-z]+)", heads).group(1).decode()
+        self.calls.append((method, body[5:]))
+        if method in self.answers:
+            message = self.answers[method]
+            sock.sendall(nerdctld.frame(nerdctld.SETTINGS, 0, 0) + nerdctld.header_frames(1, [(":status", "200")]) + nerdctld.frame(
+                nerdctld.DATA, 0, 1, struct.pack(">BI", 0, len(message)) + message) + nerdctld.grpc_end(1, None, True))
+
+
 @pytest.fixture
 def willing(furnished, scripted):
     """The recorded containers, over a nerdctl that does as it is told."""
@@ -3739,26 +3787,48 @@ class TestContainerLifecycle:
 
     @pytest.mark.parametrize("answers", [True, False])
     def test_input_is_ended_by_containerd(self, tmp_path, answers):
-        got = []
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(tmp_path / "c.sock"))
-        listener.listen()
+        with FakeTasks(tmp_path / "c.sock", {"CloseIO": b""} if answers else {}) as fake:
+            nerdctld.end_input(fake.nerdctl, "a" * 64)
+        assert fake.calls == [("CloseIO", b"\x0a\x40" + b"a" * 64 + b"\x18\x01")]
 
-        def serve():
-            sock, _ = listener.accept()
-            with sock:
-                while not got or b"\x18\x01" not in got[-1]:
-                    got.append((got[-1] if got else b"") + sock.recv(65536))
-                if answers:
-                    sock.sendall(nerdctld.frame(nerdctld.SETTINGS, 0, 0) + nerdctld.header_frames(1, [(":status", "200")])
-                                 + nerdctld.frame(nerdctld.DATA, 0, 1, bytes(5)) + nerdctld.grpc_end(1, None, True))
-        thread = threading.Thread(target=serve)
-        thread.start()
-        nerdctld.end_input(nerdctld.Nerdctl(["nerdctl"], "ns", str(tmp_path / "c.sock")), "a" * 64)
-        thread.join(10)
-        listener.close()
-        text = got[-1]
-        assert b"/containerd.services.tasks.v1.Tasks/CloseIO" in text and b"containerd-namespace\x02ns" in text and b"\x0a\x40" + b"a" * 64 + b"\x18\x01" in text
+    def test_input_by_the_pipe_of_containerd(self, tmp_path):
+        os.mkfifo(tmp_path / "stdin")
+        told = nerdctld.field(1, b"\x18\x07" + nerdctld.field(5, str(tmp_path / "stdin").encode()))
+        container = nerdctld.Container({"ID": "a" * 64}, nerdctld.request_labels({"OpenStdin": True, "StdinOnce": False}))
+        with FakeTasks(tmp_path / "c.sock", {"Get": told, "CloseIO": b""}) as fake:
+            engine = types.SimpleNamespace(nerdctl=fake.nerdctl)
+            # Nobody reads there.
+            assert nerdctld.open_input(engine, container) is None
+            reader = os.open(tmp_path / "stdin", os.O_RDONLY | os.O_NONBLOCK)
+            found = nerdctld.open_input(engine, container)
+            assert found.write(b"some") and os.read(reader, 9) == b"some"
+            # Open for more clients than this one.
+            found.close_stdin()
+            assert found.write(b"more") and os.read(reader, 9) == b"more" and [each for each, _ in fake.calls] == ["Get", "Get"]
+            found.close_stdin(force=True)
+            assert not found.write(b"late") and os.read(reader, 9) == b"" and [each for each, _ in fake.calls] == ["Get", "Get", "CloseIO"]
+            assert not found.close()
+            os.close(reader)
+            fake.answers["Get"] = nerdctld.field(1, b"\x18\x07")
+            assert nerdctld.open_input(engine, container) is None
+        assert nerdctld.open_input(engine, container) is None and not nerdctld.reaches_input(fake.nerdctl)
+
+    @pytest.mark.parametrize("name, reached, status, words", [
+        ("tstdone", True, 204, "start --attach -- {id}"), ("tstnew", True, 204, "start --attach -- {id}"), ("tstnew", False, 500, "run --pull=never"),
+        ("tstdone", False, 501, "")])
+    def test_start_with_stdin(self, willing, scripted, monkeypatch, name, reached, status, words):
+        monkeypatch.setattr(nerdctld.Container, "request", property(lambda self: {"Image": BASE, "OpenStdin": True}))
+        monkeypatch.setattr(nerdctld, "was_started", lambda container: name == "tstdone")
+        monkeypatch.setattr(nerdctld, "reaches_input", lambda nerdctl: reached)
+        opened = []
+        monkeypatch.setattr(nerdctld, "open_input", lambda engine, container: opened.append(container.name))
+        real = identity(willing, name)
+        attachment = nerdctld.Attachment(True, True, True, True)
+        willing.add_waiting(real, attachment)
+        assert ask(willing, "POST", f"/containers/{name}/start").status == status
+        calls = [" ".join(each["argv"]) for each in scripted.calls() if each["argv"][0] in ("start", "run")]
+        assert len(calls) == bool(words) and all(each.startswith(words.format(id=real)) for each in calls)
+        assert opened == ([name] if reached else []) and attachment.done.wait(10)
 
     def test_input_of_a_containerd_that_is_not_there(self, tmp_path):
         nerdctld.end_input(nerdctld.Nerdctl(["nerdctl"], "ns", str(tmp_path / "nosuch.sock")), "a" * 64)
@@ -7523,8 +7593,27 @@ class TestLiveContainers:
         done = box("run", "-i", "--name", "tstin", *QUIET, BASE, "sh", "-c", "cat; exit 7", data=b"no line end")
         assert (done.returncode, done.stdout, done.stderr) == (7, b"no line end", b"")
         assert box.text("logs", "tstin") == "no line end"
-        done = box("start", "-ai", "tstin", data=b"more")
-        assert done.returncode == 1 and b"first start" in done.stderr
+        for _ in range(2):
+            done = box("start", "-ai", "tstin", data=b"more")
+            assert (done.returncode, done.stdout) == (7, b"more")
+        assert box.text("logs", "tstin") == "no line endmoremore"
+
+    def test_input_after_a_copy(self, box, tmp_path):
+        (tmp_path / "file").write_text("copied\n")
+        identity = box.text("create", "-i", "--name", "tstcopied", *QUIET, BASE, "sh", "-c", "cat /file; cat").strip()
+        box.text("cp", str(tmp_path / "file"), "tstcopied:/file")
+        assert box("start", "-ai", "tstcopied", data=b"input\n").stdout == b"copied\ninput\n"
+        # Nothing took its place.
+        assert identity in real("ps", "-aq", "--no-trunc").stdout.decode()
+
+    def test_input_for_one_started_before(self, box):
+        box.text("run", "-d", "-i", "--name", "tstlater", *QUIET, BASE, "sh", "-c", "read line; echo got $line; sleep 1")
+        for _ in range(2):
+            time.sleep(0.3)
+            assert box.text("ps", "-q", "--filter", "name=tstlater")
+            assert box("attach", "tstlater", data=b"it\n").stdout == b"got it\n"
+            assert box.text("wait", "tstlater") == "0\n"
+            box.text("start", "tstlater")
 
     def test_no_stdin_is_an_empty_one(self, box):
         assert box.text("run", "--rm", *QUIET, BASE, "sh", "-c", "cat; echo ended") == "ended\n"
@@ -7719,6 +7808,19 @@ class TestLivePlug:
         for name in ("tstplug", "tsttold"):
             second.text(client, "wait", name)
             assert second.text(client, "logs", name) == "".join(f"{number}\n" for number in range(60))
+
+    def test_input_for_what_another_started(self, own, client):
+        first = own()
+        first.text(client, "run", "-d", "-i", "--name", "tstinput", *QUIET, BASE, "sh", "-c", "read line; echo got $line; cat; sleep 1; exit 3")
+        first.process.kill()
+        first.process.wait(5)
+        second = own()
+        for data, told in ((b"it\n", b"got it\n"), (b"more\n", b"more\n")):
+            with subprocess.Popen([client, "-H", "unix://" + second.socket, "attach", "tstinput"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as attached:
+                attached.stdin.write(data)
+                assert attached.stdout.readline() == told
+                attached.kill()
+        assert second.text(client, "ps", "-q", "--filter", "name=tstinput")
 
     def test_rm_is_not_forgotten(self, own, client):
         first = own()
@@ -8238,7 +8340,9 @@ class TestLiveRootless:
             assert until(lambda: docker("version").returncode == 0, 20)
             assert BASE.encode() in docker("images", "--format", "{{.Repository}}:{{.Tag}}").stdout
             assert docker("run", "--rm", BASE, "echo", "hi").stdout == b"hi\n"
-            assert docker("run", "-i", "--rm", BASE, "cat", input=b"in").stdout == b"in"
+            assert docker("run", "-i", "--name", "tstin", BASE, "cat", input=b"in").stdout == b"in"
+            assert docker("start", "-ai", "tstin", input=b"again").stdout == b"again"
+            docker("rm", "tstin")
             done = docker("build", "-t", "tstrootless:1", "-", input=f"FROM {BASE}\nRUN echo made > /made\nCMD cat /made".encode())
             assert done.returncode == 0, done.stderr
             assert docker("run", "--rm", "tstrootless:1").stdout == b"made\n"
