@@ -4940,8 +4940,10 @@ def listed_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -
     return known[2]
 
 
-# What nerdctl puts in front of the command of a container with an init process.
-INIT_WORDS = ["/sbin/tini", "--"]
+# Init processes that need no libc of the image.
+STATIC_INITS = ("docker-init", "tini-static")
+# What nerdctl puts in front of the command of a container with an init process: it has the name of the host's program.
+INIT_WORDS = [[f"/sbin/{each}", "--"] for each in ("tini", *STATIC_INITS)]
 
 
 def has_init(container: Container) -> bool:
@@ -4953,8 +4955,8 @@ def quoted_command(command: str, container: Container) -> str:
     """The command of `ps` as Docker words it: words with spaces in quotes, as far as the request tells which those are."""
     quoted = lambda words: " ".join(f"'{each}'" if " " in each else each for each in words)
     asked = container.request
-    if has_init(container) and command.startswith(" ".join(INIT_WORDS) + " "):
-        command = command[len(" ".join(INIT_WORDS)) + 1:]
+    if has_init(container):
+        command = re.sub("^(?:" + "|".join(map(" ".join, INIT_WORDS)) + ") ", "", command)
     head, tail = (string_list(asked.get(key), key) if isinstance(asked.get(key), list) else [] for key in ("Entrypoint", "Cmd"))
     if tail and command.endswith(" ".join(tail)):
         command = command[:len(command) - len(" ".join(tail))] + quoted(tail)
@@ -5178,7 +5180,7 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         "Privileged": labels.get("nerdctl/privileged") == "true", "ReadonlyRootfs": bool((spec.get("root") or {}).get("readonly")),
         "RestartPolicy": restart_policy(labels), "Runtime": container.runtime or found["Runtime"],
         "Binds": [f"{mount['Source']}:{mount['Destination']}" + ("" if mount["RW"] else ":ro")
-                  for mount in parse_mounts(labels) if mount["Type"] == "bind"] or None,
+                  for mount in parse_mounts(labels) if mount["Type"] == "bind" and not container.request] or None,
         "CgroupnsMode": "private" if any(each.get("type") == "cgroup" for each in spec.get("namespaces") or []) else "host",
     })
     asked = typed(container.request.get("HostConfig"), dict, "HostConfig")
@@ -5265,7 +5267,7 @@ def docker_container(container: Container, detail: Dict[str, Any], networks: Dic
     image_config = (image.config.get("config") or {}) if image else {}
     config, arguments = docker_config(container, spec, image_config), (spec.get("process") or {}).get("args") or [""]
     attached = docker_networks(container, networks, parse_addresses(detail.get("Task")))
-    if has_init(container) and arguments[:2] == INIT_WORDS:
+    if has_init(container) and arguments[:2] in INIT_WORDS:
         arguments = arguments[2:]
     first = next(iter(attached.values()), {})
     hosts = next((each["source"] for each in spec.get("mounts") or [] if each.get("destination") == "/etc/hosts"), "")
@@ -5392,7 +5394,7 @@ CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str, str], List[str]]], ...] 
     ("HostConfig.ExtraHosts", "--add-host", _listed), ("HostConfig.GroupAdd", "--group-add", _listed), ("HostConfig.UTSMode", "--uts", _text),
     ("HostConfig.OomScoreAdj", "--oom-score-adj", _number), ("HostConfig.Privileged", "--privileged", _switch),
     ("HostConfig.ReadonlyRootfs", "--read-only", _switch), ("HostConfig.Runtime", "--runtime", _text),
-    ("HostConfig.SecurityOpt", "--security-opt", _each), ("HostConfig.UsernsMode", "--userns", _text),
+    ("HostConfig.UsernsMode", "--userns", _text),
     ("HostConfig.ShmSize", "--shm-size", _number), ("HostConfig.Sysctls", "--sysctl", _pairs),
     ("HostConfig.Annotations", "--annotation", _pairs), ("HostConfig.CgroupParent", "--cgroup-parent", _text),
     ("HostConfig.CpuShares", "--cpu-shares", _number), ("HostConfig.CpuPeriod", "--cpu-period", _number),
@@ -5578,15 +5580,41 @@ SECURITY_OPTIONS = ("apparmor", "label", "no-new-privileges", "privileged-withou
 
 
 def check_privileges(host: Dict[str, Any]) -> None:
-    """400 with dockerd's words for capabilities and security options that there are not; nerdctl drops them in silence."""
+    """400 with dockerd's words for capabilities that there are not; nerdctl drops them in silence."""
     for key in ("CapAdd", "CapDrop"):
         for each in string_list(host.get(key), key):
             name = re.sub("^CAP_", "", each.upper())
             if name not in CAPABILITIES:
                 raise BadParameter(f'invalid {key}: unknown capability: "CAP_{name}"')
+
+
+def security_args(host: Dict[str, Any]) -> List[str]:
+    """Words for the security options; 400 with dockerd's words for what is none. dockerd also takes `name:value`, which
+    nerdctl would drop in silence."""
+    words = []
     for each in string_list(host.get("SecurityOpt"), "SecurityOpt"):
-        if re.split("[=:]", each)[0] not in SECURITY_OPTIONS:
+        name, sign, value = re.fullmatch("(?s)([^=:]*)([=:]?)(.*)", "label=disable" if each == "disable" else each).groups()
+        known = name in SECURITY_OPTIONS and (sign or name not in ("apparmor", "label", "seccomp"))
+        if not known or name == "no-new-privileges" and sign and value.lower() not in ("1", "t", "true", "0", "f", "false"):
             raise BadParameter(f'invalid --security-opt 2: "{each}"')
+        words.append(f"--security-opt={name}" + (f"={value}" if sign else ""))
+    return words
+
+
+@contextlib.contextmanager
+def profile_files(engine: Engine, words: List[str]) -> Iterator[List[str]]:
+    """Context in which a seccomp profile, which clients send as its text, is the path of a file, as nerdctl takes it."""
+    start = "--security-opt=seccomp="
+    if not any(each.startswith(start + "{") for each in words):
+        yield words
+        return
+    if not engine.nerdctl.local:
+        raise NotImplementedHere("a seccomp profile cannot be given to a nerdctl on another machine")
+    with engine.workspace.temporary("seccomp") as folder:
+        path = os.path.join(folder, "profile.json")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(next(each for each in reversed(words) if each.startswith(start + "{"))[len(start):])
+        yield [start + path if each.startswith(start + "{") else each for each in words]
 
 
 def restart_args(host: Dict[str, Any]) -> List[str]:
@@ -5709,7 +5737,7 @@ def init_args(host: Dict[str, Any]) -> List[str]:
     where there is one."""
     if not typed(host.get("Init"), bool, "Init"):
         return []
-    static = next((each for each in ("docker-init", "tini-static") if shutil.which(each)), "")
+    static = next((each for each in STATIC_INITS if shutil.which(each)), "")
     return ["--init", *([f"--init-binary={static}"] if static else [])]
 
 
@@ -5741,10 +5769,17 @@ def log_args(host: Dict[str, Any]) -> List[str]:
     return words + _pairs(config.get("Config"), "--log-opt", "LogConfig.Config")
 
 
-def environment_args(body: Dict[str, Any]) -> List[str]:
+def unset_variables(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
+    """Variables of the image that the request wants to be gone: it has their names without a value."""
+    asked = string_list(body.get("Env"), "Env")
+    return [name for name in (each.partition("=")[0] for each in image.get("Env") or []) if name in asked]
+
+
+def environment_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     """Words for the environment. A name without a value would be taken from the daemon's own environment, so it is left
-    out."""
-    return [f"--env={each}" for each in string_list(body.get("Env"), "Env") if "=" in each.lstrip("=")]
+    out; where the image has a value for it, an empty one comes nearest to none."""
+    words = [f"--env={each}" for each in string_list(body.get("Env"), "Env") if "=" in each.lstrip("=")]
+    return words + [f"--env={each}=" for each in unset_variables(body, image)]
 
 
 def command_words(body: Dict[str, Any], image: Dict[str, Any]) -> Tuple[List[str], List[str]]:
@@ -5803,15 +5838,15 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     labels = string_map(body.get("Labels"), "Labels")
     if any(key.startswith(HIDDEN_LABELS[:2]) for key in labels):
         raise BadParameter("invalid label: names that begin with nerdctl/ are nerdctl's own")
-    words += environment_args(body) + hostname_args(body) + port_args(body, image) + mount_args(body, image) + health_args(body, image)
+    words += environment_args(body, image) + hostname_args(body) + port_args(body, image) + mount_args(body, image) + health_args(body, image)
     words += restart_args(host) + device_args(host) + network_args(body, networks, find) + namespace_args(host, find) + log_args(host)
-    words += init_args(host) + volumes_from_args(host, find)
+    words += init_args(host) + volumes_from_args(host, find) + security_args(host)
     words += [f"--label={key}={value}" for key, value in labels.items()]
     flags, command = command_words(body, image)
     return words + flags, command
 
 
-def create_warnings(body: Dict[str, Any]) -> List[str]:
+def create_warnings(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     """What is accepted and not carried out, a sentence each."""
     host = typed(body.get("HostConfig"), dict, "HostConfig")
     found = [f"{key} is not carried out: nerdctl has no such option" for key in IGNORED_FIELDS if host.get(key)]
@@ -5822,6 +5857,7 @@ def create_warnings(body: Dict[str, Any]) -> List[str]:
     endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
     if len(endpoints) > 1 and any((typed(each, dict, "EndpointsConfig").get("IPAMConfig") or {}).get("IPv4Address") for each in endpoints.values()):
         found.append("addresses are not carried out for several networks: nerdctl sets one for a single network")
+    found += [f"the variable {each} of the image is empty and not gone: nerdctl cannot take one away" for each in unset_variables(body, image)]
     return found
 
 
@@ -5857,13 +5893,14 @@ def slim(value: Any, named: bool = False) -> Any:
 
 class Plan(NamedTuple):
     """What a container is made of: `words` between the command and the image, `image` its name, `command` the words after
-    it, `request` what is kept of the request, `health` the health check if there is one."""
+    it, `request` what is kept of the request, `health` the health check if there is one, `warnings` what is not carried out."""
 
     words: List[str]
     image: str
     command: List[str]
     request: Dict[str, Any]
     health: Dict[str, Any] = {}
+    warnings: Tuple[str, ...] = ()
 
 
 def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> Plan:
@@ -5882,14 +5919,16 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
         raise BadParameter("no command specified")
     if platform:
         words.append(f"--platform={platform_words(platform)}")
-    return Plan(words, full if full in group.names else group.names[0], command, slim(body), health_check(body, image))
+    return Plan(words, full if full in group.names else group.names[0], command, slim(body), health_check(body, image),
+                tuple(create_warnings(body, image)))
 
 
 def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
     """Create a container and return what is known of it without asking; `more` are further flags."""
     labels = [f"--label={key}={value}" for key, value in request_labels(plan.request).items()]
     names = [f"--name={name}"] if name else []
-    output = engine.nerdctl.run("create", "--pull=never", *names, *more, *plan.words, *labels, "--", plan.image, *plan.command)
+    with profile_files(engine, plan.words) as words:
+        output = engine.nerdctl.run("create", "--pull=never", *names, *more, *words, *labels, "--", plan.image, *plan.command)
     real = output.stdout.decode().strip().rpartition("\n")[2]
     if not re.fullmatch(r"[0-9a-f]{64}", real):
         raise ApiError(f"nerdctl created a container and printed no id: {real[:100]!r}")
@@ -5975,7 +6014,7 @@ def container_create(engine: Engine, request: Request) -> Response:
     plan = plan_container(engine, body, request.value("platform"))
     name = check_name(engine, request.value("name")) if request.value("name") else ""
     container = create_container(engine, plan, name)
-    return Response(201, {"Id": container.id, "Warnings": create_warnings(body)})
+    return Response(201, {"Id": container.id, "Warnings": list(plan.warnings)})
 
 
 ###############################################################################
@@ -6669,7 +6708,7 @@ def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachm
     plan = plan_container(engine, container.request)._replace(image=container.image)
     labels = {**request_labels(plan.request), LABEL_ID: container.id}
     once = bool(plan.request.get("StdinOnce"))
-    with engine.workspace.temporary("run") as folder:
+    with engine.workspace.temporary("run") as folder, profile_files(engine, plan.words) as words:
         note = os.path.join(folder, "id")
 
         def real() -> str:
@@ -6683,7 +6722,7 @@ def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachm
 
         session = Session(waiting, once=once, on_end=lambda *_: engine.leave_session(container.id, session))
         session.begun = engine.tasks.now()
-        arguments = ["run", "--pull=never", f"--cidfile={note}", f"--name={container.name}", *plan.words,
+        arguments = ["run", "--pull=never", f"--cidfile={note}", f"--name={container.name}", *words,
                      *(f"--label={key}={value}" for key, value in labels.items()), "--", plan.image, *plan.command]
         with making_anew(engine, container, real):
             engine.sessions[container.id] = session
@@ -7466,7 +7505,7 @@ def exec_args(instance: Exec) -> List[str]:
     words = ["exec"]
     words += _switch(config.get("AttachStdin"), "--interactive", "AttachStdin") + _switch(config.get("Tty"), "--tty", "Tty")
     words += _text(config.get("User"), "--user", "User") + _text(config.get("WorkingDir"), "--workdir", "WorkingDir")
-    words += _switch(config.get("Privileged"), "--privileged", "Privileged") + environment_args(config)
+    words += _switch(config.get("Privileged"), "--privileged", "Privileged") + environment_args(config, {})
     return [*words, "--", instance.container.real, *string_list(config.get("Cmd"), "Cmd")]
 
 

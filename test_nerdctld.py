@@ -3011,7 +3011,8 @@ class TestContainers:
 
     @pytest.mark.parametrize("told, request_, shown", [
         ("sh -c sleep 30", {"Cmd": ["sh", "-c", "sleep 30"]}, "sh -c 'sleep 30'"), ("sleep 30", {}, "sleep 30"), ("a b c d", {"Entrypoint": ["a b"], "Cmd": ["c d"]}, "'a b' 'c d'"),
-        ("/sbin/tini -- sleep 5", {"Cmd": ["sleep", "5"], "HostConfig": {"Init": True}}, "sleep 5"), ("/sbin/tini -- x", {"Cmd": ["/sbin/tini", "--", "x"]}, "/sbin/tini -- x"),
+        *((f"/sbin/{program} -- sleep 5", {"Cmd": ["sleep", "5"], "HostConfig": {"Init": True}}, "sleep 5") for program in ("tini", "docker-init", "tini-static")),
+        ("/sbin/tini -- x", {"Cmd": ["/sbin/tini", "--", "x"]}, "/sbin/tini -- x"),
         ("other", {"Cmd": ["a b"]}, "other")])
     def test_command_of_a_row(self, told, request_, shown):
         assert nerdctld.lasting_row(self.of_request({"Image": "x", **request_}, Command=json.dumps(told)))["Command"] == shown
@@ -3021,6 +3022,18 @@ class TestContainers:
                   {"Type": "bind", "Source": "/s", "Destination": "/c"}]
         found = nerdctld.docker_mounts(self.of_request({"Image": "x", "HostConfig": {"Tmpfs": {"/a": ""}, "Mounts": [{"Type": "tmpfs", "Target": "/b"}]}}, mounts=mounts))
         assert [(each["Destination"], each["Source"], each["Mode"], each["Propagation"]) for each in found] == [("/b", "", "", ""), ("/c", "/s", "", "rprivate")]
+
+    def test_binds_are_those_of_the_request(self):
+        mounts = [{"Type": "bind", "Source": "/s", "Destination": "/c", "RW": False}]
+        shown = lambda container: nerdctld.docker_host_config(container, {})["Binds"]
+        assert shown(self.of_request({"Image": "x", "HostConfig": {"Mounts": [{"Type": "bind", "Source": "/s", "Target": "/c"}]}}, mounts=mounts)) is None
+        assert shown(nerdctld.Container({"ID": ID, "Names": "x", "Status": "Up"}, {"nerdctl/mounts.0": json.dumps(mounts[0])})) == ["/s:/c:ro"]
+
+    def test_command_without_the_init_process(self):
+        container = self.of_request({"Image": "x", "HostConfig": {"Init": True}})
+        for program in ("tini", "docker-init", "tini-static"):
+            found = nerdctld.docker_container(container, {"Spec": {"process": {"args": [f"/sbin/{program}", "--", "sleep", "5"]}}}, {}, None, None, (1, 50))
+            assert (found["Path"], found["Args"]) == ("sleep", ["5"])
 
     def test_limits_are_those_of_now(self):
         container = self.of_request({"Image": "x", "HostConfig": {"NanoCpus": 700000000, "Memory": 1 << 26}})
@@ -3115,6 +3128,8 @@ class TestContainerCreate:
         (host(BlkioDeviceReadBps=[{"Path": "/dev/a", "Rate": 5}]), "--device-read-bps=/dev/a:5"), (host(BlkioWeightDevice=[{"Path": "/dev/a", "Weight": 5}]), "--blkio-weight-device=/dev/a:5"),
         (host(RestartPolicy={"Name": "always"}), "--restart=always"), (host(RestartPolicy={"Name": "on-failure", "MaximumRetryCount": 3}), "--restart=on-failure:3"),
         (host(RestartPolicy={"Name": "no"}),), ({"Env": ["PATH", "=x"]},),
+        (host(SecurityOpt=["no-new-privileges:true", "label:disable", "disable"]), "--security-opt=no-new-privileges=true", "--security-opt=label=disable",
+         "--security-opt=label=disable"), (host(SecurityOpt=["no-new-privileges", "apparmor:a:b"]), "--security-opt=no-new-privileges", "--security-opt=apparmor=a:b"),
     ]
 
     @pytest.mark.parametrize("body", [
@@ -3133,6 +3148,18 @@ class TestContainerCreate:
         assert words_of(host(Init=True)) == ["--init", "--init-binary=tini-static"] and words_of(host(Init=False)) == []
         monkeypatch.setattr(nerdctld.shutil, "which", lambda name: None)
         assert words_of(host(Init=True)) == ["--init"]
+
+    def test_variables_that_are_to_be_gone(self):
+        body, image = {"Env": ["A", "B=1", "C"]}, {"Env": ["A=x", "B=y", "PATH=/bin"]}
+        assert words_of(body, image) == ["--env=B=1", "--env=A="]
+        assert ["variable A " in each for each in nerdctld.create_warnings(body, image)] == [True]
+
+    def test_seccomp_profile_is_a_file_for_nerdctl(self, furnished, scripted):
+        scripted.on("create", stdout="9" * 64 + "\n")
+        answer = ask(furnished, "POST", "/containers/create", {**BODY, **host(SecurityOpt=['seccomp={"defaultAction":\n"SCMP_ACT_ALLOW"}'])})
+        assert answer.status == 201
+        word, = (each for each in scripted.argv("create") if each.startswith("--security-opt="))
+        assert word.startswith("--security-opt=seccomp=/") and not os.path.exists(word.rpartition("=")[2])
 
     def test_proc_is_not_hidden(self):
         assert words_of(host(MaskedPaths=[], ReadonlyPaths=[])) == ["--security-opt=systempaths=unconfined"]
@@ -3164,7 +3191,8 @@ class TestContainerCreate:
 
     @pytest.mark.parametrize("body, message", [
         (host(CapAdd=["BOGUS"]), 'invalid CapAdd: unknown capability: "CAP_BOGUS"'), (host(CapDrop=["cap_x"]), 'invalid CapDrop: unknown capability: "CAP_X"'),
-        (host(SecurityOpt=["bogus=1"]), 'invalid --security-opt 2: "bogus=1"'), (host(RestartPolicy={"Name": "no", "MaximumRetryCount": 3}), "cannot be used with 'no'"),
+        (host(SecurityOpt=["bogus=1"]), 'invalid --security-opt 2: "bogus=1"'), (host(SecurityOpt=["no-new-privileges=x"]), "invalid --security-opt 2"),
+        (host(SecurityOpt=["seccomp"]), "invalid --security-opt 2"), (host(RestartPolicy={"Name": "no", "MaximumRetryCount": 3}), "cannot be used with 'no'"),
         ({"NetworkingConfig": {"EndpointsConfig": {"none": {"IPAMConfig": {"IPv4Address": "1.2.3.4"}}}}, **host(NetworkMode="none")}, "user defined networks only")])
     def test_what_nerdctl_would_drop_in_silence(self, body, message):
         with pytest.raises(nerdctld.BadParameter, match=message):
@@ -3330,7 +3358,7 @@ class TestContainerCreate:
         ({"Healthcheck": {"StartInterval": 10**9}}, "StartInterval"),
         ({"NetworkingConfig": {"EndpointsConfig": {"one": {"IPAMConfig": {"IPv4Address": "1.2.3.4"}}, "two": {}}}}, "several networks")])
     def test_warnings(self, body, words):
-        found, = nerdctld.create_warnings(body)
+        found, = nerdctld.create_warnings(body, {})
         assert words in found
 
     def test_hidden_labels(self):
