@@ -3422,6 +3422,10 @@ class TestContainerCreate:
         found, = nerdctld.create_warnings(body, {})
         assert words in found
 
+    def test_aliases_that_have_an_effect_are_no_warning(self):
+        body = {"Labels": {"com.docker.compose.service": "web"}, "NetworkingConfig": {"EndpointsConfig": {"one": {"Aliases": ["x-web-1", "web"]}}}}
+        assert nerdctld.create_warnings(body, {}, "x-web-1") == nerdctld.create_warnings(body, {}, "0123456789ab_x-web-1") == []
+
     def test_hidden_labels(self):
         labels = {"a": "b", "nerdctl/x": "1", **nerdctld.request_labels({"Image": "x"}), nerdctld.LABEL_ID: "e" * 64, "containerd.io/restart.policy": "no"}
         container = nerdctld.Container({"ID": "f" * 64}, labels)
