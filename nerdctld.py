@@ -504,6 +504,7 @@ NERDCTL_ERRORS: List[Tuple[Any, type, str]] = [
         (r"(?:access denied|insufficient_scope|403 Forbidden)", NotFound, ""),
         (r"failed to resolve (?:image|reference):? \"?([^\s\"]+?)\"?:(?: \S+:)? not found", NotFound, 'failed to resolve reference "{0}": {0}: not found'),
         (r"no network found matching: (\S+)", NotFound, "network {0} not found"),
+        (r"no such network: [\\\\\"]*([^\\\\\"\s]+)", NotFound, "network {0} not found"),
         (r"volume \"?([^\"\s/]+)\"? is in use", Conflict, "remove {0}: volume is in use"),
         (r"\"([^\"/]+)/volume.json\" does not exist", NotFound, "get {0}: no such volume"),
         (r"volume \"([^\"]+)\": not found", NotFound, "get {0}: no such volume"),
@@ -1784,8 +1785,9 @@ class Journal:
 # containerd's (a container that was made anew); the create request, in parts of less than 4096 bytes.
 LABEL_ID = "nerdctld/id"
 LABEL_REQUEST = "nerdctld/request"
-# Made without its ports, since another container had them: it gets them at its first start.
-LABEL_PORTS = "nerdctld/ports-later"
+# Made without its ports, since another container had them, or without the namespaces of another one that did not run: it
+# gets them at its first start.
+LABEL_LATER = "nerdctld/later"
 # In front of the name of a container while another one takes its place.
 ASIDE = "nerdctld-aside."
 HIDDEN_LABELS = ("nerdctl/", "nerdctld/", "containerd.io/restart.", "io.containerd.image.config.")
@@ -2850,6 +2852,10 @@ class Engine:
         self.execs: Dict[str, Any] = {}
         # Containers that files were copied into, that are being made anew, that are being restarted.
         self.touched: set = set()
+        # Containers that ended and were taken out of a network then, and which it is.
+        self.apart: Dict[str, str] = {}
+        # Ports of the host that were given to containers lately: the rows of `ps` may not tell them yet.
+        self.picked: collections.deque = collections.deque(maxlen=256)
         self.replaced: Dict[str, str] = {}
         self.restarts: collections.Counter = collections.Counter()
         self.caretaker: Any = None
@@ -2971,6 +2977,7 @@ class Engine:
     def forget(self, container: Container) -> None:
         """A container was removed."""
         self.touched.discard(container.id)
+        self.apart.pop(container.id, None)
         with self.lock:
             self.departed[container.real] = self.actor(container)
             for real in list(self.departed)[:-Journal.KEPT]:
@@ -4877,14 +4884,17 @@ def parse_mounts(labels: Dict[str, str]) -> List[Dict[str, Any]]:
 
 def docker_mounts(container: Container) -> List[Dict[str, Any]]:
     """The mounts of a container as Docker shows them: of those in memory only what was asked for as a mount."""
-    asked = container.host_config.get("Mounts")
-    shown = {each.get("Target") for each in asked if isinstance(each, dict)} if isinstance(asked, list) else set()
+    host = container.host_config
+    asked, binds = (host.get(key) if isinstance(host.get(key), list) else [] for key in ("Mounts", "Binds"))
+    shown = {each.get("Target") for each in asked if isinstance(each, dict)}
+    modes = {parts[1]: parts[2] if len(parts) > 2 else "" for parts in (str(each).split(":") for each in binds) if len(parts) > 1}
     mounts = []
     for each in parse_mounts(container.labels):
         if each["Type"] == "bind":
-            mounts.append({**each, "Propagation": each["Propagation"] or "rprivate"})
+            mode = "" if each["Destination"] in shown else modes.get(each["Destination"], each["Mode"])
+            mounts.append({**each, "Mode": mode, "Propagation": each["Propagation"] or "rprivate"})
         elif each["Type"] != "tmpfs":
-            mounts.append(each)
+            mounts.append({**each, "Mode": "z"} if each["Destination"] in shown else each)
         elif each["Destination"] in shown:
             mounts.append({**each, "Source": "", "Mode": ""})
     return mounts
@@ -4901,8 +4911,9 @@ def network_names(container: Container) -> List[str]:
 
 def network_mode(container: Container) -> str:
     """Docker's NetworkMode: the name of the first network, host, none or container:ID."""
+    asked = str(container.host_config.get("NetworkMode"))
     names = network_names(container)
-    return names[0] if names else "bridge"
+    return asked if asked.startswith("container:") else names[0] if names else "bridge"
 
 
 def request_labels(body: Dict[str, Any]) -> Dict[str, str]:
@@ -4949,6 +4960,8 @@ def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]], a
     """NetworkSettings.Networks: the container's networks by name, with the addresses of its interfaces in turn."""
     asked = typed(container.request.get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig") or {}
     found = {}
+    if network_mode(container).startswith("container:"):
+        return found
     for number, name in enumerate(each for each in network_names(container) if not each.startswith("container:")):
         network = networks.get(name) or {}
         address = addresses[number] if number < len(addresses) else {}
@@ -4988,8 +5001,10 @@ def listed_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -
     return known[2]
 
 
-# What nerdctl puts in front of the command of a container with an init process.
-INIT_WORDS = ["/sbin/tini", "--"]
+# Init processes that need no libc of the image.
+STATIC_INITS = ("docker-init", "tini-static")
+# What nerdctl puts in front of the command of a container with an init process: it has the name of the host's program.
+INIT_WORDS = [[f"/sbin/{each}", "--"] for each in ("tini", *STATIC_INITS)]
 
 
 def has_init(container: Container) -> bool:
@@ -5001,14 +5016,27 @@ def quoted_command(command: str, container: Container) -> str:
     """The command of `ps` as Docker words it: words with spaces in quotes, as far as the request tells which those are."""
     quoted = lambda words: " ".join(f"'{each}'" if " " in each else each for each in words)
     asked = container.request
-    if has_init(container) and command.startswith(" ".join(INIT_WORDS) + " "):
-        command = command[len(" ".join(INIT_WORDS)) + 1:]
+    if has_init(container):
+        command = re.sub("^(?:" + "|".join(map(" ".join, INIT_WORDS)) + ") ", "", command)
     head, tail = (string_list(asked.get(key), key) if isinstance(asked.get(key), list) else [] for key in ("Entrypoint", "Cmd"))
     if tail and command.endswith(" ".join(tail)):
         command = command[:len(command) - len(" ".join(tail))] + quoted(tail)
     if head and command.startswith(" ".join(head)):
         command = quoted(head) + command[len(" ".join(head)):]
     return command
+
+
+def open_ports(container: Container) -> List[Dict[str, Any]]:
+    """The ports of a running container: those published, and those that are only exposed, without a port of the host."""
+    if not container.running:
+        return []
+    ports = parse_ports(container.ports)
+    published = {(each["PrivatePort"], each["Type"]) for each in ports}
+    if network_mode(container) in ("host", "none") or network_mode(container).startswith("container:"):
+        return ports
+    exposed = (each.partition("/") for each in typed(container.request.get("ExposedPorts"), dict, "ExposedPorts"))
+    rest = sorted({(int(number), kind or "tcp") for number, _, kind in exposed if number.isdigit()} - published)
+    return ports + [{"PrivatePort": number, "Type": kind} for number, kind in rest]
 
 
 def lasting_row(container: Container) -> Dict[str, Any]:
@@ -5021,7 +5049,7 @@ def lasting_row(container: Container) -> Dict[str, Any]:
         container.memo["row"] = {
             "Id": container.id, "Names": ["/" + container.name], "Image": shown_image(container), "ImageID": "",
             "Command": quoted_command(command, container),
-            "Created": container.created // 10**9, "Ports": parse_ports(container.ports), "Labels": container.visible_labels,
+            "Created": container.created // 10**9, "Ports": open_ports(container), "Labels": container.visible_labels,
             "State": container.state, "Status": "", "HostConfig": {"NetworkMode": network_mode(container)},
             "NetworkSettings": {}, "Mounts": docker_mounts(container),
         }
@@ -5226,7 +5254,7 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         "Privileged": labels.get("nerdctl/privileged") == "true", "ReadonlyRootfs": bool((spec.get("root") or {}).get("readonly")),
         "RestartPolicy": restart_policy(labels), "Runtime": container.runtime or found["Runtime"],
         "Binds": [f"{mount['Source']}:{mount['Destination']}" + ("" if mount["RW"] else ":ro")
-                  for mount in parse_mounts(labels) if mount["Type"] == "bind"] or None,
+                  for mount in parse_mounts(labels) if mount["Type"] == "bind" and not container.request] or None,
         "CgroupnsMode": "private" if any(each.get("type") == "cgroup" for each in spec.get("namespaces") or []) else "host",
     })
     asked = container.host_config
@@ -5272,7 +5300,8 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
         "WorkingDir": asked.get("WorkingDir") or process.get("cwd") or "", "Entrypoint": entrypoint,
         "Labels": container.visible_labels,
     }
-    ports = {**{key: {} for key in port_bindings(container)}, **(image.get("ExposedPorts") or {}), **(asked.get("ExposedPorts") or {})}
+    ports = {**{key: {} for key in port_bindings(container)}, **(image.get("ExposedPorts") or {}),
+             **{key if "/" in key else key + "/tcp": {} for key in asked.get("ExposedPorts") or {}}}
     if ports:
         found["ExposedPorts"] = ports
     for key in ("Healthcheck", "StopSignal", "StopTimeout", "Shell", "MacAddress", "NetworkDisabled", "OnBuild"):
@@ -5320,7 +5349,7 @@ def docker_container(container: Container, detail: Dict[str, Any], networks: Dic
     image_config = (image.config.get("config") or {}) if image else {}
     config, arguments = docker_config(container, spec, image_config), (spec.get("process") or {}).get("args") or [""]
     attached = docker_networks(container, networks, parse_addresses(detail.get("Task")))
-    if has_init(container) and arguments[:2] == INIT_WORDS:
+    if has_init(container) and arguments[:2] in INIT_WORDS:
         arguments = arguments[2:]
     first = next(iter(attached.values()), {})
     hosts = next((each["source"] for each in spec.get("mounts") or [] if each.get("destination") == "/etc/hosts"), "")
@@ -5447,7 +5476,7 @@ CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str, str], List[str]]], ...] 
     ("HostConfig.ExtraHosts", "--add-host", _listed), ("HostConfig.GroupAdd", "--group-add", _listed), ("HostConfig.UTSMode", "--uts", _text),
     ("HostConfig.OomScoreAdj", "--oom-score-adj", _number), ("HostConfig.Privileged", "--privileged", _switch),
     ("HostConfig.ReadonlyRootfs", "--read-only", _switch), ("HostConfig.Runtime", "--runtime", _text),
-    ("HostConfig.SecurityOpt", "--security-opt", _each), ("HostConfig.UsernsMode", "--userns", _text),
+    ("HostConfig.UsernsMode", "--userns", _text),
     ("HostConfig.ShmSize", "--shm-size", _number), ("HostConfig.Sysctls", "--sysctl", _pairs),
     ("HostConfig.Annotations", "--annotation", _pairs), ("HostConfig.CgroupParent", "--cgroup-parent", _text),
     ("HostConfig.CpuShares", "--cpu-shares", _number), ("HostConfig.CpuPeriod", "--cpu-period", _number),
@@ -5471,8 +5500,9 @@ def field_of(body: Dict[str, Any], path: str) -> Any:
     return body
 
 
-def port_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
-    """`--publish` words for PortBindings and, with PublishAllPorts, for every exposed port."""
+def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callable[[str], int]] = None) -> List[str]:
+    """`--publish` words for PortBindings and, with PublishAllPorts, for every exposed port; `pick` finds a port of the host
+    where none is asked for."""
     host = typed(body.get("HostConfig"), dict, "HostConfig")
     bindings = dict(typed(host.get("PortBindings"), dict, "PortBindings"))
     if typed(host.get("PublishAllPorts"), bool, "PublishAllPorts"):
@@ -5488,20 +5518,38 @@ def port_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
             number, address = str(place.get("HostPort") or ""), typed(place.get("HostIp"), str, "HostIp").strip("[]")
             if not re.fullmatch(r"(\d{1,5}(-\d{1,5})?)?", number) or not re.fullmatch(r"[0-9a-fA-F.:]*", address):
                 raise BadParameter(f"invalid port specification: {address}:{number}->{key}")
-            if number in ("", "0") and os.geteuid():
+            if number in ("", "0") and (pick or os.geteuid()) and "-" not in found.group(1):
                 # A rootless nerdctl picks no port by itself.
-                number = str(free_port(found.group(2) or "tcp"))
+                number = str((pick or free_port)(found.group(2) or "tcp"))
             number = "" if number == "0" else number
             place_words = [f"[{address}]" if ":" in address else address, number] if address else [number] if number else []
             words.append("--publish=" + ":".join([*place_words, found.group(1)]) + "/" + (found.group(2) or "tcp"))
     return list(dict.fromkeys(words))
 
 
-def free_port(kind: str) -> int:
-    """A port of this machine that nobody uses now."""
+def free_port(kind: str, taken: Iterable[int] = ()) -> int:
+    """A port of this machine that nobody uses now and that is none of `taken`."""
+    for _ in range(100):
+        port = unused_port(kind)
+        if port not in taken:
+            break
+    return port
+
+
+def unused_port(kind: str) -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM if kind == "udp" else socket.SOCK_STREAM) as sock:
         sock.bind(("0.0.0.0", 0))
         return sock.getsockname()[1]
+
+
+def pick_port(engine: Engine, kind: str) -> int:
+    """A free port of the host for a container. nerdctl's own choice leaves out what runs, so that two containers that are
+    created one after the other, and then started, would get the same."""
+    with engine.lock:
+        taken = {port["PublicPort"] for each in engine.snapshot.containers.get().values() for port in parse_ports(each.ports)}
+        engine.picked.append(free_port(kind, taken.union(engine.picked)))
+        return engine.picked[-1]
 
 
 def mount_word(mount: Dict[str, Any]) -> str:
@@ -5633,15 +5681,41 @@ SECURITY_OPTIONS = ("apparmor", "label", "no-new-privileges", "privileged-withou
 
 
 def check_privileges(host: Dict[str, Any]) -> None:
-    """400 with dockerd's words for capabilities and security options that there are not; nerdctl drops them in silence."""
+    """400 with dockerd's words for capabilities that there are not; nerdctl drops them in silence."""
     for key in ("CapAdd", "CapDrop"):
         for each in string_list(host.get(key), key):
             name = re.sub("^CAP_", "", each.upper())
             if name not in CAPABILITIES:
                 raise BadParameter(f'invalid {key}: unknown capability: "CAP_{name}"')
+
+
+def security_args(host: Dict[str, Any]) -> List[str]:
+    """Words for the security options; 400 with dockerd's words for what is none. dockerd also takes `name:value`, which
+    nerdctl would drop in silence."""
+    words = []
     for each in string_list(host.get("SecurityOpt"), "SecurityOpt"):
-        if re.split("[=:]", each)[0] not in SECURITY_OPTIONS:
+        name, sign, value = re.fullmatch("(?s)([^=:]*)([=:]?)(.*)", "label=disable" if each == "disable" else each).groups()
+        known = name in SECURITY_OPTIONS and (sign or name not in ("apparmor", "label", "seccomp"))
+        if not known or name == "no-new-privileges" and sign and value.lower() not in ("1", "t", "true", "0", "f", "false"):
             raise BadParameter(f'invalid --security-opt 2: "{each}"')
+        words.append(f"--security-opt={name}" + (f"={value}" if sign else ""))
+    return words
+
+
+@contextlib.contextmanager
+def profile_files(engine: Engine, words: List[str]) -> Iterator[List[str]]:
+    """Context in which a seccomp profile, which clients send as its text, is the path of a file, as nerdctl takes it."""
+    start = "--security-opt=seccomp="
+    if not any(each.startswith(start + "{") for each in words):
+        yield words
+        return
+    if not engine.nerdctl.local:
+        raise NotImplementedHere("a seccomp profile cannot be given to a nerdctl on another machine")
+    with engine.workspace.temporary("seccomp") as folder:
+        path = os.path.join(folder, "profile.json")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(next(each for each in reversed(words) if each.startswith(start + "{"))[len(start):])
+        yield [start + path if each.startswith(start + "{") else each for each in words]
 
 
 def restart_args(host: Dict[str, Any]) -> List[str]:
@@ -5764,7 +5838,7 @@ def init_args(host: Dict[str, Any]) -> List[str]:
     where there is one."""
     if not typed(host.get("Init"), bool, "Init"):
         return []
-    static = next((each for each in ("docker-init", "tini-static") if shutil.which(each)), "")
+    static = next((each for each in STATIC_INITS if shutil.which(each)), "")
     return ["--init", *([f"--init-binary={static}"] if static else [])]
 
 
@@ -5796,10 +5870,17 @@ def log_args(host: Dict[str, Any]) -> List[str]:
     return words + _pairs(config.get("Config"), "--log-opt", "LogConfig.Config")
 
 
-def environment_args(body: Dict[str, Any]) -> List[str]:
+def unset_variables(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
+    """Variables of the image that the request wants to be gone: it has their names without a value."""
+    asked = string_list(body.get("Env"), "Env")
+    return [name for name in (each.partition("=")[0] for each in image.get("Env") or []) if name in asked]
+
+
+def environment_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     """Words for the environment. A name without a value would be taken from the daemon's own environment, so it is left
-    out."""
-    return [f"--env={each}" for each in string_list(body.get("Env"), "Env") if "=" in each.lstrip("=")]
+    out; where the image has a value for it, an empty one comes nearest to none."""
+    words = [f"--env={each}" for each in string_list(body.get("Env"), "Env") if "=" in each.lstrip("=")]
+    return words + [f"--env={each}=" for each in unset_variables(body, image)]
 
 
 def command_words(body: Dict[str, Any], image: Dict[str, Any]) -> Tuple[List[str], List[str]]:
@@ -5839,10 +5920,10 @@ def check_limits(host: Dict[str, Any], update: bool = False) -> None:
             raise BadParameter(message)
 
 
-def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str, Dict[str, Any]],
-                find: Callable[[str], Container]) -> Tuple[List[str], List[str]]:
+def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str, Dict[str, Any]], find: Callable[[str], Container],
+                pick: Optional[Callable[[str], int]] = None) -> Tuple[List[str], List[str]]:
     """argv between `create` and the image's name, and the words after it, of a create request; `image` is the image's own
-    configuration. 400 for bad values."""
+    configuration, `pick` finds ports. 400 for bad values."""
     host = typed(body.get("HostConfig"), dict, "HostConfig")
     check_limits(host)
     check_privileges(host)
@@ -5858,25 +5939,31 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     labels = string_map(body.get("Labels"), "Labels")
     if any(key.startswith(HIDDEN_LABELS[:2]) for key in labels):
         raise BadParameter("invalid label: names that begin with nerdctl/ are nerdctl's own")
-    words += environment_args(body) + hostname_args(body) + port_args(body, image) + mount_args(body, image) + health_args(body, image)
+    words += environment_args(body, image) + hostname_args(body) + port_args(body, image, pick) + mount_args(body, image) + health_args(body, image)
     words += restart_args(host) + device_args(host) + network_args(body, networks, find) + namespace_args(host, find) + log_args(host)
-    words += init_args(host) + volumes_from_args(host, find)
+    words += init_args(host) + volumes_from_args(host, find) + security_args(host)
     words += [f"--label={key}={value}" for key, value in labels.items()]
     flags, command = command_words(body, image)
     return words + flags, command
 
 
-def create_warnings(body: Dict[str, Any]) -> List[str]:
+def create_warnings(body: Dict[str, Any], image: Dict[str, Any], name: str = "") -> List[str]:
     """What is accepted and not carried out, a sentence each."""
     host = typed(body.get("HostConfig"), dict, "HostConfig")
     found = [f"{key} is not carried out: nerdctl has no such option" for key in IGNORED_FIELDS if host.get(key)]
     if typed(host.get("LogConfig"), dict, "LogConfig").get("Type") == "local":
         found.append("the log driver local is not available: json-file is used")
-    if typed(body.get("Healthcheck"), dict, "Healthcheck").get("StartInterval"):
+    if typed(body.get("Healthcheck"), dict, "Healthcheck").get("StartInterval") and os.path.isdir("/run/systemd/system"):
         found.append("StartInterval of the health check is not carried out: nerdctl has none")
     endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
     if len(endpoints) > 1 and any((typed(each, dict, "EndpointsConfig").get("IPAMConfig") or {}).get("IPv4Address") for each in endpoints.values()):
         found.append("addresses are not carried out for several networks: nerdctl sets one for a single network")
+    aliases = [each for one in endpoints.values() for each in string_list(typed(one, dict, "EndpointsConfig").get("Aliases"), "Aliases")]
+    known = {word.partition("=")[2] for word in hostname_args(body)} | {typed(body.get("Hostname"), str, "Hostname"), name}
+    found += [f"the network alias {each} is not carried out: nerdctl has none" for each in dict.fromkeys(aliases)
+              # A client that replaces a container renames the new one later.
+              if each not in known and not name.endswith("_" + each)]
+    found += [f"the variable {each} of the image is empty and not gone: nerdctl cannot take one away" for each in unset_variables(body, image)]
     return found
 
 
@@ -5912,13 +5999,36 @@ def slim(value: Any, named: bool = False) -> Any:
 
 class Plan(NamedTuple):
     """What a container is made of: `words` between the command and the image, `image` its name, `command` the words after
-    it, `request` what is kept of the request, `health` the health check if there is one."""
+    it, `request` what is kept of the request, `health` the health check if there is one, `environment` the image's."""
 
     words: List[str]
     image: str
     command: List[str]
     request: Dict[str, Any]
     health: Dict[str, Any] = {}
+    environment: Tuple[str, ...] = ()
+
+
+SHARED_NAMESPACES = (("NetworkMode", "--network"), ("IpcMode", "--ipc"), ("PidMode", "--pid"))
+
+
+def shared_namespaces(engine: Engine, request: Dict[str, Any]) -> Dict[str, Container]:
+    """The containers whose namespaces a create request wants to have, by nerdctl's flags."""
+    host = typed(request.get("HostConfig"), dict, "HostConfig")
+    modes = ((flag, typed(host.get(key), str, key)) for key, flag in SHARED_NAMESPACES)
+    return {flag: other_container(engine.snapshot.container, mode.partition(":")[2]) for flag, mode in modes if mode.startswith("container:")}
+
+
+def kept_request(engine: Engine, body: Dict[str, Any], image: Dict[str, Any]) -> Dict[str, Any]:
+    """What is kept of a create request: with the ports that the image exposes, and with ids for the names of containers, which
+    may change."""
+    found = slim(body)
+    if image.get("ExposedPorts"):
+        found["ExposedPorts"] = {**image["ExposedPorts"], **typed(body.get("ExposedPorts"), dict, "ExposedPorts")}
+    others = shared_namespaces(engine, body)
+    if others:
+        found["HostConfig"] = {**found["HostConfig"], **{key: f"container:{others[flag].id}" for key, flag in SHARED_NAMESPACES if flag in others}}
+    return found
 
 
 def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> Plan:
@@ -5932,19 +6042,22 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
     with contextlib.suppress(BadParameter):
         full = parse_reference(name).name
     image = group.config.get("config") or {}
-    words, command = create_args(body, image, engine.snapshot.networks.get(), engine.snapshot.container)
+    words, command = create_args(body, image, engine.snapshot.networks.get(), engine.snapshot.container,
+                                 functools.partial(pick_port, engine) if engine.nerdctl.local else None)
     if not command and not body.get("Entrypoint") and not image.get("Cmd") and not image.get("Entrypoint"):
         raise BadParameter("no command specified")
     if platform:
         words.append(f"--platform={platform_words(platform)}")
-    return Plan(words, full if full in group.names else group.names[0], command, slim(body), health_check(body, image))
+    return Plan(words, full if full in group.names else group.names[0], command, kept_request(engine, body, image), health_check(body, image),
+                tuple(image.get("Env") or ()))
 
 
 def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
     """Create a container and return what is known of it without asking; `more` are further flags."""
     labels = [f"--label={key}={value}" for key, value in request_labels(plan.request).items()]
     names = [f"--name={name}"] if name else []
-    output = engine.nerdctl.run("create", "--pull=never", *names, *more, *plan.words, *labels, "--", plan.image, *plan.command)
+    with profile_files(engine, plan.words) as words:
+        output = engine.nerdctl.run("create", "--pull=never", *names, *more, *words, *labels, "--", plan.image, *plan.command)
     real = output.stdout.decode().strip().rpartition("\n")[2]
     if not re.fullmatch(r"[0-9a-f]{64}", real):
         raise ApiError(f"nerdctl created a container and printed no id: {real[:100]!r}")
@@ -5990,15 +6103,19 @@ def make_anew(engine: Engine, container: Container, plan: Plan, marks: Iterable[
 
 
 def create_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
-    """Create a container; where others have its ports now, as nerdctl checks them at once and Docker at the start, for the
-    time being without them."""
-    if f"--label={LABEL_PORTS}=1" not in more:
+    """Create a container; where others have its ports now, or where it is to have the namespaces of one that does not run,
+    for the time being without them: nerdctl looks for these at once, and Docker at the start."""
+    absent = [flag for flag, other in shared_namespaces(engine, plan.request).items() if not other.running]
+    if absent:
+        kept = [each for each in plan.words if not each.startswith(tuple(f"{flag}=container:" for flag in absent))]
+        plan, more = plan._replace(words=kept + ["--network=none"] * ("--network" in absent)), (*more, f"--label={LABEL_LATER}=1")
+    if f"--label={LABEL_LATER}=1" not in more:
         try:
             return make_container(engine, plan, name, *more)
         except ApiError as error:
             if "port is already allocated" not in str(error):
                 raise
-        more = (*more, f"--label={LABEL_PORTS}=1")
+        more = (*more, f"--label={LABEL_LATER}=1")
     return make_container(engine, plan._replace(words=[each for each in plan.words if not each.startswith("--publish=")]), name, *more)
 
 
@@ -6030,7 +6147,7 @@ def container_create(engine: Engine, request: Request) -> Response:
     plan = plan_container(engine, body, request.value("platform"))
     name = check_name(engine, request.value("name")) if request.value("name") else ""
     container = create_container(engine, plan, name)
-    return Response(201, {"Id": container.id, "Warnings": create_warnings(body)})
+    return Response(201, {"Id": container.id, "Warnings": create_warnings(body, {"Env": list(plan.environment)}, name)})
 
 
 ###############################################################################
@@ -6657,8 +6774,9 @@ def start_container(engine: Engine, container: Container) -> None:
     try:
         with engine.feed.needed():
             by_run = piped and not reaches_input(engine.nerdctl)
-            if LABEL_PORTS in container.labels and not was_started(container) and not by_run:
-                container = with_ports(engine, container)
+            if LABEL_LATER in container.labels and not was_started(container):
+                check_shared(engine, container)
+                container = container if by_run else made_whole(engine, container)
             if by_run and not was_started(container):
                 start_with_stdin(engine, engine.snapshot.container(container.id), waiting)
             elif by_run and any(each.stdin for each in waiting):
@@ -6681,10 +6799,19 @@ def start_container(engine: Engine, container: Container) -> None:
             engine.snapshot.containers.drop(container.real)
 
 
-def with_ports(engine: Engine, container: Container) -> Container:
-    """The container that takes the place of one that was made without its ports; 500 where others still have them."""
+def check_shared(engine: Engine, container: Container) -> None:
+    """409 with dockerd's words where a container is to have the namespaces of one that does not run."""
+    for flag, other in shared_namespaces(engine, container.request).items():
+        if not other.running:
+            raise Conflict(f"cannot join {flag[2:]} of a non running container: {other.id}")
+
+
+def made_whole(engine: Engine, container: Container) -> Container:
+    """The container that takes the place of one that was made without its ports or namespaces; 500 where others still have
+    the ports."""
     if container.id in engine.touched:
-        raise NotImplementedHere("files were copied into this container, and its ports were taken when it was created: nerdctl cannot add them later")
+        raise NotImplementedHere("files were copied into this container, and its ports were taken, or the container whose namespaces it has did not "
+                                 "run, when it was created: nerdctl cannot add them later")
     plan = plan_container(engine, container.request)._replace(image=container.image)
     made: List[Container] = []
     with making_anew(engine, container, lambda: made[0].real if made else ""):
@@ -6815,7 +6942,7 @@ def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachm
     plan = plan_container(engine, container.request)._replace(image=container.image)
     labels = {**request_labels(plan.request), LABEL_ID: container.id}
     once = bool(plan.request.get("StdinOnce"))
-    with engine.workspace.temporary("run") as folder:
+    with engine.workspace.temporary("run") as folder, profile_files(engine, plan.words) as words:
         note = os.path.join(folder, "id")
 
         def real() -> str:
@@ -6829,7 +6956,7 @@ def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachm
 
         session = Session(waiting, once=once, on_end=lambda *_: engine.leave_session(container.id, session))
         session.begun = engine.tasks.now()
-        arguments = ["run", "--pull=never", f"--cidfile={note}", f"--name={container.name}", *plan.words,
+        arguments = ["run", "--pull=never", f"--cidfile={note}", f"--name={container.name}", *words,
                      *(f"--label={key}={value}" for key, value in labels.items()), "--", plan.image, *plan.command]
         with making_anew(engine, container, real):
             engine.sessions[container.id] = session
@@ -6861,6 +6988,9 @@ def container_start(engine: Engine, request: Request, name: str) -> Response:
         raise Conflict("cannot start a paused container, try unpause instead")
     if container.running:
         raise NotModified()
+    if container.id in engine.apart:
+        raise NotImplementedHere(f"this container was disconnected from the network {engine.apart[container.id]} after it ran, and nerdctl can only "
+                                 "start it with all its networks: create it anew")
     engine.hold_if_needed(container)
     count = engine.tasks.now()
     with engine.changing(container):
@@ -7223,14 +7353,16 @@ class Caretaker:
         if not container.running:
             return 1.0
         check = json.loads(container.labels.get("nerdctl/healthcheck") or "{}")
-        interval = (check.get("Interval") or 30 * 10**9) / 1e9
+        check.setdefault("StartInterval", typed(container.request.get("Healthcheck"), dict, "Healthcheck").get("StartInterval"))
+        began = started_at(container)
+        age = time.time() - began / 1e9 if began else 0.0
+        before = (container_health(self.engine, container) or {}).get("Status")
+        interval = check_pause(check, age, before == "starting")
         if container.state == "paused":
             return interval
-        began = started_at(container)
-        if began and time.time() - began / 1e9 < interval - 0.02:
+        if began and age < interval - 0.02:
             # The first check comes an interval after the start.
-            return interval - (time.time() - began / 1e9)
-        before = (container_health(self.engine, container) or {}).get("Status")
+            return interval - age
         output = self.engine.nerdctl.output("container", "healthcheck", container.real, timeout=interval + 600, waits=True)
         if output.status and self.engine.nerdctl.debug:
             log(f"health check of {identity[:12]}: {nerdctl_message(output.stderr)}")
@@ -7239,7 +7371,16 @@ class Caretaker:
             after = (container_health(self.engine, self.engine.snapshot.container(identity)) or {}).get("Status")
             if after and after != before:
                 self.engine.tell(container, f"health_status: {after}")
+            interval = check_pause(check, age, after == "starting")
         return interval
+
+
+def check_pause(check: Dict[str, Any], age: float, starting: bool) -> float:
+    """Seconds between two health checks: as dockerd has it, StartInterval (or 5) as long as the start period lasts and the
+    container is starting."""
+    if starting and age < (check.get("StartPeriod") or 0) / 1e9:
+        return (check.get("StartInterval") or 5 * 10**9) / 1e9
+    return (check.get("Interval") or 30 * 10**9) / 1e9
 
 
 def auto_removed(container: Container) -> bool:
@@ -7623,7 +7764,7 @@ def exec_args(instance: Exec) -> List[str]:
     words = ["exec"]
     words += _switch(config.get("AttachStdin"), "--interactive", "AttachStdin") + _switch(config.get("Tty"), "--tty", "Tty")
     words += _text(config.get("User"), "--user", "User") + _text(config.get("WorkingDir"), "--workdir", "WorkingDir")
-    words += _switch(config.get("Privileged"), "--privileged", "Privileged") + environment_args(config)
+    words += _switch(config.get("Privileged"), "--privileged", "Privileged") + environment_args(config, {})
     return [*words, "--", instance.container.real, *string_list(config.get("Cmd"), "Cmd")]
 
 
@@ -8548,8 +8689,6 @@ def remove_network(engine: Engine, network: Dict[str, Any]) -> None:
     if any(each.running for each in users):
         names = ", ".join(f'name:"{each.name}" endpoint:"{each.id[:12]}"' for each in users if each.running)
         raise Forbidden(f"error while removing network: network {network['Name']} id {network['Id']} has active endpoints ({names})")
-    if users:
-        raise Conflict(f"network {network['Name']} is needed by container {users[0].name}, which nerdctl could not start without it: remove it first")
     try:
         engine.nerdctl.run("network", "rm", "--", network["Name"])
     finally:
@@ -8605,7 +8744,7 @@ def rewire(engine: Engine, network: Dict[str, Any], container: Container, settin
     host["NetworkMode"] = next(iter(endpoints), "none")
     body.update({"HostConfig": host, "NetworkingConfig": {"EndpointsConfig": endpoints}})
     plan = plan_container(engine, body)._replace(image=container.image)
-    make_anew(engine, container, plan, [LABEL_PORTS] if LABEL_PORTS in container.labels else [])
+    make_anew(engine, container, plan, [LABEL_LATER] if LABEL_LATER in container.labels else [])
 
 
 @route("POST", "/networks/{id}/connect")
@@ -8614,6 +8753,9 @@ def network_connect(engine: Engine, request: Request, name: str) -> Response:
     body = request.json(required=True)
     network = find_network(engine, name)
     container = engine.snapshot.container(typed(body.get("Container"), str, "Container"))
+    if engine.apart.get(container.id) == network["Name"]:
+        del engine.apart[container.id]
+        return Response(200)
     if network["Name"] in network_names(container):
         raise Forbidden(f"endpoint with name {container.name} already exists in network {network['Name']}")
     rewire(engine, network, container, typed(body.get("EndpointConfig"), dict, "EndpointConfig"))
@@ -8623,13 +8765,17 @@ def network_connect(engine: Engine, request: Request, name: str) -> Response:
 
 @route("POST", "/networks/{id}/disconnect")
 def network_disconnect(engine: Engine, request: Request, name: str) -> Response:
-    """Take a container out of a network; 501 for one that was started already, 403 for one that is not in it."""
+    """Take a container out of a network; 501 for one that runs, 403 for one that is not in it. One that ran before cannot be
+    started any more."""
     body = request.json(required=True)
     network = find_network(engine, name)
     container = engine.snapshot.container(typed(body.get("Container"), str, "Container"))
     if network["Name"] not in network_names(container):
         raise Forbidden(f"container {container.id} is not connected to network {network['Name']}")
-    rewire(engine, network, container, None)
+    if was_started(container) and not container.running:
+        engine.apart.setdefault(container.id, network["Name"])
+    else:
+        rewire(engine, network, container, None)
     engine.journal.emit("network", "disconnect", network["Id"], {"container": container.id, "name": network["Name"], "type": network["Driver"]})
     return Response(200)
 

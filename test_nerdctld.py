@@ -982,6 +982,8 @@ FAILURES = [
     ("kill tstdone", fatal(f"1 errors:\ncannot kill container {ID}: container is not running"), 409, "container is not running"),
     ("run -p 18080:80 bb", fatal("failed to load networking flags: bind for :18080 failed: port is already allocated"), 500,
      "Bind for 18080 failed: port is already allocated"),
+    ("start tstnew", fatal('1 errors:\nfailed to create shim task: error running hook #0: stderr: time="2026-11-25" level=fatal msg="no such network: \\"tstgone\\""'),
+     404, "network tstgone not found"),
     ("cp tstweb:/nosuch -", fatal("unable to copy: source does not exist"), 404, "source does not exist"),
     ("stop 0", fatal("1 errors:\nmultiple IDs found with provided prefix: 0"), 400, "multiple IDs found with provided prefix: 0"),
     ("ps --filter bad=1", fatal("invalid filter 'bad=1'"), 400, "invalid filter 'bad=1'"),
@@ -3038,7 +3040,8 @@ class TestContainers:
 
     @pytest.mark.parametrize("told, request_, shown", [
         ("sh -c sleep 30", {"Cmd": ["sh", "-c", "sleep 30"]}, "sh -c 'sleep 30'"), ("sleep 30", {}, "sleep 30"), ("a b c d", {"Entrypoint": ["a b"], "Cmd": ["c d"]}, "'a b' 'c d'"),
-        ("/sbin/tini -- sleep 5", {"Cmd": ["sleep", "5"], "HostConfig": {"Init": True}}, "sleep 5"), ("/sbin/tini -- x", {"Cmd": ["/sbin/tini", "--", "x"]}, "/sbin/tini -- x"),
+        *((f"/sbin/{program} -- sleep 5", {"Cmd": ["sleep", "5"], "HostConfig": {"Init": True}}, "sleep 5") for program in ("tini", "docker-init", "tini-static")),
+        ("/sbin/tini -- x", {"Cmd": ["/sbin/tini", "--", "x"]}, "/sbin/tini -- x"),
         ("other", {"Cmd": ["a b"]}, "other")])
     def test_command_of_a_row(self, told, request_, shown):
         assert nerdctld.lasting_row(self.of_request({"Image": "x", **request_}, Command=json.dumps(told)))["Command"] == shown
@@ -3048,6 +3051,36 @@ class TestContainers:
                   {"Type": "bind", "Source": "/s", "Destination": "/c"}]
         found = nerdctld.docker_mounts(self.of_request({"Image": "x", "HostConfig": {"Tmpfs": {"/a": ""}, "Mounts": [{"Type": "tmpfs", "Target": "/b"}]}}, mounts=mounts))
         assert [(each["Destination"], each["Source"], each["Mode"], each["Propagation"]) for each in found] == [("/b", "", "", ""), ("/c", "/s", "", "rprivate")]
+
+    def test_modes_of_mounts(self):
+        mounts = [{"Type": "bind", "Source": "/s", "Destination": path, "Mode": "ro,rbind"} for path in ("/a", "/b", "/c")] + [{"Type": "volume", "Source": "/v", "Destination": "/d", "Mode": ""}]
+        asked = {"Binds": ["/s:/a:ro", "/s:/b"], "Mounts": [{"Type": "bind", "Source": "/s", "Target": "/c", "ReadOnly": True}, {"Type": "volume", "Target": "/d"}]}
+        assert [each["Mode"] for each in nerdctld.docker_mounts(self.of_request({"Image": "x", "HostConfig": asked}, mounts=mounts))] == ["ro", "", "", "z"]
+
+    def test_ports_that_are_only_exposed(self):
+        request = {"Image": "x", "ExposedPorts": {"8080/tcp": {}, "443": {}, "80/tcp": {}, "53/udp": {}}}
+        shown = lambda asked=(), **row: [(each.get("PublicPort"), each["PrivatePort"], each["Type"]) for each in nerdctld.lasting_row(
+            self.of_request({**request, **dict(asked)}, **row))["Ports"]]
+        assert shown(Ports="0.0.0.0:8000->80/tcp") == [(8000, 80, "tcp"), (None, 53, "udp"), (None, 443, "tcp"), (None, 8080, "tcp")]
+        assert shown(Ports="0.0.0.0:8000->80/tcp", Status="Exited (0) 5 seconds ago") == []
+        assert shown(host(NetworkMode="container:x")) == []
+
+    def test_the_network_of_another_container(self):
+        container = nerdctld.Container({"ID": "1" * 64, "Status": "Created", "Names": "x"}, {
+            **nerdctld.request_labels({"Image": "x", "HostConfig": {"NetworkMode": "container:" + "2" * 64}}), "nerdctl/networks": '["none"]'})
+        assert nerdctld.docker_networks(container, {}, []) == {} and nerdctld.lasting_row(container)["HostConfig"] == {"NetworkMode": "container:" + "2" * 64}
+
+    def test_binds_are_those_of_the_request(self):
+        mounts = [{"Type": "bind", "Source": "/s", "Destination": "/c", "RW": False}]
+        shown = lambda container: nerdctld.docker_host_config(container, {})["Binds"]
+        assert shown(self.of_request({"Image": "x", "HostConfig": {"Mounts": [{"Type": "bind", "Source": "/s", "Target": "/c"}]}}, mounts=mounts)) is None
+        assert shown(nerdctld.Container({"ID": ID, "Names": "x", "Status": "Up"}, {"nerdctl/mounts.0": json.dumps(mounts[0])})) == ["/s:/c:ro"]
+
+    def test_command_without_the_init_process(self):
+        container = self.of_request({"Image": "x", "HostConfig": {"Init": True}})
+        for program in ("tini", "docker-init", "tini-static"):
+            found = nerdctld.docker_container(container, {"Spec": {"process": {"args": [f"/sbin/{program}", "--", "sleep", "5"]}}}, {}, None, None, (1, 50))
+            assert (found["Path"], found["Args"]) == ("sleep", ["5"])
 
     def test_limits_are_those_of_now(self):
         container = self.of_request({"Image": "x", "HostConfig": {"NanoCpus": 700000000, "Memory": 1 << 26}})
@@ -3142,6 +3175,8 @@ class TestContainerCreate:
         (host(BlkioDeviceReadBps=[{"Path": "/dev/a", "Rate": 5}]), "--device-read-bps=/dev/a:5"), (host(BlkioWeightDevice=[{"Path": "/dev/a", "Weight": 5}]), "--blkio-weight-device=/dev/a:5"),
         (host(RestartPolicy={"Name": "always"}), "--restart=always"), (host(RestartPolicy={"Name": "on-failure", "MaximumRetryCount": 3}), "--restart=on-failure:3"),
         (host(RestartPolicy={"Name": "no"}),), ({"Env": ["PATH", "=x"]},),
+        (host(SecurityOpt=["no-new-privileges:true", "label:disable", "disable"]), "--security-opt=no-new-privileges=true", "--security-opt=label=disable",
+         "--security-opt=label=disable"), (host(SecurityOpt=["no-new-privileges", "apparmor:a:b"]), "--security-opt=no-new-privileges", "--security-opt=apparmor=a:b"),
     ]
 
     @pytest.mark.parametrize("body", [
@@ -3160,6 +3195,59 @@ class TestContainerCreate:
         assert words_of(host(Init=True)) == ["--init", "--init-binary=tini-static"] and words_of(host(Init=False)) == []
         monkeypatch.setattr(nerdctld.shutil, "which", lambda name: None)
         assert words_of(host(Init=True)) == ["--init"]
+
+    def test_variables_that_are_to_be_gone(self):
+        body, image = {"Env": ["A", "B=1", "C"]}, {"Env": ["A=x", "B=y", "PATH=/bin"]}
+        assert words_of(body, image) == ["--env=B=1", "--env=A="]
+        assert ["variable A " in each for each in nerdctld.create_warnings(body, image)] == [True]
+
+    def test_ports_that_nobody_else_was_given(self, furnished, scripted, monkeypatch):
+        ports = iter([18080, 4000, 4000, 4000, 4001])
+        monkeypatch.setattr(nerdctld, "unused_port", lambda kind: next(ports))
+        scripted.on("create", stdout="9" * 64 + "\n")
+        given = []
+        for _ in range(2):
+            assert ask(furnished, "POST", "/containers/create", {**BODY, **host(PortBindings={"80/tcp": [{"HostPort": ""}]})}).status == 201
+            given += [each for each in scripted.argv("create") if each.startswith("--publish=")]
+        # The first is that of a container that runs.
+        assert given == ["--publish=4000:80/tcp", "--publish=4001:80/tcp"]
+
+    def test_what_is_kept_of_a_request(self, furnished):
+        found = nerdctld.kept_request(furnished, {"Image": BASE, "ExposedPorts": {"81/tcp": {}}, **host(IpcMode="container:tstweb", NetworkMode="host")}, {"ExposedPorts": {"80/tcp": {}}})
+        assert found == {"Image": BASE, "ExposedPorts": {"80/tcp": {}, "81/tcp": {}}, "HostConfig": {"IpcMode": "container:" + identity(furnished, "tstweb"), "NetworkMode": "host"}}
+
+    @pytest.mark.parametrize("modes, there, later", [
+        ({"NetworkMode": "container:other"}, ["--network=none"], ["--network=container:{}"]), ({"IpcMode": "container:other", "NetworkMode": "host"}, ["--network=host"], ["--network=host", "--ipc=container:{}"]),
+        ({"PidMode": "container:other", "NetworkMode": "none"}, ["--network=none"], ["--network=none", "--pid=container:{}"])])
+    def test_namespaces_of_one_that_does_not_run_yet(self, furnished, scripted, modes, there, later):
+        def rows(*each):
+            scripted.on("ps", stdout="".join(json.dumps([{"ID": real, "Names": name, "Image": BASE, "Status": status, "CreatedAt": "2026-11-24T00:00:00Z"}, labels]) + "\n"
+                                             for real, name, status, labels in each))
+            furnished.snapshot.containers.drop()
+
+        words = lambda: [each for each in scripted.argv("create") if each.startswith(("--network", "--ipc", "--pid="))]
+        other, mine = "5" * 64, "9" * 64
+        rows((other, "other", "Created", {}))
+        scripted.on("create", stdout=mine + "\n")
+        assert ask(furnished, "POST", "/containers/create?name=mine", {**BODY, **host(**modes)}).status == 201
+        assert words() == there
+        labels = dict(each.partition("=")[2].partition("=")[::2] for each in scripted.argv("create") if each.startswith("--label="))
+        rows((other, "other", "Created", {}), (mine, "mine", "Created", labels))
+        answer = ask(furnished, "POST", "/containers/mine/start")
+        assert answer.status == 409 and f"of a non running container: {other}" in answer.message
+        rows((other, "other", "Up 1 second", {}), (mine, "mine", "Created", labels))
+        for name in ("rename", "rm", "start"):
+            scripted.on(name)
+        scripted.on("create", stdout="8" * 64 + "\n")
+        ask(furnished, "POST", "/containers/mine/start")
+        assert words() == [each.format(other) for each in later] and f"--label=nerdctld/id={mine}" in scripted.argv("create")
+
+    def test_seccomp_profile_is_a_file_for_nerdctl(self, furnished, scripted):
+        scripted.on("create", stdout="9" * 64 + "\n")
+        answer = ask(furnished, "POST", "/containers/create", {**BODY, **host(SecurityOpt=['seccomp={"defaultAction":\n"SCMP_ACT_ALLOW"}'])})
+        assert answer.status == 201
+        word, = (each for each in scripted.argv("create") if each.startswith("--security-opt="))
+        assert word.startswith("--security-opt=seccomp=/") and not os.path.exists(word.rpartition("=")[2])
 
     def test_proc_is_not_hidden(self):
         assert words_of(host(MaskedPaths=[], ReadonlyPaths=[])) == ["--security-opt=systempaths=unconfined"]
@@ -3191,7 +3279,8 @@ class TestContainerCreate:
 
     @pytest.mark.parametrize("body, message", [
         (host(CapAdd=["BOGUS"]), 'invalid CapAdd: unknown capability: "CAP_BOGUS"'), (host(CapDrop=["cap_x"]), 'invalid CapDrop: unknown capability: "CAP_X"'),
-        (host(SecurityOpt=["bogus=1"]), 'invalid --security-opt 2: "bogus=1"'), (host(RestartPolicy={"Name": "no", "MaximumRetryCount": 3}), "cannot be used with 'no'"),
+        (host(SecurityOpt=["bogus=1"]), 'invalid --security-opt 2: "bogus=1"'), (host(SecurityOpt=["no-new-privileges=x"]), "invalid --security-opt 2"),
+        (host(SecurityOpt=["seccomp"]), "invalid --security-opt 2"), (host(RestartPolicy={"Name": "no", "MaximumRetryCount": 3}), "cannot be used with 'no'"),
         ({"NetworkingConfig": {"EndpointsConfig": {"none": {"IPAMConfig": {"IPv4Address": "1.2.3.4"}}}}, **host(NetworkMode="none")}, "user defined networks only")])
     def test_what_nerdctl_would_drop_in_silence(self, body, message):
         with pytest.raises(nerdctld.BadParameter, match=message):
@@ -3354,11 +3443,15 @@ class TestContainerCreate:
 
     @pytest.mark.parametrize("body, words", [
         (host(DeviceCgroupRules=["a"]), "DeviceCgroupRules is not carried out"), (host(StorageOpt={"size": "1"}), "StorageOpt"), (host(LogConfig={"Type": "local"}), "json-file is used"),
-        ({"Healthcheck": {"StartInterval": 10**9}}, "StartInterval"),
+        ({"NetworkingConfig": {"EndpointsConfig": {"one": {"Aliases": ["first", "second"]}}}}, "the network alias second is not carried out"),
         ({"NetworkingConfig": {"EndpointsConfig": {"one": {"IPAMConfig": {"IPv4Address": "1.2.3.4"}}, "two": {}}}}, "several networks")])
     def test_warnings(self, body, words):
-        found, = nerdctld.create_warnings(body)
+        found, = nerdctld.create_warnings(body, {})
         assert words in found
+
+    def test_aliases_that_have_an_effect_are_no_warning(self):
+        body = {"Labels": {"com.docker.compose.service": "web"}, "NetworkingConfig": {"EndpointsConfig": {"one": {"Aliases": ["x-web-1", "web"]}}}}
+        assert nerdctld.create_warnings(body, {}, "x-web-1") == nerdctld.create_warnings(body, {}, "0123456789ab_x-web-1") == []
 
     def test_hidden_labels(self):
         labels = {"a": "b", "nerdctl/x": "1", **nerdctld.request_labels({"Image": "x"}), nerdctld.LABEL_ID: "e" * 64, "containerd.io/restart.policy": "no"}
@@ -3902,6 +3995,12 @@ class TestContainerLifecycle:
         thread = threading.Thread(target=lambda: found.append(ask(engine, "POST", target)), daemon=True)
         thread.start()
         return found, thread
+
+    @pytest.mark.parametrize("check, age, starting, pause", [
+        ({}, 1, True, 30), ({"Interval": 2 * 10**9}, 1, True, 2), ({"StartPeriod": 9 * 10**9}, 1, True, 5), ({"StartPeriod": 9 * 10**9, "StartInterval": 10**9}, 1, True, 1),
+        ({"StartPeriod": 9 * 10**9, "StartInterval": 10**9}, 1, False, 30), ({"StartPeriod": 9 * 10**9, "StartInterval": 10**9}, 10, True, 30)])
+    def test_pause_between_health_checks(self, check, age, starting, pause):
+        assert nerdctld.check_pause(check, age, starting) == pause
 
     @pytest.mark.parametrize("query", ["", "?condition=not-running", "?condition=next-exit"])
     def test_wait_for_the_end(self, willing, query):
@@ -4505,6 +4604,20 @@ class TestNetworkChanges:
         ("bridge/disconnect", {"Container": "tstweb"}, 403), ("tstnet/disconnect", {"Container": "tstweb"}, 501), ("bridge/connect", {"Container": "tstnew"}, 501), ("bridge/connect", {}, 400)])
     def test_connect_refuses(self, furnished, path, body, status):
         assert ask(furnished, "POST", "/networks/" + path, body).status == status
+
+    def test_one_that_ended_leaves_a_network(self, furnished, scripted):
+        scripted.on("network rm")
+        scripted.on("start")
+        row = {"ID": "5" * 64, "Names": "mine", "Image": BASE, "Status": "Exited (0) 1 second ago", "CreatedAt": "2026-11-24T00:00:00Z"}
+        scripted.on("ps", stdout=json.dumps([row, {"nerdctl/networks": '["tstnet"]'}]) + "\n")
+        path = {word: f"/networks/tstnet/{word}" for word in ("connect", "disconnect")}
+        assert ask(furnished, "POST", path["disconnect"], {"Container": "mine"}).status == 200
+        answer = ask(furnished, "POST", "/containers/mine/start")
+        assert answer.status == 501 and "disconnected from the network tstnet" in answer.message
+        assert ask(furnished, "POST", path["connect"], {"Container": "mine"}).status == 200
+        assert not furnished.apart and ask(furnished, "POST", path["connect"], {"Container": "mine"}).status == 403
+        # A network that only ended containers have goes as with Docker.
+        assert ask(furnished, "DELETE", "/networks/tstnet").status == 204
 
     def test_connect_makes_a_new_container(self, furnished, scripted):
         request = {"Image": BASE, "Cmd": ["true"], "HostConfig": {"NetworkMode": "bridge"}, "NetworkingConfig": {"EndpointsConfig": {"bridge": {}}}}
@@ -9137,7 +9250,6 @@ REPLAY_DIFFERENCES = [
     ("container_start", r"(status 500.*|message .*)port is already allocated.*", "which one of two gets a port; Docker's driver says more"),
     ("container_stop", r"status (204|304) and not (304|204): ", "which one of two got the port and runs"),
     ("network_connect|network_disconnect", r"status (501|403).*", "nerdctl has no such command"),
-    ("network_delete", r"status 409.*is needed by container.*", "nerdctl could not start the container without it"),
     ("volume_create", r"status 501.*driver options", "nerdctl's volumes are folders"),
     ("volume_delete|volume_inspect", r"status 404.*trv.*", "the volume with driver options"),
     ("image_create", r"status 500.*no image was built", "an import with changes is a build, and BuildKit's worker is in another namespace"),
