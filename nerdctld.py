@@ -6749,16 +6749,27 @@ def stop_signal(request: Request, container: Container) -> int:
 
 
 def check_signal(text: str) -> str:
-    """The name or number of a signal, as nerdctl takes it; 400 with dockerd's words for anything else."""
+    """The name of a signal, given by name or number; 400 with dockerd's words for anything else."""
     name = text.upper()
     if re.fullmatch(r"[0-9]{1,9}", name):
         if 0 < int(name) <= 64:
-            return name
+            return named_signal(int(name))
     else:
         bare = name[3:] if name.startswith("SIG") else name
         if hasattr(signal, "SIG" + bare) or re.fullmatch(r"RTM(IN|AX)([+-]\d{1,2})?", bare):
             return "SIG" + bare
     raise BadParameter(f"invalid signal: {text}")
+
+
+def named_signal(number: int) -> str:
+    """The name of a signal's number, which nerdctl needs: `kill --signal=9` is "invalid signal: SIG9" to it. The number itself
+    for those two that have none."""
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    if number < signal.SIGRTMIN:
+        return str(number)
+    # The names that containerd knows meet in the middle.
+    return f"SIGRTMIN+{number - signal.SIGRTMIN}" if number < 50 else f"SIGRTMAX-{signal.SIGRTMAX - number}"
 
 
 @route("POST", "/containers/{id}/stop")
@@ -6815,7 +6826,7 @@ def container_kill(engine: Engine, request: Request, name: str) -> Response:
     engine.tell(container, "kill", signal=str(signal_number(word)))
     with engine.changing(container), engine.feed.needed():
         engine.nerdctl.run("kill", f"--signal={word}", "--", container.real)
-        if word in ("SIGKILL", "9") and engine.feed.live:
+        if word == "SIGKILL" and engine.feed.live:
             # As dockerd does: who is told that it was killed finds it so.
             engine.tasks.ended_since(container.real, count, 5.0)
     return Response(204)
