@@ -7315,6 +7315,15 @@ def follow_attached(engine: Engine, container: Container, attachment: Attachment
         attachment.finish()
 
 
+def send_past(engine: Engine, container: Container, attachment: Attachment, until: int) -> None:
+    """Send a client what a container wrote up to a moment, in nanoseconds since 1970."""
+    with contextlib.closing(LogFile(log_path(container)).open()) as file:
+        for line in follow_log(engine, container, file, False, attachment.done.is_set):
+            if line.text and line.time > until:
+                break
+            attachment.put(line.kind, line.text)
+
+
 def await_session(engine: Engine, container: Container, attachment: Attachment, file: LogFile, since: int) -> None:
     """Hold a client that attached before the start until a session has taken it, or the container was started without
     one (by a bare nerdctl, say), when its log is as good."""
@@ -7342,7 +7351,7 @@ def serve_attachment(engine: Engine, request: Request, container: Container, att
         if logs or (container.running and not (session and session.join(attachment))):
             attachment.session = session
             attachment.ready.set()
-            threading.Thread(target=follow_attached, args=(engine, container, attachment, file, request.flag("stream", True)),
+            threading.Thread(target=follow_attached, args=(engine, container, attachment, file, request.flag("stream")),
                              name="attach", daemon=True).start()
         elif not container.running:
             await_session(engine, container, attachment, file, since)
@@ -7358,7 +7367,7 @@ def attach(engine: Engine, request: Request, name: str, framed: bool) -> Tuple[A
     container, tty, keys = prepare_attach(engine, request, name)
     stream, logs = request.flag("stream"), request.flag("logs")
     attachment = Attachment(request.flag("stdout"), request.flag("stderr"), framed and not tty, request.flag("stdin") and stream and has_stdin(container))
-    waits = stream and not logs and not container.running
+    waits, began = stream and not container.running, time.time_ns()
     if waits:
         engine.add_waiting(container.id, attachment)
 
@@ -7367,10 +7376,15 @@ def attach(engine: Engine, request: Request, name: str, framed: bool) -> Tuple[A
         engine.leave_waiting(container.id, attachment)
 
     def serve(connection: Connection) -> None:
+        if waits and logs:
+            # Before the connection: what a session that begins meanwhile has to tell is for later.
+            past = Attachment(attachment.wanted[STDOUT], attachment.wanted[STDERR], attachment.framed)
+            past.connect(connection)
+            send_past(engine, container, past, began)
         attachment.connect(connection)
         try:
             if stream or logs:
-                serve_attachment(engine, request, container, attachment, logs, keys)
+                serve_attachment(engine, request, container, attachment, logs and not waits, keys)
         finally:
             abandon()
 

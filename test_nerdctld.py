@@ -3963,6 +3963,26 @@ class TestStreams:
             nerdctld.check_attach(container, True, held)
         nerdctld.check_attach(container, False, held)
 
+    def test_logs_of_one_attached_before_the_start_come_first(self, logged):
+        request = nerdctld.Request("POST", "/", query={"stream": ["1"], "logs": ["1"], "stdout": ["1"]})
+        attachment, serve, _, _ = nerdctld.attach(logged, request, "tstdone", framed=True)
+        assert logged.take_waiting(logged.snapshot.find("tstdone").id) == [attachment]
+        connection, far = pair()
+        starter = threading.Thread(target=lambda: (attachment.put(1, b"new"), attachment.finish()))
+        starter.start()
+        serve(connection)
+        starter.join(5)
+        connection.sock.close()
+        frames = unframe(drain(far))
+        assert b"".join(data for _, data in frames) == b"a\ncd\nnew" and {kind for kind, _ in frames} == {1}
+
+    def test_logs_alone_do_not_wait(self, logged, monkeypatch):
+        told = []
+        monkeypatch.setattr(nerdctld, "follow_attached", lambda engine, container, attachment, file, follow: (told.append(follow), file.close(), attachment.finish()))
+        for query in ({"logs": ["1"]}, {"logs": ["1"], "stream": ["1"]}):
+            nerdctld.attach(logged, nerdctld.Request("POST", "/", query=query), "tstweb", framed=False)[1](pair()[0])
+        assert told == [False, True]
+
     def websocket(self):
         connection, far = pair()
         return nerdctld.WebSocket(connection), far
