@@ -7651,9 +7651,12 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
     if instance.started:
         raise Conflict(f"exec command {instance.id} is already running" if instance.running else f"exec command {instance.id} has already run")
 
+    # As with dockerd, this request says how the output is packed, whether or not the command has a terminal.
+    raw = typed(options.get("Tty"), bool, "Tty")
+
     def serve(connection: Connection) -> None:
         config = instance.config
-        attachment = Attachment(bool(config.get("AttachStdout")), bool(config.get("AttachStderr")), not instance.tty, bool(config.get("AttachStdin")))
+        attachment = Attachment(bool(config.get("AttachStdout")), bool(config.get("AttachStderr")) and not raw, not raw, bool(config.get("AttachStdin")))
         attachment.connect(connection)
         keys = DetachKeys(typed(config.get("DetachKeys"), str, "DetachKeys")) if instance.tty and attachment.stdin else None
         with contextlib.ExitStack() as stack:
@@ -7675,7 +7678,7 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
         if attachment.gone:
             session.close_stdin(force=True)
 
-    return Response(101, Hijack(serve), stream_type(instance.tty, request.version))
+    return Response(101, Hijack(serve), stream_type(raw, request.version))
 
 
 @route("POST", "/exec/{id}/resize")

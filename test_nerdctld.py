@@ -4064,6 +4064,20 @@ class TestExec:
         answer = ask(furnished, "POST", f"/exec/{name}/start", {"Detach": True})
         assert (answer.status, answer.message) == (409, f"exec command {name} has already run")
 
+    @pytest.mark.parametrize("made, asked, media, body", [
+        (True, False, "multiplexed", b"\1\0\0\0\0\0\0\2hi"), (True, None, "multiplexed", b"\1\0\0\0\0\0\0\2hi"), (True, True, "raw", b"hi"), (False, True, "raw", b"hi"),
+        (False, False, "multiplexed", b"\1\0\0\0\0\0\0\2hi")])
+    def test_the_start_says_how_output_is_packed(self, furnished, scripted, made, asked, media, body):
+        scripted.on("exec", stdout="hi")
+        name = self.create(furnished, {"Cmd": ["a"], "Tty": made, "AttachStdout": True, "AttachStderr": True}).json["Id"]
+        request = nerdctld.Request("POST", f"/exec/{name}/start", body=BlockBody(json.dumps({} if asked is None else {"Tty": asked}).encode()))
+        response = nerdctld.dispatch(furnished, request)
+        assert (response.status, response.media_type) == (101, f"application/vnd.docker.{media}-stream")
+        connection, far = pair()
+        response.body.serve(connection)
+        connection.sock.close()
+        assert drain(far) == body
+
     def test_detached_that_cannot_run(self, furnished, scripted):
         scripted.on("exec", stderr=fatal('exec: "nosuch": executable file not found in $PATH'), status=1)
         name = self.create(furnished, {"Cmd": ["nosuch"]}).json["Id"]
