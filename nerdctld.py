@@ -175,6 +175,24 @@ class Client:
         return contextlib.nullcontext()
 
 
+class Fields(Dict[str, Any]):
+    """The JSON object of a request. A field that is not there under its own name is found without regard to case, as Go
+    finds it: some clients write `detachKeys`."""
+
+    def __missing__(self, name: str) -> Any:
+        for key, value in self.items():
+            if key.lower() == name.lower():
+                return value
+        raise KeyError(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a field, `default` where there is none."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+
 class Request:
     """One request. `version` is a pair such as (1, 44); `query` maps each name to its list of values; `body` has
     `read(n)` and `readinto(view)`; `headers` compares names without case."""
@@ -237,7 +255,7 @@ class Request:
             return {}
         if not isinstance(value, dict):
             raise BadParameter("invalid JSON: expected an object")
-        return value
+        return Fields(value)
 
     def filters(self, *allowed: str) -> Dict[str, List[str]]:
         """The `filters` parameter, of either form clients send ({"a":{"b":true}} and {"a":["b"]}), as name -> values.
@@ -1845,7 +1863,7 @@ class Container:
             found = None
             with contextlib.suppress(ValueError):
                 found = json.loads("".join(parts) or "{}")
-            self.memo["request"] = found if isinstance(found, dict) else {}
+            self.memo["request"] = Fields(found if isinstance(found, dict) else {})
         return self.memo["request"]
 
     @property

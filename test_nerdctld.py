@@ -4043,6 +4043,12 @@ class TestExec:
         answer = self.create(furnished, config, name)
         assert answer.status == status and message in answer.message
 
+    def test_fields_in_another_case(self, furnished):
+        name = self.create(furnished, {"cmd": ["a", "b"], "attachstdout": True, "detachKeys": "ctrl-p"}).json["Id"]
+        told = ask(furnished, "GET", f"/exec/{name}/json").json
+        assert (told["OpenStdout"], told["DetachKeys"], told["ProcessConfig"]["arguments"]) == (True, "ctrl-p", ["b"])
+        assert self.create(furnished, {"Cmd": ["a"], "detachKeys": "zz"}).status == 400
+
     def test_inspect(self, furnished):
         name = self.create(furnished, {"Cmd": ["a", "b"], "User": "u", "AttachStdout": True, "Privileged": True}).json["Id"]
         told = ask(furnished, "GET", f"/exec/{name}/json").json
