@@ -1809,6 +1809,20 @@ class Cached:
             return value
 
 
+def end_status(status: str, labels: Dict[str, str]) -> str:
+    """A status such as `Exited (1) …` as nerdctl's `ps` would word it: `Restarting (1) …` where containerd will start the
+    container again by its restart policy. Another status as it is."""
+    found = re.match(r"(?:Exited|Restarting)( \((\d+)\).*)", status)
+    if not found:
+        return status
+    name, _, most = (labels.get("containerd.io/restart.policy") or "always").partition(":")
+    count = labels.get("containerd.io/restart.count") or ""
+    again = labels.get("containerd.io/restart.status") == "running" and (
+        name == "always" or name == "unless-stopped" and labels.get("containerd.io/restart.explicitly-stopped") != "true"
+        or name == "on-failure" and found.group(2) != "0" and (most in ("", "0") or int(count if count.isdigit() else 0) < int(most)))
+    return ("Restarting" if again else "Exited") + found.group(1)
+
+
 class Container:
     """A container as `nerdctl ps` tells it. `id` is what clients know it by, `real` what nerdctl is given; `created` in
     nanoseconds since 1970; `labels` all of them, nerdctl's own too."""
@@ -1834,13 +1848,13 @@ class Container:
     def with_status(self, status: str) -> "Container":
         """The same with another status, and nothing worked out from the one before."""
         other = copy.copy(self)
-        other.status, other.memo, other.read_at = status, {}, time.time()
+        other.status, other.memo, other.read_at = end_status(status, self.labels), {}, time.time()
         return other
 
     def with_labels(self, labels: Dict[str, str]) -> "Container":
         """The same with other labels, one of which is its name."""
         other = copy.copy(self)
-        other.labels, other.name, other.memo = labels, labels.get("nerdctl/name") or self.name, {}
+        other.labels, other.name, other.memo, other.status = labels, labels.get("nerdctl/name") or self.name, {}, end_status(self.status, labels)
         return other
 
     @property
@@ -5157,9 +5171,19 @@ HOST_CONFIG: Dict[str, Any] = {
 }
 
 
-def restart_policy(labels: Dict[str, str]) -> Dict[str, Any]:
+def held_policy(container: Container) -> str:
+    """The restart policy of a container that hold_down() has given another one, "" for any other."""
+    labels = container.labels
+    asked = typed(typed(container.request.get("HostConfig"), dict, "HostConfig").get("RestartPolicy"), dict, "RestartPolicy")
+    if (asked.get("Name") not in ("always", "on-failure") or labels.get("containerd.io/restart.policy") != "unless-stopped"
+            or labels.get("containerd.io/restart.explicitly-stopped") != "true"):
+        return ""
+    return asked["Name"] + (f":{asked['MaximumRetryCount']}" if asked.get("MaximumRetryCount") else "")
+
+
+def restart_policy(container: Container) -> Dict[str, Any]:
     """Docker's RestartPolicy from containerd's label."""
-    name, _, count = (labels.get("containerd.io/restart.policy") or "no").partition(":")
+    name, _, count = (held_policy(container) or container.labels.get("containerd.io/restart.policy") or "no").partition(":")
     return {"Name": name, "MaximumRetryCount": int(count) if count.isdigit() else 0}
 
 
@@ -5194,7 +5218,7 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         "NetworkMode": network_mode(container), "OomScoreAdj": (spec.get("process") or {}).get("oomScoreAdj") or 0,
         "PidsLimit": (resources.get("pids") or {}).get("limit") or None, "PortBindings": port_bindings(container),
         "Privileged": labels.get("nerdctl/privileged") == "true", "ReadonlyRootfs": bool((spec.get("root") or {}).get("readonly")),
-        "RestartPolicy": restart_policy(labels), "Runtime": container.runtime or found["Runtime"],
+        "RestartPolicy": restart_policy(container), "Runtime": container.runtime or found["Runtime"],
         "Binds": [f"{mount['Source']}:{mount['Destination']}" + ("" if mount["RW"] else ":ro")
                   for mount in parse_mounts(labels) if mount["Type"] == "bind"] or None,
         "CgroupnsMode": "private" if any(each.get("type") == "cgroup" for each in spec.get("namespaces") or []) else "host",
@@ -6581,6 +6605,8 @@ def start_container(engine: Engine, container: Container) -> None:
     tty, stdin = is_terminal(engine, container), has_stdin(container)
     try:
         with engine.feed.needed():
+            if held_policy(container):
+                engine.nerdctl.run("update", f"--restart={held_policy(container)}", "--", container.real)
             if LABEL_PORTS in container.labels and not was_started(container) and not (stdin and not tty):
                 container = with_ports(engine, container)
             if stdin and not tty and not was_started(container):
@@ -6779,6 +6805,15 @@ def check_signal(text: str) -> str:
     raise BadParameter(f"invalid signal: {text}")
 
 
+def hold_down(engine: Engine, container: Container) -> None:
+    """Before somebody ends a container: give it the one restart policy under which containerd heeds that. Under `always` and,
+    with an exit status, `on-failure` it would start it again some seconds later. start_container() takes that back."""
+    now = container.labels.get("containerd.io/restart.policy") or ""
+    asked = restart_args(typed(container.request.get("HostConfig"), dict, "HostConfig"))
+    if now == "always" or now.startswith("on-failure") and asked == [f"--restart={now}"]:
+        engine.nerdctl.run("update", "--restart=unless-stopped", "--", container.real)
+
+
 def named_signal(number: int) -> str:
     """The name of a signal's number, which nerdctl needs: `kill --signal=9` is "invalid signal: SIG9" to it. The number itself
     for those two that have none."""
@@ -6800,6 +6835,7 @@ def container_stop(engine: Engine, request: Request, name: str) -> Response:
         raise NotModified()
     count = engine.tasks.now()
     with engine.changing(container), engine.being_stopped(container, stop_signal(request, container)):
+        hold_down(engine, container)
         engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest, waits=True)
         engine.tasks.ended_since(container.real, count, 2.0 if engine.feed.live else 0.0)
     engine.tell(container, "stop")
@@ -6843,6 +6879,8 @@ def container_kill(engine: Engine, request: Request, name: str) -> Response:
     count = engine.tasks.now()
     engine.tell(container, "kill", signal=str(signal_number(word)))
     with engine.changing(container), engine.feed.needed():
+        if signal_number(word) in (signal.SIGKILL, stop_signal(Request("POST", ""), container)):
+            hold_down(engine, container)
         engine.nerdctl.run("kill", f"--signal={word}", "--", container.real)
         if word == "SIGKILL" and engine.feed.live:
             # As dockerd does: who is told that it was killed finds it so.

@@ -1779,6 +1779,24 @@ class TestSnapshot:
         assert scripted.argv("ps")[:5] == ["ps", "-a", "--no-trunc", "--filter", "id=" + ID]
         assert len(scripted.calls("ps")) == 2
 
+    @pytest.mark.parametrize("policy, labels, told, word", [
+        ("always", {}, "Exited (0) now", "Restarting (0) now"), ("always", {"explicitly-stopped": "true"}, "Exited (0) now", "Restarting (0) now"), ("no", {}, "Exited (0) now", "Exited (0) now"),
+        ("unless-stopped", {}, "Exited (0) now", "Restarting (0) now"), ("unless-stopped", {"explicitly-stopped": "true"}, "Restarting (0) now", "Exited (0) now"),
+        ("on-failure", {}, "Exited (0) now", "Exited (0) now"), ("on-failure:3", {"count": "2"}, "Exited (1) now", "Restarting (1) now"), ("on-failure:3", {"count": "3"}, "Exited (1) now", "Exited (1) now"),
+        ("always", {"status": "stopped"}, "Exited (0) now", "Exited (0) now"), ("always", {}, "Up", "Up")])
+    def test_status_of_what_containerd_starts_again(self, policy, labels, told, word):
+        container = nerdctld.Container({"ID": ID, "Status": "Up"}, {})
+        labels = {"containerd.io/restart." + key: value for key, value in {"policy": policy, "status": "running", **labels}.items()}
+        assert container.with_labels(labels).with_status(told).status == word
+        assert container.with_status(told).with_labels(labels).status == word
+
+    def test_the_end_of_what_containerd_starts_again(self, furnished):
+        settle_feed(furnished)
+        ask(furnished, "GET", "/containers/json?all=1")
+        furnished.feed._tell(nerdctld.parse_event(event_line("/tasks/exit", container_id=ID, id=ID, exit_status=2), "default"))
+        answer = ask(furnished, "DELETE", "/containers/tstweb")
+        assert (answer.status, answer.message) == (409, 'cannot remove container "/tstweb": container is restarting: stop the container before removing or force remove')
+
     def test_names_are_known_from_events(self, furnished, scripted):
         settle_feed(furnished)
         found = furnished.snapshot.container("tstnew")
@@ -3790,6 +3808,36 @@ class TestContainerLifecycle:
         scripted.on("top", stdout="PID CMD\n1 sh\n")
         assert ask(willing, method, "/containers/tstweb" + ("" if path.startswith("?") else "/") + path).status < 300
         assert [(each["Action"] + " " + each["Actor"]["Attributes"].get("signal", "")).strip() for each in willing.journal.history] == told
+
+    def begin(self, engine, policy, labels):
+        """tstweb as one that was made with this restart policy, or for None by others; its id."""
+        asked = nerdctld.request_labels({"Image": "x", "HostConfig": {"RestartPolicy": policy}}) if policy else {}
+        real = identity(engine, "tstweb")
+        engine.snapshot.containers.patch(real, "", {**engine.snapshot.container("tstweb").labels, "nerdctl/name": "tstweb", **labels, **asked})
+        engine.snapshot.containers.changed.clear()
+        return real
+
+    @pytest.mark.parametrize("policy, now, path, held", [
+        ({"Name": "always"}, "always", "stop", True), ({"Name": "always"}, "always", "kill", True), ({"Name": "always"}, "always", "kill?signal=TERM", True),
+        ({"Name": "always"}, "always", "kill?signal=HUP", False), ({"Name": "on-failure", "MaximumRetryCount": 3}, "on-failure:3", "stop", True),
+        ({"Name": "on-failure"}, "on-failure", "stop", True), ({"Name": "unless-stopped"}, "unless-stopped", "stop", False), ({}, "no", "stop", False),
+        (None, "always", "stop", True), (None, "on-failure:3", "stop", False)])
+    def test_what_is_stopped_stays_so(self, willing, scripted, policy, now, path, held):
+        settle_feed(willing)
+        real = self.begin(willing, policy, {"containerd.io/restart.policy": now})
+        assert ask(willing, "POST", "/containers/tstweb/" + path).status == 204
+        assert [each["argv"] for each in scripted.calls("update")] == ([["update", "--restart=unless-stopped", "--", real]] if held else [])
+
+    @pytest.mark.parametrize("policy, now, stopped, words", [
+        ({"Name": "on-failure", "MaximumRetryCount": 3}, "unless-stopped", "true", "on-failure:3"), ({"Name": "always"}, "unless-stopped", "true", "always"),
+        ({"Name": "always"}, "unless-stopped", "false", ""), ({"Name": "unless-stopped"}, "unless-stopped", "true", ""), ({"Name": "always"}, "no", "true", ""), (None, "unless-stopped", "true", "")])
+    def test_a_start_gives_the_policy_back(self, willing, scripted, policy, now, stopped, words):
+        settle_feed(willing)
+        real = self.begin(willing, policy, {"containerd.io/restart.policy": now, "containerd.io/restart.explicitly-stopped": stopped})
+        container = willing.snapshot.container("tstweb")
+        assert nerdctld.restart_policy(container)["Name"] == (words or now).partition(":")[0]
+        nerdctld.start_container(willing, container)
+        assert [each["argv"] for each in scripted.calls("update")] == ([["update", f"--restart={words}", "--", real]] if words else [])
 
     def test_update(self, willing, scripted):
         real = identity(willing, "tstweb")
