@@ -4041,7 +4041,12 @@ def image_load(engine: Engine, request: Request) -> Response:
                 yield message_line({"stream": f"Loaded image: {familiar(each)}\n"})
             engine.journal.emit("image", "load", group.id if group else each, {"name": familiar(each)})
 
-    return Response(200, Stream(as_error_detail(chunks()), primed=True), "application/json")
+    def told() -> Iterator[bytes]:
+        # As with dockerd, an archive that cannot be loaded is told of in the stream, where clients look for it.
+        yield b""
+        yield from chunks()
+
+    return Response(200, Stream(as_error_detail(told())), "application/json")
 
 
 def as_error_detail(chunks: Iterator[bytes]) -> Iterator[bytes]:
