@@ -4911,7 +4911,8 @@ def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, A
         "IPAMConfig": asked.get("IPAMConfig"), "Links": asked.get("Links"), "Aliases": asked.get("Aliases"), "DriverOpts": asked.get("DriverOpts"),
         "GwPriority": 0, "NetworkID": identity,
         "EndpointID": sha256(f"{container.id}/{identity}".encode()).hexdigest() if running else "",
-        "Gateway": config.get("Gateway") or "" if running else "", "IPAddress": address.get("ip") or "", "MacAddress": address.get("mac") or "",
+        "Gateway": config.get("Gateway") or "" if running else "", "IPAddress": address.get("ip") or "",
+        "MacAddress": (address if running else {} if was_started(container) else {"mac": asked.get("MacAddress")}).get("mac") or "",
         "IPPrefixLen": address.get("prefix") or 0, "IPv6Gateway": "", "GlobalIPv6Address": address.get("ip6") or "",
         "GlobalIPv6PrefixLen": address.get("prefix6") or 0, "DNSNames": None,
     }

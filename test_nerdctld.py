@@ -2949,6 +2949,14 @@ class TestContainers:
         told = nerdctld.listed_networks(nerdctld.Container({"ID": ID, "Status": "Created"}, labels), networks)
         assert told["front"]["IPAddress"] == told["front"]["Gateway"] == ""
 
+    @pytest.mark.parametrize("status, started, told", [("Created", "", "02:42:ac:11:00:02"), ("Exited (0) now", "2026-11-24T00:00:00Z", "")])
+    def test_hardware_address_that_was_asked_for(self, tmp_path, status, started, told):
+        (tmp_path / "lifecycle.json").write_text(json.dumps({"started_at": started} if started else {}))
+        asked = {"Image": "x", "HostConfig": {"NetworkMode": "net"}, "NetworkingConfig": {"EndpointsConfig": {"net": {"MacAddress": "02:42:ac:11:00:02"}}}}
+        labels = {"nerdctl/networks": '["net"]', "nerdctl/state-dir": str(tmp_path), **nerdctld.request_labels(asked)}
+        container = nerdctld.Container({"ID": ID, "Status": status}, labels)
+        assert nerdctld.docker_networks(container, {"net": {"Id": "1", "Name": "net"}}, [])["net"]["MacAddress"] == told
+
     def test_newest_first(self, reading):
         assert self.names(reading, "all=1") == ["/tstpaused", "/tstnew", "/tstdone", "/tstweb"]
 
