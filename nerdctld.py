@@ -3152,7 +3152,7 @@ def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
             "InsecureRegistryCIDRs": ["127.0.0.0/8", "::1/128"],
             "IndexConfigs": {"docker.io": {"Name": "docker.io", "Mirrors": [], "Secure": True, "Official": True}}, "Mirrors": [],
         },
-        "ServerVersion": VERSION, "Runtimes": {"io.containerd.runc.v2": runtime, "runc": runtime}, "DefaultRuntime": "io.containerd.runc.v2",
+        "ServerVersion": VERSION, "Runtimes": {"io.containerd.runc.v2": runtime, "runc": runtime}, "DefaultRuntime": "runc",
         "Swarm": {"NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": False, "Error": "", "RemoteManagers": None},
         "LiveRestoreEnabled": True, "Isolation": "", "InitBinary": "tini", "ContainerdCommit": {"ID": told.get("ServerVersion") or ""},
         "RuncCommit": {"ID": ""}, "InitCommit": {"ID": ""}, "CDISpecDirs": [], "ProductLicense": "",
@@ -5172,9 +5172,13 @@ HOST_CONFIG: Dict[str, Any] = {
     "LogConfig": {"Config": {}, "Type": "json-file"}, "MaskedPaths": [], "Memory": 0, "MemoryReservation": 0, "MemorySwap": 0,
     "MemorySwappiness": None, "NanoCpus": 0, "NetworkMode": "bridge", "OomKillDisable": False, "OomScoreAdj": 0, "PidMode": "",
     "PidsLimit": None, "PortBindings": {}, "Privileged": False, "PublishAllPorts": False, "ReadonlyPaths": [], "ReadonlyRootfs": False,
-    "RestartPolicy": {"MaximumRetryCount": 0, "Name": "no"}, "Runtime": "io.containerd.runc.v2", "SecurityOpt": None, "ShmSize": 67108864,
+    "RestartPolicy": {"MaximumRetryCount": 0, "Name": "no"}, "Runtime": "runc", "SecurityOpt": None, "ShmSize": 67108864,
     "UTSMode": "", "Ulimits": [], "UsernsMode": "", "VolumeDriver": "", "VolumesFrom": None,
 }
+
+
+# Docker's own name for what nerdctl runs containers with where nobody asks for another runtime.
+DEFAULT_RUNTIME = {"io.containerd.runc.v2": "runc"}
 
 
 def held_policy(container: Container) -> str:
@@ -5224,7 +5228,7 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         "NetworkMode": network_mode(container), "OomScoreAdj": (spec.get("process") or {}).get("oomScoreAdj") or 0,
         "PidsLimit": (resources.get("pids") or {}).get("limit") or None, "PortBindings": port_bindings(container),
         "Privileged": labels.get("nerdctl/privileged") == "true", "ReadonlyRootfs": bool((spec.get("root") or {}).get("readonly")),
-        "RestartPolicy": restart_policy(container), "Runtime": container.runtime or found["Runtime"],
+        "RestartPolicy": restart_policy(container), "Runtime": DEFAULT_RUNTIME.get(container.runtime, container.runtime) or found["Runtime"],
         "Binds": [f"{mount['Source']}:{mount['Destination']}" + ("" if mount["RW"] else ":ro")
                   for mount in parse_mounts(labels) if mount["Type"] == "bind"] or None,
         "CgroupnsMode": "private" if any(each.get("type") == "cgroup" for each in spec.get("namespaces") or []) else "host",
@@ -5267,7 +5271,9 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
         "AttachStdout": bool(asked.get("AttachStdout", not asked)), "AttachStderr": bool(asked.get("AttachStderr", not asked)),
         "Tty": bool(asked.get("Tty", process.get("terminal", False))), "OpenStdin": bool(asked.get("OpenStdin", False)),
         "StdinOnce": bool(asked.get("StdinOnce", False)),
-        "Env": [each for each in process.get("env") or [] if not each.startswith("HOSTNAME=")] or None,
+        # What has no value is no variable, and dockerd keeps it nevertheless.
+        "Env": [*(each for each in process.get("env") or [] if not each.startswith("HOSTNAME=")),
+                *(each for each in string_list(asked.get("Env"), "Env") if "=" not in each)] or None,
         "Cmd": command, "Image": shown_image(container), "Volumes": asked.get("Volumes") or image.get("Volumes"),
         "WorkingDir": asked.get("WorkingDir") or process.get("cwd") or "", "Entrypoint": entrypoint,
         "Labels": container.visible_labels,

@@ -2949,6 +2949,11 @@ class TestContainers:
         told = nerdctld.listed_networks(nerdctld.Container({"ID": ID, "Status": "Created"}, labels), networks)
         assert told["front"]["IPAddress"] == told["front"]["Gateway"] == ""
 
+    def test_variables_without_a_value_are_told(self):
+        container = nerdctld.Container({"ID": ID}, nerdctld.request_labels({"Image": "x", "Env": ["A=1", "B", "C="]}))
+        assert nerdctld.docker_config(container, {"process": {"env": ["PATH=/bin", "HOSTNAME=h", "A=1", "C="]}}, {})["Env"] == ["PATH=/bin", "A=1", "C=", "B"]
+        assert nerdctld.docker_config(container, {}, {})["Env"] == ["B"] and nerdctld.docker_config(nerdctld.Container({"ID": ID}, {}), {}, {})["Env"] is None
+
     @pytest.mark.parametrize("status, started, told", [("Created", "", "02:42:ac:11:00:02"), ("Exited (0) now", "2026-11-24T00:00:00Z", "")])
     def test_hardware_address_that_was_asked_for(self, tmp_path, status, started, told):
         (tmp_path / "lifecycle.json").write_text(json.dumps({"started_at": started} if started else {}))
@@ -2989,6 +2994,7 @@ class TestContainers:
         assert (told["Id"], told["Name"], told["Image"], told["Path"], told["Args"]) == (ID, "/tstweb", BB, "sleep", ["1000"])
         assert told["State"]["Running"] and not told["State"]["Restarting"] and told["State"]["Pid"] == 32149
         assert told["HostConfig"]["RestartPolicy"] == {"Name": "always", "MaximumRetryCount": 0}
+        assert told["HostConfig"]["Runtime"] == ask(furnished, "GET", "/info").json["DefaultRuntime"] == "runc"
         assert told["HostConfig"]["Binds"] == ["/tmp:/host:ro"] and told["HostConfig"]["LogConfig"] == {"Type": "json-file", "Config": {}}
         assert told["Config"]["Cmd"] == ["sleep", "1000"] and told["Config"]["Env"] == ["PATH=/bin", "X=1"] and told["Config"]["Image"] == BASE
         assert told["Config"]["Labels"] == {"a": "b,c", "base": "busybox"}
