@@ -175,6 +175,24 @@ class Client:
         return contextlib.nullcontext()
 
 
+class Fields(Dict[str, Any]):
+    """The JSON object of a request. A field that is not there under its own name is found without regard to case, as Go
+    finds it: some clients write `detachKeys`."""
+
+    def __missing__(self, name: str) -> Any:
+        for key, value in self.items():
+            if key.lower() == name.lower():
+                return value
+        raise KeyError(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a field, `default` where there is none."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+
 class Request:
     """One request. `version` is a pair such as (1, 44); `query` maps each name to its list of values; `body` has
     `read(n)` and `readinto(view)`; `headers` compares names without case."""
@@ -237,7 +255,7 @@ class Request:
             return {}
         if not isinstance(value, dict):
             raise BadParameter("invalid JSON: expected an object")
-        return value
+        return Fields(value)
 
     def filters(self, *allowed: str) -> Dict[str, List[str]]:
         """The `filters` parameter, of either form clients send ({"a":{"b":true}} and {"a":["b"]}), as name -> values.
@@ -1836,6 +1854,20 @@ class Cached:
             return value
 
 
+def end_status(status: str, labels: Dict[str, str]) -> str:
+    """A status such as `Exited (1) …` as nerdctl's `ps` would word it: `Restarting (1) …` where containerd will start the
+    container again by its restart policy. Another status as it is."""
+    found = re.match(r"(?:Exited|Restarting)( \((\d+)\).*)", status)
+    if not found:
+        return status
+    name, _, most = (labels.get("containerd.io/restart.policy") or "always").partition(":")
+    count = labels.get("containerd.io/restart.count") or ""
+    again = labels.get("containerd.io/restart.status") == "running" and (
+        name == "always" or name == "unless-stopped" and labels.get("containerd.io/restart.explicitly-stopped") != "true"
+        or name == "on-failure" and found.group(2) != "0" and (most in ("", "0") or int(count if count.isdigit() else 0) < int(most)))
+    return ("Restarting" if again else "Exited") + found.group(1)
+
+
 class Container:
     """A container as `nerdctl ps` tells it. `id` is what clients know it by, `real` what nerdctl is given; `created` in
     nanoseconds since 1970; `labels` all of them, nerdctl's own too."""
@@ -1861,13 +1893,13 @@ class Container:
     def with_status(self, status: str) -> "Container":
         """The same with another status, and nothing worked out from the one before."""
         other = copy.copy(self)
-        other.status, other.memo, other.read_at = status, {}, time.time()
+        other.status, other.memo, other.read_at = end_status(status, self.labels), {}, time.time()
         return other
 
     def with_labels(self, labels: Dict[str, str]) -> "Container":
         """The same with other labels, one of which is its name."""
         other = copy.copy(self)
-        other.labels, other.name, other.memo = labels, labels.get("nerdctl/name") or self.name, {}
+        other.labels, other.name, other.memo, other.status = labels, labels.get("nerdctl/name") or self.name, {}, end_status(self.status, labels)
         return other
 
     @property
@@ -1890,7 +1922,7 @@ class Container:
             found = None
             with contextlib.suppress(ValueError):
                 found = json.loads("".join(parts) or "{}")
-            self.memo["request"] = found if isinstance(found, dict) else {}
+            self.memo["request"] = Fields(found if isinstance(found, dict) else {})
         return self.memo["request"]
 
     @property
@@ -3175,7 +3207,7 @@ def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
             "InsecureRegistryCIDRs": ["127.0.0.0/8", "::1/128"],
             "IndexConfigs": {"docker.io": {"Name": "docker.io", "Mirrors": [], "Secure": True, "Official": True}}, "Mirrors": [],
         },
-        "ServerVersion": VERSION, "Runtimes": {"io.containerd.runc.v2": runtime, "runc": runtime}, "DefaultRuntime": "io.containerd.runc.v2",
+        "ServerVersion": VERSION, "Runtimes": {"io.containerd.runc.v2": runtime, "runc": runtime}, "DefaultRuntime": "runc",
         "Swarm": {"NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": False, "Error": "", "RemoteManagers": None},
         "LiveRestoreEnabled": True, "Isolation": "", "InitBinary": "tini", "ContainerdCommit": {"ID": told.get("ServerVersion") or ""},
         "RuncCommit": {"ID": ""}, "InitCommit": {"ID": ""}, "CDISpecDirs": [], "ProductLicense": "",
@@ -4064,7 +4096,12 @@ def image_load(engine: Engine, request: Request) -> Response:
                 yield message_line({"stream": f"Loaded image: {familiar(each)}\n"})
             engine.journal.emit("image", "load", group.id if group else each, {"name": familiar(each)})
 
-    return Response(200, Stream(as_error_detail(chunks()), primed=True), "application/json")
+    def told() -> Iterator[bytes]:
+        # As with dockerd, an archive that cannot be loaded is told of in the stream, where clients look for it.
+        yield b""
+        yield from chunks()
+
+    return Response(200, Stream(as_error_detail(told())), "application/json")
 
 
 def as_error_detail(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -4933,7 +4970,8 @@ def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, A
         "IPAMConfig": asked.get("IPAMConfig"), "Links": asked.get("Links"), "Aliases": asked.get("Aliases"), "DriverOpts": asked.get("DriverOpts"),
         "GwPriority": 0, "NetworkID": identity,
         "EndpointID": sha256(f"{container.id}/{identity}".encode()).hexdigest() if running else "",
-        "Gateway": config.get("Gateway") or "" if running else "", "IPAddress": address.get("ip") or "", "MacAddress": address.get("mac") or "",
+        "Gateway": config.get("Gateway") or "" if running else "", "IPAddress": address.get("ip") or "",
+        "MacAddress": (address if running else {} if was_started(container) else {"mac": asked.get("MacAddress")}).get("mac") or "",
         "IPPrefixLen": address.get("prefix") or 0, "IPv6Gateway": "", "GlobalIPv6Address": address.get("ip6") or "",
         "GlobalIPv6PrefixLen": address.get("prefix6") or 0, "DNSNames": None,
     }
@@ -5210,14 +5248,28 @@ HOST_CONFIG: Dict[str, Any] = {
     "LogConfig": {"Config": {}, "Type": "json-file"}, "MaskedPaths": [], "Memory": 0, "MemoryReservation": 0, "MemorySwap": 0,
     "MemorySwappiness": None, "NanoCpus": 0, "NetworkMode": "bridge", "OomKillDisable": False, "OomScoreAdj": 0, "PidMode": "",
     "PidsLimit": None, "PortBindings": {}, "Privileged": False, "PublishAllPorts": False, "ReadonlyPaths": [], "ReadonlyRootfs": False,
-    "RestartPolicy": {"MaximumRetryCount": 0, "Name": "no"}, "Runtime": "io.containerd.runc.v2", "SecurityOpt": None, "ShmSize": 67108864,
+    "RestartPolicy": {"MaximumRetryCount": 0, "Name": "no"}, "Runtime": "runc", "SecurityOpt": None, "ShmSize": 67108864,
     "UTSMode": "", "Ulimits": [], "UsernsMode": "", "VolumeDriver": "", "VolumesFrom": None,
 }
 
 
-def restart_policy(labels: Dict[str, str]) -> Dict[str, Any]:
+# Docker's own name for what nerdctl runs containers with where nobody asks for another runtime.
+DEFAULT_RUNTIME = {"io.containerd.runc.v2": "runc"}
+
+
+def held_policy(container: Container) -> str:
+    """The restart policy of a container that hold_down() has given another one, "" for any other."""
+    labels = container.labels
+    asked = typed(container.host_config.get("RestartPolicy"), dict, "RestartPolicy")
+    if (asked.get("Name") not in ("always", "on-failure") or labels.get("containerd.io/restart.policy") != "unless-stopped"
+            or labels.get("containerd.io/restart.explicitly-stopped") != "true"):
+        return ""
+    return asked["Name"] + (f":{asked['MaximumRetryCount']}" if asked.get("MaximumRetryCount") else "")
+
+
+def restart_policy(container: Container) -> Dict[str, Any]:
     """Docker's RestartPolicy from containerd's label."""
-    name, _, count = (labels.get("containerd.io/restart.policy") or "no").partition(":")
+    name, _, count = (held_policy(container) or container.labels.get("containerd.io/restart.policy") or "no").partition(":")
     return {"Name": name, "MaximumRetryCount": int(count) if count.isdigit() else 0}
 
 
@@ -5252,7 +5304,7 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         "NetworkMode": network_mode(container), "OomScoreAdj": (spec.get("process") or {}).get("oomScoreAdj") or 0,
         "PidsLimit": (resources.get("pids") or {}).get("limit") or None, "PortBindings": port_bindings(container),
         "Privileged": labels.get("nerdctl/privileged") == "true", "ReadonlyRootfs": bool((spec.get("root") or {}).get("readonly")),
-        "RestartPolicy": restart_policy(labels), "Runtime": container.runtime or found["Runtime"],
+        "RestartPolicy": restart_policy(container), "Runtime": DEFAULT_RUNTIME.get(container.runtime, container.runtime) or found["Runtime"],
         "Binds": [f"{mount['Source']}:{mount['Destination']}" + ("" if mount["RW"] else ":ro")
                   for mount in parse_mounts(labels) if mount["Type"] == "bind" and not container.request] or None,
         "CgroupnsMode": "private" if any(each.get("type") == "cgroup" for each in spec.get("namespaces") or []) else "host",
@@ -5295,7 +5347,9 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
         "AttachStdout": bool(asked.get("AttachStdout", not asked)), "AttachStderr": bool(asked.get("AttachStderr", not asked)),
         "Tty": bool(asked.get("Tty", process.get("terminal", False))), "OpenStdin": bool(asked.get("OpenStdin", False)),
         "StdinOnce": bool(asked.get("StdinOnce", False)),
-        "Env": [each for each in process.get("env") or [] if not each.startswith("HOSTNAME=")] or None,
+        # What has no value is no variable, and dockerd keeps it nevertheless.
+        "Env": [*(each for each in process.get("env") or [] if not each.startswith("HOSTNAME=")),
+                *(each for each in string_list(asked.get("Env"), "Env") if "=" not in each)] or None,
         "Cmd": command, "Image": shown_image(container), "Volumes": asked.get("Volumes") or image.get("Volumes"),
         "WorkingDir": asked.get("WorkingDir") or process.get("cwd") or "", "Entrypoint": entrypoint,
         "Labels": container.visible_labels,
@@ -6773,6 +6827,8 @@ def start_container(engine: Engine, container: Container) -> None:
     piped = stdin and not tty
     try:
         with engine.feed.needed():
+            if held_policy(container):
+                engine.nerdctl.run("update", f"--restart={held_policy(container)}", "--", container.real)
             by_run = piped and not reaches_input(engine.nerdctl)
             if LABEL_LATER in container.labels and not was_started(container):
                 check_shared(engine, container)
@@ -7025,16 +7081,36 @@ def stop_signal(request: Request, container: Container) -> int:
 
 
 def check_signal(text: str) -> str:
-    """The name or number of a signal, as nerdctl takes it; 400 with dockerd's words for anything else."""
+    """The name of a signal, given by name or number; 400 with dockerd's words for anything else."""
     name = text.upper()
     if re.fullmatch(r"[0-9]{1,9}", name):
         if 0 < int(name) <= 64:
-            return name
+            return named_signal(int(name))
     else:
         bare = name[3:] if name.startswith("SIG") else name
         if hasattr(signal, "SIG" + bare) or re.fullmatch(r"RTM(IN|AX)([+-]\d{1,2})?", bare):
             return "SIG" + bare
     raise BadParameter(f"invalid signal: {text}")
+
+
+def hold_down(engine: Engine, container: Container) -> None:
+    """Before somebody ends a container: give it the one restart policy under which containerd heeds that. Under `always` and,
+    with an exit status, `on-failure` it would start it again some seconds later. start_container() takes that back."""
+    now = container.labels.get("containerd.io/restart.policy") or ""
+    asked = restart_args(container.host_config)
+    if now == "always" or now.startswith("on-failure") and asked == [f"--restart={now}"]:
+        engine.nerdctl.run("update", "--restart=unless-stopped", "--", container.real)
+
+
+def named_signal(number: int) -> str:
+    """The name of a signal's number, which nerdctl needs: `kill --signal=9` is "invalid signal: SIG9" to it. The number itself
+    for those two that have none."""
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    if number < signal.SIGRTMIN:
+        return str(number)
+    # The names that containerd knows meet in the middle.
+    return f"SIGRTMIN+{number - signal.SIGRTMIN}" if number < 50 else f"SIGRTMAX-{signal.SIGRTMAX - number}"
 
 
 @route("POST", "/containers/{id}/stop")
@@ -7047,6 +7123,7 @@ def container_stop(engine: Engine, request: Request, name: str) -> Response:
         raise NotModified()
     count = engine.tasks.now()
     with engine.changing(container), engine.being_stopped(container, stop_signal(request, container)):
+        hold_down(engine, container)
         engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest, waits=True)
         engine.tasks.ended_since(container.real, count, 2.0 if engine.feed.live else 0.0)
     engine.tell(container, "stop")
@@ -7090,8 +7167,10 @@ def container_kill(engine: Engine, request: Request, name: str) -> Response:
     count = engine.tasks.now()
     engine.tell(container, "kill", signal=str(signal_number(word)))
     with engine.changing(container), engine.feed.needed():
+        if signal_number(word) in (signal.SIGKILL, stop_signal(Request("POST", ""), container)):
+            hold_down(engine, container)
         engine.nerdctl.run("kill", f"--signal={word}", "--", container.real)
-        if word in ("SIGKILL", "9") and engine.feed.live:
+        if word == "SIGKILL" and engine.feed.live:
             # As dockerd does: who is told that it was killed finds it so.
             engine.tasks.ended_since(container.real, count, 5.0)
     return Response(204)
@@ -7591,6 +7670,15 @@ def follow_attached(engine: Engine, container: Container, attachment: Attachment
         attachment.finish()
 
 
+def send_past(engine: Engine, container: Container, attachment: Attachment, until: int) -> None:
+    """Send a client what a container wrote up to a moment, in nanoseconds since 1970."""
+    with contextlib.closing(LogFile(log_path(container)).open()) as file:
+        for line in follow_log(engine, container, file, False, attachment.done.is_set):
+            if line.text and line.time > until:
+                break
+            attachment.put(line.kind, line.text)
+
+
 def await_session(engine: Engine, container: Container, attachment: Attachment, file: LogFile, since: int) -> None:
     """Hold a client that attached before the start until a session has taken it, or the container was started without
     one (by a bare nerdctl, say), when its log is as good."""
@@ -7618,7 +7706,7 @@ def serve_attachment(engine: Engine, request: Request, container: Container, att
         if logs or (container.running and not (session and session.join(attachment))):
             attachment.session = session
             attachment.ready.set()
-            threading.Thread(target=follow_attached, args=(engine, container, attachment, file, request.flag("stream", True)),
+            threading.Thread(target=follow_attached, args=(engine, container, attachment, file, request.flag("stream")),
                              name="attach", daemon=True).start()
         elif not container.running:
             await_session(engine, container, attachment, file, since)
@@ -7641,7 +7729,7 @@ def attach(engine: Engine, request: Request, name: str, framed: bool) -> Tuple[A
     container, tty, keys = prepare_attach(engine, request, name)
     stream, logs = request.flag("stream"), request.flag("logs")
     attachment = Attachment(request.flag("stdout"), request.flag("stderr"), framed and not tty, request.flag("stdin") and stream and has_stdin(container))
-    waits = stream and not logs and not container.running
+    waits, began = stream and not container.running, time.time_ns()
     if waits:
         engine.add_waiting(container.id, attachment)
 
@@ -7650,10 +7738,15 @@ def attach(engine: Engine, request: Request, name: str, framed: bool) -> Tuple[A
         engine.leave_waiting(container.id, attachment)
 
     def serve(connection: Connection) -> None:
+        if waits and logs:
+            # Before the connection: what a session that begins meanwhile has to tell is for later.
+            past = Attachment(attachment.wanted[STDOUT], attachment.wanted[STDERR], attachment.framed)
+            past.connect(connection)
+            send_past(engine, container, past, began)
         attachment.connect(connection)
         try:
             if stream or logs:
-                serve_attachment(engine, request, container, attachment, logs, keys)
+                serve_attachment(engine, request, container, attachment, logs and not waits, keys)
         finally:
             abandon()
 
@@ -7924,9 +8017,12 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
     if instance.started:
         raise Conflict(f"exec command {instance.id} is already running" if instance.running else f"exec command {instance.id} has already run")
 
+    # As with dockerd, this request says how the output is packed, whether or not the command has a terminal.
+    raw = typed(options.get("Tty"), bool, "Tty")
+
     def serve(connection: Connection) -> None:
         config = instance.config
-        attachment = Attachment(bool(config.get("AttachStdout")), bool(config.get("AttachStderr")), not instance.tty, bool(config.get("AttachStdin")))
+        attachment = Attachment(bool(config.get("AttachStdout")), bool(config.get("AttachStderr")) and not raw, not raw, bool(config.get("AttachStdin")))
         attachment.connect(connection)
         keys = DetachKeys(typed(config.get("DetachKeys"), str, "DetachKeys")) if instance.tty and attachment.stdin else None
         with contextlib.ExitStack() as stack:
@@ -7948,7 +8044,7 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
         if attachment.gone:
             session.close_stdin(force=True)
 
-    return Response(101, Hijack(serve), stream_type(instance.tty, request.version))
+    return Response(101, Hijack(serve), stream_type(raw, request.version))
 
 
 @route("POST", "/exec/{id}/resize")

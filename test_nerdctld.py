@@ -1796,6 +1796,24 @@ class TestSnapshot:
         assert scripted.argv("ps")[:5] == ["ps", "-a", "--no-trunc", "--filter", "id=" + ID]
         assert len(scripted.calls("ps")) == 2
 
+    @pytest.mark.parametrize("policy, labels, told, word", [
+        ("always", {}, "Exited (0) now", "Restarting (0) now"), ("always", {"explicitly-stopped": "true"}, "Exited (0) now", "Restarting (0) now"), ("no", {}, "Exited (0) now", "Exited (0) now"),
+        ("unless-stopped", {}, "Exited (0) now", "Restarting (0) now"), ("unless-stopped", {"explicitly-stopped": "true"}, "Restarting (0) now", "Exited (0) now"),
+        ("on-failure", {}, "Exited (0) now", "Exited (0) now"), ("on-failure:3", {"count": "2"}, "Exited (1) now", "Restarting (1) now"), ("on-failure:3", {"count": "3"}, "Exited (1) now", "Exited (1) now"),
+        ("always", {"status": "stopped"}, "Exited (0) now", "Exited (0) now"), ("always", {}, "Up", "Up")])
+    def test_status_of_what_containerd_starts_again(self, policy, labels, told, word):
+        container = nerdctld.Container({"ID": ID, "Status": "Up"}, {})
+        labels = {"containerd.io/restart." + key: value for key, value in {"policy": policy, "status": "running", **labels}.items()}
+        assert container.with_labels(labels).with_status(told).status == word
+        assert container.with_status(told).with_labels(labels).status == word
+
+    def test_the_end_of_what_containerd_starts_again(self, furnished):
+        settle_feed(furnished)
+        ask(furnished, "GET", "/containers/json?all=1")
+        furnished.feed._tell(nerdctld.parse_event(event_line("/tasks/exit", container_id=ID, id=ID, exit_status=2), "default"))
+        answer = ask(furnished, "DELETE", "/containers/tstweb")
+        assert (answer.status, answer.message) == (409, 'cannot remove container "/tstweb": container is restarting: stop the container before removing or force remove')
+
     def test_names_are_known_from_events(self, furnished, scripted):
         settle_feed(furnished)
         found = furnished.snapshot.container("tstnew")
@@ -2439,7 +2457,7 @@ class TestImages:
     def test_load_of_garbage(self, furnished, scripted):
         scripted.on("load", stderr=fatal("unexpected EOF"), status=1, reads=True)
         answer = ask(furnished, "POST", "/images/load?quiet=1", b"garbage")
-        assert "unexpected EOF" in answer.message and answer.status >= 400
+        assert (answer.status, answer.lines) == (200, [{"error": "unexpected EOF", "errorDetail": {"message": "unexpected EOF"}}])
 
     @pytest.mark.parametrize("path, names", [
         ("/images/tst:a/get", ["docker.io/library/tst:a"]), ("/images/get?names=tst:a&names=localhost:5000/bb:1", ["docker.io/library/tst:a", "localhost:5000/bb:1"]),
@@ -2960,6 +2978,19 @@ class TestContainers:
         told = nerdctld.listed_networks(nerdctld.Container({"ID": ID, "Status": "Created"}, labels), networks)
         assert told["front"]["IPAddress"] == told["front"]["Gateway"] == ""
 
+    def test_variables_without_a_value_are_told(self):
+        container = nerdctld.Container({"ID": ID}, nerdctld.request_labels({"Image": "x", "Env": ["A=1", "B", "C="]}))
+        assert nerdctld.docker_config(container, {"process": {"env": ["PATH=/bin", "HOSTNAME=h", "A=1", "C="]}}, {})["Env"] == ["PATH=/bin", "A=1", "C=", "B"]
+        assert nerdctld.docker_config(container, {}, {})["Env"] == ["B"] and nerdctld.docker_config(nerdctld.Container({"ID": ID}, {}), {}, {})["Env"] is None
+
+    @pytest.mark.parametrize("status, started, told", [("Created", "", "02:42:ac:11:00:02"), ("Exited (0) now", "2026-11-24T00:00:00Z", "")])
+    def test_hardware_address_that_was_asked_for(self, tmp_path, status, started, told):
+        (tmp_path / "lifecycle.json").write_text(json.dumps({"started_at": started} if started else {}))
+        asked = {"Image": "x", "HostConfig": {"NetworkMode": "net"}, "NetworkingConfig": {"EndpointsConfig": {"net": {"MacAddress": "02:42:ac:11:00:02"}}}}
+        labels = {"nerdctl/networks": '["net"]', "nerdctl/state-dir": str(tmp_path), **nerdctld.request_labels(asked)}
+        container = nerdctld.Container({"ID": ID, "Status": status}, labels)
+        assert nerdctld.docker_networks(container, {"net": {"Id": "1", "Name": "net"}}, [])["net"]["MacAddress"] == told
+
     def test_newest_first(self, reading):
         assert self.names(reading, "all=1") == ["/tstpaused", "/tstnew", "/tstdone", "/tstweb"]
 
@@ -2992,6 +3023,7 @@ class TestContainers:
         assert (told["Id"], told["Name"], told["Image"], told["Path"], told["Args"]) == (ID, "/tstweb", BB, "sleep", ["1000"])
         assert told["State"]["Running"] and not told["State"]["Restarting"] and told["State"]["Pid"] == 32149
         assert told["HostConfig"]["RestartPolicy"] == {"Name": "always", "MaximumRetryCount": 0}
+        assert told["HostConfig"]["Runtime"] == ask(furnished, "GET", "/info").json["DefaultRuntime"] == "runc"
         assert told["HostConfig"]["Binds"] == ["/tmp:/host:ro"] and told["HostConfig"]["LogConfig"] == {"Type": "json-file", "Config": {}}
         assert told["Config"]["Cmd"] == ["sleep", "1000"] and told["Config"]["Env"] == ["PATH=/bin", "X=1"] and told["Config"]["Image"] == BASE
         assert told["Config"]["Labels"] == {"a": "b,c", "base": "busybox"}
@@ -3937,8 +3969,10 @@ class TestContainerLifecycle:
         ("POST", "tstnew/start", 204, "start -- {id}"), ("POST", "tstweb/start", 304, ""), ("POST", "tstpaused/start", 409, ""), ("POST", "nosuch/start", 404, ""),
         ("POST", "tstweb/stop", 204, "stop -- {id}"), ("POST", "tstweb/stop?t=3&signal=int", 204, "stop --time=3 --signal=SIGINT -- {id}"), ("POST", "tstweb/stop?t=-1", 204, "stop --time=1000000 -- {id}"),
         ("POST", "tstweb/stop?t=0", 204, "stop --time=0 -- {id}"), ("POST", "tstdone/stop", 304, ""), ("POST", "tstnew/stop", 304, ""), ("POST", "tstweb/stop?t=x", 400, ""), ("POST", "nosuch/stop", 404, ""),
-        ("POST", "tstweb/kill", 204, "kill --signal=SIGKILL -- {id}"), ("POST", "tstweb/kill?signal=USR1", 204, "kill --signal=SIGUSR1 -- {id}"), ("POST", "tstweb/kill?signal=10", 204, "kill --signal=10 -- {id}"),
+        ("POST", "tstweb/kill", 204, "kill --signal=SIGKILL -- {id}"), ("POST", "tstweb/kill?signal=USR1", 204, "kill --signal=SIGUSR1 -- {id}"), ("POST", "tstweb/kill?signal=10", 204, "kill --signal=SIGUSR1 -- {id}"),
         ("POST", "tstweb/kill?signal=nosuch", 400, ""), ("POST", "tstweb/kill?signal=0", 400, ""), ("POST", "tstweb/kill?signal=-9", 400, ""), ("POST", "tstweb/kill?signal=RTMIN%2B3", 204, "kill --signal=SIGRTMIN+3 -- {id}"),
+        ("POST", "tstweb/kill?signal=37", 204, "kill --signal=SIGRTMIN+3 -- {id}"), ("POST", "tstweb/kill?signal=60", 204, "kill --signal=SIGRTMAX-4 -- {id}"),
+        ("POST", "tstweb/kill?signal=33", 204, "kill --signal=33 -- {id}"), ("POST", "tstweb/stop?signal=9", 204, "stop --signal=SIGKILL -- {id}"),
         ("POST", "tstdone/kill", 409, ""), ("POST", "tstweb/pause", 204, "pause -- {id}"), ("POST", "tstpaused/pause", 409, ""), ("POST", "tstdone/pause", 409, ""),
         ("POST", "tstpaused/unpause", 204, "unpause -- {id}"), ("POST", "tstweb/unpause", 409, ""), ("POST", "tstweb/rename?name=other", 204, "rename -- {id} other"),
         ("POST", "tstweb/rename?name=/other", 204, "rename -- {id} other"), ("POST", "tstweb/rename?name=tstdone", 409, ""), ("POST", "tstweb/rename?name=", 400, ""), ("POST", "tstweb/rename?name=tstweb", 400, ""),
@@ -3978,6 +4012,36 @@ class TestContainerLifecycle:
         scripted.on("top", stdout="PID CMD\n1 sh\n")
         assert ask(willing, method, "/containers/tstweb" + ("" if path.startswith("?") else "/") + path).status < 300
         assert [(each["Action"] + " " + each["Actor"]["Attributes"].get("signal", "")).strip() for each in willing.journal.history] == told
+
+    def begin(self, engine, policy, labels):
+        """tstweb as one that was made with this restart policy, or for None by others; its id."""
+        asked = nerdctld.request_labels({"Image": "x", "HostConfig": {"RestartPolicy": policy}}) if policy else {}
+        real = identity(engine, "tstweb")
+        engine.snapshot.containers.patch(real, "", {**engine.snapshot.container("tstweb").labels, "nerdctl/name": "tstweb", **labels, **asked})
+        engine.snapshot.containers.changed.clear()
+        return real
+
+    @pytest.mark.parametrize("policy, now, path, held", [
+        ({"Name": "always"}, "always", "stop", True), ({"Name": "always"}, "always", "kill", True), ({"Name": "always"}, "always", "kill?signal=TERM", True),
+        ({"Name": "always"}, "always", "kill?signal=HUP", False), ({"Name": "on-failure", "MaximumRetryCount": 3}, "on-failure:3", "stop", True),
+        ({"Name": "on-failure"}, "on-failure", "stop", True), ({"Name": "unless-stopped"}, "unless-stopped", "stop", False), ({}, "no", "stop", False),
+        (None, "always", "stop", True), (None, "on-failure:3", "stop", False)])
+    def test_what_is_stopped_stays_so(self, willing, scripted, policy, now, path, held):
+        settle_feed(willing)
+        real = self.begin(willing, policy, {"containerd.io/restart.policy": now})
+        assert ask(willing, "POST", "/containers/tstweb/" + path).status == 204
+        assert [each["argv"] for each in scripted.calls("update")] == ([["update", "--restart=unless-stopped", "--", real]] if held else [])
+
+    @pytest.mark.parametrize("policy, now, stopped, words", [
+        ({"Name": "on-failure", "MaximumRetryCount": 3}, "unless-stopped", "true", "on-failure:3"), ({"Name": "always"}, "unless-stopped", "true", "always"),
+        ({"Name": "always"}, "unless-stopped", "false", ""), ({"Name": "unless-stopped"}, "unless-stopped", "true", ""), ({"Name": "always"}, "no", "true", ""), (None, "unless-stopped", "true", "")])
+    def test_a_start_gives_the_policy_back(self, willing, scripted, policy, now, stopped, words):
+        settle_feed(willing)
+        real = self.begin(willing, policy, {"containerd.io/restart.policy": now, "containerd.io/restart.explicitly-stopped": stopped})
+        container = willing.snapshot.container("tstweb")
+        assert nerdctld.restart_policy(container)["Name"] == (words or now).partition(":")[0]
+        nerdctld.start_container(willing, container)
+        assert [each["argv"] for each in scripted.calls("update")] == ([["update", f"--restart={words}", "--", real]] if words else [])
 
     def test_update(self, willing, scripted):
         real = identity(willing, "tstweb")
@@ -4157,6 +4221,26 @@ class TestStreams:
             nerdctld.check_attach(container, True, held)
         nerdctld.check_attach(container, False, held)
 
+    def test_logs_of_one_attached_before_the_start_come_first(self, logged):
+        request = nerdctld.Request("POST", "/", query={"stream": ["1"], "logs": ["1"], "stdout": ["1"]})
+        attachment, serve, _, _ = nerdctld.attach(logged, request, "tstdone", framed=True)
+        assert logged.take_waiting(logged.snapshot.find("tstdone").id) == [attachment]
+        connection, far = pair()
+        starter = threading.Thread(target=lambda: (attachment.put(1, b"new"), attachment.finish()))
+        starter.start()
+        serve(connection)
+        starter.join(5)
+        connection.sock.close()
+        frames = unframe(drain(far))
+        assert b"".join(data for _, data in frames) == b"a\ncd\nnew" and {kind for kind, _ in frames} == {1}
+
+    def test_logs_alone_do_not_wait(self, logged, monkeypatch):
+        told = []
+        monkeypatch.setattr(nerdctld, "follow_attached", lambda engine, container, attachment, file, follow: (told.append(follow), file.close(), attachment.finish()))
+        for query in ({"logs": ["1"]}, {"logs": ["1"], "stream": ["1"]}):
+            nerdctld.attach(logged, nerdctld.Request("POST", "/", query=query), "tstweb", framed=False)[1](pair()[0])
+        assert told == [False, True]
+
     def websocket(self):
         connection, far = pair()
         return nerdctld.WebSocket(connection), far
@@ -4217,6 +4301,12 @@ class TestExec:
         answer = self.create(furnished, config, name)
         assert answer.status == status and message in answer.message
 
+    def test_fields_in_another_case(self, furnished):
+        name = self.create(furnished, {"cmd": ["a", "b"], "attachstdout": True, "detachKeys": "ctrl-p"}).json["Id"]
+        told = ask(furnished, "GET", f"/exec/{name}/json").json
+        assert (told["OpenStdout"], told["DetachKeys"], told["ProcessConfig"]["arguments"]) == (True, "ctrl-p", ["b"])
+        assert self.create(furnished, {"Cmd": ["a"], "detachKeys": "zz"}).status == 400
+
     def test_inspect(self, furnished):
         name = self.create(furnished, {"Cmd": ["a", "b"], "User": "u", "AttachStdout": True, "Privileged": True}).json["Id"]
         told = ask(furnished, "GET", f"/exec/{name}/json").json
@@ -4237,6 +4327,20 @@ class TestExec:
         assert (told["Running"], told["ExitCode"]) == (False, 4)
         answer = ask(furnished, "POST", f"/exec/{name}/start", {"Detach": True})
         assert (answer.status, answer.message) == (409, f"exec command {name} has already run")
+
+    @pytest.mark.parametrize("made, asked, media, body", [
+        (True, False, "multiplexed", b"\1\0\0\0\0\0\0\2hi"), (True, None, "multiplexed", b"\1\0\0\0\0\0\0\2hi"), (True, True, "raw", b"hi"), (False, True, "raw", b"hi"),
+        (False, False, "multiplexed", b"\1\0\0\0\0\0\0\2hi")])
+    def test_the_start_says_how_output_is_packed(self, furnished, scripted, made, asked, media, body):
+        scripted.on("exec", stdout="hi")
+        name = self.create(furnished, {"Cmd": ["a"], "Tty": made, "AttachStdout": True, "AttachStderr": True}).json["Id"]
+        request = nerdctld.Request("POST", f"/exec/{name}/start", body=BlockBody(json.dumps({} if asked is None else {"Tty": asked}).encode()))
+        response = nerdctld.dispatch(furnished, request)
+        assert (response.status, response.media_type) == (101, f"application/vnd.docker.{media}-stream")
+        connection, far = pair()
+        response.body.serve(connection)
+        connection.sock.close()
+        assert drain(far) == body
 
     def test_detached_that_cannot_run(self, furnished, scripted):
         scripted.on("exec", stderr=fatal('exec: "nosuch": executable file not found in $PATH'), status=1)
