@@ -2726,6 +2726,8 @@ class Tasks:
     """What events tell of the starts and ends of containers, in the order of a count, for those who wait for them."""
 
     KEPT = 4096
+    # How long the event of what nerdctl has done may take, and the end of what was killed; in seconds.
+    LATE, DYING = 2.0, 5.0
 
     def __init__(self, feed: EventFeed, snapshot: Snapshot):
         self.feed = feed
@@ -6845,7 +6847,7 @@ def start_container(engine: Engine, container: Container) -> None:
                 count = engine.tasks.now()
                 engine.nerdctl.run("start", "--", container.real)
                 # From here on events tell of its state.
-                engine.tasks.started_since(container.real, count, 2.0 if engine.feed.live else 0.0)
+                engine.tasks.started_since(container.real, count, engine.tasks.LATE if engine.feed.live else 0.0)
     except BaseException:
         for each in waiting:
             each.finish()
@@ -7125,7 +7127,7 @@ def container_stop(engine: Engine, request: Request, name: str) -> Response:
     with engine.changing(container), engine.being_stopped(container, stop_signal(request, container)):
         hold_down(engine, container)
         engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest, waits=True)
-        engine.tasks.ended_since(container.real, count, 2.0 if engine.feed.live else 0.0)
+        engine.tasks.ended_since(container.real, count, engine.tasks.LATE if engine.feed.live else 0.0)
     engine.tell(container, "stop")
     return Response(204)
 
@@ -7172,7 +7174,7 @@ def container_kill(engine: Engine, request: Request, name: str) -> Response:
         engine.nerdctl.run("kill", f"--signal={word}", "--", container.real)
         if word == "SIGKILL" and engine.feed.live:
             # As dockerd does: who is told that it was killed finds it so.
-            engine.tasks.ended_since(container.real, count, 5.0)
+            engine.tasks.ended_since(container.real, count, engine.tasks.DYING)
     return Response(204)
 
 
