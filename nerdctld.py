@@ -5602,8 +5602,8 @@ def unused_port(kind: str) -> int:
 def pick_port(engine: Engine, kind: str) -> int:
     """A free port of the host for a container. nerdctl's own choice leaves out what runs, so that two containers that are
     created one after the other, and then started, would get the same."""
+    taken = {port["PublicPort"] for each in engine.snapshot.containers.get().values() for port in parse_ports(each.ports)}
     with engine.lock:
-        taken = {port["PublicPort"] for each in engine.snapshot.containers.get().values() for port in parse_ports(each.ports)}
         engine.picked.append(free_port(kind, taken.union(engine.picked)))
         return engine.picked[-1]
 
