@@ -2893,6 +2893,7 @@ class Engine:
         self.replaced: Dict[str, str] = {}
         self.restarts: collections.Counter = collections.Counter()
         self.caretaker: Any = None
+        self.hosts = Hosts(self)
         self.quiet: collections.Counter = collections.Counter()
         self.known: Dict[str, Tuple[str, Dict[str, str]]] = {}
         # What events that are kept tell of containers that were removed.
@@ -5021,12 +5022,20 @@ def parse_hosts_note(note: Dict[str, Any], names: List[str]) -> List[Dict[str, A
     return found
 
 
+def hosts_folder(container: Container) -> str:
+    """Where nerdctl keeps a container's hosts file and notes its addresses, "" where that is not known."""
+    if container.folder.count("/") < 3:
+        return ""
+    containers, namespace, name = container.folder.rsplit("/", 2)
+    return os.path.join(os.path.dirname(containers), "etchosts", namespace, name)
+
+
 def noted_addresses(container: Container) -> List[Dict[str, Any]]:
     """parse_addresses() of a container without a process, [] where nerdctl's files are not readable from here."""
-    if container.running and container.folder:
-        containers, namespace, name = container.folder.rsplit("/", 2)
+    folder = hosts_folder(container)
+    if container.running and folder:
         with contextlib.suppress(OSError, ValueError):
-            with open(os.path.join(os.path.dirname(containers), "etchosts", namespace, name, "meta.json"), "rb") as file:
+            with open(os.path.join(folder, "meta.json"), "rb") as file:
                 return parse_hosts_note(json.load(file), network_names(container))
     return []
 
@@ -6003,10 +6012,10 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     return words + flags, command
 
 
-def create_warnings(body: Dict[str, Any], image: Dict[str, Any], name: str = "") -> List[str]:
-    """What is accepted and not carried out, a sentence each."""
+def create_warnings(body: Dict[str, Any], image: Dict[str, Any], name: str = "", local: bool = False) -> List[str]:
+    """What is accepted and not carried out, a sentence each; `local` where nerdctl's files are at hand."""
     host = typed(body.get("HostConfig"), dict, "HostConfig")
-    found = [f"{key} is not carried out: nerdctl has no such option" for key in IGNORED_FIELDS if host.get(key)]
+    found = [f"{key} is not carried out: nerdctl has no such option" for key in IGNORED_FIELDS if host.get(key) and not (local and key == "Links")]
     if typed(host.get("LogConfig"), dict, "LogConfig").get("Type") == "local":
         found.append("the log driver local is not available: json-file is used")
     if typed(body.get("Healthcheck"), dict, "Healthcheck").get("StartInterval") and os.path.isdir("/run/systemd/system"):
@@ -6018,7 +6027,7 @@ def create_warnings(body: Dict[str, Any], image: Dict[str, Any], name: str = "")
     known = {word.partition("=")[2] for word in hostname_args(body)} | {typed(body.get("Hostname"), str, "Hostname"), name}
     found += [f"the network alias {each} is not carried out: nerdctl has none" for each in dict.fromkeys(aliases)
               # A client that replaces a container renames the new one later.
-              if each not in known and not name.endswith("_" + each)]
+              if not local and each not in known and not name.endswith("_" + each)]
     found += [f"the variable {each} of the image is empty and not gone: nerdctl cannot take one away" for each in unset_variables(body, image)]
     return found
 
@@ -6203,7 +6212,7 @@ def container_create(engine: Engine, request: Request) -> Response:
     plan = plan_container(engine, body, request.value("platform"))
     name = check_name(engine, request.value("name")) if request.value("name") else ""
     container = create_container(engine, plan, name)
-    return Response(201, {"Id": container.id, "Warnings": create_warnings(body, {"Env": list(plan.environment)}, name)})
+    return Response(201, {"Id": container.id, "Warnings": create_warnings(body, {"Env": list(plan.environment)}, name, engine.nerdctl.local)})
 
 
 ###############################################################################
@@ -6835,6 +6844,7 @@ def start_container(engine: Engine, container: Container) -> None:
             if LABEL_LATER in container.labels and not was_started(container):
                 check_shared(engine, container)
                 container = container if by_run else made_whole(engine, container)
+            engine.hosts.refresh(container)
             if by_run and not was_started(container):
                 start_with_stdin(engine, engine.snapshot.container(container.id), waiting)
             elif by_run and any(each.stdin for each in waiting):
@@ -7059,6 +7069,7 @@ def container_start(engine: Engine, request: Request, name: str) -> Response:
             raise
         if not engine.tasks.ended_since(container.real, count):
             engine.snapshot.containers.patch(container.real, "Up")
+    engine.hosts.refresh()
     return Response(204)
 
 
@@ -7347,6 +7358,7 @@ class Caretaker:
                     self.hold(container)
                 elif auto_removed(container) and was_started(container):
                     self.changed.put(container.real)
+            self.engine.hosts.refresh()
 
     def hold(self, container: Container) -> None:
         """Care for a container that runs, or is about to."""
@@ -8843,6 +8855,110 @@ def rewire(engine: Engine, network: Dict[str, Any], container: Container, settin
     body.update({"HostConfig": host, "NetworkingConfig": {"EndpointsConfig": endpoints}})
     plan = plan_container(engine, body)._replace(image=container.image)
     make_anew(engine, container, plan, [LABEL_LATER] if LABEL_LATER in container.labels else [])
+
+
+HOST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
+
+
+def wanted_names(container: Container) -> Tuple[Dict[str, List[str]], Dict[str, List[str]]]:
+    """The names by which a container asked to be found in each network and that nerdctl does not give it, and those by which it
+    asked to find others: container -> names."""
+    if "names" not in container.memo:
+        asked, aliases, links = container.request, {}, {}
+        known = {container.name, str(asked.get("Hostname") or ""), *(each.partition("=")[2] for each in hostname_args(asked))}
+        endpoints = typed(field_of(asked, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
+        told = string_list(container.host_config.get("Links"), "Links")
+        for network, one in endpoints.items():
+            one = typed(one, dict, "EndpointsConfig")
+            aliases[network] = [each for each in string_list(one.get("Aliases"), "Aliases") if HOST_NAME.fullmatch(each) and each not in known]
+            told = [*told, *string_list(one.get("Links"), "Links")]
+        for each in told:
+            other, _, alias = each.strip("/").partition(":")
+            if HOST_NAME.fullmatch(alias or other):
+                links.setdefault(other, []).append(alias or other)
+        container.memo["names"] = aliases, links
+    return container.memo["names"]
+
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Context that holds the lock of a folder, as nerdctl takes it; OSError when somebody keeps it for two seconds."""
+    descriptor, until = os.open(folder, os.O_RDONLY), time.monotonic() + 2.0
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Hosts:
+    """Network aliases and links, which nerdctl has not: lines in the hosts files that it keeps for containers. What stands there
+    outside of its own part it leaves alone, except for comments, so that a name marks the lines that are ours."""
+
+    MARK = "alias.nerdctld"
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.lock = threading.Lock()
+        self.used = False
+        self.due = threading.Event()
+        engine.feed.listeners.append(self.on_event)
+
+    def on_event(self, event: Optional[ContainerdEvent]) -> None:
+        """After a start or an end that others have caused, do it again."""
+        if self.used and (event is None or event.topic in ("/tasks/start", "/tasks/exit")) and not self.due.is_set():
+            self.due.set()
+            threading.Thread(target=self._again, name="hosts", daemon=True).start()
+
+    def _again(self) -> None:
+        # What comes together is done together.
+        time.sleep(0.05)
+        self.due.clear()
+        with contextlib.suppress(ApiError):
+            self.refresh()
+
+    def refresh(self, starting: Optional[Container] = None) -> None:
+        """Write to the files of running containers, or to that of one which is about to start, how it finds the others."""
+        if not self.engine.nerdctl.local:
+            return
+        with self.lock:
+            running = [each for each in self.engine.snapshot.containers.known().values() if each.running]
+            named = [each for each in [*running, *([starting] if starting else [])] if any(map(any, (each.values() for each in wanted_names(each))))]
+            if not named and not self.used:
+                return
+            self.used = bool(named)
+            places = [(each, dict(zip((name for name in network_names(each) if not name.startswith("container:")), noted_addresses(each)))) for each in running]
+            for each in [starting] if starting else running:
+                self._write(each, self._lines(each, places))
+
+    def _lines(self, container: Container, places: List[Tuple[Container, Dict[str, Dict[str, Any]]]]) -> List[str]:
+        mine, links, lines = set(network_names(container)), wanted_names(container)[1], []
+        for other, addresses in places:
+            linked = [name for key in (other.name, other.id, other.id[:12]) for name in links.get(key, ())]
+            for network in mine.intersection(addresses):
+                names = wanted_names(other)[0].get("default" if network == "bridge" else network, []) + linked
+                ips = [addresses[network].get(key) for key in ("ip", "ip6")] if names else []
+                lines += [" ".join([ip, *dict.fromkeys(names), self.MARK]) for ip in ips if ip]
+        return sorted(lines)
+
+    def _write(self, container: Container, lines: List[str]) -> None:
+        path = os.path.join(hosts_folder(container), "hosts")
+        with contextlib.suppress(OSError), locked(os.path.dirname(os.path.dirname(path))):
+            # In place, since it is mounted into the container.
+            with open(path, "r+", encoding="utf-8", errors="surrogateescape") as file:
+                before = file.read().splitlines()
+                after = [each for each in before if not each.rstrip().endswith(self.MARK)] + lines
+                if after != before:
+                    file.seek(0)
+                    file.write("".join(each + "\n" for each in after))
+                    file.truncate()
 
 
 @route("POST", "/networks/{id}/connect")

@@ -3484,6 +3484,8 @@ class TestContainerCreate:
     def test_aliases_that_have_an_effect_are_no_warning(self):
         body = {"Labels": {"com.docker.compose.service": "web"}, "NetworkingConfig": {"EndpointsConfig": {"one": {"Aliases": ["x-web-1", "web"]}}}}
         assert nerdctld.create_warnings(body, {}, "x-web-1") == nerdctld.create_warnings(body, {}, "0123456789ab_x-web-1") == []
+        body = {"HostConfig": {"Links": ["a:b"]}, "NetworkingConfig": {"EndpointsConfig": {"one": {"Aliases": ["x", "y"]}}}}
+        assert len(nerdctld.create_warnings(body, {})) == 2 and nerdctld.create_warnings(body, {}, local=True) == []
 
     def test_hidden_labels(self):
         labels = {"a": "b", "nerdctl/x": "1", **nerdctld.request_labels({"Image": "x"}), nerdctld.LABEL_ID: "e" * 64, "containerd.io/restart.policy": "no"}
@@ -4663,6 +4665,82 @@ class TestStatistics:
 ###############################################################################
 # Networks, volumes: made, connected, removed
 ###############################################################################
+
+
+class TestHosts:
+    """Aliases and links by the hosts files that nerdctl keeps."""
+
+    @pytest.fixture
+    def world(self, tmp_path):
+        """`world(name, ip, aliases, …)` is a container that runs and has a file; `world.lines(name)` what stands in it; `world.hosts`."""
+        table = {}
+
+        def make(name, ip, aliases=(), links=(), status="Up", network="net", **request):
+            identity = hashlib.sha256(name.encode()).hexdigest()
+            folder = tmp_path / "etchosts" / "default" / identity
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text(f"# <nerdctl>\n{ip} {name}\n# </nerdctl>\n")
+            (folder / "meta.json").write_text(json.dumps({"Networks": {network: {"ips": [{"address": ip + "/24"}], "interfaces": [{"mac": "1", "sandbox": "/x"}]}}}))
+            asked = {"Hostname": name, **request, "NetworkingConfig": {"EndpointsConfig": {network: {"Aliases": list(aliases), "Links": list(links)}}}}
+            labels = {**nerdctld.request_labels(asked), "nerdctl/state-dir": f"{tmp_path}/containers/default/{identity}", "nerdctl/networks": json.dumps([network])}
+            table[name] = nerdctld.Container({"ID": identity, "Names": name, "Status": status}, labels)
+            return table[name]
+        make.table, make.folder = table, tmp_path / "etchosts" / "default"
+        make.path = lambda name: make.folder / hashlib.sha256(name.encode()).hexdigest() / "hosts"
+        make.lines = lambda name: [each for each in make.path(name).read_text().splitlines() if each.endswith(" alias.nerdctld")]
+        make.feed = types.SimpleNamespace(listeners=[])
+        make.hosts = nerdctld.Hosts(types.SimpleNamespace(nerdctl=nerdctld.Nerdctl(["nerdctl"]), feed=make.feed, snapshot=types.SimpleNamespace(
+            containers=types.SimpleNamespace(known=lambda: {each.real: each for each in table.values()}))))
+        return make
+
+    def test_names_of_each_network(self, world):
+        world("db", "10.0.0.2", ["db", "primary", "not a name", "-x", "own"], Hostname="own")
+        world("web", "10.0.0.3", links=["db:data", "db"])
+        world("far", "10.1.0.2", network="other", links=["db:data"])
+        inode = os.stat(world.path("web")).st_ino
+        for _ in range(2):
+            world.hosts.refresh()
+            # `own` and `db` are what nerdctl itself writes.
+            assert world.lines("db") == ["10.0.0.2 primary alias.nerdctld"]
+            assert world.lines("web") == ["10.0.0.2 primary data db alias.nerdctld"] and world.lines("far") == []
+            assert world.path("web").read_text().startswith("# <nerdctl>\n10.0.0.3 web\n# </nerdctl>\n")
+        # It is mounted.
+        assert os.stat(world.path("web")).st_ino == inode
+
+    def test_what_is_over_goes(self, world):
+        db = world("db", "10.0.0.2", ["primary"])
+        world("web", "10.0.0.3")
+        world.hosts.refresh()
+        assert world.lines("web") == ["10.0.0.2 primary alias.nerdctld"]
+        world.table["db"] = db.with_status("Exited (0) 1 second ago")
+        world.feed.listeners[0](TestEvents.event_of("/tasks/exit", db.real))
+        assert until(lambda: not world.lines("web")) and until(lambda: not world.hosts.used)
+        assert world.path("web").read_text() == "# <nerdctl>\n10.0.0.3 web\n# </nerdctl>\n"
+
+    def test_who_starts_finds_the_others_at_once(self, world):
+        world("db", "10.0.0.2", ["primary"])
+        web = world("web", "10.0.0.3", status="Created")
+        world.hosts.refresh(web)
+        assert world.lines("web") == ["10.0.0.2 primary alias.nerdctld"] and world.lines("db") == []
+
+    def test_nothing_is_touched_without_need(self, world):
+        world("db", "10.0.0.2", ["db"])
+        os.chmod(world.path("db"), 0)
+        before = os.stat(world.path("db"))
+        world.hosts.refresh()
+        assert os.stat(world.path("db")) == before and not world.hosts.used
+
+    def test_the_lock_of_nerdctl(self, world):
+        world("db", "10.0.0.2", ["primary"])
+        descriptor = os.open(world.folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        thread = threading.Thread(target=world.hosts.refresh)
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive() and not world.lines("db")
+        os.close(descriptor)
+        thread.join(10)
+        assert world.lines("db")
 
 
 class TestNetworkChanges:
@@ -8061,11 +8139,13 @@ services:
     stop_grace_period: 0s
     healthcheck: {test: ["CMD", "test", "-f", "/data/x"], interval: 1s, retries: 10}
     volumes: ["data:/data"]
-    networks: [back]
+    hostname: tstcmphost
+    networks: {back: {aliases: [db.internal]}}
   web:
     image: %s
-    command: ["sh", "-c", "ping -c1 db && echo found; sleep 300"]
+    command: ["sh", "-c", "for each in db db.internal data tstcmphost; do ping -c1 $$each >/dev/null && echo found $$each; done; sleep 300"]
     stop_grace_period: 0s
+    links: ["db:data"]
     depends_on: {db: {condition: service_healthy}}
     networks: [back, front]
 volumes: {data: {}}
@@ -8085,10 +8165,12 @@ class TestLiveCompose:
             again = compose("up", "-d")
             assert again.returncode == 0 and b"Recreate" not in again.stderr
             assert b"healthy" in compose("ps").stdout
-            assert until(lambda: b"found" in compose("logs").stdout)
+            assert until(lambda: compose("logs", "--no-log-prefix", "web").stdout.split() == b"found db found db.internal found data found tstcmphost".split())
             assert compose("exec", "-T", "db", "cat", "/data/x").stdout == b"up\n"
             assert compose("run", "--rm", "--no-deps", "web", "echo", "ran").stdout == b"ran\n"
             assert compose("restart", "db").returncode == 0
+            for name in ("db", "db.internal", "data"):
+                assert until(lambda: compose("exec", "-T", "web", "ping", "-c1", "-w1", name).returncode == 0), name
         finally:
             done = compose("down", "-v")
         assert done.returncode == 0 and live.ask("GET", "/containers/json?all=1").json == []
