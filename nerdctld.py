@@ -6818,7 +6818,7 @@ def wait_started(engine: Engine, session: Session, real: Callable[[], str]) -> N
         if engine.tasks.started_since(real(), session.begun):
             return
         if session.ended.wait(0.0 if session.ended.is_set() else 0.05):
-            if not session.status or session.message.strip() == "1 errors:" or engine.tasks.started_since(real(), session.begun, 0.5):
+            if not session.status or session.message.strip() == "1 errors:" or engine.tasks.started_since(real(), session.begun, engine.tasks.LATE / 4):
                 return
             if session.message:
                 raise nerdctl_error(f'time="" level=fatal msg={json.dumps(session.message)}')
