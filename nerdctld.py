@@ -6023,6 +6023,8 @@ def create_warnings(body: Dict[str, Any], image: Dict[str, Any], name: str = "",
     endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
     if len(endpoints) > 1 and any((typed(each, dict, "EndpointsConfig").get("IPAMConfig") or {}).get("IPv4Address") for each in endpoints.values()):
         found.append("addresses are not carried out for several networks: nerdctl sets one for a single network")
+    found += [f"the option {key} of network {network} is not carried out: nerdctl has none for one container" for network, one in endpoints.items()
+              for key in typed(typed(one, dict, "EndpointsConfig").get("DriverOpts"), dict, "DriverOpts")]
     aliases = [each for one in endpoints.values() for each in string_list(typed(one, dict, "EndpointsConfig").get("Aliases"), "Aliases")]
     known = {word.partition("=")[2] for word in hostname_args(body)} | {typed(body.get("Hostname"), str, "Hostname"), name}
     found += [f"the network alias {each} is not carried out: nerdctl has none" for each in dict.fromkeys(aliases)
@@ -8783,7 +8785,8 @@ def network_create(engine: Engine, request: Request) -> Response:
         engine.snapshot.networks.drop()
     network = find_network(engine, name)
     engine.journal.emit("network", "create", network["Id"], {"name": name, "type": network["Driver"]})
-    return Response(201, {"Id": network["Id"], "Warning": ""})
+    spare = any(typed(each, dict, "IPAM.Config").get("AuxiliaryAddresses") for each in typed(field_of(body, "IPAM.Config"), list, "IPAM.Config"))
+    return Response(201, {"Id": network["Id"], "Warning": "auxiliary addresses are not carried out: nerdctl has none" if spare else ""})
 
 
 def network_users(engine: Engine, name: str) -> List[Container]:

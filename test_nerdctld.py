@@ -3491,6 +3491,7 @@ class TestContainerCreate:
     @pytest.mark.parametrize("body, words", [
         (host(DeviceCgroupRules=["a"]), "DeviceCgroupRules is not carried out"), (host(StorageOpt={"size": "1"}), "StorageOpt"), (host(LogConfig={"Type": "local"}), "json-file is used"),
         ({"NetworkingConfig": {"EndpointsConfig": {"one": {"Aliases": ["first", "second"]}}}}, "the network alias second is not carried out"),
+        ({"NetworkingConfig": {"EndpointsConfig": {"one": {"DriverOpts": {"com.docker.network.endpoint.ifname": "x0"}}}}}, "endpoint.ifname of network one is not carried out"),
         ({"NetworkingConfig": {"EndpointsConfig": {"one": {"IPAMConfig": {"IPv4Address": "1.2.3.4"}}, "two": {}}}}, "several networks")])
     def test_warnings(self, body, words):
         found, = nerdctld.create_warnings(body, {})
@@ -4760,6 +4761,12 @@ class TestHosts:
 
 
 class TestNetworkChanges:
+    @pytest.mark.parametrize("config, told", [({}, ""), ({"AuxiliaryAddresses": {"a": "10.4.0.9"}}, "auxiliary addresses are not carried out: nerdctl has none")])
+    def test_what_is_not_carried_out(self, furnished, scripted, monkeypatch, config, told):
+        scripted.on("network create")
+        monkeypatch.setattr(nerdctld, "find_network", lambda engine, name: {"Id": "1" * 64, "Name": name, "Driver": "bridge"})
+        assert ask(furnished, "POST", "/networks/create", {"Name": "x", "IPAM": {"Config": [config]}}).json["Warning"] == told
+
     @pytest.mark.parametrize("body, words", [
         ({}, "--driver=bridge"), ({"Driver": "macvlan", "Options": {"parent": "eth0"}}, '--driver=macvlan --opt=parent=eth0 --label=nerdctld/options={"parent":"eth0"}'),
         ({"Internal": True, "EnableIPv6": True}, "--driver=bridge --internal --ipv6"),
