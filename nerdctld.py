@@ -1140,6 +1140,11 @@ def typed(value: Any, kind: type, what: str) -> Any:
     return value
 
 
+def int_or_zero(text: str) -> int:
+    """The number that a text is, 0 for any other text."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
+
+
 def string_list(value: Any, what: str) -> List[str]:
     """A JSON array of strings, [] for null; a lone string is taken as a list of one, as Docker does; 400 otherwise."""
     if isinstance(value, str):
@@ -1854,6 +1859,28 @@ class Cached:
             return value
 
 
+def sound(request: Dict[str, Any]) -> Dict[str, Any]:
+    """A kept create request without what is not of its type, since anybody can write a label: one container must not spoil the
+    list of all."""
+    def keep(where: Any, **kinds: type) -> Dict[str, Any]:
+        for key in [key for key, kind in kinds.items() if not isinstance(where.get(key), kind)]:
+            where.pop(key, None)
+        for key in [key for key, kind in kinds.items() if kind is list and key in where]:
+            where[key] = [each for each in where[key] if isinstance(each, (dict, int) if key in ("Mounts", "ConsoleSize") else str)]
+        return where
+
+    keep(request, HostConfig=dict, NetworkingConfig=dict, Labels=dict, ExposedPorts=dict, Healthcheck=dict, Volumes=dict, Env=list)
+    host = keep(request.get("HostConfig") or {}, RestartPolicy=dict, LogConfig=dict, Mounts=list, Binds=list, Links=list, NetworkMode=str, ConsoleSize=list)
+    keep(host.get("LogConfig") or {}, Config=dict)
+    host.update({"Mounts": [each for each in host["Mounts"] if isinstance(each, dict) and isinstance(each.get("Target"), str)]} if "Mounts" in host else {})
+    endpoints = keep(request.get("NetworkingConfig") or {}, EndpointsConfig=dict).get("EndpointsConfig") or {}
+    for name in [name for name, each in endpoints.items() if not isinstance(each, dict)]:
+        endpoints[name] = {}
+    for each in endpoints.values():
+        keep(each, Aliases=list, Links=list)
+    return request
+
+
 def end_status(status: str, labels: Dict[str, str]) -> str:
     """A status such as `Exited (1) …` as nerdctl's `ps` would word it: `Restarting (1) …` where containerd will start the
     container again by its restart policy. Another status as it is."""
@@ -1864,7 +1891,7 @@ def end_status(status: str, labels: Dict[str, str]) -> str:
     count = labels.get("containerd.io/restart.count") or ""
     again = labels.get("containerd.io/restart.status") == "running" and (
         name == "always" or name == "unless-stopped" and labels.get("containerd.io/restart.explicitly-stopped") != "true"
-        or name == "on-failure" and found.group(2) != "0" and (most in ("", "0") or int(count if count.isdigit() else 0) < int(most)))
+        or name == "on-failure" and found.group(2) != "0" and (not int_or_zero(most) or int_or_zero(count) < int_or_zero(most)))
     return ("Restarting" if again else "Exited") + found.group(1)
 
 
@@ -1922,7 +1949,7 @@ class Container:
             found = None
             with contextlib.suppress(ValueError):
                 found = json.loads("".join(parts) or "{}")
-            self.memo["request"] = Fields(found if isinstance(found, dict) else {})
+            self.memo["request"] = Fields(sound(found) if isinstance(found, dict) else {})
         return self.memo["request"]
 
     @property
@@ -2886,8 +2913,8 @@ class Engine:
         self.execs: Dict[str, Any] = {}
         # Containers that files were copied into, that are being made anew, that are being restarted.
         self.touched: set = set()
-        # Containers that ended and were taken out of a network then, and which it is.
-        self.apart: Dict[str, str] = {}
+        # Containers that ended and were taken out of networks then, and which these are.
+        self.apart: Dict[str, set] = {}
         # Ports of the host that were given to containers lately: the rows of `ps` may not tell them yet.
         self.picked: collections.deque = collections.deque(maxlen=256)
         self.replaced: Dict[str, str] = {}
@@ -5083,8 +5110,8 @@ def open_ports(container: Container) -> List[Dict[str, Any]]:
     published = {(each["PrivatePort"], each["Type"]) for each in ports}
     if network_mode(container) in ("host", "none") or network_mode(container).startswith("container:"):
         return ports
-    exposed = (each.partition("/") for each in typed(container.request.get("ExposedPorts"), dict, "ExposedPorts"))
-    rest = sorted({(int(number), kind or "tcp") for number, _, kind in exposed if number.isdigit()} - published)
+    exposed = (each.partition("/") for each in container.request.get("ExposedPorts") or {})
+    rest = sorted({(int_or_zero(number), kind or "tcp") for number, _, kind in exposed if int_or_zero(number)} - published)
     return ports + [{"PrivatePort": number, "Type": kind} for number, kind in rest]
 
 
@@ -5763,6 +5790,12 @@ def security_args(host: Dict[str, Any]) -> List[str]:
         known = name in SECURITY_OPTIONS and (sign or name not in ("apparmor", "label", "seccomp"))
         if not known or name == "no-new-privileges" and sign and value.lower() not in ("1", "t", "true", "0", "f", "false"):
             raise BadParameter(f'invalid --security-opt 2: "{each}"')
+        if name == "seccomp":
+            value = value.strip()
+            if value == "builtin":
+                continue
+            if value != "unconfined" and not value.startswith("{"):
+                raise BadParameter("invalid --security-opt 2: the seccomp profile is not JSON")
         words.append(f"--security-opt={name}" + (f"={value}" if sign else ""))
     return words
 
@@ -5938,7 +5971,8 @@ def log_args(host: Dict[str, Any]) -> List[str]:
 def unset_variables(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     """Variables of the image that the request wants to be gone: it has their names without a value."""
     asked = string_list(body.get("Env"), "Env")
-    return [name for name in (each.partition("=")[0] for each in image.get("Env") or []) if name in asked]
+    given = {each.partition("=")[0] for each in asked if "=" in each}
+    return [name for name in (each.partition("=")[0] for each in image.get("Env") or []) if name in asked and name not in given]
 
 
 def environment_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
@@ -6090,11 +6124,19 @@ def kept_request(engine: Engine, body: Dict[str, Any], image: Dict[str, Any]) ->
     """What is kept of a create request: with the ports that the image exposes, and with ids for the names of containers, which
     may change."""
     found = slim(body)
+    exposed = typed(body.get("ExposedPorts"), dict, "ExposedPorts")
+    for each in exposed:
+        if not re.fullmatch(r"[0-9]{1,5}(-[0-9]{1,5})?(/(tcp|udp|sctp))?", each):
+            raise BadParameter(f"invalid port specification: {each}")
     if image.get("ExposedPorts"):
-        found["ExposedPorts"] = {**image["ExposedPorts"], **typed(body.get("ExposedPorts"), dict, "ExposedPorts")}
+        found["ExposedPorts"] = {**image["ExposedPorts"], **exposed}
     others = shared_namespaces(engine, body)
     if others:
-        found["HostConfig"] = {**found["HostConfig"], **{key: f"container:{others[flag].id}" for key, flag in SHARED_NAMESPACES if flag in others}}
+        found["HostConfig"] = {**slim(body.get("HostConfig")), **{key: f"container:{others[flag].id}" for key, flag in SHARED_NAMESPACES if flag in others}}
+    endpoints = field_of(found, "NetworkingConfig.EndpointsConfig")
+    if isinstance(endpoints, dict):
+        by_id = {each["Id"]: name for name, each in engine.snapshot.networks.get().items()}
+        found["NetworkingConfig"] = {**found["NetworkingConfig"], "EndpointsConfig": {by_id.get(name, name): each for name, each in endpoints.items()}}
     return found
 
 
@@ -6213,8 +6255,11 @@ def container_create(engine: Engine, request: Request) -> Response:
         raise BadParameter("config cannot be empty in order to create a container")
     plan = plan_container(engine, body, request.value("platform"))
     name = check_name(engine, request.value("name")) if request.value("name") else ""
-    container = create_container(engine, plan, name)
-    return Response(201, {"Id": container.id, "Warnings": create_warnings(body, {"Env": list(plan.environment)}, name, engine.nerdctl.local)})
+    for each in string_list(field_of(body, "HostConfig.Links"), "Links"):
+        if not each.strip("/"):
+            raise BadParameter(f"invalid link: {each!r}")
+    warnings = create_warnings(body, {"Env": list(plan.environment)}, name, engine.nerdctl.local)
+    return Response(201, {"Id": create_container(engine, plan, name).id, "Warnings": warnings})
 
 
 ###############################################################################
@@ -6833,15 +6878,18 @@ def wait_started(engine: Engine, session: Session, real: Callable[[], str]) -> N
 
 
 def start_container(engine: Engine, container: Container) -> None:
-    """Start a container that does not run, held by a session where clients wait on its streams."""
+    """Start a container that does not run, held by a session where clients wait on its streams or may come for its stdin."""
+    if container.id in engine.apart:
+        raise NotImplementedHere(f"this container was disconnected from {', '.join(sorted(engine.apart[container.id]))} after it ran, and nerdctl can only "
+                                 "start it with all its networks: create it anew")
     before = container.real
     waiting = engine.take_waiting(container.id)
     tty, stdin = is_terminal(engine, container), has_stdin(container)
-    piped = stdin and not tty
+    piped, held = stdin and not tty, held_policy(container)
     try:
         with engine.feed.needed():
-            if held_policy(container):
-                engine.nerdctl.run("update", f"--restart={held_policy(container)}", "--", container.real)
+            if held:
+                engine.nerdctl.run("update", f"--restart={held}", "--", container.real)
             by_run = piped and not reaches_input(engine.nerdctl)
             if LABEL_LATER in container.labels and not was_started(container):
                 check_shared(engine, container)
@@ -6863,6 +6911,10 @@ def start_container(engine: Engine, container: Container) -> None:
     except BaseException:
         for each in waiting:
             each.finish()
+        if held:
+            # Or containerd would try again by itself.
+            with contextlib.suppress(ApiError):
+                engine.nerdctl.run("update", "--restart=unless-stopped", "--", container.real)
         raise
     finally:
         if container.real != before:
@@ -6999,7 +7051,7 @@ def start_attached(engine: Engine, container: Container, waiting: List[Attachmen
             target = open_input(engine, container) if stdin and not tty else None
         finally:
             session.take_input(target)
-    if not tty and not stdin and engine.nerdctl.local:
+    if not tty and target is None and engine.nerdctl.local:
         end_input(engine.nerdctl, container.real)
 
 
@@ -7058,9 +7110,6 @@ def container_start(engine: Engine, request: Request, name: str) -> Response:
         raise Conflict("cannot start a paused container, try unpause instead")
     if container.running:
         raise NotModified()
-    if container.id in engine.apart:
-        raise NotImplementedHere(f"this container was disconnected from the network {engine.apart[container.id]} after it ran, and nerdctl can only "
-                                 "start it with all its networks: create it anew")
     engine.hold_if_needed(container)
     count = engine.tasks.now()
     with engine.changing(container):
@@ -7114,7 +7163,11 @@ def hold_down(engine: Engine, container: Container) -> None:
     now = container.labels.get("containerd.io/restart.policy") or ""
     asked = restart_args(container.host_config)
     if now == "always" or now.startswith("on-failure") and asked == [f"--restart={now}"]:
-        engine.nerdctl.run("update", "--restart=unless-stopped", "--", container.real)
+        try:
+            engine.nerdctl.run("update", "--restart=unless-stopped", "--", container.real)
+        except ApiError as error:
+            # It is to be ended all the same.
+            log(f"{container.name}: its restart policy stays: {error}")
 
 
 def named_signal(number: int) -> str:
@@ -7161,6 +7214,7 @@ def container_restart(engine: Engine, request: Request, name: str) -> Response:
                 session.ended.wait(5)
         engine.snapshot.containers.drop(container.real)
         start_container(engine, engine.snapshot.container(container.id))
+    engine.hosts.refresh()
     engine.tell(container, "restart")
     return Response(204)
 
@@ -7182,7 +7236,7 @@ def container_kill(engine: Engine, request: Request, name: str) -> Response:
     count = engine.tasks.now()
     engine.tell(container, "kill", signal=str(signal_number(word)))
     with engine.changing(container), engine.feed.needed():
-        if signal_number(word) in (signal.SIGKILL, stop_signal(Request("POST", ""), container)):
+        if word in ("SIGKILL", ends_by(container)):
             hold_down(engine, container)
         engine.nerdctl.run("kill", f"--signal={word}", "--", container.real)
         if word == "SIGKILL" and engine.feed.live:
@@ -7191,8 +7245,18 @@ def container_kill(engine: Engine, request: Request, name: str) -> Response:
     return Response(204)
 
 
+def ends_by(container: Container) -> str:
+    """The name of the signal by which a container is stopped, "" for one that there is not."""
+    with contextlib.suppress(BadParameter):
+        return check_signal(container.labels.get("io.containerd.image.config.stop-signal") or "TERM")
+    return ""
+
+
 def signal_number(word: str) -> int:
     """The number of a signal as check_signal() gives it, 0 for one this machine does not know by name."""
+    real_time = re.fullmatch(r"SIG(RTMIN|RTMAX)([+-]\d+)?", word)
+    if real_time:
+        return int(getattr(signal, "SIG" + real_time.group(1))) + int(real_time.group(2) or 0)
     return int(word) if word.isdigit() else int(getattr(signal, word, 0))
 
 
@@ -7602,7 +7666,7 @@ def rfc3339_full(nanoseconds: int) -> str:
 def check_attach(container: Container, stdin: bool, held: bool) -> None:
     """501 with a reason where a client's input could not reach a running container."""
     if stdin and has_stdin(container) and container.running and not held:
-        raise NotImplementedHere("nobody was attached to this container's stdin when it was started, and nerdctl cannot reach it later: "
+        raise NotImplementedHere("this container's stdin cannot be reached: nerdctl itself started it, or another run of nerdctld had its terminal: "
                                  "attach with --no-stdin, or use exec")
 
 
@@ -7754,13 +7818,13 @@ def attach(engine: Engine, request: Request, name: str, framed: bool) -> Tuple[A
         engine.leave_waiting(container.id, attachment)
 
     def serve(connection: Connection) -> None:
-        if waits and logs:
-            # Before the connection: what a session that begins meanwhile has to tell is for later.
-            past = Attachment(attachment.wanted[STDOUT], attachment.wanted[STDERR], attachment.framed)
-            past.connect(connection)
-            send_past(engine, container, past, began)
-        attachment.connect(connection)
         try:
+            if waits and logs:
+                # Before the connection: what a session that begins meanwhile has to tell is for later.
+                past = Attachment(attachment.wanted[STDOUT], attachment.wanted[STDERR], attachment.framed)
+                past.connect(connection)
+                send_past(engine, container, past, began)
+            attachment.connect(connection)
             if stream or logs:
                 serve_attachment(engine, request, container, attachment, logs and not waits, keys)
         finally:
@@ -8906,6 +8970,8 @@ class Hosts:
     outside of its own part it leaves alone, except for comments, so that a name marks the lines that are ours."""
 
     MARK = "alias.nerdctld"
+    # The container can write to its file, and make it as large as it likes.
+    MOST = 1 << 20
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -8916,7 +8982,7 @@ class Hosts:
 
     def on_event(self, event: Optional[ContainerdEvent]) -> None:
         """After a start or an end that others have caused, do it again."""
-        if self.used and (event is None or event.topic in ("/tasks/start", "/tasks/exit")) and not self.due.is_set():
+        if self.used and event is not None and event.topic in ("/tasks/start", "/tasks/exit") and not self.due.is_set():
             self.due.set()
             threading.Thread(target=self._again, name="hosts", daemon=True).start()
 
@@ -8925,21 +8991,25 @@ class Hosts:
         time.sleep(0.05)
         self.due.clear()
         with contextlib.suppress(ApiError):
-            self.refresh()
+            # By itself it asks for no feed, which would never end then.
+            if self.engine.feed.live:
+                self.refresh()
 
     def refresh(self, starting: Optional[Container] = None) -> None:
         """Write to the files of running containers, or to that of one which is about to start, how it finds the others."""
         if not self.engine.nerdctl.local:
             return
-        with self.lock:
-            running = [each for each in self.engine.snapshot.containers.known().values() if each.running]
-            named = [each for each in [*running, *([starting] if starting else [])] if any(map(any, (each.values() for each in wanted_names(each))))]
-            if not named and not self.used:
-                return
+        running = [each for each in self.engine.snapshot.containers.known().values() if each.running]
+        named = [each for each in [*running, *([starting] if starting else [])] if any(map(any, (each.values() for each in wanted_names(each))))]
+        if not named and not self.used:
+            return
+        with self.lock, contextlib.suppress(OSError, ValueError):
             self.used = bool(named)
             places = [(each, dict(zip((name for name in network_names(each) if not name.startswith("container:")), noted_addresses(each)))) for each in running]
-            for each in [starting] if starting else running:
-                self._write(each, self._lines(each, places))
+            for store, group in itertools.groupby([starting] if starting else running, lambda each: os.path.dirname(hosts_folder(each))):
+                with locked(store):
+                    for each in group:
+                        self._write(each, self._lines(each, places))
 
     def _lines(self, container: Container, places: List[Tuple[Container, Dict[str, Dict[str, Any]]]]) -> List[str]:
         mine, links, lines = set(network_names(container)), wanted_names(container)[1], []
@@ -8952,16 +9022,16 @@ class Hosts:
         return sorted(lines)
 
     def _write(self, container: Container, lines: List[str]) -> None:
-        path = os.path.join(hosts_folder(container), "hosts")
-        with contextlib.suppress(OSError), locked(os.path.dirname(os.path.dirname(path))):
-            # In place, since it is mounted into the container.
-            with open(path, "r+", encoding="utf-8", errors="surrogateescape") as file:
-                before = file.read().splitlines()
-                after = [each for each in before if not each.rstrip().endswith(self.MARK)] + lines
-                if after != before:
-                    file.seek(0)
-                    file.write("".join(each + "\n" for each in after))
-                    file.truncate()
+        # In place, since it is mounted into the container.
+        with contextlib.suppress(OSError), open(os.path.join(hosts_folder(container), "hosts"), "r+", encoding="utf-8", errors="surrogateescape") as file:
+            if os.fstat(file.fileno()).st_size > self.MOST:
+                return
+            before = file.read().splitlines()
+            after = [each for each in before if not each.rstrip().endswith(self.MARK)] + lines
+            if after != before:
+                file.seek(0)
+                file.write("".join(each + "\n" for each in after))
+                file.truncate()
 
 
 @route("POST", "/networks/{id}/connect")
@@ -8970,8 +9040,10 @@ def network_connect(engine: Engine, request: Request, name: str) -> Response:
     body = request.json(required=True)
     network = find_network(engine, name)
     container = engine.snapshot.container(typed(body.get("Container"), str, "Container"))
-    if engine.apart.get(container.id) == network["Name"]:
-        del engine.apart[container.id]
+    if network["Name"] in engine.apart.get(container.id, ()):
+        engine.apart[container.id].discard(network["Name"])
+        if not engine.apart[container.id]:
+            del engine.apart[container.id]
         return Response(200)
     if network["Name"] in network_names(container):
         raise Forbidden(f"endpoint with name {container.name} already exists in network {network['Name']}")
@@ -8987,10 +9059,10 @@ def network_disconnect(engine: Engine, request: Request, name: str) -> Response:
     body = request.json(required=True)
     network = find_network(engine, name)
     container = engine.snapshot.container(typed(body.get("Container"), str, "Container"))
-    if network["Name"] not in network_names(container):
+    if network["Name"] not in network_names(container) or network["Name"] in engine.apart.get(container.id, ()):
         raise Forbidden(f"container {container.id} is not connected to network {network['Name']}")
     if was_started(container) and not container.running:
-        engine.apart.setdefault(container.id, network["Name"])
+        engine.apart.setdefault(container.id, set()).add(network["Name"])
     else:
         rewire(engine, network, container, None)
     engine.journal.emit("network", "disconnect", network["Id"], {"container": container.id, "name": network["Name"], "type": network["Driver"]})
@@ -10225,6 +10297,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         # The constructor makes a socket even so.
         self.socket.close()
         self.socket = listener
+        # Somebody else who has the socket of systemd may be faster; what is accepted does block.
+        listener.setblocking(False)
         self.server_address = listener.getsockname()
         self.engine = engine
         self.hangups = Hangups()

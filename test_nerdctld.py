@@ -2975,6 +2975,19 @@ class TestContainers:
         # An error that nerdctl keeps is over when there was a start after it, or one of an earlier life of the machine.
         assert found["Error"] == (error if told[0] == "created" else "") and (found["StartedAt"] == began) == (told[0] == "exited")
 
+    @pytest.mark.parametrize("request_", [
+        {"HostConfig": [1]}, {"HostConfig": {"RestartPolicy": "x", "NetworkMode": 5, "Links": [1, "a:b"], "Mounts": [{"Target": []}, 1], "Binds": 7, "LogConfig": {"Config": [1]}}},
+        {"NetworkingConfig": [1]}, {"NetworkingConfig": {"EndpointsConfig": {"tstnet": {"Aliases": 5, "Links": [{}]}, "x": 1}}}, {"Labels": [1], "ExposedPorts": ["80/tcp"]},
+        {"ExposedPorts": {"\u00b2/tcp": {}, "80": {}}, "Env": [1], "Healthcheck": 1, "Volumes": []}], ids=str)
+    def test_a_request_that_somebody_else_wrote(self, request_):
+        labels = {**nerdctld.request_labels(request_), "nerdctl/networks": '["tstnet"]', "containerd.io/restart.policy": "on-failure:x", "containerd.io/restart.count": "\u00b2"}
+        container = nerdctld.Container({"ID": ID, "Names": "x", "Image": BASE, "Status": "Up 1 second", "CreatedAt": "2026-11-24T00:00:00Z"}, labels)
+        row = nerdctld.docker_container_row(container, "", nerdctld.listed_networks(container, {}), 0.0, (1, 51))
+        assert row["State"] == "running" and {each["PrivatePort"] for each in row["Ports"]} <= {80}
+        assert container.with_status("Exited (1) 1 second ago").state in ("exited", "restarting")
+        aliases, links = nerdctld.wanted_names(container)
+        assert not any(aliases.values()) and set(links) <= {"a"} and nerdctld.held_policy(container) == "" and not nerdctld.auto_removed(container)
+
     def test_addresses_in_the_list_need_no_process(self, tmp_path):
         note = {"ID": ID, "Networks": {
             "back": {"interfaces": [{"mac": "1", "name": "br0"}, {"mac": "2", "name": "eth1", "sandbox": "/proc/1/ns/net"}],
@@ -3503,6 +3516,18 @@ class TestContainerCreate:
         body = {"HostConfig": {"Links": ["a:b"]}, "NetworkingConfig": {"EndpointsConfig": {"one": {"Aliases": ["x", "y"]}}}}
         assert len(nerdctld.create_warnings(body, {})) == 2 and nerdctld.create_warnings(body, {}, local=True) == []
 
+    @pytest.mark.parametrize("body", [{"ExposedPorts": ["80/tcp"]}, {"ExposedPorts": {"\u00b2/tcp": {}}}, {"ExposedPorts": {"80/icmp": {}}}, host(Links=[1]), host(Links=["/"]),
+                                      {"Hostname": "h", "NetworkingConfig": {"EndpointsConfig": {"tstnet": {"Aliases": [1]}}}}, host(SecurityOpt=["seccomp=/etc/passwd"])], ids=str)
+    def test_nothing_is_made_of_a_bad_request(self, furnished, scripted, body):
+        scripted.on("create", stdout=ID + "\n")
+        assert ask(furnished, "POST", "/containers/create", {**BODY, **body}).status == 400 and not scripted.calls("create")
+
+    def test_what_is_kept_of_a_request(self, furnished):
+        network = ask(furnished, "GET", "/networks/tstnet").json["Id"]
+        body = nerdctld.Fields({"Image": BASE, "hostConfig": {"NetworkMode": "container:tstweb"}, "NetworkingConfig": {"EndpointsConfig": {network: {"Aliases": ["db"]}}}})
+        kept = nerdctld.kept_request(furnished, body, {})
+        assert kept["HostConfig"]["NetworkMode"] == f"container:{ID}" and list(kept["NetworkingConfig"]["EndpointsConfig"]) == ["tstnet"]
+
     def test_hidden_labels(self):
         labels = {"a": "b", "nerdctl/x": "1", **nerdctld.request_labels({"Image": "x"}), nerdctld.LABEL_ID: "e" * 64, "containerd.io/restart.policy": "no"}
         container = nerdctld.Container({"ID": "f" * 64}, labels)
@@ -3976,6 +4001,11 @@ class TestContainerLifecycle:
         calls = [" ".join(each["argv"]) for each in scripted.calls() if each["argv"][0] in ("start", "run")]
         assert len(calls) == bool(words) and all(each.startswith(words.format(id=real)) for each in calls)
         assert opened == ([name] if reached else []) and attachment.done.wait(10)
+
+    def test_signals_by_their_numbers(self):
+        assert [nerdctld.signal_number(nerdctld.check_signal(each)) for each in ("9", "kill", "37", "RTMAX-1")] == [9, 9, signal.SIGRTMIN + 3, signal.SIGRTMAX - 1]
+        stops = lambda word: nerdctld.ends_by(nerdctld.Container({"ID": ID}, {"io.containerd.image.config.stop-signal": word} if word else {}))
+        assert [stops(each) for each in ("", "FOO", "SIGRTMIN+3", "3")] == ["SIGTERM", "", "SIGRTMIN+3", "SIGQUIT"]
 
     def test_input_of_a_containerd_that_is_not_there(self, tmp_path):
         nerdctld.end_input(nerdctld.Nerdctl(["nerdctl"], "ns", str(tmp_path / "nosuch.sock")), "a" * 64)
@@ -4705,7 +4735,7 @@ class TestHosts:
         make.table, make.folder = table, tmp_path / "etchosts" / "default"
         make.path = lambda name: make.folder / hashlib.sha256(name.encode()).hexdigest() / "hosts"
         make.lines = lambda name: [each for each in make.path(name).read_text().splitlines() if each.endswith(" alias.nerdctld")]
-        make.feed = types.SimpleNamespace(listeners=[])
+        make.feed = types.SimpleNamespace(listeners=[], live=True)
         make.hosts = nerdctld.Hosts(types.SimpleNamespace(nerdctl=nerdctld.Nerdctl(["nerdctl"]), feed=make.feed, snapshot=types.SimpleNamespace(
             containers=types.SimpleNamespace(known=lambda: {each.real: each for each in table.values()}))))
         return make
@@ -4746,6 +4776,21 @@ class TestHosts:
         before = os.stat(world.path("db"))
         world.hosts.refresh()
         assert os.stat(world.path("db")) == before and not world.hosts.used
+
+    def test_a_file_that_the_container_has_blown_up(self, world):
+        world("db", "10.0.0.2", ["primary"])
+        os.truncate(world.path("db"), 3 << 30)
+        world.hosts.refresh()
+        assert os.stat(world.path("db")).st_size == 3 << 30
+
+    def test_no_feed_is_begun_for_it(self, world):
+        world("db", "10.0.0.2", ["primary"])
+        world.hosts.refresh()
+        world.feed.listeners[0](None)
+        assert not world.hosts.due.is_set()
+        world.feed.live = False
+        world.hosts.engine.snapshot.containers.known = lambda: pytest.fail("looked up")
+        world.hosts._again()
 
     def test_the_lock_of_nerdctl(self, world):
         world("db", "10.0.0.2", ["primary"])
@@ -4821,7 +4866,7 @@ class TestNetworkChanges:
         path = {word: f"/networks/tstnet/{word}" for word in ("connect", "disconnect")}
         assert ask(furnished, "POST", path["disconnect"], {"Container": "mine"}).status == 200
         answer = ask(furnished, "POST", "/containers/mine/start")
-        assert answer.status == 501 and "disconnected from the network tstnet" in answer.message
+        assert answer.status == 501 and "disconnected from tstnet" in answer.message
         assert ask(furnished, "POST", path["connect"], {"Container": "mine"}).status == 200
         assert not furnished.apart and ask(furnished, "POST", path["connect"], {"Container": "mine"}).status == 403
         # A network that only ended containers have goes as with Docker.
