@@ -7961,7 +7961,8 @@ class TestLiveContainers:
         assert done.stdout == pathlib.Path("/bin/busybox").read_bytes()[:500000]
 
     def test_input_ends(self, box):
-        done = box("run", "-i", "--name", "tstin", *QUIET, BASE, "sh", "-c", "cat; exit 7", data=b"no line end")
+        # Time for nerdctl's last output, see above.
+        done = box("run", "-i", "--name", "tstin", *QUIET, BASE, "sh", "-c", "cat; sleep 0.5; exit 7", data=b"no line end")
         assert (done.returncode, done.stdout, done.stderr) == (7, b"no line end", b"")
         assert box.text("logs", "tstin") == "no line end"
         for _ in range(2):
@@ -7971,7 +7972,7 @@ class TestLiveContainers:
 
     def test_input_after_a_copy(self, box, tmp_path):
         (tmp_path / "file").write_text("copied\n")
-        identity = box.text("create", "-i", "--name", "tstcopied", *QUIET, BASE, "sh", "-c", "cat /file; cat").strip()
+        identity = box.text("create", "-i", "--name", "tstcopied", *QUIET, BASE, "sh", "-c", "cat /file; cat; sleep 0.5").strip()
         box.text("cp", str(tmp_path / "file"), "tstcopied:/file")
         assert box("start", "-ai", "tstcopied", data=b"input\n").stdout == b"copied\ninput\n"
         # Nothing took its place.
