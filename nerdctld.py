@@ -6171,6 +6171,7 @@ def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Contain
     if not re.fullmatch(r"[0-9a-f]{64}", real):
         raise ApiError(f"nerdctl created a container and printed no id: {real[:100]!r}")
     labels = dict(each.partition("=")[2].partition("=")[::2] for each in [*labels, *more, *plan.words] if each.startswith("--label="))
+    labels["nerdctl/networks"] = json.dumps([each.partition("=")[2] for each in plan.words if each.startswith("--network=")] or ["bridge"])
     if plan.health:
         labels["nerdctl/healthcheck"] = json.dumps(plan.health)
     if engine.nerdctl.local:

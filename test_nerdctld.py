@@ -1050,6 +1050,16 @@ class TestShape:
                 names += [each.id for each in node.targets if isinstance(each, ast.Name)]
         assert sorted(names) == sorted(set(names))
 
+    def test_no_test_is_lost(self):
+        # Of two with one name Python keeps the second.
+        where, names = "", collections.Counter()
+        for line in pathlib.Path(__file__).read_text().splitlines():
+            found = re.match(r"class (\w+)|    def (test_\w+)", line)
+            if found:
+                where = found.group(1) or where
+                names[where, found.group(2)] += 1
+        assert not [name for name, count in names.items() if count > 1]
+
     def test_sections_are_those_of_the_docstring(self):
         banners = re.findall(r"^#{79}\n# (.+)\n#{79}$", SOURCE, re.M)
         listed = re.search(r"stands above it:\n\n(.*?)\n\n", nerdctld.__doc__, re.S).group(1)
@@ -3272,6 +3282,12 @@ class TestContainerCreate:
         # The first is that of a container that runs.
         assert given == ["--publish=4000:80/tcp", "--publish=4001:80/tcp"]
 
+    @pytest.mark.parametrize("mode, names", [("tstnet", ["tstnet"]), ("default", ["bridge"]), ("none", ["none"])])
+    def test_the_networks_of_a_new_one(self, furnished, scripted, mode, names):
+        scripted.on("create", stdout=ID + "\n")
+        plan = nerdctld.plan_container(furnished, {**BODY, **host(NetworkMode=mode)})
+        assert nerdctld.network_names(nerdctld.make_container(furnished, plan, "")) == names
+
     def test_what_is_kept_of_a_request(self, furnished):
         found = nerdctld.kept_request(furnished, {"Image": BASE, "ExposedPorts": {"81/tcp": {}}, **host(IpcMode="container:tstweb", NetworkMode="host")}, {"ExposedPorts": {"80/tcp": {}}})
         assert found == {"Image": BASE, "ExposedPorts": {"80/tcp": {}, "81/tcp": {}}, "HostConfig": {"IpcMode": "container:" + identity(furnished, "tstweb"), "NetworkMode": "host"}}
@@ -3522,7 +3538,7 @@ class TestContainerCreate:
         scripted.on("create", stdout=ID + "\n")
         assert ask(furnished, "POST", "/containers/create", {**BODY, **body}).status == 400 and not scripted.calls("create")
 
-    def test_what_is_kept_of_a_request(self, furnished):
+    def test_names_in_what_is_kept_of_a_request(self, furnished):
         network = ask(furnished, "GET", "/networks/tstnet").json["Id"]
         body = nerdctld.Fields({"Image": BASE, "hostConfig": {"NetworkMode": "container:tstweb"}, "NetworkingConfig": {"EndpointsConfig": {network: {"Aliases": ["db"]}}}})
         kept = nerdctld.kept_request(furnished, body, {})
@@ -8008,6 +8024,16 @@ class TestLiveContainers:
         box.text("run", "-d", "--name", "tstagain", "--restart", "always", "--health-cmd", "test -f /ok", "--health-interval", "1s", "--health-retries", "1", *QUIET, BASE,
                  "sh", "-c", "test -f /once || { touch /once; exit 1; }; touch /ok; sleep 100")
         assert until(lambda: box.text("inspect", "-f", "{{.State.Health.Status}} {{.RestartCount}}", "tstagain") == "healthy 1\n", 40)
+
+    def test_aliases(self, box):
+        box.text("network", "create", "tstalias")
+        try:
+            box.text("run", "-d", "--name", "tstnamed", "--network", "tstalias", "--hostname", "tsth", "--network-alias", "one", "--network-alias", "two", BASE, "sleep", "100")
+            # The first thing that it does.
+            assert b"1 packets received" in box("run", "--rm", "--network", "tstalias", BASE, "ping", "-c1", "-w2", "two").stdout
+        finally:
+            box("rm", "-f", "tstnamed")
+            box.text("network", "rm", "tstalias")
 
     def test_ports_of_one(self, box):
         box.text("run", "-d", "--name", "tsttwo", "-p", "18091:80", "-p", "18092:80", BASE, "sleep", "100")
