@@ -1955,7 +1955,7 @@ class Container:
     @property
     def host_config(self) -> Dict[str, Any]:
         """The HostConfig of that request."""
-        return typed(self.request.get("HostConfig"), dict, "HostConfig")
+        return self.request.get("HostConfig") or {}
 
     @property
     def visible_labels(self) -> Dict[str, str]:
@@ -4952,9 +4952,8 @@ def parse_mounts(labels: Dict[str, str]) -> List[Dict[str, Any]]:
 def docker_mounts(container: Container) -> List[Dict[str, Any]]:
     """The mounts of a container as Docker shows them: of those in memory only what was asked for as a mount."""
     host = container.host_config
-    asked, binds = (host.get(key) if isinstance(host.get(key), list) else [] for key in ("Mounts", "Binds"))
-    shown = {each.get("Target") for each in asked if isinstance(each, dict)}
-    modes = {parts[1]: parts[2] if len(parts) > 2 else "" for parts in (str(each).split(":") for each in binds) if len(parts) > 1}
+    shown = {each["Target"] for each in host.get("Mounts") or []}
+    modes = {parts[1]: parts[2] if len(parts) > 2 else "" for parts in (each.split(":") for each in host.get("Binds") or []) if len(parts) > 1}
     mounts = []
     for each in parse_mounts(container.labels):
         if each["Type"] == "bind":
@@ -5298,7 +5297,7 @@ DEFAULT_RUNTIME = {"io.containerd.runc.v2": "runc"}
 def held_policy(container: Container) -> str:
     """The restart policy of a container that hold_down() has given another one, "" for any other."""
     labels = container.labels
-    asked = typed(container.host_config.get("RestartPolicy"), dict, "RestartPolicy")
+    asked = container.host_config.get("RestartPolicy") or {}
     if (asked.get("Name") not in ("always", "on-failure") or labels.get("containerd.io/restart.policy") != "unless-stopped"
             or labels.get("containerd.io/restart.explicitly-stopped") != "true"):
         return ""
@@ -5594,8 +5593,11 @@ def field_of(body: Dict[str, Any], path: str) -> Any:
 
 def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callable[[str], int]] = None) -> List[str]:
     """`--publish` words for PortBindings and, with PublishAllPorts, for every exposed port; `pick` finds a port of the host
-    where none is asked for."""
+    where none is asked for. 400 for what is no port."""
     host = typed(body.get("HostConfig"), dict, "HostConfig")
+    for each in typed(body.get("ExposedPorts"), dict, "ExposedPorts"):
+        if not re.fullmatch(r"[0-9]{1,5}(-[0-9]{1,5})?(/(tcp|udp|sctp))?", each):
+            raise BadParameter(f"invalid port specification: {each}")
     bindings = dict(typed(host.get("PortBindings"), dict, "PortBindings"))
     if typed(host.get("PublishAllPorts"), bool, "PublishAllPorts"):
         exposed = {**(image.get("ExposedPorts") or {}), **typed(body.get("ExposedPorts"), dict, "ExposedPorts")}
@@ -6125,9 +6127,6 @@ def kept_request(engine: Engine, body: Dict[str, Any], image: Dict[str, Any]) ->
     may change."""
     found = slim(body)
     exposed = typed(body.get("ExposedPorts"), dict, "ExposedPorts")
-    for each in exposed:
-        if not re.fullmatch(r"[0-9]{1,5}(-[0-9]{1,5})?(/(tcp|udp|sctp))?", each):
-            raise BadParameter(f"invalid port specification: {each}")
     if image.get("ExposedPorts"):
         found["ExposedPorts"] = {**image["ExposedPorts"], **exposed}
     others = shared_namespaces(engine, body)
@@ -8934,12 +8933,10 @@ def wanted_names(container: Container) -> Tuple[Dict[str, List[str]], Dict[str, 
     if "names" not in container.memo:
         asked, aliases, links = container.request, {}, {}
         known = {container.name, str(asked.get("Hostname") or ""), *(each.partition("=")[2] for each in hostname_args(asked))}
-        endpoints = typed(field_of(asked, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
-        told = string_list(container.host_config.get("Links"), "Links")
-        for network, one in endpoints.items():
-            one = typed(one, dict, "EndpointsConfig")
-            aliases[network] = [each for each in string_list(one.get("Aliases"), "Aliases") if HOST_NAME.fullmatch(each) and each not in known]
-            told = [*told, *string_list(one.get("Links"), "Links")]
+        told = list(container.host_config.get("Links") or [])
+        for network, one in (field_of(asked, "NetworkingConfig.EndpointsConfig") or {}).items():
+            aliases[network] = [each for each in one.get("Aliases") or [] if HOST_NAME.fullmatch(each) and each not in known]
+            told += one.get("Links") or []
         for each in told:
             other, _, alias = each.strip("/").partition(":")
             if HOST_NAME.fullmatch(alias or other):
