@@ -817,6 +817,8 @@ class Nerdctl:
         self.debug = debug
         # Whether nerdctl's files are files of this machine.
         self.local = len(self.command) == 1 or self.command[0] == sys.executable
+        # Whether what nerdctl keeps of its networks can be read: this file, in the place of nerdctl, keeps nothing.
+        self.keeps = self.local and self.command[0] != sys.executable
         self.options = [f"--namespace={self.namespace}"]
         if address:
             self.options.append(f"--address={address}")
@@ -825,6 +827,8 @@ class Nerdctl:
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith(("LISTEN_", "NOTIFY_SOCKET"))}
         if buildkit_host:
             self.environment["BUILDKIT_HOST"] = buildkit_host
+        # A listing is one question to containerd after the other: on one thread it costs nerdctl a fifth less.
+        self.listing = {} if "GOMAXPROCS" in self.environment else {"GOMAXPROCS": "1"}
         self.places = threading.BoundedSemaphore(max(4, 2 * (os.cpu_count() or 1)))
         # Those that mostly wait for something else stand in nobody's way.
         self.waiting_places = threading.BoundedSemaphore(64)
@@ -911,7 +915,7 @@ class Nerdctl:
 
     def rows(self, *arguments: str, timeout: float = SHORT_CALL) -> List[Any]:
         """The JSON values that a command with a `{{json …}}` format prints, one a line."""
-        return parse_rows(self.run(*arguments, timeout=timeout).stdout)
+        return parse_rows(self.run(*arguments, timeout=timeout, environment=self.listing).stdout)
 
     def buildkit_addresses(self) -> List[str]:
         """Where nerdctl looks for buildkitd, in its order."""
@@ -2528,18 +2532,51 @@ def file_time(path: str) -> str:
         return ZERO_TIME
 
 
+def config_folder(name: str) -> str:
+    """A folder of configuration, for the user this daemon runs as."""
+    base = "/etc" if os.geteuid() == 0 else os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return os.path.join(base, name)
+
+
+@functools.lru_cache(maxsize=None)
+def nerdctl_settings() -> Dict[str, str]:
+    """The texts that nerdctl's own configuration file sets: address, namespace, data_root, cni_netconfpath and others. {}
+    where there is none; one that nerdctl cannot read it complains of itself."""
+    found = {}
+    with contextlib.suppress(OSError):
+        with open(os.environ.get("NERDCTL_TOML") or os.path.join(config_folder("nerdctl"), "nerdctl.toml"), encoding="utf-8", errors="replace") as file:
+            for key, _, value in re.findall(r"""^\s*(\w+)\s*=\s*(["'])([^"'\\]*)\2\s*(?:#.*)?$""", file.read(), re.MULTILINE):
+                found[key] = value
+    return found
+
+
 def cni_folder() -> str:
-    """Where nerdctl keeps networks, for the user this daemon runs as."""
-    if os.geteuid() == 0:
-        return "/etc/cni/net.d"
-    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "cni/net.d")
+    """Where nerdctl keeps networks."""
+    return os.environ.get("NETCONFPATH") or nerdctl_settings().get("cni_netconfpath") or config_folder("cni/net.d")
 
 
 def data_root() -> str:
     """Where nerdctl keeps its data, for the user this daemon runs as."""
-    if os.geteuid() == 0:
-        return "/var/lib/nerdctl"
-    return os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "nerdctl")
+    base = "/var/lib" if os.geteuid() == 0 else os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return nerdctl_settings().get("data_root") or os.path.join(base, "nerdctl")
+
+
+def kept_networks(*folders: str) -> List[Dict[str, Any]]:
+    """The networks that nerdctl keeps in these folders, as `network inspect --mode=native` tells them but for their members.
+    OSError or ValueError for what cannot be read from here, or is none."""
+    rows = []
+    for folder in folders:
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+            path = os.path.join(folder, name)
+            if not name.endswith((".conf", ".conflist", ".json")) or os.path.isdir(path):
+                continue
+            with open(path, "rb") as file:
+                native = json.load(file)
+            if not (isinstance(native, dict) and isinstance(native.get("name"), str) and isinstance(native.get("plugins"), list)):
+                raise ValueError(path)
+            identity = native.get("nerdctlID")
+            rows.append({"CNI": native, "NerdctlID": identity if isinstance(identity, str) else None, "File": path})
+    return rows
 
 
 class Snapshot:
@@ -2581,16 +2618,21 @@ class Snapshot:
 
     def _read_networks(self) -> Dict[str, Dict[str, Any]]:
         """Docker-shaped networks by name; bridge, host and none are always among them."""
-        names = [row["Name"] for row in self.nerdctl.rows("network", "ls", "--format", "{{json .}}")
-                 # These two are nothing but names, and nerdctl 1.7 refuses to inspect them.
-                 if row.get("Name") not in (None, "", "host", "none")]
-        found: Dict[str, Dict[str, Any]] = {}
-        if names:
-            output = self.nerdctl.run("network", "inspect", "--mode=native", "--format", "{{json .}}", "--", *names)
-            found = {each["Name"]: each for each in map(parse_network, parse_rows(output.stdout))}
+        found = {each["Name"]: each for each in map(parse_network, self._network_rows())}
         for name in ("bridge", "host", "none"):
             found.setdefault(name, parse_network({"CNI": {"name": name}}))
         return {name: found[name] for name in sorted(found)}
+
+    def _network_rows(self) -> List[Dict[str, Any]]:
+        folder = cni_folder()
+        if self.nerdctl.keeps and os.path.isdir(folder):
+            # nerdctl's own `network inspect` inspects every container that runs in one, 13 ms each.
+            with contextlib.suppress(OSError, ValueError):
+                return kept_networks(folder, os.path.join(folder, self.nerdctl.namespace))
+        names = [row["Name"] for row in self.nerdctl.rows("network", "ls", "--format", "{{json .}}")
+                 # These two are nothing but names, and nerdctl 1.7 refuses to inspect them.
+                 if row.get("Name") not in (None, "", "host", "none")]
+        return self.nerdctl.rows("network", "inspect", "--mode=native", "--format", "{{json .}}", "--", *names) if names else []
 
     def _read_volumes(self) -> Dict[str, Dict[str, Any]]:
         """Docker-shaped volumes by name."""
@@ -4968,11 +5010,12 @@ def docker_mounts(container: Container) -> List[Dict[str, Any]]:
 
 def network_names(container: Container) -> List[str]:
     """The names of the networks a container was given, in the order of its interfaces."""
-    with contextlib.suppress(ValueError):
-        names = json.loads(container.labels.get("nerdctl/networks") or "[]")
-        if isinstance(names, list):
-            return [str(each) for each in names]
-    return []
+    if "network names" not in container.memo:
+        names = None
+        with contextlib.suppress(ValueError):
+            names = json.loads(container.labels.get("nerdctl/networks") or "[]")
+        container.memo["network names"] = [str(each) for each in names] if isinstance(names, list) else []
+    return container.memo["network names"]
 
 
 def network_mode(container: Container) -> str:
@@ -10879,7 +10922,7 @@ class CtrCommands(Ctr):
 
 def parse_args(argv: List[str]) -> argparse.Namespace:
     """The options; ends with status 2 and usage for what cannot be understood."""
-    environment = os.environ.get
+    environment, settings = os.environ.get, nerdctl_settings()
     parser = argparse.ArgumentParser(
         prog="nerdctld", description="Docker Engine API on a unix socket, carried out by nerdctl.",
         epilog="dial-stdio joins standard input and output to the socket, for docker -H ssh://.")
@@ -10888,8 +10931,9 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
                         help=f"socket to listen on (default: the one systemd hands over, else {default_socket_path()})")
     parser.add_argument("--nerdctl", metavar="COMMAND", default=environment("NERDCTL") or "",
                         help='nerdctl to run, such as "lima nerdctl" (default: $NERDCTL, nerdctl, or where that is missing containerd\'s ctr)')
-    parser.add_argument("--namespace", default=environment("CONTAINERD_NAMESPACE") or "default", help="containerd namespace")
-    parser.add_argument("--address", default=environment("CONTAINERD_ADDRESS") or "", help="containerd's socket")
+    parser.add_argument("--namespace", default=environment("CONTAINERD_NAMESPACE") or settings.get("namespace") or "default",
+                        help="containerd namespace (default: %(default)s)")
+    parser.add_argument("--address", default=environment("CONTAINERD_ADDRESS") or settings.get("address") or "", help="containerd's socket")
     parser.add_argument("--snapshotter", default=environment("CONTAINERD_SNAPSHOTTER") or "", help="containerd snapshotter")
     parser.add_argument("--buildkit-host", default=environment("BUILDKIT_HOST") or "", help="buildkitd's address")
     parser.add_argument("--idle-timeout", metavar="SECONDS", type=float, default=0.0,

@@ -256,6 +256,20 @@ def engine(scripted):
     found.close()
 
 
+def away(folder):
+    """Where nothing is of what this machine's own nerdctl keeps."""
+    return {"NETCONFPATH": f"{folder}/networks", "NERDCTL_TOML": f"{folder}/nerdctl.toml"}
+
+
+@pytest.fixture(autouse=True)
+def apart(request, monkeypatch, tmp_path):
+    """What is scripted has nothing to do with the nerdctl of this machine."""
+    if "Live" not in str(request.cls):
+        for name, value in away(tmp_path).items():
+            monkeypatch.setenv(name, value)
+    nerdctld.nerdctl_settings.cache_clear()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def frozen():
     """The tests themselves are many objects, which nobody needs to look through again and again."""
@@ -279,7 +293,8 @@ class Daemon:
         self.log = folder / "nd.log"
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(command or [sys.executable, compiled(), "-H", "unix://" + self.socket, *options],
-                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(environment or {})})
+                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                            env={**os.environ, **(away(folder) if "--nerdctl" in options else {}), **(environment or {})})
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and self.process.poll() is None:
             # Not only a connection: those are taken before signals are heeded.
@@ -4971,6 +4986,41 @@ class TestNetworks:
         told = ask(reading, "GET", "/networks/" + name).json
         assert told["Containers"][ID]["IPv4Address"] == "10.77.0.2/24" and told["Containers"][ID]["Name"] == "tstweb"
 
+    def keep(self, tmp_path):
+        """The recorded networks as files where nerdctl keeps them."""
+        for row in map(json.loads, NETWORK_INSPECT.stdout.splitlines()):
+            path = tmp_path / "networks" / ("" if row["CNI"]["name"] == "bridge" else "default") / (row["CNI"]["name"] + ".conflist")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(row["CNI"]))
+        return path
+
+    def test_read_where_nerdctl_keeps_them(self, furnished, scripted, tmp_path):
+        told = {name: {**each, "Created": ""} for name, each in furnished.snapshot.networks.get().items()}
+        asked = len(scripted.calls())
+        path = self.keep(tmp_path)
+        kept = furnished.snapshot.networks.get()
+        assert len(scripted.calls()) == asked and {name: {**each, "Created": ""} for name, each in kept.items()} == told
+        assert kept["tstnet"]["Created"] == nerdctld.file_time(path) != nerdctld.ZERO_TIME
+        (tmp_path / "networks" / "other").mkdir()
+        (tmp_path / "networks" / "readme.txt").write_text("{")
+        (path.parent / "one.json").write_text(json.dumps({"name": "one", "nerdctlID": 5, "nerdctlLabels": {"a": "b"}, "plugins": [{"type": "macvlan"}]}))
+        one = furnished.snapshot.networks.get()["one"]
+        assert (one["Driver"], one["Labels"], len(one["Id"]), len(scripted.calls())) == ("macvlan", {"a": "b"}, 64, asked)
+        path.unlink()
+        assert sorted(furnished.snapshot.networks.get()) == ["bridge", "host", "none", "one"]
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "x", "type": "bridge"}', '{"plugins": []}', '{"name": 1, "plugins": []}'])
+    def test_nerdctl_is_asked_of_files_not_understood(self, furnished, scripted, tmp_path, text):
+        self.keep(tmp_path).write_text(text)
+        assert sorted(furnished.snapshot.networks.get()) == ["bridge", "host", "none", "tstnet"]
+        assert scripted.argv("network inspect")[-3:] == ["--", "bridge", "tstnet"]
+
+    def test_without_nerdctl_nothing_is_kept(self, tmp_path):
+        self.keep(tmp_path)
+        for command in (["lima", "nerdctl"], [sys.executable, nerdctld.__file__, "nerdctl"]):
+            assert not nerdctld.Nerdctl(command).keeps
+        assert nerdctld.Nerdctl(["nerdctl"]).keeps
+
     def test_a_member_that_goes_meanwhile(self, furnished, scripted):
         scripted.on("container inspect", stderr=fatal(f"1 errors: [no such object {ID}]"), status=1)
         answer = ask(furnished, "GET", "/networks/tstnet")
@@ -7577,6 +7627,24 @@ class TestCommandLine:
             monkeypatch.setenv(name, value)
         found = nerdctld.parse_args(["--namespace", "x"])
         assert (found.nerdctl, found.namespace, found.address, found.buildkit_host) == ("lima nerdctl", "x", "/a", "unix:///b")
+
+    def test_settings_of_nerdctl(self, monkeypatch, tmp_path):
+        (tmp_path / "nerdctl.toml").write_text(
+            "# namespace = \"no\"\ndebug = true\nnamespace = \"k8s.io\"  # Kubernetes\n\taddress='unix:///run/k3s/containerd.sock'\n"
+            "hosts_dir = [\"/a\"]\ndata_root = \"/data\"\ncni_netconfpath=\"/nets\"\n")
+        for name in ("CONTAINERD_NAMESPACE", "CONTAINERD_ADDRESS", "NETCONFPATH"):
+            monkeypatch.delenv(name, raising=False)
+        found = nerdctld.parse_args([])
+        assert (found.namespace, found.address) == ("k8s.io", "unix:///run/k3s/containerd.sock")
+        assert (nerdctld.data_root(), nerdctld.cni_folder()) == ("/data", "/nets") and "debug" not in nerdctld.nerdctl_settings()
+        monkeypatch.setenv("CONTAINERD_NAMESPACE", "mine")
+        monkeypatch.setenv("NETCONFPATH", "/others")
+        assert nerdctld.parse_args([]).namespace == "mine" and nerdctld.parse_args(["--namespace", "x"]).namespace == "x"
+        assert nerdctld.cni_folder() == "/others"
+
+    def test_settings_that_cannot_be_read(self, tmp_path):
+        (tmp_path / "nerdctl.toml").mkdir()
+        assert nerdctld.nerdctl_settings() == {}
 
     @pytest.mark.parametrize("argv", [["--nothing"], ["x"], ["--namespace", "-a"], ["--namespace", "a/b"], ["--namespace", ""], ["--nerdctl", " "], ["--idle-timeout", "x"]])
     def test_refuses(self, argv, capsys):
