@@ -1470,19 +1470,31 @@ class Sender:
 
     def _send(self, stream: int, queue: Outbox) -> None:
         """Put what there is room for into frames."""
-        while queue:
-            room = min(self.connection, self.frame_size, self.windows.get(stream, WINDOW), len(queue))
-            if room <= 0:
-                return
-            self.out += FRAME_HEAD.pack(room << 8 | DATA, END_STREAM if stream in self.ending and room == len(queue) else 0, stream)
-            for piece in queue.take(room):
-                self.out += piece
+        room = min(self.connection, self.windows.get(stream, self.connection), len(queue))
+        if room > 0:
+            self._cut(stream, queue.take(room), room, END_STREAM if stream in self.ending and not queue else 0)
             self.connection -= room
             if stream in self.windows:
                 self.windows[stream] -= room
                 self.owed += room
-        self.ending.discard(stream)
-        del self.queues[stream]
+        if not queue:
+            self.ending.discard(stream)
+            del self.queues[stream]
+
+    def _cut(self, stream: int, pieces: List[Any], left: int, flags: int) -> None:
+        """`left` bytes in pieces as frames, the last with `flags`. 30,000 of them are 500 MB: what is done for each counts."""
+        full, space = FRAME_HEAD.pack(self.frame_size << 8 | DATA, 0, stream), 0
+        for piece in pieces:
+            at, end = 0, len(piece)
+            while at < end:
+                if not space:
+                    space = min(left, self.frame_size)
+                    left -= space
+                    self.out += full if left else FRAME_HEAD.pack(space << 8 | DATA, flags, stream)
+                self.out += piece[at:at + space] if at or space < end else piece
+                taken = min(space, end - at)
+                at += taken
+                space -= taken
 
     def settings(self, payload: bytes) -> int:
         """Heed a SETTINGS frame; by how much the window of every stream has changed."""
@@ -1540,7 +1552,6 @@ class Call:
             elif each.kind == SETTINGS and not each.flags & ACK:
                 self.sender.settings(each.data)
                 self.out += frame(SETTINGS, ACK, 0)
-                self.sender.flush()
             elif each.kind == PING and not each.flags & ACK:
                 self.out += frame(PING, ACK, 0, bytes(each.data))
             elif each.kind == WINDOW_UPDATE:
@@ -1548,8 +1559,8 @@ class Call:
                     self.sender.windows[1] += each.number
                 else:
                     self.sender.connection += each.number
-                self.sender.flush()
             self.ended = self.ended or each.ends and each.stream == 1
+        self.sender.flush()
         return self._messages()
 
     def _messages(self) -> List[bytes]:
@@ -9616,6 +9627,7 @@ class End:
         self.out = out
         self.feed = feed
         self.broken = False
+        self.awaited: Optional[int] = None
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
 
@@ -9627,6 +9639,13 @@ class End:
             return None
         except OSError:
             return b""
+
+    def watch(self, poller: Any, room: bool) -> None:
+        """Have the poller wait for what may be done next: to read if there is `room`, and to write what is left."""
+        awaited = (select.POLLIN if room else 0) | (select.POLLOUT if self.out else 0)
+        if awaited != self.awaited:
+            self.awaited = awaited
+            poller.register(self.sock, awaited)
 
     def flush(self) -> None:
         """Write as much as goes; what nobody can take any more is dropped, and the end is `broken`."""
@@ -9660,7 +9679,7 @@ def relay(joint: Any, client: socket.socket, server: Optional[socket.socket], ea
             far.flush()
         for end, room in zip((near, far), joint.room()):
             if end:
-                poller.register(end.sock, (select.POLLIN if room else 0) | (select.POLLOUT if end.out else 0))
+                end.watch(poller, room)
         for descriptor, what in poller.poll(1000 if deadline else None):
             if not what & ~select.POLLOUT:
                 continue
@@ -9867,6 +9886,8 @@ def buildkit_grpc(engine: Engine, request: Request) -> Response:
         server, address, failure = None, "", error
 
     def serve(connection: Connection) -> None:
+        # Known by the time that the client comes to its build.
+        ahead(engine.snapshot.info.get)
         splice = Splice(functools.partial(prepare_solve, engine, address))
         if failure:
             log(f"build: {failure}")
