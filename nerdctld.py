@@ -5351,11 +5351,35 @@ DEFAULT_RUNTIME = {"io.containerd.runc.v2": "runc"}
 def held_policy(container: Container) -> str:
     """The restart policy of a container that hold_down() has given another one, "" for any other."""
     labels = container.labels
+    if labels.get("containerd.io/restart.policy") != "unless-stopped" or labels.get("containerd.io/restart.explicitly-stopped") != "true":
+        return ""
+    if os.path.isdir(container.folder):
+        with contextlib.suppress(OSError):
+            with open(hold_note(container), encoding="ascii", errors="replace") as file:
+                text = file.read(64)
+                return text if re.fullmatch(r"always|on-failure(:\d+)?", text) else ""
+        return ""
     asked = container.host_config.get("RestartPolicy") or {}
-    if (asked.get("Name") not in ("always", "on-failure") or labels.get("containerd.io/restart.policy") != "unless-stopped"
-            or labels.get("containerd.io/restart.explicitly-stopped") != "true"):
+    if asked.get("Name") not in ("always", "on-failure"):
         return ""
     return asked["Name"] + (f":{asked['MaximumRetryCount']}" if asked.get("MaximumRetryCount") else "")
+
+
+def hold_note(container: Container) -> str:
+    """Where the policy of a container that is held down is noted: beside what nerdctl keeps of it, and gone with that."""
+    return os.path.join(container.folder, "nerdctld.restart")
+
+
+def note_policy(container: Container, policy: str) -> bool:
+    """Note the policy that a start is to give back, or with "" that there is none; whether it is noted."""
+    with contextlib.suppress(OSError):
+        if policy and os.path.isdir(container.folder):
+            with open(hold_note(container), "w", encoding="ascii") as file:
+                file.write(policy)
+            return True
+        if container.folder:
+            os.unlink(hold_note(container))
+    return False
 
 
 def restart_policy(container: Container) -> Dict[str, Any]:
@@ -6962,6 +6986,8 @@ def start_container(engine: Engine, container: Container) -> None:
                 engine.nerdctl.run("start", "--", container.real)
                 # From here on events tell of its state.
                 engine.tasks.started_since(container.real, count, engine.tasks.LATE if engine.feed.live else 0.0)
+        if held:
+            note_policy(container, "")
     except BaseException:
         for each in waiting:
             each.finish()
@@ -7216,10 +7242,12 @@ def hold_down(engine: Engine, container: Container) -> None:
     with an exit status, `on-failure` it would start it again some seconds later. start_container() takes that back."""
     now = container.labels.get("containerd.io/restart.policy") or ""
     asked = restart_args(container.host_config)
-    if now == "always" or now.startswith("on-failure") and asked == [f"--restart={now}"]:
+    if now == "always" or now.startswith("on-failure") and (asked == [f"--restart={now}"] or os.path.isdir(container.folder)):
+        note_policy(container, now)
         try:
             engine.nerdctl.run("update", "--restart=unless-stopped", "--", container.real)
         except ApiError as error:
+            note_policy(container, "")
             # It is to be ended all the same.
             log(f"{container.name}: its restart policy stays: {error}")
 
@@ -7377,6 +7405,8 @@ def container_update(engine: Engine, request: Request, name: str) -> Response:
     if words:
         with engine.changing(container):
             engine.nerdctl.run("update", *words, "--", container.real)
+        if body.get("RestartPolicy"):
+            note_policy(container, "")
     engine.tell(container, "update")
     return Response(200, {"Warnings": None})
 

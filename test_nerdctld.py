@@ -4126,6 +4126,44 @@ class TestContainerLifecycle:
         nerdctld.start_container(willing, container)
         assert [each["argv"] for each in scripted.calls("update")] == ([["update", f"--restart={words}", "--", real]] if words else [])
 
+    @pytest.mark.parametrize("policy, now", [(None, "on-failure:3"), ({"Name": "no"}, "always"), ({"Name": "always"}, "on-failure"), (None, "always")])
+    def test_what_was_held_is_noted(self, willing, scripted, tmp_path, policy, now):
+        """The policy that a container had when it was stopped is given back, not the one it was made with."""
+        settle_feed(willing)
+        labels = {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.explicitly-stopped": "true"}
+        real = self.begin(willing, policy, {**labels, "containerd.io/restart.policy": now})
+        assert ask(willing, "POST", "/containers/tstweb/stop").status == 204
+        assert (tmp_path / "nerdctld.restart").read_text() == now
+        self.begin(willing, policy, {**labels, "containerd.io/restart.policy": "unless-stopped"})
+        container = willing.snapshot.container("tstweb")
+        assert nerdctld.held_policy(container) == now
+        scripted.on("start", stderr=fatal("no"), status=1)
+        with pytest.raises(nerdctld.ApiError):
+            nerdctld.start_container(willing, container)
+        assert nerdctld.held_policy(container) == now
+        scripted.on("start")
+        nerdctld.start_container(willing, container)
+        words = [each["argv"][1] for each in scripted.calls("update")]
+        assert words == [f"--restart={each}" for each in ("unless-stopped", now, "unless-stopped", now)] and scripted.argv("update")[-1] == real
+        assert nerdctld.held_policy(container) == "" and not (tmp_path / "nerdctld.restart").exists()
+
+    def test_a_policy_given_while_it_is_held(self, willing, scripted, tmp_path):
+        settle_feed(willing)
+        self.begin(willing, {"Name": "always"}, {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.policy": "unless-stopped",
+                                                 "containerd.io/restart.explicitly-stopped": "true"})
+        (tmp_path / "nerdctld.restart").write_text("always")
+        assert ask(willing, "POST", "/containers/tstweb/update", {"RestartPolicy": {"Name": "unless-stopped"}}).status == 200
+        assert nerdctld.held_policy(willing.snapshot.container("tstweb")) == ""
+        # Nothing but a policy is given back.
+        (tmp_path / "nerdctld.restart").write_text("always --cpus 1")
+        assert nerdctld.held_policy(willing.snapshot.container("tstweb")) == ""
+
+    def test_a_policy_that_cannot_be_held(self, willing, scripted, tmp_path):
+        settle_feed(willing)
+        self.begin(willing, None, {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.policy": "always"})
+        scripted.on("update", stderr=fatal("no"), status=1)
+        assert ask(willing, "POST", "/containers/tstweb/stop").status == 204 and not list(tmp_path.glob("nerdctld.restart"))
+
     def test_update(self, willing, scripted):
         real = identity(willing, "tstweb")
         answer = ask(willing, "POST", "/containers/tstweb/update", {"Memory": 64 << 20, "NanoCpus": 5 * 10**8, "RestartPolicy": {"Name": "no"}, "PidsLimit": 0, "BlkioDeviceReadBps": None})
