@@ -5481,7 +5481,7 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
 
 def refused_code(error: str) -> int:
     """The exit code that Docker gives a container whose start failed with these words."""
-    return 127 if "not found" in error or "no such file" in error else 126 if "denied" in error else 128
+    return 127 if re.search("executable file not found|no such file or directory", error) else 126 if "denied" in error else 128
 
 
 def docker_state(container: Container, detail: Dict[str, Any], health: Optional[Dict[str, Any]]) -> Dict[str, Any]:

@@ -2989,7 +2989,7 @@ class TestContainers:
         assert (rows["/tstnew"]["Status"], rows["/tstnew"]["State"], rows["/tstpaused"]["State"]) == ("Created", "created", "paused")
 
     @pytest.mark.parametrize("error, ago, task, told", [
-        ('exec: "x": executable file not found in $PATH', 0, None, ("created", 127)), ("x: permission denied", 0, None, ("created", 126)),
+        ('exec: "x": executable file not found in $PATH', 0, None, ("created", 127)), ("x: permission denied", 0, None, ("created", 126)), ("no network found: x not found", 0, None, ("created", 128)),
         ("", 0, None, ("exited", 0)), ("not found", 10**9, None, ("exited", 0)), ("not found", 0, {"Status": "stopped", "ExitStatus": 4}, ("exited", 4))])
     def test_state_after_a_start_that_failed(self, tmp_path, error, ago, task, told):
         began = nerdctld.rfc3339(time.time_ns() - ago * 10**9)
