@@ -4786,6 +4786,8 @@ def open_url(url: str) -> Any:
 def dockerfile_args(request: Request, folder: str) -> List[str]:
     """The flag for the Dockerfile; 400 when it is not in the context."""
     name = request.value("dockerfile") or "Dockerfile"
+    if "\0" in name:
+        raise BadParameter("Cannot locate specified Dockerfile: its name has a NUL byte")
     path = os.path.realpath(os.path.join(folder, name.lstrip("/")))
     if not path.startswith(os.path.realpath(folder) + "/"):
         raise BadParameter(f"Forbidden path outside the build context: {name}")
