@@ -815,10 +815,10 @@ class Nerdctl:
         self.namespace = namespace or "default"
         self.address = address
         self.debug = debug
-        # Whether nerdctl's files are files of this machine.
-        self.local = len(self.command) == 1 or self.command[0] == sys.executable
-        # Whether what nerdctl keeps of its networks can be read: this file, in the place of nerdctl, keeps nothing.
-        self.keeps = self.local and self.command[0] != sys.executable
+        # Whether it is a nerdctl of this machine, so that what it keeps of its networks can be read.
+        self.keeps = len(self.command) == 1
+        # Whether nerdctl's files are files of this machine: also those of this file in the place of nerdctl.
+        self.local = self.keeps or self.command[0] == sys.executable
         self.options = [f"--namespace={self.namespace}"]
         if address:
             self.options.append(f"--address={address}")
@@ -1491,10 +1491,10 @@ class Sender:
                     space = min(left, self.frame_size)
                     left -= space
                     self.out += full if left else FRAME_HEAD.pack(space << 8 | DATA, flags, stream)
-                self.out += piece[at:at + space] if at or space < end else piece
-                taken = min(space, end - at)
-                at += taken
-                space -= taken
+                part = piece[at:at + space]
+                self.out += part
+                at += len(part)
+                space -= len(part)
 
     def settings(self, payload: bytes) -> int:
         """Heed a SETTINGS frame; by how much the window of every stream has changed."""
@@ -2650,8 +2650,7 @@ class Snapshot:
         names = [row["Name"] for row in self.nerdctl.rows("volume", "ls", "--format", "{{json .}}") if row.get("Name")]
         if not names:
             return {}
-        output = self.nerdctl.run("volume", "inspect", "--format", "{{json .}}", "--", *names)
-        return {each["Name"]: each for each in map(parse_volume, parse_rows(output.stdout))}
+        return {each["Name"]: each for each in map(parse_volume, self.nerdctl.rows("volume", "inspect", "--format", "{{json .}}", "--", *names))}
 
     # What sends no event is believed for a short time.
     def _recent(self, kept: Cached) -> bool:
@@ -5372,16 +5371,16 @@ def hold_note(container: Container) -> str:
     return os.path.join(container.folder, "nerdctld.restart")
 
 
-def note_policy(container: Container, policy: str) -> bool:
-    """Note the policy that a start is to give back, or with "" that there is none; whether it is noted."""
+def note_policy(container: Container, policy: str) -> None:
+    """Note the policy that a start is to give back, or with "" that there is none, where nerdctl's folder is within reach."""
+    if not container.folder:
+        return
     with contextlib.suppress(OSError):
-        if policy and os.path.isdir(container.folder):
+        if policy:
             with open(hold_note(container), "w", encoding="ascii") as file:
                 file.write(policy)
-            return True
-        if container.folder:
+        else:
             os.unlink(hold_note(container))
-    return False
 
 
 def restart_policy(container: Container) -> Dict[str, Any]:
@@ -9918,12 +9917,13 @@ def buildkit_grpc(engine: Engine, request: Request) -> Response:
         server, address, failure = None, "", error
 
     def serve(connection: Connection) -> None:
-        # Known by the time that the client comes to its build.
-        ahead(engine.snapshot.info.get)
         splice = Splice(functools.partial(prepare_solve, engine, address))
         if failure:
             log(f"build: {failure}")
             splice.server_ended(failure)
+        else:
+            # Known by the time that the client comes to its build.
+            ahead(engine.snapshot.info.get)
         join(splice, connection, server)
 
     return Response(101, Hijack(serve, protocol="h2c"))
