@@ -1473,13 +1473,17 @@ class Sender:
         room = min(self.connection, self.windows.get(stream, self.connection), len(queue))
         if room > 0:
             self._cut(stream, queue.take(room), room, END_STREAM if stream in self.ending and not queue else 0)
-            self.connection -= room
-            if stream in self.windows:
-                self.windows[stream] -= room
-                self.owed += room
+            self.sent(stream, room)
         if not queue:
             self.ending.discard(stream)
             del self.queues[stream]
+
+    def sent(self, stream: int, size: int) -> None:
+        """Take what is sent from the windows."""
+        self.connection -= size
+        if stream in self.windows:
+            self.windows[stream] -= size
+            self.owed += size
 
     def _cut(self, stream: int, pieces: List[Any], left: int, flags: int) -> None:
         """`left` bytes in pieces as frames, the last with `flags`. 30,000 of them are 500 MB: what is done for each counts."""
@@ -1515,6 +1519,72 @@ class Sender:
         return 0 if self.windows.pop(stream, None) is not None else left
 
 
+class Mould:
+    """A message of one stream, a field of bytes, whose frames have their heads before it has its content: what a socket
+    receives between them is sent on as it lies there. A large build context is tens of thousands of frames."""
+
+    FRAMES, SPACE = 16, 16384
+    # gRPC's head, the tag, and a length that has three bytes where fewer would do, too.
+    HEAD = struct.Struct(">BIBBBB")
+
+    def __init__(self, sender: Sender, stream: int, number: int):
+        self.sender, self.stream, self.tag = sender, stream, number << 3 | 2
+        self.data = memoryview(bytearray(self.FRAMES * (9 + self.SPACE)))
+        starts = range(0, len(self.data), 9 + self.SPACE)
+        for at in starts:
+            self._frame(at, self.SPACE)
+        self.spaces = [self.data[at + 9:at + 9 + self.SPACE] for at in starts]
+        self.spaces[0] = self.spaces[0][self.HEAD.size:]
+        # Where the head of the last frame of a message is, which may be a short one.
+        self.last = 0
+
+    def _frame(self, at: int, size: int) -> None:
+        FRAME_HEAD.pack_into(self.data, at, size << 8 | DATA, 0, self.stream)
+
+    @property
+    def room(self) -> int:
+        """How many bytes may come now: none, before all that came is sent."""
+        sender = self.sender
+        if sender.out.size or sender.queues:
+            return 0
+        return max(0, min(sender.connection, sender.windows[self.stream]) - self.HEAD.size)
+
+    def spaces_for(self, room: int) -> List[memoryview]:
+        """Where up to `room` bytes belong."""
+        self._frame(self.last, self.SPACE)
+        count = (room + self.HEAD.size) // self.SPACE
+        if count >= self.FRAMES:
+            return self.spaces
+        found = self.spaces[:count + 1]
+        found[count] = found[count][:room - sum(map(len, found[:count]))]
+        return found
+
+    def seal(self, size: int) -> memoryview:
+        """The frames of a message of which `size` bytes have come."""
+        self.HEAD.pack_into(self.data, 9, 0, size + 4, self.tag, size & 127 | 128, size >> 7 & 127 | 128, size >> 14)
+        size += self.HEAD.size
+        self.sender.sent(self.stream, size)
+        count = (size - 1) // self.SPACE
+        self.last = count * (9 + self.SPACE)
+        self._frame(self.last, size - count * self.SPACE)
+        return self.data[:size + 9 * (count + 1)]
+
+    def carry(self, source: socket.socket, target: socket.socket) -> bool:
+        """Receive what there is room for and send it; what does not go at once is left to `sender.out`. False at the end of
+        what comes; OSError of either socket."""
+        size = source.recvmsg_into(self.spaces_for(self.room))[0]
+        if not size:
+            return False
+        message = self.seal(size)
+        try:
+            sent = target.send(message)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        if sent < len(message):
+            self.sender.out += message[sent:]
+        return True
+
+
 class Call:
     """One gRPC call as the HTTP/2 client of a connection of its own, without I/O: `out` is to be written to it."""
 
@@ -1545,23 +1615,27 @@ class Call:
 
     def feed(self, data: bytes) -> List[bytes]:
         """The messages that are complete by now; `ended` is set with the last. ValueError for what is not gRPC."""
+        sender = self.sender
         for each in self.frames.feed(data):
-            if each.kind == DATA:
+            kind = each.kind
+            if kind == WINDOW_UPDATE:
+                if each.stream:
+                    sender.windows[1] += each.number
+                else:
+                    sender.connection += each.number
+            elif kind == DATA:
                 self.received += len(each.raw) - 9
                 self.body += each.data
-            elif each.kind == SETTINGS and not each.flags & ACK:
-                self.sender.settings(each.data)
-                self.out += frame(SETTINGS, ACK, 0)
-            elif each.kind == PING and not each.flags & ACK:
+            elif kind == PING and not each.flags & ACK:
                 self.out += frame(PING, ACK, 0, bytes(each.data))
-            elif each.kind == WINDOW_UPDATE:
-                if each.stream:
-                    self.sender.windows[1] += each.number
-                else:
-                    self.sender.connection += each.number
-            self.ended = self.ended or each.ends and each.stream == 1
-        self.sender.flush()
-        return self._messages()
+            elif kind == SETTINGS and not each.flags & ACK:
+                sender.settings(each.data)
+                self.out += frame(SETTINGS, ACK, 0)
+            if each.flags & END_STREAM or kind == RESET:
+                self.ended = self.ended or each.ends and each.stream == 1
+        if sender.queues:
+            sender.flush()
+        return self._messages() if self.body else []
 
     def _messages(self) -> List[bytes]:
         found, at = [], 0
@@ -9450,7 +9524,7 @@ class Splice:
     client at once and sent as buildkitd has room, so that on its stream both windows are ours to keep."""
 
     HELD = 1 << 25
-    over = False
+    over, mould = False, None
 
     def __init__(self, prepare: Callable[[bytes], Tuple[bytes, Optional[Callable[[bytes], None]]]]):
         self.prepare = prepare
@@ -9615,19 +9689,16 @@ class BuildSession:
     def __init__(self, headers: Iterable[Tuple[str, str]]):
         self.call = Call("/moby.buildkit.v1.Control/Session", headers)
         self.to_client, self.to_server = Outbox(), self.call.out
-
-    @property
-    def over(self) -> bool:
-        """Whether buildkitd has said all."""
-        return self.call.ended
+        self.mould = Mould(self.call.sender, 1, 1)
+        self.over = False
 
     def room(self) -> Tuple[bool, bool]:
         """Whether more may be read from the client, and from buildkitd: always, since its window is bounded."""
-        return len(self.to_server) + self.call.sender.waiting < 4 * BLOCK, True
+        return self.mould.room > 0, True
 
     def flushed(self) -> None:
         """Let buildkitd send more when the client has taken most of what came."""
-        if len(self.to_client) < BLOCK:
+        if self.to_client.size < BLOCK:
             self.call.consumed()
 
     def from_client(self, data: bytes) -> None:
@@ -9640,6 +9711,7 @@ class BuildSession:
             for each in fields(memoryview(message)):
                 if each.number == 1:
                     self.to_client += each.value
+        self.over = self.call.ended
 
     def client_ended(self) -> None:
         """The client has said all."""
@@ -9647,40 +9719,47 @@ class BuildSession:
 
     def server_ended(self) -> None:
         """buildkitd is gone: so is the session."""
-        self.call.ended = True
+        self.over = True
 
 
 class End:
     """One end of a relay: a socket that does not block, what is to be written to it, and who takes what is read."""
 
-    def __init__(self, sock: socket.socket, out: Outbox, feed: Callable[[bytes], None]):
+    def __init__(self, sock: socket.socket, out: Outbox, feed: Callable[[bytes], None], mould: Optional[Mould] = None):
         self.sock = sock
+        self.descriptor = sock.fileno()
         self.out = out
         self.feed = feed
+        self.mould = mould
         self.broken = False
         self.awaited: Optional[int] = None
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
 
-    def read(self) -> Optional[bytes]:
-        """What has come; empty at the end, None when nothing has."""
+    def take(self, other: Optional["End"]) -> bool:
+        """Take what has come, straight on to the other end where there is a mould; False at the end."""
         try:
-            return self.sock.recv(BLOCK)
+            if self.mould and other and self.mould.room:
+                return self.mould.carry(self.sock, other.sock)
+            data = self.sock.recv(BLOCK)
         except (BlockingIOError, InterruptedError):
-            return None
+            return True
         except OSError:
-            return b""
+            return False
+        if data:
+            self.feed(data)
+        return len(data) > 0
 
     def watch(self, poller: Any, room: bool) -> None:
         """Have the poller wait for what may be done next: to read if there is `room`, and to write what is left."""
-        awaited = (select.POLLIN if room else 0) | (select.POLLOUT if self.out else 0)
+        awaited = (select.POLLIN if room else 0) | (select.POLLOUT if self.out.size else 0)
         if awaited != self.awaited:
             self.awaited = awaited
             poller.register(self.sock, awaited)
 
     def flush(self) -> None:
         """Write as much as goes; what nobody can take any more is dropped, and the end is `broken`."""
-        while self.out:
+        while self.out.size:
             try:
                 if not self.broken:
                     self.out.send(self.sock)
@@ -9695,38 +9774,38 @@ class End:
 def relay(joint: Any, client: socket.socket, server: Optional[socket.socket], early: bytes = b"") -> None:
     """Carry bytes between the two through a Splice or a Session until one of them has ended. After buildkitd's end the
     client is answered for a few seconds more."""
-    near = End(client, joint.to_client, joint.from_client)
+    near = End(client, joint.to_client, joint.from_client, joint.mould)
     far = End(server, joint.to_server, joint.from_server) if server else None
     deadline = None if far else time.monotonic() + 10.0
     poller = select.poll()
     if early:
         joint.from_client(early)
     while True:
-        near.flush()
-        if near.broken or joint.over and not near.out or deadline and time.monotonic() > deadline:
+        if near.out.size:
+            near.flush()
+        if near.broken or joint.over and not near.out.size or deadline and time.monotonic() > deadline:
             return
         joint.flushed()
-        if far:
+        if far and far.out.size:
             far.flush()
-        for end, room in zip((near, far), joint.room()):
-            if end:
-                end.watch(poller, room)
+        near_room, far_room = joint.room()
+        near.watch(poller, near_room)
+        if far:
+            far.watch(poller, far_room)
         for descriptor, what in poller.poll(1000 if deadline else None):
             if not what & ~select.POLLOUT:
                 continue
-            end = near if descriptor == client.fileno() else far
-            data = end.read()
-            if data:
-                end.feed(data)
-            elif data is not None and end is near:
+            end = near if descriptor == near.descriptor else far
+            if end.take(far):
+                continue
+            if end is near:
                 joint.client_ended()
                 if far:
                     far.flush()
                 return
-            elif data is not None:
-                poller.unregister(server)
-                far, deadline = None, time.monotonic() + 10.0
-                joint.server_ended()
+            poller.unregister(server)
+            far, deadline = None, time.monotonic() + 10.0
+            joint.server_ended()
 
 
 ###############################################################################

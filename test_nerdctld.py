@@ -5775,6 +5775,75 @@ class TestBuildKit:
             thread.join(10)
             assert not thread.is_alive()
 
+    @pytest.mark.parametrize("size", [1, 100, 16374, 16375, 16376, 16384, 32758, 32759, 32760, 16 * 16384 - 9, 16 * 16384 + 100])
+    def test_mould(self, size):
+        """What comes is one message in whole frames, and the next one, shorter or longer, is as sound."""
+        out = nerdctld.Outbox()
+        sender = nerdctld.Sender(out)
+        sender.connection = sender.windows[1] = 1 << 20
+        mould = nerdctld.Mould(sender, 1, 1)
+        source, near = socket.socketpair()
+        far, target = socket.socketpair()
+        with source, near, far, target:
+            for sock in (near, source, far):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            for content in (os.urandom(size), os.urandom(3), os.urandom(size)):
+                source.sendall(content)
+                taken = content[:16 * 16384 - 9]
+                assert mould.carry(near, far)
+                got = target.recv(1 << 20)
+                frames = nerdctld.Frames().feed(got)
+                assert sum(len(each.raw) for each in frames) == len(got)
+                assert all((each.kind, each.flags, each.stream) == (0, 0, 1) and 0 < len(each.data) <= 16384 for each in frames)
+                assert all(len(each.data) == 16384 for each in frames[:-1])
+                message = b"".join(each.data for each in frames)
+                assert grpc(message[5:]) == message
+                assert [(each.number, each.value) for each in nerdctld.fields(message[5:])] == [(1, taken)]
+                assert not out.size
+                if len(taken) < len(content):
+                    assert near.recv(1 << 20) == content[len(taken):]
+
+    @pytest.mark.parametrize("window", [10, 1000, 16384, 16385, 40000])
+    def test_mould_minds_the_windows(self, window):
+        sender = nerdctld.Sender(nerdctld.Outbox())
+        sender.connection, sender.windows[1] = 1 << 20, window
+        mould = nerdctld.Mould(sender, 1, 1)
+        assert mould.room == window - 9 and sum(map(len, mould.spaces_for(mould.room))) == mould.room
+        source, near = socket.socketpair()
+        far, target = socket.socketpair()
+        with source, near, far, target:
+            source.sendall(os.urandom(50000))
+            assert mould.carry(near, far)
+            assert sum(len(each.data) for each in nerdctld.Frames().feed(target.recv(1 << 20))) == window
+            assert (sender.windows[1], mould.room, sender.connection) == (0, 0, (1 << 20) - window)
+
+    def test_mould_waits_for_what_is_not_sent(self):
+        """A target that takes only a part has the rest to come before anything else."""
+        sender = nerdctld.Sender(nerdctld.Outbox())
+        sender.connection = sender.windows[1] = 1 << 22
+        mould = nerdctld.Mould(sender, 1, 1)
+        source, near = socket.socketpair()
+        far, target = socket.socketpair()
+        with source, near, far, target:
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+            far.setblocking(False)
+            near.setblocking(False)
+            sent, got = os.urandom(60000), b""
+            source.sendall(sent)
+            assert mould.carry(near, far)
+            assert mould.room == 0 and sender.out.size
+            while sender.out.size:
+                got += target.recv(1 << 20)
+                with contextlib.suppress(BlockingIOError):
+                    sender.out.send(far)
+            got += target.recv(1 << 20)
+            message = b"".join(each.data for each in nerdctld.Frames().feed(got))
+            assert [each.value for each in nerdctld.fields(message[5:])] == [sent] and mould.room
+            with pytest.raises(BlockingIOError):
+                mould.carry(near, far)
+            source.close()
+            assert not mould.carry(near, far)
+
     @staticmethod
     def collect(sock, into):
         while True:
