@@ -10280,15 +10280,16 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def make_body(self) -> Body:
         """The body as the headers announce it; 400 for framing that could be read in two ways."""
-        lengths = self.headers.get_all("Content-Length") or []
-        codings = [each.strip().lower() for each in self.headers.get_all("Transfer-Encoding") or []]
+        # Around a value stand blanks and tabs only; what else Python takes for a space is a part of it.
+        lengths = [each.strip(" \t") for each in self.headers.get_all("Content-Length") or []]
+        codings = [each.strip(" \t").lower() for each in self.headers.get_all("Transfer-Encoding") or []]
         expects, self.expects = getattr(self, "expects", False), False
         if codings:
             if codings != ["chunked"] or lengths:
                 self.close_connection = True
                 raise BadParameter("unsupported transfer encoding")
             return Body(self, None, True, expects)
-        if len(set(lengths)) > 1 or (lengths and not re.fullmatch(r"\d{1,18}", lengths[0].strip())):
+        if len(set(lengths)) > 1 or (lengths and not re.fullmatch(r"[0-9]{1,18}", lengths[0])):
             self.close_connection = True
             raise BadParameter("bad Content-Length")
         return Body(self, int(lengths[0]) if lengths else None, False, expects)

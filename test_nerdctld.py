@@ -6551,6 +6551,7 @@ class TestHTTPServer:
         b"GET /%ff HTTP/1.1\r\n\r\n", b"GET /a%00b HTTP/1.1\r\n\r\n", b"GET /a?x=%ff HTTP/1.1\r\n\r\n", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n",
         b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"GET / HTTP/1.1\r\nX: " + b"y" * 70000 + b"\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"y" * 60000 + (b"\r\nX: " + b"y" * 60000) * 20 + b"\r\n\r\n",
         b"POST /auth HTTP/1.1\r\nContent-Length: x\r\n\r\n", b"POST /auth HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"POST /auth HTTP/1.1\r\nContent-Length: 2\x1f\r\n\r\n{}", b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\x1f\r\n\r\n0\r\n\r\n",
         b"POST /auth HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}", b"POST /auth HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"POST /auth HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n", b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nab\r\n0\r\n\r\n",
