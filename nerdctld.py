@@ -1520,26 +1520,30 @@ class Sender:
 
 
 class Mould:
-    """A message of one stream, a field of bytes, whose frames have their heads before it has its content: what a socket
-    receives between them is sent on as it lies there. A large build context is tens of thousands of frames."""
+    """Messages of one stream, each a field of bytes and a frame of its own, whose heads stand before they have their
+    content: what a socket receives between them is sent on as it lies there. A large build context is tens of thousands.
 
-    FRAMES, SPACE = 16, 16384
-    # gRPC's head, the tag, and a length that has three bytes where fewer would do, too.
-    HEAD = struct.Struct(">BIBBBB")
+    A message that fits into one frame is unpacked where it lies; for one of more than 32 KB grpc-go (1.84) clears a buffer
+    of 1 MB, whatever its size."""
+
+    # A frame's head, gRPC's, the tag, and a length that has three bytes where fewer would do, too.
+    HEAD = struct.Struct(">IBIBIBBBB")
+    OVERHEAD = HEAD.size - FRAME_HEAD.size
+    FRAMES, SPACE = 16, 16384 - OVERHEAD
 
     def __init__(self, sender: Sender, stream: int, number: int):
         self.sender, self.stream, self.tag = sender, stream, number << 3 | 2
-        self.data = memoryview(bytearray(self.FRAMES * (9 + self.SPACE)))
-        starts = range(0, len(self.data), 9 + self.SPACE)
-        for at in starts:
-            self._frame(at, self.SPACE)
-        self.spaces = [self.data[at + 9:at + 9 + self.SPACE] for at in starts]
-        self.spaces[0] = self.spaces[0][self.HEAD.size:]
-        # Where the head of the last frame of a message is, which may be a short one.
+        step = self.HEAD.size + self.SPACE
+        self.data = memoryview(bytearray(self.FRAMES * step))
+        self.spaces = [self.data[at + self.HEAD.size:at + step] for at in range(0, len(self.data), step)]
+        for count in range(self.FRAMES):
+            self._head(count, self.SPACE)
+        # Which head may be that of a short frame.
         self.last = 0
 
-    def _frame(self, at: int, size: int) -> None:
-        FRAME_HEAD.pack_into(self.data, at, size << 8 | DATA, 0, self.stream)
+    def _head(self, count: int, size: int) -> None:
+        self.HEAD.pack_into(self.data, count * (self.HEAD.size + self.SPACE), size + self.OVERHEAD << 8 | DATA, 0, self.stream,
+                            0, size + 4, self.tag, size & 127 | 128, size >> 7 & 127 | 128, size >> 14)
 
     @property
     def room(self) -> int:
@@ -1547,27 +1551,23 @@ class Mould:
         sender = self.sender
         if sender.out.size or sender.queues:
             return 0
-        return max(0, min(sender.connection, sender.windows[self.stream]) - self.HEAD.size)
+        count, rest = divmod(min(sender.connection, sender.windows[self.stream]), self.OVERHEAD + self.SPACE)
+        return max(0, count * self.SPACE + max(0, rest - self.OVERHEAD))
 
     def spaces_for(self, room: int) -> List[memoryview]:
         """Where up to `room` bytes belong."""
-        self._frame(self.last, self.SPACE)
-        count = (room + self.HEAD.size) // self.SPACE
+        self._head(self.last, self.SPACE)
+        count, rest = divmod(room, self.SPACE)
         if count >= self.FRAMES:
             return self.spaces
-        found = self.spaces[:count + 1]
-        found[count] = found[count][:room - sum(map(len, found[:count]))]
-        return found
+        return [*self.spaces[:count], self.spaces[count][:rest]]
 
     def seal(self, size: int) -> memoryview:
-        """The frames of a message of which `size` bytes have come."""
-        self.HEAD.pack_into(self.data, 9, 0, size + 4, self.tag, size & 127 | 128, size >> 7 & 127 | 128, size >> 14)
-        size += self.HEAD.size
-        self.sender.sent(self.stream, size)
-        count = (size - 1) // self.SPACE
-        self.last = count * (9 + self.SPACE)
-        self._frame(self.last, size - count * self.SPACE)
-        return self.data[:size + 9 * (count + 1)]
+        """The frames of the messages of which `size` bytes have come."""
+        self.last = last = (size - 1) // self.SPACE
+        self._head(last, size - last * self.SPACE)
+        self.sender.sent(self.stream, size + self.OVERHEAD * (last + 1))
+        return self.data[:size + self.HEAD.size * (last + 1)]
 
     def carry(self, source: socket.socket, target: socket.socket) -> bool:
         """Receive what there is room for and send it; what does not go at once is left to `sender.out`. False at the end of
@@ -9778,6 +9778,9 @@ def relay(joint: Any, client: socket.socket, server: Optional[socket.socket], ea
     far = End(server, joint.to_server, joint.from_server) if server else None
     deadline = None if far else time.monotonic() + 10.0
     poller = select.poll()
+    # This thread has no hurry to interrupt those it carries for: what comes meanwhile it carries at one go.
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
     if early:
         joint.from_client(early)
     while True:

@@ -5714,6 +5714,25 @@ class TestBuildKit:
             near.close()
             far.close()
 
+    @pytest.mark.parametrize("allowed", [True, False])
+    def test_relay_has_no_hurry(self, monkeypatch, allowed):
+        """Its thread alone is of the batch class, and what it starts is not; a host that forbids it has a relay all the same."""
+        def forbidden(*_):
+            raise PermissionError(1, "Operation not permitted")
+
+        if not allowed:
+            monkeypatch.setattr(os, "sched_setscheduler", forbidden)
+        splice = nerdctld.Splice(keep)
+        with self.relayed(splice) as (client, server, thread):
+            client.sendall(nerdctld.PREFACE)
+            assert server.recv(100) == nerdctld.PREFACE
+            policy = os.sched_getscheduler(thread.native_id)
+            assert policy == (os.SCHED_BATCH | os.SCHED_RESET_ON_FORK if allowed else os.SCHED_OTHER)
+            assert os.sched_getscheduler(0) == os.SCHED_OTHER
+            client.close()
+            thread.join(10)
+            assert not thread.is_alive()
+
     def drive(self, peers, done):
         """Let peers speak over their sockets until `done()`."""
         deadline = time.monotonic() + 20
@@ -5775,9 +5794,9 @@ class TestBuildKit:
             thread.join(10)
             assert not thread.is_alive()
 
-    @pytest.mark.parametrize("size", [1, 100, 16374, 16375, 16376, 16384, 32758, 32759, 32760, 16 * 16384 - 9, 16 * 16384 + 100])
+    @pytest.mark.parametrize("size", [1, 127, 128, 16374, 16375, 16376, 32750, 32751, 16 * 16375, 16 * 16375 + 100])
     def test_mould(self, size):
-        """What comes is one message in whole frames, and the next one, shorter or longer, is as sound."""
+        """What comes is whole messages in a frame each, and what comes next, shorter or longer, is as sound."""
         out = nerdctld.Outbox()
         sender = nerdctld.Sender(out)
         sender.connection = sender.windows[1] = 1 << 20
@@ -5787,35 +5806,41 @@ class TestBuildKit:
         with source, near, far, target:
             for sock in (near, source, far):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            window = sender.windows[1]
             for content in (os.urandom(size), os.urandom(3), os.urandom(size)):
                 source.sendall(content)
-                taken = content[:16 * 16384 - 9]
+                taken = content[:16 * 16375]
                 assert mould.carry(near, far)
-                got = target.recv(1 << 20)
-                frames = nerdctld.Frames().feed(got)
-                assert sum(len(each.raw) for each in frames) == len(got)
-                assert all((each.kind, each.flags, each.stream) == (0, 0, 1) and 0 < len(each.data) <= 16384 for each in frames)
-                assert all(len(each.data) == 16384 for each in frames[:-1])
-                message = b"".join(each.data for each in frames)
-                assert grpc(message[5:]) == message
-                assert [(each.number, each.value) for each in nerdctld.fields(message[5:])] == [(1, taken)]
-                assert not out.size
+                frames = nerdctld.Frames().feed(target.recv(1 << 20))
+                assert all((each.kind, each.flags, each.stream) == (0, 0, 1) for each in frames)
+                assert all(len(each.data) == 16384 for each in frames[:-1]) and 9 < len(frames[-1].data) <= 16384
+                found = [list(nerdctld.fields(each.data[5:])) for each in frames]
+                assert all(grpc(bytes(each.data[5:])) == each.data for each in frames)
+                assert [(each.number, len(rest)) for each, *rest in found] == [(1, 0)] * len(frames)
+                assert b"".join(each.value for each, in found) == taken
+                window -= sum(len(each.data) for each in frames)
+                assert sender.windows[1] == sender.connection == window and not out.size
                 if len(taken) < len(content):
                     assert near.recv(1 << 20) == content[len(taken):]
 
-    @pytest.mark.parametrize("window", [10, 1000, 16384, 16385, 40000])
-    def test_mould_minds_the_windows(self, window):
+    @pytest.mark.parametrize("window, room", [(-1, 0), (-20000, 0), (0, 0), (9, 0), (10, 1), (1000, 991), (16384, 16375),
+                                              (16385, 16375), (16393, 16375), (16394, 16376), (40000, 39973)])
+    def test_mould_minds_the_windows(self, window, room):
         sender = nerdctld.Sender(nerdctld.Outbox())
         sender.connection, sender.windows[1] = 1 << 20, window
         mould = nerdctld.Mould(sender, 1, 1)
-        assert mould.room == window - 9 and sum(map(len, mould.spaces_for(mould.room))) == mould.room
+        assert mould.room == room
+        assert sum(map(len, mould.spaces_for(room))) == room
+        sender.connection, sender.windows[1] = window, 1 << 20
+        assert mould.room == room
         source, near = socket.socketpair()
         far, target = socket.socketpair()
         with source, near, far, target:
             source.sendall(os.urandom(50000))
-            assert mould.carry(near, far)
-            assert sum(len(each.data) for each in nerdctld.Frames().feed(target.recv(1 << 20))) == window
-            assert (sender.windows[1], mould.room, sender.connection) == (0, 0, (1 << 20) - window)
+            if room:
+                assert mould.carry(near, far)
+                assert sum(len(each.data) for each in nerdctld.Frames().feed(target.recv(1 << 20))) <= window
+                assert mould.room == 0 and 0 <= sender.connection < 10
 
     def test_mould_waits_for_what_is_not_sent(self):
         """A target that takes only a part has the rest to come before anything else."""
@@ -5837,8 +5862,8 @@ class TestBuildKit:
                 with contextlib.suppress(BlockingIOError):
                     sender.out.send(far)
             got += target.recv(1 << 20)
-            message = b"".join(each.data for each in nerdctld.Frames().feed(got))
-            assert [each.value for each in nerdctld.fields(message[5:])] == [sent] and mould.room
+            frames = nerdctld.Frames().feed(got)
+            assert b"".join(each.value for one in frames for each in nerdctld.fields(one.data[5:])) == sent and mould.room
             with pytest.raises(BlockingIOError):
                 mould.carry(near, far)
             source.close()
