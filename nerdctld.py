@@ -5011,6 +5011,7 @@ def parse_ago(text: str) -> Optional[int]:
     return (int(number) if number.isdigit() else 0 if number.startswith("less") else 1) * UNIT_SECONDS[found.group(2).lower()]
 
 
+@functools.lru_cache(maxsize=256)
 def parse_status(text: str) -> Dict[str, Any]:
     """nerdctl's status in parts: `code` (None while it never ended), `health` ("" for none), `ago` in seconds."""
     code = re.match(r"\w+ \((\d+)\)", text)
@@ -5306,6 +5307,8 @@ def match_port(ports: List[Dict[str, Any]], key: str, wanted: List[str]) -> bool
 
 def match_container(engine: Engine, container: Container, filters: Dict[str, List[str]]) -> bool:
     """Whether a container passes the filters of the list, but for before and since."""
+    if not filters:
+        return True
     told = parse_status(container.status)
     networks = network_names(container)
     checks: Dict[str, Callable[[List[str]], bool]] = {
