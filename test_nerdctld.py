@@ -1180,9 +1180,9 @@ class TestErrors:
         for _, stderr, _, _ in FAILURES:
             message = nerdctld.nerdctl_message(stderr)
             whole = "\n".join(nerdctld.parse_logrus(line)[1] for line in stderr.splitlines())
-            found = [number for text in (message, whole) for number, (pattern, _, _) in enumerate(nerdctld.NERDCTL_ERRORS) if pattern.search(text)]
+            found = [number for text in (message, whole) for number, (pattern, _, _) in enumerate(nerdctld.NERDCTL_ERRORS) if re.search(pattern, text, re.S)]
             hit.update(found[:1])
-        missed = [nerdctld.NERDCTL_ERRORS[number][0].pattern for number in range(len(nerdctld.NERDCTL_ERRORS)) if number not in hit]
+        missed = [nerdctld.NERDCTL_ERRORS[number][0] for number in range(len(nerdctld.NERDCTL_ERRORS)) if number not in hit]
         assert missed == []
 
     def test_warnings_are_no_errors(self, engine, scripted):
