@@ -6422,7 +6422,7 @@ class TestBuildKitLive:
     def test_client_that_is_ended(self, builder, context, number):
         before = builder.resources()
         with self.sleeping(builder, context) as (process, mark):
-            assert self.runs(mark)
+            assert until(lambda: self.runs(mark))
             process.send_signal(number)
             process.wait(10)
             deadline = time.monotonic() + 10
