@@ -10153,13 +10153,14 @@ class Bench:
         for number in range(300):
             real("create", "--name", f"nerdctld-bench-{number}", "--network=none", BASE, "true")
         try:
-            cold = []
-            for number in range(3):
+            alone, cold = [], []
+            for number in range(9):
                 (self.folder / str(number)).mkdir()
                 other = Live(self.folder / str(number), "--namespace", NAMESPACE)
                 cold.append(median_of(1, self.through(other, ("GET", "/containers/json?all=1", None))))
                 other.end()
-            self.line("ps -a of 300, cold", median_of(3, self.bare(["ps", "-a", "--no-trunc"])), statistics.median(cold))
+                alone.append(median_of(1, self.bare(["ps", "-a", "--no-trunc"])))
+            self.line("ps -a of 300, cold", statistics.median(alone), statistics.median(cold))
             self.line("ps -a of 300, warm", None, self.kept(self.daemon, "/containers/json?all=1", 30))
         finally:
             real("rm", *(f"nerdctld-bench-{number}" for number in range(300)), timeout=300)
@@ -10263,7 +10264,7 @@ class Bench:
                 for number in range(count):
                     (context / f"file{number}").write_bytes(os.urandom(size))
                 taken = [[], [], []], [[], [], []]
-                for number in range(max(6, self.options.rounds // 2) + 1):
+                for number in range(max(12, self.options.rounds // 2) + 1):
                     name, buildx = f"bench-{count}:{number}", ["build", "--progress=rawjson", str(context)]
                     jobs = list(enumerate((
                             ["buildctl", f"--addr={builder.address}", "build", "--progress=rawjson", "--frontend=dockerfile.v0", f"--local=context={context}",
