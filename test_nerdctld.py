@@ -8162,7 +8162,7 @@ class TestLiveContainers:
     def test_run(self, box):
         done = box("run", "--rm", *QUIET, BASE, "sh", "-c", "echo out; echo err >&2; sleep 0.3; exit 3")
         assert (done.returncode, done.stdout, done.stderr) == (3, b"out\n", b"err\n")
-        assert until(lambda: box.text("ps", "-aq") == "")
+        assert until(lambda: box.text("ps", "-aq") == ""), box.text("ps", "-a", "--no-trunc")
 
     def test_run_what_cannot_be_run(self, box):
         done = box("run", "--rm", *QUIET, BASE, "nosuch")
