@@ -5012,7 +5012,8 @@ def parse_ago(text: str) -> Optional[int]:
 
 @functools.lru_cache(maxsize=256)
 def parse_status(text: str) -> Dict[str, Any]:
-    """nerdctl's status in parts: `code` (None while it never ended), `health` ("" for none), `ago` in seconds."""
+    """nerdctl's status in parts: `code` (None while it never ended), `health` ("" for none), `ago` in seconds. All who ask
+    for the same text share one dict."""
     code = re.match(r"\w+ \((\d+)\)", text)
     health = re.search(r"\((?:health: )?(starting|healthy|unhealthy)\)", text)
     return {"code": int(code.group(1)) if code else None, "health": health.group(1) if health else "", "ago": parse_ago(text)}
