@@ -25,7 +25,6 @@ import base64
 import calendar
 import collections
 import contextlib
-import copy
 import errno
 import fcntl
 import functools
@@ -814,10 +813,7 @@ class Nerdctl:
         self.namespace = namespace or "default"
         self.address = address
         self.debug = debug
-        # Whether it is a nerdctl of this machine, so that what it keeps of its networks can be read.
-        self.keeps = len(self.command) == 1
-        # Whether nerdctl's files are files of this machine: also those of this file in the place of nerdctl.
-        self.local = self.keeps or self.command[0] == sys.executable
+        self.snapshotter = snapshotter or "overlayfs"
         self.options = [f"--namespace={self.namespace}"]
         if address:
             self.options.append(f"--address={address}")
@@ -1657,32 +1653,138 @@ class Call:
             self.received = 0
 
 
-def unary(sock: socket.socket, method: str, message: bytes = b"", headers: Iterable[Tuple[str, str]] = (), timeout: float = 10.0) -> Optional[bytes]:
-    """The answer to one message, None when there is none in time. OSError and ValueError when the connection breaks or
-    does not speak gRPC."""
-    call, deadline = Call(method, headers), time.monotonic() + timeout
+class GrpcError(Exception):
+    """An error that a gRPC server answered: `code` is its grpc-status."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+encode_field, decode_fields, encode_varint = field, fields, varint
+STATUS_NAME = bytes.fromhex("40889acac8b21234da8f")
+
+
+def grpc_messages(sock, method, message, headers, timeout):
+    call = Call(method, headers)
+    call.WINDOW = 1 << 26
     call.send(message)
     call.finish()
+    deadline = None if timeout is None else time.monotonic() + timeout
+    status, got = None, False
+    original = call.frames.feed
+
+    def feed(data):
+        nonlocal status
+        frames = original(data)
+        for each in frames:
+            if each.kind == HEADERS:
+                raw = bytes(each.raw)
+                at = raw.find(STATUS_NAME)
+                if at >= 0:
+                    size = raw[at + 10] & 127
+                    status = int(raw[at + 11:at + 11 + size] or b"0") if raw[at + 11:at + 11 + size].isdigit() else 2
+        return frames
+
+    call.frames.feed = feed
     while not call.ended:
-        sock.settimeout(max(0.01, deadline - time.monotonic()))
-        sock.sendall(bytes(call.out))
-        call.out.clear()
-        data = sock.recv(BLOCK)
-        messages = call.feed(data)
-        if messages:
-            return messages[0]
+        if deadline is not None:
+            sock.settimeout(max(0.01, deadline - time.monotonic()))
+        else:
+            sock.settimeout(None)
+        if call.out.size:
+            sock.sendall(bytes(call.out))
+            call.out.clear()
+        data = sock.recv(1 << 18)
         if not data:
-            break
-    return None
+            if timeout is None:
+                return
+            raise OSError("the connection ended")
+        for each in call.feed(data):
+            got = True
+            yield each
+        if call.received:
+            call.out += credit(0, call.received) + credit(1, call.received)
+            call.received = 0
+    if status or (status is None and not got):
+        raise GrpcError(status or 2, f"containerd answers {status}")
+
+
+def grpc_call(sock, method, message=b"", headers=(), timeout=10.0):
+    found = None
+    for each in grpc_messages(sock, method, message, headers, timeout):
+        found = each
+    return found or b""
+
+
+def grpc_stream(sock, method, message=b"", headers=(), timeout=None):
+    return grpc_messages(sock, method, message, headers, timeout)
 
 
 ###############################################################################
-# Events
+# containerd
 ###############################################################################
+
+# Field numbers are those of containerd's API (github.com/containerd/containerd/api), the same from 1.6 on.
+CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
+TASK_STATES = {1: "created", 2: "running", 3: "stopped", 4: "paused", 5: "pausing"}
+# Topic -> the fields of its event by number; those with a time or a list are not needed.
+EVENT_FIELDS: Dict[str, Dict[int, str]] = {
+    "/containers/create": {1: "id", 2: "image"}, "/containers/update": {1: "id", 2: "image"}, "/containers/delete": {1: "id"},
+    "/tasks/create": {1: "container_id", 6: "pid"}, "/tasks/start": {1: "container_id", 2: "pid"},
+    "/tasks/delete": {1: "container_id", 2: "pid", 3: "exit_status", 5: "id"},
+    "/tasks/exit": {1: "container_id", 2: "id", 3: "pid", 4: "exit_status"}, "/tasks/oom": {1: "container_id"},
+    "/tasks/exec-added": {1: "container_id", 2: "exec_id"}, "/tasks/exec-started": {1: "container_id", 2: "exec_id"},
+    "/tasks/paused": {1: "container_id"}, "/tasks/resumed": {1: "container_id"},
+    "/images/create": {1: "name"}, "/images/update": {1: "name"}, "/images/delete": {1: "name"},
+}
+# What BuildKit calls the container of a step; nobody else gives such ids.
+BUILD_STEP = re.compile(r"[0-9a-z]{25}")
+
+
+class Descriptor(NamedTuple):
+    """What an image's name stands for: the digest of an index or a manifest, its media type and its size in bytes."""
+
+    media_type: str
+    digest: str
+    size: int
+
+
+class ContainerRecord(NamedTuple):
+    """containerd's own record of a container: `spec` is the OCI spec as JSON text, `created_at` nanoseconds since 1970."""
+
+    id: str
+    labels: Dict[str, str]
+    image: str
+    runtime: str
+    spec: bytes
+    snapshotter: str
+    snapshot_key: str
+    created_at: int
+
+
+class TaskRecord(NamedTuple):
+    """containerd's record of a container's task: `status` is one of TASK_STATES, `stdin` the path of a FIFO or "",
+    `exited_at` nanoseconds since 1970, 0 while it runs."""
+
+    pid: int
+    status: str
+    exit_status: int
+    exited_at: int
+    stdin: str
+
+
+class ImageRecord(NamedTuple):
+    """One name of an image: `name` in full, with registry and tag or digest, what it stands for, and when that was last
+    changed, in nanoseconds since 1970."""
+
+    name: str
+    target: Descriptor
+    updated_at: int
 
 
 class ContainerdEvent(NamedTuple):
-    """One event of containerd in our namespace; `time` in nanoseconds since 1970, `payload` the event's own fields."""
+    """One event of containerd in our namespace; `time` in nanoseconds since 1970, `payload` the fields of EVENT_FIELDS."""
 
     topic: str
     time: int
@@ -1691,152 +1793,330 @@ class ContainerdEvent(NamedTuple):
     @property
     def container(self) -> str:
         """The id of the container it is about, "" for none."""
-        if self.topic.startswith("/containers/"):
-            return self.payload.get("id") or ""
-        return self.payload.get("container_id") or ""
+        return str(self.payload.get("id" if self.topic.startswith("/containers/") else "container_id") or "")
+
+    @property
+    def ends_container(self) -> bool:
+        """Whether it is the end of a container's own process, and not that of an exec in it."""
+        return self.topic == "/tasks/exit" and self.payload.get("id") in (None, "", self.container)
 
 
-# What BuildKit calls the container of a step; nobody else gives such ids.
-BUILD_STEP = re.compile(r"[0-9a-z]{25}")
+def read_message(data: Any) -> Dict[int, Any]:
+    """The fields of a message by number, the last of each."""
+    return {each.number: each.value for each in decode_fields(data)}
 
 
-def parse_event(line: str, namespace: str) -> Optional[ContainerdEvent]:
-    """A line of `nerdctl events --format {{json .}}`; None for an empty line, for other namespaces and for the steps of a
+def read_text(message: Dict[int, Any], number: int) -> str:
+    """A field of text, "" where it is not there."""
+    return str(message.get(number) or b"", "utf-8", "replace")
+
+
+def read_timestamp(data: Any) -> int:
+    """A protobuf timestamp as nanoseconds since 1970, 0 for none. Before 1970 is Go's zero time."""
+    found = read_message(data or b"")
+    seconds = found.get(1, 0)
+    return 0 if seconds >> 62 else seconds * 10**9 + found.get(2, 0)
+
+
+def parse_container(message: Any) -> ContainerRecord:
+    """A containers.v1.Container."""
+    labels, found = {}, {}
+    for each in decode_fields(message):
+        if each.number == 2:
+            key, value = read_entry(each.value)
+            labels[key] = value
+        else:
+            found[each.number] = each.value
+    return ContainerRecord(
+        read_text(found, 1), labels, read_text(found, 3), read_text(read_message(found.get(4, b"")), 1),
+        bytes(read_message(found.get(5, b"")).get(2, b"")), read_text(found, 6), read_text(found, 7), read_timestamp(found.get(8)))
+
+
+def parse_task(message: Any) -> Tuple[str, TaskRecord]:
+    """A types.task.Process: the container's id and its task."""
+    found = read_message(message)
+    return read_text(found, 2), TaskRecord(
+        found.get(3, 0), TASK_STATES.get(found.get(4, 0), "unknown"), found.get(9, 0), read_timestamp(found.get(10)), read_text(found, 5))
+
+
+def parse_image(message: Any) -> ImageRecord:
+    """An images.v1.Image."""
+    found = read_message(message)
+    target = read_message(found.get(3, b""))
+    return ImageRecord(read_text(found, 1), Descriptor(read_text(target, 1), read_text(target, 2), target.get(3, 0)),
+                       read_timestamp(found.get(8)) or read_timestamp(found.get(7)))
+
+
+def parse_event(message: Any, namespace: str) -> Optional[ContainerdEvent]:
+    """An envelope of the events service; None for other namespaces, for topics that nobody needs, and for the steps of a
     build that is under way."""
-    if not line.strip():
+    found = read_message(message)
+    topic = read_text(found, 3)
+    if read_text(found, 2) != namespace or topic not in EVENT_FIELDS:
         return None
-    try:
-        row = json.loads(line)
-        if row.get("Namespace") != namespace:
+    names, payload = EVENT_FIELDS[topic], {}
+    for number, value in read_message(read_message(found.get(4, b"")).get(2, b"")).items():
+        if number in names:
+            payload[names[number]] = value if isinstance(value, int) else str(value, "utf-8", "replace")
+    event = ContainerdEvent(topic, read_timestamp(found.get(1)) or time.time_ns(), payload)
+    return None if BUILD_STEP.fullmatch(event.container) and not payload.get("image") else event
+
+
+class Containerd:
+    """containerd's services for one namespace, called over its own socket. Every call has a connection of its own, so that
+    calls of several threads do not wait for each other. Methods raise NotFound, Conflict or another ApiError for
+    containerd's own errors, and Unavailable where it cannot be reached."""
+
+    def __init__(self, address: str = "", namespace: str = "default"):
+        self.namespace = namespace
+        self.given_address = address.replace("unix://", "", 1)
+
+    @property
+    def address(self) -> str:
+        """The path of the socket, as containerd's own mount namespace has it."""
+        return self.given_address or CONTAINERD_SOCKET
+
+    def root(self) -> str:
+        """What to put in front of containerd's paths: "", or for a user's own (rootless) containerd, which has a mount
+        namespace of its own, the root of that as /proc shows it."""
+        if os.geteuid() == 0 or self.given_address:
+            return ""
+        runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+        try:
+            with open(f"{runtime}/containerd-rootless/child_pid", encoding="ascii") as file:
+                return f"/proc/{int(file.read())}/root"
+        except (OSError, ValueError):
+            raise Unavailable("rootless containerd is not running: containerd-rootless-setuptool.sh install sets it up") from None
+
+    def dial(self, timeout: float = 5.0) -> socket.socket:
+        """A connection to containerd; 503 where nobody answers."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(timeout)
+            sock.connect(self.root() + self.address)
+            return sock
+        except OSError as error:
+            sock.close()
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise Unavailable(f"containerd's socket {self.address} may not be used by this user: run nerdctld as root, "
+                                  "or set up rootless containerd") from None
+            raise Unavailable(f"containerd is not running at {self.address}: start it (systemctl start containerd), "
+                              "or say where it is with --address") from None
+        except BaseException:
+            sock.close()
+            raise
+
+    @property
+    def headers(self) -> List[Tuple[str, str]]:
+        """The headers of every call."""
+        return [("containerd-namespace", self.namespace)]
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Context in which errors of gRPC and of the connection become ApiErrors."""
+        try:
+            yield
+        except GrpcError as error:
+            kind = {3: BadParameter, 5: NotFound, 6: Conflict, 9: Conflict, 12: NotImplementedHere, 14: Unavailable}.get(error.code, ApiError)
+            raise kind(error.message) from None
+        except (OSError, ValueError) as error:
+            raise Unavailable(f"containerd does not answer at {self.address} ({error}): see systemctl status containerd") from None
+
+    def call(self, method: str, message: bytes = b"", timeout: float = 10.0) -> bytes:
+        """The answer to a call of `Service/Method` below containerd.services."""
+        with self.dial() as sock, self.errors():
+            return grpc_call(sock, "/containerd.services." + method, message, self.headers, timeout)
+
+    def list_containers(self) -> List[ContainerRecord]:
+        """All containers of the namespace."""
+        return [parse_container(each.value) for each in decode_fields(memoryview(self.call("containers.v1.Containers/List")))]
+
+    def get_container(self, identity: str) -> ContainerRecord:
+        """One container."""
+        return parse_container(read_message(self.call("containers.v1.Containers/Get", encode_field(1, identity.encode()))).get(1, b""))
+
+    def list_tasks(self) -> Dict[str, TaskRecord]:
+        """The tasks of the namespace by their containers' ids."""
+        return dict(parse_task(each.value) for each in decode_fields(self.call("tasks.v1.Tasks/List")) if each.number == 1)
+
+    def get_task(self, identity: str) -> Optional[TaskRecord]:
+        """The task of a container, None where it has none."""
+        try:
+            answer = self.call("tasks.v1.Tasks/Get", encode_field(1, identity.encode()))
+        except NotFound:
             return None
-        payload = json.loads(row.get("Event") or "{}") or {}
-        event = ContainerdEvent(row["Topic"], nanoseconds_of(row.get("Timestamp") or "") or time.time_ns(), payload)
-        return None if BUILD_STEP.fullmatch(event.container) and not payload.get("image") else event
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return None
+        return parse_task(read_message(answer).get(1, b""))[1]
+
+    def close_stdin(self, identity: str) -> None:
+        """Let a container's process find the end of its standard input."""
+        self.call("tasks.v1.Tasks/CloseIO", encode_field(1, identity.encode()) + encode_varint(3 << 3) + encode_varint(1), 5.0)
+
+    def list_images(self) -> Dict[str, ImageRecord]:
+        """All names of images, by name."""
+        found = (parse_image(each.value) for each in decode_fields(self.call("images.v1.Images/List")) if each.number == 1)
+        return {image.name: image for image in sorted(found)}
+
+    def get_image(self, name: str) -> ImageRecord:
+        """One name of an image."""
+        return parse_image(read_message(self.call("images.v1.Images/Get", encode_field(1, name.encode()))).get(1, b""))
+
+    def list_content(self) -> set:
+        """The digests of all content there is."""
+        with self.dial() as sock, self.errors():
+            return {read_text(read_message(info.value), 1)
+                    for message in grpc_stream(sock, "/containerd.services.content.v1.Content/List", b"", self.headers, 10.0)
+                    for info in decode_fields(message) if info.number == 1}
+
+    def read_content(self, digest: str) -> bytes:
+        """Content by its digest, as far as memory is to hold it: manifests and configurations."""
+        with self.dial() as sock, self.errors():
+            return b"".join(bytes(read_message(message).get(2, b"")) for message in grpc_stream(
+                sock, "/containerd.services.content.v1.Content/Read", encode_field(1, digest.encode()), self.headers, 10.0))
+
+    def snapshot_usage(self, snapshotter: str, key: str) -> int:
+        """Bytes that a snapshot takes without those below it."""
+        return read_message(self.call("snapshots.v1.Snapshots/Usage", self._snapshot(snapshotter, key))).get(1, 0)
+
+    def snapshot_parent(self, snapshotter: str, key: str) -> str:
+        """The key of the snapshot below a snapshot, "" for the lowest."""
+        return read_text(read_message(read_message(self.call("snapshots.v1.Snapshots/Stat", self._snapshot(snapshotter, key))).get(1, b"")), 2)
+
+    def _snapshot(self, snapshotter: str, key: str) -> bytes:
+        return encode_field(1, snapshotter.encode()) + encode_field(2, key.encode())
+
+    def version(self) -> Tuple[str, str]:
+        """containerd's version and the revision of its source."""
+        found = read_message(self.call("version.v1.Version/Version"))
+        return read_text(found, 1), read_text(found, 2)
+
+    def uuid(self) -> str:
+        """The UUID by which this containerd is known."""
+        return read_text(read_message(self.call("introspection.v1.Introspection/Server")), 1)
+
+    def events(self, sock: Any) -> Iterator[bytes]:
+        """The envelopes of all events, over a connection that ends with it."""
+        with self.errors():
+            yield from grpc_stream(sock, "/containerd.services.events.v1.Events/Subscribe", b"", self.headers)
+
+
+###############################################################################
+# Events
+###############################################################################
+
+
+class EventSocket:
+    """The connection of a subscription. Whoever reads from it holds `lock` from the moment at which bytes were received
+    until it comes back for more, that is until everything in them has been handled."""
+
+    def __init__(self, sock: socket.socket):
+        self.sock = sock
+        self.lock = threading.Lock()
+        self.settimeout, self.sendall = sock.settimeout, sock.sendall
+
+    def recv(self, size: int) -> bytes:
+        """Received bytes, b"" at the end."""
+        self.release()
+        poll_readable(self.sock.fileno(), None)
+        self.lock.acquire()
+        return self.sock.recv(size)
+
+    def release(self) -> None:
+        """Everything that was received has been handled."""
+        if self.lock.locked():
+            self.lock.release()
+
+    def settle(self, timeout: float) -> bool:
+        """Wait until everything that has come by now has been handled; whether it has within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while poll_readable(self.sock.fileno(), 0.0):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.0002)
+        if self.lock.acquire(timeout=timeout):
+            self.lock.release()
+            return True
+        return False
 
 
 class EventFeed:
-    """The one resident `nerdctl events`: running while somebody needs it, and for a while after the last read.
+    """The subscription to containerd's events, renewed for as long as the daemon lives. `handle` is called in its thread
+    with each ContainerdEvent, and with None when the subscription begins or breaks, which means that anything may have
+    happened; it must not wait for anything."""
 
-    Listeners are called in its thread, in order, with each ContainerdEvent, and with None when the feed begins or
-    breaks, which means that anything may have happened."""
-
-    # nerdctl says nothing when it has subscribed. It needs 30 ms on an idle machine; until this many seconds have
-    # passed, nothing is believed to be covered by the feed.
+    # containerd says nothing when it has subscribed us. Until this many seconds have passed, nothing is believed to be covered.
     SETTLE = 0.5
-    LINGER = 60.0
 
-    def __init__(self, nerdctl: Nerdctl):
-        self.nerdctl = nerdctl
-        self.lock = threading.Lock()
-        self.listeners: List[Callable[[Optional[ContainerdEvent]], None]] = []
-        self.needs = 0
-        self.until = 0.0
-        self.thread: Optional[threading.Thread] = None
-        self.process: Optional[Process] = None
+    def __init__(self, containerd: Containerd, handle: Callable[[Optional[ContainerdEvent]], None]):
+        self.containerd = containerd
+        self.handle = handle
+        self.socket: Optional[EventSocket] = None
         self.live_from = float("inf")
-        self.closed = False
+        self.closed = threading.Event()
+        self.changed = threading.Condition()
+
+    def start(self) -> None:
+        """Subscribe, and go on."""
+        threading.Thread(target=self._run, name="events", daemon=True).start()
 
     @property
     def live(self) -> bool:
         """Whether every change since now would be told."""
         return time.monotonic() >= self.live_from
 
-    @contextlib.contextmanager
-    def needed(self) -> Iterator[None]:
-        """Context in which the feed runs."""
-        with self.lock:
-            self.needs += 1
-        try:
-            self.keep()
-            yield
-        finally:
-            with self.lock:
-                self.needs -= 1
-                self.until = time.monotonic() + self.LINGER
-
-    def keep(self) -> None:
-        """Start the feed, or keep it for a while."""
-        self.until = time.monotonic() + self.LINGER
-        if self.thread is None:
-            with self.lock:
-                if self.thread is None and not self.closed:
-                    self.thread = threading.Thread(target=self._run, name="events", daemon=True)
-                    self.thread.start()
+    def settle(self) -> bool:
+        """Wait until what containerd has told by now has been handled; False where not everything is told."""
+        sock = self.socket
+        return self.live and sock is not None and sock.settle(1.0)
 
     def wait_live(self, timeout: float = 5.0) -> bool:
         """Wait until the feed covers what happens from now on; whether it does."""
-        self.keep()
         deadline = time.monotonic() + timeout
-        while not self.live and time.monotonic() < deadline:
+        while not self.live and time.monotonic() < deadline and not self.closed.is_set():
             time.sleep(0.02)
         return self.live
 
-    def wanted(self) -> bool:
-        """Whether somebody needs the feed or read not long ago."""
-        return not self.closed and (self.needs > 0 or time.monotonic() < self.until)
-
     def close(self) -> None:
         """End the feed for good."""
-        self.closed = True
-        if self.process:
-            self.process.kill(signal.SIGTERM)
+        self.closed.set()
+        sock = self.socket
+        if sock:
+            with contextlib.suppress(OSError):
+                sock.sock.shutdown(socket.SHUT_RDWR)
 
     def _run(self) -> None:
-        pause = 0.2
-        while True:
+        pause = 0.1
+        while not self.closed.is_set():
             began = time.monotonic()
             try:
                 self._follow()
             except ApiError as error:
-                if self.nerdctl.debug:
+                if time.monotonic() - began > 1.0:
                     log(f"events: {error}")
-            except OSError as error:
-                log(f"events: {error}")
             self.live_from = float("inf")
-            self._tell(None)
-            pause = 0.2 if time.monotonic() - began > 10 else min(5.0, pause * 2)
-            with self.lock:
-                if not self.wanted():
-                    self.thread = None
-                    return
-            time.sleep(pause)
+            self._handle(None)
+            pause = 0.1 if time.monotonic() - began > 10 else min(2.0, pause * 2)
+            self.closed.wait(pause)
 
     def _follow(self) -> None:
-        """Run nerdctl events once, to its end or until nobody wants it."""
-        with self.nerdctl.start("events", "--format", "{{json .}}") as process:
-            self.process = process
+        """Subscribe once, until containerd ends."""
+        with self.containerd.dial() as connection:
+            self.socket = sock = EventSocket(connection)
             try:
-                self._tell(None)
+                self._handle(None)
                 self.live_from = time.monotonic() + self.SETTLE
-                rest = b""
-                settled = False
-                while self.wanted():
-                    if not settled and self.live:
-                        # What happened while nerdctl subscribed was perhaps not told.
-                        settled = True
-                        self._tell(None)
-                    if not poll_readable(process.stdout.fileno(), 1.0 if settled else 0.1):
-                        continue
-                    data = process.read(65536)
-                    if not data:
-                        process.check()
-                        return
-                    *lines, rest = (rest + data).split(b"\n")
-                    for line in lines:
-                        event = parse_event(line.decode(errors="replace"), self.nerdctl.namespace)
-                        if event:
-                            self._tell(event)
+                for envelope in self.containerd.events(sock):
+                    event = parse_event(envelope, self.containerd.namespace)
+                    if event:
+                        self._handle(event)
             finally:
-                self.process = None
+                self.socket = None
+                sock.release()
 
-    def _tell(self, event: Optional[ContainerdEvent]) -> None:
-        for listener in list(self.listeners):
-            try:
-                listener(event)
-            except Exception:
-                log(traceback.format_exc())
+    def _handle(self, event: Optional[ContainerdEvent]) -> None:
+        try:
+            self.handle(event)
+        except Exception:
+            log(traceback.format_exc())
 
 
 class Journal:
@@ -1889,7 +2169,7 @@ class Journal:
 
 
 ###############################################################################
-# Snapshot
+# State
 ###############################################################################
 
 # Labels of ours on a container: never shown to clients. The id that clients know a container by, where that is not
@@ -1902,49 +2182,6 @@ LABEL_LATER = "nerdctld/later"
 # In front of the name of a container while another one takes its place.
 ASIDE = "nerdctld-aside."
 HIDDEN_LABELS = ("nerdctl/", "nerdctld/", "containerd.io/restart.", "io.containerd.image.config.")
-
-
-class Cached:
-    """A value read from nerdctl, kept while `trusted()` and nobody has called drop(). One reader at a time; those who
-    came before it began share what it reads."""
-
-    def __init__(self, read: Callable[[], Any], trusted: Callable[[], bool], stamp: Callable[[], Any] = lambda: None):
-        self.read = read
-        self.trusted = trusted
-        self.stamp = stamp
-        self.lock = threading.Lock()
-        self.value: Any = None
-        self.began = 0.0
-        self.stamped: Any = None
-        # How often it was dropped, now and when what is kept was begun to be read.
-        self.drops = 0
-        self.read_at = -1
-
-    @property
-    def valid(self) -> bool:
-        """Whether nothing was dropped since what is kept was begun to be read."""
-        return self.read_at == self.drops
-
-    def drop(self) -> None:
-        """What is kept is no longer so. Called after a change, also while a read is under way."""
-        self.drops += 1
-
-    def fresh(self) -> bool:
-        """Whether what is kept may be given out."""
-        return self.valid and self.trusted() and self.stamped == self.stamp()
-
-    def get(self, asked: Optional[float] = None) -> Any:
-        """The value as it is now, or as it was after `asked` (time.monotonic, default now)."""
-        if self.fresh():
-            return self.value
-        asked = asked or time.monotonic()
-        with self.lock:
-            if self.fresh() or (self.valid and self.began > asked):
-                return self.value
-            began, drops, stamped = time.monotonic(), self.drops, self.stamp()
-            value = self.read()
-            self.value, self.began, self.stamped, self.read_at = value, began, stamped, drops
-            return value
 
 
 def sound(request: Dict[str, Any]) -> Dict[str, Any]:
@@ -1969,64 +2206,188 @@ def sound(request: Dict[str, Any]) -> Dict[str, Any]:
     return request
 
 
-def end_status(status: str, labels: Dict[str, str]) -> str:
-    """A status such as `Exited (1) …` as nerdctl's `ps` would word it: `Restarting (1) …` where containerd will start the
-    container again by its restart policy. Another status as it is."""
-    found = re.match(r"(?:Exited|Restarting)( \((\d+)\).*)", status)
-    if not found:
-        return status
-    name, _, most = (labels.get("containerd.io/restart.policy") or "always").partition(":")
-    count = labels.get("containerd.io/restart.count") or ""
-    again = labels.get("containerd.io/restart.status") == "running" and (
-        name == "always" or name == "unless-stopped" and labels.get("containerd.io/restart.explicitly-stopped") != "true"
-        or name == "on-failure" and found.group(2) != "0" and (not int_or_zero(most) or int_or_zero(count) < int_or_zero(most)))
-    return ("Restarting" if again else "Exited") + found.group(1)
+class Mirror:
+    """Objects of containerd by their names, each kept until an event tells of it. While events are not followed nothing is
+    kept. One thread reads at a time (single flight); those who came before it began share what it reads."""
+
+    # From so many changed objects on, all of them are read, which is one call.
+    FEW = 8
+
+    def __init__(self, feed: EventFeed, read_all: Callable[[], Dict[str, Any]], read_one: Callable[[str], Any]):
+        self.feed, self.read_all, self.read_one = feed, read_all, read_one
+        self.lock = threading.Lock()
+        self.values: Dict[str, Any] = {}
+        self.dirty: set = set()
+        # Whether everything is to be read; when the last reading of everything began.
+        self.stale = True
+        self.began = 0.0
+
+    def invalidate(self, name: str = "") -> None:
+        """One object is no longer as it was, or with "" any may be. Called by the event feed, so it never waits."""
+        if name:
+            self.dirty.add(name)
+        else:
+            self.stale = True
+
+    def get(self) -> Dict[str, Any]:
+        """All objects as they are now; the same dict as before where nothing has changed."""
+        asked = time.monotonic()
+        settled = self.feed.settle()
+        if settled and not self.stale and not self.dirty:
+            return self.values
+        with self.lock:
+            if not settled or self.stale or len(self.dirty) > self.FEW:
+                if self.began <= asked:
+                    self._read_all()
+            else:
+                self._read_dirty()
+            return self.values
+
+    def _read_all(self) -> None:
+        self.began, self.stale = time.monotonic(), False
+        self.dirty.clear()
+        try:
+            self.values = self.read_all()
+        except BaseException:
+            self.stale = True
+            raise
+
+    def _read_dirty(self) -> None:
+        values = dict(self.values)
+        for name in list(self.dirty):
+            # Before it is read: what an event tells from here on is for the next reading.
+            self.dirty.discard(name)
+            try:
+                values[name] = self.read_one(name)
+            except NotFound:
+                values.pop(name, None)
+            except BaseException:
+                self.dirty.add(name)
+                raise
+        self.values = values
 
 
-class Container:
-    """A container as `nerdctl ps` tells it. `id` is what clients know it by, `real` what nerdctl is given; `created` in
-    nanoseconds since 1970; `labels` all of them, nerdctl's own too."""
+class State(NamedTuple):
+    """What a container is doing. `kind` is Docker's word: created, running, paused, restarting, exited or dead; `pid` 0 unless
+    it runs; `exit_code` None before its first end; times in nanoseconds since 1970, None where there is none; `health`
+    starting, healthy, unhealthy or "" for none; `error` why it could not be started, "" for none."""
 
-    __slots__ = ("id", "real", "name", "image", "command", "created", "status", "ports", "runtime", "platform", "labels", "memo", "read_at")
-
-    def __init__(self, row: Dict[str, Any], labels: Dict[str, str]):
-        self.real = row["ID"]
-        self.labels = labels or {}
-        self.id = self.labels.get(LABEL_ID) or self.real
-        self.name = row.get("Names") or self.labels.get("nerdctl/name") or ""
-        self.image = row.get("Image") or ""
-        self.command = row.get("Command") or ""
-        self.created = nanoseconds_of(row.get("CreatedAt") or "") or 0
-        self.status = row.get("Status") or ""
-        self.ports = row.get("Ports") or ""
-        self.runtime = row.get("Runtime") or ""
-        self.platform = row.get("Platform") or ""
-        self.read_at = time.time()
-        # What handlers worked out from this row; gone with it.
-        self.memo: Dict[str, Any] = {}
-
-    def with_status(self, status: str) -> "Container":
-        """The same with another status, and nothing worked out from the one before."""
-        other = copy.copy(self)
-        other.status, other.memo, other.read_at = end_status(status, self.labels), {}, time.time()
-        return other
-
-    def with_labels(self, labels: Dict[str, str]) -> "Container":
-        """The same with other labels, one of which is its name."""
-        other = copy.copy(self)
-        other.labels, other.name, other.memo, other.status = labels, labels.get("nerdctl/name") or self.name, {}, end_status(self.status, labels)
-        return other
+    kind: str
+    pid: int = 0
+    exit_code: Optional[int] = None
+    started_at: Optional[int] = None
+    finished_at: Optional[int] = None
+    health: str = ""
+    error: str = ""
 
     @property
     def running(self) -> bool:
-        """Whether it has a task that runs or is paused."""
-        return self.status.startswith(("Up", "Paused", "Pausing"))
+        """Whether it has a process, paused or not."""
+        return self.kind in ("running", "paused")
+
+
+def restarts_again(labels: Dict[str, str], exit_code: int) -> bool:
+    """Whether containerd's restart monitor will start a container again that ended with this status."""
+    name, _, most = (labels.get("containerd.io/restart.policy") or "always").partition(":")
+    count, limit = int_or_zero(labels.get("containerd.io/restart.count") or ""), int_or_zero(most)
+    return labels.get("containerd.io/restart.status") == "running" and (
+        name == "always" or name == "unless-stopped" and labels.get("containerd.io/restart.explicitly-stopped") != "true"
+        or name == "on-failure" and exit_code != 0 and (not limit or count < limit))
+
+
+def refused_code(error: str) -> int:
+    """The exit code that Docker gives a container whose start failed with these words."""
+    return 127 if re.search("executable file not found|no such file or directory", error) else 126 if "denied" in error else 128
+
+
+def container_state(labels: Dict[str, str], task: Optional[TaskRecord], started_at: Optional[int]) -> State:
+    """The state of a container from its labels, its task and when nerdctl noted that it was started."""
+    if task is None:
+        # nerdctl never takes an error back: only one of this time counts. Without an error the task went with a restart of the
+        # machine, and containerd remembers no more.
+        booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        error = labels.get("nerdctl/error") or "" if started_at and started_at / 1e9 > booted else ""
+        if error:
+            return State("created", exit_code=refused_code(error), error=error)
+        return State("exited", exit_code=0, started_at=started_at) if started_at else State("created")
+    if task.status == "stopped":
+        kind = "restarting" if restarts_again(labels, task.exit_status) else "exited"
+        return State(kind, exit_code=task.exit_status, started_at=started_at, finished_at=task.exited_at or None)
+    kind = {"created": "created", "running": "running", "paused": "paused", "pausing": "paused"}.get(task.status, "dead")
+    if kind not in ("running", "paused"):
+        return State(kind)
+    health = ""
+    with contextlib.suppress(ValueError, AttributeError):
+        health = json.loads(labels.get("nerdctl/healthstate") or "{}").get("Status") or ""
+    return State(kind, task.pid, started_at=started_at or process_start(task.pid), health=health if health != "none" else "")
+
+
+def process_start(pid: int) -> Optional[int]:
+    """When a process was started, in nanoseconds since 1970, to a hundredth of a second; None where it cannot be seen."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+    booted = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    return booted + ticks * 10**9 // os.sysconf("SC_CLK_TCK")
+
+
+def read_json_file(path: str) -> Any:
+    """The value in a JSON file, None where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None
+
+
+class Container:
+    """A container as containerd and nerdctl's files tell it. `id` is what clients know it by, `real` containerd's id;
+    `created` in nanoseconds since 1970; `labels` all of them, nerdctl's own too."""
+
+    def __init__(self, record: ContainerRecord, task: Optional[TaskRecord] = None):
+        self.record, self.task = record, task
+        self.real, self.labels = record.id, record.labels
+        self.id = self.labels.get(LABEL_ID) or self.real
+        self.name = self.labels.get("nerdctl/name") or kubernetes_name(self.labels)
+        self.image, self.runtime, self.created = record.image, record.runtime, record.created_at
+        # What handlers worked out from it; gone with it.
+        self.memo: Dict[str, Any] = {}
+
+    @functools.cached_property
+    def state(self) -> State:
+        """What it is doing."""
+        return container_state(self.labels, self.task, noted_start(self.folder))
 
     @property
-    def state(self) -> str:
-        """created, running, paused, restarting, exited or dead."""
-        word = self.status.split(" ")[0].lower()
-        return {"up": "running", "pausing": "paused", "unknown": "dead", "stopped": "exited"}.get(word, word or "created")
+    def running(self) -> bool:
+        """Whether it has a process, paused or not."""
+        return self.task is not None and self.task.status in ("running", "paused", "pausing")
+
+    @functools.cached_property
+    def spec(self) -> Dict[str, Any]:
+        """The OCI spec, {} where it is none."""
+        with contextlib.suppress(ValueError):
+            found = json.loads(self.record.spec or b"{}")
+            return found if isinstance(found, dict) else {}
+        return {}
+
+    @property
+    def arguments(self) -> List[str]:
+        """The words of its command line."""
+        return (self.spec.get("process") or {}).get("args") or []
+
+    @functools.cached_property
+    def ports(self) -> List[Dict[str, Any]]:
+        """Its published ports as Docker's list. nerdctl keeps them in a file from 2.2 on, and in a label before."""
+        found = None
+        if self.folder:
+            found = (read_json_file(os.path.join(self.folder, "network-config.json")) or {}).get("portMappings")
+        with contextlib.suppress(ValueError):
+            found = found or json.loads(self.labels.get("nerdctl/ports") or "[]")
+        return [{"IP": each.get("HostIP") or "0.0.0.0", "PrivatePort": each.get("ContainerPort") or 0,
+                 "PublicPort": each.get("HostPort") or 0, "Type": each.get("Protocol") or "tcp"} for each in found or []]
 
     @property
     def request(self) -> Dict[str, Any]:
@@ -2059,371 +2420,8 @@ class Container:
         return self.labels.get("nerdctl/state-dir") or ""
 
 
-CONTAINER_ROW = "[{{json .}},{{json .LabelsMap}}]"
-
-
-def steadily(read: Callable[[], List[Any]]) -> List[Any]:
-    """What `read` has of a listing of containers. nerdctl fails as a whole when any of them goes while it lists, so it is
-    asked again then."""
-    for _ in range(10):
-        with contextlib.suppress(NotFound):
-            return read()
-    return read()
-
-
-def parse_containers(rows: List[Any]) -> Dict[str, Container]:
-    """Rows of `ps --no-trunc --format CONTAINER_ROW` as real id -> Container, newest first, without the steps of builds."""
-    return {row["ID"]: Container(row, labels) for row, labels in rows
-            if row.get("ID") and (row.get("Image") or not BUILD_STEP.fullmatch(row["ID"]))}
-
-
-class ContainerTable:
-    """All containers by real id. Containers that events or writes named are read anew one by one, or all together when
-    that is cheaper."""
-
-    FEW = 1
-    # Whoever asks while containers come and go without end is not kept for ever.
-    ROUNDS = 20
-
-    def __init__(self, nerdctl: Nerdctl, feed: EventFeed):
-        self.nerdctl = nerdctl
-        self.feed = feed
-        # Real id -> when it was marked as changed; taken out only after it was read, so that nobody is given what was before.
-        self.changed: Dict[str, int] = {}
-        self.marks = itertools.count(1)
-        self.unlabelled = False
-        self.whole = Cached(self._read_all, lambda: feed.live)
-        self.lock = threading.Lock()
-        self.patching = threading.Lock()
-        self.patched: Dict[str, str] = {}
-        self.gone: Dict[str, None] = {}
-        # Containers that are being made anew under the same id: shown as they were for as long as there is none.
-        self.ghosts: Dict[str, Container] = {}
-        # Those whose place another one takes, or has taken: shown to nobody.
-        self.asides: Dict[str, Container] = {}
-        # Set once all of them have been read.
-        self.read = threading.Event()
-
-    def drop(self, real: str = "") -> None:
-        """One container is no longer as it was, or any may be."""
-        if real:
-            self.changed[real] = next(self.marks)
-        else:
-            self.whole.drop()
-
-    def get(self) -> Dict[str, Container]:
-        """All containers as they are now, by real id, newest first."""
-        table = self._get()
-        if self.ghosts:
-            there = {each.id for each in table.values()}
-            table = {**{each.real: each for each in list(self.ghosts.values()) if each.id not in there}, **table}
-        return table
-
-    def known(self) -> Dict[str, Container]:
-        """All containers as events and our own writes tell of them: ids, names and states are right, something else may not
-        be so yet, and one that somebody else made may not be there. Costs no process while the feed is live."""
-        if self.feed.live and self.whole.valid and not self.ghosts:
-            self.feed.keep()
-            return self.whole.value
-        return self.get()
-
-    def patch(self, real: str, status: str = "", labels: Optional[Dict[str, str]] = None) -> None:
-        """The state or the labels of a container have changed so; its row is still to be read anew."""
-        with self.patching:
-            if status:
-                self.patched[real] = status
-            table = self.whole.value
-            if table and real in table:
-                now = table[real].with_labels(labels) if labels else table[real]
-                self.whole.value = {**table, real: now.with_status(status) if status else now}
-        self.changed[real] = next(self.marks)
-
-    def add(self, container: Container) -> None:
-        """A container was made, of which not everything is known yet."""
-        with self.patching:
-            if self.whole.value is not None:
-                self.whole.value = {container.real: container, **self.whole.value}
-        self.changed[container.real] = next(self.marks)
-
-    def remove(self, real: str) -> None:
-        """A container is gone for good; a reading that is under way may still have it."""
-        with self.patching:
-            self.gone[real] = None
-            if len(self.gone) > 4096:
-                self.gone.pop(next(iter(self.gone)))
-            if self.whole.value is not None:
-                self.whole.value = {key: each for key, each in self.whole.value.items() if key != real}
-        self.changed.pop(real, None)
-
-    def _settled(self, table: Dict[str, Container]) -> Dict[str, Container]:
-        """What was read, with what events told while it was."""
-        self.asides.update({real: each for real, each in table.items() if each.name.startswith(ASIDE)})
-        found = {real: each for real, each in table.items() if real not in self.gone and not each.name.startswith(ASIDE)}
-        for real, status in self.patched.items():
-            if real in found:
-                found[real] = found[real].with_status(status)
-        return found
-
-    def _get(self) -> Dict[str, Container]:
-        self.feed.keep()
-        if not self.changed and self.whole.fresh():
-            return self.whole.value
-        asked = time.monotonic()
-        with self.lock:
-            if len(self.changed) > self.FEW:
-                self.whole.drop()
-            self.whole.get(asked)
-            with self.patching:
-                self.whole.value = self._settled(self.whole.value)
-            for _ in range(self.ROUNDS):
-                marked = list(self.changed.items())
-                if not marked:
-                    break
-                real, mark = marked[0]
-                self.patched.pop(real, None)
-                try:
-                    found = self._read_one(real)
-                except BaseException:
-                    self.whole.drop()
-                    raise
-                with self.patching:
-                    self.whole.value = self._settled(self._with(self.whole.value, real, found))
-                self._unmark([(real, mark)])
-            return self.whole.value
-
-    def _read_all(self) -> Dict[str, Container]:
-        marked = list(self.changed.items())
-        self.patched.clear()
-        found = parse_containers(self._steady_rows())
-        with self.patching:
-            found = self._settled(found)
-        self._unmark(marked)
-        self.read.set()
-        return found
-
-    def _unmark(self, marked: List[Tuple[str, int]]) -> None:
-        """These were read, and need it no more unless they were marked again meanwhile."""
-        for real, mark in marked:
-            if self.changed.get(real) == mark:
-                self.changed.pop(real, None)
-
-    def _steady_rows(self, *options: str) -> List[Any]:
-        return steadily(lambda: self._rows(*options))
-
-    def _rows(self, *options: str) -> List[Any]:
-        arguments = ("ps", "-a", "--no-trunc", *options, "--format")
-        if not self.unlabelled:
-            try:
-                return self.nerdctl.rows(*arguments, CONTAINER_ROW)
-            except ApiError as error:
-                if "LabelsMap" not in str(error):
-                    raise
-                self.unlabelled = True
-        # nerdctl 1.7 has the labels of `ps` only as a string that cannot be taken apart for sure.
-        rows = self.nerdctl.rows(*arguments, "{{json .}}")
-        names = [row["ID"] for row in rows]
-        told = self.nerdctl.rows("container", "inspect", "--mode=native", "--format", "[{{json .ID}},{{json .Labels}}]", "--", *names) if names else []
-        labels = dict(told)
-        return [(row, labels.get(row["ID"])) for row in rows]
-
-    def _read_one(self, real: str) -> Optional[Container]:
-        return parse_containers(self._steady_rows("--filter", "id=" + real)).get(real)
-
-    def _with(self, table: Dict[str, Container], real: str, found: Optional[Container]) -> Dict[str, Container]:
-        result = dict(table)
-        if found is None:
-            result.pop(real, None)
-        elif real in result:
-            result[real] = found
-        else:
-            result = dict(sorted({**result, real: found}.items(), key=lambda item: -item[1].created))
-        return result
-
-
-class Image(NamedTuple):
-    """One name of an image: `name` in full, with registry and tag or digest, as containerd has it; `id` the digest of its
-    target, which is the id clients see."""
-
-    name: str
-    id: str
-
-
 # What nerdctl's push makes for itself and takes away again.
 REDUCED = "-tmp-reduced-platform"
-
-
-class ImageChange:
-    """A change of our own to images: how many events containerd told of each name since it began, and, as nerdctl says,
-    what each name stands for after it."""
-
-    def __init__(self) -> None:
-        self.events: collections.Counter = collections.Counter()
-        self.after: Dict[str, Tuple[str, int]] = {}
-
-    def became(self, name: str, identity: str, events: int = 1) -> None:
-        """A name stands for this digest now, or for nothing when it is ""; nerdctl changed it so many times."""
-        self.after[name] = (identity, events)
-
-    def touched(self, name: str) -> None:
-        """A name may stand for something else now."""
-        self.after[name] = ("", 0)
-
-
-class ImageTable:
-    """All names of images, in the order of the names. Those that events or writes named are read anew by themselves, or all
-    together when that is cheaper; what a write of our own made of a name needs no reading, when the events that came of
-    it are just as many as that write makes: then nobody else changed the name meanwhile."""
-
-    FEW = 8
-    ROUNDS = 20
-    # How long the events of a write that has ended are waited for, in seconds.
-    LATE = 0.1
-
-    def __init__(self, read: Callable[[], List[Image]], inspect: Callable[[List[str]], List[Image]], feed: EventFeed):
-        self.inspect = inspect
-        self.feed = feed
-        self.whole = Cached(lambda: self._read_all(read), lambda: feed.live)
-        # Name -> when it was marked as changed; taken out only after it was read.
-        self.changed: Dict[str, int] = {}
-        self.marks = itertools.count(1)
-        self.edits = 0
-        self.changes: List[ImageChange] = []
-        self.lock = threading.Lock()
-        self.told = threading.Condition()
-
-    def drop(self) -> None:
-        """Any name may have changed."""
-        self.whole.drop()
-
-    def fresh(self) -> bool:
-        """Whether what is known is so."""
-        return not self.changed and self.whole.fresh()
-
-    def stamp(self) -> Tuple:
-        """The same as long as nothing has changed."""
-        return self.whole.began, self.edits
-
-    def get(self) -> List[Image]:
-        """All names as they are now."""
-        self.feed.keep()
-        if self.fresh():
-            return list(self.whole.value.values())
-        asked = time.monotonic()
-        with self.lock:
-            if len(self.changed) > self.FEW:
-                self.whole.drop()
-            self.whole.get(asked)
-            for _ in range(self.ROUNDS):
-                marked = dict(self.changed)
-                if not marked:
-                    break
-                self._read_some(marked)
-            return list(self.whole.value.values())
-
-    def last(self, name: str) -> str:
-        """The id that a name was last known to stand for, "" for none."""
-        known = (self.whole.value or {}).get(name)
-        return known.id if known else ""
-
-    def on_event(self, topic: str, name: str) -> None:
-        """Note what containerd tells of a name."""
-        if name.endswith(REDUCED):
-            return
-        with self.told:
-            for change in self.changes:
-                change.events[name] += 1
-            if not name:
-                self.whole.drop()
-            elif topic != "/images/delete" or not self._put(name, ""):
-                self.changed[name] = next(self.marks)
-            self.told.notify_all()
-
-    @contextlib.contextmanager
-    def changing(self) -> Iterator[ImageChange]:
-        """Context of a write of our own. Whoever reads after it sees it; what it did not tell of makes everything read anew."""
-        change = ImageChange()
-        with self.told:
-            self.changes.append(change)
-        whole = False
-        try:
-            yield change
-            whole = bool(change.after) and self.feed.live
-        finally:
-            with self.told:
-                if whole:
-                    self.told.wait_for(lambda: all(change.events[name] >= count for name, (_, count) in change.after.items()), self.LATE)
-                    self._settle(change)
-                else:
-                    self.whole.drop()
-                self.changes.remove(change)
-
-    def _settle(self, change: ImageChange) -> None:
-        for name, (identity, count) in change.after.items():
-            if count and change.events[name] == count and self._put(name, identity):
-                self.changed.pop(name, None)
-            else:
-                self.changed[name] = next(self.marks)
-
-    def _put(self, name: str, identity: str) -> bool:
-        """Note what a name stands for; False while somebody reads, who may have read it before."""
-        if not self.lock.acquire(blocking=False):
-            return False
-        try:
-            if self.whole.value is not None:
-                self._replace({name: identity})
-            return True
-        finally:
-            self.lock.release()
-
-    def _replace(self, after: Dict[str, str]) -> None:
-        names = {**{name: image.id for name, image in self.whole.value.items()}, **after}
-        self.whole.value = {name: Image(name, names[name]) for name in sorted(names) if names[name]}
-        self.edits += 1
-
-    def _read_all(self, read: Callable[[], List[Image]]) -> Dict[str, Image]:
-        marked = dict(self.changed)
-        found = {image.name: image for image in sorted(read())}
-        self._unmark(marked)
-        return found
-
-    def _read_some(self, marked: Dict[str, int]) -> None:
-        found = {image.name: image.id for image in self.inspect(sorted(marked))}
-        if all(name in found for name in marked):
-            self._replace({name: found[name] for name in marked})
-            self._unmark(marked)
-        else:
-            # It is gone, or its content is.
-            self.whole.drop()
-            self.whole.get()
-
-    def _unmark(self, marked: Dict[str, int]) -> None:
-        with self.told:
-            for name, mark in marked.items():
-                if self.changed.get(name) == mark:
-                    del self.changed[name]
-
-
-def modified(*paths: str) -> Tuple:
-    """A stamp of files and folders, the same as long as nobody has written to them; None in it for a missing one."""
-    stamps = []
-    for path in paths:
-        try:
-            status = os.stat(path)
-            stamps.append((status.st_mtime_ns, status.st_ino, status.st_size))
-        except OSError:
-            stamps.append(None)
-    return tuple(stamps)
-
-
-INSPECT_FORMAT = (
-    '{"ID":{{json .ID}},"Labels":{{json .Labels}},"Image":{{json .Image}},"CreatedAt":{{json .CreatedAt}},'
-    '"Snapshotter":{{json .Snapshotter}},"Runtime":{{json .Runtime.Name}},"Task":{{json .Process}},'
-    '"Spec":{{with .Spec}}{"process":{{json .Process}},"root":{{json .Root}},"hostname":{{json .Hostname}},'
-    '"mounts":{{json .Mounts}},{{with .Linux}}"resources":{{json .Resources}},"namespaces":{{json .Namespaces}},'
-    '"sysctl":{{json .Sysctl}},"cgroupsPath":{{json .CgroupsPath}},"maskedPaths":{{json .MaskedPaths}},'
-    '"readonlyPaths":{{json .ReadonlyPaths}},"devices":{{json .Devices}},{{end}}"domainname":{{json .Domainname}}}'
-    "{{else}}null{{end}}}"
-)
 
 
 def familiar(name: str) -> str:
@@ -2479,17 +2477,6 @@ def parse_reference(text: str, default_tag: str = "latest") -> Reference:
     return Reference(f"{domain}/{path}", tag or ("" if digest else default_tag), digest)
 
 
-def parse_images(rows: List[Any]) -> List[Image]:
-    """Rows of `images --no-trunc --format {{json .}}`: one Image a name (nerdctl prints one a platform)."""
-    found: Dict[str, Image] = {}
-    for row in rows:
-        name = row.get("Name") or f"{row.get('Repository')}:{row.get('Tag')}"
-        # What nerdctl leaves of an image that was removed by force under a running container has no name.
-        if name != ":" and not name.endswith(REDUCED):
-            found.setdefault(name, Image(name, row.get("Digest") or row.get("ID") or ""))
-    return list(found.values())
-
-
 # Names that stand for none: of nerdctl's load, of BuildKit, of Kubernetes (`sha256:…`, the digest of the configuration), and
 # our own for imports and commits without one. containerd keeps no image without a name.
 WORKING_NAME = "nerdctld.invalid/"
@@ -2501,27 +2488,47 @@ def is_nameless(name: str) -> bool:
     return name.endswith(REDUCED) or (name.partition("@")[0] + "/").startswith(NAMELESS) or name.startswith(NAMELESS)
 
 
-def with_health_check(told: Dict[str, Any]) -> Dict[str, Any]:
+class ImageContent(NamedTuple):
+    """What is behind an image's target: the manifest of the platform that is here with its descriptor, the configuration,
+    and the bytes that each of its layers takes unpacked, the lowest first; 0 for one that is not unpacked."""
+
+    descriptor: Dict[str, Any]
+    manifest: Dict[str, Any]
+    config: Dict[str, Any]
+    layer_sizes: Tuple[int, ...]
+
+    @property
+    def layers(self) -> List[Dict[str, Any]]:
+        """The descriptors of its compressed layers."""
+        return self.manifest.get("layers") or []
+
+
+NO_CONTENT = ImageContent({}, {}, {}, ())
+
+
+def with_health_check(config_file: Dict[str, Any]) -> Dict[str, Any]:
     """An image's configuration with the health check that nerdctl keeps as a label, since OCI has no field for it."""
-    config = told.get("config") or {}
+    config = config_file.get("config") or {}
     if "nerdctl/healthcheck" not in (config.get("Labels") or {}):
-        return told
+        return config_file
     labels = dict(config["Labels"])
     with contextlib.suppress(ValueError):
-        return {**told, "config": {**config, "Healthcheck": json.loads(labels.pop("nerdctl/healthcheck")), "Labels": labels}}
-    return told
+        check = json.loads(labels.pop("nerdctl/healthcheck"))
+        return {**config_file, "config": {**config, "Healthcheck": check, "Labels": labels}}
+    return config_file
 
 
 class ImageGroup:
-    """All names of one image. `id` is the digest of its target (an index or a manifest), as in dockerd's containerd
-    store; `detail` what `image inspect --mode=native` tells of it, {} where its content is not at hand."""
+    """All names of one image. `id` is the digest of its target (an index or a manifest), as in dockerd's containerd store;
+    `content` NO_CONTENT where it is not at hand."""
 
-    __slots__ = ("id", "names", "detail")
+    __slots__ = ("id", "target", "names", "updated_at", "content")
 
-    def __init__(self, identity: str):
-        self.id = identity
+    def __init__(self, target: Descriptor):
+        self.id, self.target = target.digest, target
         self.names: List[str] = []
-        self.detail: Dict[str, Any] = {}
+        self.updated_at = 0
+        self.content = NO_CONTENT
 
     @property
     def repo_tags(self) -> List[str]:
@@ -2544,7 +2551,7 @@ class ImageGroup:
     @property
     def config(self) -> Dict[str, Any]:
         """The image's configuration file, {} when unknown."""
-        return with_health_check(self.detail.get("ImageConfig") or {})
+        return self.content.config
 
     @property
     def labels(self) -> Dict[str, str]:
@@ -2552,10 +2559,126 @@ class ImageGroup:
         return (self.config.get("config") or {}).get("Labels") or {}
 
     @property
+    def unpacked_size(self) -> int:
+        """Bytes of its unpacked layers."""
+        return sum(self.content.layer_sizes)
+
+    @property
     def digests(self) -> List[str]:
         """Every digest the image answers to: of its target, its manifest and its configuration."""
-        told = [(self.detail.get(key) or {}).get("digest") for key in ("ManifestDesc", "ImageConfigDesc")]
-        return [self.id, *(each for each in told if each)]
+        found = (self.content.descriptor.get("digest"), (self.content.manifest.get("config") or {}).get("digest"))
+        return [self.id, *(each for each in found if each)]
+
+
+class ImageStore:
+    """Images as containerd has them now. What is behind a digest never changes, so it is read once."""
+
+    # For how long content that was not there is not looked for again, in seconds.
+    ABSENT = 5.0
+
+    def __init__(self, containerd: Containerd, feed: EventFeed, snapshotter: str):
+        self.containerd, self.snapshotter = containerd, snapshotter
+        self.names = Mirror(feed, self._read_names, self._read_name)
+        self.lock = threading.Lock()
+        self.blobs: Dict[str, Any] = {}
+        self.sizes: Dict[str, int] = {}
+        # The names that `groups` were made of, what is known of their content, and until when that may be used.
+        self.grouped: Any = None
+        self.groups: Dict[str, ImageGroup] = {}
+        self.until = 0.0
+
+    def get(self) -> Dict[str, ImageGroup]:
+        """All images by id."""
+        names = self.names.get()
+        if self.grouped is names and time.monotonic() < self.until:
+            return self.groups
+        with self.lock:
+            if self.grouped is not names or time.monotonic() >= self.until:
+                self._group(names)
+            return self.groups
+
+    def _read_names(self) -> Dict[str, ImageRecord]:
+        return {name: image for name, image in self.containerd.list_images().items() if not name.endswith(REDUCED)}
+
+    def _read_name(self, name: str) -> ImageRecord:
+        if name.endswith(REDUCED):
+            raise NotFound(name)
+        return self.containerd.get_image(name)
+
+    def _group(self, names: Dict[str, ImageRecord]) -> None:
+        groups: Dict[str, ImageGroup] = {}
+        for name in sorted(names):
+            group = groups.setdefault(names[name].target.digest, ImageGroup(names[name].target))
+            group.names.append(name)
+            group.updated_at = max(group.updated_at, names[name].updated_at)
+        known = self.groups
+        # The index of an image may get more of its platforms under the same digest, when its record is written anew.
+        wanted = [group for group in groups.values() if group.id not in known or known[group.id].content is NO_CONTENT
+                  or known[group.id].updated_at != group.updated_at]
+        present = self.containerd.list_content() if wanted else set()
+        for identity, group in groups.items():
+            group.content = known[identity].content if identity in known else NO_CONTENT
+        for group in wanted:
+            group.content = self._read_content(group.target, present)
+        self._forget(groups.values())
+        hollow = any(group.content is NO_CONTENT for group in groups.values())
+        self.groups, self.grouped, self.until = groups, names, time.monotonic() + self.ABSENT if hollow else float("inf")
+
+    def _forget(self, groups: Iterable[ImageGroup]) -> None:
+        """Keep only what is behind images that there are."""
+        digests = {digest for group in groups for digest in group.digests}
+        keys = {key for group in groups for key in chain_ids(group.config)}
+        self.blobs = {digest: value for digest, value in self.blobs.items() if digest in digests}
+        self.sizes = {key: size for key, size in self.sizes.items() if key in keys}
+
+    def _blob(self, digest: str) -> Dict[str, Any]:
+        """A manifest or a configuration, {} where it is none."""
+        if digest not in self.blobs:
+            with contextlib.suppress(ValueError):
+                found = json.loads(self.containerd.read_content(digest))
+                self.blobs[digest] = found if isinstance(found, dict) else {}
+        return self.blobs.get(digest) or {}
+
+    def _read_content(self, target: Descriptor, present: set) -> ImageContent:
+        descriptor = {"mediaType": target.media_type, "digest": target.digest, "size": target.size}
+        try:
+            for each in self._manifests(descriptor, present):
+                manifest = self._blob(each["digest"])
+                config = with_health_check(self._blob(manifest["config"]["digest"]))
+                return ImageContent(each, manifest, config, tuple(map(self._layer_size, chain_ids(config))))
+        except (NotFound, KeyError, TypeError, AttributeError):
+            # It was removed while it was read, or is nothing that runs.
+            pass
+        return NO_CONTENT
+
+    def _manifests(self, target: Dict[str, Any], present: set) -> List[Dict[str, Any]]:
+        """The descriptors of the manifests whose content is here: this machine's platform first, attestations last."""
+        if target["digest"] not in present:
+            return []
+        index = self._blob(target["digest"])
+        each = index.get("manifests", [target])
+        found = [one for one in each if one["digest"] in present and self._is_whole(self._blob(one["digest"]), present)]
+        return sorted(found, key=lambda one: (platform_text(one.get("platform")) == "unknown/unknown", not fits_machine(platform_text(one.get("platform")))))
+
+    def _is_whole(self, manifest: Dict[str, Any], present: set) -> bool:
+        return all(each["digest"] in present for each in [manifest["config"], *(manifest.get("layers") or [])])
+
+    def _layer_size(self, key: str) -> int:
+        if key not in self.sizes:
+            with contextlib.suppress(NotFound):
+                self.sizes[key] = self.containerd.snapshot_usage(self.snapshotter, key)
+        return self.sizes.get(key, 0)
+
+
+def chain_ids(config: Dict[str, Any]) -> List[str]:
+    """The keys of an image's snapshots by its configuration, from the lowest layer up."""
+    link = lambda below, layer: "sha256:" + sha256(f"{below} {layer}".encode()).hexdigest()
+    return list(itertools.accumulate((config.get("rootfs") or {}).get("diff_ids") or [], link))
+
+
+def platform_text(platform: Optional[Dict[str, Any]]) -> str:
+    """`linux/arm64/v8` for the platform of a descriptor, "" for none."""
+    return "/".join(filter(None, map((platform or {}).get, ("os", "architecture", "variant"))))
 
 
 def made_up_id(name: str) -> str:
@@ -2563,12 +2686,12 @@ def made_up_id(name: str) -> str:
     return sha256(f"nerdctld network {name}".encode()).hexdigest()
 
 
-def parse_network(row: Dict[str, Any]) -> Dict[str, Any]:
-    """A row of `network inspect --mode=native` as Docker shows a network, without its members."""
-    native = row.get("CNI") or {}
+def parse_network(native: Dict[str, Any], written: int) -> Dict[str, Any]:
+    """A CNI configuration list that nerdctl wrote as Docker shows a network, without its members. It has no time of
+    making but that at which its file was written, in nanoseconds since 1970."""
     name, plugin = native.get("name") or "", (native.get("plugins") or [{}])[0]
     driver = {"host": "host", "none": "null"}.get(name) or plugin.get("type") or "bridge"
-    labels = row.get("NerdctlLabels") or native.get("nerdctlLabels") or {}
+    labels = native.get("nerdctlLabels") or {}
     config = []
     for each in itertools.chain.from_iterable((plugin.get("ipam") or {}).get("ranges") or []):
         entry = {"Subnet": each.get("subnet") or "", "Gateway": each.get("gateway") or "", "IPRange": labels.get("nerdctld/ip-range") or ""}
@@ -2579,7 +2702,7 @@ def parse_network(row: Dict[str, Any]) -> Dict[str, Any]:
     if name == "bridge":
         options = {"com.docker.network.bridge.default_bridge": "true", "com.docker.network.bridge.name": plugin.get("bridge") or "nerdctl0"}
     return {
-        "Name": name, "Id": row.get("NerdctlID") or made_up_id(name), "Created": file_time(row.get("File") or ""), "Scope": "local",
+        "Name": name, "Id": native.get("nerdctlID") or made_up_id(name), "Created": whole_seconds(written), "Scope": "local",
         "Driver": driver, "EnableIPv4": True, "EnableIPv6": any(":" in each.get("Subnet", "") for each in config),
         "IPAM": {"Driver": "default", "Options": None if name in ("bridge", "host", "none") else {}, "Config": config or None},
         "Internal": driver == "bridge" and not plugin.get("isGateway"), "Attachable": False, "Ingress": False,
@@ -2591,29 +2714,24 @@ def parse_network(row: Dict[str, Any]) -> Dict[str, Any]:
 ANONYMOUS = "com.docker.volume.anonymous"
 
 
-def parse_volume(row: Dict[str, Any]) -> Dict[str, Any]:
-    """A row of `volume inspect` as Docker shows a volume. Those that nerdctl made for a container carry no label, but a
-    name that nobody would type."""
-    labels, options = row.get("Labels") or {}, None
-    if not labels and re.fullmatch(r"[0-9a-f]{64}", row.get("Name") or ""):
+def parse_volume(name: str, config: Any, mountpoint: str, written: int) -> Dict[str, Any]:
+    """A volume as Docker shows it, from the volume.json that nerdctl wrote, and when. Those that nerdctl made for a container
+    carry no label, but a name that nobody would type."""
+    labels, options = (config.get("labels") if isinstance(config, dict) else None) or {}, None
+    if not labels and re.fullmatch(r"[0-9a-f]{64}", name):
         labels = {ANONYMOUS: ""}
     with contextlib.suppress(ValueError):
         options = json.loads(labels.get("nerdctld/options") or "null")
-    mountpoint = row.get("Mountpoint") or ""
     return {
-        "CreatedAt": row.get("CreatedAt") or file_time(os.path.join(os.path.dirname(mountpoint), "volume.json")), "Driver": "local",
+        "CreatedAt": whole_seconds(written), "Driver": "local",
         "Labels": {key: value for key, value in labels.items() if not key.startswith(HIDDEN_LABELS)} or None, "Mountpoint": mountpoint,
-        "Name": row.get("Name") or "", "Options": options, "Scope": "local",
+        "Name": name, "Options": options, "Scope": "local",
     }
 
 
-def file_time(path: str) -> str:
-    """When a file was last written, to the second: nerdctl notes no time of making for networks and volumes. The zero
-    time for a file that cannot be seen from here."""
-    try:
-        return rfc3339(int(os.stat(path).st_mtime) * 10**9)
-    except OSError:
-        return ZERO_TIME
+def whole_seconds(nanoseconds: int) -> str:
+    """A time to the second, the zero time for 0: nerdctl notes no time of making for networks and volumes."""
+    return rfc3339(nanoseconds // 10**9 * 10**9 if nanoseconds else None)
 
 
 def config_folder(name: str) -> str:
@@ -2645,164 +2763,133 @@ def data_root() -> str:
     return nerdctl_settings().get("data_root") or os.path.join(base, "nerdctl")
 
 
-def kept_networks(*folders: str) -> List[Dict[str, Any]]:
-    """The networks that nerdctl keeps in these folders, as `network inspect --mode=native` tells them but for their members.
-    OSError or ValueError for what cannot be read from here, or is none."""
-    rows = []
-    for folder in folders:
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-            path = os.path.join(folder, name)
-            if not name.endswith((".conf", ".conflist", ".json")) or os.path.isdir(path):
-                continue
+def noted_start(folder: str) -> Optional[int]:
+    """When nerdctl noted that a container was last started, in nanoseconds since 1970; None when never or not known."""
+    found = read_json_file(os.path.join(folder, "lifecycle.json")) if folder else None
+    started = nanoseconds_of(str(found.get("started_at") or "")) if isinstance(found, dict) else None
+    return started if started and started > 0 else None
+
+
+def kubernetes_name(labels: Dict[str, str]) -> str:
+    """The name that nerdctl shows for a container of Kubernetes, "" for any other."""
+    parts = [labels.get("io.kubernetes." + key) for key in ("pod.namespace", "pod.name", "container.name")]
+    return "k8s://" + "/".join(filter(None, parts)) if parts[0] else ""
+
+
+class Kept:
+    """A value that was read, kept for some seconds: for what changes seldom and sends no event."""
+
+    def __init__(self, read: Callable[[], Any], seconds: float):
+        self.read, self.seconds = read, seconds
+        self.lock = threading.Lock()
+        self.value: Any = None
+        self.until = 0.0
+
+    def get(self) -> Any:
+        """The value."""
+        with self.lock:
+            if time.monotonic() >= self.until:
+                self.value = self.read()
+                self.until = time.monotonic() + self.seconds
+            return self.value
+
+
+class JsonFiles:
+    """The values of JSON files by their paths, each read anew when the file was written."""
+
+    def __init__(self) -> None:
+        self.known: Dict[str, Tuple[Tuple[int, ...], Any]] = {}
+
+    def get(self, path: str) -> Tuple[Any, int]:
+        """The value of a file and when it was written, in nanoseconds since 1970. OSError or ValueError where it has none."""
+        found = os.stat(path)
+        stamp = (found.st_mtime_ns, found.st_ino, found.st_size)
+        known = self.known.get(path)
+        if known is None or known[0] != stamp:
             with open(path, "rb") as file:
-                native = json.load(file)
-            if not (isinstance(native, dict) and isinstance(native.get("name"), str) and isinstance(native.get("plugins"), list)):
-                raise ValueError(path)
-            identity = native.get("nerdctlID")
-            rows.append({"CNI": native, "NerdctlID": identity if isinstance(identity, str) else None, "File": path})
-    return rows
+                known = self.known[path] = (stamp, json.load(file))
+            if len(self.known) > 4096:
+                self.known.clear()
+        return known[1], found.st_mtime_ns
 
 
-class Snapshot:
-    """What reads are answered from: filled from nerdctl when asked, dropped by events and by our own writes. Nothing is
-    kept while the event feed is not live."""
+class Inventory:
+    """What there is: containers and images as containerd tells them, networks and volumes as nerdctl's files do. Each answer
+    is what is so when it is asked for."""
 
-    AGE = 5.0
+    def __init__(self, nerdctl: Nerdctl, containerd: Containerd, feed: EventFeed):
+        self.nerdctl, self.containerd = nerdctl, containerd
+        self.records = Mirror(feed, self._read_containers, self._read_container)
+        self.images = ImageStore(containerd, feed, nerdctl.snapshotter)
+        self.files = JsonFiles()
+        # Tools are replaced seldom, and the machine is what it is.
+        self.tools = Kept(self._read_tools, 30.0)
+        self.machine = Kept(self._read_machine, 30.0)
+        # Containers whose last run ended for want of memory.
+        self.out_of_memory: set = set()
+        # By the ids that clients know: containers that are being made anew, shown as they were as long as there is no other.
+        self.replaced: Dict[str, Container] = {}
 
-    def __init__(self, nerdctl: Nerdctl, feed: EventFeed):
-        self.nerdctl = nerdctl
-        self.feed = feed
-        self.containers = ContainerTable(nerdctl, feed)
-        self.names = ImageTable(self._read_images, self._inspect_images, feed)
-        self.groups = Cached(self._group_images, self.names.fresh, self.names.stamp)
-        self.details: Dict[str, Dict[str, Any]] = {}
-        # Images whose content is not here, and when that was seen.
-        self.hollow: Dict[str, float] = {}
-        self.version = Cached(self._read_version, lambda: self._recent(self.version))
-        self.info = Cached(self._read_info, lambda: self._recent(self.info))
-        self.networks = Cached(self._read_networks, lambda: True, self._network_stamp)
-        self.volumes = Cached(self._read_volumes, lambda: True, self._volume_stamp)
+    def _read_containers(self) -> Dict[str, Container]:
+        records, tasks = self.containerd.list_containers(), self.containerd.list_tasks()
+        return {record.id: Container(record, tasks.get(record.id)) for record in records if not self._is_build_step(record)}
 
-    def _network_stamp(self) -> Any:
-        """Changes whenever nerdctl beside us changes a network; never the same twice where that cannot be seen."""
-        folder = cni_folder()
-        stamp = modified(folder, os.path.join(folder, self.nerdctl.namespace))
-        return stamp if stamp[0] and self.nerdctl.local else object()
+    def _read_container(self, real: str) -> Container:
+        record = self.containerd.get_container(real)
+        if self._is_build_step(record):
+            raise NotFound(real)
+        return Container(record, self.containerd.get_task(real))
 
-    @property
-    def store(self) -> str:
-        """nerdctl's own folder for this containerd: the hash of its address is in the name."""
-        address = self.nerdctl.address.replace("unix://", "", 1) or "/run/containerd/containerd.sock"
-        return os.path.join(data_root(), sha256(os.path.realpath(address).encode()).hexdigest()[:8])
+    def _is_build_step(self, record: ContainerRecord) -> bool:
+        return not record.image and BUILD_STEP.fullmatch(record.id) is not None
 
-    def _volume_stamp(self) -> Any:
-        """The same for volumes."""
-        stamp = modified(os.path.join(self.store, "volumes", self.nerdctl.namespace))
-        return stamp if stamp[0] and self.nerdctl.local else object()
-
-    def _read_networks(self) -> Dict[str, Dict[str, Any]]:
-        """Docker-shaped networks by name; bridge, host and none are always among them."""
-        found = {each["Name"]: each for each in map(parse_network, self._network_rows())}
-        for name in ("bridge", "host", "none"):
-            found.setdefault(name, parse_network({"CNI": {"name": name}}))
-        return {name: found[name] for name in sorted(found)}
-
-    def _network_rows(self) -> List[Dict[str, Any]]:
-        folder = cni_folder()
-        if self.nerdctl.keeps and os.path.isdir(folder):
-            # nerdctl's own `network inspect` inspects every container that runs in one, 13 ms each.
-            with contextlib.suppress(OSError, ValueError):
-                return kept_networks(folder, os.path.join(folder, self.nerdctl.namespace))
-        names = [row["Name"] for row in self.nerdctl.rows("network", "ls", "--format", "{{json .}}")
-                 # These two are nothing but names, and nerdctl 1.7 refuses to inspect them.
-                 if row.get("Name") not in (None, "", "host", "none")]
-        return self.nerdctl.rows("network", "inspect", "--mode=native", "--format", "{{json .}}", "--", *names) if names else []
-
-    def _read_volumes(self) -> Dict[str, Dict[str, Any]]:
-        """Docker-shaped volumes by name."""
-        names = [row["Name"] for row in self.nerdctl.rows("volume", "ls", "--format", "{{json .}}") if row.get("Name")]
-        if not names:
-            return {}
-        return {each["Name"]: each for each in map(parse_volume, self.nerdctl.rows("volume", "inspect", "--format", "{{json .}}", "--", *names))}
-
-    # What sends no event is believed for a short time.
-    def _recent(self, kept: Cached) -> bool:
-        return time.monotonic() - kept.began < self.AGE
-
-    def _read_version(self) -> Dict[str, Any]:
-        rows = self.nerdctl.rows("version", "--format", "{{json .}}", timeout=10)
-        return rows[0] if rows else {}
-
-    def _read_info(self) -> Dict[str, Any]:
-        rows = self.nerdctl.rows("info", "--format", "{{json .}}", timeout=20)
-        return rows[0] if rows else {}
-
-    def _read_images(self) -> List[Image]:
-        return parse_images(self.nerdctl.rows("images", "--no-trunc", "--format", "{{json .}}"))
-
-    def _group_images(self) -> Dict[str, ImageGroup]:
-        groups: Dict[str, ImageGroup] = {}
-        for image in self.names.get():
-            groups.setdefault(image.id, ImageGroup(image.id)).names.append(image.name)
-        soon = time.monotonic() - self.AGE
-        self._read_details([group for identity, group in groups.items() if identity not in self.details and self.hollow.get(identity, 0.0) < soon])
-        self.details = {identity: self.details[identity] for identity in groups if identity in self.details}
-        self.hollow = {identity: self.hollow[identity] for identity in groups if identity in self.hollow}
-        for identity, group in groups.items():
-            group.detail = self.details.get(identity, {})
-        return groups
-
-    def _read_details(self, groups: List[ImageGroup]) -> None:
-        """What is behind a digest never changes, so it is read once."""
-        for start in range(0, len(groups), 50):
-            part = groups[start:start + 50]
-            self._inspect_images([group.names[0] for group in part])
-            missing = [group for group in part if group.id not in self.details]
-            for group in missing if len(part) > 1 else ():
-                self._inspect_images(group.names[:1])
-        self.hollow.update({group.id: time.monotonic() for group in groups if group.id not in self.details})
-
-    def _inspect_images(self, names: List[str]) -> List[Image]:
-        """Read the details of images; what these names stand for (and the other names of the same images), without those
-        that are gone or whose content is."""
-        output = self.nerdctl.output("image", "inspect", "--mode=native", "--format", "{{json .}}", "--", *names)
-        found = []
-        for line in output.stdout.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                image = Image(entry["Image"]["Name"], entry["Image"]["Target"]["digest"])
-                self.details[image.id] = entry
-                found.append(image)
-        return found
-
-    def on_event(self, event: Optional[ContainerdEvent]) -> None:
-        """Drop what an event of containerd makes untrue; everything when the feed begins or breaks."""
+    def note(self, event: Optional[ContainerdEvent]) -> None:
+        """Heed an event: what it names is read anew when it is next asked for."""
         if event is None:
-            self.containers.drop()
-            self.names.drop()
+            self.records.invalidate()
+            self.images.names.invalidate()
         elif event.topic.startswith("/images/"):
-            self.names.on_event(event.topic, event.payload.get("name") or "")
-        elif event.container and not event.topic.startswith("/tasks/exec-"):
-            status = {"/tasks/start": "Up", "/tasks/paused": "Paused", "/tasks/resumed": "Up"}.get(event.topic)
-            if event.topic == "/tasks/exit":
-                if event.payload.get("id") not in (None, "", event.container):
-                    return
-                status = f"Exited ({event.payload.get('exit_status') or 0}) Less than a second ago"
-            if event.topic == "/containers/delete":
-                self.containers.remove(event.container)
-            elif status or event.topic == "/containers/update":
-                self.containers.patch(event.container, status or "", typed(event.payload.get("labels"), dict, "labels"))
-            else:
-                self.containers.drop(event.container)
+            self.images.names.invalidate(event.payload.get("name") or "")
+        elif event.container and not event.topic.startswith("/tasks/exec-") and (event.topic != "/tasks/exit" or event.ends_container):
+            if event.topic == "/tasks/oom":
+                self.out_of_memory.add(event.container)
+            elif event.topic in ("/tasks/start", "/containers/delete"):
+                self.out_of_memory.discard(event.container)
+            self.records.invalidate(event.container)
 
-    def image_groups(self) -> Dict[str, ImageGroup]:
-        """All images by id."""
-        self.feed.keep()
-        return self.groups.get()
+    def containers(self) -> Dict[str, Container]:
+        """All containers by containerd's id."""
+        table = self.records.get()
+        if self.replaced or any(each.name.startswith(ASIDE) for each in table.values()):
+            table = {real: each for real, each in table.items() if not each.name.startswith(ASIDE)}
+            there = {each.id for each in table.values()}
+            table.update({each.real: each for each in list(self.replaced.values()) if each.id not in there})
+        return table
+
+    def asides(self) -> List[Container]:
+        """Containers whose place another one takes, or has taken: shown to nobody."""
+        return [each for each in self.records.get().values() if each.name.startswith(ASIDE)]
+
+    def container(self, name: str) -> Container:
+        """The container of an id, a name, `/name` or the beginning of an id; 404 and 400 with dockerd's words."""
+        wanted = name.lstrip("/")
+        if not wanted:
+            raise BadParameter("invalid container name or ID: value is empty")
+        prefixed = []
+        for each in self.containers().values():
+            if wanted in (each.id, each.name, each.real):
+                return each
+            if each.id.startswith(wanted):
+                prefixed.append(each)
+        if len(prefixed) == 1:
+            return prefixed[0]
+        if prefixed:
+            raise BadParameter(f"multiple IDs found with provided prefix: {wanted}")
+        raise NotFound(f"No such container: {wanted}")
 
     def image(self, name: str) -> ImageGroup:
         """The image of a name, a digest, an id or the beginning of one; 404 with dockerd's words."""
-        groups = self.image_groups()
+        groups = self.images.get()
         with contextlib.suppress(BadParameter):
             wanted = parse_reference(name)
             for group in groups.values():
@@ -2821,41 +2908,48 @@ class Snapshot:
                 raise BadParameter(f"ambiguous image ID prefix: {name}")
         raise NotFound(f"No such image: {with_tag(name)}")
 
-    def container(self, name: str) -> Container:
-        """The container of an id, a name, `/name` or the beginning of an id; 404 and 400 with dockerd's words."""
-        return self._choose(self.containers.get(), name)
+    @property
+    def store(self) -> str:
+        """nerdctl's own folder for this containerd: the hash of its address is in the name."""
+        return os.path.join(data_root(), sha256(os.path.realpath(self.containerd.address).encode()).hexdigest()[:8])
 
-    def find(self, name: str) -> Container:
-        """The same for something to be done to it: whatever is named by its whole id or its name needs no new reading,
-        since its state is known from events."""
-        wanted = name.lstrip("/")
-        found = [each for each in self.containers.known().values() if wanted in (each.id, each.name)] if wanted else []
-        return found[0] if len(found) == 1 else self.container(name)
+    def networks(self) -> Dict[str, Dict[str, Any]]:
+        """Networks as Docker shows them, by name; bridge, host and none are always among them."""
+        found = {}
+        for row in self._network_files(cni_folder()) + self._network_files(os.path.join(cni_folder(), self.nerdctl.namespace)):
+            found[row["Name"]] = row
+        for name in ("bridge", "host", "none"):
+            found.setdefault(name, parse_network({"name": name}, 0))
+        return {name: found[name] for name in sorted(found)}
 
-    def _choose(self, table: Dict[str, Container], name: str) -> Container:
-        wanted = name.lstrip("/")
-        if not wanted:
-            raise BadParameter("invalid container name or ID: value is empty")
-        prefixed = []
-        for each in table.values():
-            if wanted in (each.id, each.name, each.real):
-                return each
-            if each.id.startswith(wanted):
-                prefixed.append(each)
-        if len(prefixed) == 1:
-            return prefixed[0]
-        if prefixed:
-            raise BadParameter(f"multiple IDs found with provided prefix: {wanted}")
-        raise NotFound(f"No such container: {wanted}")
+    def _network_files(self, folder: str) -> List[Dict[str, Any]]:
+        rows = []
+        with contextlib.suppress(OSError):
+            for name in sorted(os.listdir(folder)):
+                if name.endswith((".conf", ".conflist", ".json")):
+                    with contextlib.suppress(OSError, ValueError):
+                        config, written = self.files.get(os.path.join(folder, name))
+                        if isinstance(config, dict) and isinstance(config.get("name"), str) and isinstance(config.get("plugins"), list):
+                            rows.append(parse_network(config, written))
+        return rows
 
-    def detail(self, container: Container) -> Dict[str, Any]:
-        """The native inspect of a container, shaped by INSPECT_FORMAT."""
-        if "detail" not in container.memo:
-            rows = self.nerdctl.rows("container", "inspect", "--mode=native", "--format", INSPECT_FORMAT, "--", container.real)
-            if not rows:
-                raise NotFound(f"No such container: {container.id}")
-            container.memo["detail"] = rows[0]
-        return container.memo["detail"]
+    def volumes(self) -> Dict[str, Dict[str, Any]]:
+        """Volumes as Docker shows them, by name."""
+        folder, found = os.path.join(self.store, "volumes", self.nerdctl.namespace), {}
+        with contextlib.suppress(OSError):
+            for name in sorted(os.listdir(folder)):
+                with contextlib.suppress(OSError, ValueError):
+                    config, written = self.files.get(os.path.join(folder, name, "volume.json"))
+                    found[name] = parse_volume(name, config, os.path.join(folder, name, "_data"), written)
+        return found
+
+    def _read_tools(self) -> Dict[str, Any]:
+        rows = self.nerdctl.rows("version", "--format", "{{json .}}", timeout=10)
+        return rows[0] if rows else {}
+
+    def _read_machine(self) -> Dict[str, Any]:
+        rows = self.nerdctl.rows("info", "--format", "{{json .}}", timeout=20)
+        return rows[0] if rows else {}
 
 
 def with_tag(name: str) -> str:
@@ -2881,9 +2975,9 @@ class Tasks:
     # How long the event of what nerdctl has done may take, and the end of what was killed; in seconds.
     LATE, DYING = 2.0, 5.0
 
-    def __init__(self, feed: EventFeed, snapshot: Snapshot):
+    def __init__(self, feed: EventFeed, inventory: Inventory):
         self.feed = feed
-        self.snapshot = snapshot
+        self.inventory = inventory
         self.condition = threading.Condition()
         self.count = 1
         self.starts: Dict[str, int] = {}
@@ -2892,7 +2986,6 @@ class Tasks:
         self.reals: Dict[str, str] = {}
         # The count when something may have happened that no event told of.
         self.missed = 0
-        feed.listeners.append(self.on_event)
 
     def now(self) -> int:
         """The count as it stands."""
@@ -2904,19 +2997,18 @@ class Tasks:
             self.count += 1
             self.condition.notify_all()
 
-    def on_event(self, event: Optional[ContainerdEvent]) -> None:
+    def note(self, event: Optional[ContainerdEvent]) -> None:
         """Note an event of the feed."""
         with self.condition:
             self.count += 1
             if event is None:
                 self.missed = self.count
-            else:
-                if event.topic == "/tasks/start":
-                    self._note(self.starts, event.container, self.count)
-                elif event.topic == "/tasks/exec-started":
-                    self._note(self.execs, event.container, self.count)
-                elif event.topic == "/tasks/exit" and event.payload.get("id") in (None, "", event.container):
-                    self._note(self.ends, event.container, (self.count, event.payload.get("exit_status") or 0))
+            elif event.topic == "/tasks/start":
+                self._note(self.starts, event.container, self.count)
+            elif event.topic == "/tasks/exec-started":
+                self._note(self.execs, event.container, self.count)
+            elif event.ends_container:
+                self._note(self.ends, event.container, (self.count, event.payload.get("exit_status") or 0))
             self.condition.notify_all()
 
     def failed(self, real: str, status: int) -> None:
@@ -2963,9 +3055,9 @@ class Tasks:
                 status = self._status(container, condition, since, began)
                 failures = 0
             except ApiError:
-                # Too late for another answer than the status: a nerdctl that fails once on a busy machine is asked again.
+                # Too late for another answer than the status: a containerd that is being restarted is asked again.
                 failures += 1
-                if failures > 20:
+                if failures > 50:
                     raise
                 time.sleep(0.1)
                 continue
@@ -2976,9 +3068,6 @@ class Tasks:
                     # Without the feed somebody has to look.
                     self.condition.wait(30.0 if self.feed.live else 0.2)
         return None
-
-    def _look(self, container: Container) -> Optional[Container]:
-        return next((each for each in self.snapshot.containers.get().values() if each.id == container.id), None)
 
     def _last_end(self, container: Container, condition: str, since: int) -> Optional[Tuple[int, int]]:
         """The end that events have told of and that meets the condition: its place in the count and the exit status."""
@@ -2995,72 +3084,101 @@ class Tasks:
         last = self._last_end(container, condition, since)
         if last and condition != "removed":
             return last[1]
-        now = self._look(container)
-        if now is None and container.real not in self.snapshot.containers.gone:
-            # nerdctl's list now and then leaves a container out while its task begins or ends.
-            time.sleep(0.1)
-            self.snapshot.containers.drop()
-            now = self._look(container)
+        now = next((each for each in self.inventory.containers().values() if each.id == container.id), None)
         if now is None:
-            # It may have ended, and been removed, while it was looked for.
-            with self.condition:
-                self.condition.wait_for(lambda: self._last_end(container, condition, since), 1.0 if self.feed.live else 0.0)
-                last = self._last_end(container, condition, since)
+            last = self._last_end(container, condition, since)
             return last[1] if last else 0
-        if condition == "removed" or now.running or now.state == "restarting":
+        state = now.state
+        if condition == "removed" or state.running or state.kind == "restarting":
             return None
-        try:
-            task = ((self.snapshot.detail(now).get("Task") or {}).get("Status")) or {}
-        except NotFound:
-            # It went meanwhile, or is being made anew: to be looked at again.
-            return None
-        if condition == "not-running" or (nanoseconds_of(task.get("ExitTime") or "") or 0) > began:
-            return task.get("ExitStatus") or 0
+        if condition == "not-running" or (state.finished_at or 0) > began:
+            return state.exit_code or 0
         return None
 
 
 class Engine:
-    """What handlers share: nerdctl, the event feed, Docker's events and the snapshot."""
+    """What handlers share: nerdctl, containerd, the events, and what there is."""
 
-    def __init__(self, nerdctl: Nerdctl):
-        self.nerdctl = nerdctl
+    def __init__(self, nerdctl: Nerdctl, containerd: Containerd):
+        self.nerdctl, self.containerd = nerdctl, containerd
         self.workspace = Workspace()
-        self.feed = EventFeed(nerdctl)
+        self.feed = EventFeed(containerd, self.handle)
         self.journal = Journal()
-        self.snapshot = Snapshot(nerdctl, self.feed)
+        self.inventory = Inventory(nerdctl, containerd, self.feed)
         self.started = time.time()
         self.lock = threading.Lock()
         self.closing = threading.Event()
-        self.tasks = Tasks(self.feed, self.snapshot)
+        self.tasks = Tasks(self.feed, self.inventory)
         # By the ids that clients know: what holds a container's streams, and who waits for its start.
         self.sessions: Dict[str, Any] = {}
         self.waiting: Dict[str, List[Any]] = {}
         self.execs: Dict[str, Any] = {}
-        # Containers that files were copied into, that are being made anew, that are being restarted.
+        # Containers that files were copied into before their first start, by the ids that clients know.
         self.touched: set = set()
         # Containers that ended and were taken out of networks then, and which these are.
         self.apart: Dict[str, set] = {}
-        # Ports of the host that were given to containers lately: the rows of `ps` may not tell them yet.
+        # Ports of the host that were given to containers lately: what was just created may not be listed yet.
         self.picked: collections.deque = collections.deque(maxlen=256)
-        self.replaced: Dict[str, str] = {}
+        # Ids that clients know of containers that are being restarted.
         self.restarts: collections.Counter = collections.Counter()
         self.caretaker: Any = None
         self.hosts = Hosts(self)
         self.quiet: collections.Counter = collections.Counter()
-        self.known: Dict[str, Tuple[str, Dict[str, str]]] = {}
-        # What events that are kept tell of containers that were removed.
-        self.departed: Dict[str, Tuple[str, Dict[str, str]]] = {}
+        # containerd's id -> id and attributes in events, as last seen, of containers there are and of those that were removed.
+        self.actors: Dict[str, Tuple[str, Dict[str, str]]] = {}
         self.begun: Dict[str, int] = {}
         # Containers behind an id that clients know by another: their making and going is no event.
         self.hidden: Dict[str, None] = {}
-        # Real ids of containers that are being stopped. One event is told after the other, also by handlers.
+        # containerd's ids of containers that are being stopped.
         self.stopping: set = set()
-        self.telling = threading.RLock()
-        self.feed.listeners.append(self.on_event)
+        # By containerd's id: what is to be done as soon as a container's task has been made, with its process id.
+        self.on_task_created: Dict[str, Callable[[int], None]] = {}
+        # What follows an event and may take its time, one after the other.
+        self.later: queue.Queue = queue.Queue()
+        threading.Thread(target=self._do_later, name="later", daemon=True).start()
+
+    def handle(self, event: Optional[ContainerdEvent]) -> None:
+        """An event of containerd, or None where some may have been missed. Always in this order: what is known is given up,
+        auto-removal, health checks and Docker's events are put in line, and who waits looks again."""
+        if event is not None and event.topic == "/tasks/create" and event.container in self.on_task_created:
+            self.on_task_created[event.container](event.payload.get("pid") or 0)
+        self.inventory.note(event)
+        self.later.put(functools.partial(self._follow_up, event))
+        self.tasks.note(event)
+
+    def _do_later(self) -> None:
+        while True:
+            task = self.later.get()
+            if task is None:
+                return
+            try:
+                task()
+            except ApiError as error:
+                log(str(error))
+            except Exception:
+                log(traceback.format_exc())
+
+    def settle(self, timeout: float = 2.0) -> None:
+        """Wait until everything that has happened by now was told as Docker's events."""
+        self.feed.settle()
+        done = threading.Event()
+        self.later.put(done.set)
+        done.wait(timeout)
+
+    def _follow_up(self, event: Optional[ContainerdEvent]) -> None:
+        if self.caretaker:
+            self.caretaker.on_event(event)
+        self.hosts.on_event(event)
+        if event is None:
+            return
+        if event.topic.startswith("/images/"):
+            self._image_event(event)
+        elif event.container:
+            self._container_event(event)
 
     def busy(self) -> bool:
         """Whether something depends on the daemon although no request is running."""
-        return self.feed.needs > 0 or bool(self.sessions) or any(each.running for each in list(self.execs.values()))
+        return bool(self.sessions) or any(each.running for each in list(self.execs.values())) or bool(self.caretaker and self.caretaker.cared)
 
     def leave_session(self, identity: str, session: Any) -> None:
         """A session holds a container's streams no more; one that came after it stays."""
@@ -3083,17 +3201,16 @@ class Engine:
         """End everything that was started and remove every temporary file."""
         self.hang_up()
         self.feed.close()
+        self.later.put(None)
         self.nerdctl.end_all()
         self.workspace.remove()
 
     @contextlib.contextmanager
-    def changing_images(self) -> Iterator[ImageChange]:
-        """Context of our own change to images, which is told what it made of their names: what containerd says meanwhile is
-        told by the handler in Docker's words."""
+    def changing_images(self) -> Iterator[None]:
+        """Context of our own change to images: what containerd says meanwhile is told by the handler in Docker's words."""
         self._count(self.quiet, "images", 1)
         try:
-            with self.snapshot.names.changing() as change:
-                yield change
+            yield
         finally:
             # The events of the change itself come a little later.
             timer = threading.Timer(0.3, self._count, (self.quiet, "images", -1))
@@ -3113,7 +3230,7 @@ class Engine:
         try:
             yield
         finally:
-            self.snapshot.containers.drop(container.real)
+            self.inventory.records.invalidate(container.real)
 
     def add_waiting(self, identity: str, attachment: Any) -> None:
         """A client waits for the start of a container."""
@@ -3136,16 +3253,14 @@ class Engine:
     def replacing(self, container: Container) -> Iterator[None]:
         """Context in which a container is made anew under the id that clients know: for them it is there all the time."""
         with self.lock:
-            if container.id in self.replaced:
+            if container.id in self.inventory.replaced:
                 raise Conflict(f"container {container.id} is being started already")
-            self.replaced[container.id] = container.real
-        self.snapshot.containers.ghosts[container.id] = container
+            self.inventory.replaced[container.id] = container
         self.hidden[container.real] = None
         try:
             yield
         finally:
-            self.snapshot.containers.ghosts.pop(container.id, None)
-            self.replaced.pop(container.id, None)
+            self.inventory.replaced.pop(container.id, None)
 
     @contextlib.contextmanager
     def restarting(self, container: Container) -> Iterator[None]:
@@ -3166,24 +3281,17 @@ class Engine:
         self.touched.discard(container.id)
         self.apart.pop(container.id, None)
         with self.lock:
-            self.departed[container.real] = self.actor(container)
-            for real in list(self.departed)[:-Journal.KEPT]:
-                del self.departed[real]
             for identity in [each.id for each in self.execs.values() if each.container.id == container.id]:
                 self.execs.pop(identity, None)
 
-    def actor(self, container: Container, **more: str) -> Tuple[str, Dict[str, str]]:
+    def actor(self, container: Container) -> Tuple[str, Dict[str, str]]:
         """Id and attributes of a container in an event: its labels, image and name."""
-        return container.id, {**container.visible_labels, "image": container.image, "name": container.name, **more}
+        return container.id, {**container.visible_labels, "image": container.image, "name": container.name}
 
     def tell(self, container: Container, action: str, **more: str) -> None:
-        """Emit an event of a container."""
-        with self.telling:
-            identity, attributes = self.actor(container)
-            if not container.runtime:
-                # Just made, and not read yet.
-                attributes = self.known.get(container.real, (identity, attributes))[1]
-            self.journal.emit("container", action, identity, {**attributes, **more})
+        """Tell an event of a container, after those that have happened before."""
+        identity, attributes = self.actor(container)
+        self.later.put(functools.partial(self.journal.emit, "container", action, identity, {**attributes, **more}, time.time_ns()))
 
     @contextlib.contextmanager
     def being_stopped(self, container: Container, number: int) -> Iterator[None]:
@@ -3195,32 +3303,22 @@ class Engine:
         finally:
             self.stopping.discard(container.real)
 
-    def on_event(self, event: Optional[ContainerdEvent]) -> None:
-        """Pass on an event of containerd, and tell Docker's event for it. Only while somebody listens are containers and
-        images looked up, since that costs a process."""
-        with self.telling:
-            name = (event.payload.get("name") or "") if event and event.topic.startswith("/images/") else ""
-            before = self.snapshot.names.last(name) if name else ""
-            self.snapshot.on_event(event)
-            if name and self.quiet["images"] <= 0 and not is_nameless(name):
-                self._image_event(event, name, before)
-            elif event and event.container:
-                self._container_event(event)
-
-    def _image_event(self, event: ContainerdEvent, name: str, identity: str) -> None:
-        action = {"/images/create": "tag", "/images/delete": "untag"}.get(event.topic)
-        if action == "tag" and self.journal.queues:
+    def _image_event(self, event: ContainerdEvent) -> None:
+        action, name = {"/images/create": "tag", "/images/delete": "untag"}.get(event.topic), event.payload.get("name") or ""
+        if action is None or self.quiet["images"] > 0 or is_nameless(name):
+            return
+        identity = ""
+        if action == "tag":
             with contextlib.suppress(ApiError):
-                identity = next((each.id for each in self.snapshot.names.get() if each.name == name), "")
-        if action:
-            self.journal.emit("image", action, identity or familiar(name), {"name": familiar(name)}, event.time)
+                identity = self.containerd.get_image(name).target.digest
+        self.journal.emit("image", action, identity or familiar(name), {"name": familiar(name)}, event.time)
 
     def _container_event(self, event: ContainerdEvent) -> None:
         action = {
             "/containers/create": "create", "/tasks/start": "start", "/tasks/exit": "die", "/tasks/paused": "pause",
             "/tasks/resumed": "unpause", "/tasks/oom": "oom", "/containers/delete": "destroy",
         }.get(event.topic)
-        if action is None or (action == "die" and event.payload.get("id") not in (None, "", event.container)):
+        if action is None or (action == "die" and not event.ends_container):
             return
         identity, attributes = self._actor_of(event.container, gone=action == "destroy")
         if (action == "destroy" and self.hidden.pop(event.container, self) is None) or (action == "create" and identity != event.container):
@@ -3233,35 +3331,19 @@ class Engine:
             began = self.begun.pop(event.container, event.time)
             attributes = {**attributes, "exitCode": str(event.payload.get("exit_status") or 0),
                           "execDuration": str(max(0, event.time - began) // 10**9)}
-        elif action == "destroy":
-            self.known.pop(event.container, None)
         self.journal.emit("container", action, identity, attributes, event.time)
-
-    def completed(self, kept: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
-        """Kept events, those of containers with what is known of them: nobody asked while nobody listened."""
-        actors: Optional[Dict[str, Tuple[str, Dict[str, str]]]] = None
-        for event in kept:
-            actor = event["Actor"]
-            if event["Type"] == "container" and "name" not in actor["Attributes"]:
-                if actors is None:
-                    actors = dict(self.departed)
-                    with contextlib.suppress(ApiError):
-                        for container in self.snapshot.containers.get().values():
-                            actors[container.real] = actors[container.id] = self.actor(container)
-                identity, attributes = actors.get(actor["ID"], (actor["ID"], {}))
-                event = {**event, "Actor": {"ID": identity, "Attributes": {**attributes, **actor["Attributes"]}}}
-            yield event
 
     def _actor_of(self, real: str, gone: bool) -> Tuple[str, Dict[str, str]]:
         """Id and attributes of a container that an event names, as they were last known where it is gone."""
-        if not self.journal.queues:
-            return self.known.get(real, (real, {}))
         if not gone:
             with contextlib.suppress(ApiError):
-                container = self.snapshot.containers.known().get(real) or self.snapshot.containers.get().get(real)
+                container = self.inventory.containers().get(real)
                 if container:
-                    self.known[real] = self.actor(container)
-        return self.known.get(real, (real, {}))
+                    self.actors.pop(real, None)
+                    self.actors[real] = self.actor(container)
+                    for old in list(self.actors)[:-4 * Journal.KEPT]:
+                        del self.actors[old]
+        return self.actors.get(real, (real, {}))
 
 
 ###############################################################################
@@ -3321,7 +3403,7 @@ def system_version(engine: Engine, request: Request) -> Response:
     """Versions of this daemon, nerdctl, containerd, runc and buildctl; answers also where they are missing or down."""
     told, problem = {}, ""
     try:
-        told = engine.snapshot.version.get()
+        told = engine.inventory.tools.get()
     except ApiError as error:
         problem = str(error)
     return Response(200, docker_version(told, problem, request.version))
@@ -3329,7 +3411,7 @@ def system_version(engine: Engine, request: Request) -> Response:
 
 def count_states(containers: Iterable[Container]) -> Dict[str, int]:
     """Numbers of containers, in all and by state, under the names `info` has for them."""
-    states = [each.state for each in containers]
+    states = [each.state.kind for each in containers]
     running, paused = states.count("running") + states.count("restarting"), states.count("paused")
     return {"Containers": len(states), "ContainersRunning": running, "ContainersPaused": paused,
             "ContainersStopped": len(states) - running - paused}
@@ -3375,20 +3457,22 @@ def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
 @route("GET", "/info")
 def system_info(engine: Engine, request: Request) -> Response:
     """The state of the engine as nerdctl tells it, with the numbers of containers and images; 503 without containerd."""
-    info = docker_info(engine.snapshot.info.get(), (engine.snapshot.version.get().get("Client") or {}).get("Version") or "")
-    info.update(count_states(engine.snapshot.containers.get().values()))
-    server = engine.snapshot.version.get().get("Server") or {}
+    # 503 where there is no containerd, whatever was known of the machine.
+    version, _ = engine.containerd.version()
+    machine, tools = engine.inventory.machine.get(), engine.inventory.tools.get()
+    info = docker_info({**machine, "ServerVersion": version, "ID": engine.containerd.uuid()}, (tools.get("Client") or {}).get("Version") or "")
+    info.update(count_states(engine.inventory.containers().values()))
+    server = tools.get("Server") or {}
     for each in server.get("Components") or []:
         if each.get("Name") == "runc":
             info["RuncCommit"] = {"ID": each.get("Version") or ""}
-    engine.feed.keep()
     info.update({
-        "Images": len(engine.snapshot.image_groups()), "SystemTime": rfc3339(time.time_ns()), "Debug": engine.nerdctl.debug,
+        "Images": len(engine.inventory.images.get()), "SystemTime": rfc3339(time.time_ns()), "Debug": engine.nerdctl.debug,
         "NFd": len(os.listdir("/proc/self/fd")), "NGoroutines": threading.active_count(), "NEventsListener": len(engine.journal.queues),
         "DockerRootDir": data_root(), "HttpProxy": os.environ.get("HTTP_PROXY", ""), "HttpsProxy": os.environ.get("HTTPS_PROXY", ""),
         "NoProxy": os.environ.get("NO_PROXY", ""),
     })
-    info["Containerd"]["Address"] = engine.nerdctl.address or "/run/containerd/containerd.sock"
+    info["Containerd"]["Address"] = engine.containerd.address
     info["Containerd"]["Namespaces"]["Containers"] = engine.nerdctl.namespace
     return Response(200, info)
 
@@ -3520,8 +3604,9 @@ def system_events(engine: Engine, request: Request) -> Response:
     lead = b"\x1e" if media_type == "application/json-seq" else b""
 
     def chunks() -> Iterator[bytes]:
-        with engine.journal.subscribe() as (kept, new), engine.feed.needed(), request.client.when_gone(lambda: new.put(None)):
-            for event in engine.completed(kept) if since is not None else ():
+        engine.settle()
+        with engine.journal.subscribe() as (kept, new), request.client.when_gone(lambda: new.put(None)):
+            for event in kept if since is not None else ():
                 when = event["timeNano"] / 1e9
                 if when >= since and (until is None or when <= until) and match_event(event, filters):
                     yield lead + json_bytes(docker_event(event, request.version)) + b"\n"
@@ -3556,21 +3641,17 @@ def seconds_or_zero(text: str) -> int:
 
 def docker_descriptor(group: ImageGroup) -> Dict[str, Any]:
     """The OCI descriptor of an image's target."""
-    target = ((group.detail.get("Image") or {}).get("Target")) or {}
-    found = {"mediaType": target.get("mediaType") or "application/vnd.oci.image.manifest.v1+json", "digest": group.id,
-             "size": target.get("size") or 0}
-    return found
+    return {"mediaType": group.target.media_type or "application/vnd.oci.image.manifest.v1+json", "digest": group.id, "size": group.target.size}
 
 
 def content_size(group: ImageGroup) -> int:
     """Bytes of an image's compressed layers, configuration and manifest."""
-    manifest = group.detail.get("Manifest") or {}
-    return sum(each.get("size") or 0 for each in [*(manifest.get("layers") or []), manifest.get("config") or {}, group.detail.get("ManifestDesc") or {}])
+    return sum(each.get("size") or 0 for each in [*group.content.layers, group.content.manifest.get("config") or {}, group.content.descriptor])
 
 
 def image_size(group: ImageGroup) -> int:
     """Bytes an image takes, unpacked and compressed, as dockerd's containerd store counts them."""
-    return (group.detail.get("size") or 0) + content_size(group)
+    return group.unpacked_size + content_size(group)
 
 
 def docker_platform(group: ImageGroup) -> Dict[str, str]:
@@ -3584,11 +3665,11 @@ def docker_platform(group: ImageGroup) -> Dict[str, str]:
 
 def docker_manifests(group: ImageGroup, containers: List[str]) -> List[Dict[str, Any]]:
     """The `Manifests` of an image: the one whose content is here, with its sizes and the containers made of it."""
-    manifest = group.detail.get("ManifestDesc") or {}
+    manifest = group.content.descriptor
     if not manifest:
         return []
     descriptor = {"mediaType": manifest.get("mediaType") or "", "digest": manifest.get("digest") or "", "size": manifest.get("size") or 0}
-    unpacked, content = group.detail.get("size") or 0, content_size(group)
+    unpacked, content = group.unpacked_size, content_size(group)
     return [{
         "ID": descriptor["digest"], "Descriptor": descriptor, "Available": True, "Kind": "image",
         "Size": {"Content": content, "Total": content + unpacked},
@@ -3660,8 +3741,8 @@ def flag_filter(filters: Dict[str, List[str]], name: str, default: Optional[bool
 def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[str, List[str]]) -> List[ImageGroup]:
     """The images that pass the filters of list and prune."""
     dangling = flag_filter(filters, "dangling")
-    before = [seconds_or_zero(engine.snapshot.image(each).config.get("created") or "") for each in filters.get("before") or []]
-    since = [seconds_or_zero(engine.snapshot.image(each).config.get("created") or "") for each in filters.get("since") or []]
+    before = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "") for each in filters.get("before") or []]
+    since = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "") for each in filters.get("since") or []]
     until = until_limit(filters.get("until") or [])
     found = []
     for group in groups:
@@ -3681,8 +3762,7 @@ def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[st
 def shared_sizes(groups: Iterable[ImageGroup]) -> Dict[str, int]:
     """Image id -> bytes of the layers it has in common with another one (compressed, as the registry counts them)."""
     uses: collections.Counter = collections.Counter()
-    layers = {group.id: {each["digest"]: each.get("size") or 0 for each in (group.detail.get("Manifest") or {}).get("layers") or []}
-              for group in groups}
+    layers = {group.id: {each["digest"]: each.get("size") or 0 for each in group.content.layers} for group in groups}
     for each in layers.values():
         uses.update(each.keys())
     return {identity: sum(size for digest, size in each.items() if uses[digest] > 1) for identity, each in layers.items()}
@@ -3690,9 +3770,9 @@ def shared_sizes(groups: Iterable[ImageGroup]) -> Dict[str, int]:
 
 def image_users(engine: Engine) -> Dict[str, List[str]]:
     """Image id -> ids of the containers made of it."""
-    by_name = {name: group.id for group in engine.snapshot.image_groups().values() for name in group.names}
+    by_name = {name: group.id for group in engine.inventory.images.get().values() for name in group.names}
     found: Dict[str, List[str]] = {}
-    for container in engine.snapshot.containers.get().values():
+    for container in engine.inventory.containers().values():
         identity = by_name.get(container.image)
         if identity:
             found.setdefault(identity, []).append(container.id)
@@ -3708,7 +3788,7 @@ def image_list(engine: Engine, request: Request) -> Response:
     filters = request.filters(*IMAGE_FILTERS)
     if request.version < (1, 41) and request.value("filter"):
         filters["reference"] = [request.value("filter")]
-    groups = filter_images(engine, engine.snapshot.image_groups().values(), filters)
+    groups = filter_images(engine, engine.inventory.images.get().values(), filters)
     shared = shared_sizes(groups) if request.flag("shared-size") else {}
     users = image_users(engine) if request.flag("manifests") or request.flag("shared-size") else {}
     rows = []
@@ -3742,7 +3822,6 @@ def docker_image(group: ImageGroup, version: Tuple[int, int]) -> Dict[str, Any]:
     """An image as `/images/{name}/json` shows it."""
     config = group.config
     history = config.get("history") or []
-    updated = (group.detail.get("Image") or {}).get("UpdatedAt") or ZERO_TIME
     size = image_size(group)
     image = {
         "Id": group.id, "RepoTags": group.repo_tags, "RepoDigests": group.repo_digests, "Parent": "",
@@ -3752,7 +3831,7 @@ def docker_image(group: ImageGroup, version: Tuple[int, int]) -> Dict[str, Any]:
         "Os": config.get("os") or "", "Size": size,
         "GraphDriver": {"Data": None, "Name": "overlayfs"},
         "RootFS": {"Type": "layers", "Layers": (config.get("rootfs") or {}).get("diff_ids") or []},
-        "Metadata": {"LastTagTime": updated},
+        "Metadata": {"LastTagTime": rfc3339(group.updated_at or None)},
     }
     if config.get("variant"):
         image["Variant"] = config["variant"]
@@ -3786,7 +3865,7 @@ def check_platform(group: ImageGroup, text: str, name: str) -> None:
 @route("GET", "/images/{image}/json")
 def image_inspect(engine: Engine, request: Request, name: str) -> Response:
     """One image; 404 when there is none of that name, id or platform."""
-    group = engine.snapshot.image(name)
+    group = engine.inventory.image(name)
     check_platform(group, request.value("platform"), name)
     image = docker_image(group, request.version)
     if request.flag("manifests") and request.version >= (1, 48):
@@ -3811,24 +3890,14 @@ def docker_history(group: ImageGroup, sizes: List[int]) -> List[Dict[str, Any]]:
 @route("GET", "/images/{image}/history")
 def image_history(engine: Engine, request: Request, name: str) -> Response:
     """How an image was made, a row a step; sizes as unpacked."""
-    group = engine.snapshot.image(name)
+    group = engine.inventory.image(name)
     check_platform(group, request.value("platform"), name)
-    rows = group.detail.get("History")
-    if rows is None:
-        rows = engine.nerdctl.rows("history", "--no-trunc", "--format", "{{json .}}", "--", group.names[0])
-        # Kept like the rest of what is behind a digest.
-        group.detail["History"] = rows
-    # nerdctl gives a size to each step; those of steps with a layer are in the order of the history.
-    steps = list(reversed(group.config.get("history") or []))
-    sizes = [size_bytes(row.get("Size") or "") for row, step in zip(rows, steps) if not step.get("empty_layer")]
-    return Response(200, docker_history(group, sizes))
+    return Response(200, docker_history(group, list(reversed(group.content.layer_sizes))))
 
 
 PROGRESS_LINE = re.compile(
     r"(?P<kind>manifest|config|layer|index|attestation)-(?P<digest>sha256:[0-9a-f]+):?\s+(?P<state>[a-z ]+?)\s*"
     r"(?:\|.*\|\s*(?:(?P<current>[\d.]+ ?[KMGT]?i?B)/(?P<total>[\d.]+ ?[KMGT]?i?B))?\s*)?$")
-# Below the layers, a line for each name that was set: the descriptor it stands for.
-TARGET_LINE = re.compile(r"application/[\w.+-]+ (sha256:[0-9a-f]{64})\s*$", re.M)
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 PULL_WORDS = {"waiting": "Waiting", "downloading": "Downloading", "extracting": "Extracting", "resolving": "Waiting", "resolved": "Waiting",
               "complete": "Pull complete", "done": "Pull complete", "already exists": "Already exists", "exists": "Already exists"}
@@ -3843,14 +3912,9 @@ class ProgressTable:
         self.words = words
         self.told: Dict[str, Tuple] = {}
         self.done: set = set()
-        # What the names that nerdctl has set stand for.
-        self.targets: Dict[str, None] = {}
 
     def messages(self, line: str) -> List[Dict[str, Any]]:
         """The messages that a line of output makes due, [] for most."""
-        target = TARGET_LINE.match(line)
-        if target:
-            self.targets[target.group(1)] = None
         found = PROGRESS_LINE.search(ANSI.sub("", line).rstrip())
         if not found or found.group("kind") not in ("layer", "config"):
             return []
@@ -3956,16 +4020,11 @@ def registry_path(reference: Reference) -> str:
 def pull_image(engine: Engine, request: Request, reference: Reference, platform: str,
                environment: Optional[Dict[str, str]]) -> Iterator[bytes]:
     """Pull one reference; yields Docker's messages."""
-    before = {name: group.id for group in engine.snapshot.image_groups().values() for name in group.names}.get(reference.name)
+    before = {name: group.id for group in engine.inventory.images.get().values() for name in group.names}.get(reference.name)
     begin = {"status": f"Pulling from {registry_path(reference)}", "id": reference.tag or reference.digest}
-    with engine.changing_images() as change:
-        table = ProgressTable(PULL_WORDS)
-        yield from run_progress(engine, request, pull_args(reference, platform), environment, table, begin)
-        if len(table.targets) == 1 and not platform:
-            change.became(reference.name, *table.targets)
-        else:
-            change.touched(reference.name)
-    group = engine.snapshot.image(reference.name)
+    with engine.changing_images():
+        yield from run_progress(engine, request, pull_args(reference, platform), environment, ProgressTable(PULL_WORDS), begin)
+    group = engine.inventory.image(reference.name)
     name = familiar(reference.name)
     yield message_line({"status": f"Digest: {group.id}"})
     word = "Image is up to date" if before == group.id else "Downloaded newer image"
@@ -4166,12 +4225,10 @@ def feed_process(process: Process, request: Request) -> None:
 def remove_extra_names(engine: Engine, base: str, before: Iterable[str]) -> None:
     """Take away the names `base@sha256:…` that nerdctl's load and import leave beside the ones asked for."""
     known = set(before)
-    extra = [image.name for image in engine.snapshot.names.get() if image.name not in known and image.name.startswith(base + "@sha256:")]
+    extra = [name for name in engine.inventory.images.names.get() if name not in known and name.startswith(base + "@sha256:")]
     if extra:
-        with engine.changing_images() as change:
+        with engine.changing_images():
             engine.nerdctl.output("rmi", "--", *extra)
-            for name in extra:
-                change.became(name, "")
 
 
 def parse_loaded(text: str) -> List[str]:
@@ -4181,31 +4238,15 @@ def parse_loaded(text: str) -> List[str]:
     return list(dict.fromkeys(told))
 
 
-def note_loaded(change: ImageChange, text: str, extra: str) -> None:
-    """Tell what a load made of the names, as far as its output says so: the names `extra@sha256:…`, which it sets beside the
-    others, have their digest in them, and what is left is of the others when it is one. nerdctl sets a name as often as it
-    says that it was loaded."""
-    often = collections.Counter(re.findall(r"^Loaded image: (\S+)", text, re.M))
-    names = parse_loaded(text)
-    own = {name: name.partition("@")[2] for name in names if name.startswith(extra + "@sha256:")}
-    left = set(TARGET_LINE.findall(ANSI.sub("", text))) - set(own.values())
-    for name in names:
-        identity = own.get(name) or (next(iter(left)) if len(left) == 1 else "")
-        if identity and often[name]:
-            change.became(name, identity, often[name])
-        else:
-            change.touched(name)
-
-
 def loaded_names(engine: Engine, told: List[str], before: Iterable[str]) -> List[str]:
     """The names with a tag that an archive brought. nerdctl now and then ends before it has told all of them, so new names
     count too, and where there are none the one that the index of the archive has."""
-    known, after = set(before), [image.name for image in engine.snapshot.names.get()]
+    known, after = set(before), list(engine.inventory.images.names.get())
     found = [name for name in [*told, *(each for each in after if each not in known)] if "@sha256:" not in name]
-    groups = {} if found else engine.snapshot.image_groups()
+    groups = {} if found else engine.inventory.images.get()
     for name in [] if found else told:
-        manifest = groups[name.partition("@")[2]].detail.get("ManifestDesc") if name.partition("@")[2] in groups else {}
-        noted = ((manifest or {}).get("annotations") or {}).get("io.containerd.image.name")
+        group = groups.get(name.partition("@")[2])
+        noted = ((group.content.descriptor if group else {}).get("annotations") or {}).get("io.containerd.image.name")
         found += [noted] if noted in after else []
     return list(dict.fromkeys(found))
 
@@ -4217,8 +4258,8 @@ def image_load(engine: Engine, request: Request) -> Response:
     arguments = ["load", *([f"--platform={platform_words(platform)}"] if platform else ["--all-platforms"])]
 
     def chunks() -> Iterator[bytes]:
-        before = [image.name for image in engine.snapshot.names.get()]
-        with engine.changing_images() as change:
+        before = list(engine.inventory.images.names.get())
+        with engine.changing_images():
             # Not ended when the client leaves: that is seen when the body breaks off, and what has come whole is loaded.
             with engine.nerdctl.start(*arguments, stdin=subprocess.PIPE) as process:
                 taken, told = 0, time.monotonic()
@@ -4237,12 +4278,11 @@ def image_load(engine: Engine, request: Request) -> Response:
                 process.close_stdin()
                 text = b"".join(iter(process.read, b"")).decode(errors="replace")
                 process.check()
-            note_loaded(change, text, "import")
         loaded = parse_loaded(text)
         named = loaded_names(engine, loaded, before)
         if named:
             remove_extra_names(engine, "import", before)
-        names = {name: group for group in engine.snapshot.image_groups().values() for name in group.names}
+        names = {name: group for group in engine.inventory.images.get().values() for name in group.names}
         for each in named or loaded:
             group = names.get(each) or names.get(each.partition(" ")[0])
             if "@sha256:" in each:
@@ -4319,7 +4359,7 @@ def image_import(engine: Engine, request: Request) -> Response:
         arguments.append(f"--platform={platform_words(request.value('platform'))}")
 
     def chunks() -> Iterator[bytes]:
-        before = [image.name for image in engine.snapshot.names.get()]
+        before = list(engine.inventory.images.names.get())
         working = target.name if target and not lines else f"{WORKING_NAME}import:{os.urandom(8).hex()}"
         with engine.changing_images():
             with engine.nerdctl.start(*arguments, "--", source, working, stdin=subprocess.PIPE, client=request.client) as process:
@@ -4345,7 +4385,7 @@ def image_import(engine: Engine, request: Request) -> Response:
                 finally:
                     if target:
                         engine.nerdctl.output("rmi", "--force", "--", working)
-        group = engine.snapshot.image((target.name if target else working))
+        group = engine.inventory.image((target.name if target else working))
         engine.journal.emit("image", "import", group.id, {"name": familiar(target.name) if target else group.id})
         yield message_line({"status": group.id})
 
@@ -4357,14 +4397,14 @@ def expand_names(engine: Engine, name: str) -> List[str]:
     with contextlib.suppress(BadParameter):
         reference = parse_reference(name, "")
         if not reference.tag and not reference.digest and not re.fullmatch(r"(sha256:)?[0-9a-f]{12,64}", name):
-            found = [each for group in engine.snapshot.image_groups().values() for each in group.names
+            found = [each for group in engine.inventory.images.get().values() for each in group.names
                      if each.startswith(reference.repository + ":") and "@" not in each]
             if found:
                 return found
         full = parse_reference(name).name
-        if any(full in group.names for group in engine.snapshot.image_groups().values()):
+        if any(full in group.names for group in engine.inventory.images.get().values()):
             return [full]
-    return engine.snapshot.image(name).names[:1]
+    return engine.inventory.image(name).names[:1]
 
 
 ARCHIVE_END = bytes(1024)
@@ -4406,7 +4446,7 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     wanted = list(dict.fromkeys(each for name in names for each in expand_names(engine, name)))
     if platform:
         for name in wanted:
-            check_platform(engine.snapshot.image(name), platform, name)
+            check_platform(engine.inventory.image(name), platform, name)
     arguments = ["save", *([f"--platform={platform_words(platform)}"] if platform else []), "--", *wanted]
 
     def chunks() -> Iterator[bytes]:
@@ -4414,7 +4454,7 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
         for name in wanted:
             # Too late for an error: somebody may have removed it meanwhile.
             with contextlib.suppress(ApiError):
-                engine.journal.emit("image", "save", engine.snapshot.image(name).id, {"name": familiar(name)})
+                engine.journal.emit("image", "save", engine.inventory.image(name).id, {"name": familiar(name)})
 
     return Response(200, Stream(chunks(), primed=True), "application/x-tar")
 
@@ -4463,12 +4503,9 @@ def delete_conflict(group: ImageGroup, name: str, users: List[Container], by_nam
 
 def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: bool) -> List[Dict[str, str]]:
     """Remove names of an image, with one nerdctl; what was untagged and, with the last name, deleted."""
-    with engine.changing_images() as change:
+    with engine.changing_images():
         engine.nerdctl.run("rmi", *(["--force"] if force else []), "--", *names)
-        # By force it leaves an image without a name under a running container.
-        for name in names if not force else ():
-            change.became(name, "")
-    left = engine.snapshot.image_groups().get(group.id)
+    left = engine.inventory.images.get().get(group.id)
     told = [{"Untagged": familiar(name)} for name in names if not name.startswith(("moby-dangling@", "import@", WORKING_NAME))]
     for name in names:
         engine.journal.emit("image", "untag", group.id, {"name": familiar(name)})
@@ -4481,13 +4518,13 @@ def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: boo
 @route("DELETE", "/images/{image}")
 def image_delete(engine: Engine, request: Request, name: str) -> Response:
     """Remove a name of an image, or by its id all of them; 409 while a container needs it."""
-    group, force = engine.snapshot.image(name), request.flag("force")
+    group, force = engine.inventory.image(name), request.flag("force")
     full = ""
     with contextlib.suppress(BadParameter):
         full = parse_reference(name).name
     by_name = full in group.names
     names = [full] if by_name else list(group.names)
-    users = [each for each in engine.snapshot.containers.get().values() if each.image in group.names]
+    users = [each for each in engine.inventory.containers().values() if each.image in group.names]
     delete_conflict(group, name, [each for each in users if not by_name or each.image == full or len(group.names) == 1], by_name, force)
     return Response(200, remove_image(engine, group, names, force or bool(users)))
 
@@ -4502,7 +4539,7 @@ def image_prune(engine: Engine, request: Request) -> Response:
         filters["dangling"] = ["true"]
     users = image_users(engine)
     deleted, reclaimed = [], 0
-    for group in filter_images(engine, list(engine.snapshot.image_groups().values()), filters):
+    for group in filter_images(engine, list(engine.inventory.images.get().values()), filters):
         if group.id not in users:
             with contextlib.suppress(ApiError):
                 told = remove_image(engine, group, list(group.names), False)
@@ -4515,14 +4552,13 @@ def image_prune(engine: Engine, request: Request) -> Response:
 @route("POST", "/images/{image}/tag")
 def image_tag(engine: Engine, request: Request, name: str) -> Response:
     """Give an image another name; 201, also when it has it already."""
-    group = engine.snapshot.image(name)
+    group = engine.inventory.image(name)
     repository, tag = request.value("repo"), request.value("tag")
     target = parse_reference(f"{repository}:{tag}" if tag else repository)
     if target.digest:
         raise BadParameter("refusing to create a tag with a digest reference")
-    with engine.changing_images() as change:
+    with engine.changing_images():
         engine.nerdctl.run("tag", "--", group.names[0], target.name)
-        change.became(target.name, group.id)
     engine.journal.emit("image", "tag", group.id, {"name": familiar(target.name)})
     return Response(201)
 
@@ -4535,7 +4571,7 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
     if tag:
         reference = parse_reference(f"{reference.repository}:{tag}")
     names = [reference.name] if reference.tag else None
-    groups = {each: group for group in engine.snapshot.image_groups().values() for each in group.names}
+    groups = {each: group for group in engine.inventory.images.get().values() for each in group.names}
     if names is None:
         names = sorted(each for each in groups if each.startswith(reference.repository + ":") and "@" not in each)
     if not names or names[0] not in groups:
@@ -4557,7 +4593,7 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
                     pushed = re.findall(r"reduced-platform image \(([^,]+), (sha256:[0-9a-f]{64})\)", process.error_text())
                 group, short = groups[each], each.rpartition(":")[2]
                 digest = pushed[-1][1] if pushed else group.id
-                size = docker_descriptor(group)["size"] if digest == group.id else (group.detail.get("ManifestDesc") or {}).get("size") or 0
+                size = docker_descriptor(group)["size"] if digest == group.id else group.content.descriptor.get("size") or 0
                 yield message_line({"status": f"{short}: digest: {digest} size: {size}"})
                 yield message_line({"progressDetail": {}, "aux": {"Tag": short, "Digest": digest, "Size": size}})
                 engine.journal.emit("image", "push", familiar(each), {"name": familiar(each)})
@@ -4574,18 +4610,18 @@ def image_save(engine: Engine, request: Request, name: str) -> Response:
 @route("POST", "/commit")
 def image_commit(engine: Engine, request: Request) -> Response:
     """Make an image of a container; 201 with its id. Changes beyond CMD and ENTRYPOINT need BuildKit."""
-    container = engine.snapshot.container(request.value("container"))
+    container = engine.inventory.container(request.value("container"))
     config = request.json()
     repository, tag = request.value("repo"), request.value("tag")
     target = parse_reference(f"{repository}:{tag}" if tag and repository else repository).name if repository else ""
     lines = change_lines(request.values("changes")) + config_changes(config)
-    if container.state == "created":
+    if container.state.kind == "created":
         raise NotImplementedHere("nerdctl can only commit a container that was started once")
     own = [line for line in lines if re.match(r"(CMD|ENTRYPOINT)\s*\[", line, re.I)]
     working = target or f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
     arguments = [f"--message={request.value('comment')}", f"--author={request.value('author')}",
                  f"--pause={'true' if request.flag('pause', True) else 'false'}"]
-    with engine.changing_images() as change:
+    with engine.changing_images():
         if len(own) == len(lines):
             engine.nerdctl.run("commit", *arguments, *(f"--change={line}" for line in lines), "--", container.real, working, timeout=600, waits=True)
         else:
@@ -4595,9 +4631,7 @@ def image_commit(engine: Engine, request: Request) -> Response:
                 apply_changes(engine, before, working, lines)
             finally:
                 engine.nerdctl.output("rmi", "--force", "--", before)
-                change.touched(before)
-        change.touched(working)
-    group = engine.snapshot.image(working)
+    group = engine.inventory.image(working)
     engine.tell(container, "commit", comment=request.value("comment"), imageID=group.id, imageRef=familiar(target))
     return Response(201, {"Id": group.id})
 
@@ -4630,7 +4664,7 @@ def config_changes(config: Dict[str, Any]) -> List[str]:
 @route("GET", "/images/{image}/attestations")
 def image_attestations(engine: Engine, request: Request, name: str) -> Response:
     """Attestations of an image: nerdctl keeps the content of none, so there are none to show."""
-    engine.snapshot.image(name)
+    engine.inventory.image(name)
     return Response(200, [])
 
 
@@ -4901,7 +4935,7 @@ def image_build(engine: Engine, request: Request) -> Response:
                     raise_unavailable(last)
                     yield message_line(build_failure(last))
                     return
-        group = engine.snapshot.image(names[0])
+        group = engine.inventory.image(names[0])
         for name in names if tags else ():
             engine.journal.emit("image", "tag", group.id, {"name": familiar(name)})
         if quiet:
@@ -4978,81 +5012,22 @@ def build_prune(engine: Engine, request: Request) -> Response:
 # Containers
 ###############################################################################
 
-AGO = re.compile(r"(?:about )?(an?|less than a|\d+) (second|minute|hour|day|week|month|year)s?", re.I)
-UNIT_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800, "month": 2592000, "year": 31536000}
-PORT_RANGE = re.compile(r"(?:(?P<ip>.*):)?(?P<host>\d+)(?:-(?P<host_end>\d+))?->(?P<port>\d+)(?:-(?P<end>\d+))?(?:/(?P<kind>\w+))?")
 REQUEST_PART = 3900
 
 
-def parse_ports(text: str) -> List[Dict[str, Any]]:
-    """The `Ports` of nerdctl's ps (`0.0.0.0:8000-8001->80-81/tcp, …`) as Docker's list. Of several in a row it tells the
-    address only with the first and the protocol only with the last: `0.0.0.0:1->80, 2->80/tcp`."""
-    ports: List[Dict[str, Any]] = []
-    untold: List[Dict[str, Any]] = []
-    address = "0.0.0.0"
-    for found in filter(None, (PORT_RANGE.fullmatch(part.strip()) for part in text.split(","))):
-        first, host = int(found.group("port")), int(found.group("host"))
-        address = (found.group("ip") or address).strip("[]")
-        untold += [{"IP": address, "PrivatePort": first + offset, "PublicPort": host + offset, "Type": "tcp"}
-                   for offset in range(int(found.group("end") or first) - first + 1)]
-        if found.group("kind"):
-            ports += [{**each, "Type": found.group("kind")} for each in untold]
-            untold = []
-    return ports + untold
-
-
-def parse_ago(text: str) -> Optional[int]:
-    """Seconds of nerdctl's `5 minutes ago`; None where there is none."""
-    found = AGO.search(text)
-    if not found:
-        return None
-    number = found.group(1).lower()
-    return (int(number) if number.isdigit() else 0 if number.startswith("less") else 1) * UNIT_SECONDS[found.group(2).lower()]
-
-
-@functools.lru_cache(maxsize=256)
-def parse_status(text: str) -> Dict[str, Any]:
-    """nerdctl's status in parts: `code` (None while it never ended), `health` ("" for none), `ago` in seconds. All who ask
-    for the same text share one dict."""
-    code = re.match(r"\w+ \((\d+)\)", text)
-    health = re.search(r"\((?:health: )?(starting|healthy|unhealthy)\)", text)
-    return {"code": int(code.group(1)) if code else None, "health": health.group(1) if health else "", "ago": parse_ago(text)}
-
-
-def lifecycle(container: Container) -> Dict[str, Any]:
-    """What nerdctl noted of the container's start, {} where its folder is not readable from here."""
-    if "lifecycle" not in container.memo:
-        container.memo["lifecycle"] = {}
-        if container.folder:
-            with contextlib.suppress(OSError, ValueError):
-                with open(os.path.join(container.folder, "lifecycle.json"), "rb") as file:
-                    container.memo["lifecycle"] = json.load(file)
-    return container.memo["lifecycle"]
-
-
-def started_at(container: Container) -> Optional[int]:
-    """When it was last started, in nanoseconds since 1970; None when never or not known."""
-    told = nanoseconds_of(str(lifecycle(container).get("started_at") or ""))
-    return told if told and told > 0 else None
-
-
-def status_text(container: Container, now: float) -> str:
+def status_text(state: State, now: float) -> str:
     """The status as `docker ps` words it: `Up 5 minutes (healthy)`, `Exited (0) 2 hours ago`, `Created`."""
-    told = parse_status(container.status)
-    state = container.state
-    if state in ("running", "paused"):
-        began = started_at(container) or container.created
-        text = "Up " + human_duration(max(0.0, now - began / 1e9))
-        if state == "paused":
+    if state.running:
+        text = "Up " + human_duration(max(0.0, now - (state.started_at or 0) / 1e9))
+        if state.kind == "paused":
             return text + " (Paused)"
-        if told["health"]:
-            text += f" (health: {told['health']})" if told["health"] == "starting" else f" ({told['health']})"
+        if state.health:
+            text += f" (health: {state.health})" if state.health == "starting" else f" ({state.health})"
         return text
-    if told["code"] is not None:
-        ended = container.memo.setdefault("ended", container.read_at - (told["ago"] or 0))
-        word = "Restarting" if state == "restarting" else "Exited"
-        return f"{word} ({told['code']}) {human_duration(max(0.0, now - ended))} ago"
-    return "Created" if state == "created" else container.status
+    if state.kind in ("exited", "restarting"):
+        ended = f" {human_duration(max(0.0, now - state.finished_at / 1e9))} ago" if state.finished_at else ""
+        return f"{state.kind.capitalize()} ({state.exit_code or 0}){ended}"
+    return state.kind.capitalize()
 
 
 def parse_mounts(labels: Dict[str, str]) -> List[Dict[str, Any]]:
@@ -5153,8 +5128,9 @@ def parse_addresses(task: Optional[Dict[str, Any]]) -> List[Dict[str, Any]]:
     return found
 
 
-def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]], addresses: List[Dict[str, Any]]) -> Dict[str, Any]:
+def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
     """NetworkSettings.Networks: the container's networks by name, with the addresses of its interfaces in turn."""
+    addresses = noted_addresses(container)
     asked = typed(container.request.get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig") or {}
     found = {}
     if network_mode(container).startswith("container:"):
@@ -5187,23 +5163,13 @@ def hosts_folder(container: Container) -> str:
 
 
 def noted_addresses(container: Container) -> List[Dict[str, Any]]:
-    """parse_addresses() of a container without a process, [] where nerdctl's files are not readable from here."""
-    folder = hosts_folder(container)
-    if container.running and folder:
-        with contextlib.suppress(OSError, ValueError):
-            with open(os.path.join(folder, "meta.json"), "rb") as file:
-                return parse_hosts_note(json.load(file), network_names(container))
-    return []
-
-
-def listed_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
-    """docker_networks() with such addresses as are known without a process; worked out once as long as `networks` are these."""
-    detail = container.memo.get("detail")
-    known = container.memo.get("listed networks")
-    if known is None or known[0] is not networks or known[1] is not detail:
-        addresses = parse_addresses(detail.get("Task")) if detail else noted_addresses(container)
-        known = container.memo["listed networks"] = (networks, detail, docker_networks(container, networks, addresses))
-    return known[2]
+    """parse_addresses() of a running container from what nerdctl noted of it for the hosts files of its peers."""
+    if "addresses" not in container.memo:
+        folder, note = hosts_folder(container), None
+        if container.running and folder:
+            note = read_json_file(os.path.join(folder, "meta.json"))
+        container.memo["addresses"] = parse_hosts_note(note, network_names(container)) if isinstance(note, dict) else []
+    return container.memo["addresses"]
 
 
 # Init processes that need no libc of the image.
@@ -5235,7 +5201,7 @@ def open_ports(container: Container) -> List[Dict[str, Any]]:
     """The ports of a running container: those published, and those that are only exposed, without a port of the host."""
     if not container.running:
         return []
-    ports = parse_ports(container.ports)
+    ports = container.ports
     published = {(each["PrivatePort"], each["Type"]) for each in ports}
     if network_mode(container) in ("host", "none") or network_mode(container).startswith("container:"):
         return ports
@@ -5245,17 +5211,13 @@ def open_ports(container: Container) -> List[Dict[str, Any]]:
 
 
 def lasting_row(container: Container) -> Dict[str, Any]:
-    """What `/containers/json` lists of a container that stays so as long as nerdctl's own row does."""
+    """What `/containers/json` lists of a container that stays so until an event tells of it."""
     if "row" not in container.memo:
-        try:
-            command = json.loads(container.command) if container.command.startswith('"') else container.command
-        except ValueError:
-            command = container.command.strip('"')
         container.memo["row"] = {
             "Id": container.id, "Names": ["/" + container.name], "Image": shown_image(container), "ImageID": "",
-            "Command": quoted_command(command, container),
+            "Command": quoted_command(" ".join(container.arguments), container),
             "Created": container.created // 10**9, "Ports": open_ports(container), "Labels": container.visible_labels,
-            "State": container.state, "Status": "", "HostConfig": {"NetworkMode": network_mode(container)},
+            "State": container.state.kind, "Status": "", "HostConfig": {"NetworkMode": network_mode(container)},
             "NetworkSettings": {}, "Mounts": docker_mounts(container),
         }
     return container.memo["row"]
@@ -5263,10 +5225,9 @@ def lasting_row(container: Container) -> Dict[str, Any]:
 
 def docker_container_row(container: Container, image_id: str, networks: Dict[str, Any], now: float, version: Tuple[int, int]) -> Dict[str, Any]:
     """A container as `/containers/json` lists it."""
-    row = {**lasting_row(container), "ImageID": image_id, "Status": status_text(container, now), "NetworkSettings": {"Networks": networks}}
+    row = {**lasting_row(container), "ImageID": image_id, "Status": status_text(container.state, now), "NetworkSettings": {"Networks": networks}}
     if version >= (1, 52):
-        health = parse_status(container.status)["health"]
-        row["Health"] = {"Status": health or "none", "FailingStreak": 0}
+        row["Health"] = {"Status": container.state.health or "none", "FailingStreak": 0}
     return row
 
 
@@ -5309,21 +5270,20 @@ def match_container(engine: Engine, container: Container, filters: Dict[str, Lis
     """Whether a container passes the filters of the list, but for before and since."""
     if not filters:
         return True
-    told = parse_status(container.status)
-    networks = network_names(container)
+    state, networks = container.state, network_names(container)
     checks: Dict[str, Callable[[List[str]], bool]] = {
         "id": lambda wanted: any(container.id.startswith(each) for each in wanted),
         "name": lambda wanted: match_any(container.name, wanted) or match_any("/" + container.name, wanted),
         "label": lambda wanted: match_labels(container.visible_labels, wanted),
-        "status": lambda wanted: container.state in wanted,
-        "exited": lambda wanted: container.state == "exited" and str(told["code"]) in wanted,
-        "health": lambda wanted: (told["health"] or "none") in wanted,
+        "status": lambda wanted: state.kind in wanted,
+        "exited": lambda wanted: state.kind == "exited" and str(state.exit_code) in wanted,
+        "health": lambda wanted: (state.health or "none") in wanted,
         "network": lambda wanted: any(each in networks or any(
-            (engine.snapshot.networks.get().get(name) or {}).get("Id", "").startswith(each) for name in networks) for each in wanted),
+            (engine.inventory.networks().get(name) or {}).get("Id", "").startswith(each) for name in networks) for each in wanted),
         "volume": lambda wanted: any(each in (mount.get("Name"), mount["Destination"], mount["Source"])
                                      for each in wanted for mount in parse_mounts(container.labels)),
-        "publish": lambda wanted: match_port(parse_ports(container.ports), "PublicPort", wanted),
-        "expose": lambda wanted: match_port(parse_ports(container.ports), "PrivatePort", wanted),
+        "publish": lambda wanted: match_port(container.ports, "PublicPort", wanted),
+        "expose": lambda wanted: match_port(container.ports, "PrivatePort", wanted),
         "ancestor": lambda wanted: any(container.image in ancestor_names(engine, each) for each in wanted),
         "isolation": lambda wanted: True,
         "is-task": lambda wanted: "false" in [each.lower() for each in wanted] or "0" in wanted,
@@ -5334,7 +5294,7 @@ def match_container(engine: Engine, container: Container, filters: Dict[str, Lis
 def ancestor_names(engine: Engine, name: str) -> List[str]:
     """All names of the image of an ancestor filter, [] when there is no such image."""
     try:
-        return engine.snapshot.image(name).names
+        return engine.inventory.image(name).names
     except ApiError:
         return []
 
@@ -5342,47 +5302,36 @@ def ancestor_names(engine: Engine, name: str) -> List[str]:
 def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: bool, limit: int) -> List[Container]:
     """The containers of a list request, newest first."""
     check_container_filters(filters)
-    table = list(engine.snapshot.containers.get().values())
+    table = list(engine.inventory.containers().values())
     table.sort(key=lambda each: -each.created)
     for key, later in (("before", False), ("since", True)):
         for name in filters.get(key) or []:
-            moment = engine.snapshot.container(name).created
+            moment = engine.inventory.container(name).created
             table = [each for each in table if (each.created > moment if later else each.created < moment)]
     if limit > 0 or filters.get("status") or filters.get("exited") or filters.get("before") or filters.get("since"):
         everything = True
-    found = [each for each in table if (everything or each.running or each.state == "restarting") and match_container(engine, each, filters)]
+    found = [each for each in table if (everything or each.running or each.state.kind == "restarting") and match_container(engine, each, filters)]
     return found[:limit] if limit > 0 else found
 
 
-def container_sizes(engine: Engine, container: Optional[Container] = None) -> Dict[str, Tuple[int, int]]:
-    """Real id -> bytes written and bytes in all, of one container or of all; read anew, since no event tells of them."""
-    arguments = ["ps", "-a", "--no-trunc", "--size", *([f"--filter=id={container.real}"] if container else [])]
-    found = {}
-    for row in steadily(lambda: engine.nerdctl.rows(*arguments, "--format", '{"ID":{{json .ID}},"Size":{{json .Size}}}')):
-        written, _, whole = (row.get("Size") or "").partition(" (virtual ")
-        found[row["ID"]] = (size_bytes(written), size_bytes(whole.rstrip(")")))
+def container_sizes(engine: Engine, containers: Iterable[Container]) -> Dict[str, Tuple[int, int]]:
+    """containerd's id -> bytes written and bytes in all of these containers; read anew, since no event tells of them."""
+    found, below = {}, {}
+    for container in containers:
+        snapshotter, key = container.record.snapshotter, container.record.snapshot_key
+        with contextlib.suppress(NotFound):
+            written = engine.containerd.snapshot_usage(snapshotter, key)
+            parent = engine.containerd.snapshot_parent(snapshotter, key)
+            found[container.real] = (written, written + layers_size(engine, snapshotter, parent, below))
     return found
 
 
-def ahead(read: Callable[[], Any]) -> Callable[[], Any]:
-    """Begin to read something in a thread of its own: a function that waits for it, and gives its value or its error."""
-    found: List[Any] = []
-
-    def run() -> None:
-        try:
-            found.append(read())
-        except BaseException as error:
-            found.append(error)
-
-    def wait() -> Any:
-        thread.join()
-        if isinstance(found[0], BaseException):
-            raise found[0]
-        return found[0]
-
-    thread = threading.Thread(target=run, name="ahead", daemon=True)
-    thread.start()
-    return wait
+def layers_size(engine: Engine, snapshotter: str, key: str, known: Dict[str, int]) -> int:
+    """Bytes of a snapshot and all below it; `known` are those that were asked for before."""
+    if key and key not in known:
+        known[key] = engine.containerd.snapshot_usage(snapshotter, key) + layers_size(
+            engine, snapshotter, engine.containerd.snapshot_parent(snapshotter, key), known)
+    return known.get(key, 0)
 
 
 @route("GET", "/containers/json")
@@ -5390,17 +5339,13 @@ def container_list(engine: Engine, request: Request) -> Response:
     """Containers, newest first: the running ones, or `all`; `limit`, `size`, and all of the API's filters."""
     filters = request.filters(*CONTAINER_FILTERS)
     limit = request.integer("limit", -1)
-    read_names, read_networks = engine.snapshot.names.get, engine.snapshot.networks.get
-    if not engine.snapshot.containers.whole.fresh():
-        # The first answer costs three processes, and the time of the longest.
-        read_names, read_networks = ahead(read_names), ahead(read_networks)
     found = list_containers(engine, filters, request.flag("all"), limit)
-    sizes = container_sizes(engine) if request.flag("size") else {}
-    images = {image.name: image.id for image in read_names()} if found else {}
-    networks = read_networks() if found else {}
+    sizes = container_sizes(engine, found) if request.flag("size") else {}
+    images, networks = (engine.inventory.images.names.get(), engine.inventory.networks()) if found else ({}, {})
     rows, now = [], time.time()
     for container in found:
-        row = docker_container_row(container, images.get(container.image, ""), listed_networks(container, networks), now, request.version)
+        image_id = images[container.image].target.digest if container.image in images else ""
+        row = docker_container_row(container, image_id, docker_networks(container, networks), now, request.version)
         if container.real in sizes:
             row["SizeRw"], row["SizeRootFs"] = sizes[container.real]
         rows.append(row)
@@ -5469,7 +5414,7 @@ def restart_policy(container: Container) -> Dict[str, Any]:
 def port_bindings(container: Container) -> Dict[str, Any]:
     """Docker's port map of what is published."""
     found: Dict[str, Any] = {}
-    for port in parse_ports(container.ports):
+    for port in container.ports:
         found.setdefault(f"{port['PrivatePort']}/{port['Type']}", []).append({"HostIp": port["IP"], "HostPort": str(port["PublicPort"])})
     return found
 
@@ -5479,7 +5424,8 @@ UPDATED_FIELDS = ("NanoCpus", "CpuShares", "CpusetCpus", "CpusetMems", "Memory",
 
 def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, Any]:
     """HostConfig: what the OCI spec and nerdctl's labels tell, under what the client asked for."""
-    labels, resources = container.labels, spec.get("resources") or {}
+    labels, linux = container.labels, spec.get("linux") or {}
+    resources = linux.get("resources") or {}
     memory, cpu = resources.get("memory") or {}, resources.get("cpu") or {}
     found = dict(HOST_CONFIG)
     log = {}
@@ -5492,7 +5438,7 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         "AutoRemove": labels.get("nerdctl/auto-remove") == "true", "CpuPeriod": cpu.get("period") or 0, "CpuQuota": cpu.get("quota") or 0,
         "CpuShares": cpu.get("shares") or 0, "CpusetCpus": cpu.get("cpus") or "", "CpusetMems": cpu.get("mems") or "",
         "IpcMode": ipc.get("mode") or "private", "LogConfig": {"Type": log.get("driver") or "json-file", "Config": log.get("opts") or {}},
-        "MaskedPaths": spec.get("maskedPaths") or [], "ReadonlyPaths": spec.get("readonlyPaths") or [],
+        "MaskedPaths": linux.get("maskedPaths") or [], "ReadonlyPaths": linux.get("readonlyPaths") or [],
         "Memory": memory.get("limit") or 0, "MemoryReservation": memory.get("reservation") or 0, "MemorySwap": memory.get("swap") or 0,
         "NetworkMode": network_mode(container), "OomScoreAdj": (spec.get("process") or {}).get("oomScoreAdj") or 0,
         "PidsLimit": (resources.get("pids") or {}).get("limit") or None, "PortBindings": port_bindings(container),
@@ -5500,7 +5446,7 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         "RestartPolicy": restart_policy(container), "Runtime": DEFAULT_RUNTIME.get(container.runtime, container.runtime) or found["Runtime"],
         "Binds": [f"{mount['Source']}:{mount['Destination']}" + ("" if mount["RW"] else ":ro")
                   for mount in parse_mounts(labels) if mount["Type"] == "bind" and not container.request] or None,
-        "CgroupnsMode": "private" if any(each.get("type") == "cgroup" for each in spec.get("namespaces") or []) else "host",
+        "CgroupnsMode": "private" if any(each.get("type") == "cgroup" for each in linux.get("namespaces") or []) else "host",
     })
     asked = container.host_config
     if found["CpuQuota"] > 0 and found["CpuPeriod"] and not (asked.get("CpuPeriod") or asked.get("CpuQuota")):
@@ -5557,74 +5503,61 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
     return found
 
 
-def refused_code(error: str) -> int:
-    """The exit code that Docker gives a container whose start failed with these words."""
-    return 127 if re.search("executable file not found|no such file or directory", error) else 126 if "denied" in error else 128
-
-
-def docker_state(container: Container, detail: Dict[str, Any], health: Optional[Dict[str, Any]]) -> Dict[str, Any]:
-    """State, with times of RFC 3339. nerdctl's own `Restarting` is true for whatever has a restart policy, so it is not
-    used."""
-    task = detail.get("Task") or {}
-    status = task.get("Status") or {}
-    state = {"running": "running", "paused": "paused", "pausing": "paused", "stopped": "exited", "created": "created"}.get(
-        status.get("Status") or "", container.state)
-    if container.state == "restarting":
-        state = "restarting"
-    ended = nanoseconds_of(status.get("ExitTime") or "")
-    began, code, error = started_at(container), status.get("ExitStatus") or 0 if state in ("exited", "restarting") else 0, ""
-    if not task and began:
-        # nerdctl never takes an error back: only one of this time counts. Without, the task went with a restart of the machine,
-        # and containerd remembers no more.
-        error = container.labels.get("nerdctl/error") or "" if began / 1e9 > time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) else ""
-        state, code, began = ("created", refused_code(error), None) if error else ("exited", 0, began)
+def docker_state(state: State, out_of_memory: bool, health: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+    """State, with times of RFC 3339."""
     found = {
-        "Status": state, "Running": state in ("running", "paused", "restarting"), "Paused": state == "paused", "Restarting": state == "restarting",
-        "OOMKilled": bool(container.memo.get("oom")), "Dead": False, "Pid": task.get("Pid") or 0 if state in ("running", "paused") else 0,
-        "ExitCode": code, "Error": error,
-        "StartedAt": rfc3339(began), "FinishedAt": rfc3339(ended if ended and ended > 0 else None),
+        "Status": state.kind, "Running": state.running or state.kind == "restarting", "Paused": state.kind == "paused",
+        "Restarting": state.kind == "restarting", "OOMKilled": out_of_memory, "Dead": state.kind == "dead", "Pid": state.pid,
+        "ExitCode": state.exit_code or 0, "Error": state.error,
+        "StartedAt": rfc3339(state.started_at), "FinishedAt": rfc3339(state.finished_at),
     }
     if health:
         found["Health"] = health
     return found
 
 
-def docker_container(container: Container, detail: Dict[str, Any], networks: Dict[str, Dict[str, Any]], image: Optional[ImageGroup],
-                     health: Optional[Dict[str, Any]], version: Tuple[int, int]) -> Dict[str, Any]:
+def docker_container(engine: Engine, container: Container, image: Optional[ImageGroup], version: Tuple[int, int]) -> Dict[str, Any]:
     """A container as `/containers/{id}/json` shows it."""
-    spec = detail.get("Spec") or {}
-    image_config = (image.config.get("config") or {}) if image else {}
-    config, arguments = docker_config(container, spec, image_config), (spec.get("process") or {}).get("args") or [""]
-    attached = docker_networks(container, networks, parse_addresses(detail.get("Task")))
+    spec, arguments = container.spec, container.arguments or [""]
+    config = docker_config(container, spec, (image.config.get("config") or {}) if image else {})
     if has_init(container) and arguments[:2] in INIT_WORDS:
         arguments = arguments[2:]
-    first = next(iter(attached.values()), {})
     hosts = next((each["source"] for each in spec.get("mounts") or [] if each.get("destination") == "/etc/hosts"), "")
-    ports: Dict[str, Any] = {key: None for key in config.get("ExposedPorts") or {}}
-    ports.update(port_bindings(container) if container.running else {})
-    settings = {
-        "SandboxID": sha256(container.id.encode()).hexdigest() if container.running else "", "SandboxKey": "", "Ports": ports, "Networks": attached,
-    }
-    if version < (1, 51):
-        for key, empty in (("EndpointID", ""), ("Gateway", ""), ("GlobalIPv6Address", ""), ("GlobalIPv6PrefixLen", 0), ("IPAddress", ""),
-                           ("IPPrefixLen", 0), ("IPv6Gateway", ""), ("MacAddress", "")):
-            settings[key] = first.get(key, empty)
+    driver = container.record.snapshotter or "overlayfs"
     found = {
         "Id": container.id, "Created": rfc3339(container.created), "Path": arguments[0], "Args": arguments[1:],
-        "State": docker_state(container, detail, health), "Image": image.id if image else "",
+        "State": docker_state(container.state, container.real in engine.inventory.out_of_memory, container_health(container)),
+        "Image": image.id if image else "",
         "ResolvConfPath": os.path.join(container.folder, "resolv.conf") if container.folder else "",
         "HostnamePath": os.path.join(container.folder, "hostname") if container.folder else "", "HostsPath": hosts,
-        "LogPath": log_path(container), "Name": "/" + container.name, "RestartCount": int(container.labels.get("containerd.io/restart.count") or 0),
-        "Driver": detail.get("Snapshotter") or "overlayfs", "Platform": "linux", "MountLabel": "", "ProcessLabel": "",
-        "AppArmorProfile": (spec.get("process") or {}).get("apparmorProfile") or "", "ExecIDs": None,
-        "HostConfig": docker_host_config(container, spec), "GraphDriver": {"Data": None, "Name": detail.get("Snapshotter") or "overlayfs"},
-        "Mounts": docker_mounts(container), "Config": config, "NetworkSettings": settings,
+        "LogPath": log_path(container), "Name": "/" + container.name, "RestartCount": int_or_zero(container.labels.get("containerd.io/restart.count") or ""),
+        "Driver": driver, "Platform": "linux", "MountLabel": "", "ProcessLabel": "",
+        "AppArmorProfile": (spec.get("process") or {}).get("apparmorProfile") or "",
+        "ExecIDs": [each.id for each in list(engine.execs.values()) if each.running and each.container.id == container.id] or None,
+        "HostConfig": docker_host_config(container, spec), "GraphDriver": {"Data": None, "Name": driver},
+        "Mounts": docker_mounts(container), "Config": config,
+        "NetworkSettings": network_settings(container, config, docker_networks(container, engine.inventory.networks()), version),
     }
     if version >= (1, 52):
         found["Storage"] = {"RootFS": {"Snapshot": {"Name": found.pop("GraphDriver")["Name"]}}}
     if version >= (1, 48) and image:
         found["ImageManifestDescriptor"] = {**docker_descriptor(image), "platform": docker_platform(image)}
     return found
+
+
+def network_settings(container: Container, config: Dict[str, Any], attached: Dict[str, Any], version: Tuple[int, int]) -> Dict[str, Any]:
+    """NetworkSettings, before API 1.51 with the fields of the first network once more."""
+    ports: Dict[str, Any] = {key: None for key in config.get("ExposedPorts") or {}}
+    ports.update(port_bindings(container) if container.running else {})
+    settings = {
+        "SandboxID": sha256(container.id.encode()).hexdigest() if container.running else "", "SandboxKey": "", "Ports": ports, "Networks": attached,
+    }
+    if version < (1, 51):
+        first = next(iter(attached.values()), {})
+        for key, empty in (("EndpointID", ""), ("Gateway", ""), ("GlobalIPv6Address", ""), ("GlobalIPv6PrefixLen", 0), ("IPAddress", ""),
+                           ("IPPrefixLen", 0), ("IPv6Gateway", ""), ("MacAddress", "")):
+            settings[key] = first.get(key, empty)
+    return settings
 
 
 def log_path(container: Container) -> str:
@@ -5637,21 +5570,30 @@ def log_path(container: Container) -> str:
     return os.path.join(container.folder, container.real + "-json.log")
 
 
-def container_health(engine: Engine, container: Container) -> Optional[Dict[str, Any]]:
-    """State.Health of a container with a health check, None without and before its first start."""
+# As many results of health checks as Docker shows, and as nerdctl does.
+HEALTH_RESULTS = 5
+
+
+def container_health(container: Container) -> Optional[Dict[str, Any]]:
+    """State.Health of a container with a health check, None without and before its first start. nerdctl keeps the status in
+    a label, and one result a line in a file."""
     if not container.labels.get("nerdctl/healthcheck") or not was_started(container):
         return None
-    if "health" not in container.memo:
-        rows = engine.nerdctl.rows("container", "inspect", "--format", "{{json .State}}", "--", container.real)
-        health = (rows[0] if rows else {}).get("Health") or {}
-        container.memo["health"] = {"Status": health.get("Status") or "starting", "FailingStreak": health.get("FailingStreak") or 0,
-                                    "Log": health.get("Log") or []}
-    return container.memo["health"]
+    found: Any = None
+    with contextlib.suppress(ValueError):
+        found = json.loads(container.labels.get("nerdctl/healthstate") or "{}")
+    found = found if isinstance(found, dict) else {}
+    results: Deque[Any] = collections.deque(maxlen=HEALTH_RESULTS)
+    with contextlib.suppress(OSError), open(os.path.join(container.folder, "health.json"), "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                results.append(json.loads(line))
+    return {"Status": found.get("Status") or "starting", "FailingStreak": found.get("FailingStreak") or 0, "Log": list(results)[::-1]}
 
 
 def image_of(engine: Engine, container: Container) -> Optional[ImageGroup]:
     """The image of a container, None when it is there no more."""
-    for group in engine.snapshot.image_groups().values():
+    for group in engine.inventory.images.get().values():
         if container.image in group.names:
             return group
     return None
@@ -5660,13 +5602,10 @@ def image_of(engine: Engine, container: Container) -> Optional[ImageGroup]:
 @route("GET", "/containers/{id}/json")
 def container_inspect(engine: Engine, request: Request, name: str) -> Response:
     """One container in full; with `size` also the bytes it takes. 404 when there is none."""
-    container = engine.snapshot.container(name)
-    detail = engine.snapshot.detail(container)
-    told = docker_container(container, detail, engine.snapshot.networks.get(), image_of(engine, container),
-                            container_health(engine, container), request.version)
-    told["ExecIDs"] = [each.id for each in list(engine.execs.values()) if each.running and each.container.id == container.id] or None
+    container = engine.inventory.container(name)
+    told = docker_container(engine, container, image_of(engine, container), request.version)
     if request.flag("size"):
-        told["SizeRw"], told["SizeRootFs"] = container_sizes(engine, container).get(container.real, (0, 0))
+        told["SizeRw"], told["SizeRootFs"] = container_sizes(engine, [container]).get(container.real, (0, 0))
     return Response(200, told)
 
 
@@ -5735,7 +5674,7 @@ CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str, str], List[str]]], ...] 
     ("HostConfig.PidsLimit", "--pids-limit", _number), ("HostConfig.BlkioWeight", "--blkio-weight", _number),
 )
 # Accepted by dockerd and without a counterpart in nerdctl.
-IGNORED_FIELDS = ("DeviceCgroupRules", "Links", "StorageOpt", "CpuCount", "CpuPercent", "IOMaximumIOps", "IOMaximumBandwidth", "Cgroup")
+IGNORED_FIELDS = ("DeviceCgroupRules", "StorageOpt", "CpuCount", "CpuPercent", "IOMaximumIOps", "IOMaximumBandwidth", "Cgroup")
 
 
 def field_of(body: Dict[str, Any], path: str) -> Any:
@@ -5796,7 +5735,7 @@ def unused_port(kind: str) -> int:
 def pick_port(engine: Engine, kind: str) -> int:
     """A free port of the host for a container. nerdctl's own choice leaves out what runs, so that two containers that are
     created one after the other, and then started, would get the same."""
-    taken = {port["PublicPort"] for each in engine.snapshot.containers.get().values() for port in parse_ports(each.ports)}
+    taken = {port["PublicPort"] for each in engine.inventory.containers().values() for port in each.ports}
     with engine.lock:
         engine.picked.append(free_port(kind, taken.union(engine.picked)))
         return engine.picked[-1]
@@ -5965,8 +5904,6 @@ def profile_files(engine: Engine, words: List[str]) -> Iterator[List[str]]:
     if not any(each.startswith(start + "{") for each in words):
         yield words
         return
-    if not engine.nerdctl.local:
-        raise NotImplementedHere("a seccomp profile cannot be given to a nerdctl on another machine")
     with engine.workspace.temporary("seccomp") as folder:
         path = os.path.join(folder, "profile.json")
         with open(path, "w", encoding="utf-8") as file:
@@ -6204,10 +6141,10 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     return words + flags, command
 
 
-def create_warnings(body: Dict[str, Any], image: Dict[str, Any], name: str = "", local: bool = False) -> List[str]:
-    """What is accepted and not carried out, a sentence each; `local` where nerdctl's files are at hand."""
+def create_warnings(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
+    """What is accepted and not carried out, a sentence each."""
     host = typed(body.get("HostConfig"), dict, "HostConfig")
-    found = [f"{key} is not carried out: nerdctl has no such option" for key in IGNORED_FIELDS if host.get(key) and not (local and key == "Links")]
+    found = [f"{key} is not carried out: nerdctl has no such option" for key in IGNORED_FIELDS if host.get(key)]
     if typed(host.get("LogConfig"), dict, "LogConfig").get("Type") == "local":
         found.append("the log driver local is not available: json-file is used")
     if typed(body.get("Healthcheck"), dict, "Healthcheck").get("StartInterval") and os.path.isdir("/run/systemd/system"):
@@ -6217,11 +6154,6 @@ def create_warnings(body: Dict[str, Any], image: Dict[str, Any], name: str = "",
         found.append("addresses are not carried out for several networks: nerdctl sets one for a single network")
     found += [f"the option {key} of network {network} is not carried out: nerdctl has none for one container" for network, one in endpoints.items()
               for key in typed(typed(one, dict, "EndpointsConfig").get("DriverOpts"), dict, "DriverOpts")]
-    aliases = [each for one in endpoints.values() for each in string_list(typed(one, dict, "EndpointsConfig").get("Aliases"), "Aliases")]
-    known = {word.partition("=")[2] for word in hostname_args(body)} | {typed(body.get("Hostname"), str, "Hostname"), name}
-    found += [f"the network alias {each} is not carried out: nerdctl has none" for each in dict.fromkeys(aliases)
-              # A client that replaces a container renames the new one later.
-              if not local and each not in known and not name.endswith("_" + each)]
     found += [f"the variable {each} of the image is empty and not gone: nerdctl cannot take one away" for each in unset_variables(body, image)]
     return found
 
@@ -6234,7 +6166,7 @@ def check_name(engine: Engine, name: str) -> str:
     name = name[1:] if name.startswith("/") else name
     if not CONTAINER_NAME.fullmatch(name):
         raise BadParameter(f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
-    for each in engine.snapshot.containers.get().values():
+    for each in engine.inventory.containers().values():
         if each.name == name:
             raise Conflict(f'Conflict. The container name "/{name}" is already in use by container "{each.id}". '
                            "You have to remove (or rename) that container to be able to reuse that name.")
@@ -6275,7 +6207,7 @@ def shared_namespaces(engine: Engine, request: Dict[str, Any]) -> Dict[str, Cont
     """The containers whose namespaces a create request wants to have, by nerdctl's flags."""
     host = typed(request.get("HostConfig"), dict, "HostConfig")
     modes = ((flag, typed(host.get(key), str, key)) for key, flag in SHARED_NAMESPACES)
-    return {flag: other_container(engine.snapshot.container, mode.partition(":")[2]) for flag, mode in modes if mode.startswith("container:")}
+    return {flag: other_container(engine.inventory.container, mode.partition(":")[2]) for flag, mode in modes if mode.startswith("container:")}
 
 
 def kept_request(engine: Engine, body: Dict[str, Any], image: Dict[str, Any]) -> Dict[str, Any]:
@@ -6290,7 +6222,7 @@ def kept_request(engine: Engine, body: Dict[str, Any], image: Dict[str, Any]) ->
         found["HostConfig"] = {**slim(body.get("HostConfig")), **{key: f"container:{others[flag].id}" for key, flag in SHARED_NAMESPACES if flag in others}}
     endpoints = field_of(found, "NetworkingConfig.EndpointsConfig")
     if isinstance(endpoints, dict):
-        by_id = {each["Id"]: name for name, each in engine.snapshot.networks.get().items()}
+        by_id = {each["Id"]: name for name, each in engine.inventory.networks().items()}
         found["NetworkingConfig"] = {**found["NetworkingConfig"], "EndpointsConfig": {by_id.get(name, name): each for name, each in endpoints.items()}}
     return found
 
@@ -6300,14 +6232,14 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
     name = typed(body.get("Image"), str, "Image")
     if not name:
         raise BadParameter("no command specified" if not body else "invalid reference format")
-    group = engine.snapshot.image(name)
+    group = engine.inventory.image(name)
     check_platform(group, platform, name)
     full = ""
     with contextlib.suppress(BadParameter):
         full = parse_reference(name).name
     image = group.config.get("config") or {}
-    words, command = create_args(body, image, engine.snapshot.networks.get(), engine.snapshot.container,
-                                 functools.partial(pick_port, engine) if engine.nerdctl.local else None)
+    words, command = create_args(body, image, engine.inventory.networks(), engine.inventory.container,
+                                 functools.partial(pick_port, engine))
     if not command and not body.get("Entrypoint") and not image.get("Cmd") and not image.get("Entrypoint"):
         raise BadParameter("no command specified")
     if platform:
@@ -6325,16 +6257,8 @@ def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Contain
     real = output.stdout.decode().strip().rpartition("\n")[2]
     if not re.fullmatch(r"[0-9a-f]{64}", real):
         raise ApiError(f"nerdctl created a container and printed no id: {real[:100]!r}")
-    labels = dict(each.partition("=")[2].partition("=")[::2] for each in [*labels, *more, *plan.words] if each.startswith("--label="))
-    labels["nerdctl/networks"] = json.dumps([each.partition("=")[2] for each in plan.words if each.startswith("--network=")] or ["bridge"])
-    if plan.health:
-        labels["nerdctl/healthcheck"] = json.dumps(plan.health)
-    if engine.nerdctl.local:
-        labels["nerdctl/state-dir"] = os.path.join(engine.snapshot.store, "containers", engine.nerdctl.namespace, real)
-    row = {"ID": real, "Names": name, "Image": plan.image, "Status": "Created", "CreatedAt": rfc3339(time.time_ns())}
-    container = Container(row, labels)
-    engine.snapshot.containers.add(container)
-    return container
+    engine.inventory.records.invalidate(real)
+    return Container(engine.containerd.get_container(real))
 
 
 @contextlib.contextmanager
@@ -6351,12 +6275,10 @@ def making_anew(engine: Engine, container: Container, made: Callable[[], str]) -
                 if not made():
                     engine.nerdctl.run("rename", container.real, container.name)
                     engine.hidden.pop(container.real, None)
-                engine.snapshot.containers.drop()
     finally:
         if made():
             with contextlib.suppress(NotFound):
                 engine.nerdctl.run("rm", "--volumes", "--", container.real)
-            engine.snapshot.containers.asides.pop(container.real, None)
 
 
 def make_anew(engine: Engine, container: Container, plan: Plan, marks: Iterable[str] = ()) -> Container:
@@ -6389,13 +6311,10 @@ def settle_aside(engine: Engine, container: Container) -> None:
     A `nerdctl run` that outlived that daemon may still be about to take it."""
     for pause in (0.5, 2.0, 0.0):
         try:
-            engine.snapshot.containers.drop()
-            if any(each.id == container.id for each in engine.snapshot.containers.get().values()):
+            if any(each.id == container.id for each in engine.inventory.containers().values()):
                 engine.nerdctl.run("rm", "--volumes", "--", container.real)
             else:
                 engine.nerdctl.run("rename", container.real, container.name[len(ASIDE):])
-                engine.snapshot.containers.drop()
-            engine.snapshot.containers.asides.pop(container.real, None)
             return
         except ApiError as error:
             log(f"{container.name}: {error}")
@@ -6414,7 +6333,7 @@ def container_create(engine: Engine, request: Request) -> Response:
     for each in string_list(field_of(body, "HostConfig.Links"), "Links"):
         if not each.strip("/"):
             raise BadParameter(f"invalid link: {each!r}")
-    warnings = create_warnings(body, {"Env": list(plan.environment)}, name, engine.nerdctl.local)
+    warnings = create_warnings(body, {"Env": list(plan.environment)})
     return Response(201, {"Id": create_container(engine, plan, name).id, "Warnings": warnings})
 
 
@@ -6987,8 +6906,8 @@ def may_run(engine: Engine, container: Container) -> bool:
     if not engine.feed.live:
         return not log_is_complete(container)
     with contextlib.suppress(ApiError):
-        now = engine.snapshot.containers.known().get(container.real)
-        return now is not None and now.state in ("running", "paused", "restarting")
+        now = engine.inventory.containers().get(container.real)
+        return now is not None and (now.running or now.state.kind == "restarting")
     return False
 
 
@@ -7002,7 +6921,7 @@ def is_terminal(engine: Engine, container: Container) -> bool:
     asked = container.request
     if asked:
         return bool(asked.get("Tty"))
-    return bool((((engine.snapshot.detail(container).get("Spec") or {}).get("process")) or {}).get("terminal"))
+    return bool((container.spec.get("process") or {}).get("terminal"))
 
 
 def has_stdin(container: Container) -> bool:
@@ -7012,7 +6931,7 @@ def has_stdin(container: Container) -> bool:
 
 def was_started(container: Container) -> bool:
     """Whether a container has run before."""
-    return container.state != "created" or started_at(container) is not None
+    return container.state.kind != "created" or bool(container.state.error)
 
 
 def wait_started(engine: Engine, session: Session, real: Callable[[], str]) -> None:
@@ -7027,8 +6946,7 @@ def wait_started(engine: Engine, session: Session, real: Callable[[], str]) -> N
                 raise nerdctl_error(f'time="" level=fatal msg={json.dumps(session.message)}')
             return
         if not engine.feed.live and real():
-            engine.snapshot.containers.drop(real())
-            now = engine.snapshot.containers.get().get(real())
+            now = engine.inventory.containers().get(real())
             if now is not None and now.running:
                 return
 
@@ -7043,27 +6961,19 @@ def start_container(engine: Engine, container: Container) -> None:
     tty, stdin = is_terminal(engine, container), has_stdin(container)
     piped, held = stdin and not tty, held_policy(container)
     try:
-        with engine.feed.needed():
-            if held:
-                engine.nerdctl.run("update", f"--restart={held}", "--", container.real)
-            by_run = piped and not reaches_input(engine.nerdctl)
-            if LABEL_LATER in container.labels and not was_started(container):
-                check_shared(engine, container)
-                container = container if by_run else made_whole(engine, container)
-            engine.hosts.refresh(container)
-            if by_run and not was_started(container):
-                start_with_stdin(engine, engine.snapshot.container(container.id), waiting)
-            elif by_run and any(each.stdin for each in waiting):
-                # Told here and not to the attach, of whose errors clients show no more than the number.
-                raise NotImplementedHere("without containerd's socket nerdctl can give stdin without a terminal only at the first start of a "
-                                         "container: create it anew, or start it without --interactive")
-            elif waiting or piped:
-                start_attached(engine, container, waiting, tty, piped or any(each.stdin for each in waiting))
-            else:
-                count = engine.tasks.now()
-                engine.nerdctl.run("start", "--", container.real)
-                # From here on events tell of its state.
-                engine.tasks.started_since(container.real, count, engine.tasks.LATE if engine.feed.live else 0.0)
+        if held:
+            engine.nerdctl.run("update", f"--restart={held}", "--", container.real)
+        if LABEL_LATER in container.labels and not was_started(container):
+            check_shared(engine, container)
+            container = made_whole(engine, container)
+        engine.hosts.refresh(container)
+        if waiting or piped:
+            start_attached(engine, container, waiting, tty, piped or any(each.stdin for each in waiting))
+        else:
+            count = engine.tasks.now()
+            engine.nerdctl.run("start", "--", container.real)
+            # From here on events tell of its state.
+            engine.tasks.started_since(container.real, count, engine.tasks.LATE if engine.feed.live else 0.0)
         if held:
             note_policy(container, "")
     except BaseException:
@@ -7076,7 +6986,7 @@ def start_container(engine: Engine, container: Container) -> None:
         raise
     finally:
         if container.real != before:
-            engine.snapshot.containers.drop(container.real)
+            engine.inventory.records.invalidate(container.real)
 
 
 def check_shared(engine: Engine, container: Container) -> None:
@@ -7110,55 +7020,23 @@ def new_terminal(container: Container) -> Terminal:
 def sized_early(engine: Engine, real: str, terminal: Optional[Terminal]) -> Iterator[None]:
     """Context in which a container gets the size of its terminal between its creation by the runtime and its start: nerdctl
     tells it after the start, when a program that asks at once has seen none."""
-    def on_event(event: Optional[ContainerdEvent]) -> None:
-        if event is not None and event.topic == "/tasks/create" and event.container == real:
-            terminal.pass_size(f"/proc/{event.payload.get('pid')}/fd/0")
-
-    if terminal is None or not engine.nerdctl.local:
+    if terminal is None:
         yield
         return
-    engine.feed.listeners.append(on_event)
+    engine.on_task_created[real] = lambda pid: terminal.pass_size(f"/proc/{pid}/fd/0")
     try:
         yield
     finally:
-        engine.feed.listeners.remove(on_event)
+        engine.on_task_created.pop(real, None)
 
 
-def dial_containerd(nerdctl: Nerdctl) -> Tuple[socket.socket, str]:
-    """A connection to containerd, and what its paths begin with as they are seen from here; OSError when there is none."""
-    address, root = nerdctl.address.replace("unix://", "", 1) or "/run/containerd/containerd.sock", ""
-    if not nerdctl.local:
-        raise OSError("it is on another machine")
-    if os.geteuid() and not nerdctl.address:
-        # The user's own, in a mount namespace of its own.
-        runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
-        with open(f"{runtime}/containerd-rootless/child_pid", encoding="ascii") as file:
-            root = f"/proc/{file.read().strip()}/root"
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.settimeout(5.0)
-        sock.connect(root + address)
-    except BaseException:
-        sock.close()
-        raise
-    return sock, root
-
-
-def ask_tasks(nerdctl: Nerdctl, method: str, message: bytes) -> Tuple[bytes, str]:
-    """What containerd's Tasks answers to a message, b"" for nothing or an error, and the root of its paths. OSError and
-    ValueError when it cannot be asked."""
-    sock, root = dial_containerd(nerdctl)
-    with sock:
-        return unary(sock, "/containerd.services.tasks.v1.Tasks/" + method, message, [("containerd-namespace", nerdctl.namespace)], 5.0) or b"", root
-
-
-def end_input(nerdctl: Nerdctl, real: str) -> None:
+def end_input(engine: Engine, real: str) -> None:
     """Tell containerd that a container gets no more input. `nerdctl start --attach` gives it a stdin that nobody ends, and a
     program that reads it would wait for ever; no command of nerdctl's closes it."""
     try:
-        ask_tasks(nerdctl, "CloseIO", field(1, real.encode()) + varint(3 << 3) + varint(1))
-    except (OSError, ValueError) as error:
-        if nerdctl.debug:
+        engine.containerd.close_stdin(real)
+    except ApiError as error:
+        if engine.nerdctl.debug:
             log(f"{real[:12]}: its input was not ended: {error}")
 
 
@@ -7166,29 +7044,18 @@ def open_input(engine: Engine, container: Container) -> Optional[Input]:
     """The way to the stdin of a container that was started by `nerdctl start --attach`, which makes the named pipe and writes
     nothing to it; None where it has none or is out of reach."""
     try:
-        answer, root = ask_tasks(engine.nerdctl, "Get", field(1, container.real.encode()))
-        process = next((each.value for each in fields(answer) if each.number == 1), b"")
-        path = next((each.value for each in fields(process) if each.number == 5), b"").decode()
-        if not path.startswith("/"):
+        task = engine.containerd.get_task(container.real)
+        if task is None or not task.stdin.startswith("/"):
             return None
         # Without a reader there is nobody to wait for.
-        descriptor = os.open(root + path, os.O_WRONLY | os.O_NONBLOCK)
-    except (OSError, ValueError, TypeError) as error:
+        descriptor = os.open(engine.containerd.root() + task.stdin, os.O_WRONLY | os.O_NONBLOCK)
+    except (OSError, ApiError) as error:
         if engine.nerdctl.debug:
             log(f"{container.real[:12]}: its stdin cannot be reached: {error}")
         return None
     os.set_blocking(descriptor, True)
     once = bool(container.request.get("StdinOnce"))
-    return Input(os.fdopen(descriptor, "wb", 0), once, lambda: end_input(engine.nerdctl, container.real))
-
-
-def reaches_input(nerdctl: Nerdctl) -> bool:
-    """Whether containerd is there for `open_input`."""
-    try:
-        dial_containerd(nerdctl)[0].close()
-    except OSError:
-        return False
-    return True
+    return Input(os.fdopen(descriptor, "wb", 0), once, lambda: end_input(engine, container.real))
 
 
 def start_attached(engine: Engine, container: Container, waiting: List[Attachment], tty: bool, stdin: bool) -> None:
@@ -7209,45 +7076,8 @@ def start_attached(engine: Engine, container: Container, waiting: List[Attachmen
             target = open_input(engine, container) if stdin and not tty else None
         finally:
             session.take_input(target)
-    if not tty and target is None and engine.nerdctl.local:
-        end_input(engine.nerdctl, container.real)
-
-
-def start_with_stdin(engine: Engine, container: Container, waiting: List[Attachment]) -> None:
-    """Start a container that was made with stdin and without a terminal, where containerd is out of reach, by putting a new
-    one in its place: only `nerdctl run` carries stdin. The id that clients know stays on it as a label."""
-    if container.id in engine.touched:
-        raise NotImplementedHere("files were copied into this container before its first start, and without containerd's socket nerdctl can only give "
-                                 "stdin to a container that it makes and starts at once: create it without --interactive, or copy the files after the start")
-    plan = plan_container(engine, container.request)._replace(image=container.image)
-    labels = {**request_labels(plan.request), LABEL_ID: container.id}
-    once = bool(plan.request.get("StdinOnce"))
-    with engine.workspace.temporary("run") as folder, profile_files(engine, plan.words) as words:
-        note = os.path.join(folder, "id")
-
-        def real() -> str:
-            with contextlib.suppress(OSError):
-                with open(note, encoding="ascii") as file:
-                    found = file.read().strip()
-                if found:
-                    engine.tasks.rename(container.id, found)
-                    return found
-            return ""
-
-        session = Session(waiting, once=once, on_end=lambda *_: engine.leave_session(container.id, session))
-        session.begun = engine.tasks.now()
-        arguments = ["run", "--pull=never", f"--cidfile={note}", f"--name={container.name}", *words,
-                     *(f"--label={key}={value}" for key, value in labels.items()), "--", plan.image, *plan.command]
-        with making_anew(engine, container, real):
-            engine.sessions[container.id] = session
-            try:
-                session.run(engine.nerdctl, arguments, stdin=True, lasting=True, held=True)
-                wait_started(engine, session, real)
-            except BaseException:
-                engine.leave_session(container.id, session)
-                raise
-            finally:
-                session.taking.set()
+    if not tty and target is None:
+        end_input(engine, container.real)
 
 
 def start_refused(engine: Engine, container: Container, error: ApiError) -> None:
@@ -7255,7 +7085,7 @@ def start_refused(engine: Engine, container: Container, error: ApiError) -> None
     if auto_removed(container):
         with contextlib.suppress(ApiError):
             # Another one may have taken its place.
-            remove_container(engine, engine.snapshot.container(container.id), force=True, volumes=True)
+            remove_container(engine, engine.inventory.container(container.id), force=True, volumes=True)
     engine.tasks.failed(container.real, refused_code(str(error)))
 
 
@@ -7263,21 +7093,18 @@ def start_refused(engine: Engine, container: Container, error: ApiError) -> None
 def container_start(engine: Engine, request: Request, name: str) -> Response:
     """Start it; 204, 304 when it runs already, 400 when its command cannot be run."""
     request.json() if request.body else None
-    container = engine.snapshot.find(name)
-    if container.state == "paused":
+    container = engine.inventory.container(name)
+    if container.state.kind == "paused":
         raise Conflict("cannot start a paused container, try unpause instead")
     if container.running:
         raise NotModified()
     engine.hold_if_needed(container)
-    count = engine.tasks.now()
     with engine.changing(container):
         try:
             start_container(engine, container)
         except ApiError as error:
             start_refused(engine, container, error)
             raise
-        if not engine.tasks.ended_since(container.real, count):
-            engine.snapshot.containers.patch(container.real, "Up")
     engine.hosts.refresh()
     return Response(204)
 
@@ -7345,9 +7172,9 @@ def named_signal(number: int) -> str:
 def container_stop(engine: Engine, request: Request, name: str) -> Response:
     """Stop it within `t` seconds, then kill it; 204, 304 when it does not run."""
     read_limited(request.body, JSON_LIMIT)
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
     arguments, longest = stop_args(request, container)
-    if not container.running and container.state != "restarting":
+    if not container.running and container.state.kind != "restarting":
         raise NotModified()
     count = engine.tasks.now()
     with engine.changing(container), engine.being_stopped(container, stop_signal(request, container)):
@@ -7362,7 +7189,7 @@ def container_stop(engine: Engine, request: Request, name: str) -> Response:
 def container_restart(engine: Engine, request: Request, name: str) -> Response:
     """Stop it if it runs, and start it; 204."""
     read_limited(request.body, JSON_LIMIT)
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
     arguments, longest = stop_args(request, container)
     with engine.changing(container), engine.restarting(container):
         if container.running:
@@ -7372,8 +7199,7 @@ def container_restart(engine: Engine, request: Request, name: str) -> Response:
             session = engine.sessions.get(container.id)
             if session:
                 session.ended.wait(5)
-        engine.snapshot.containers.drop(container.real)
-        start_container(engine, engine.snapshot.container(container.id))
+        start_container(engine, engine.inventory.container(container.id))
     engine.hosts.refresh()
     engine.tell(container, "restart")
     return Response(204)
@@ -7389,13 +7215,13 @@ def require_running(container: Container) -> None:
 def container_kill(engine: Engine, request: Request, name: str) -> Response:
     """Send it a signal; 204, 409 when it does not run."""
     read_limited(request.body, JSON_LIMIT)
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
     word = check_signal(request.value("signal") or "KILL")
     if not container.running:
         raise Conflict(f"cannot kill container: {name}: container {container.id} is not running")
     count = engine.tasks.now()
     engine.tell(container, "kill", signal=str(signal_number(word)))
-    with engine.changing(container), engine.feed.needed():
+    with engine.changing(container):
         if word in ("SIGKILL", ends_by(container)):
             hold_down(engine, container)
         engine.nerdctl.run("kill", f"--signal={word}", "--", container.real)
@@ -7423,32 +7249,30 @@ def signal_number(word: str) -> int:
 @route("POST", "/containers/{id}/pause")
 def container_pause(engine: Engine, request: Request, name: str) -> Response:
     """Freeze it; 204, 409 when it does not run or is paused already."""
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
     require_running(container)
-    if container.state == "paused":
+    if container.state.kind == "paused":
         raise Conflict(f"container {container.id} is already paused")
     with engine.changing(container):
         engine.nerdctl.run("pause", "--", container.real)
-        engine.snapshot.containers.patch(container.real, "Paused")
     return Response(204)
 
 
 @route("POST", "/containers/{id}/unpause")
 def container_unpause(engine: Engine, request: Request, name: str) -> Response:
     """Let it go on; 204, 409 when it is not paused."""
-    container = engine.snapshot.find(name)
-    if container.state != "paused":
+    container = engine.inventory.container(name)
+    if container.state.kind != "paused":
         raise Conflict(f"container {container.id} is not paused")
     with engine.changing(container):
         engine.nerdctl.run("unpause", "--", container.real)
-        engine.snapshot.containers.patch(container.real, "Up")
     return Response(204)
 
 
 @route("POST", "/containers/{id}/rename")
 def container_rename(engine: Engine, request: Request, name: str) -> Response:
     """Give it another name; 204, 409 for one in use."""
-    container = engine.snapshot.container(name)
+    container = engine.inventory.container(name)
     if not request.value("name"):
         raise BadParameter("Neither old nor new names may be empty")
     wanted = request.value("name").lstrip("/")
@@ -7456,7 +7280,7 @@ def container_rename(engine: Engine, request: Request, name: str) -> Response:
         raise BadParameter("Renaming a container with the same name as its current name")
     with engine.changing(container):
         engine.nerdctl.run("rename", "--", container.real, check_name(engine, wanted))
-    engine.tell(engine.snapshot.container(container.id), "rename", oldName="/" + container.name)
+    engine.tell(engine.inventory.container(container.id), "rename", oldName="/" + container.name)
     return Response(204)
 
 
@@ -7468,7 +7292,7 @@ UPDATE_FLAGS = tuple((path.partition(".")[2], flag, render) for path, flag, rend
 @route("POST", "/containers/{id}/update")
 def container_update(engine: Engine, request: Request, name: str) -> Response:
     """Change its limits or restart policy; 200 with warnings."""
-    container = engine.snapshot.container(name)
+    container = engine.inventory.container(name)
     body = request.json(required=True)
     check_limits(body, update=True)
     words: List[str] = []
@@ -7496,14 +7320,13 @@ def container_wait(engine: Engine, request: Request, name: str) -> Response:
     condition = request.value("condition") or "not-running"
     if condition not in ("not-running", "next-exit", "removed"):
         raise BadParameter(f"invalid condition: \"{condition}\"")
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
     since = engine.tasks.now()
-    engine.feed.keep()
 
     def chunks() -> Iterator[bytes]:
         yield b""
         gone = threading.Event()
-        with engine.feed.needed(), request.client.when_gone(lambda: (gone.set(), engine.tasks.wake())):
+        with request.client.when_gone(lambda: (gone.set(), engine.tasks.wake())):
             status = engine.tasks.wait(container, condition, since, lambda: gone.is_set() or engine.closing.is_set())
         if status is not None:
             yield json_bytes({"StatusCode": status}) + b"\n"
@@ -7516,20 +7339,17 @@ def remove_container(engine: Engine, container: Container, force: bool, volumes:
     engine.sessions.pop(container.id, None)
     with engine.changing(container):
         engine.nerdctl.run("rm", *(["--force"] if force else []), *(["--volumes"] if volumes else []), "--", container.real)
-    engine.snapshot.containers.remove(container.real)
-    if volumes:
-        engine.snapshot.volumes.drop()
     engine.forget(container)
 
 
 @route("DELETE", "/containers/{id}")
 def container_delete(engine: Engine, request: Request, name: str) -> Response:
     """Remove it (`force`, `v` for anonymous volumes); 204, 409 while it runs."""
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
     if request.flag("link"):
         raise NotImplementedHere("nerdctl has no links")
-    if (container.running or container.state == "restarting") and not request.flag("force"):
-        word = "paused" if container.state == "paused" else container.state
+    if (container.running or container.state.kind == "restarting") and not request.flag("force"):
+        word = container.state.kind
         raise Conflict(f'cannot remove container "/{container.name}": container is {word}: '
                        + ("unpause and then stop the container before removing or force remove" if word == "paused"
                           else "stop the container before removing or force remove"))
@@ -7544,13 +7364,13 @@ def container_prune(engine: Engine, request: Request) -> Response:
     """Remove all containers that do not run, by the filters until, label and label!."""
     filters = request.filters("until", "label", "label!")
     limit = until_limit(filters.get("until") or [])
-    found = [each for each in engine.snapshot.containers.get().values()
-             if each.state in ("created", "exited", "dead") and each.id not in engine.sessions
+    found = [each for each in engine.inventory.containers().values()
+             if each.state.kind in ("created", "exited", "dead") and each.id not in engine.sessions
              and match_labels(each.visible_labels, filters.get("label") or [])
              and not any(match_labels(each.visible_labels, [label]) for label in filters.get("label!") or [])
              and (limit is None or each.created / 1e9 <= limit)]
     deleted, reclaimed = [], 0
-    sizes = container_sizes(engine) if found else {}
+    sizes = container_sizes(engine, found)
     for container in found:
         with contextlib.suppress(ApiError):
             remove_container(engine, container, force=False, volumes=False)
@@ -7569,20 +7389,16 @@ class Caretaker:
         self.lock = threading.Lock()
         self.cared: Dict[str, Any] = {}
         self.changed: queue.Queue = queue.Queue()
-        engine.feed.listeners.append(self.on_event)
         threading.Thread(target=self._reap, name="caretaker", daemon=True).start()
 
     def look(self) -> None:
         """Find what is to be cared for among the containers there are; for the start of the daemon."""
         with contextlib.suppress(ApiError):
-            # Who was waiting for the daemon to start is answered first, and what is read for that is enough here.
-            self.engine.snapshot.containers.read.wait(0.5)
-            table = self.engine.snapshot.containers.whole.value or self.engine.snapshot.containers.get()
-            for container in list(self.engine.snapshot.containers.asides.values()):
-                if container.id not in self.engine.replaced:
+            for container in self.engine.inventory.asides():
+                if container.id not in self.engine.inventory.replaced:
                     settle_aside(self.engine, container)
-            for container in table.values():
-                if container.running or container.state == "restarting":
+            for container in self.engine.inventory.containers().values():
+                if container.running or container.state.kind == "restarting":
                     self.hold(container)
                 elif auto_removed(container) and was_started(container):
                     self.changed.put(container.real)
@@ -7595,7 +7411,6 @@ class Caretaker:
             if container.id in self.cared or not (auto_removed(container) or checked):
                 return
             self.cared[container.id] = stack = contextlib.ExitStack()
-            stack.enter_context(self.engine.feed.needed())
             if checked:
                 stop = threading.Event()
                 stack.callback(stop.set)
@@ -7609,7 +7424,7 @@ class Caretaker:
             stack.close()
 
     def on_event(self, event: Optional[ContainerdEvent]) -> None:
-        """Note the starts and ends of containers; called in the feed's thread, so the work is done elsewhere."""
+        """Note the starts and ends of containers; the work is done in a thread of its own."""
         if event is None:
             if self.cared:
                 self.changed.put("")
@@ -7617,9 +7432,7 @@ class Caretaker:
             self.changed.put(event.container)
         elif event.topic == "/tasks/start":
             # By a restart policy, or by somebody else; whom we start is cared for already.
-            known = (self.engine.snapshot.containers.whole.value or {}).get(event.container)
-            if known is None or known.id not in self.cared and (auto_removed(known) or needs_checks(known)):
-                self.changed.put(event.container)
+            self.changed.put(event.container)
 
     def _reap(self) -> None:
         while True:
@@ -7636,25 +7449,25 @@ class Caretaker:
         its start: care for it."""
         if not real and not self.cared:
             return
-        table = self.engine.snapshot.containers.known()
+        table = self.engine.inventory.containers()
         for container in [table[real]] if real in table else list(table.values()) if not real else []:
             if container.running:
                 self.hold(container)
-            if container.running or container.state in ("restarting", "created") or container.id in self.engine.replaced:
+            if container.running or container.state.kind in ("restarting", "created") or container.id in self.engine.inventory.replaced:
                 continue
             if auto_removed(container) and container.id not in self.engine.restarts:
                 session = self.engine.sessions.get(container.id)
                 if session:
                     session.ended.wait(10)
-                code = parse_status(container.status)["code"]
+                code = container.state.exit_code
                 if code is not None and container.real not in self.engine.tasks.ends:
                     # Seen and not told, before the feed was live: with the container its exit status would be gone.
                     self.engine.tasks.failed(container.real, code)
                 with contextlib.suppress(NotFound):
                     remove_container(self.engine, container, force=True, volumes=True)
             self.release(container.id)
-        known = {each.id for each in self.engine.snapshot.containers.known().values()}
-        for identity in [each for each in self.cared if each not in known and each not in self.engine.replaced]:
+        known = {each.id for each in self.engine.inventory.containers().values()}
+        for identity in [each for each in self.cared if each not in known and each not in self.engine.inventory.replaced]:
             self.release(identity)
 
     def _watch_health(self, identity: str, stop: threading.Event) -> None:
@@ -7670,16 +7483,16 @@ class Caretaker:
 
     def _check(self, identity: str) -> float:
         """Run one health check; the seconds until the next."""
-        container = self.engine.snapshot.container(identity)
+        container = self.engine.inventory.container(identity)
         if not container.running:
             return 1.0
         check = json.loads(container.labels.get("nerdctl/healthcheck") or "{}")
         check.setdefault("StartInterval", typed(container.request.get("Healthcheck"), dict, "Healthcheck").get("StartInterval"))
-        began = started_at(container)
+        began = container.state.started_at
         age = time.time() - began / 1e9 if began else 0.0
-        before = (container_health(self.engine, container) or {}).get("Status")
+        before = container.state.health or "starting"
         interval = check_pause(check, age, before == "starting")
-        if container.state == "paused":
+        if container.state.kind == "paused":
             return interval
         if began and age < interval - 0.02:
             # The first check comes an interval after the start.
@@ -7687,9 +7500,9 @@ class Caretaker:
         output = self.engine.nerdctl.output("container", "healthcheck", container.real, timeout=interval + 600, waits=True)
         if output.status and self.engine.nerdctl.debug:
             log(f"health check of {identity[:12]}: {nerdctl_message(output.stderr)}")
-        self.engine.snapshot.containers.drop(container.real)
+        self.engine.inventory.records.invalidate(container.real)
         with contextlib.suppress(NotFound):
-            after = (container_health(self.engine, self.engine.snapshot.container(identity)) or {}).get("Status")
+            after = self.engine.inventory.container(identity).state.health or "starting"
             if after and after != before:
                 self.engine.tell(container, f"health_status: {after}")
             interval = check_pause(check, age, after == "starting")
@@ -7733,7 +7546,7 @@ def stream_type(tty: bool, version: Tuple[int, int]) -> str:
 
 def log_lines(engine: Engine, request: Request, container: Container) -> Iterator[LogLine]:
     """The lines of a container's log that a logs request asks for."""
-    follow = request.flag("follow") and container.state in ("running", "paused", "restarting")
+    follow = request.flag("follow") and (container.running or container.state.kind == "restarting")
     since, until = request.timestamp("since"), request.timestamp("until")
     first = int(since * 10**9) if since and since > 0 else 0
     last = int(until * 10**9) if until and until > 0 else 0
@@ -7742,8 +7555,6 @@ def log_lines(engine: Engine, request: Request, container: Container) -> Iterato
     gone = threading.Event()
     with contextlib.ExitStack() as stack:
         stack.enter_context(request.client.when_gone(gone.set))
-        if follow:
-            stack.enter_context(engine.feed.needed())
         path = log_path(container)
         if path and os.access(path, os.R_OK):
             file = LogFile(path).open()
@@ -7790,7 +7601,7 @@ def log_details(container: Container) -> bytes:
 @route("GET", "/containers/{id}/logs")
 def container_logs(engine: Engine, request: Request, name: str) -> Response:
     """Its output so far, and with `follow` what is to come: frames, or bytes as they are for a terminal."""
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
     if not request.flag("stdout") and not request.flag("stderr"):
         raise BadParameter("Bad parameters: you must choose at least one stream")
     tail_count(request)
@@ -7903,7 +7714,7 @@ class WebSocket(Connection):
 def follow_attached(engine: Engine, container: Container, attachment: Attachment, file: LogFile, follow: bool = True) -> None:
     """Send an attached client what is written to a container's log, to its end."""
     try:
-        with engine.feed.needed(), contextlib.closing(file):
+        with contextlib.closing(file):
             for line in follow_log(engine, container, file, follow, attachment.done.is_set):
                 attachment.put(line.kind, line.text)
     except Exception:
@@ -7930,9 +7741,9 @@ def await_session(engine: Engine, container: Container, attachment: Attachment, 
             return
         if session is None and engine.tasks.started_since(container.real, since):
             follow_attached(engine, container, attachment, file)
-        elif engine.feed.live and container.id not in engine.replaced:
+        elif engine.feed.live and container.id not in engine.inventory.replaced:
             try:
-                engine.snapshot.find(container.id)
+                engine.inventory.container(container.id)
             except ApiError:
                 attachment.finish()
 
@@ -7944,7 +7755,7 @@ def serve_attachment(engine: Engine, request: Request, container: Container, att
     file = LogFile(log_path(container)).open(at_end=not logs)
     since = engine.tasks.now()
     session = engine.sessions.get(container.id)
-    with request.client.when_gone(attachment.leave, half=False), engine.feed.needed():
+    with request.client.when_gone(attachment.leave, half=False):
         if logs or (container.running and not (session and session.join(attachment))):
             attachment.session = session
             attachment.ready.set()
@@ -7998,10 +7809,10 @@ def attach(engine: Engine, request: Request, name: str, framed: bool) -> Tuple[A
 def prepare_attach(engine: Engine, request: Request, name: str) -> Tuple[Container, bool, Optional[DetachKeys]]:
     """The container of an attach, whether it has a terminal, and the keys that detach from it; 404, 409 and 501 where it
     cannot be."""
-    container = engine.snapshot.find(name)
-    if container.state == "paused":
+    container = engine.inventory.container(name)
+    if container.state.kind == "paused":
         raise Conflict("container is paused, unpause the container before attach")
-    if container.state == "restarting":
+    if container.state.kind == "restarting":
         raise Conflict("container is restarting, wait until the container is running")
     tty = is_terminal(engine, container)
     stdin = request.flag("stdin") and request.flag("stream")
@@ -8050,7 +7861,7 @@ def container_attach_websocket(engine: Engine, request: Request, name: str) -> R
 def container_resize(engine: Engine, request: Request, name: str) -> Response:
     """Tell the container's terminal its size in characters; 200. Without a session there is no terminal to be told."""
     height, width = request.integer("h"), request.integer("w")
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
     session = engine.sessions.get(container.id)
     if session is None:
         require_running(container)
@@ -8134,9 +7945,8 @@ def check_user(engine: Engine, container: Container, user: str) -> None:
     name = user.partition(":")[0]
     if not name or name.isdigit():
         return
-    pid = (engine.snapshot.detail(container).get("Task") or {}).get("Pid") or 0
     try:
-        with opened_below(f"/proc/{pid}/root", "/etc/passwd", follow=True) as (descriptor, _, _):
+        with opened_below(f"/proc/{container.state.pid}/root", "/etc/passwd", follow=True) as (descriptor, _, _):
             lines = []
             # The container's own: it may be a FIFO, on which nerdctl would wait for ever, or without an end.
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -8153,10 +7963,10 @@ def check_user(engine: Engine, container: Container, user: str) -> None:
 def exec_create(engine: Engine, request: Request, name: str) -> Response:
     """Prepare a command; 201 with its id. 409 when the container does not run, 400 for no command or an unknown user."""
     config = request.json(required=True)
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
     if not string_list(config.get("Cmd"), "Cmd"):
         raise BadParameter("No exec command specified")
-    if container.state == "paused":
+    if container.state.kind == "paused":
         raise Conflict(f"container {name} is paused, unpause the container before exec")
     require_running(container)
     instance = Exec(container, config)
@@ -8224,7 +8034,7 @@ def take_input(engine: Engine, instance: Exec, session: Session, attachment: Att
         # What cannot be looked at (nerdctl runs elsewhere) is believed from events, with a moment more.
         if seen is None and engine.tasks.exec_since(instance.container.real, since):
             seen = time.monotonic()
-        if seen is not None and time.monotonic() > seen + (2.0 if engine.nerdctl.local else 0.1):
+        if seen is not None and time.monotonic() > seen + 2.0:
             break
     session.taking.set()
 
@@ -8245,16 +8055,15 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
     stopped."""
     options = request.json()
     instance = find_exec(engine, name)
-    container = engine.snapshot.find(instance.container.id)
+    container = engine.inventory.container(instance.container.id)
     require_running(container)
     size = typed(options.get("ConsoleSize") or instance.config.get("ConsoleSize"), list, "ConsoleSize")
     if len(size) == 2 and all(isinstance(each, int) for each in size):
         instance.size = (size[0], size[1])
     if typed(options.get("Detach"), bool, "Detach"):
         instance.config = {**instance.config, "AttachStdin": False}
-        with engine.feed.needed():
-            since = engine.tasks.now()
-            exec_begun(engine, instance, begin_exec(engine, instance, []), since)
+        since = engine.tasks.now()
+        exec_begun(engine, instance, begin_exec(engine, instance, []), since)
         return Response(200, b"")
     if instance.started:
         raise Conflict(f"exec command {instance.id} is already running" if instance.running else f"exec command {instance.id} has already run")
@@ -8268,8 +8077,6 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
         attachment.connect(connection)
         keys = DetachKeys(typed(config.get("DetachKeys"), str, "DetachKeys")) if instance.tty and attachment.stdin else None
         with contextlib.ExitStack() as stack:
-            if attachment.stdin and not engine.nerdctl.local:
-                stack.enter_context(engine.feed.needed())
             stack.enter_context(request.client.when_gone(attachment.leave, half=False))
             since = engine.tasks.now()
             try:
@@ -8364,9 +8171,7 @@ def stat_below(root: str, path: str) -> Tuple[PathStat, str]:
 
 def container_root(engine: Engine, container: Container) -> str:
     """The root of a running container as this process may see it, "" else."""
-    if not container.running or not engine.nerdctl.local:
-        return ""
-    pid = (engine.snapshot.detail(container).get("Task") or {}).get("Pid") or 0
+    pid = container.state.pid
     root = f"/proc/{pid}/root/"
     return root if pid and os.access(root, os.X_OK) else ""
 
@@ -8515,7 +8320,7 @@ def copy_failed(process: Process, name: str, path: str) -> None:
 @route("HEAD", "/containers/{id}/archive")
 def archive_stat(engine: Engine, request: Request, name: str) -> Response:
     """What a path in a container is, in a header; 404 where there is none."""
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
     found, _ = path_stat(engine, container, check_path(request.value("path")), name)
     return Response(200, None, "", found.header())
 
@@ -8532,7 +8337,7 @@ def link_archive(found: PathStat, target: str) -> bytes:
 @route("GET", "/containers/{id}/archive")
 def archive_get(engine: Engine, request: Request, name: str) -> Response:
     """A path in a container as a tar, with its stat in a header; 404 where there is none."""
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
     path = check_path(request.value("path"))
     found, target = path_stat(engine, container, path, name)
     # nerdctl takes a root for the name of the folder that it is mounted at.
@@ -8609,7 +8414,7 @@ def plain_blocks(body: Any) -> Iterator[Any]:
 def archive_put(engine: Engine, request: Request, name: str) -> Response:
     """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none, and for an
     archive that is broken or breaks off: what came before that is unpacked."""
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
     path = check_path(request.value("path"))
     try:
         found, _ = path_stat(engine, container, path.rstrip("/") + "/", name)
@@ -8636,11 +8441,11 @@ def archive_put(engine: Engine, request: Request, name: str) -> Response:
 @route("GET", "/containers/{id}/export")
 def container_export(engine: Engine, request: Request, name: str) -> Response:
     """Its whole file system as a tar."""
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
 
     def chunks() -> Iterator[bytes]:
         # Go ends a program that finds its stdout closed; the same pipe by another number is an error to it, and it unmounts.
-        output = ["--output=/dev/stdout"] if engine.nerdctl.local else []
+        output = ["--output=/dev/stdout"]
         with engine.nerdctl.start("export", *output, "--", container.real, mounts=True) as process:
             yield from process.pieces()
             process.check()
@@ -8652,7 +8457,7 @@ def container_export(engine: Engine, request: Request, name: str) -> Response:
 @route("GET", "/containers/{id}/changes")
 def container_changes(engine: Engine, request: Request, name: str) -> Response:
     """What differs from its image: paths with the kinds 0 changed, 1 added, 2 deleted."""
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
     text = engine.nerdctl.run("diff", "--", container.real).stdout.decode("utf-8", "surrogateescape")
     return Response(200, parse_changes(text) or json_null())
 
@@ -8825,20 +8630,19 @@ def docker_stats(container: Container, pid: int, before: Dict[str, Any]) -> Dict
 @route("GET", "/containers/{id}/stats")
 def container_stats(engine: Engine, request: Request, name: str) -> Response:
     """Its use of the machine, a sample a second; with stream=0 one, with one-shot=1 one without the sample before it."""
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
     stream, one_shot = request.flag("stream", True), request.flag("one-shot")
     if stream and one_shot:
         raise BadParameter("cannot have stream=true and one-shot=true")
 
     def sample(before: Dict[str, Any]) -> Dict[str, Any]:
-        now = engine.snapshot.container(container.id)
-        pid = (engine.snapshot.detail(now).get("Task") or {}).get("Pid") or 0 if now.running else 0
-        return docker_stats(now, pid, before)
+        now = engine.inventory.container(container.id)
+        return docker_stats(now, now.state.pid, before)
 
     def chunks() -> Iterator[bytes]:
         gone = threading.Event()
         before: Dict[str, Any] = {}
-        with engine.feed.needed(), request.client.when_gone(gone.set):
+        with request.client.when_gone(gone.set):
             while not gone.is_set() and not engine.closing.is_set():
                 try:
                     found = sample(before)
@@ -8867,7 +8671,7 @@ def parse_top(text: str) -> Dict[str, Any]:
 @route("GET", "/containers/{id}/top")
 def container_top(engine: Engine, request: Request, name: str) -> Response:
     """Its processes as ps on the host shows them, with `ps_args`; 409 when it does not run."""
-    container = engine.snapshot.find(name)
+    container = engine.inventory.container(name)
     require_running(container)
     try:
         words = shlex.split(request.value("ps_args"))
@@ -8907,13 +8711,13 @@ def match_network(network: Dict[str, Any], used: set, filters: Dict[str, List[st
 def network_list(engine: Engine, request: Request) -> Response:
     """Networks; bridge, host and none are always there."""
     filters = request.filters(*NETWORK_FILTERS)
-    used = {name for each in engine.snapshot.containers.get().values() for name in network_names(each)} if "dangling" in filters else set()
-    return Response(200, [each for each in engine.snapshot.networks.get().values() if match_network(each, used, filters)])
+    used = {name for each in engine.inventory.containers().values() for name in network_names(each)} if "dangling" in filters else set()
+    return Response(200, [each for each in engine.inventory.networks().values() if match_network(each, used, filters)])
 
 
 def find_network(engine: Engine, name: str) -> Dict[str, Any]:
     """The network of a name, an id or the beginning of one; 404 and 400 with dockerd's words."""
-    networks = list(engine.snapshot.networks.get().values())
+    networks = list(engine.inventory.networks().values())
     for key in ("Name", "Id"):
         for each in networks:
             if each[key] == name:
@@ -8933,14 +8737,9 @@ def network_inspect(engine: Engine, request: Request, name: str) -> Response:
     if request.value("scope") not in ("", "local"):
         raise NotFound(f"network {name} not found")
     members = {}
-    for container in engine.snapshot.containers.get().values():
+    for container in engine.inventory.containers().values():
         if container.running and network["Name"] in network_names(container):
-            try:
-                detail = engine.snapshot.detail(container)
-            except NotFound:
-                # It has gone since it was listed.
-                continue
-            told = docker_networks(container, engine.snapshot.networks.get(), parse_addresses(detail.get("Task"))).get(network["Name"]) or {}
+            told = docker_networks(container, engine.inventory.networks()).get(network["Name"]) or {}
             members[container.id] = {
                 "Name": container.name, "EndpointID": told.get("EndpointID") or "", "MacAddress": told.get("MacAddress") or "",
                 "IPv4Address": f"{told['IPAddress']}/{told['IPPrefixLen']}" if told.get("IPAddress") else "",
@@ -8998,7 +8797,7 @@ def network_create(engine: Engine, request: Request) -> Response:
         raise BadParameter(f'invalid network name: "{name}": only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed' if name else "name is required")
     if name in ("bridge", "host", "none", "default"):
         raise Forbidden(f"operation is not permitted on predefined {name} network")
-    if name in engine.snapshot.networks.get():
+    if name in engine.inventory.networks():
         raise Conflict(f"network with name {name} already exists")
     arguments = network_create_args(body, name)
     try:
@@ -9007,8 +8806,6 @@ def network_create(engine: Engine, request: Request) -> Response:
         if re.search(r"overlaps with other one|subnet .* overlap", str(error)):
             raise Forbidden("invalid pool request: Pool overlaps with other one on this address space") from None
         raise
-    finally:
-        engine.snapshot.networks.drop()
     network = find_network(engine, name)
     engine.journal.emit("network", "create", network["Id"], {"name": name, "type": network["Driver"]})
     spare = any(typed(each, dict, "IPAM.Config").get("AuxiliaryAddresses") for each in typed(field_of(body, "IPAM.Config"), list, "IPAM.Config"))
@@ -9017,7 +8814,7 @@ def network_create(engine: Engine, request: Request) -> Response:
 
 def network_users(engine: Engine, name: str) -> List[Container]:
     """The containers that were given a network."""
-    return [each for each in engine.snapshot.containers.get().values() if name in network_names(each)]
+    return [each for each in engine.inventory.containers().values() if name in network_names(each)]
 
 
 def remove_network(engine: Engine, network: Dict[str, Any]) -> None:
@@ -9028,10 +8825,7 @@ def remove_network(engine: Engine, network: Dict[str, Any]) -> None:
     if any(each.running for each in users):
         names = ", ".join(f'name:"{each.name}" endpoint:"{each.id[:12]}"' for each in users if each.running)
         raise Forbidden(f"error while removing network: network {network['Name']} id {network['Id']} has active endpoints ({names})")
-    try:
-        engine.nerdctl.run("network", "rm", "--", network["Name"])
-    finally:
-        engine.snapshot.networks.drop()
+    engine.nerdctl.run("network", "rm", "--", network["Name"])
     engine.journal.emit("network", "destroy", network["Id"], {"name": network["Name"], "type": network["Driver"]})
 
 
@@ -9048,7 +8842,7 @@ def network_prune(engine: Engine, request: Request) -> Response:
     filters = request.filters("until", "label", "label!", "dangling")
     limit = until_limit(filters.get("until") or [])
     deleted = []
-    for network in list(engine.snapshot.networks.get().values()):
+    for network in list(engine.inventory.networks().values()):
         made = (nanoseconds_of(network["Created"]) or 0) / 1e9
         if (network["Name"] in ("bridge", "host", "none") or not network["Id"] or network["Id"] == made_up_id(network["Name"])
                 or network_users(engine, network["Name"]) or not match_labels(network["Labels"], filters.get("label") or [])
@@ -9138,7 +8932,6 @@ class Hosts:
         self.lock = threading.Lock()
         self.used = False
         self.due = threading.Event()
-        engine.feed.listeners.append(self.on_event)
 
     def on_event(self, event: Optional[ContainerdEvent]) -> None:
         """After a start or an end that others have caused, do it again."""
@@ -9151,15 +8944,11 @@ class Hosts:
         time.sleep(0.05)
         self.due.clear()
         with contextlib.suppress(ApiError):
-            # By itself it asks for no feed, which would never end then.
-            if self.engine.feed.live:
-                self.refresh()
+            self.refresh()
 
     def refresh(self, starting: Optional[Container] = None) -> None:
         """Write to the files of running containers, or to that of one which is about to start, how it finds the others."""
-        if not self.engine.nerdctl.local:
-            return
-        running = [each for each in self.engine.snapshot.containers.known().values() if each.running]
+        running = [each for each in self.engine.inventory.containers().values() if each.running]
         named = [each for each in [*running, *([starting] if starting else [])] if any(map(any, (each.values() for each in wanted_names(each))))]
         if not named and not self.used:
             return
@@ -9199,7 +8988,7 @@ def network_connect(engine: Engine, request: Request, name: str) -> Response:
     """Put a container into a network; 501 for one that was started already, 403 for one that is in it."""
     body = request.json(required=True)
     network = find_network(engine, name)
-    container = engine.snapshot.container(typed(body.get("Container"), str, "Container"))
+    container = engine.inventory.container(typed(body.get("Container"), str, "Container"))
     if network["Name"] in engine.apart.get(container.id, ()):
         engine.apart[container.id].discard(network["Name"])
         if not engine.apart[container.id]:
@@ -9218,7 +9007,7 @@ def network_disconnect(engine: Engine, request: Request, name: str) -> Response:
     started any more."""
     body = request.json(required=True)
     network = find_network(engine, name)
-    container = engine.snapshot.container(typed(body.get("Container"), str, "Container"))
+    container = engine.inventory.container(typed(body.get("Container"), str, "Container"))
     if network["Name"] not in network_names(container) or network["Name"] in engine.apart.get(container.id, ()):
         raise Forbidden(f"container {container.id} is not connected to network {network['Name']}")
     if was_started(container) and not container.running:
@@ -9236,7 +9025,7 @@ def network_disconnect(engine: Engine, request: Request, name: str) -> Response:
 
 def volume_users(engine: Engine) -> collections.Counter:
     """Volume name -> number of containers that mount it."""
-    return collections.Counter(mount["Name"] for container in engine.snapshot.containers.get().values()
+    return collections.Counter(mount["Name"] for container in engine.inventory.containers().values()
                                for mount in parse_mounts(container.labels) if mount.get("Name"))
 
 
@@ -9250,7 +9039,7 @@ def volume_list(engine: Engine, request: Request) -> Response:
     dangling = flag_filter(filters, "dangling")
     users = volume_users(engine) if dangling is not None else {}
     found = [
-        volume for volume in engine.snapshot.volumes.get().values()
+        volume for volume in engine.inventory.volumes().values()
         if (dangling is None or dangling == (volume["Name"] not in users))
         and (not filters.get("driver") or volume["Driver"] in filters["driver"])
         and (not filters.get("name") or any(each in volume["Name"] for each in filters["name"]))
@@ -9261,7 +9050,7 @@ def volume_list(engine: Engine, request: Request) -> Response:
 
 def find_volume(engine: Engine, name: str) -> Dict[str, Any]:
     """The volume of a name; 404 with dockerd's words."""
-    volume = engine.snapshot.volumes.get().get(name)
+    volume = engine.inventory.volumes().get(name)
     if volume is None:
         raise NotFound(f"get {name}: no such volume")
     return volume
@@ -9285,17 +9074,14 @@ def volume_create(engine: Engine, request: Request) -> Response:
         check_volume_name(name)
     if typed(body.get("ClusterVolumeSpec"), dict, "ClusterVolumeSpec"):
         raise Unavailable(NO_SWARM)
-    found = engine.snapshot.volumes.get().get(name) if name else None
+    found = engine.inventory.volumes().get(name) if name else None
     if found is None:
         if options:
             raise NotImplementedHere("nerdctl's volumes are folders: they take no driver options")
         if not name:
             name = os.urandom(32).hex()
             labels = {**labels, ANONYMOUS: ""}
-        try:
-            engine.nerdctl.run("volume", "create", *(f"--label={key}={value}" for key, value in labels.items()), "--", name)
-        finally:
-            engine.snapshot.volumes.drop()
+        engine.nerdctl.run("volume", "create", *(f"--label={key}={value}" for key, value in labels.items()), "--", name)
         found = find_volume(engine, name)
         engine.journal.emit("volume", "create", name, {"driver": "local"})
     return Response(201, found)
@@ -9303,13 +9089,10 @@ def volume_create(engine: Engine, request: Request) -> Response:
 
 def remove_volume(engine: Engine, name: str) -> None:
     """Remove a volume; 409 with dockerd's words while a container has it."""
-    users = [each.id for each in engine.snapshot.containers.get().values() if any(mount.get("Name") == name for mount in parse_mounts(each.labels))]
+    users = [each.id for each in engine.inventory.containers().values() if any(mount.get("Name") == name for mount in parse_mounts(each.labels))]
     if users:
         raise Conflict(f"remove {name}: volume is in use - [{', '.join(users)}]")
-    try:
-        engine.nerdctl.run("volume", "rm", "--", name)
-    finally:
-        engine.snapshot.volumes.drop()
+    engine.nerdctl.run("volume", "rm", "--", name)
     engine.journal.emit("volume", "destroy", name, {"driver": "local"})
 
 
@@ -9337,7 +9120,7 @@ def volume_prune(engine: Engine, request: Request) -> Response:
     filters = request.filters("all", "label", "label!")
     everything = flag_filter(filters, "all", request.version < (1, 42))
     used, deleted, reclaimed = volume_users(engine), [], 0
-    found = [volume for volume in list(engine.snapshot.volumes.get().values())
+    found = [volume for volume in list(engine.inventory.volumes().values())
              if volume["Name"] not in used and (everything or is_anonymous(volume))
              and match_labels(volume["Labels"] or {}, filters.get("label") or [])
              and not any(match_labels(volume["Labels"] or {}, [each]) for each in filters.get("label!") or [])]
@@ -9353,8 +9136,17 @@ def volume_prune(engine: Engine, request: Request) -> Response:
 
 def volume_sizes(engine: Engine) -> Dict[str, int]:
     """Volume name -> bytes in it."""
-    rows = engine.nerdctl.rows("volume", "ls", "--size", "--format", "{{json .}}")
-    return {row["Name"]: size_bytes(row.get("Size") or "") for row in rows}
+    return {name: folder_size(volume["Mountpoint"]) for name, volume in engine.inventory.volumes().items()}
+
+
+def folder_size(path: str) -> int:
+    """Bytes of the files in a folder and all below it; what cannot be seen, or goes meanwhile, counts nothing."""
+    total = 0
+    for folder, _, files in os.walk(path):
+        for name in files:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total
 
 
 def docker_usage(items: List[Dict[str, Any]], active: int, total: int, reclaimable: int) -> Dict[str, Any]:
@@ -9371,19 +9163,19 @@ def system_df(engine: Engine, request: Request) -> Response:
         if each not in ("container", "image", "volume", "build-cache"):
             raise BadParameter(f"unknown object type: {each}")
     everything, answer = not kinds, {}
-    groups = list(engine.snapshot.image_groups().values())
+    groups = list(engine.inventory.images.get().values())
     if everything or "image" in kinds:
         users, shared = image_users(engine), shared_sizes(groups)
         answer["LayersSize"] = sum({each["digest"]: each.get("size") or 0 for group in groups
-                                    for each in (group.detail.get("Manifest") or {}).get("layers") or []}.values()) + sum(
-            group.detail.get("size") or 0 for group in groups)
+                                    for each in group.content.layers}.values()) + sum(
+            group.unpacked_size for group in groups)
         answer["Images"] = [docker_image_row(group, request.version, len(users.get(group.id, [])), shared.get(group.id, 0)) for group in groups]
     if everything or "container" in kinds:
         answer["Containers"] = disk_usage_containers(engine, request)
     if everything or "volume" in kinds:
         users, sizes = volume_users(engine), volume_sizes(engine)
         answer["Volumes"] = [{**volume, "UsageData": {"Size": sizes.get(name, 0), "RefCount": users.get(name, 0)}}
-                             for name, volume in engine.snapshot.volumes.get().items()]
+                             for name, volume in engine.inventory.volumes().items()]
     if everything or "build-cache" in kinds:
         answer["BuildCache"] = build_cache(engine)
     if request.version >= (1, 52):
@@ -9393,11 +9185,11 @@ def system_df(engine: Engine, request: Request) -> Response:
 
 def disk_usage_containers(engine: Engine, request: Request) -> List[Dict[str, Any]]:
     """Every container as the list shows it, with its sizes."""
-    sizes, rows = container_sizes(engine), []
-    images = {image.name: image.id for image in engine.snapshot.names.get()}
-    for container in engine.snapshot.containers.get().values():
-        row = docker_container_row(container, images.get(container.image, ""), docker_networks(container, engine.snapshot.networks.get(), []),
-                                   time.time(), request.version)
+    containers, images, networks = engine.inventory.containers(), engine.inventory.images.names.get(), engine.inventory.networks()
+    sizes, rows = container_sizes(engine, containers.values()), []
+    for container in containers.values():
+        image_id = images[container.image].target.digest if container.image in images else ""
+        row = docker_container_row(container, image_id, docker_networks(container, networks), time.time(), request.version)
         row["SizeRw"], row["SizeRootFs"] = sizes.get(container.real, (0, 0))
         rows.append(row)
     return rows
@@ -9925,7 +9717,7 @@ def parse_workers(message: bytes) -> List[Dict[str, str]]:
 def list_workers(address: str, timeout: float = 10.0) -> List[Dict[str, str]]:
     """The labels of a buildkitd's workers; 503 when it does not tell them in time."""
     with contextlib.suppress(OSError, ValueError), dial(address) as sock:
-        answer = unary(sock, "/moby.buildkit.v1.Control/ListWorkers", timeout=timeout)
+        answer = grpc_call(sock, "/moby.buildkit.v1.Control/ListWorkers", timeout=timeout)
         if answer is not None:
             return parse_workers(answer)
     raise Unavailable(f"buildkitd at {address} does not tell its workers: see its log")
@@ -9956,11 +9748,10 @@ def solved_digest(answer: bytes) -> str:
 
 
 def replaced_images(engine: Engine, names: List[str]) -> Dict[str, str]:
-    """The ids of the images that have these names now. Only told while somebody listens to events: it costs a process."""
-    if not engine.journal.queues:
-        return {}
+    """The ids of the images that have these names now."""
     with contextlib.suppress(ApiError):
-        return {each.name: each.id for each in engine.snapshot.names.get() if each.name in names}
+        images = engine.inventory.images.names.get()
+        return {name: images[name].target.digest for name in names if name in images}
     return {}
 
 
@@ -9973,14 +9764,13 @@ def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, 
         return message, None
     if names is None:
         return message, None
-    containerd = engine.snapshot.info.get().get("ID") or ""
+    containerd = engine.containerd.uuid()
     complaint = worker_complaint(list_workers(address), engine.nerdctl.namespace, containerd)
     if complaint:
         raise Conflict(complaint)
     before = replaced_images(engine, names)
 
     def answered(answer: bytes) -> None:
-        engine.snapshot.names.drop()
         digest = solved_digest(answer)
         # A name that is new is told by containerd.
         for name in names if digest else ():
@@ -10006,9 +9796,6 @@ def buildkit_grpc(engine: Engine, request: Request) -> Response:
         if failure:
             log(f"build: {failure}")
             splice.server_ended(failure)
-        else:
-            # Known by the time that the client comes to its build.
-            ahead(engine.snapshot.info.get)
         join(splice, connection, server)
 
     return Response(101, Hijack(serve, protocol="h2c"))
@@ -10801,7 +10588,6 @@ CTR_COMMANDS: Dict[str, Tuple[str, ...]] = {
     "images": ("no-trunc", "{{json .}}"), "image inspect": ("mode=", "{{json .}}"), "history": ("no-trunc", "{{json .}}"),
     "tag": ("",), "rmi": ("force",), "pull": ("platform= unpack=",), "push": ("platform=",), "save": ("platform=",),
     "load": ("platform= all-platforms",), "login": ("username= password-stdin",),
-    "ps": ("no-trunc size filter=", CONTAINER_ROW, '{"ID":{{json .ID}},"Size":{{json .Size}}}'), "container inspect": ("mode=", INSPECT_FORMAT, "{{json .State}}"),
     "build": ("progress= build-arg= label= cache-from= add-host= no-cache pull target= platform= network= allow= provenance= file= tag=",),
 }
 
@@ -11146,9 +10932,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 1
     nerdctl = Nerdctl(shlex.split(options.nerdctl) or nerdctl_command(), options.namespace, options.address, options.snapshotter,
                       options.buildkit_host, options.debug)
-    engine = Engine(nerdctl)
+    engine = Engine(nerdctl, Containerd(options.address, options.namespace))
     engine.workspace.sweep()
     engine.caretaker = Caretaker(engine)
+    engine.feed.start()
     server = Server(engine, listener)
     notify_systemd("READY=1", notify)
     threading.Thread(target=engine.caretaker.look, name="look", daemon=True).start()
