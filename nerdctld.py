@@ -2221,6 +2221,8 @@ class Mirror:
         # Whether everything is to be read; when the last reading of everything began.
         self.stale = True
         self.began = 0.0
+        # Whether something that is no longer marked is being read.
+        self.reading = False
 
     def invalidate(self, name: str = "") -> None:
         """One object is no longer as it was, or with "" any may be. Called by the event feed, so it never waits."""
@@ -2233,15 +2235,19 @@ class Mirror:
         """All objects as they are now; the same dict as before where nothing has changed."""
         asked = time.monotonic()
         settled = self.feed.settle()
-        if settled and not self.stale and not self.dirty:
+        if settled and not self.stale and not self.dirty and not self.reading:
             return self.values
         with self.lock:
-            if not settled or self.stale or len(self.dirty) > self.FEW:
-                if self.began <= asked:
-                    self._read_all()
-            else:
-                self._read_dirty()
-            return self.values
+            self.reading = True
+            try:
+                if not settled or self.stale or len(self.dirty) > self.FEW:
+                    if self.began <= asked:
+                        self._read_all()
+                else:
+                    self._read_dirty()
+                return self.values
+            finally:
+                self.reading = False
 
     def _read_all(self) -> None:
         self.began, self.stale = time.monotonic(), False
