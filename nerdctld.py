@@ -29,6 +29,8 @@ import errno
 import fcntl
 import functools
 import getopt
+import http.client
+import http.server
 import io
 import itertools
 import json
@@ -54,25 +56,8 @@ import traceback
 import tty
 import urllib.parse
 import zlib
+from hashlib import sha256
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
-
-# OpenSSL is 5 of 25 MB: `hashlib` loads it for what Python has itself, and `http.client` for https, which only a question
-# to a registry needs.
-try:
-    from _sha2 import sha256
-except ImportError:
-    try:
-        from _sha256 import sha256
-    except ImportError:
-        from hashlib import sha256
-OPENSSL_LATER = "ssl" not in sys.modules
-if OPENSSL_LATER:
-    sys.modules["ssl"] = None  # type: ignore[assignment]
-import http.client
-import http.server
-
-if OPENSSL_LATER:
-    del sys.modules["ssl"]
 
 VERSION = "0.1.0"
 API_NEWEST = (1, 56)
@@ -4038,18 +4023,30 @@ def pull_image(engine: Engine, request: Request, reference: Reference, platform:
     engine.journal.emit("image", "pull", name, {**group.labels, "name": name})
 
 
-class TlsConnection(http.client.HTTPConnection):
-    """An HTTP connection by TLS to a host whose certificate the system trusts."""
+def open_url(url: str, headers: Optional[Dict[str, str]] = None, redirects: bool = True) -> Any:
+    """The answer to a GET through the proxies of the environment, of whatever status; without `redirects` they are answers
+    too. OSError, ValueError or HTTPException where there is none."""
+    # Not at the top: few need it, and it costs memory.
+    import urllib.error
+    import urllib.request
 
-    default_port = 443
+    class NoRedirects(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *_: Any) -> None:
+            return None
 
-    def connect(self) -> None:
-        """Connect; OSError where that fails or the certificate is not good."""
-        import ssl
+    handlers = [] if redirects else [NoRedirects]
+    if is_loopback(urllib.parse.urlsplit(url).netloc):
+        # As with Go, a proxy is never asked for this machine itself.
+        handlers.append(urllib.request.ProxyHandler({}))
+    try:
+        return urllib.request.build_opener(*handlers).open(urllib.request.Request(url, headers=headers or {}), timeout=60)
+    except urllib.error.HTTPError as error:
+        return error
 
-        super().connect()
-        # Behind a proxy `host` is the proxy.
-        self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self._tunnel_host or self.host)
+
+def is_loopback(host: str) -> bool:
+    """Whether `host:port` is this machine, whose registries are spoken to without TLS, as nerdctl does."""
+    return re.sub(r":\d+$", "", host) in ("localhost", "127.0.0.1", "[::1]")
 
 
 class Registry:
@@ -4118,7 +4115,7 @@ class Registry:
     def _send(self, host: str, path: str, authorization: str, plain: Optional[bool] = None) -> Tuple[int, Dict[str, str], bytes]:
         """GET, along a few redirects: blobs are often elsewhere. Nobody but `host` sees the authorization, or may ask for one."""
         if plain is None:
-            plain = (host.rpartition(":")[0] or host) in ("localhost", "127.0.0.1", "[::1]")
+            plain = is_loopback(host)
         url, first = f"http{'' if plain else 's'}://{host}{path}", True
         for _ in range(1 + self.REDIRECTS):
             status, headers, body = self._get(url, authorization if first else "")
@@ -4134,20 +4131,16 @@ class Registry:
         raise ApiError(f"{host} redirects more than {self.REDIRECTS} times")
 
     def _get(self, url: str, authorization: str) -> Tuple[int, Dict[str, str], bytes]:
-        scheme, host, path, query, _ = urllib.parse.urlsplit(url)
+        scheme, host = urllib.parse.urlsplit(url)[:2]
         if scheme not in ("http", "https") or not host:
             raise ApiError(f"cannot ask {host or 'a registry'}: {scheme!r} is not http")
         headers = {"Accept": self.TYPES, "User-Agent": f"nerdctld/{VERSION}", **({"Authorization": authorization} if authorization else {})}
-        kind = TlsConnection if scheme == "https" else http.client.HTTPConnection
         try:
-            with contextlib.closing(kind(host, timeout=30)) as connection:
-                connection.request("GET", (path or "/") + (f"?{query}" if query else ""), headers=headers)
-                response = connection.getresponse()
-                body = response.read(self.LIMIT)
-                return response.status, {key.lower(): value for key, value in response.getheaders()}, body
+            with open_url(url, headers, redirects=False) as response:
+                return response.status, {key.lower(): value for key, value in response.headers.items()}, response.read(self.LIMIT)
         except (OSError, ValueError, http.client.HTTPException) as error:
             # The ValueError is of a URL that is not ASCII.
-            raise ApiError(f"cannot ask {host}: {error}") from None
+            raise ApiError(f"cannot ask {host}: {getattr(error, 'reason', None) or error}") from None
 
 
 def next_query(link: str) -> str:
@@ -4865,6 +4858,8 @@ def build_context(request: Request, folder: str) -> None:
         raise BadParameter(f"unable to prepare context: {remote!r} is not a URL")
     try:
         with open_url(remote) as answer:
+            if answer.status != 200:
+                raise BadParameter(f"unable to prepare context: cannot download {remote}: HTTP status {answer.status}")
             source = io.BufferedReader(answer, 1 << 20) if not isinstance(answer, io.BufferedIOBase) else answer
             if (answer.headers.get("Content-Type") or "").startswith("text/plain"):
                 data = source.read(REMOTE_LIMIT + 1)
@@ -4877,22 +4872,6 @@ def build_context(request: Request, folder: str) -> None:
     except (OSError, ValueError, http.client.HTTPException) as error:
         # The ValueError is urllib's for a URL that no request can be made of.
         raise BadParameter(f"unable to prepare context: cannot download {remote}: {error}") from None
-
-
-def open_url(url: str) -> Any:
-    """The answer to a GET, along redirects and through the proxies of the environment; urllib's errors. https has a handler
-    here: urllib has none, since http.client was loaded without OpenSSL."""
-    import urllib.request
-
-    class TlsHandler(urllib.request.AbstractHTTPHandler):
-        # Before that of a Python that has one.
-        handler_order = 400
-        https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-        def https_open(self, request: Any) -> Any:
-            return self.do_open(TlsConnection, request)
-
-    return urllib.request.build_opener(TlsHandler).open(url, timeout=60)
 
 
 def dockerfile_args(request: Request, folder: str) -> List[str]:
