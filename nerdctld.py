@@ -3359,7 +3359,7 @@ def system_ping_head(engine: Engine, request: Request) -> Response:
     return response
 
 
-def docker_version(told: Dict[str, Any], problem: str, version: Tuple[int, int]) -> Dict[str, Any]:
+def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
     """Docker's version from nerdctl's; `problem` says why nothing was told."""
     machine = os.uname()
     architecture = GO_ARCHITECTURES.get(machine.machine, machine.machine)
@@ -3397,7 +3397,7 @@ def system_version(engine: Engine, request: Request) -> Response:
         told = engine.inventory.tools.get()
     except ApiError as error:
         problem = str(error)
-    return Response(200, docker_version(told, problem, request.version))
+    return Response(200, docker_version(told, problem))
 
 
 def count_states(containers: Iterable[Container]) -> Dict[str, int]:
@@ -4178,7 +4178,8 @@ def image_distribution(engine: Engine, request: Request, name: str) -> Response:
 @route("POST", "/images/create")
 def image_create(engine: Engine, request: Request) -> Response:
     """Pull (`fromImage`, all tags where there is none) or import (`fromSrc`, with `changes`), as a progress stream."""
-    read_limited(request.body, JSON_LIMIT) if request.value("fromImage") else None
+    if request.value("fromImage"):
+        read_limited(request.body, JSON_LIMIT)
     if request.value("fromSrc"):
         return image_import(engine, request)
     name, tag = request.value("fromImage"), request.value("tag")
@@ -4210,15 +4211,6 @@ def image_create(engine: Engine, request: Request) -> Response:
                     return
 
     return Response(200, Stream(chunks(), primed=True), "application/json")
-
-
-def feed_process(process: Process, request: Request) -> None:
-    """Stream the request's body into the process until the body or the process has ended. What breaks the body off kills
-    the process before it can take the part for the whole."""
-    for block in request.body.blocks():
-        if not process.write(block):
-            break
-    process.close_stdin()
 
 
 def remove_extra_names(engine: Engine, base: str, before: Iterable[str]) -> None:
@@ -5610,11 +5602,6 @@ def _text(value: Any, flag: str, what: str) -> List[str]:
     return [f"{flag}={text}"] if text else []
 
 
-def _each(value: Any, flag: str, what: str) -> List[str]:
-    """A list as one `FLAG=element` each."""
-    return [f"{flag}={each}" for each in string_list(value, what)]
-
-
 def _listed(value: Any, flag: str, what: str) -> List[str]:
     """The same for a flag that nerdctl splits at commas."""
     return [f"{flag}={csv_word(each)}" for each in string_list(value, what)]
@@ -5799,7 +5786,7 @@ def bind_word(text: str) -> str:
     return ":".join(parts)
 
 
-def mount_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
+def mount_args(body: Dict[str, Any]) -> List[str]:
     """Words for Binds, Mounts, Tmpfs and the anonymous Volumes."""
     host = typed(body.get("HostConfig"), dict, "HostConfig")
     words = [f"--volume={bind_word(each)}" for each in string_list(host.get("Binds"), "Binds")]
@@ -6118,7 +6105,7 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     labels = string_map(body.get("Labels"), "Labels")
     if any(key.startswith(HIDDEN_LABELS[:2]) for key in labels):
         raise BadParameter("invalid label: names that begin with nerdctl/ are nerdctl's own")
-    words += environment_args(body, image) + hostname_args(body) + port_args(body, image, pick) + mount_args(body, image) + health_args(body, image)
+    words += environment_args(body, image) + hostname_args(body) + port_args(body, image, pick) + mount_args(body) + health_args(body, image)
     words += restart_args(host) + device_args(host) + network_args(body, networks, find) + namespace_args(host, find) + log_args(host)
     words += init_args(host) + volumes_from_args(host, find) + security_args(host)
     words += [f"--label={key}={value}" for key, value in labels.items()]
@@ -7077,7 +7064,7 @@ def start_refused(engine: Engine, container: Container, error: ApiError) -> None
 @route("POST", "/containers/{id}/start")
 def container_start(engine: Engine, request: Request, name: str) -> Response:
     """Start it; 204, 304 when it runs already, 400 when its command cannot be run."""
-    request.json() if request.body else None
+    request.json()
     container = engine.inventory.container(name)
     if container.state.kind == "paused":
         raise Conflict("cannot start a paused container, try unpause instead")
@@ -9215,31 +9202,12 @@ def swarm_refused(engine: Engine, request: Request, name: str = "") -> Response:
     raise Unavailable(NO_SWARM)
 
 
-for _method, _path in (
-    ("GET", "/swarm"), ("POST", "/swarm/update"), ("GET", "/swarm/unlockkey"), ("POST", "/swarm/unlock"),
-    ("GET", "/nodes"), ("GET", "/nodes/{id}"), ("DELETE", "/nodes/{id}"), ("POST", "/nodes/{id}/update"),
-    ("GET", "/services"), ("POST", "/services/create"), ("GET", "/services/{id}"), ("DELETE", "/services/{id}"),
-    ("POST", "/services/{id}/update"), ("GET", "/services/{id}/logs"), ("GET", "/tasks"), ("GET", "/tasks/{id}"), ("GET", "/tasks/{id}/logs"),
-    ("GET", "/secrets"), ("POST", "/secrets/create"), ("GET", "/secrets/{id}"), ("DELETE", "/secrets/{id}"), ("POST", "/secrets/{id}/update"),
-    ("GET", "/configs"), ("POST", "/configs/create"), ("GET", "/configs/{id}"), ("DELETE", "/configs/{id}"), ("POST", "/configs/{id}/update"),
-):
-    route(_method, _path)(swarm_refused)
-
-
-@route("POST", "/swarm/leave")
 def swarm_leave(engine: Engine, request: Request) -> Response:
     """503: there is none to leave."""
     raise Unavailable("This node is not part of a swarm")
 
 
-@route("POST", "/swarm/init")
-def swarm_init(engine: Engine, request: Request) -> Response:
-    """501: containerd has no swarm."""
-    raise NotImplementedHere("swarm mode is not available: nerdctl has none")
-
-
-@route("POST", "/swarm/join")
-def swarm_join(engine: Engine, request: Request) -> Response:
+def swarm_unavailable(engine: Engine, request: Request) -> Response:
     """501: containerd has no swarm."""
     raise NotImplementedHere("swarm mode is not available: nerdctl has none")
 
@@ -9251,14 +9219,7 @@ def plugin_list(engine: Engine, request: Request) -> Response:
     return Response(200, [])
 
 
-@route("GET", "/plugins/{image}/json")
-def plugin_inspect(engine: Engine, request: Request, name: str) -> Response:
-    """404 as for any plugin that is not installed."""
-    raise NotFound(f'plugin "{name}" not found')
-
-
-@route("DELETE", "/plugins/{image}")
-def plugin_delete(engine: Engine, request: Request, name: str) -> Response:
+def plugin_missing(engine: Engine, request: Request, name: str) -> Response:
     """404 as for any plugin that is not installed."""
     raise NotFound(f'plugin "{name}" not found')
 
@@ -9268,10 +9229,23 @@ def plugin_refused(engine: Engine, request: Request, name: str = "") -> Response
     raise NotImplementedHere("Docker plugins are not available: nerdctl has none")
 
 
-for _method, _path in (("GET", "/plugins/privileges"), ("POST", "/plugins/pull"), ("POST", "/plugins/create"), ("POST", "/plugins/{image}/enable"),
-                       ("POST", "/plugins/{image}/disable"), ("POST", "/plugins/{image}/upgrade"), ("POST", "/plugins/{image}/push"),
-                       ("POST", "/plugins/{image}/set")):
-    route(_method, _path)(plugin_refused)
+# Handler -> what it is for: the methods and the path of each.
+REFUSED = {
+    swarm_refused: (
+        "GET /swarm", "POST /swarm/update", "GET /swarm/unlockkey", "POST /swarm/unlock", "GET /nodes", "GET /nodes/{id}", "DELETE /nodes/{id}",
+        "POST /nodes/{id}/update", "GET /services", "POST /services/create", "GET /services/{id}", "DELETE /services/{id}",
+        "POST /services/{id}/update", "GET /services/{id}/logs", "GET /tasks", "GET /tasks/{id}", "GET /tasks/{id}/logs", "GET /secrets",
+        "POST /secrets/create", "GET /secrets/{id}", "DELETE /secrets/{id}", "POST /secrets/{id}/update", "GET /configs",
+        "POST /configs/create", "GET /configs/{id}", "DELETE /configs/{id}", "POST /configs/{id}/update"),
+    swarm_leave: ("POST /swarm/leave",), swarm_unavailable: ("POST /swarm/init", "POST /swarm/join"),
+    plugin_missing: ("GET /plugins/{image}/json", "DELETE /plugins/{image}"),
+    plugin_refused: (
+        "GET /plugins/privileges", "POST /plugins/pull", "POST /plugins/create", "POST /plugins/{image}/enable",
+        "POST /plugins/{image}/disable", "POST /plugins/{image}/upgrade", "POST /plugins/{image}/push", "POST /plugins/{image}/set"),
+}
+for _handler, _routes in REFUSED.items():
+    for _route in _routes:
+        route(*_route.split(" "))(_handler)
 
 
 ###############################################################################
@@ -10145,7 +10119,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         if response.status in (204, 304):
             head, body = self.head(response), b""
         else:
-            head = self.head(response, *([] if "Content-Length" in response.headers else [("Content-Length", str(len(body)))]))
+            head = self.head(response, ("Content-Length", str(len(body))))
         with contextlib.suppress(OSError):
             if self.command == "HEAD" or not body:
                 self.wfile.write(head)
@@ -10226,7 +10200,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             response.body.abandon()
             return 499
         try:
-            response.body.serve(Connection(self.connection, early[: len(early)]))
+            response.body.serve(Connection(self.connection, early))
         except (ClientGone, OSError):
             pass
         except Exception:
