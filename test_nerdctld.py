@@ -10038,6 +10038,16 @@ def bench_call(engine, call, name):
     return made.status == 201 and b"hi" in engine.ask("POST", f"/exec/{made.json['Id']}/start", {"Detach": False}).body
 
 
+def one_layer_image(name):
+    """A docker archive of an image with a layer of its own."""
+    layer = tar_of(("file", os.urandom(1000)))
+    digest = hashlib.sha256(layer).hexdigest()
+    config = json.dumps({"architecture": nerdctld.GO_ARCHITECTURES.get(os.uname().machine, os.uname().machine), "os": "linux", "config": {"Cmd": ["sh"]},
+                         "created": "2026-01-01T00:00:00Z", "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]}}).encode()
+    manifest = json.dumps([{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]).encode()
+    return tar_of(("config.json", config), ("layer.tar", layer), ("manifest.json", manifest))
+
+
 class Bench:
     """One run of the ratios: a daemon over the real nerdctl, and the peers that were named."""
 
@@ -10164,6 +10174,60 @@ class Bench:
             self.line("ps -a of 300, warm", None, self.kept(self.daemon, "/containers/json?all=1", 30))
         finally:
             real("rm", *(f"nerdctld-bench-{number}" for number in range(300)), timeout=300)
+
+    def churn(self):
+        """Lists and inspects while two clients run short containers one after the other: median and worst, beside the peers."""
+        body = {"Image": BASE, "Cmd": ["true"], "HostConfig": {"NetworkMode": "none"}}
+        for engine in (self.daemon, *self.peers):
+            ended, lives = threading.Event(), [0, 0]
+
+            def run(number, engine=engine, ended=ended, lives=lives):
+                while not ended.is_set():
+                    name = f"nerdctld-bench-{number}"
+                    assert engine.ask("POST", f"/containers/create?name={name}", body).status == 201
+                    engine.ask("POST", f"/containers/{name}/start")
+                    engine.ask("POST", f"/containers/{name}/wait")
+                    assert engine.ask("DELETE", f"/containers/{name}").status == 204
+                    lives[number] += 1
+
+            engine.ask("DELETE", "/containers/nerdctld-bench?force=1")
+            engine.ask("POST", "/containers/create?name=nerdctld-bench", {**body, "Cmd": ["sleep", "900"]})
+            engine.ask("POST", "/containers/nerdctld-bench/start")
+            runners = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+            for each in runners:
+                each.start()
+            try:
+                for title, path in (("list", "/containers/json?all=1"), ("inspect", "/containers/nerdctld-bench/json")):
+                    taken = []
+                    until = time.monotonic() + max(10, self.options.rounds)
+                    while time.monotonic() < until:
+                        taken.append(median_of(1, self.through(engine, ("GET", path, None))) * 1000)
+                        time.sleep(0.02)
+                    print(f"churn: {title:10} {engine.socket:40} median {statistics.median(taken):8.2f} ms, worst {max(taken):8.1f} ms, {len(taken)} reads")
+            finally:
+                ended.set()
+                for each in runners:
+                    each.join(60)
+                print(f"churn: {sum(lives)} lives of containers meanwhile")
+                engine.ask("DELETE", "/containers/nerdctld-bench?force=1")
+
+    def images(self):
+        """50 images of one layer each: the first answer of a new daemon, against `images` and `image inspect` of all."""
+        names = [f"nerdctld-bench-images:{number}" for number in range(50)]
+        for name in names:
+            with tempfile.TemporaryFile() as archive:
+                archive.write(one_layer_image(name))
+                archive.seek(0)
+                subprocess.run(["nerdctl", f"--namespace={NAMESPACE}", "load", "-q"], stdin=archive, capture_output=True, timeout=60, check=True)
+        alone, cold = [], []
+        for number in range(5):
+            folder = self.folder / f"images-{number}"
+            folder.mkdir()
+            other = Live(folder, "--namespace", NAMESPACE)
+            cold.append(median_of(1, self.through(other, ("GET", "/images/json", None))))
+            other.end()
+            alone.append(sum(median_of(1, self.bare(words)) for words in (["images", "--no-trunc"], ["image", "inspect", "--mode=native", *names])))
+        self.line("50 images, cold", statistics.median(alone), statistics.median(cold))
 
     def start(self):
         """The first answer after socket activation, and what the daemon holds: with the command of the unit."""
@@ -10292,7 +10356,7 @@ class Bench:
             builder.close()
 
 
-BENCHES = ("commands", "lives", "reads", "many", "start", "streams", "builds")
+BENCHES = ("commands", "lives", "reads", "many", "images", "churn", "start", "streams", "builds")
 
 
 def bench(argv):
