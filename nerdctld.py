@@ -2975,6 +2975,8 @@ class Tasks:
         self.execs: Dict[str, int] = {}
         self.ends: Dict[str, Tuple[int, int]] = {}
         self.reals: Dict[str, str] = {}
+        # Containers that are to be removed at their end and whose failed start left them: nobody is to wait for their removal.
+        self.spared: Dict[str, int] = {}
         # The count when something may have happened that no event told of.
         self.missed = 0
 
@@ -3002,11 +3004,14 @@ class Tasks:
                 self._note(self.ends, event.container, (self.count, event.payload.get("exit_status") or 0))
             self.condition.notify_all()
 
-    def failed(self, real: str, status: int) -> None:
-        """A container could not be started, or its end was not told: for those who wait, it ended with this status."""
+    def failed(self, real: str, status: int, spared: bool = False) -> None:
+        """A container could not be started, or its end was not told: for those who wait, it ended with this status. One that
+        is `spared` stays although it was to be removed at its end: for them, it was removed."""
         with self.condition:
             self.count += 1
             self._note(self.ends, real, (self.count, status))
+            if spared:
+                self._note(self.spared, real, self.count)
             self.condition.notify_all()
 
     def rename(self, identity: str, real: str) -> None:
@@ -3073,7 +3078,7 @@ class Tasks:
     def _status(self, container: Container, condition: str, since: int, began: int) -> Optional[int]:
         """The exit status if the condition is met."""
         last = self._last_end(container, condition, since)
-        if last and condition != "removed":
+        if last and (condition != "removed" or last[0] == self.spared.get(container.real)):
             return last[1]
         now = next((each for each in self.inventory.containers().values() if each.id == container.id), None)
         if now is None:
@@ -3087,8 +3092,20 @@ class Tasks:
         return None
 
 
+class Turn:
+    """The lock of one container; `users` hold it or wait for it. `removing` is set while its holder removes the container."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.removing = False
+
+
 class Engine:
     """What handlers share: nerdctl, containerd, the events, and what there is."""
+
+    # How long a change of a container waits for those before it, in seconds: each of them has its own limit.
+    PATIENCE = 2 * SHORT_CALL
 
     def __init__(self, nerdctl: Nerdctl, containerd: Containerd):
         self.nerdctl, self.containerd = nerdctl, containerd
@@ -3104,6 +3121,8 @@ class Engine:
         self.sessions: Dict[str, Any] = {}
         self.waiting: Dict[str, List[Any]] = {}
         self.execs: Dict[str, Any] = {}
+        # Containers that are being changed; others have none.
+        self.turns: Dict[str, Turn] = {}
         # Containers that files were copied into before their first start, by the ids that clients know.
         self.touched: set = set()
         # Containers that ended and were taken out of networks then, and which these are.
@@ -3121,7 +3140,7 @@ class Engine:
         # Containers behind an id that clients know by another: their making and going is no event.
         self.hidden: Dict[str, None] = {}
         # containerd's ids of containers that are being stopped.
-        self.stopping: set = set()
+        self.stopping: collections.Counter = collections.Counter()
         # By containerd's id: what is to be done as soon as a container's task has been made, with its process id.
         self.on_task_created: Dict[str, Callable[[int], None]] = {}
         # What follows an event and may take its time, one after the other.
@@ -3216,6 +3235,35 @@ class Engine:
                 del counter[key]
 
     @contextlib.contextmanager
+    def owning(self, name: str, gone: Optional[ApiError] = None) -> Iterator[Container]:
+        """Context in which nobody else changes a container, which is looked up anew when its turn has come. 404 when there is none. `gone` is raised at once while the one before removes it, and when
+        it has done so; without it that is a 404, too. 503 when the turn does not come. Whoever waits for a client, or for a
+        container to end, does so outside, since others may want to kill it."""
+        identity = self.inventory.container(name).id
+        with self.lock:
+            turn = self.turns.setdefault(identity, Turn())
+            if gone and turn.removing:
+                raise gone
+            turn.users += 1
+        try:
+            if not turn.lock.acquire(timeout=self.PATIENCE):
+                raise Unavailable(f"container {identity} is being changed, which does not come to an end")
+            try:
+                try:
+                    container = self.inventory.container(identity)
+                except NotFound:
+                    raise gone or NotFound(f"No such container: {name.lstrip('/')}") from None
+                yield container
+            finally:
+                turn.removing = False
+                turn.lock.release()
+        finally:
+            with self.lock:
+                turn.users -= 1
+                if not turn.users:
+                    del self.turns[identity]
+
+    @contextlib.contextmanager
     def changing(self, container: Container) -> Iterator[None]:
         """Context of our own change to a container: whoever reads after it sees it."""
         try:
@@ -3243,10 +3291,7 @@ class Engine:
     @contextlib.contextmanager
     def replacing(self, container: Container) -> Iterator[None]:
         """Context in which a container is made anew under the id that clients know: for them it is there all the time."""
-        with self.lock:
-            if container.id in self.inventory.replaced:
-                raise Conflict(f"container {container.id} is being started already")
-            self.inventory.replaced[container.id] = container
+        self.inventory.replaced[container.id] = container
         self.hidden[container.real] = None
         try:
             yield
@@ -3288,11 +3333,11 @@ class Engine:
     def being_stopped(self, container: Container, number: int) -> Iterator[None]:
         """Context in which a container is sent a signal, and another one if it goes on."""
         self.tell(container, "kill", signal=str(number))
-        self.stopping.add(container.real)
+        self._count(self.stopping, container.real, 1)
         try:
             yield
         finally:
-            self.stopping.discard(container.real)
+            self._count(self.stopping, container.real, -1)
 
     def _image_event(self, event: ContainerdEvent) -> None:
         action, name = {"/images/create": "tag", "/images/delete": "untag"}.get(event.topic), event.payload.get("name") or ""
@@ -7053,30 +7098,36 @@ def start_attached(engine: Engine, container: Container, waiting: List[Attachmen
 
 
 def start_refused(engine: Engine, container: Container, error: ApiError) -> None:
-    """After a start that failed: a container that was to be removed at its end is removed now."""
-    if auto_removed(container):
+    """After a start that failed: a container that was to be removed at its end is removed now, unless it runs, by another
+    hand, or it was nerdctl that could not be run for it."""
+    spared = isinstance(error, (Unavailable, NotImplementedHere))
+    if auto_removed(container) and not spared:
         with contextlib.suppress(ApiError):
             # Another one may have taken its place.
-            remove_container(engine, engine.inventory.container(container.id), force=True, volumes=True)
-    engine.tasks.failed(container.real, refused_code(str(error)))
+            remove_container(engine, engine.inventory.container(container.id), force=False, volumes=True)
+    if engine.caretaker:
+        engine.caretaker.release(container.id)
+        engine.caretaker.changed.put(container.real)
+    engine.tasks.failed(container.real, refused_code(str(error)), spared)
 
 
 @route("POST", "/containers/{id}/start")
 def container_start(engine: Engine, request: Request, name: str) -> Response:
     """Start it; 204, 304 when it runs already, 400 when its command cannot be run."""
     request.json()
-    container = engine.inventory.container(name)
-    if container.state.kind == "paused":
-        raise Conflict("cannot start a paused container, try unpause instead")
-    if container.running:
-        raise NotModified()
-    engine.hold_if_needed(container)
-    with engine.changing(container):
-        try:
-            start_container(engine, container)
-        except ApiError as error:
-            start_refused(engine, container, error)
-            raise
+    gone = Conflict("container is marked for removal and cannot be started")
+    with engine.owning(name, gone=gone) as container:
+        if container.state.kind == "paused":
+            raise Conflict("cannot start a paused container, try unpause instead")
+        if container.running:
+            raise NotModified()
+        engine.hold_if_needed(container)
+        with engine.changing(container):
+            try:
+                start_container(engine, container)
+            except ApiError as error:
+                start_refused(engine, container, error)
+                raise
     engine.hosts.refresh()
     return Response(204)
 
@@ -7140,20 +7191,40 @@ def named_signal(number: int) -> str:
     return f"SIGRTMIN+{number - signal.SIGRTMIN}" if number < 50 else f"SIGRTMAX-{signal.SIGRTMAX - number}"
 
 
+def runs(engine: Engine, container: Container) -> bool:
+    """Whether a container runs, read anew."""
+    engine.inventory.records.invalidate(container.real)
+    now = engine.inventory.containers().get(container.real)
+    return now is not None and now.running
+
+
+def stop_container(engine: Engine, request: Request, container: Container) -> None:
+    """Stop a container that runs, as a request says. It may take its time to end, and others may want it to end sooner: this
+    owns it no more."""
+    arguments, longest = stop_args(request, container)
+    count = engine.tasks.now()
+    with engine.changing(container), engine.being_stopped(container, stop_signal(request, container)):
+        try:
+            engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest, waits=True)
+        except ApiError:
+            # It may have ended, or been removed, by another hand.
+            if runs(engine, container):
+                raise
+        engine.tasks.ended_since(container.real, count, engine.tasks.LATE if engine.feed.live else 0.0)
+    engine.tell(container, "stop")
+
+
 @route("POST", "/containers/{id}/stop")
 def container_stop(engine: Engine, request: Request, name: str) -> Response:
     """Stop it within `t` seconds, then kill it; 204, 304 when it does not run."""
     read_limited(request.body, JSON_LIMIT)
-    container = engine.inventory.container(name)
-    arguments, longest = stop_args(request, container)
-    if not container.running and container.state.kind != "restarting":
-        raise NotModified()
-    count = engine.tasks.now()
-    with engine.changing(container), engine.being_stopped(container, stop_signal(request, container)):
-        hold_down(engine, container)
-        engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest, waits=True)
-        engine.tasks.ended_since(container.real, count, engine.tasks.LATE if engine.feed.live else 0.0)
-    engine.tell(container, "stop")
+    with engine.owning(name) as container:
+        stop_args(request, container)
+        if not container.running and container.state.kind != "restarting":
+            raise NotModified()
+        with engine.changing(container):
+            hold_down(engine, container)
+    stop_container(engine, request, container)
     return Response(204)
 
 
@@ -7161,17 +7232,19 @@ def container_stop(engine: Engine, request: Request, name: str) -> Response:
 def container_restart(engine: Engine, request: Request, name: str) -> Response:
     """Stop it if it runs, and start it; 204."""
     read_limited(request.body, JSON_LIMIT)
-    container = engine.inventory.container(name)
-    arguments, longest = stop_args(request, container)
-    with engine.changing(container), engine.restarting(container):
+    with engine.owning(name) as container:
+        stop_args(request, container)
+        count = engine.tasks.now()
+    with engine.restarting(container):
         if container.running:
-            with engine.being_stopped(container, stop_signal(request, container)):
-                engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest, waits=True)
-            engine.tell(container, "stop")
+            stop_container(engine, request, container)
             session = engine.sessions.get(container.id)
             if session:
                 session.ended.wait(5)
-        start_container(engine, engine.inventory.container(container.id))
+        with engine.owning(container.id) as container, engine.changing(container):
+            # Another start, or restart, may have come first.
+            if not (container.running and engine.tasks.started_since(container.real, count)):
+                start_container(engine, container)
     engine.hosts.refresh()
     engine.tell(container, "restart")
     return Response(204)
@@ -7187,19 +7260,24 @@ def require_running(container: Container) -> None:
 def container_kill(engine: Engine, request: Request, name: str) -> Response:
     """Send it a signal; 204, 409 when it does not run."""
     read_limited(request.body, JSON_LIMIT)
-    container = engine.inventory.container(name)
-    word = check_signal(request.value("signal") or "KILL")
-    if not container.running:
-        raise Conflict(f"cannot kill container: {name}: container {container.id} is not running")
-    count = engine.tasks.now()
-    engine.tell(container, "kill", signal=str(signal_number(word)))
-    with engine.changing(container):
+    with engine.owning(name) as container, engine.changing(container):
+        word = check_signal(request.value("signal") or "KILL")
+        refusal = Conflict(f"cannot kill container: {name}: container {container.id} is not running")
+        if not container.running:
+            raise refusal
+        count = engine.tasks.now()
+        engine.tell(container, "kill", signal=str(signal_number(word)))
         if word in ("SIGKILL", ends_by(container)):
             hold_down(engine, container)
-        engine.nerdctl.run("kill", f"--signal={word}", "--", container.real)
-        if word == "SIGKILL" and engine.feed.live:
-            # As dockerd does: who is told that it was killed finds it so.
-            engine.tasks.ended_since(container.real, count, engine.tasks.DYING)
+        try:
+            engine.nerdctl.run("kill", f"--signal={word}", "--", container.real)
+        except ApiError:
+            if runs(engine, container):
+                raise
+            raise refusal from None
+    if word == "SIGKILL" and engine.feed.live:
+        # As dockerd does: who is told that it was killed finds it so.
+        engine.tasks.ended_since(container.real, count, engine.tasks.DYING)
     return Response(204)
 
 
@@ -7221,11 +7299,10 @@ def signal_number(word: str) -> int:
 @route("POST", "/containers/{id}/pause")
 def container_pause(engine: Engine, request: Request, name: str) -> Response:
     """Freeze it; 204, 409 when it does not run or is paused already."""
-    container = engine.inventory.container(name)
-    require_running(container)
-    if container.state.kind == "paused":
-        raise Conflict(f"container {container.id} is already paused")
-    with engine.changing(container):
+    with engine.owning(name) as container, engine.changing(container):
+        require_running(container)
+        if container.state.kind == "paused":
+            raise Conflict(f"container {container.id} is already paused")
         engine.nerdctl.run("pause", "--", container.real)
     return Response(204)
 
@@ -7233,10 +7310,9 @@ def container_pause(engine: Engine, request: Request, name: str) -> Response:
 @route("POST", "/containers/{id}/unpause")
 def container_unpause(engine: Engine, request: Request, name: str) -> Response:
     """Let it go on; 204, 409 when it is not paused."""
-    container = engine.inventory.container(name)
-    if container.state.kind != "paused":
-        raise Conflict(f"container {container.id} is not paused")
-    with engine.changing(container):
+    with engine.owning(name) as container, engine.changing(container):
+        if container.state.kind != "paused":
+            raise Conflict(f"container {container.id} is not paused")
         engine.nerdctl.run("unpause", "--", container.real)
     return Response(204)
 
@@ -7244,13 +7320,12 @@ def container_unpause(engine: Engine, request: Request, name: str) -> Response:
 @route("POST", "/containers/{id}/rename")
 def container_rename(engine: Engine, request: Request, name: str) -> Response:
     """Give it another name; 204, 409 for one in use."""
-    container = engine.inventory.container(name)
-    if not request.value("name"):
-        raise BadParameter("Neither old nor new names may be empty")
-    wanted = request.value("name").lstrip("/")
-    if wanted == container.name:
-        raise BadParameter("Renaming a container with the same name as its current name")
-    with engine.changing(container):
+    with engine.owning(name) as container, engine.changing(container):
+        if not request.value("name"):
+            raise BadParameter("Neither old nor new names may be empty")
+        wanted = request.value("name").lstrip("/")
+        if wanted == container.name:
+            raise BadParameter("Renaming a container with the same name as its current name")
         engine.nerdctl.run("rename", "--", container.real, check_name(engine, wanted))
     engine.tell(engine.inventory.container(container.id), "rename", oldName="/" + container.name)
     return Response(204)
@@ -7264,7 +7339,6 @@ UPDATE_FLAGS = tuple((path.partition(".")[2], flag, render) for path, flag, rend
 @route("POST", "/containers/{id}/update")
 def container_update(engine: Engine, request: Request, name: str) -> Response:
     """Change its limits or restart policy; 200 with warnings."""
-    container = engine.inventory.container(name)
     body = request.json(required=True)
     check_limits(body, update=True)
     words: List[str] = []
@@ -7273,14 +7347,15 @@ def container_update(engine: Engine, request: Request, name: str) -> Response:
     if body.get("NanoCpus"):
         # nerdctl 2.3.5 update takes --cpus and does nothing.
         words += ["--cpu-period=100000", f"--cpu-quota={typed(body['NanoCpus'], int, 'NanoCpus') // 10**4}"]
-    if body.get("RestartPolicy"):
-        policy = restart_args({"RestartPolicy": body["RestartPolicy"], "AutoRemove": auto_removed(container)})
-        words += policy or (["--restart=no"] if typed(body["RestartPolicy"], dict, "RestartPolicy").get("Name") == "no" else [])
-    if words:
-        with engine.changing(container):
-            engine.nerdctl.run("update", *words, "--", container.real)
+    with engine.owning(name) as container, engine.changing(container):
         if body.get("RestartPolicy"):
-            note_policy(container, "")
+            policy = restart_args({"RestartPolicy": body["RestartPolicy"], "AutoRemove": auto_removed(container)})
+            no = typed(body["RestartPolicy"], dict, "RestartPolicy").get("Name") == "no"
+            words += policy or (["--restart=no"] if no else [])
+        if words:
+            engine.nerdctl.run("update", *words, "--", container.real)
+            if body.get("RestartPolicy"):
+                note_policy(container, "")
     engine.tell(container, "update")
     return Response(200, {"Warnings": None})
 
@@ -7307,28 +7382,46 @@ def container_wait(engine: Engine, request: Request, name: str) -> Response:
 
 
 def remove_container(engine: Engine, container: Container, force: bool, volumes: bool) -> None:
-    """Remove a container, and its anonymous volumes if asked."""
-    engine.sessions.pop(container.id, None)
+    """Remove a container that the caller owns, and its anonymous volumes if asked."""
+    words = ["rm", *(["--force"] if force else []), *(["--volumes"] if volumes else []), "--", container.real]
+    engine.turns[container.id].removing = True
     with engine.changing(container):
-        engine.nerdctl.run("rm", *(["--force"] if force else []), *(["--volumes"] if volumes else []), "--", container.real)
+        for pause in (0.1, 0.5, 0.0):
+            output = engine.nerdctl.run(*words)
+            # With --force nerdctl 2.3 has the status 0 whatever comes of it: only what it removed it prints.
+            if output.stdout.strip() or "level=error" not in output.stderr:
+                break
+            error = nerdctl_error(output.stderr)
+            if isinstance(error, NotFound) or not pause:
+                raise error
+            # Somebody else has just started it.
+            time.sleep(pause)
+    engine.sessions.pop(container.id, None)
     engine.forget(container)
 
 
 @route("DELETE", "/containers/{id}")
 def container_delete(engine: Engine, request: Request, name: str) -> Response:
     """Remove it (`force`, `v` for anonymous volumes); 204, 409 while it runs."""
-    container = engine.inventory.container(name)
-    if request.flag("link"):
-        raise NotImplementedHere("nerdctl has no links")
-    if (container.running or container.state.kind == "restarting") and not request.flag("force"):
-        word = container.state.kind
-        raise Conflict(f'cannot remove container "/{container.name}": container is {word}: '
-                       + ("unpause and then stop the container before removing or force remove" if word == "paused"
-                          else "stop the container before removing or force remove"))
-    if container.running:
-        engine.tell(container, "kill", signal=str(int(signal.SIGKILL)))
-    remove_container(engine, container, request.flag("force"), request.flag("v"))
+    gone = Conflict(f"removal of container {name} is already in progress")
+    with engine.owning(name, gone=gone) as container:
+        if request.flag("link"):
+            raise NotImplementedHere("nerdctl has no links")
+        if (container.running or container.state.kind == "restarting") and not request.flag("force"):
+            word = container.state.kind
+            raise Conflict(f'cannot remove container "/{container.name}": container is {word}: '
+                           + ("unpause and then stop the container before removing or force remove" if word == "paused"
+                              else "stop the container before removing or force remove"))
+        if container.running:
+            engine.tell(container, "kill", signal=str(int(signal.SIGKILL)))
+        remove_container(engine, container, request.flag("force"), request.flag("v"))
     return Response(204)
+
+
+def prunable(engine: Engine, container: Container) -> bool:
+    """Whether a container does not run, and is not about to."""
+    return (container.state.kind in ("created", "exited", "dead")
+            and container.id not in engine.sessions and container.id not in engine.restarts)
 
 
 @route("POST", "/containers/prune")
@@ -7337,14 +7430,16 @@ def container_prune(engine: Engine, request: Request) -> Response:
     filters = request.filters("until", "label", "label!")
     limit = until_limit(filters.get("until") or [])
     found = [each for each in engine.inventory.containers().values()
-             if each.state.kind in ("created", "exited", "dead") and each.id not in engine.sessions
+             if prunable(engine, each)
              and match_labels(each.visible_labels, filters.get("label") or [])
              and not any(match_labels(each.visible_labels, [label]) for label in filters.get("label!") or [])
              and (limit is None or each.created / 1e9 <= limit)]
     deleted, reclaimed = [], 0
     sizes = container_sizes(engine, found)
-    for container in found:
-        with contextlib.suppress(ApiError):
+    for each in found:
+        with contextlib.suppress(ApiError), engine.owning(each.id) as container:
+            if not prunable(engine, container):
+                continue
             remove_container(engine, container, force=False, volumes=False)
             deleted.append(container.id)
             reclaimed += sizes.get(container.real, (0, 0))[0]
@@ -7435,8 +7530,11 @@ class Caretaker:
                 if code is not None and container.real not in self.engine.tasks.ends:
                     # Seen and not told, before the feed was live: with the container its exit status would be gone.
                     self.engine.tasks.failed(container.real, code)
-                with contextlib.suppress(NotFound):
-                    remove_container(self.engine, container, force=True, volumes=True)
+                with contextlib.suppress(NotFound), self.engine.owning(container.id) as now:
+                    if now.running or now.id in self.engine.restarts:
+                        # Started again meanwhile.
+                        continue
+                    remove_container(self.engine, now, force=True, volumes=True)
             self.release(container.id)
         known = {each.id for each in self.engine.inventory.containers().values()}
         for identity in [each for each in self.cared if each not in known and each not in self.engine.inventory.replaced]:
@@ -8394,6 +8492,9 @@ def archive_put(engine: Engine, request: Request, name: str) -> Response:
         raise not_there(name, path) from None
     if not stat.S_ISDIR(found.mode):
         raise BadParameter("extraction point is not a directory")
+    with engine.owning(container.id) as container:
+        # From here on nobody makes it anew, without what comes now.
+        engine.touched.add(container.id)
     with engine.nerdctl.start("cp", "--", "-", f"{container.real}:{path}", stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                               mounts=True) as process:
         empty = True
@@ -8405,7 +8506,6 @@ def archive_put(engine: Engine, request: Request, name: str) -> Response:
             process.write(bytes(1024))
         process.close_stdin()
         process.check()
-    engine.touched.add(container.id)
     engine.tell(container, "extract-to-dir")
     return Response(200)
 
@@ -8960,15 +9060,15 @@ def network_connect(engine: Engine, request: Request, name: str) -> Response:
     """Put a container into a network; 501 for one that was started already, 403 for one that is in it."""
     body = request.json(required=True)
     network = find_network(engine, name)
-    container = engine.inventory.container(typed(body.get("Container"), str, "Container"))
-    if network["Name"] in engine.apart.get(container.id, ()):
-        engine.apart[container.id].discard(network["Name"])
-        if not engine.apart[container.id]:
-            del engine.apart[container.id]
-        return Response(200)
-    if network["Name"] in network_names(container):
-        raise Forbidden(f"endpoint with name {container.name} already exists in network {network['Name']}")
-    rewire(engine, network, container, typed(body.get("EndpointConfig"), dict, "EndpointConfig"))
+    with engine.owning(typed(body.get("Container"), str, "Container")) as container:
+        if network["Name"] in engine.apart.get(container.id, ()):
+            engine.apart[container.id].discard(network["Name"])
+            if not engine.apart[container.id]:
+                del engine.apart[container.id]
+            return Response(200)
+        if network["Name"] in network_names(container):
+            raise Forbidden(f"endpoint with name {container.name} already exists in network {network['Name']}")
+        rewire(engine, network, container, typed(body.get("EndpointConfig"), dict, "EndpointConfig"))
     engine.journal.emit("network", "connect", network["Id"], {"container": container.id, "name": network["Name"], "type": network["Driver"]})
     return Response(200)
 
@@ -8979,13 +9079,13 @@ def network_disconnect(engine: Engine, request: Request, name: str) -> Response:
     started any more."""
     body = request.json(required=True)
     network = find_network(engine, name)
-    container = engine.inventory.container(typed(body.get("Container"), str, "Container"))
-    if network["Name"] not in network_names(container) or network["Name"] in engine.apart.get(container.id, ()):
-        raise Forbidden(f"container {container.id} is not connected to network {network['Name']}")
-    if was_started(container) and not container.running:
-        engine.apart.setdefault(container.id, set()).add(network["Name"])
-    else:
-        rewire(engine, network, container, None)
+    with engine.owning(typed(body.get("Container"), str, "Container")) as container:
+        if network["Name"] not in network_names(container) or network["Name"] in engine.apart.get(container.id, ()):
+            raise Forbidden(f"container {container.id} is not connected to network {network['Name']}")
+        if was_started(container) and not container.running:
+            engine.apart.setdefault(container.id, set()).add(network["Name"])
+        else:
+            rewire(engine, network, container, None)
     engine.journal.emit("network", "disconnect", network["Id"], {"container": container.id, "name": network["Name"], "type": network["Driver"]})
     return Response(200)
 

@@ -3949,6 +3949,23 @@ class FakeTasks:
                 nerdctld.DATA, 0, 1, struct.pack(">BI", 0, len(message)) + message) + nerdctld.grpc_end(1, None, True))
 
 
+def at_once(ask, *calls, pause=0.0):
+    """The answers to requests (method, path) that are sent at the same time, or each one `pause` seconds after the other."""
+    answers, barrier = [None] * len(calls), threading.Barrier(len(calls))
+
+    def send(number):
+        barrier.wait(10)
+        time.sleep(number * pause)
+        answers[number] = ask(*calls[number])
+
+    threads = [threading.Thread(target=send, args=(number,), daemon=True) for number in range(len(calls))]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(60)
+    return answers
+
+
 @pytest.fixture
 def willing(furnished, scripted):
     """The recorded containers, over a nerdctl that does as it is told."""
@@ -4095,6 +4112,115 @@ class TestContainerLifecycle:
         scripted.on("top", stdout="PID CMD\n1 sh\n")
         assert ask(willing, method, "/containers/tstweb" + ("" if path.startswith("?") else "/") + path).status < 300
         assert [(each["Action"] + " " + each["Actor"]["Attributes"].get("signal", "")).strip() for each in willing.journal.history] == told
+
+    @pytest.mark.parametrize("kind, first, second, statuses, words", [
+        ("start", "POST tstnew/start", "POST tstnew/start", (204, 304), ["start"]),
+        ("start", "POST tstnew/start", "DELETE tstnew?force=1", (204, 204), ["start", "rm"]),
+        ("start", "POST tstnew/start", "DELETE tstnew", (204, 409), ["start"]),
+        ("start", "POST tstnew/start", "POST tstnew/kill", (204, 204), ["start", "kill"]),
+        ("start", "POST tstnew/start", "POST prune", (204, 200), ["start", "rm"]),
+        ("rm", "DELETE tstdone", "DELETE tstdone", (204, 409), ["rm"]), ("rm", "DELETE tstdone", "POST tstdone/start", (204, 409), ["rm"]),
+        ("rm", "DELETE tstdone", "POST tstdone/rename?name=x", (204, 404), ["rm"]),
+        ("pause", "POST tstweb/pause", "POST tstweb/pause", (204, 409), ["pause"]),
+        ("unpause", "POST tstpaused/unpause", "POST tstpaused/unpause", (204, 409), ["unpause"])])
+    def test_one_change_at_a_time(self, willing, scripted, kind, first, second, statuses, words):
+        """The second one finds what the first one has made of the container."""
+        settle_feed(willing)
+        scripted.on(kind, stays=0.7)
+        send = lambda method, path: ask(willing, method, "/containers/" + path)
+        answers = at_once(send, first.split(), second.split(), pause=0.0 if first == second else 0.2)
+        found = [each.status for each in answers]
+        assert (sorted(found) if first == second else found) == list(statuses)
+        assert [each["argv"][0] for each in scripted.calls() if each["argv"][0] in NAMES] == words
+        if second == "POST prune":
+            # The other one that does not run.
+            assert answers[1].json["ContainersDeleted"] == [json.loads(INSPECT_DONE.stdout)["ID"]]
+        assert not willing.turns
+
+    @pytest.mark.parametrize("path, message", [
+        ("DELETE tstdone", "removal of container tstdone is already in progress"), ("POST tstdone/start", "container is marked for removal and cannot be started")])
+    def test_words_during_a_removal(self, willing, scripted, path, message):
+        settle_feed(willing)
+        scripted.on("rm", stays=1.0)
+        began = time.monotonic()
+        thread = threading.Thread(target=ask, args=(willing, "DELETE", "/containers/tstdone"))
+        thread.start()
+        assert until(lambda: scripted.calls("rm"))
+        method, _, path = path.partition(" ")
+        assert ask(willing, method, "/containers/" + path).message == message
+        # There is nothing to wait for.
+        assert thread.is_alive() and time.monotonic() - began < 5
+        thread.join(10)
+
+    @pytest.mark.parametrize("word", ["stop", "restart"])
+    def test_a_stop_that_takes_its_time(self, willing, scripted, word):
+        """Nobody waits for it."""
+        settle_feed(willing)
+        scripted.on(["stop", "--time=60"], stays=5)
+        thread = threading.Thread(target=ask, args=(willing, "POST", f"/containers/tstweb/{word}?t=60"))
+        thread.start()
+        assert until(lambda: scripted.calls("stop"))
+        for path, status in (("POST /start", 304), ("GET /json", 200), ("POST /kill", 204), ("POST /stop?t=0", 204), ("DELETE ?", 409),
+                             ("POST /rename?name=other", 204), ("POST /pause", 204), ("DELETE ?force=1", 204)):
+            method, _, path = path.partition(" ")
+            assert ask(willing, method, "/containers/tstweb" + path).status == status and thread.is_alive(), path
+        thread.join(20)
+
+    def test_a_stop_of_what_ends_by_another_hand(self, willing, scripted):
+        settle_feed(willing)
+        scripted.on("stop", stderr=fatal("process already finished: not found"), status=1)
+        assert ask(willing, "POST", "/containers/tstweb/stop").status == 500
+        scripted.on("stop", stderr=fatal("process already finished: not found"), status=1, stays=0.5)
+        real = identity(willing, "tstweb")
+        found, thread = self.waiting(willing, "/containers/tstweb/stop")
+        assert until(lambda: len(scripted.calls("stop")) == 2)
+        scripted.on("ps", stdout="")
+        self.tell(willing, "/tasks/exit", real, exit_status=0)
+        thread.join(10)
+        assert found[0].status == 204
+
+    def test_a_stop_is_told_after_the_end(self, willing, scripted):
+        willing.tasks.LATE = 5.0
+        settle_feed(willing)
+        real = identity(willing, "tstweb")
+        found, thread = self.waiting(willing, "/containers/tstweb/restart")
+        assert until(lambda: scripted.calls("stop"))
+        time.sleep(0.3)
+        self.tell(willing, "/tasks/exit", real, exit_status=0)
+        assert until(lambda: scripted.calls("start"))
+        self.tell(willing, "/tasks/start", real)
+        thread.join(10)
+        assert found[0].status == 204
+        assert [each["Action"] for each in willing.journal.history] == ["kill", "die", "stop", "start", "restart"]
+
+    def test_a_forced_removal_that_removed_nothing(self, willing, scripted):
+        """With --force nerdctl 2.3.5 ends with 0 whatever comes of it."""
+        settle_feed(willing)
+        real = identity(willing, "tstweb")
+        scripted.on("rm", stderr=level("error", f"1 errors:\ncannot delete running task {real}: failed precondition"))
+        answer = ask(willing, "DELETE", "/containers/tstweb?force=1")
+        assert answer.status == 500 and "cannot delete running task" in answer.message and len(scripted.calls("rm")) == 3
+        assert ask(willing, "GET", "/containers/tstweb/json").status == 200
+        scripted.on("rm", stderr=level("error", f"1 errors:\nno such container: {real}"))
+        assert ask(willing, "DELETE", "/containers/tstweb?force=1").status == 404
+        scripted.on("rm", stdout=real + "\n", stderr=level("error", "failed to remove something beside it"))
+        assert ask(willing, "DELETE", "/containers/tstweb?force=1").status == 204
+
+    @pytest.mark.parametrize("message, status, removed", [
+        ("executable file not found in $PATH", 400, True), ("failed to create shim task: odd", 500, True),
+        ('cannot access containerd socket \\"/nosuch\\"', 503, False)])
+    def test_who_is_removed_when_a_start_fails(self, willing, scripted, monkeypatch, message, status, removed):
+        """Nobody whom nerdctl could not start for its own reasons; and whoever waits for the removal of that one is told."""
+        monkeypatch.setattr(nerdctld.Container, "request", property(lambda self: {"Image": BASE, "HostConfig": {"AutoRemove": True}}))
+        scripted.on("start", stderr=fatal(message), status=1, stays=0.5)
+        real = identity(willing, "tstnew")
+        found, thread = self.waiting(willing, "/containers/tstnew/wait?condition=removed")
+        assert ask(willing, "POST", "/containers/tstnew/start").status == status
+        # Without --force: what runs, whoever has started it, is not removed.
+        assert [each["argv"] for each in scripted.calls("rm")] == ([["rm", "--volumes", "--", real]] if removed else [])
+        if not removed:
+            thread.join(10)
+            assert found[0].json["StatusCode"] > 0
 
     def begin(self, engine, policy, labels):
         """tstweb as one that was made with this restart policy, or for None by others; its id."""
@@ -4679,7 +4805,8 @@ class TestArchive:
         for body in (packed[:-1], packed + packed[:-1], packed[:-9], packed + packed[:8], packed + b"x", packed[:5]):
             answer = ask(rooted, "PUT", "/containers/tstweb/archive?path=/etc", body)
             assert answer.status == 400 and answer.message.startswith("invalid archive: "), body
-        assert list(rooted.journal.history) == [] and not rooted.touched
+        # What came before that is there, and a container that was made anew would be without.
+        assert list(rooted.journal.history) == [] and rooted.touched == {identity(rooted, "tstweb")}
 
     @pytest.mark.parametrize("body", [b"", gzip.compress(b"")], ids=["plain", "packed"])
     def test_put_of_nothing(self, rooted, scripted, body):
@@ -8374,6 +8501,85 @@ class TestLiveContainers:
         for _ in range(5):
             cycle()
         assert until(lambda: all(now <= then + 1 for now, then in zip(held(), before))), (before, held())
+
+
+class TestLiveChanges:
+    """Two requests at once for one container: each pair of answers is one that dockerd gives."""
+
+    ROUNDS = 6
+
+    def make(self, live, removed):
+        """A container with an anonymous volume; its id."""
+        answer = live.ask("POST", "/containers/create", {
+            "Image": BASE, "Cmd": ["sh", "-c", "trap 'exit 0' TERM; sleep 300 & wait"], "Volumes": {"/data": {}},
+            "HostConfig": {"NetworkMode": "none", "AutoRemove": removed}})
+        assert answer.status == 201, answer.body
+        return answer.json["Id"]
+
+    def state(self, live, identity):
+        """The state that the daemon tells, "" for one that neither it nor nerdctl has."""
+        answer = live.ask("GET", f"/containers/{identity}/json")
+        there = identity in real("ps", "-aq", "--no-trunc").stdout.decode().split()
+        assert there == (answer.status == 200), (there, answer.body)
+        return answer.json["State"]["Status"] if there else ""
+
+    @pytest.mark.parametrize("removed", [False, True], ids=["plain", "--rm"])
+    @pytest.mark.parametrize("runs, first, second, answers", [
+        (False, "POST /start", "POST /start", {(204, 304): "running", (304, 204): "running"}),
+        (False, "POST /start", "DELETE ?force=1&v=1", {(204, 204): "", (404, 204): "", (409, 204): ""}),
+        (False, "POST /start", "DELETE ?v=1", {(204, 409): "running", (404, 204): "", (409, 204): ""}),
+        (True, "POST /stop?t=5", "POST /exec", {(204, 201): "exited", (204, 404): "exited", (204, 409): "exited"}),
+        (True, "POST /stop?t=5", "POST /stop?t=5", {(204, 204): "exited", (204, 304): "exited", (304, 204): "exited", (204, 404): "exited", (404, 204): "exited"}),
+        (True, "POST /restart?t=5", "POST /stop?t=5", {(204, 204): "running exited"}),
+        (True, "DELETE ?force=1&v=1", "DELETE ?force=1&v=1", {(204, 409): "", (409, 204): "", (204, 404): "", (404, 204): ""}),
+        (True, "POST /pause", "POST /pause", {(204, 409): "paused", (409, 204): "paused"})])
+    def test_pairs(self, live, removed, runs, first, second, answers):
+        volumes = {each["Name"] for each in live.ask("GET", "/volumes").json["Volumes"]}
+
+        def send(method, path):
+            return live.ask(method, f"/containers/{identity}{path}", {"Cmd": ["true"]} if path == "/exec" else None)
+
+        for _ in range(self.ROUNDS):
+            identity = self.make(live, removed)
+            try:
+                assert not runs or send("POST", "/start").status == 204
+                told = at_once(send, first.split(), second.split())
+                pair = tuple(each.status for each in told)
+                assert pair in answers, [each.body for each in told]
+                wanted = answers[pair].split() or [""]
+                if "exited" in wanted and removed:
+                    # The volume, too, is gone with it.
+                    wanted = [""] + wanted[:-1]
+                assert until(lambda: self.state(live, identity) in wanted), (pair, self.state(live, identity))
+            finally:
+                send("DELETE", "?force=1&v=1")
+            assert until(lambda: self.state(live, identity) == "")
+        assert until(lambda: {each["Name"] for each in live.ask("GET", "/volumes").json["Volumes"]} == volumes)
+
+    def test_a_start_by_somebody_else(self, live):
+        """A forced removal that answers 204 has removed."""
+        for number in range(12):
+            identity = self.make(live, False)
+            process = subprocess.Popen(["nerdctl", f"--namespace={NAMESPACE}", "start", identity], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(number * 0.02)
+            status = live.ask("DELETE", f"/containers/{identity}?force=1&v=1").status
+            process.wait(30)
+            assert (self.state(live, identity) == "") == (status in (204, 404)), (status, self.state(live, identity))
+            live.ask("DELETE", f"/containers/{identity}?force=1&v=1")
+
+    def test_two_networks_at_once(self, live):
+        made = [live.ask("POST", "/networks/create", {"Name": f"tstchanges{number}"}).json["Id"] for number in range(2)]
+        try:
+            for pair, statuses in (((0, 0), [200, 403]), ((0, 1), [200, 200])):
+                identity = self.make(live, False)
+                send = lambda number: live.ask("POST", f"/networks/{made[number]}/connect", {"Container": identity})
+                assert sorted(each.status for each in at_once(send, *((each,) for each in pair))) == statuses
+                networks = live.ask("GET", f"/containers/{identity}/json").json["NetworkSettings"]["Networks"]
+                assert {f"tstchanges{each}" for each in pair} <= set(networks)
+                assert live.ask("DELETE", f"/containers/{identity}?force=1&v=1").status == 204
+        finally:
+            for each in made:
+                live.ask("DELETE", f"/networks/{each}")
 
 
 class TestLivePlug:
