@@ -1236,7 +1236,7 @@ def encode_varint(number: int) -> bytes:
 
 
 def decode_varint(data: Any, start: int) -> Tuple[int, int]:
-    """The number that begins at `start`, and where it ends; ValueError for one that is cut short or longer than ten bytes."""
+    """The number that begins at `start`, and where it ends; ValueError where there is none of up to ten bytes."""
     number = 0
     for shift, byte in zip(range(0, 70, 7), data[start:start + 10]):
         number |= (byte & 127) << shift
@@ -1254,8 +1254,8 @@ def encode_field(number: int, value: Any) -> bytes:
 
 
 def decode_fields(data: Any) -> Iterator[ProtoField]:
-    """The fields of a message in their order. Of bytes they are bytes; of a memoryview they are views, so that nothing is
-    copied. ValueError for what is no message."""
+    """The fields of a message in their order: of bytes they are bytes, of a memoryview they are views, without a copy.
+    ValueError for what is no message."""
     at, size = 0, len(data)
     while at < size:
         start, tag = at, data[at]
@@ -1293,15 +1293,15 @@ def decode_map_entry(data: Any) -> Tuple[str, str]:
 
 
 HPACK_STATIC_TABLE = [tuple((entry + "=").split("=")[:2]) for entry in (
-    ":authority|:method=GET|:method=POST|:path=/|:path=/index.html|:scheme=http|:scheme=https|:status=200|:status=204|:status=206|"
-    ":status=304|:status=400|:status=404|:status=500|accept-charset|accept-encoding=gzip, deflate|accept-language|accept-ranges|"
-    "accept|access-control-allow-origin|age|allow|authorization|cache-control|content-disposition|content-encoding|"
-    "content-language|content-length|content-location|content-range|content-type|cookie|date|etag|expect|expires|from|host|"
-    "if-match|if-modified-since|if-none-match|if-range|if-unmodified-since|last-modified|link|location|max-forwards|"
-    "proxy-authenticate|proxy-authorization|range|referer|refresh|retry-after|server|set-cookie|strict-transport-security|"
-    "transfer-encoding|user-agent|vary|via|www-authenticate").split("|")]
-# The length in bits of the Huffman code of each byte and of the end of the string, as digits of base 36. The code is canonical:
-# codes of one length count upwards in the order of their bytes, and shorter ones come before longer ones.
+    ":authority|:method=GET|:method=POST|:path=/|:path=/index.html|:scheme=http|:scheme=https|:status=200|:status=204|"
+    ":status=206|:status=304|:status=400|:status=404|:status=500|accept-charset|accept-encoding=gzip, deflate|"
+    "accept-language|accept-ranges|accept|access-control-allow-origin|age|allow|authorization|cache-control|"
+    "content-disposition|content-encoding|content-language|content-length|content-location|content-range|content-type|"
+    "cookie|date|etag|expect|expires|from|host|if-match|if-modified-since|if-none-match|if-range|if-unmodified-since|"
+    "last-modified|link|location|max-forwards|proxy-authenticate|proxy-authorization|range|referer|refresh|retry-after|"
+    "server|set-cookie|strict-transport-security|transfer-encoding|user-agent|vary|via|www-authenticate").split("|")]
+# The length in bits of the Huffman code of each byte and of the end of the string, as digits of base 36. The code is
+# canonical: shorter codes come before longer ones, and those of one length count upwards in the order of their bytes.
 HUFFMAN_LENGTHS = [int(digit, 36) for digit in (
     "dnsssssssoussussssssssusssssssss6aacd68baa8b8666555666666678f6cad677777777777777777777"
     "77878djde6f56565666577666567655677777fbedskmkkmmmnmnnnnnonoomnonnnnlmnmnnomlkmmnnlnmmo"
@@ -1334,7 +1334,7 @@ def huffman_decode(data: bytes) -> bytes:
 
 
 class HpackDecoder:
-    """Decodes the header blocks of a connection in their order, since they refer to a table that earlier ones have filled."""
+    """Decodes the header blocks of a connection in their order: they refer to a table that earlier ones have filled."""
 
     CAPACITY = 4096
 
@@ -1343,7 +1343,7 @@ class HpackDecoder:
         self.size, self.capacity = 0, self.CAPACITY
 
     def decode(self, block: bytes, limit: int) -> List[Tuple[str, str]]:
-        """The headers of a block; ValueError or IndexError for what is none or has more than `limit` bytes of headers."""
+        """The headers of a block; ValueError or IndexError for what is none or makes more than `limit` bytes."""
         headers: List[Tuple[str, str]] = []
         at = 0
         while at < len(block):
@@ -1429,9 +1429,9 @@ class Http2Error(ValueError):
 
 
 class Http2Event(NamedTuple):
-    """What the peer does: HEADERS with a list of (name, value), DATA with a view of bytes (to be copied by who keeps it), or
-    RST_STREAM with its error code, each on a stream, of which `ended` says that the peer sends nothing more on it; or GOAWAY, whose `value` is its error code and
-    whose `stream` is the last one that the peer serves."""
+    """What the peer does on a stream: HEADERS with a list of (name, value), DATA with a view of bytes, RST_STREAM with
+    an error code; `ended` says that it sends nothing more there. Or GOAWAY with an error code, where `stream` is the
+    last one that it serves."""
 
     kind: int
     stream: int
@@ -1454,7 +1454,7 @@ class Http2Stream:
 
 
 class Http2Connection:
-    """One side of an HTTP/2 connection, without I/O: `feed()` takes what was received, `out` collects what is to be sent.
+    """One side of an HTTP/2 connection, without I/O: `feed()` takes what was received, `out` holds what is to be sent.
 
     What is sent on a stream waits in its queue until the windows of the peer have room; how much may wait there is the
     caller's choice. Of our own windows the connection's is opened again as data comes, so that no stream can stop
@@ -1475,10 +1475,7 @@ class Http2Connection:
         self._decoder = HpackDecoder()
         self._input, self._preface = b"", b"" if client else PREFACE
         # Stream, flags and beginning of a header block whose continuation has to come.
-        self._unfinished: Optional[Tuple[int, int, bytes]] = None
-        self._handlers = {DATA: self._on_data, HEADERS: self._on_headers, CONTINUATION: self._on_continuation,
-                          RST_STREAM: self._on_reset, SETTINGS: self._on_settings, PING: self._on_ping,
-                          GOAWAY: self._on_goaway, WINDOW_UPDATE: self._on_window_update}
+        self._unfinished: Optional[Tuple[int, int, bytearray]] = None
         first = (ENABLE_PUSH, 0) if client else (MAX_CONCURRENT_STREAMS, self.MAX_STREAMS)
         settings = struct.pack(">HIHIHIHI", *first, INITIAL_WINDOW_SIZE, window, MAX_FRAME_SIZE, self.MAX_FRAME,
                                MAX_HEADER_LIST_SIZE, self.MAX_HEADERS)
@@ -1487,7 +1484,7 @@ class Http2Connection:
         self._write(WINDOW_UPDATE, 0, 0, struct.pack(">I", self.CONNECTION_WINDOW - 65535))
 
     def send_headers(self, number: int, headers: Iterable[Tuple[str, str]], end: bool = False) -> None:
-        """Send headers, or trailers with `end`, on a stream; those of a client open it. Dropped on one that has ended."""
+        """Send headers, or trailers with `end`, on a stream; a client's open it. Dropped on one that has ended."""
         if self.client and number > self.last_stream:
             self._open(number)
         stream = self.streams.get(number)
@@ -1520,7 +1517,7 @@ class Http2Connection:
         self._write(GOAWAY, 0, 0, struct.pack(">II", last_stream, code))
 
     def replenish(self, number: int, waiting: int = 0) -> None:
-        """Open the window of a stream again, but for `waiting` bytes of it that are not used up yet; not for a few bytes."""
+        """Open the window of a stream again, but for `waiting` bytes that are not used up yet; not for a few bytes."""
         stream = self.streams.get(number)
         if stream and not stream.remote_ended:
             size = self.window - waiting - stream.receive_window
@@ -1529,7 +1526,7 @@ class Http2Connection:
                 self._write(WINDOW_UPDATE, 0, number, struct.pack(">I", size))
 
     def feed(self, data: bytes) -> List[Http2Event]:
-        """Take what was received; what it says. After an Http2Error the connection is of no more use; `out` says why."""
+        """Take what was received; what it says. An Http2Error ends the connection, and `out` tells the peer why."""
         data, at, events = self._input + data if self._input else data, 0, []
         try:
             if len(self.out) > self.MAX_OUT:
@@ -1547,8 +1544,8 @@ class Http2Connection:
                 self._check(kind, number, size)
                 if len(data) < at + 9 + size:
                     break
-                handler = self._handlers.get(kind)
-                event = handler(flags, number, view[at + 9:at + 9 + size]) if handler else None
+                handler = self.HANDLERS.get(kind)
+                event = handler(self, flags, number, view[at + 9:at + 9 + size]) if handler else None
                 if event:
                     events.append(event)
                 at += 9 + size
@@ -1615,7 +1612,8 @@ class Http2Connection:
             if last:
                 self._end(stream, local=True)
         if stream.trailers is not None:
-            self._write_headers(stream, stream.trailers)
+            block, stream.trailers = stream.trailers, None
+            self._write_headers(stream, block)
         elif stream.ending and not stream.local_ended:
             self._write(DATA, END_STREAM, stream.number)
             self._end(stream, local=True)
@@ -1660,7 +1658,7 @@ class Http2Connection:
     def _on_headers(self, flags: int, number: int, payload: memoryview) -> Optional[Http2Event]:
         block = bytes(self._unpadded(flags, payload)[5 if flags & PRIORITIZED else 0:])
         if not flags & END_HEADERS:
-            self._unfinished = number, flags, block
+            self._unfinished = number, flags, bytearray(block)
             return None
         try:
             headers = self._decoder.decode(block, self.MAX_HEADERS)
@@ -1680,10 +1678,13 @@ class Http2Connection:
 
     def _on_continuation(self, flags: int, number: int, payload: memoryview) -> Optional[Http2Event]:
         owner, first, block = self._unfinished
+        block += payload
         if number != owner or len(block) > self.MAX_HEADERS:
             raise Http2Error("a header block is interrupted or has no end")
+        if not flags & END_HEADERS:
+            return None
         self._unfinished = None
-        return self._on_headers(first & END_STREAM | flags & END_HEADERS, number, memoryview(block + payload))
+        return self._on_headers(first & END_STREAM | END_HEADERS, number, memoryview(block))
 
     def _on_reset(self, flags: int, number: int, payload: memoryview) -> Optional[Http2Event]:
         known = self.streams.pop(number, None)
@@ -1729,6 +1730,9 @@ class Http2Connection:
             self._send_queue(target)
         else:
             self._send_queues()
+
+    HANDLERS = {DATA: _on_data, HEADERS: _on_headers, CONTINUATION: _on_continuation, RST_STREAM: _on_reset,
+                SETTINGS: _on_settings, PING: _on_ping, GOAWAY: _on_goaway, WINDOW_UPDATE: _on_window_update}
 
 
 GRPC_CODES = {400: 3, 409: 9, 503: 14}
@@ -1804,6 +1808,14 @@ def raise_grpc_status(headers: List[Tuple[str, str]]) -> None:
         raise GrpcError(int(status), urllib.parse.unquote(fields.get("grpc-message", ""), errors="replace"))
 
 
+def set_deadline(sock: socket.socket, deadline: Optional[float]) -> None:
+    """Let what is done next with a socket end by this time of the monotonic clock; OSError when it is over."""
+    left = None if deadline is None else deadline - time.monotonic()
+    if left is not None and left <= 0:
+        raise socket.timeout("timed out")
+    sock.settimeout(left)
+
+
 def grpc_messages(sock: socket.socket, connection: Http2Connection, deadline: Optional[float]) -> Iterator[bytes]:
     """The messages that answer the call on stream 1."""
     decoder = GrpcDecoder()
@@ -1820,7 +1832,8 @@ def grpc_messages(sock: socket.socket, connection: Http2Connection, deadline: Op
             if kind == DATA:
                 yield from decoder.feed(value)
             elif kind == RST_STREAM:
-                raise GrpcError({CANCEL: 1, REFUSED_STREAM: 14}.get(value, 13), f"the call was reset with HTTP/2's error {value}")
+                code = {CANCEL: 1, REFUSED_STREAM: 14}.get(value, 13)
+                raise GrpcError(code, f"the call was reset with HTTP/2's error {value}")
             elif kind == GOAWAY and not number:
                 raise GrpcError(14, "the server takes no more calls")
             if ended:
@@ -1832,14 +1845,9 @@ def grpc_messages(sock: socket.socket, connection: Http2Connection, deadline: Op
             connection.out.clear()
 
 
-def set_deadline(sock: socket.socket, deadline: Optional[float]) -> None:
-    """Let what is done next with a socket fail with an OSError at this time of the monotonic clock."""
-    sock.settimeout(None if deadline is None else max(0.001, deadline - time.monotonic()))
-
-
 def grpc_stream(sock: socket.socket, method: str, message: bytes, headers: Iterable[Tuple[str, str]] = (),
                 timeout: Optional[float] = None) -> Iterator[bytes]:
-    """Call a method that answers with a stream of messages, on a connection of its own. The request is sent at once. The
+    """Call a method that answers with a stream of messages, on a new connection. The request is sent at once. The
     iterator raises GrpcError for a status other than 0, and OSError when the connection breaks, when another thread has
     shut the socket down, or when `timeout` seconds are over."""
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -1853,7 +1861,7 @@ def grpc_stream(sock: socket.socket, method: str, message: bytes, headers: Itera
 
 def grpc_call(sock: socket.socket, method: str, message: bytes, headers: Iterable[Tuple[str, str]] = (),
               timeout: float = 10.0) -> bytes:
-    """Call a method that answers with one message, on a connection of its own. GrpcError for a status other than 0, OSError
+    """Call a method that answers with one message, on a new connection. GrpcError for a status other than 0, OSError
     when the connection breaks or `timeout` seconds are over."""
     messages = list(grpc_stream(sock, method, message, headers, timeout))
     if len(messages) != 1:
@@ -7334,8 +7342,9 @@ def ask_tasks(nerdctl: Nerdctl, method: str, message: bytes) -> Tuple[bytes, str
     ValueError when it cannot be asked."""
     sock, root = dial_containerd(nerdctl)
     with sock:
+        headers = [("containerd-namespace", nerdctl.namespace)]
         try:
-            return grpc_call(sock, "/containerd.services.tasks.v1.Tasks/" + method, message, [("containerd-namespace", nerdctl.namespace)], 5.0), root
+            return grpc_call(sock, "/containerd.services.tasks.v1.Tasks/" + method, message, headers, 5.0), root
         except GrpcError:
             return b"", root
 
@@ -9689,15 +9698,15 @@ for _method, _path in (("GET", "/plugins/privileges"), ("POST", "/plugins/pull")
 # Relay
 ###############################################################################
 
-# `docker build` of today speaks gRPC with the builder itself. On /grpc the client is the HTTP/2 client of buildkitd's services,
-# and the daemon stands between the two. On /session the roles are turned: the client is the HTTP/2 server, and what it sends
-# is carried inside one call of buildkitd's Control/Session, whose HTTP/2 client is the daemon.
+# `docker build` of today speaks gRPC with the builder itself. On /grpc the client is the HTTP/2 client of buildkitd's
+# services, and the daemon stands between the two. On /session the roles are turned: the client is the HTTP/2 server,
+# and what it sends is carried inside one call of buildkitd's Control/Session, whose HTTP/2 client is the daemon.
 
 
 class Bridge:
-    """What stands between a client and buildkitd, without I/O. `client_out` and `server_out` wait to be sent; `over` says that
-    nothing more will come. Its kinds have `from_client` and `from_server` for what was received, `client_ended` and
-    `server_ended` for the end of a connection, and `replenish`, which opens windows when something was sent."""
+    """What stands between a client and buildkitd, without I/O: `client_out` and `server_out` wait to be sent, `over`
+    says that nothing more comes. Its kinds have `from_client` and `from_server` for what was received, `client_ended`
+    and `server_ended` for the end of a connection, and `replenish`, which opens windows when something was sent."""
 
     # As much may wait for one side before the other is no longer read; in bytes.
     LIMIT = 1 << 20
@@ -9713,11 +9722,11 @@ class Bridge:
 
 
 class GrpcProxy(Bridge):
-    """/grpc: two HTTP/2 connections whose streams have the same numbers on both.
+    """/grpc: two HTTP/2 connections, each stream of the one with the same number on the other.
 
-    `prepare(message)` takes a SolveRequest and returns the one to send and, unless it is None, a function to be called with
-    buildkitd's answer; its ApiError ends the stream. As it may take its time, it is called by `run(work, done)`, which
-    gives the result of `work()` to `done` later."""
+    `prepare(message)` takes a SolveRequest and returns the one to send and, unless it is None, a function to be called
+    with buildkitd's answer; its ApiError ends the stream. As it may take its time, it is called by `run(work, done)`,
+    which gives the result of `work()` to `done` later."""
 
     SERVICE = "/moby.buildkit.v1.Control/"
     MAX_REQUEST = 1 << 25
@@ -9730,7 +9739,7 @@ class GrpcProxy(Bridge):
         # Of Solve and Status: the path and what has come of the request.
         self.requests: Dict[int, Tuple[str, bytearray]] = {}
         self.answers: Dict[int, Tuple[bytearray, Callable[[bytes], None]]] = {}
-        # The build that a stream belongs to, and those that were refused: who follows their progress would wait in vain.
+        # The build that a stream belongs to, and those that were refused: their progress would be waited for in vain.
         self.builds: Dict[int, bytes] = {}
         self.refused: Set[bytes] = set()
         self.failure: Optional[ApiError] = None
@@ -9848,10 +9857,10 @@ class GrpcProxy(Bridge):
 
 
 class SessionBridge(Bridge):
-    """/session: the client's bytes as messages of one call of Control/Session, and its answers as bytes to the client."""
+    """/session: the client's bytes are messages of one call of Control/Session, and those of its answer are bytes."""
 
-    # A message that fits into one frame with its 8 bytes of head. For one of more than 32 KB, grpc-go (1.84) clears a buffer
-    # of 1 MB, whatever its size.
+    # A message that fits into one frame, with 8 bytes in front. For one of more than 32 KB, grpc-go (1.84) clears a
+    # buffer of 1 MB, whatever its size.
     PIECE = 16384 - 8
 
     def __init__(self, headers: Iterable[Tuple[str, str]]):
@@ -9893,10 +9902,10 @@ class SessionBridge(Bridge):
 
 
 class Relay:
-    """Carries bytes between a client and buildkitd, if there is one, through a bridge: one loop in one thread, which never
-    waits for anything but the sockets."""
+    """Carries bytes between a client and buildkitd, if there is one, through a bridge: a loop in one thread that waits
+    for nothing but the sockets."""
 
-    # After buildkitd's end the client is answered so much longer, and after the client's end the rest is sent; in seconds.
+    # How long the client is answered after buildkitd's end, and buildkitd sent the rest after the client's; in seconds.
     LINGER = 10.0
 
     def __init__(self, client: socket.socket, server: Optional[socket.socket]):
@@ -10022,7 +10031,7 @@ def full_names(text: str) -> List[str]:
 
 
 def rewrite_exporter(exporter: bytes) -> Tuple[bytes, Optional[List[str]]]:
-    """An exporter as buildkitd knows it: `moby` becomes `image` with the attributes that dockerd gives it, any other stays.
+    """An exporter as buildkitd knows it: `moby` becomes `image` with the attributes that dockerd gives it, others stay.
     With it the names it puts into the image store, None when it puts nothing there. 400 for a bad name."""
     parts, kind, attributes = list(decode_fields(exporter)), "", {}
     for each in parts:
@@ -10043,7 +10052,8 @@ def rewrite_exporter(exporter: bytes) -> Tuple[bytes, Optional[List[str]]]:
             changed[key] = value
     # Spelled so in BuildKit.
     changed["danging-name-empty-only"] = "true"
-    kept = [each.raw for each in parts if each.number != 1 and not (each.number == 2 and decode_map_entry(each.value)[0] in changed)]
+    kept = [each.raw for each in parts
+            if each.number != 1 and not (each.number == 2 and decode_map_entry(each.value)[0] in changed)]
     added = [encode_map_entry(2, key, value) for key, value in changed.items()]
     return b"".join([encode_field(1, b"image"), *kept, *added]), names
 
@@ -10117,8 +10127,8 @@ def list_workers(address: str, timeout: float = 10.0) -> List[Dict[str, str]]:
 
 
 def worker_complaint(workers: List[Dict[str, str]], namespace: str, containerd: str) -> str:
-    """Why nerdctl would not see an image built by the first of these workers, "" when it would. `containerd` is the UUID of
-    nerdctl's."""
+    """Why nerdctl would not see an image built by the first of these workers, "" when it would. `containerd` is the
+    UUID of nerdctl's."""
     labels = workers[0] if workers else {}
     found, uuid = labels.get(WORKER_LABEL + "namespace"), labels.get(WORKER_LABEL + "uuid")
     if found is None:
@@ -10129,19 +10139,21 @@ def worker_complaint(workers: List[Dict[str, str]], namespace: str, containerd: 
         what = "builds for another containerd"
     else:
         return ""
-    return (f"buildkitd {what}, so that nerdctl would never see the image: in buildkitd.toml, write `enabled = false` under [worker.oci], and "
-            f"`enabled = true`, `namespace = \"{namespace}\"` and containerd's `address` under [worker.containerd], and restart buildkitd")
+    return (f"buildkitd {what}, so that nerdctl would never see the image: in buildkitd.toml, write `enabled = false` "
+            f"under [worker.oci], and `enabled = true`, `namespace = \"{namespace}\"` and containerd's `address` under "
+            "[worker.containerd], and restart buildkitd")
 
 
 def solved_digest(answer: bytes) -> str:
     """The image's digest in a SolveResponse, "" when there is none."""
     with contextlib.suppress(ValueError, TypeError):
-        return dict(decode_map_entry(each.value) for each in decode_fields(answer) if each.number == 1).get("containerimage.digest", "")
+        results = dict(decode_map_entry(each.value) for each in decode_fields(answer) if each.number == 1)
+        return results.get("containerimage.digest", "")
     return ""
 
 
 def replaced_images(engine: Engine, names: List[str]) -> Dict[str, str]:
-    """The ids of the images that have these names now. Only told while somebody listens to events: it costs a process."""
+    """The ids of the images that have these names now. Only looked up for listeners to events: it costs a process."""
     if not engine.journal.queues:
         return {}
     with contextlib.suppress(ApiError):
@@ -10208,7 +10220,8 @@ def buildkit_grpc(engine: Engine, request: Request) -> Response:
 @route("POST", "/session")
 def buildkit_session(engine: Engine, request: Request) -> Response:
     """101, then a session of buildkitd; without a buildkitd one that ends at once."""
-    headers = [(name, value) for name, value in request.headers.items() if name.lower().startswith("x-docker-expose-session-")]
+    headers = [(name, value) for name, value in request.headers.items()
+               if name.lower().startswith("x-docker-expose-session-")]
     server = None
     with contextlib.suppress(ApiError):
         server, _ = dial_buildkit(engine.nerdctl)
@@ -10443,7 +10456,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         self.send_whole(error_response(type("HeadError", (ApiError,), {"status": status})(message or "malformed request")))
 
     def serve_grpc(self) -> None:
-        """HTTP/2 with prior knowledge, as buildctl and the remote driver of buildx begin: what follows is BuildKit's gRPC."""
+        """HTTP/2 with prior knowledge, as of buildctl and of buildx's remote driver: BuildKit's gRPC."""
         self.close_connection = True
         self.connection.setblocking(False)
         early = self.raw_requestline + self.rfile.peek()
