@@ -9783,7 +9783,7 @@ class GrpcProxy(Bridge):
         elif path.endswith("Status"):
             self.server.send_data(number, bytes(request), True)
         else:
-            self.run(lambda: self._prepare(message), functools.partial(self._solve, number))
+            self.run(functools.partial(self._prepare, message), functools.partial(self._solve, number))
 
     def _prepare(self, message: bytes) -> Any:
         """What `prepare` returns or raises."""
@@ -9966,6 +9966,7 @@ class Relay:
             if self.server in readable and not self._receive(self.server, bridge.from_server):
                 self.server.close()
                 self.server, deadline = None, time.monotonic() + self.LINGER
+                bridge.server_out.clear()
                 bridge.server_ended()
             if self.client in readable and not self._receive(self.client, bridge.from_client):
                 bridge.client_ended()

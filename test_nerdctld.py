@@ -6503,6 +6503,24 @@ class TestBuildKit:
             self.drive([(far, server)], lambda: 1 in server.ended)
         assert b"".join(self.session_bytes(server)) == b"x" * 50000
 
+    def test_client_is_answered_after_a_buildkitd_that_read_nothing(self):
+        def make(relay):
+            proxy = nerdctld.GrpcProxy(keep, relay.run)
+            proxy.LIMIT = 100000
+            return proxy
+
+        client = Peer(False)
+        with self.relayed(make) as (near, far, thread):
+            client.open(1, b"x" * 5_000_000)
+            far.sendall(frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 1 << 30)))
+            far.sendall(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 30)))
+            deadline = time.monotonic() + 1
+            self.drive([(near, client)], lambda: time.monotonic() > deadline)
+            far.close()
+            client.open(3, STATUS)
+            self.drive([(near, client)], lambda: client.ended == {1, 3})
+            assert b"buildkitd has ended" in client.heads[3][0]
+
     def test_session_ends_with_buildkitd(self):
         with self.relayed(self.BRIDGES["session"]) as (near, far, thread):
             far.close()
