@@ -22,6 +22,7 @@ To add an endpoint:
 
 import argparse
 import base64
+import bisect
 import calendar
 import collections
 import contextlib
@@ -57,7 +58,7 @@ import tty
 import urllib.parse
 import zlib
 from hashlib import sha256
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 VERSION = "0.1.0"
 API_NEWEST = (1, 56)
@@ -1193,27 +1194,20 @@ def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[i
 # gRPC
 ###############################################################################
 
-# As much of protobuf, HTTP/2 and gRPC as it takes to speak with BuildKit and, for what nerdctl has no command for, containerd.
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RESET, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
-END_STREAM = ACK = 1
-END_HEADERS, PADDED = 4, 8
-# Length and kind, flags, stream.
-FRAME_HEAD = struct.Struct(">IBI")
-WINDOW = 65535
-GRPC_CODES = {400: 3, 409: 9, 503: 14}
+# As much of protobuf, HTTP/2 (RFC 9113, RFC 7541) and gRPC as BuildKit and containerd ask for.
 
 
-class Field(NamedTuple):
-    """A field of a protobuf message: its number, its value (bytes, or an int for a varint) and all of its bytes."""
+class ProtoField(NamedTuple):
+    """A field of a protobuf message: its number, its value (an int for a varint, else bytes) and its whole encoding."""
 
     number: int
     value: Any
-    raw: bytes
+    raw: Any
 
 
-def varint(number: int) -> bytes:
-    """A number as protobuf and HPACK write it, seven bits a byte."""
+def encode_varint(number: int) -> bytes:
+    """A number in seven bits a byte, the lowest first; a negative one as 64 bits of two's complement."""
+    number &= 0xFFFFFFFFFFFFFFFF
     parts = bytearray()
     while number > 127:
         parts.append(number & 127 | 128)
@@ -1222,488 +1216,638 @@ def varint(number: int) -> bytes:
     return bytes(parts)
 
 
-def read_varint(data: bytes, at: int) -> Tuple[int, int]:
-    """The number that begins at `at`, and where it ends; ValueError for one that is cut short or has over ten bytes."""
+def decode_varint(data: Any, start: int) -> Tuple[int, int]:
+    """The number that begins at `start`, and where it ends; ValueError where there is none of up to ten bytes."""
     number = 0
-    for shift in range(0, 70, 7):
-        if at >= len(data):
-            break
-        byte = data[at]
-        at += 1
+    for shift, byte in zip(range(0, 70, 7), data[start:start + 10]):
         number |= (byte & 127) << shift
         if byte < 128:
-            return number, at
+            return number, start + shift // 7 + 1
     raise ValueError("not a varint")
 
 
-def field(number: int, value: bytes) -> bytes:
-    """A field that holds bytes, text or a message."""
-    return varint(number << 3 | 2) + varint(len(value)) + value
+def encode_field(number: int, value: Any) -> bytes:
+    """A field with an int or bool as varint, or with text, bytes or an encoded message."""
+    if isinstance(value, int):
+        return encode_varint(number << 3) + encode_varint(value)
+    data = value.encode() if isinstance(value, str) else value
+    return b"".join((encode_varint(number << 3 | 2), encode_varint(len(data)), data))
 
 
-def fields(data: Any) -> Iterator[Field]:
-    """The fields of a message, bytes or a view of them, in order; ValueError for what is no message."""
-    at = 0
-    while at < len(data):
-        tag, start = read_varint(data, at)
-        wire, value = tag & 7, b""
-        if wire == 0:
-            value, end = read_varint(data, start)
+def decode_fields(data: Any) -> Iterator[ProtoField]:
+    """The fields of a message in their order: of bytes they are bytes, of a memoryview they are views, without a copy.
+    ValueError for what is no message."""
+    at, size = 0, len(data)
+    while at < size:
+        start, tag = at, data[at]
+        at += 1
+        if tag > 127:
+            tag, at = decode_varint(data, start)
+        wire, value = tag & 7, None
+        if wire == 2 or not wire:
+            if at < size and data[at] < 128:
+                length, at = data[at], at + 1
+            else:
+                length, at = decode_varint(data, at)
+            if not wire:
+                value, length = length, 0
         elif wire in (1, 5):
-            end = start + (8 if wire == 1 else 4)
-        elif wire == 2:
-            size, start = read_varint(data, start)
-            end = start + size
+            length = 8 if wire == 1 else 4
         else:
             raise ValueError("not a protobuf message")
-        if not tag >> 3 or end > len(data):
+        end = at + length
+        if tag < 8 or end > size:
             raise ValueError("not a protobuf message")
-        yield Field(tag >> 3, value if wire == 0 else data[start:end], data[at:end])
+        yield ProtoField(tag >> 3, value if not wire else data[at:end], data[start:end])
         at = end
 
 
-def read_entry(data: bytes) -> Tuple[str, str]:
+def encode_map_entry(number: int, key: str, value: Any) -> bytes:
+    """An entry of the map in field `number`."""
+    return encode_field(number, encode_field(1, key) + encode_field(2, value))
+
+
+def decode_map_entry(data: Any) -> Tuple[str, str]:
     """Key and value of an entry of a map of strings."""
-    found = {each.number: each.value for each in fields(data)}
-    return str(found.get(1, b""), "utf-8"), str(found.get(2, b""), "utf-8")
+    entry = {field.number: field.value for field in decode_fields(data)}
+    return str(entry.get(1, b""), "utf-8"), str(entry.get(2, b""), "utf-8")
 
 
-class Frame(NamedTuple):
-    """An HTTP/2 frame: `raw` is all of it, a header block with its continuations. `kind` -1 is the preface."""
+HPACK_STATIC_TABLE = [tuple((entry + "=").split("=")[:2]) for entry in (
+    ":authority|:method=GET|:method=POST|:path=/|:path=/index.html|:scheme=http|:scheme=https|:status=200|:status=204|"
+    ":status=206|:status=304|:status=400|:status=404|:status=500|accept-charset|accept-encoding=gzip, deflate|"
+    "accept-language|accept-ranges|accept|access-control-allow-origin|age|allow|authorization|cache-control|"
+    "content-disposition|content-encoding|content-language|content-length|content-location|content-range|content-type|"
+    "cookie|date|etag|expect|expires|from|host|if-match|if-modified-since|if-none-match|if-range|if-unmodified-since|"
+    "last-modified|link|location|max-forwards|proxy-authenticate|proxy-authorization|range|referer|refresh|retry-after|"
+    "server|set-cookie|strict-transport-security|transfer-encoding|user-agent|vary|via|www-authenticate").split("|")]
+# The length in bits of the Huffman code of each byte and of the end of the string, as digits of base 36. The code is
+# canonical: shorter codes come before longer ones, and those of one length count upwards in the order of their bytes.
+HUFFMAN_LENGTHS = [int(digit, 36) for digit in (
+    "dnsssssssoussussssssssusssssssss6aacd68baa8b8666555666666678f6cad677777777777777777777"
+    "77878djde6f56565666577666567655677777fbedskmkkmmmnmnnnnnonoomnonnnnlmnmnnomlkmmnnlnmmo"
+    "lmnnllmlnmnnkmmmnmmnqqkjmnmpqqqrrqopjlqrrqrollqqsrrrkoklmllnmmppooqnqrqqrrrrrsrrrrrqu")]
+HUFFMAN_SYMBOLS = sorted(range(257), key=HUFFMAN_LENGTHS.__getitem__)
+# The codes in the order of these symbols, each followed by zeros up to the 30 bits of the longest one.
+HUFFMAN_CODES = [0, *itertools.accumulate(1 << 30 - HUFFMAN_LENGTHS[symbol] for symbol in HUFFMAN_SYMBOLS[:-1])]
+
+
+def huffman_decode(data: bytes) -> bytes:
+    """A string of a header block that is Huffman coded; ValueError for what is none."""
+    decoded, left, bits, number = bytearray(), 8 * len(data), 0, 0
+    # Padding is the beginning of the longest code, that of the end, which is all ones.
+    for byte in data + b"\xff\xff\xff\xff":
+        number, bits = (number << 8 | byte) & 0xFFFFFFFFFF, bits + 8
+        while bits >= 30 and left > 0:
+            code = number >> bits - 30 & 0x3FFFFFFF
+            symbol = HUFFMAN_SYMBOLS[bisect.bisect_right(HUFFMAN_CODES, code) - 1]
+            length = HUFFMAN_LENGTHS[symbol]
+            if length > left:
+                if left > 7 or code >> 30 - left != (1 << left) - 1:
+                    raise ValueError("bad padding of a Huffman code")
+            elif symbol == 256:
+                raise ValueError("a Huffman code goes on after its end")
+            else:
+                decoded.append(symbol)
+            left -= length
+            bits -= length
+    return bytes(decoded)
+
+
+class HpackDecoder:
+    """Decodes the header blocks of a connection in their order: they refer to a table that earlier ones have filled."""
+
+    CAPACITY = 4096
+
+    def __init__(self) -> None:
+        self.table: Deque[Tuple[str, str]] = collections.deque()
+        self.size, self.capacity = 0, self.CAPACITY
+
+    def decode(self, block: bytes, limit: int) -> List[Tuple[str, str]]:
+        """The headers of a block; ValueError or IndexError for what is none or makes more than `limit` bytes."""
+        headers: List[Tuple[str, str]] = []
+        at = 0
+        while at < len(block):
+            kind = block[at]
+            if kind & 0xE0 == 0x20:
+                self.capacity, at = self._integer(block, at, 5)
+                if headers or self.capacity > self.CAPACITY:
+                    raise ValueError("bad size of the table of headers")
+            else:
+                index, at = self._integer(block, at, 7 if kind & 0x80 else 6 if kind & 0x40 else 4)
+                header = self._entry(index) if index or kind & 0x80 else ("", "")
+                if not kind & 0x80:
+                    name, at = (header[0], at) if index else self._string(block, at)
+                    value, at = self._string(block, at)
+                    header = (name, value)
+                headers.append(header)
+                size = len(header[0]) + len(header[1]) + 32
+                limit -= size
+                if limit < 0:
+                    raise ValueError("too many headers")
+                if kind & 0xC0 == 0x40:
+                    self.table.appendleft(header)
+                    self.size += size
+            while self.size > self.capacity:
+                self.size -= sum(map(len, self.table.pop())) + 32
+        return headers
+
+    @staticmethod
+    def _integer(block: bytes, at: int, bits: int) -> Tuple[int, int]:
+        most = (1 << bits) - 1
+        number = block[at] & most
+        if number < most:
+            return number, at + 1
+        number, at = decode_varint(block, at + 1)
+        return number + most, at
+
+    def _string(self, block: bytes, at: int) -> Tuple[str, int]:
+        coded = block[at] & 0x80
+        size, at = self._integer(block, at, 7)
+        text = block[at:at + size]
+        if len(text) < size:
+            raise ValueError("a header is cut short")
+        return (huffman_decode(text) if coded else text).decode("latin-1"), at + size
+
+    def _entry(self, index: int) -> Tuple[str, str]:
+        if not index:
+            raise ValueError("a header refers to nothing")
+        known = len(HPACK_STATIC_TABLE)
+        return HPACK_STATIC_TABLE[index - 1] if index <= known else self.table[index - known - 1]
+
+
+def encode_headers(headers: Iterable[Tuple[str, str]]) -> bytes:
+    """A header block of literals alone, which need no table and no Huffman code."""
+    block = bytearray()
+    for header in headers:
+        block.append(0)
+        for text in header:
+            data = text.encode("latin-1", "replace")
+            block += encode_varint(len(data)) if len(data) < 127 else b"\x7f" + encode_varint(len(data) - 127)
+            block += data
+    return bytes(block)
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
+END_STREAM = ACK = 1
+END_HEADERS, PADDED, PRIORITIZED = 4, 8, 32
+ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE = range(2, 7)
+PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED, FRAME_SIZE_ERROR = 1, 3, 5, 6
+REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, ENHANCE_YOUR_CALM = 7, 8, 9, 11
+# Length and kind, flags, stream.
+FRAME_HEADER = struct.Struct(">IBI")
+FIXED_SIZES = {PRIORITY: 5, RST_STREAM: 4, PING: 8, WINDOW_UPDATE: 4}
+LARGEST_WINDOW = (1 << 31) - 1
+
+
+class Http2Error(ValueError):
+    """The peer does not keep to HTTP/2; the connection ends with this error code."""
+
+    def __init__(self, message: str, code: int = PROTOCOL_ERROR):
+        super().__init__(message)
+        self.code = code
+
+
+class Http2Event(NamedTuple):
+    """What the peer does on a stream: HEADERS with a list of (name, value), DATA with a view of bytes, RST_STREAM with
+    an error code; `ended` says that it sends nothing more there. Or GOAWAY with an error code, where `stream` is the
+    last one that it serves."""
 
     kind: int
-    flags: int
     stream: int
-    raw: Any
-
-    @property
-    def ends(self) -> bool:
-        """Whether its sender says nothing more on the stream."""
-        return self.kind == RESET or self.kind in (DATA, HEADERS) and bool(self.flags & END_STREAM)
-
-    @property
-    def data(self) -> Any:
-        """What it carries, without padding."""
-        return self.raw[10:len(self.raw) - self.raw[9]] if self.kind == DATA and self.flags & PADDED else self.raw[9:]
-
-    @property
-    def number(self) -> int:
-        """The increment of a WINDOW_UPDATE."""
-        return int.from_bytes(self.raw[9:13], "big") & 0x7FFFFFFF
+    value: Any
+    ended: bool
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """The bytes of a frame."""
-    return FRAME_HEAD.pack(len(payload) << 8 | kind, flags, stream) + payload
+class Http2Stream:
+    """A stream: its windows in bytes, and what waits until those of the peer have room."""
+
+    def __init__(self, number: int, send_window: int, receive_window: int):
+        self.number = number
+        self.send_window = send_window
+        self.receive_window = receive_window
+        self.queue: Deque[memoryview] = collections.deque()
+        self.queued = 0
+        self.trailers: Optional[bytes] = None
+        # Headers were sent; the end is queued; it was sent; the peer's has come.
+        self.answered = self.ending = self.local_ended = self.remote_ended = False
 
 
-def credit(stream: int, size: int) -> bytes:
-    """A WINDOW_UPDATE; nothing for 0 bytes."""
-    return frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", size)) if size > 0 else b""
+class Http2Connection:
+    """One side of an HTTP/2 connection, without I/O: `feed()` takes what was received, `out` holds what is to be sent.
 
+    What is sent on a stream waits in its queue until the windows of the peer have room; how much may wait there is the
+    caller's choice. Of our own windows the connection's is opened again as data comes, so that no stream can stop
+    another; a stream's is opened by `replenish()` only, so that at most `window` bytes of each wait to be used."""
 
-def header_block(headers: Iterable[Tuple[str, str]]) -> bytes:
-    """Headers in HPACK, all as literals that are kept in no table, so that they may stand between anybody else's."""
-    def text(value: str) -> bytes:
-        data = value.encode("latin-1", "replace")
-        return (varint(len(data)) if len(data) < 127 else b"\x7f" + varint(len(data) - 127)) + data
+    CONNECTION_WINDOW = 1 << 24
+    MAX_FRAME, MAX_HEADERS, MAX_STREAMS = 1 << 20, 1 << 20, 128
+    # Of answers to pings and settings, mostly, that the peer does not read.
+    MAX_OUT = 1 << 26
 
-    return b"".join(b"\x10" + text(name) + text(value) for name, value in headers)
+    def __init__(self, client: bool, window: int = 1 << 20):
+        self.client = client
+        self.window = window
+        self.streams: Dict[int, Http2Stream] = {}
+        self.last_stream = 0
+        self.send_window, self.receive_window = 65535, self.CONNECTION_WINDOW
+        self.peer_window, self.peer_frame = 65535, 16384
+        self._decoder = HpackDecoder()
+        self._input, self._preface = b"", b"" if client else PREFACE
+        # Stream, flags and beginning of a header block whose continuation has to come.
+        self._unfinished: Optional[Tuple[int, int, bytearray]] = None
+        first = (ENABLE_PUSH, 0) if client else (MAX_CONCURRENT_STREAMS, self.MAX_STREAMS)
+        settings = struct.pack(">HIHIHIHI", *first, INITIAL_WINDOW_SIZE, window, MAX_FRAME_SIZE, self.MAX_FRAME,
+                               MAX_HEADER_LIST_SIZE, self.MAX_HEADERS)
+        self.out = bytearray(PREFACE if client else b"")
+        self._write(SETTINGS, 0, 0, settings)
+        self._write(WINDOW_UPDATE, 0, 0, struct.pack(">I", self.CONNECTION_WINDOW - 65535))
 
+    def send_headers(self, number: int, headers: Iterable[Tuple[str, str]], end: bool = False) -> None:
+        """Send headers, or trailers with `end`, on a stream; a client's open it. Dropped on one that has ended."""
+        if self.client and number > self.last_stream:
+            self._open(number)
+        stream = self.streams.get(number)
+        if stream is None or stream.ending:
+            return
+        stream.answered, stream.ending = True, end
+        if stream.queue:
+            stream.trailers = encode_headers(headers)
+        else:
+            self._write_headers(stream, encode_headers(headers))
 
-def header_frames(stream: int, headers: Iterable[Tuple[str, str]], flags: int = 0) -> bytes:
-    """HEADERS and as many CONTINUATIONs as the smallest limit of a frame demands."""
-    block = header_block(headers)
-    parts = [block[at:at + 16384] for at in range(0, len(block), 16384)]
-    return b"".join(frame(CONTINUATION if at else HEADERS, (0 if at else flags) | (END_HEADERS if at + 1 == len(parts) else 0), stream, part)
-                    for at, part in enumerate(parts))
-
-
-def grpc_end(stream: int, error: Optional[ApiError], begun: bool = False) -> bytes:
-    """The end of a gRPC stream, with an error or without; `begun` when the answer's headers were sent before."""
-    headers = [] if begun else [(":status", "200"), ("content-type", "application/grpc")]
-    headers.append(("grpc-status", str(GRPC_CODES.get(error.status, 13)) if error else "0"))
-    if error:
-        headers.append(("grpc-message", urllib.parse.quote(str(error), safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}")))
-    return header_frames(stream, headers, END_STREAM)
-
-
-class Frames:
-    """Cuts bytes, as they come, into frames."""
-
-    LIMIT = 1 << 25
-
-    def __init__(self, preface: bytes = b""):
-        self.preface = preface
-        self.rest = b""
-
-    def feed(self, data: Any) -> List[Frame]:
-        """The frames that are complete by now, as views of `data`; ValueError for what is not HTTP/2."""
-        data = b"".join((self.rest, data)) if self.rest else data
-        found, at = [], 0
-        if self.preface:
-            if data[:len(self.preface)] != self.preface[:len(data)]:
-                raise ValueError("not HTTP/2")
-            if len(data) >= len(self.preface):
-                found.append(Frame(-1, 0, 0, self.preface))
-                at, self.preface = len(self.preface), b""
-        view = memoryview(data)
-        while not self.preface and len(data) >= at + 9:
-            head, flags, stream = FRAME_HEAD.unpack_from(data, at)
-            kind, end = head & 255, at + 9 + (head >> 8)
-            while kind == HEADERS and not flags & END_HEADERS and len(data) >= end + 9:
-                head, more, _ = FRAME_HEAD.unpack_from(data, end)
-                flags, end = flags | more & END_HEADERS, end + 9 + (head >> 8)
-            if end > len(data) or kind == HEADERS and not flags & END_HEADERS:
-                break
-            found.append(Frame(kind, flags, stream & 0x7FFFFFFF, view[at:end]))
-            at = end
-        self.rest = data[at:]
-        if len(self.rest) > self.LIMIT:
-            raise ValueError("an HTTP/2 header block has no end")
-        return found
-
-
-class Outbox:
-    """Bytes that wait to be sent, in the pieces that they came in, so that they are not copied on their way: what is added
-    may not change afterwards."""
-
-    # Below this a piece is copied: it may be a small part of something large that it would keep in memory.
-    SMALL = 1 << 12
-    # As many pieces as go at once; Linux takes 1024.
-    MOST = 512
-
-    def __init__(self, first: bytes = b""):
-        self.pieces: Deque[Any] = collections.deque()
-        self.size = 0
-        self += first
-
-    def __iadd__(self, data: Any) -> "Outbox":
+    def send_data(self, number: int, data: bytes, end: bool = False) -> None:
+        """Send data on a stream as the windows of the peer have room. Dropped on one that has ended."""
+        stream = self.streams.get(number)
+        if stream is None or stream.ending:
+            return
+        stream.ending = end
         if data:
-            self.pieces.append(bytes(data) if len(data) < self.SMALL else memoryview(data))
-            self.size += len(data)
-        return self
+            stream.queue.append(memoryview(data))
+            stream.queued += len(data)
+        self._send_queue(stream)
 
-    def __len__(self) -> int:
-        return self.size
+    def reset(self, number: int, code: int) -> None:
+        """End a stream in both directions."""
+        if self.streams.pop(number, None):
+            self._write(RST_STREAM, 0, number, struct.pack(">I", code))
 
-    def __bytes__(self) -> bytes:
-        return b"".join(self.pieces)
+    def go_away(self, last_stream: int, code: int) -> None:
+        """Say that no stream beyond `last_stream` is served."""
+        self._write(GOAWAY, 0, 0, struct.pack(">II", last_stream, code))
 
-    def clear(self) -> None:
-        """Drop everything."""
-        self.pieces.clear()
-        self.size = 0
+    def replenish(self, number: int, waiting: int = 0) -> None:
+        """Open the window of a stream again, but for `waiting` bytes that are not used up yet; not for a few bytes."""
+        stream = self.streams.get(number)
+        if stream and not stream.remote_ended:
+            size = self.window - waiting - stream.receive_window
+            if size >= self.window // 4:
+                stream.receive_window += size
+                self._write(WINDOW_UPDATE, 0, number, struct.pack(">I", size))
 
-    def take(self, count: int) -> List[Any]:
-        """The first `count` bytes, taken out, in pieces."""
-        found = []
-        self.size -= count
-        while count:
-            piece = self.pieces.popleft()
-            if len(piece) > count:
-                self.pieces.appendleft(piece[count:])
-                piece = piece[:count]
-            found.append(piece)
-            count -= len(piece)
-        return found
-
-    def send(self, sock: socket.socket) -> None:
-        """Send what the socket takes at once; its errors, BlockingIOError among them, are the caller's."""
-        self.take(sock.sendmsg(itertools.islice(self.pieces, self.MOST)))
-
-
-class Sender:
-    """DATA towards buildkitd, appended to `out` as its windows have room; the rest waits here. Sizes are in bytes."""
-
-    def __init__(self, out: Outbox):
-        self.out = out
-        self.connection = self.initial = WINDOW
-        self.frame_size = 16384
-        # Only streams on which more or other data is sent than the client sends: of all others it minds the window.
-        self.windows: Dict[int, int] = {}
-        self.queues: Dict[int, Outbox] = {}
-        self.ending: set = set()
-        # What was sent on those streams. The client must not be credited for it a second time.
-        self.owed = 0
-
-    @property
-    def waiting(self) -> int:
-        """How much waits for room."""
-        return sum(map(len, self.queues.values())) if self.queues else 0
-
-    def push(self, stream: int, *parts: Any, end: bool = False) -> None:
-        """Send data on a stream now or later."""
-        queue = self.queues.setdefault(stream, Outbox())
-        for each in parts:
-            queue += each
-        if end:
-            self.ending.add(stream)
-            if not queue:
-                self.out += frame(DATA, END_STREAM, stream)
-        self._send(stream, queue)
-
-    def flush(self) -> None:
-        """Send what there is room for by now."""
-        for stream, queue in list(self.queues.items()):
-            self._send(stream, queue)
-
-    def _send(self, stream: int, queue: Outbox) -> None:
-        """Put what there is room for into frames."""
-        room = min(self.connection, self.windows.get(stream, self.connection), len(queue))
-        if room > 0:
-            self._cut(stream, queue.take(room), room, END_STREAM if stream in self.ending and not queue else 0)
-            self.sent(stream, room)
-        if not queue:
-            self.ending.discard(stream)
-            del self.queues[stream]
-
-    def sent(self, stream: int, size: int) -> None:
-        """Take what is sent from the windows."""
-        self.connection -= size
-        if stream in self.windows:
-            self.windows[stream] -= size
-            self.owed += size
-
-    def _cut(self, stream: int, pieces: List[Any], left: int, flags: int) -> None:
-        """`left` bytes in pieces as frames, the last with `flags`. 30,000 of them are 500 MB: what is done for each counts."""
-        full, space = FRAME_HEAD.pack(self.frame_size << 8 | DATA, 0, stream), 0
-        for piece in pieces:
-            at, end = 0, len(piece)
-            while at < end:
-                if not space:
-                    space = min(left, self.frame_size)
-                    left -= space
-                    self.out += full if left else FRAME_HEAD.pack(space << 8 | DATA, flags, stream)
-                part = piece[at:at + space]
-                self.out += part
-                at += len(part)
-                space -= len(part)
-
-    def settings(self, payload: bytes) -> int:
-        """Heed a SETTINGS frame; by how much the window of every stream has changed."""
-        change = 0
-        for key, value in struct.iter_unpack(">HI", bytes(payload[:len(payload) // 6 * 6])):
-            if key == 5:
-                self.frame_size = max(16384, value)
-            elif key == 4:
-                change += value - self.initial
-                self.windows = {stream: window + value - self.initial for stream, window in self.windows.items()}
-                self.initial = value
-        return change
-
-    def forget(self, stream: int) -> int:
-        """Drop a stream; how many bytes of the client's own wait no more."""
-        left = len(self.queues.pop(stream, b""))
-        self.ending.discard(stream)
-        return 0 if self.windows.pop(stream, None) is not None else left
-
-
-class Mould:
-    """Messages of one stream, each a field of bytes and a frame of its own, whose heads stand before they have their
-    content: what a socket receives between them is sent on as it lies there. A large build context is tens of thousands.
-
-    A message that fits into one frame is unpacked where it lies; for one of more than 32 KB grpc-go (1.84) clears a buffer
-    of 1 MB, whatever its size."""
-
-    # A frame's head, gRPC's, the tag, and a length that has three bytes where fewer would do, too.
-    HEAD = struct.Struct(">IBIBIBBBB")
-    OVERHEAD = HEAD.size - FRAME_HEAD.size
-    FRAMES, SPACE = 16, 16384 - OVERHEAD
-
-    def __init__(self, sender: Sender, stream: int, number: int):
-        self.sender, self.stream, self.tag = sender, stream, number << 3 | 2
-        step = self.HEAD.size + self.SPACE
-        self.data = memoryview(bytearray(self.FRAMES * step))
-        self.spaces = [self.data[at + self.HEAD.size:at + step] for at in range(0, len(self.data), step)]
-        for count in range(self.FRAMES):
-            self._head(count, self.SPACE)
-        # Which head may be that of a short frame.
-        self.last = 0
-
-    def _head(self, count: int, size: int) -> None:
-        self.HEAD.pack_into(self.data, count * (self.HEAD.size + self.SPACE), size + self.OVERHEAD << 8 | DATA, 0, self.stream,
-                            0, size + 4, self.tag, size & 127 | 128, size >> 7 & 127 | 128, size >> 14)
-
-    @property
-    def room(self) -> int:
-        """How many bytes may come now: none, before all that came is sent."""
-        sender = self.sender
-        if sender.out.size or sender.queues:
-            return 0
-        count, rest = divmod(min(sender.connection, sender.windows[self.stream]), self.OVERHEAD + self.SPACE)
-        return max(0, count * self.SPACE + max(0, rest - self.OVERHEAD))
-
-    def spaces_for(self, room: int) -> List[memoryview]:
-        """Where up to `room` bytes belong."""
-        self._head(self.last, self.SPACE)
-        count, rest = divmod(room, self.SPACE)
-        if count >= self.FRAMES:
-            return self.spaces
-        return [*self.spaces[:count], self.spaces[count][:rest]]
-
-    def seal(self, size: int) -> memoryview:
-        """The frames of the messages of which `size` bytes have come."""
-        self.last = last = (size - 1) // self.SPACE
-        self._head(last, size - last * self.SPACE)
-        self.sender.sent(self.stream, size + self.OVERHEAD * (last + 1))
-        return self.data[:size + self.HEAD.size * (last + 1)]
-
-    def carry(self, source: socket.socket, target: socket.socket) -> bool:
-        """Receive what there is room for and send it; what does not go at once is left to `sender.out`. False at the end of
-        what comes; OSError of either socket."""
-        size = source.recvmsg_into(self.spaces_for(self.room))[0]
-        if not size:
-            return False
-        message = self.seal(size)
+    def feed(self, data: bytes) -> List[Http2Event]:
+        """Take what was received; what it says. An Http2Error ends the connection, and `out` tells the peer why."""
+        data, at, events = self._input + data if self._input else data, 0, []
         try:
-            sent = target.send(message)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        if sent < len(message):
-            self.sender.out += message[sent:]
-        return True
+            if len(self.out) > self.MAX_OUT:
+                raise Http2Error("the peer does not read what it asks for", ENHANCE_YOUR_CALM)
+            if self._preface:
+                size = min(len(data), len(PREFACE))
+                if data[:size] != PREFACE[:size]:
+                    raise Http2Error("the peer does not speak HTTP/2")
+                if size == len(PREFACE):
+                    self._preface, at = b"", size
+            view = memoryview(data)
+            while not self._preface and len(data) - at >= 9:
+                head, flags, number = FRAME_HEADER.unpack_from(data, at)
+                kind, size, number = head & 255, head >> 8, number & LARGEST_WINDOW
+                self._check(kind, number, size)
+                if len(data) < at + 9 + size:
+                    break
+                handler = self.HANDLERS.get(kind)
+                event = handler(self, flags, number, view[at + 9:at + 9 + size]) if handler else None
+                if event:
+                    events.append(event)
+                at += 9 + size
+        except Http2Error as error:
+            self.go_away(0 if self.client else self.last_stream, error.code)
+            raise
+        self._input = data[at:]
+        return events
+
+    def _check(self, kind: int, number: int, size: int) -> None:
+        """Http2Error for a frame that may not come now."""
+        if size > self.MAX_FRAME or FIXED_SIZES.get(kind, size) != size:
+            raise Http2Error(f"a frame of kind {kind} has {size} bytes", FRAME_SIZE_ERROR)
+        if (kind == CONTINUATION) != bool(self._unfinished):
+            raise Http2Error("a header block is interrupted, or a continuation continues nothing")
+        if kind == PUSH_PROMISE:
+            raise Http2Error("nothing may be pushed")
+        if number if kind in (SETTINGS, PING, GOAWAY) else not number and kind < WINDOW_UPDATE:
+            raise Http2Error(f"a frame of kind {kind} is of stream {number}")
+        if number > self.last_stream and (kind in (DATA, RST_STREAM, WINDOW_UPDATE) or kind == HEADERS and self.client):
+            raise Http2Error("a frame is of a stream that nobody has opened")
+
+    def _write(self, kind: int, flags: int, number: int, payload: bytes = b"") -> None:
+        self.out += FRAME_HEADER.pack(len(payload) << 8 | kind, flags, number) + payload
+
+    def _open(self, number: int) -> Http2Stream:
+        self.last_stream = number
+        stream = self.streams[number] = Http2Stream(number, self.peer_window, self.window)
+        return stream
+
+    def _end(self, stream: Http2Stream, local: bool) -> None:
+        """Note that one side has said all on a stream."""
+        stream.local_ended |= local
+        stream.remote_ended |= not local
+        if stream.local_ended and stream.remote_ended:
+            self.streams.pop(stream.number, None)
+
+    def _write_headers(self, stream: Http2Stream, block: bytes) -> None:
+        kind, flags = HEADERS, END_STREAM if stream.ending else 0
+        while len(block) > self.peer_frame:
+            self._write(kind, flags, stream.number, block[:self.peer_frame])
+            block, kind, flags = block[self.peer_frame:], CONTINUATION, 0
+        self._write(kind, flags | END_HEADERS, stream.number, block)
+        if stream.ending:
+            self._end(stream, local=True)
+
+    def _send_queue(self, stream: Http2Stream) -> None:
+        """Send of a stream what the windows allow."""
+        while stream.queue:
+            piece = stream.queue[0]
+            size = min(len(piece), stream.send_window, self.send_window, self.peer_frame)
+            if size <= 0:
+                return
+            if size == len(piece):
+                stream.queue.popleft()
+            else:
+                piece, stream.queue[0] = piece[:size], piece[size:]
+            stream.queued -= size
+            stream.send_window -= size
+            self.send_window -= size
+            last = stream.ending and not stream.queue and stream.trailers is None
+            self.out += FRAME_HEADER.pack(size << 8 | DATA, END_STREAM if last else 0, stream.number)
+            self.out += piece
+            if last:
+                self._end(stream, local=True)
+        if stream.trailers is not None:
+            block, stream.trailers = stream.trailers, None
+            self._write_headers(stream, block)
+        elif stream.ending and not stream.local_ended:
+            self._write(DATA, END_STREAM, stream.number)
+            self._end(stream, local=True)
+
+    def _send_queues(self) -> None:
+        """Send what the windows allow. Who has sent comes last the next time, as all share the connection's window."""
+        for stream in [stream for stream in self.streams.values() if stream.queue]:
+            before = stream.queued
+            self._send_queue(stream)
+            if stream.queued < before and self.streams.pop(stream.number, None):
+                self.streams[stream.number] = stream
+
+    @staticmethod
+    def _unpadded(flags: int, payload: memoryview) -> memoryview:
+        if not flags & PADDED:
+            return payload
+        if not payload or payload[0] >= len(payload):
+            raise Http2Error("a frame is shorter than its padding")
+        return payload[1:len(payload) - payload[0]]
+
+    def _on_data(self, flags: int, number: int, payload: memoryview) -> Optional[Http2Event]:
+        stream = self.streams.get(number)
+        self.receive_window -= len(payload)
+        if stream:
+            stream.receive_window -= len(payload)
+            if stream.remote_ended:
+                raise Http2Error("data comes after the end of a stream", STREAM_CLOSED)
+        if self.receive_window < 0 or stream and stream.receive_window < 0:
+            raise Http2Error("a window is exceeded", FLOW_CONTROL_ERROR)
+        if self.receive_window < self.CONNECTION_WINDOW // 2:
+            self._write(WINDOW_UPDATE, 0, 0, struct.pack(">I", self.CONNECTION_WINDOW - self.receive_window))
+            self.receive_window = self.CONNECTION_WINDOW
+        data = self._unpadded(flags, payload)
+        return self._event(DATA, flags, stream, data) if stream else None
+
+    def _event(self, kind: int, flags: int, stream: Http2Stream, value: Any) -> Http2Event:
+        ended = bool(flags & END_STREAM)
+        if ended:
+            self._end(stream, local=False)
+        return Http2Event(kind, stream.number, value, ended)
+
+    def _on_headers(self, flags: int, number: int, payload: memoryview) -> Optional[Http2Event]:
+        block = bytes(self._unpadded(flags, payload)[5 if flags & PRIORITIZED else 0:])
+        if not flags & END_HEADERS:
+            self._unfinished = number, flags, bytearray(block)
+            return None
+        try:
+            headers = self._decoder.decode(block, self.MAX_HEADERS)
+        except (ValueError, IndexError) as error:
+            raise Http2Error(f"bad headers: {error}", COMPRESSION_ERROR) from None
+        stream = self.streams.get(number)
+        if number > self.last_stream:
+            if not number % 2:
+                raise Http2Error("a client opens streams of odd numbers only")
+            stream = self._open(number)
+            if len(self.streams) > self.MAX_STREAMS:
+                self.reset(number, REFUSED_STREAM)
+                return None
+        if stream and stream.remote_ended:
+            raise Http2Error("headers come after the end of a stream", STREAM_CLOSED)
+        return self._event(HEADERS, flags, stream, headers) if stream else None
+
+    def _on_continuation(self, flags: int, number: int, payload: memoryview) -> Optional[Http2Event]:
+        owner, first, block = self._unfinished
+        block += payload
+        if number != owner or len(block) > self.MAX_HEADERS:
+            raise Http2Error("a header block is interrupted or has no end")
+        if not flags & END_HEADERS:
+            return None
+        self._unfinished = None
+        return self._on_headers(first & END_STREAM | END_HEADERS, number, memoryview(block))
+
+    def _on_reset(self, flags: int, number: int, payload: memoryview) -> Optional[Http2Event]:
+        known = self.streams.pop(number, None)
+        return Http2Event(RST_STREAM, number, int.from_bytes(payload, "big"), True) if known else None
+
+    def _on_settings(self, flags: int, number: int, payload: memoryview) -> None:
+        if len(payload) % 6 or flags & ACK and payload:
+            raise Http2Error("bad settings", FRAME_SIZE_ERROR)
+        for key, value in struct.iter_unpack(">HI", payload):
+            if key == INITIAL_WINDOW_SIZE:
+                change, self.peer_window = value - self.peer_window, value
+                for stream in self.streams.values():
+                    stream.send_window += change
+                if max([value, *(stream.send_window for stream in self.streams.values())]) > LARGEST_WINDOW:
+                    raise Http2Error("a window is too large", FLOW_CONTROL_ERROR)
+            elif key == MAX_FRAME_SIZE:
+                self.peer_frame = value
+                if not 16384 <= value < 1 << 24:
+                    raise Http2Error("bad size of frames")
+        if not flags & ACK:
+            self._write(SETTINGS, ACK, 0)
+            self._send_queues()
+
+    def _on_ping(self, flags: int, number: int, payload: memoryview) -> None:
+        if not flags & ACK:
+            self._write(PING, ACK, 0, bytes(payload))
+
+    def _on_goaway(self, flags: int, number: int, payload: memoryview) -> Http2Event:
+        if len(payload) < 8:
+            raise Http2Error("bad goaway", FRAME_SIZE_ERROR)
+        last, code = struct.unpack_from(">II", payload)
+        return Http2Event(GOAWAY, last & LARGEST_WINDOW, code, False)
+
+    def _on_window_update(self, flags: int, number: int, payload: memoryview) -> None:
+        target = self.streams.get(number) if number else self
+        if target is None:
+            return
+        size = int.from_bytes(payload, "big") & LARGEST_WINDOW
+        target.send_window += size
+        if not size or target.send_window > LARGEST_WINDOW:
+            raise Http2Error("bad window update", FLOW_CONTROL_ERROR if size else PROTOCOL_ERROR)
+        if number:
+            self._send_queue(target)
+        else:
+            self._send_queues()
+
+    HANDLERS = {DATA: _on_data, HEADERS: _on_headers, CONTINUATION: _on_continuation, RST_STREAM: _on_reset,
+                SETTINGS: _on_settings, PING: _on_ping, GOAWAY: _on_goaway, WINDOW_UPDATE: _on_window_update}
 
 
-class Call:
-    """One gRPC call as the HTTP/2 client of a connection of its own, without I/O: `out` is to be written to it."""
-
-    WINDOW = 1 << 22
-    LONGEST = 1 << 26
-
-    def __init__(self, method: str, headers: Iterable[Tuple[str, str]] = ()):
-        self.frames = Frames()
-        self.body = bytearray()
-        self.received = 0
-        self.ended = False
-        settings = struct.pack(">HIHI", 2, 0, 4, self.WINDOW)
-        # Without an authority or a content type buildkitd refuses the call; with an upper-case name too.
-        first = [(":method", "POST"), (":scheme", "http"), (":path", method), (":authority", "localhost"),
-                 ("content-type", "application/grpc"), ("te", "trailers")]
-        self.out = Outbox(PREFACE + frame(SETTINGS, 0, 0, settings) + credit(0, self.WINDOW - WINDOW))
-        self.sender = Sender(self.out)
-        self.sender.windows[1] = WINDOW
-        self.out += header_frames(1, [*first, *((name.lower(), value) for name, value in headers)])
-
-    def send(self, *parts: Any) -> None:
-        """Send a message that is the sum of its parts."""
-        self.sender.push(1, struct.pack(">BI", 0, sum(map(len, parts))), *parts)
-
-    def finish(self) -> None:
-        """Say that no more messages come."""
-        self.sender.push(1, end=True)
-
-    def feed(self, data: bytes) -> List[bytes]:
-        """The messages that are complete by now; `ended` is set with the last. ValueError for what is not gRPC."""
-        sender = self.sender
-        for each in self.frames.feed(data):
-            kind = each.kind
-            if kind == WINDOW_UPDATE:
-                if each.stream:
-                    sender.windows[1] += each.number
-                else:
-                    sender.connection += each.number
-            elif kind == DATA:
-                self.received += len(each.raw) - 9
-                self.body += each.data
-            elif kind == PING and not each.flags & ACK:
-                self.out += frame(PING, ACK, 0, bytes(each.data))
-            elif kind == SETTINGS and not each.flags & ACK:
-                sender.settings(each.data)
-                self.out += frame(SETTINGS, ACK, 0)
-            if each.flags & END_STREAM or kind == RESET:
-                self.ended = self.ended or each.ends and each.stream == 1
-        if sender.queues:
-            sender.flush()
-        return self._messages() if self.body else []
-
-    def _messages(self) -> List[bytes]:
-        found, at = [], 0
-        while len(self.body) >= at + 5:
-            end = at + 5 + int.from_bytes(self.body[at + 1:at + 5], "big")
-            if self.body[at] or end - at > self.LONGEST:
-                raise ValueError("buildkitd sent a message that is compressed or too long")
-            if len(self.body) < end:
-                break
-            with memoryview(self.body) as view:
-                found.append(bytes(view[at + 5:end]))
-            at = end
-        del self.body[:at]
-        return found
-
-    def consumed(self) -> None:
-        """Make room for more, since what came has been used up."""
-        if self.received >= self.WINDOW // 4:
-            self.out += credit(0, self.received) + credit(1, self.received)
-            self.received = 0
+GRPC_CODES = {400: 3, 409: 9, 503: 14}
 
 
 class GrpcError(Exception):
-    """An error that a gRPC server answered: `code` is its grpc-status."""
+    """A call that has ended with another status than 0: the status and its message."""
 
     def __init__(self, code: int, message: str):
         super().__init__(message)
-        self.code, self.message = code, message
+        self.code = code
+        self.message = message
 
 
-encode_field, decode_fields, encode_varint = field, fields, varint
-STATUS_NAME = bytes.fromhex("40889acac8b21234da8f")
+class GrpcDecoder:
+    """Cuts the data of a stream into messages."""
+
+    def __init__(self) -> None:
+        self.head = b""
+        # The message so far: what it returns in the end is not copied once more.
+        self.message, self.missing = io.BytesIO(), 0
+
+    def feed(self, data: Any) -> Iterator[bytes]:
+        """The messages that are complete by now; GrpcError for one that is compressed, which nobody has asked for."""
+        while len(data):
+            if len(self.head) < 5:
+                size = 5 - len(self.head)
+                self.head, data = self.head + bytes(data[:size]), data[size:]
+                if len(self.head) < 5:
+                    return
+                compressed, self.missing = struct.unpack(">BI", self.head)
+                if compressed:
+                    raise GrpcError(13, "a message is compressed")
+            size = self.message.write(data[:self.missing])
+            data, self.missing = data[size:], self.missing - size
+            if not self.missing:
+                yield self.message.getvalue()
+                self.head, self.message = b"", io.BytesIO()
 
 
-def grpc_messages(sock, method, message, headers, timeout):
-    call = Call(method, headers)
-    call.WINDOW = 1 << 26
-    call.send(message)
-    call.finish()
-    deadline = None if timeout is None else time.monotonic() + timeout
-    status, got = None, False
-    original = call.frames.feed
+def grpc_message(message: bytes) -> bytes:
+    """A message as it stands in a stream, uncompressed."""
+    return struct.pack(">BI", 0, len(message)) + message
 
-    def feed(data):
-        nonlocal status
-        frames = original(data)
-        for each in frames:
-            if each.kind == HEADERS:
-                raw = bytes(each.raw)
-                at = raw.find(STATUS_NAME)
-                if at >= 0:
-                    size = raw[at + 10] & 127
-                    status = int(raw[at + 11:at + 11 + size] or b"0") if raw[at + 11:at + 11 + size].isdigit() else 2
-        return frames
 
-    call.frames.feed = feed
-    while not call.ended:
-        if deadline is not None:
-            sock.settimeout(max(0.01, deadline - time.monotonic()))
-        else:
-            sock.settimeout(None)
-        if call.out.size:
-            sock.sendall(bytes(call.out))
-            call.out.clear()
-        data = sock.recv(1 << 18)
+def grpc_client(method: str, headers: Iterable[Tuple[str, str]], window: int) -> Http2Connection:
+    """A connection whose stream 1 is a call of a method, `/package.Service/Method`. grpc-go refuses a call without an
+    authority or a content type, or with a name in upper case."""
+    connection = Http2Connection(client=True, window=window)
+    connection.send_headers(1, [
+        (":method", "POST"), (":scheme", "http"), (":path", method), (":authority", "localhost"),
+        ("content-type", "application/grpc"), ("te", "trailers"), *((name.lower(), value) for name, value in headers)])
+    return connection
+
+
+def send_grpc_status(connection: Http2Connection, number: int, error: Optional[ApiError]) -> None:
+    """End a stream as a server of gRPC, with an error or without."""
+    stream = connection.streams.get(number)
+    headers = [] if stream and stream.answered else [(":status", "200"), ("content-type", "application/grpc")]
+    headers.append(("grpc-status", str(GRPC_CODES.get(error.status, 13)) if error else "0"))
+    if error:
+        headers.append(("grpc-message", urllib.parse.quote(str(error), safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}")))
+    connection.send_headers(number, headers, end=True)
+
+
+def raise_grpc_status(headers: List[Tuple[str, str]]) -> None:
+    """GrpcError for the trailers of a call that has failed."""
+    fields = dict(headers)
+    status = fields.get("grpc-status", "")
+    if not re.fullmatch("[0-9]{1,9}", status):
+        raise GrpcError(2, f"an answer without a status of gRPC, with HTTP status {fields.get(':status', 'unknown')}")
+    if int(status):
+        raise GrpcError(int(status), urllib.parse.unquote(fields.get("grpc-message", ""), errors="replace"))
+
+
+def set_deadline(sock: socket.socket, deadline: Optional[float]) -> None:
+    """Let what is done next with a socket end by this time of the monotonic clock; OSError when it is over."""
+    left = None if deadline is None else deadline - time.monotonic()
+    if left is not None and left <= 0:
+        raise socket.timeout("timed out")
+    sock.settimeout(left)
+
+
+def grpc_messages(sock: socket.socket, connection: Http2Connection, deadline: Optional[float]) -> Iterator[bytes]:
+    """The messages that answer the call on stream 1."""
+    decoder = GrpcDecoder()
+    while True:
+        set_deadline(sock, deadline)
+        data = sock.recv(BLOCK)
         if not data:
-            if timeout is None:
+            raise ConnectionResetError(errno.ECONNRESET, "the connection was closed in the middle of a call")
+        try:
+            events = connection.feed(data)
+        except Http2Error as error:
+            raise ConnectionAbortedError(errno.ECONNABORTED, str(error)) from None
+        for kind, number, value, ended in events:
+            if kind == DATA:
+                yield from decoder.feed(value)
+            elif kind == RST_STREAM:
+                code = {CANCEL: 1, REFUSED_STREAM: 14}.get(value, 13)
+                raise GrpcError(code, f"the call was reset with HTTP/2's error {value}")
+            elif kind == GOAWAY and not number:
+                raise GrpcError(14, "the server takes no more calls")
+            if ended:
+                raise_grpc_status(value if kind == HEADERS else [])
                 return
-            raise OSError("the connection ended")
-        for each in call.feed(data):
-            got = True
-            yield each
-        if call.received:
-            call.out += credit(0, call.received) + credit(1, call.received)
-            call.received = 0
-    if status or (status is None and not got):
-        raise GrpcError(status or 2, f"containerd answers {status}")
+        connection.replenish(1)
+        if connection.out:
+            sock.sendall(connection.out)
+            connection.out.clear()
 
 
-def grpc_call(sock, method, message=b"", headers=(), timeout=10.0):
-    found = None
-    for each in grpc_messages(sock, method, message, headers, timeout):
-        found = each
-    return found or b""
+def grpc_stream(sock: socket.socket, method: str, message: bytes, headers: Iterable[Tuple[str, str]] = (),
+                timeout: Optional[float] = None) -> Iterator[bytes]:
+    """Call a method that answers with a stream of messages, on a new connection. The request is sent at once. The
+    iterator raises GrpcError for a status other than 0, and OSError when the connection breaks, when another thread has
+    shut the socket down, or when `timeout` seconds are over."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    connection = grpc_client(method, headers, Http2Connection.CONNECTION_WINDOW)
+    connection.send_data(1, grpc_message(message), end=True)
+    set_deadline(sock, deadline)
+    sock.sendall(connection.out)
+    connection.out.clear()
+    return grpc_messages(sock, connection, deadline)
 
 
-def grpc_stream(sock, method, message=b"", headers=(), timeout=None):
-    return grpc_messages(sock, method, message, headers, timeout)
+def grpc_call(sock: socket.socket, method: str, message: bytes, headers: Iterable[Tuple[str, str]] = (),
+              timeout: float = 10.0) -> bytes:
+    """Call a method that answers with one message, on a new connection. GrpcError for a status other than 0, OSError
+    when the connection breaks or `timeout` seconds are over."""
+    messages = list(grpc_stream(sock, method, message, headers, timeout))
+    if len(messages) != 1:
+        raise GrpcError(13, f"{method} has answered with {len(messages)} messages")
+    return messages[0]
 
 
 ###############################################################################
@@ -1808,7 +1952,7 @@ def parse_container(message: Any) -> ContainerRecord:
     labels, found = {}, {}
     for each in decode_fields(message):
         if each.number == 2:
-            key, value = read_entry(each.value)
+            key, value = decode_map_entry(each.value)
             labels[key] = value
         else:
             found[each.number] = each.value
@@ -1918,7 +2062,7 @@ class Containerd:
 
     def get_container(self, identity: str) -> ContainerRecord:
         """One container."""
-        return parse_container(read_message(self.call("containers.v1.Containers/Get", encode_field(1, identity.encode()))).get(1, b""))
+        return parse_container(read_message(self.call("containers.v1.Containers/Get", encode_field(1, identity))).get(1, b""))
 
     def list_tasks(self) -> Dict[str, TaskRecord]:
         """The tasks of the namespace by their containers' ids."""
@@ -1927,14 +2071,14 @@ class Containerd:
     def get_task(self, identity: str) -> Optional[TaskRecord]:
         """The task of a container, None where it has none."""
         try:
-            answer = self.call("tasks.v1.Tasks/Get", encode_field(1, identity.encode()))
+            answer = self.call("tasks.v1.Tasks/Get", encode_field(1, identity))
         except NotFound:
             return None
         return parse_task(read_message(answer).get(1, b""))[1]
 
     def close_stdin(self, identity: str) -> None:
         """Let a container's process find the end of its standard input."""
-        self.call("tasks.v1.Tasks/CloseIO", encode_field(1, identity.encode()) + encode_varint(3 << 3) + encode_varint(1), 5.0)
+        self.call("tasks.v1.Tasks/CloseIO", encode_field(1, identity) + encode_field(3, True), 5.0)
 
     def list_images(self) -> Dict[str, ImageRecord]:
         """All names of images, by name."""
@@ -1943,7 +2087,7 @@ class Containerd:
 
     def get_image(self, name: str) -> ImageRecord:
         """One name of an image."""
-        return parse_image(read_message(self.call("images.v1.Images/Get", encode_field(1, name.encode()))).get(1, b""))
+        return parse_image(read_message(self.call("images.v1.Images/Get", encode_field(1, name))).get(1, b""))
 
     def list_content(self) -> set:
         """The digests of all content there is."""
@@ -1956,7 +2100,7 @@ class Containerd:
         """Content by its digest, as far as memory is to hold it: manifests and configurations."""
         with self.dial() as sock, self.errors():
             return b"".join(bytes(read_message(message).get(2, b"")) for message in grpc_stream(
-                sock, "/containerd.services.content.v1.Content/Read", encode_field(1, digest.encode()), self.headers, 10.0))
+                sock, "/containerd.services.content.v1.Content/Read", encode_field(1, digest), self.headers, 10.0))
 
     def snapshot_usage(self, snapshotter: str, key: str) -> int:
         """Bytes that a snapshot takes without those below it."""
@@ -1967,7 +2111,7 @@ class Containerd:
         return read_text(read_message(read_message(self.call("snapshots.v1.Snapshots/Stat", self._snapshot(snapshotter, key))).get(1, b"")), 2)
 
     def _snapshot(self, snapshotter: str, key: str) -> bytes:
-        return encode_field(1, snapshotter.encode()) + encode_field(2, key.encode())
+        return encode_field(1, snapshotter) + encode_field(2, key)
 
     def version(self) -> Tuple[str, str]:
         """containerd's version and the revision of its source."""
@@ -9352,317 +9496,315 @@ for _handler, _routes in REFUSED.items():
 # Relay
 ###############################################################################
 
-# `docker build` of today speaks gRPC with the builder itself. On /grpc the client is the HTTP/2 client and buildkitd the
-# server: bytes pass as they are, but for the Solve requests that ask for dockerd's own exporter. On /session the roles are
-# turned: what the client sends is carried inside one call of buildkitd's Control/Session, whose HTTP/2 client is here.
+# `docker build` of today speaks gRPC with the builder itself. On /grpc the client is the HTTP/2 client of buildkitd's
+# services, and the daemon stands between the two. On /session the roles are turned: the client is the HTTP/2 server,
+# and what it sends is carried inside one call of buildkitd's Control/Session, whose HTTP/2 client is the daemon.
 
 
-def like_solve(data: bytes) -> Optional[bool]:
-    """Whether a stream that begins with `data` may be a Solve: an uncompressed message that begins with a reference, which
-    is a short word. None when more has to be seen. Status looks the same."""
-    if data[:1] not in (b"", b"\0") or data[5:6] not in (b"", b"\x0a") or data[6:7] == b"\0" or data[6:7] > b"\x40":
-        return False
-    if len(data) < 7:
-        return None
-    word = data[7:7 + data[6]]
-    if word and not re.fullmatch(rb"[A-Za-z0-9]+", word):
-        return False
-    return True if len(word) == data[6] else None
+class Bridge:
+    """What stands between a client and buildkitd, without I/O: `client_out` and `server_out` wait to be sent, `over`
+    says that nothing more comes. Its kinds have `from_client` and `from_server` for what was received, `client_ended`
+    and `server_ended` for the end of a connection, and `replenish`, which opens windows when something was sent."""
 
+    # As much may wait for one side before the other is no longer read; in bytes.
+    LIMIT = 1 << 20
 
-class Splice:
-    """/grpc: the client's frames to buildkitd and buildkitd's to the client, without I/O.
-
-    `prepare(message)` takes a SolveRequest and returns the one to send and, unless it is None, a function to be called with
-    buildkitd's answer; its ApiError ends the stream. Such a request can be larger than the windows: it is taken off the
-    client at once and sent as buildkitd has room, so that on its stream both windows are ours to keep."""
-
-    HELD = 1 << 25
-    over, mould = False, None
-
-    def __init__(self, prepare: Callable[[bytes], Tuple[bytes, Optional[Callable[[bytes], None]]]]):
-        self.prepare = prepare
-        self.to_client, self.to_server = Outbox(), Outbox()
-        self.client_frames, self.server_frames = Frames(PREFACE), Frames()
-        self.sender = Sender(self.to_server)
-        self.fresh: set = set()
-        self.begun: Dict[int, bool] = {}
-        self.held: Dict[int, bytearray] = {}
-        self.answers: Dict[int, Tuple[bytearray, Callable[[bytes], None]]] = {}
-        # The build that a stream belongs to, and those that were refused: who follows their progress would wait in vain.
-        self.builds: Dict[int, bytes] = {}
-        self.refused: set = set()
-        self.lost: Optional[ApiError] = None
-        self.greeted = False
+    def __init__(self, client_out: bytearray, server_out: bytearray):
+        self.client_out = client_out
+        self.server_out = server_out
+        self.over = False
 
     def room(self) -> Tuple[bool, bool]:
         """Whether more may be read from the client, and from buildkitd."""
-        return len(self.to_server) + self.sender.waiting < 4 * BLOCK, len(self.to_client) < 4 * BLOCK
+        return len(self.server_out) < self.LIMIT, len(self.client_out) < self.LIMIT
 
-    def flushed(self) -> None:
-        """Nothing depends on what was written."""
+
+class GrpcProxy(Bridge):
+    """/grpc: two HTTP/2 connections, each stream of the one with the same number on the other.
+
+    `prepare(message)` takes a SolveRequest and returns the one to send and, unless it is None, a function to be called
+    with buildkitd's answer; its ApiError ends the stream. As it may take its time, it is called by `run(work, done)`,
+    which gives the result of `work()` to `done` later."""
+
+    SERVICE = "/moby.buildkit.v1.Control/"
+    MAX_REQUEST = 1 << 25
+
+    def __init__(self, prepare: Callable[[bytes], Tuple[bytes, Optional[Callable[[bytes], None]]]],
+                 run: Callable[[Callable[[], Any], Callable[[Any], None]], None]):
+        self.prepare, self.run = prepare, run
+        self.client, self.server = Http2Connection(client=False), Http2Connection(client=True)
+        super().__init__(self.client.out, self.server.out)
+        # Of Solve and Status: the path and what has come of the request.
+        self.requests: Dict[int, Tuple[str, bytearray]] = {}
+        self.answers: Dict[int, Tuple[bytearray, Callable[[bytes], None]]] = {}
+        # The build that a stream belongs to, and those that were refused: their progress would be waited for in vain.
+        self.builds: Dict[int, bytes] = {}
+        self.refused: Set[bytes] = set()
+        self.failure: Optional[ApiError] = None
 
     def from_client(self, data: bytes) -> None:
         """Bytes of the client."""
-        for each in self.client_frames.feed(data):
-            if self.lost:
-                self._answer_alone(each)
-            elif each.kind == DATA:
-                self._client_data(each)
-            else:
-                if each.kind == HEADERS and each.stream not in self.begun:
-                    self.begun[each.stream] = False
-                    if not each.ends:
-                        self.fresh.add(each.stream)
-                elif each.kind == RESET:
-                    self._forget(each.stream)
-                self.to_server += each.raw
+        for kind, number, value, ended in self.client.feed(data):
+            if self.failure:
+                send_grpc_status(self.client, number, self.failure)
+            elif kind == RST_STREAM:
+                self._forget(number)
+                self.server.reset(number, value)
+            elif number in self.requests:
+                self._collect(number, value if kind == DATA else b"", ended)
+            elif kind == DATA:
+                self.server.send_data(number, bytes(value), ended)
+            elif kind == HEADERS:
+                path = dict(value).get(":path", "")
+                if path in (self.SERVICE + "Solve", self.SERVICE + "Status") and not ended:
+                    self.requests[number] = path, bytearray()
+                self.server.send_headers(number, value, ended)
 
-    def _client_data(self, each: Frame) -> None:
-        stream, data, size = each.stream, each.data, len(each.raw) - 9
-        if stream not in self.begun:
-            # It has ended on the other side meanwhile.
-            self.to_client += credit(0, size)
+    def _collect(self, number: int, data: Any, ended: bool) -> None:
+        """Take a part of a request, and send it on when it is whole."""
+        path, request = self.requests[number]
+        request += data
+        if not ended and len(request) <= self.MAX_REQUEST:
             return
-        if stream in self.fresh and size:
-            self.fresh.discard(stream)
-            if like_solve(bytes(data[:80])) is not False:
-                self.held[stream] = bytearray()
-                self.sender.windows[stream] = self.sender.initial
-        if stream in self.sender.windows:
-            self.to_client += credit(0, size) + (b"" if each.ends else credit(stream, size))
-            if stream in self.held:
-                self.held[stream] += data
-                self._release(stream, each.ends)
-            else:
-                self.sender.push(stream, data, end=each.ends)
-        elif size == len(data) <= self.sender.connection and stream not in self.sender.queues:
-            self.sender.connection -= size
-            self.to_server += each.raw
+        del self.requests[number]
+        message = bytes(request[5:])
+        try:
+            if not ended or request[:5] != grpc_message(message)[:5]:
+                raise ValueError("not one uncompressed message")
+            build = next((field.value for field in decode_fields(message) if field.number == 1), b"")
+        except ValueError:
+            self.server.send_data(number, bytes(request), ended)
+            return
+        self.builds[number] = build
+        if build in self.refused:
+            self._refuse(number, None)
+        elif path.endswith("Status"):
+            self.server.send_data(number, bytes(request), True)
         else:
-            # Of padding buildkitd sees nothing, so that it will not credit it.
-            self.to_client += credit(0, size - len(data)) + (b"" if each.ends else credit(stream, size - len(data)))
-            self.sender.push(stream, data, end=each.ends)
+            self.run(functools.partial(self._prepare, message), functools.partial(self._solve, number))
 
-    def _release(self, stream: int, end: bool) -> None:
-        """Let a held request go, if it is complete or turns out to be something else."""
-        held = self.held[stream]
-        like, size = like_solve(bytes(held[:80])), 5 + int.from_bytes(held[1:5], "big")
-        if not end and like is not False and size <= self.HELD and len(held) < max(size, 5):
+    def _prepare(self, message: bytes) -> Any:
+        """What `prepare` returns or raises."""
+        try:
+            return self.prepare(message)
+        except ApiError as error:
+            return error
+        except Exception:
+            log(traceback.format_exc())
+            return ApiError("internal error: see the log of nerdctld")
+
+    def _solve(self, number: int, prepared: Any) -> None:
+        """Send a SolveRequest as it was prepared, unless the client has taken it back."""
+        build = self.builds.get(number)
+        if build is None:
             return
-        message = bytes(self.held.pop(stream))
-        if like and len(message) >= size:
-            build = self.builds[stream] = message[7:7 + message[6]]
-            if build in self.refused:
-                self._refuse(stream, None)
-                return
-            try:
-                solve, answered = self.prepare(message[5:size])
-            except ApiError as error:
-                self.refused.add(build)
-                for each in [each for each, its in self.builds.items() if its == build]:
-                    self._refuse(each, error if each == stream else None)
-                return
-            message = struct.pack(">BI", 0, len(solve)) + solve + message[size:]
-            if answered:
-                self.answers[stream] = (bytearray(), answered)
-        self.sender.push(stream, message, end=end)
+        if isinstance(prepared, ApiError):
+            self.refused.add(build)
+            for other in [other for other, its in self.builds.items() if its == build]:
+                self._refuse(other, prepared if other == number else None)
+            return
+        message, answered = prepared
+        if answered:
+            self.answers[number] = bytearray(), answered
+        self.server.send_data(number, grpc_message(message), True)
 
-    def _refuse(self, stream: int, error: Optional[ApiError]) -> None:
-        self.to_client += grpc_end(stream, error, self.begun.get(stream, False))
-        self.to_server += frame(RESET, 0, stream, struct.pack(">I", 8))
-        self._forget(stream)
+    def _refuse(self, number: int, error: Optional[ApiError]) -> None:
+        send_grpc_status(self.client, number, error)
+        self.server.reset(number, CANCEL)
+        self._forget(number)
 
-    def _answer_alone(self, each: Frame) -> None:
-        """Answer a frame of the client in place of a buildkitd that is not there."""
-        if each.kind == HEADERS:
-            self.to_client += grpc_end(each.stream, self.lost)
-        elif each.kind in (SETTINGS, PING) and not each.flags & ACK:
-            self.to_client += frame(each.kind, ACK, 0, bytes(each.data) if each.kind == PING else b"")
+    def _forget(self, number: int) -> None:
+        for table in (self.requests, self.answers, self.builds):
+            table.pop(number, None)
 
     def from_server(self, data: bytes) -> None:
         """Bytes of buildkitd."""
-        self.greeted = True
-        for each in self.server_frames.feed(data):
-            if each.kind == WINDOW_UPDATE:
-                self._server_credit(each)
-                continue
-            self.to_client += each.raw
-            if each.kind == SETTINGS and not each.flags & ACK:
-                change = self.sender.settings(each.data)
-                # The client's view of a window that is kept here must not shrink with it.
-                self.to_client += b"".join(credit(stream, -change) for stream in self.sender.windows)
-                self.sender.flush()
-            elif each.kind == HEADERS and each.stream in self.begun:
-                self.begun[each.stream] = True
-            elif each.kind == DATA and each.stream in self.answers:
-                answer = self.answers[each.stream][0]
-                answer += each.data[:max(0, self.HELD - len(answer))]
-            if each.ends:
-                if each.stream in self.answers:
-                    answer, answered = self.answers[each.stream]
-                    answered(bytes(answer[5:]))
-                self._forget(each.stream)
+        for kind, number, value, ended in self.server.feed(data):
+            answer, answered = self.answers.get(number, (bytearray(), None))
+            if kind == DATA and answered:
+                answer += value
+            if ended and kind != RST_STREAM and answered:
+                # Before the client learns that its image is there.
+                answered(bytes(answer[5:]))
+            if ended:
+                self._forget(number)
+            if kind == HEADERS:
+                self.client.send_headers(number, value, ended)
+            elif kind == DATA:
+                self.client.send_data(number, bytes(value), ended)
+            elif kind == GOAWAY:
+                self.client.go_away(number, value)
+            elif number in self.client.streams and not self.client.streams[number].ending:
+                self.client.reset(number, value)
 
-    def _server_credit(self, each: Frame) -> None:
-        if each.stream == 0:
-            swallowed = min(self.sender.owed, each.number)
-            self.sender.owed -= swallowed
-            self.sender.connection += each.number
-            self.to_client += credit(0, each.number - swallowed)
-        elif each.stream in self.sender.windows:
-            self.sender.windows[each.stream] += each.number
-        else:
-            self.to_client += each.raw
-            return
-        self.sender.flush()
-
-    def _forget(self, stream: int) -> None:
-        self.fresh.discard(stream)
-        for table in (self.begun, self.held, self.answers, self.builds):
-            table.pop(stream, None)
-        self.to_client += credit(0, self.sender.forget(stream))
+    def replenish(self) -> None:
+        """Open the windows of each stream by what no longer waits on the other side."""
+        for receiver, sender in ((self.client, self.server), (self.server, self.client)):
+            for number in list(receiver.streams):
+                receiver.replenish(number, sender.streams[number].queued if number in sender.streams else 0)
 
     def client_ended(self) -> None:
         """The client is gone: buildkitd notices by the end of its own connection."""
 
     def server_ended(self, error: Optional[ApiError] = None) -> None:
         """buildkitd is gone or was never there: end every stream with the reason, those to come too."""
-        self.lost = error or Unavailable("buildkitd has ended: see its log, and build again when it is back")
-        if not self.greeted:
-            self.to_client += frame(SETTINGS, 0, 0)
-        for stream, begun in self.begun.items():
-            self.to_client += grpc_end(stream, self.lost, begun)
-        for table in (self.begun, self.held, self.answers, self.builds):
-            table.clear()
+        self.failure = error or Unavailable("buildkitd has ended: see its log, and build again when it is back")
+        for number in list(self.client.streams):
+            send_grpc_status(self.client, number, self.failure)
+            self._forget(number)
 
 
-class BuildSession:
-    """/session: what the client sends as messages of one call, and back, without I/O."""
+class SessionBridge(Bridge):
+    """/session: the client's bytes are messages of one call of Control/Session, and those of its answer are bytes."""
+
+    # A message that fits into one frame, with 8 bytes in front. For one of more than 32 KB, grpc-go (1.84) clears a
+    # buffer of 1 MB, whatever its size.
+    PIECE = 16384 - 8
 
     def __init__(self, headers: Iterable[Tuple[str, str]]):
-        self.call = Call("/moby.buildkit.v1.Control/Session", headers)
-        self.to_client, self.to_server = Outbox(), self.call.out
-        self.mould = Mould(self.call.sender, 1, 1)
-        self.over = False
+        self.connection = grpc_client(GrpcProxy.SERVICE + "Session", headers, window=1 << 22)
+        self.decoder = GrpcDecoder()
+        super().__init__(bytearray(), self.connection.out)
 
     def room(self) -> Tuple[bool, bool]:
-        """Whether more may be read from the client, and from buildkitd: always, since its window is bounded."""
-        return self.mould.room > 0, True
-
-    def flushed(self) -> None:
-        """Let buildkitd send more when the client has taken most of what came."""
-        if self.to_client.size < BLOCK:
-            self.call.consumed()
+        stream = self.connection.streams.get(1)
+        # Of buildkitd there never comes more than its window.
+        return len(self.server_out) + (stream.queued if stream else 0) < self.LIMIT, True
 
     def from_client(self, data: bytes) -> None:
-        """Bytes of the client: one message."""
-        self.call.send(varint(1 << 3 | 2) + varint(len(data)), data)
+        """Bytes of the client."""
+        view = memoryview(data)
+        for start in range(0, len(data), self.PIECE):
+            self.connection.send_data(1, grpc_message(encode_field(1, view[start:start + self.PIECE])))
 
     def from_server(self, data: bytes) -> None:
         """Bytes of buildkitd."""
-        for message in self.call.feed(data):
-            for each in fields(memoryview(message)):
-                if each.number == 1:
-                    self.to_client += each.value
-        self.over = self.call.ended
+        for kind, _, value, ended in self.connection.feed(data):
+            for message in self.decoder.feed(value) if kind == DATA else ():
+                for field in decode_fields(memoryview(message)):
+                    if field.number == 1:
+                        self.client_out += field.value
+            self.over = self.over or ended
+
+    def replenish(self) -> None:
+        """Let buildkitd send what the client has room for."""
+        self.connection.replenish(1, len(self.client_out))
 
     def client_ended(self) -> None:
         """The client has said all."""
-        self.call.finish()
+        self.connection.send_data(1, b"", end=True)
 
     def server_ended(self) -> None:
         """buildkitd is gone: so is the session."""
         self.over = True
 
 
-class End:
-    """One end of a relay: a socket that does not block, what is to be written to it, and who takes what is read."""
+class Relay:
+    """Carries bytes between a client and buildkitd, if there is one, through a bridge: a loop in one thread that waits
+    for nothing but the sockets."""
 
-    def __init__(self, sock: socket.socket, out: Outbox, feed: Callable[[bytes], None], mould: Optional[Mould] = None):
-        self.sock = sock
-        self.descriptor = sock.fileno()
-        self.out = out
-        self.feed = feed
-        self.mould = mould
-        self.broken = False
-        self.awaited: Optional[int] = None
-        sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    # How long the client is answered after buildkitd's end, and buildkitd sent the rest after the client's; in seconds.
+    LINGER = 10.0
 
-    def take(self, other: Optional["End"]) -> bool:
-        """Take what has come, straight on to the other end where there is a mould; False at the end."""
+    def __init__(self, client: socket.socket, server: Optional[socket.socket]):
+        self.client = client
+        self.server = server
+        self.results: "queue.SimpleQueue[Tuple[Callable[[Any], None], Any]]" = queue.SimpleQueue()
+        self.wakeup, self.waker = socket.socketpair()
+        for sock in filter(None, (client, server)):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            sock.setblocking(False)
+
+    def run(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        """Do some work in a thread of its own, and then call `done` with its result in the loop."""
+        def target() -> None:
+            self.results.put((done, work()))
+            # The relay may be over by now.
+            with contextlib.suppress(OSError):
+                self.waker.send(b"\0")
+
+        threading.Thread(target=target, name="solve", daemon=True).start()
+
+    def carry(self, bridge: Bridge, early: bytes = b"") -> None:
+        """Carry bytes, first those that were read `early`, until one side has ended; then close buildkitd's."""
         try:
-            if self.mould and other and self.mould.room:
-                return self.mould.carry(self.sock, other.sock)
-            data = self.sock.recv(BLOCK)
+            if early:
+                bridge.from_client(early)
+            self._loop(bridge)
+        except (ValueError, TypeError, GrpcError) as error:
+            log(f"build: {error}")
+            with contextlib.suppress(OSError):
+                self._send(self.client, bridge.client_out)
+        finally:
+            for sock in filter(None, (self.server, self.wakeup, self.waker)):
+                sock.close()
+
+    def _loop(self, bridge: Bridge) -> None:
+        deadline = None if self.server else time.monotonic() + self.LINGER
+        while True:
+            try:
+                self._send(self.client, bridge.client_out)
+            except OSError:
+                return
+            if bridge.over and not bridge.client_out or deadline and time.monotonic() > deadline:
+                return
+            if self.server:
+                try:
+                    self._send(self.server, bridge.server_out)
+                except OSError:
+                    # What it has said before its end is still to be read.
+                    bridge.server_out.clear()
+            bridge.replenish()
+            readable = self._wait(bridge, 1.0 if deadline else None)
+            if self.wakeup in readable:
+                self.wakeup.recv(64)
+            while not self.results.empty():
+                done, result = self.results.get()
+                done(result)
+            if self.server in readable and not self._receive(self.server, bridge.from_server):
+                self.server.close()
+                self.server, deadline = None, time.monotonic() + self.LINGER
+                bridge.server_out.clear()
+                bridge.server_ended()
+            if self.client in readable and not self._receive(self.client, bridge.from_client):
+                bridge.client_ended()
+                if self.server:
+                    with contextlib.suppress(OSError):
+                        self.server.settimeout(self.LINGER)
+                        self.server.sendall(bridge.server_out)
+                return
+
+    def _wait(self, bridge: Bridge, timeout: Optional[float]) -> List[socket.socket]:
+        """Wait until something can be done; the sockets from which something, or their end, can be read."""
+        poller = select.poll()
+        poller.register(self.wakeup, select.POLLIN)
+        sides = {self.wakeup.fileno(): self.wakeup}
+        for sock, room, out in zip((self.client, self.server), bridge.room(), (bridge.client_out, bridge.server_out)):
+            if sock:
+                poller.register(sock, (select.POLLIN if room else 0) | (select.POLLOUT if out else 0))
+                sides[sock.fileno()] = sock
+        events = poller.poll(timeout and timeout * 1000)
+        return [sides[descriptor] for descriptor, event in events if event & ~select.POLLOUT]
+
+    @staticmethod
+    def _send(sock: socket.socket, out: bytearray) -> None:
+        """Send what goes at once; OSError when nobody takes it any more."""
+        with contextlib.suppress(BlockingIOError, InterruptedError):
+            while out:
+                del out[:sock.send(out)]
+
+    @staticmethod
+    def _receive(sock: socket.socket, feed: Callable[[bytes], None]) -> bool:
+        """Take what has come; False at the end."""
+        try:
+            data = sock.recv(BLOCK)
         except (BlockingIOError, InterruptedError):
             return True
         except OSError:
             return False
         if data:
-            self.feed(data)
+            feed(data)
         return len(data) > 0
-
-    def watch(self, poller: Any, room: bool) -> None:
-        """Have the poller wait for what may be done next: to read if there is `room`, and to write what is left."""
-        awaited = (select.POLLIN if room else 0) | (select.POLLOUT if self.out.size else 0)
-        if awaited != self.awaited:
-            self.awaited = awaited
-            poller.register(self.sock, awaited)
-
-    def flush(self) -> None:
-        """Write as much as goes; what nobody can take any more is dropped, and the end is `broken`."""
-        while self.out.size:
-            try:
-                if not self.broken:
-                    self.out.send(self.sock)
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError:
-                self.broken = True
-            if self.broken:
-                self.out.clear()
-
-
-def relay(joint: Any, client: socket.socket, server: Optional[socket.socket], early: bytes = b"") -> None:
-    """Carry bytes between the two through a Splice or a Session until one of them has ended. After buildkitd's end the
-    client is answered for a few seconds more."""
-    near = End(client, joint.to_client, joint.from_client, joint.mould)
-    far = End(server, joint.to_server, joint.from_server) if server else None
-    deadline = None if far else time.monotonic() + 10.0
-    poller = select.poll()
-    # This thread has no hurry to interrupt those it carries for: what comes meanwhile it carries at one go.
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
-    if early:
-        joint.from_client(early)
-    while True:
-        if near.out.size:
-            near.flush()
-        if near.broken or joint.over and not near.out.size or deadline and time.monotonic() > deadline:
-            return
-        joint.flushed()
-        if far and far.out.size:
-            far.flush()
-        near_room, far_room = joint.room()
-        near.watch(poller, near_room)
-        if far:
-            far.watch(poller, far_room)
-        for descriptor, what in poller.poll(1000 if deadline else None):
-            if not what & ~select.POLLOUT:
-                continue
-            end = near if descriptor == near.descriptor else far
-            if end.take(far):
-                continue
-            if end is near:
-                joint.client_ended()
-                if far:
-                    far.flush()
-                return
-            poller.unregister(server)
-            far, deadline = None, time.monotonic() + 10.0
-            joint.server_ended()
 
 
 ###############################################################################
@@ -9688,14 +9830,14 @@ def full_names(text: str) -> List[str]:
 
 
 def rewrite_exporter(exporter: bytes) -> Tuple[bytes, Optional[List[str]]]:
-    """An exporter as buildkitd knows it: `moby` becomes `image` with the attributes that dockerd gives it, any other stays.
+    """An exporter as buildkitd knows it: `moby` becomes `image` with the attributes that dockerd gives it, others stay.
     With it the names it puts into the image store, None when it puts nothing there. 400 for a bad name."""
-    parts, kind, attributes = list(fields(exporter)), "", {}
+    parts, kind, attributes = list(decode_fields(exporter)), "", {}
     for each in parts:
         if each.number == 1:
             kind = str(each.value, "utf-8")
         elif each.number == 2:
-            key, value = read_entry(each.value)
+            key, value = decode_map_entry(each.value)
             attributes[key] = value
     if kind == "image":
         names = [each for each in attributes.get("name", "").split(",") if each]
@@ -9709,19 +9851,20 @@ def rewrite_exporter(exporter: bytes) -> Tuple[bytes, Optional[List[str]]]:
             changed[key] = value
     # Spelled so in BuildKit.
     changed["danging-name-empty-only"] = "true"
-    kept = [each.raw for each in parts if each.number != 1 and not (each.number == 2 and read_entry(each.value)[0] in changed)]
-    added = [field(2, field(1, key.encode()) + field(2, value.encode())) for key, value in changed.items()]
-    return b"".join([field(1, b"image"), *kept, *added]), names
+    kept = [each.raw for each in parts
+            if each.number != 1 and not (each.number == 2 and decode_map_entry(each.value)[0] in changed)]
+    added = [encode_map_entry(2, key, value) for key, value in changed.items()]
+    return b"".join([encode_field(1, b"image"), *kept, *added]), names
 
 
 def rewrite_solve(message: bytes) -> Tuple[bytes, Optional[List[str]]]:
     """A SolveRequest as buildkitd understands it, with its other fields untouched, and the names it puts into the image
     store, None when it puts nothing there. 400 for a bad name, ValueError for what is no SolveRequest."""
-    parts = list(fields(message))
+    parts = list(decode_fields(message))
     exporters = [each.value for each in parts if each.number == 13]
     if not exporters:
         # The one exporter of older clients.
-        old = [field(1 if each.number == 3 else 2, each.value) for each in parts if each.number in (3, 4)]
+        old = [encode_field(1 if each.number == 3 else 2, each.value) for each in parts if each.number in (3, 4)]
         exporters = [b"".join(old)] if old else []
     rewritten = [rewrite_exporter(each) for each in exporters]
     stored = [names for _, names in rewritten if names is not None]
@@ -9729,7 +9872,7 @@ def rewrite_solve(message: bytes) -> Tuple[bytes, Optional[List[str]]]:
     if [each for each, _ in rewritten] == exporters:
         return message, told
     kept = [each.raw for each in parts if each.number not in (3, 4, 13)]
-    return b"".join([*kept, *(field(13, each) for each, _ in rewritten)]), told
+    return b"".join([*kept, *(encode_field(13, each) for each, _ in rewritten)]), told
 
 
 def dial(address: str, timeout: float = 5.0) -> socket.socket:
@@ -9769,22 +9912,22 @@ def dial_buildkit(nerdctl: Nerdctl) -> Tuple[socket.socket, str]:
 
 def parse_workers(message: bytes) -> List[Dict[str, str]]:
     """The labels of each worker of a ListWorkersResponse, the worker that builds first."""
-    return [dict(read_entry(label.value) for label in fields(record.value) if label.number == 2)
-            for record in fields(message) if record.number == 1]
+    return [dict(decode_map_entry(label.value) for label in decode_fields(record.value) if label.number == 2)
+            for record in decode_fields(message) if record.number == 1]
 
 
 def list_workers(address: str, timeout: float = 10.0) -> List[Dict[str, str]]:
     """The labels of a buildkitd's workers; 503 when it does not tell them in time."""
-    with contextlib.suppress(OSError, ValueError), dial(address) as sock:
-        answer = grpc_call(sock, "/moby.buildkit.v1.Control/ListWorkers", timeout=timeout)
-        if answer is not None:
-            return parse_workers(answer)
-    raise Unavailable(f"buildkitd at {address} does not tell its workers: see its log")
+    try:
+        with dial(address) as sock:
+            return parse_workers(grpc_call(sock, "/moby.buildkit.v1.Control/ListWorkers", b"", timeout=timeout))
+    except (OSError, ValueError, GrpcError) as error:
+        raise Unavailable(f"buildkitd at {address} does not tell its workers ({error}): see its log") from None
 
 
 def worker_complaint(workers: List[Dict[str, str]], namespace: str, containerd: str) -> str:
-    """Why nerdctl would not see an image built by the first of these workers, "" when it would. `containerd` is the UUID of
-    nerdctl's."""
+    """Why nerdctl would not see an image built by the first of these workers, "" when it would. `containerd` is the
+    UUID of nerdctl's."""
     labels = workers[0] if workers else {}
     found, uuid = labels.get(WORKER_LABEL + "namespace"), labels.get(WORKER_LABEL + "uuid")
     if found is None:
@@ -9795,14 +9938,16 @@ def worker_complaint(workers: List[Dict[str, str]], namespace: str, containerd: 
         what = "builds for another containerd"
     else:
         return ""
-    return (f"buildkitd {what}, so that nerdctl would never see the image: in buildkitd.toml, write `enabled = false` under [worker.oci], and "
-            f"`enabled = true`, `namespace = \"{namespace}\"` and containerd's `address` under [worker.containerd], and restart buildkitd")
+    return (f"buildkitd {what}, so that nerdctl would never see the image: in buildkitd.toml, write `enabled = false` "
+            f"under [worker.oci], and `enabled = true`, `namespace = \"{namespace}\"` and containerd's `address` under "
+            "[worker.containerd], and restart buildkitd")
 
 
 def solved_digest(answer: bytes) -> str:
     """The image's digest in a SolveResponse, "" when there is none."""
     with contextlib.suppress(ValueError, TypeError):
-        return dict(read_entry(each.value) for each in fields(answer) if each.number == 1).get("containerimage.digest", "")
+        results = dict(decode_map_entry(each.value) for each in decode_fields(answer) if each.number == 1)
+        return results.get("containerimage.digest", "")
     return ""
 
 
@@ -9815,7 +9960,7 @@ def replaced_images(engine: Engine, names: List[str]) -> Dict[str, str]:
 
 
 def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, Optional[Callable[[bytes], None]]]:
-    """What a Splice asks of a SolveRequest. 400 for a bad tag; 409 when the image would get lost; 503 when buildkitd
+    """What a GrpcProxy asks of a SolveRequest. 400 for a bad tag; 409 when the image would get lost; 503 when buildkitd
     does not say where it would go."""
     try:
         message, names = rewrite_solve(message)
@@ -9841,9 +9986,8 @@ def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, 
     return message, answered
 
 
-@route("POST", "/grpc")
-def buildkit_grpc(engine: Engine, request: Request) -> Response:
-    """101, then buildkitd. 101 also without one: after anything else clients would set up a builder of their own."""
+def grpc_hijack(engine: Engine) -> Hijack:
+    """Carries a client's gRPC to buildkitd; where there is none, it answers with the reason."""
     try:
         server, address = dial_buildkit(engine.nerdctl)
         failure = None
@@ -9851,39 +9995,36 @@ def buildkit_grpc(engine: Engine, request: Request) -> Response:
         server, address, failure = None, "", error
 
     def serve(connection: Connection) -> None:
-        splice = Splice(functools.partial(prepare_solve, engine, address))
+        relay = Relay(connection.sock, server)
+        proxy = GrpcProxy(functools.partial(prepare_solve, engine, address), relay.run)
         if failure:
             log(f"build: {failure}")
-            splice.server_ended(failure)
-        join(splice, connection, server)
+            proxy.server_ended(failure)
+        relay.carry(proxy, connection.early)
 
-    return Response(101, Hijack(serve, protocol="h2c"))
+    return Hijack(serve, protocol="h2c")
+
+
+@route("POST", "/grpc")
+def buildkit_grpc(engine: Engine, request: Request) -> Response:
+    """101, then buildkitd. 101 also without one: after anything else clients would set up a builder of their own."""
+    return Response(101, grpc_hijack(engine))
 
 
 @route("POST", "/session")
 def buildkit_session(engine: Engine, request: Request) -> Response:
     """101, then a session of buildkitd; without a buildkitd one that ends at once."""
-    headers = [(name, value) for name, value in request.headers.items() if name.lower().startswith("x-docker-expose-session-")]
+    headers = [(name, value) for name, value in request.headers.items()
+               if name.lower().startswith("x-docker-expose-session-")]
     server = None
     with contextlib.suppress(ApiError):
         server, _ = dial_buildkit(engine.nerdctl)
 
     def serve(connection: Connection) -> None:
         if server:
-            join(BuildSession(headers), connection, server)
+            Relay(connection.sock, server).carry(SessionBridge(headers), connection.early)
 
     return Response(101, Hijack(serve, protocol="h2c"))
-
-
-def join(joint: Any, connection: Connection, server: Optional[socket.socket]) -> None:
-    """Relay until the end and close buildkitd's side."""
-    try:
-        relay(joint, connection.sock, server, connection.early)
-    except ValueError as error:
-        log(f"build: {error}")
-    finally:
-        if server:
-            server.close()
 
 
 ###############################################################################
@@ -10085,6 +10226,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         return True
 
     def parse_request(self) -> bool:
+        if self.raw_requestline == b"PRI * HTTP/2.0\r\n":
+            self.serve_grpc()
+            return False
         file, self.rfile = self.rfile, HeadReader(self.rfile)
         try:
             return super().parse_request()
@@ -10104,6 +10248,15 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         self.request_version = "HTTP/1.1"
         status = 400 if code in (501, 505) else code
         self.send_whole(error_response(type("HeadError", (ApiError,), {"status": status})(message or "malformed request")))
+
+    def serve_grpc(self) -> None:
+        """HTTP/2 with prior knowledge, as of buildctl and of buildx's remote driver: BuildKit's gRPC."""
+        self.close_connection = True
+        self.connection.setblocking(False)
+        early = self.raw_requestline + self.rfile.peek()
+        self.connection.setblocking(True)
+        with self.server.working(), contextlib.suppress(ClientGone, OSError):
+            grpc_hijack(self.server.engine).serve(Connection(self.connection, early))
 
     def serve(self) -> None:
         """Read one request, dispatch it, send the response."""
