@@ -3934,8 +3934,6 @@ def pull_args(reference: Reference, platform: str) -> List[str]:
     """argv of a pull."""
     arguments = ["pull"]
     if platform:
-        if not re.fullmatch(r"[A-Za-z0-9_]+(/[A-Za-z0-9_.]+){0,2}", platform):
-            raise BadParameter(f"invalid platform {platform!r}")
         # nerdctl unpacks only what fits the machine unless told so.
         arguments += [f"--platform={platform}", "--unpack=false" if not fits_machine(platform) else "--unpack=auto"]
     return [*arguments, "--", reference.name]
@@ -4120,7 +4118,6 @@ def image_distribution(engine: Engine, request: Request, name: str) -> Response:
 @route("POST", "/images/create")
 def image_create(engine: Engine, request: Request) -> Response:
     """Pull (`fromImage`, all tags where there is none) or import (`fromSrc`, with `changes`), as a progress stream."""
-    read_limited(request.body, JSON_LIMIT) if request.value("fromImage") else None
     if request.value("fromSrc"):
         return image_import(engine, request)
     name, tag = request.value("fromImage"), request.value("tag")
@@ -4129,9 +4126,8 @@ def image_create(engine: Engine, request: Request) -> Response:
     reference = parse_reference(name, "")
     if tag:
         reference = parse_reference(f"{reference.repository}@{tag}" if ":" in tag else f"{reference.repository}:{tag}")
-    platform = request.value("platform")
-    if platform:
-        pull_args(reference, platform)
+    platform = platform_words(request.value("platform")) if request.value("platform") else ""
+    read_limited(request.body, JSON_LIMIT)
 
     def chunks() -> Iterator[bytes]:
         references = [reference]
@@ -4212,9 +4208,9 @@ def loaded_names(engine: Engine, told: List[str], before: Iterable[str]) -> List
 
 @route("POST", "/images/load")
 def image_load(engine: Engine, request: Request) -> Response:
-    """Load an archive; a stream with `Loaded image: …` for each name in it, and with the bytes read unless `quiet`."""
-    platform = request.value("platform")
-    arguments = ["load", *([f"--platform={platform_words(platform)}"] if platform else ["--all-platforms"])]
+    """Load an archive; a stream with `Loaded image: …` for each name in it, and with the bytes read where `quiet` is off."""
+    arguments = ["load", *(platform_args(request, 1) or ["--all-platforms"])]
+    quiet = request.flag("quiet", True)
 
     def chunks() -> Iterator[bytes]:
         before = [image.name for image in engine.snapshot.names.get()]
@@ -4274,6 +4270,14 @@ def as_error_detail(chunks: Iterator[bytes]) -> Iterator[bytes]:
         chunks.close()
 
 
+def platform_args(request: Request, limit: int = 0) -> List[str]:
+    """A `--platform` for each `platform` of a request; 501 for more than `limit` of them (0: as many as there are)."""
+    wanted = list(dict.fromkeys(platform_words(each) for each in request.values("platform") if each))
+    if limit and len(wanted) > limit:
+        raise NotImplementedHere(f"nerdctl can do this for one platform only, not for {', '.join(wanted)}")
+    return [f"--platform={each}" for each in wanted]
+
+
 def platform_words(text: str) -> str:
     """`linux/arm64` from a `platform` parameter, which is JSON or already so; 400 otherwise."""
     if text.startswith("{"):
@@ -4315,8 +4319,7 @@ def image_import(engine: Engine, request: Request) -> Response:
     lines = change_lines(request.values("changes"))
     # nerdctl 1.7 has no --message.
     arguments = ["import", *([f"--message={request.value('message')}"] if request.value("message") else [])]
-    if request.value("platform"):
-        arguments.append(f"--platform={platform_words(request.value('platform'))}")
+    arguments += platform_args(request, 1)
 
     def chunks() -> Iterator[bytes]:
         before = [image.name for image in engine.snapshot.names.get()]
@@ -4402,12 +4405,11 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     """Stream the archive of images, all looked up before the first byte."""
     if not names:
         raise BadParameter("no images given")
-    platform = request.value("platform")
     wanted = list(dict.fromkeys(each for name in names for each in expand_names(engine, name)))
-    if platform:
+    for platform in request.values("platform"):
         for name in wanted:
             check_platform(engine.snapshot.image(name), platform, name)
-    arguments = ["save", *([f"--platform={platform_words(platform)}"] if platform else []), "--", *wanted]
+    arguments = ["save", *platform_args(request), "--", *wanted]
 
     def chunks() -> Iterator[bytes]:
         yield from whole_archive(engine, request, arguments)
@@ -4447,10 +4449,8 @@ def image_search(engine: Engine, request: Request) -> Response:
 def delete_conflict(group: ImageGroup, name: str, users: List[Container], by_name: bool, force: bool) -> None:
     """409 with dockerd's words where an image may not be removed."""
     short = group.id[7:19]
-    if not by_name and len(group.repo_tags) > 1 and not force:
+    if not by_name and max(len(group.repo_tags), len(group.repo_digests)) > 1 and not force:
         raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is referenced in multiple repositories")
-    if by_name and len(group.names) > 1:
-        return
     for container in users:
         if container.running and (force or not by_name):
             raise Conflict(f"conflict: unable to delete {short} (cannot be forced) - image is being used by running container {container.id[:12]}")
@@ -4478,18 +4478,35 @@ def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: boo
     return told
 
 
+def referenced_names(group: ImageGroup, name: str) -> List[str]:
+    """Those of an image's names that a reference stands for: one, or with a digest all of its repository. [] for an id."""
+    try:
+        reference = parse_reference(name)
+    except BadParameter:
+        return []
+    named = reference._replace(digest="").name
+    begins = (named + "@",) if reference.tag else (named + ":", named + "@")
+    found = [each for each in group.names if each == reference.name]
+    if reference.digest and not found:
+        found = [each for each in group.names if each == named or each.startswith(begins)]
+        if not found:
+            raise NotFound(f"No such image: {with_tag(name)}")
+    return found
+
+
 @route("DELETE", "/images/{image}")
 def image_delete(engine: Engine, request: Request, name: str) -> Response:
-    """Remove a name of an image, or by its id all of them; 409 while a container needs it."""
+    """Remove a name of an image, with a digest all names of its repository, or by its id all of them; 409 while a container
+    needs it, 501 for the content of some `platforms` only."""
+    platforms = [platform_words(each) for each in request.values("platforms")]
     group, force = engine.snapshot.image(name), request.flag("force")
-    full = ""
-    with contextlib.suppress(BadParameter):
-        full = parse_reference(name).name
-    by_name = full in group.names
-    names = [full] if by_name else list(group.names)
-    users = [each for each in engine.snapshot.containers.get().values() if each.image in group.names]
-    delete_conflict(group, name, [each for each in users if not by_name or each.image == full or len(group.names) == 1], by_name, force)
-    return Response(200, remove_image(engine, group, names, force or bool(users)))
+    if platforms:
+        raise NotImplementedHere(f"nerdctl cannot remove the content of one platform ({', '.join(platforms)}) from an image")
+    names = referenced_names(group, name)
+    users = [each for each in engine.snapshot.containers.get().values() if each.image in (names or group.names)]
+    if not names or len(names) == len(group.names):
+        delete_conflict(group, name, users, bool(names), force)
+    return Response(200, remove_image(engine, group, names or list(group.names), force or bool(users)))
 
 
 @route("POST", "/images/prune")
@@ -4540,8 +4557,7 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
         names = sorted(each for each in groups if each.startswith(reference.repository + ":") and "@" not in each)
     if not names or names[0] not in groups:
         raise NotFound(f"An image does not exist locally with the tag: {familiar(reference.repository)}")
-    platform = request.value("platform")
-    options = [f"--platform={platform_words(platform)}"] if platform else []
+    options = platform_args(request)
 
     def chunks() -> Iterator[bytes]:
         begin = {"status": f"The push refers to repository [{reference.repository}]"}
@@ -4758,8 +4774,7 @@ def build_args(request: Request) -> Tuple[List[str], List[str]]:
             arguments.append(flag)
     if request.value("target"):
         arguments.append(f"--target={request.value('target')}")
-    if request.value("platform"):
-        arguments.append(f"--platform={platform_words(request.value('platform'))}")
+    arguments += platform_args(request)
     mode = request.value("networkmode")
     if mode in ("host", "none"):
         arguments.append(f"--network={mode}")
@@ -4962,9 +4977,11 @@ def build_prune(engine: Engine, request: Request) -> Response:
                 arguments.append(f"--keep-duration={max(0, round(time.time() - (until_limit([value]) or 0)))}s")
             else:
                 arguments.append(f"--filter={key}=={value}" if key not in ("inuse", "private", "shared") else f"--filter={key}")
-    for name in ("keep-storage", "reserved-space"):
-        if request.integer(name):
-            arguments.append(f"--keep-storage={request.integer(name) / 1e6:g}")
+    reserved, limit = request.integer("reserved-space") or request.integer("keep-storage"), request.integer("max-used-space")
+    for flag, size in (("keep-storage", limit or reserved), ("keep-storage-min", reserved if limit else 0),
+                       ("free-storage", request.integer("min-free-space"))):
+        if size:
+            arguments.append(f"--{flag}={size / 1e6:g}")
     output = engine.nerdctl.buildctl(*arguments, timeout=600)
     if output.status:
         raise nerdctl_error(output.stderr) if "dial" not in output.stderr else Unavailable(
@@ -9045,7 +9062,7 @@ def network_delete(engine: Engine, request: Request, name: str) -> Response:
 @route("POST", "/networks/prune")
 def network_prune(engine: Engine, request: Request) -> Response:
     """Remove the networks that no container has, by the filters until, label and label!."""
-    filters = request.filters("until", "label", "label!", "dangling")
+    filters = request.filters("until", "label", "label!")
     limit = until_limit(filters.get("until") or [])
     deleted = []
     for network in list(engine.snapshot.networks.get().values()):

@@ -2432,6 +2432,41 @@ class TestImages:
         assert re.fullmatch(r'conflict: unable to remove repository reference "localhost:5000/bb:1" \(must force\) - container [0-9a-f]{12} is using '
                             r"its referenced image 4cfb279d3e24", answer.message)
 
+    TWO = [IMAGES.stdout.splitlines()[0].replace("tst", "two").replace('"a"', f'"{tag}"').replace(":a", ":" + tag) for tag in "ab"]
+
+    @pytest.mark.parametrize("name, removed", [
+        ("two@" + BB, ["docker.io/library/two:a", "docker.io/library/two:b"]), ("two:b@" + BB, ["docker.io/library/two:b"]),
+        ("two:c@" + BB, None), ("three@" + BB, None), ("two@sha256:" + "1" * 64, None)])
+    @pytest.mark.parametrize("force", ["", "?force=1", "?force=1&noprune=1"])
+    def test_delete_by_digest_takes_the_names_of_one_repository(self, furnished, scripted, name, removed, force):
+        scripted.on("images", stdout="\n".join([*self.TWO, *IMAGES.stdout.splitlines()]))
+        scripted.on("rmi")
+        answer = ask(furnished, "DELETE", f"/images/{name}{force}")
+        if removed is None:
+            assert answer.status == 404 and scripted.calls("rmi") == []
+        else:
+            assert answer.json == [{"Untagged": nerdctld.familiar(each)} for each in removed]
+            assert scripted.argv("rmi")[scripted.argv("rmi").index("--") + 1:] == removed
+
+    def test_delete_by_id_of_an_image_in_two_repositories(self, furnished, scripted):
+        row = IMAGES.stdout.splitlines()[0]
+        scripted.on("images", stdout=row + "\n" + row.replace('"docker.io/library/tst:a"', f'"localhost:5000/other@{BB}"') + "\n")
+        scripted.on("ps", stdout="")
+        answer = ask(furnished, "DELETE", f"/images/{BB}")
+        assert answer.status == 409 and "multiple repositories" in answer.message and scripted.calls("rmi") == []
+
+    @pytest.mark.parametrize("platforms, status", [
+        (['{"os":"linux","architecture":"arm64"}'], 501), (['{"os":"linux","architecture":"amd64"}'], 501), (["linux/amd64", "linux/arm64"], 501), (["{"], 400), (["a b"], 400),
+        (["linux/amd64", ";"], 400), ([""], 400)])
+    @pytest.mark.parametrize("force", ["0", "1"])
+    def test_delete_of_one_platform_is_not_that_of_the_image(self, furnished, scripted, platforms, status, force):
+        scripted.on("rmi")
+        query = urllib.parse.urlencode([("force", force), *(("platforms", each) for each in platforms)])
+        for version in ("", "/v1.50", "/v1.44"):
+            answer = ask(furnished, "DELETE", f"{version}/images/tst:a?{query}")
+            assert answer.status == status and answer.message
+        assert scripted.calls("rmi") == []
+
     def test_delete_none(self, furnished):
         assert ask(furnished, "DELETE", "/images/-f").status == 404
 
@@ -2954,6 +2989,10 @@ class TestBuild:
         words = (tmp_path / "args").read_text()
         for each in ("--all", "--filter=type==regular", "--keep-duration=3600s", "--keep-storage=2"):
             assert each in words
+        for query, flags in (("reserved-space=3000000", ["--keep-storage=3"]), ("max-used-space=2000000", ["--keep-storage=2"]), ("min-free-space=4000000", ["--free-storage=4"]),
+                             ("reserved-space=1000000&max-used-space=2000000", ["--keep-storage=2", "--keep-storage-min=1"])):
+            assert ask(furnished, "POST", "/build/prune?" + query).status == 200
+            assert [each for each in (tmp_path / "args").read_text().splitlines()[-1].split() if "storage" in each] == flags
         assert ask(furnished, "POST", "/build/prune?filters=").status == 200
         assert ask(furnished, "POST", "/build/prune?" + filtered(x=["1"])).status == 400
 
