@@ -679,21 +679,21 @@ class Process:
         """Up to `size` bytes of stdout as soon as there are any; b"" at its end."""
         return os.read(self.stdout.fileno(), size)
 
-    def pieces(self, kept: int = 0) -> Iterator[Any]:
-        """Stdout to its end as bytes, and as Piped what is not worth to be read here. The last `kept` bytes come as bytes."""
+    def pieces(self, unread: Callable[[], int] = lambda: sys.maxsize) -> Iterator[Any]:
+        """Stdout to its end as bytes, and as Piped what is not worth to be read here: at most the next `unread()` bytes."""
         descriptor = self.stdout.fileno()
         with contextlib.suppress(OSError):
             # The two processes at its ends change places less often. fcntl has the name F_SETPIPE_SZ from Python 3.10 on.
             fcntl.fcntl(descriptor, 1031, 1 << 20)
         pause, total = 0.0005, 0
         while True:
-            if total > 1 << 20 and waiting_bytes(descriptor) < Piped.WORTH + kept:
+            if total > 1 << 20 and waiting_bytes(descriptor) < Piped.WORTH:
                 # nerdctl writes 32 KiB at a time or less: to be woken by each would cost both of us more than they are worth.
                 poll_readable(descriptor, None)
                 time.sleep(pause)
                 found = waiting_bytes(descriptor)
                 pause = min(2 * pause, 0.004) if found < BLOCK else max(pause / 2, 0.00025) if found > 2 * BLOCK else pause
-            waiting = waiting_bytes(descriptor) - kept
+            waiting = min(waiting_bytes(descriptor), unread())
             if waiting >= Piped.WORTH and hasattr(os, "splice"):
                 total += waiting
                 yield Piped(descriptor, waiting)
@@ -2498,7 +2498,7 @@ NAMELESS = (WORKING_NAME, "import/", "moby-dangling/", "sha256:", "sha256/")
 
 def is_nameless(name: str) -> bool:
     """Whether a name in containerd is none that people would know."""
-    return name.endswith(REDUCED) or (name.partition("@")[0] + "/").startswith(NAMELESS) or name.startswith(NAMELESS)
+    return name == ":" or name.endswith(REDUCED) or (name.partition("@")[0] + "/").startswith(NAMELESS) or name.startswith(NAMELESS)
 
 
 def with_health_check(told: Dict[str, Any]) -> Dict[str, Any]:
@@ -3046,7 +3046,8 @@ class Engine:
         self.restarts: collections.Counter = collections.Counter()
         self.caretaker: Any = None
         self.hosts = Hosts(self)
-        self.quiet: collections.Counter = collections.Counter()
+        # Changes to images that are under way: which event each makes of which names.
+        self.quiet: Dict[ImageChange, Tuple[str, List[str]]] = {}
         self.known: Dict[str, Tuple[str, Dict[str, str]]] = {}
         # What events that are kept tell of containers that were removed.
         self.departed: Dict[str, Tuple[str, Dict[str, str]]] = {}
@@ -3087,18 +3088,22 @@ class Engine:
         self.workspace.remove()
 
     @contextlib.contextmanager
-    def changing_images(self) -> Iterator[ImageChange]:
-        """Context of our own change to images, which is told what it made of their names: what containerd says meanwhile is
-        told by the handler in Docker's words."""
-        self._count(self.quiet, "images", 1)
-        try:
-            with self.snapshot.names.changing() as change:
+    def changing_images(self, names: List[str], action: str = "tag") -> Iterator[ImageChange]:
+        """Context of our own change to images, which is told what it made of their names. What containerd says of this
+        `action` on these names is told by the handler in Docker's words; names may be added as they become known."""
+        with self.snapshot.names.changing() as change:
+            self.quiet[change] = action, names
+            try:
                 yield change
-        finally:
-            # The events of the change itself come a little later.
-            timer = threading.Timer(0.3, self._count, (self.quiet, "images", -1))
-            timer.daemon = True
-            timer.start()
+            finally:
+                # The events of the change itself come a little later.
+                timer = threading.Timer(0.3, self.quiet.pop, (change, None))
+                timer.daemon = True
+                timer.start()
+
+    def _is_own(self, action: str, name: str) -> bool:
+        """Whether a change of ours makes this event. nerdctl's imports also set `name@digest`."""
+        return any(action == own and (name in names or name.partition("@")[0] in names) for own, names in list(self.quiet.values()))
 
     def _count(self, counter: collections.Counter, key: str, more: int) -> None:
         """Change a count that several threads change; what is 0 is not in it."""
@@ -3202,18 +3207,19 @@ class Engine:
             name = (event.payload.get("name") or "") if event and event.topic.startswith("/images/") else ""
             before = self.snapshot.names.last(name) if name else ""
             self.snapshot.on_event(event)
-            if name and self.quiet["images"] <= 0 and not is_nameless(name):
+            if name and not is_nameless(name):
                 self._image_event(event, name, before)
             elif event and event.container:
                 self._container_event(event)
 
     def _image_event(self, event: ContainerdEvent, name: str, identity: str) -> None:
         action = {"/images/create": "tag", "/images/delete": "untag"}.get(event.topic)
+        if action is None or self._is_own(action, name):
+            return
         if action == "tag" and self.journal.queues:
             with contextlib.suppress(ApiError):
                 identity = next((each.id for each in self.snapshot.names.get() if each.name == name), "")
-        if action:
-            self.journal.emit("image", action, identity or familiar(name), {"name": familiar(name)}, event.time)
+        self.journal.emit("image", action, identity or familiar(name), {"name": familiar(name)}, event.time)
 
     def _container_event(self, event: ContainerdEvent) -> None:
         action = {
@@ -3956,7 +3962,7 @@ def pull_image(engine: Engine, request: Request, reference: Reference, platform:
     """Pull one reference; yields Docker's messages."""
     before = {name: group.id for group in engine.snapshot.image_groups().values() for name in group.names}.get(reference.name)
     begin = {"status": f"Pulling from {registry_path(reference)}", "id": reference.tag or reference.digest}
-    with engine.changing_images() as change:
+    with engine.changing_images([reference.name]) as change:
         table = ProgressTable(PULL_WORDS)
         yield from run_progress(engine, request, pull_args(reference, platform), environment, table, begin)
         if len(table.targets) == 1 and not platform:
@@ -4159,12 +4165,10 @@ def feed_process(process: Process, request: Request) -> None:
     process.close_stdin()
 
 
-def remove_extra_names(engine: Engine, base: str, before: Iterable[str]) -> None:
-    """Take away the names `base@sha256:…` that nerdctl's load and import leave beside the ones asked for."""
-    known = set(before)
-    extra = [image.name for image in engine.snapshot.names.get() if image.name not in known and image.name.startswith(base + "@sha256:")]
+def remove_extra_names(engine: Engine, extra: List[str]) -> None:
+    """Take away names that nerdctl's load and import leave beside the ones asked for."""
     if extra:
-        with engine.changing_images() as change:
+        with engine.changing_images(extra, "untag") as change:
             engine.nerdctl.output("rmi", "--", *extra)
             for name in extra:
                 change.became(name, "")
@@ -4193,17 +4197,108 @@ def note_loaded(change: ImageChange, text: str, extra: str) -> None:
             change.touched(name)
 
 
-def loaded_names(engine: Engine, told: List[str], before: Iterable[str]) -> List[str]:
-    """The names with a tag that an archive brought. nerdctl now and then ends before it has told all of them, so new names
-    count too, and where there are none the one that the index of the archive has."""
-    known, after = set(before), [image.name for image in engine.snapshot.names.get()]
-    found = [name for name in [*told, *(each for each in after if each not in known)] if "@sha256:" not in name]
-    groups = {} if found else engine.snapshot.image_groups()
-    for name in [] if found else told:
-        manifest = groups[name.partition("@")[2]].detail.get("ManifestDesc") if name.partition("@")[2] in groups else {}
-        noted = ((manifest or {}).get("annotations") or {}).get("io.containerd.image.name")
-        found += [noted] if noted in after else []
-    return list(dict.fromkeys(found))
+class ImageArchive:
+    """What an archive of images says of itself, noted from its tar as the bytes pass by: `whole` once its end was there,
+    and the `names` that containerd gives to what is in it. Of what is packed it knows nothing."""
+
+    # containerd reads no more of a JSON file.
+    LIMIT = 20 << 20
+    FILES = ("oci-layout", "index.json", "manifest.json")
+
+    def __init__(self) -> None:
+        self.files: Dict[str, bytes] = {}
+        self.zeros = 0
+        self.broken = False
+        # How many of the next bytes are of an entry that is not looked at.
+        self.opaque = 0
+        self._checksum = sha256()
+        self._entry: Any = None
+        self._buffer, self._wanted = bytearray(), 512
+        self._long_size = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the end of the tar came, where a header would stand, after the files that an archive of images has."""
+        return self.zeros == 2 and "index.json" in self.files
+
+    @property
+    def index(self) -> str:
+        """The name that nerdctl gives to the archive's index, "" for an archive without one."""
+        return f"import@sha256:{sha256(self.files.get('index.json', b'')).hexdigest()}" if "oci-layout" in self.files else ""
+
+    @property
+    def state(self) -> Tuple[bytes, int, bytes]:
+        """Where in the tar this is: the same for another one that is the same up to here. The names of blobs are in it."""
+        return self._checksum.digest(), self.opaque, bytes(self._buffer)
+
+    def feed(self, data: Any) -> None:
+        """The next bytes of the tar; they may be Piped within `opaque`."""
+        if isinstance(data, Piped):
+            self.opaque -= data.size
+            return
+        view = memoryview(data)
+        while view and not self.broken and self.zeros < 2:
+            if self.opaque:
+                passed = min(self.opaque, len(view))
+                self.opaque -= passed
+            else:
+                passed = min(self._wanted - len(self._buffer), len(view))
+                self._buffer += view[:passed]
+                if len(self._buffer) == self._wanted:
+                    self._next(bytes(self._buffer))
+            view = view[passed:]
+
+    def _next(self, data: bytes) -> None:
+        """A header, or the content of an entry that is looked at, has come whole."""
+        self._checksum.update(data)
+        entry, self._entry = self._entry, None
+        self._buffer, self._wanted = bytearray(), 512
+        if entry is None:
+            self.zeros = 0 if any(data) else self.zeros + 1
+            if not self.zeros:
+                self._header(data)
+        elif entry.isreg():
+            self.files[os.path.normpath(entry.name)] = data[:entry.size]
+        else:
+            found = re.search(rb"(?:^|\n)\d+ size=(\d{1,18})\n", data)
+            self._long_size = int(found.group(1)) if found else 0
+
+    def _header(self, data: bytes) -> None:
+        # Not at the top: only archives need it, and it costs memory.
+        import tarfile
+
+        try:
+            entry = tarfile.TarInfo.frombuf(data, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            self.broken = True
+            return
+        without = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
+        size = 0 if entry.type in without else self._long_size or entry.size
+        self._long_size = 0
+        blocks = -(-size // 512) * 512
+        known = entry.type == tarfile.XHDTYPE or (entry.isreg() and os.path.normpath(entry.name) in self.FILES)
+        if size < 0:
+            self.broken = True
+        elif known and 0 < size <= self.LIMIT:
+            self._entry, self._wanted = entry, blocks
+        else:
+            self.opaque = blocks
+
+    @property
+    def names(self) -> List[str]:
+        """The names in the archive, in its order, as containerd takes them: the index's where it has one. Tags alone are
+        none."""
+        found: List[Any] = []
+        # Whatever this JSON is not is for nerdctl to complain of.
+        with contextlib.suppress(ApiError, AttributeError, KeyError, TypeError):
+            if "oci-layout" in self.files:
+                for each in parse_json(self.files["index.json"])["manifests"]:
+                    told = each.get("annotations") or {}
+                    found.append(told.get("io.containerd.image.name") or told.get("org.opencontainers.image.ref.name"))
+            else:
+                for each in parse_json(self.files["manifest.json"]):
+                    found += [parse_reference(name).name for name in each.get("RepoTags") or ()]
+        return list(dict.fromkeys(each for each in found if isinstance(each, str) and re.search("[/:@]", each)))
 
 
 @route("POST", "/images/load")
@@ -4214,50 +4309,49 @@ def image_load(engine: Engine, request: Request) -> Response:
 
     def chunks() -> Iterator[bytes]:
         before = [image.name for image in engine.snapshot.names.get()]
-        with engine.changing_images() as change:
+        archive, names = ImageArchive(), []
+        with engine.changing_images(names) as change:
             # Not ended when the client leaves: that is seen when the body breaks off, and what has come whole is loaded.
             with engine.nerdctl.start(*arguments, stdin=subprocess.PIPE) as process:
                 taken, told = 0, time.monotonic()
                 try:
-                    for block in request.body.blocks():
+                    for block in plain_blocks(request.body):
+                        archive.feed(block)
                         if not process.write(block):
                             break
                         taken += len(block)
-                        if not request.flag("quiet") and time.monotonic() - told > 0.5:
+                        if not quiet and time.monotonic() - told > 0.5:
                             told = time.monotonic()
                             yield message_line({"status": "Loading layer", "id": "archive", "progressDetail": {"current": taken, "total": taken},
                                                 "progress": decimal_size(taken)})
                 except BaseException:
                     process.spoil()
                     raise
+                names += archive.names
                 process.close_stdin()
                 text = b"".join(iter(process.read, b"")).decode(errors="replace")
                 process.check()
             note_loaded(change, text, "import")
         loaded = parse_loaded(text)
-        named = loaded_names(engine, loaded, before)
-        if named:
-            remove_extra_names(engine, "import", before)
-        names = {name: group for group in engine.snapshot.image_groups().values() for name in group.names}
-        for each in named or loaded:
-            group = names.get(each) or names.get(each.partition(" ")[0])
-            if "@sha256:" in each:
-                yield message_line({"stream": f"Loaded image ID: {group.id if group else each.partition('@')[2]}\n"})
-            else:
-                yield message_line({"stream": f"Loaded image: {familiar(each)}\n"})
-            engine.journal.emit("image", "load", group.id if group else each, {"name": familiar(each)})
+        groups = {name: group for group in engine.snapshot.image_groups().values() for name in group.names}
+        nameless = [each for each in loaded if each.startswith("import@")]
+        # The index is an image of containerd too, and the first that nerdctl tells of.
+        index = archive.index or "".join(nameless[:1])
+        remove_extra_names(engine, [index] if index in groups and index not in before else [])
+        for name in [each for each in names if each in groups] or [each for each in loaded if each not in nameless]:
+            yield message_line({"stream": f"Loaded image: {familiar(name)}\n"})
+            engine.journal.emit("image", "load", groups[name].id if name in groups else name, {"name": familiar(name)})
+        for name in nameless:
+            if name != index:
+                identity = name.partition("@")[2]
+                yield message_line({"stream": f"Loaded image ID: {identity}\n"})
+                engine.journal.emit("image", "load", identity, {"name": identity})
 
-    def told() -> Iterator[bytes]:
-        # As with dockerd, an archive that cannot be loaded is told of in the stream, where clients look for it.
-        yield b""
-        yield from chunks()
-
-    return Response(200, Stream(as_error_detail(told())), "application/json")
+    return Response(200, Stream(as_error_detail(chunks(), begun=True), primed=True), "application/json")
 
 
-def as_error_detail(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """A progress stream whose error, once it has begun, is its last message."""
-    begun = False
+def as_error_detail(chunks: Iterator[bytes], begun: bool = False) -> Iterator[bytes]:
+    """A progress stream whose error, once it has `begun`, is its last message."""
     try:
         for chunk in chunks:
             begun = True
@@ -4324,7 +4418,7 @@ def image_import(engine: Engine, request: Request) -> Response:
     def chunks() -> Iterator[bytes]:
         before = [image.name for image in engine.snapshot.names.get()]
         working = target.name if target and not lines else f"{WORKING_NAME}import:{os.urandom(8).hex()}"
-        with engine.changing_images():
+        with engine.changing_images([working]):
             with engine.nerdctl.start(*arguments, "--", source, working, stdin=subprocess.PIPE, client=request.client) as process:
                 if source == "-":
                     blocks = request.body.blocks()
@@ -4340,9 +4434,10 @@ def image_import(engine: Engine, request: Request) -> Response:
                 for _ in iter(process.read, b""):
                     pass
                 process.check()
-        remove_extra_names(engine, working, before)
+        remove_extra_names(engine, [each.name for each in engine.snapshot.names.get()
+                                    if each.name not in before and each.name.startswith(working + "@sha256:")])
         if lines:
-            with engine.changing_images():
+            with engine.changing_images([target.name] if target else []):
                 try:
                     apply_changes(engine, working, target.name if target else working, lines)
                 finally:
@@ -4370,34 +4465,32 @@ def expand_names(engine: Engine, name: str) -> List[str]:
     return engine.snapshot.image(name).names[:1]
 
 
-ARCHIVE_END = bytes(1024)
 SAVE_ATTEMPTS = 4
 
 
-def whole_archive(engine: Engine, request: Request, arguments: List[str]) -> Iterator[bytes]:
+def whole_archive(engine: Engine, request: Request, arguments: List[str]) -> Iterator[Any]:
     """The tar that `nerdctl save` writes, to its end. nerdctl 2.3 sometimes ends, with status 0, before it has written all
-    of it (2 of 30 times on a busy machine): then it is run again for the rest, which is the same each time."""
-    sent, tail = 0, b""
-    for attempt in range(SAVE_ATTEMPTS):
+    of it (26 of 400 times): then it is run again for the rest, which is the same each time."""
+    sent, state = 0, None
+    for _ in range(SAVE_ATTEMPTS):
         with engine.nerdctl.start(*arguments, client=request.client) as process:
-            seen, again = 0, b""
-            for block in process.pieces(len(ARCHIVE_END)) if not sent else iter(process.read, b""):
-                if isinstance(block, Piped):
-                    seen, sent = seen + block.size, sent + block.size
+            archive, seen = ImageArchive(), 0
+            for block in process.pieces(lambda: archive.opaque if seen >= sent else 0):
+                if seen < sent:
+                    known = min(len(block), sent - seen)
+                    archive.feed(block[:known])
+                    block, seen = block[known:], seen + known
+                    if seen == sent and archive.state != state:
+                        raise ApiError("nerdctl did not write the same archive again")
+                if block:
+                    archive.feed(block)
+                    sent = seen = seen + (block.size if isinstance(block, Piped) else len(block))
                     yield block
-                    continue
-                known = min(len(block), max(0, sent - seen))
-                again = (again + block[:known])[-len(ARCHIVE_END):]
-                seen += len(block)
-                if known and seen >= sent and again != tail:
-                    raise ApiError("nerdctl did not write the whole archive")
-                if known < len(block):
-                    tail = (tail + block[known:])[-len(ARCHIVE_END):]
-                    sent += len(block) - known
-                    yield block[known:]
             process.check()
-        if tail == ARCHIVE_END:
+        if archive.whole:
             return
+        if seen == sent:
+            state = archive.state
     raise ApiError("nerdctl did not write the whole archive")
 
 
@@ -4463,7 +4556,7 @@ def delete_conflict(group: ImageGroup, name: str, users: List[Container], by_nam
 
 def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: bool) -> List[Dict[str, str]]:
     """Remove names of an image, with one nerdctl; what was untagged and, with the last name, deleted."""
-    with engine.changing_images() as change:
+    with engine.changing_images(names, "untag") as change:
         engine.nerdctl.run("rmi", *(["--force"] if force else []), "--", *names)
         # By force it leaves an image without a name under a running container.
         for name in names if not force else ():
@@ -4537,7 +4630,7 @@ def image_tag(engine: Engine, request: Request, name: str) -> Response:
     target = parse_reference(f"{repository}:{tag}" if tag else repository)
     if target.digest:
         raise BadParameter("refusing to create a tag with a digest reference")
-    with engine.changing_images() as change:
+    with engine.changing_images([target.name]) as change:
         engine.nerdctl.run("tag", "--", group.names[0], target.name)
         change.became(target.name, group.id)
     engine.journal.emit("image", "tag", group.id, {"name": familiar(target.name)})
@@ -4601,7 +4694,7 @@ def image_commit(engine: Engine, request: Request) -> Response:
     working = target or f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
     arguments = [f"--message={request.value('comment')}", f"--author={request.value('author')}",
                  f"--pause={'true' if request.flag('pause', True) else 'false'}"]
-    with engine.changing_images() as change:
+    with engine.changing_images([working]) as change:
         if len(own) == len(lines):
             engine.nerdctl.run("commit", *arguments, *(f"--change={line}" for line in lines), "--", container.real, working, timeout=600, waits=True)
         else:
@@ -4904,7 +4997,7 @@ def image_build(engine: Engine, request: Request) -> Response:
             words = [*arguments, *dockerfile_args(request, folder), *(f"--tag={name}" for name in names), "--", folder]
             for each in warnings:
                 yield message_line({"stream": each + "\n"})
-            stack.enter_context(engine.changing_images())
+            stack.enter_context(engine.changing_images(names))
             last: collections.deque = collections.deque(maxlen=200)
             with engine.nerdctl.start(*words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, environment=environment,
                                       client=request.client) as process:
