@@ -10171,9 +10171,7 @@ class Body:
         if self.ended or not len(view):
             return 0
         try:
-            if self.expects:
-                self.expects = False
-                self.handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.invite()
             if self.chunked and not self.left:
                 self.left = self._chunk_size()
                 if not self.left:
@@ -10195,6 +10193,12 @@ class Body:
             self._broken()
             raise
         return got
+
+    def invite(self) -> None:
+        """Send the 100 that the client waits for, if it does."""
+        if self.expects and not self.ended:
+            self.expects = False
+            self.handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def read(self, size: int = BLOCK) -> bytes:
         """Up to `size` bytes, b"" at the end."""
@@ -10506,6 +10510,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
             chunked = self.request_version != "HTTP/1.0"
             self.close_connection |= not chunked
+            if body is not None:
+                # What makes the stream may read the body later, and inside of the answer there is no place for a 100.
+                body.invite()
             self.wfile.write(self.head(response, *([("Transfer-Encoding", "chunked")] if chunked else [])))
             for chunk in itertools.chain(first, stream.chunks):
                 if chunk:

@@ -6733,6 +6733,39 @@ class TestHTTPServer:
             sock.sendall(head % (b"/nothing", len(body)))
             assert sock.recv(65536).startswith(b"HTTP/1.1 404"), "not asked for a body nobody wants"
 
+    @pytest.mark.parametrize("target, body", [
+        ("/images/load", ARCHIVE), ("/images/load?quiet=0", ARCHIVE), ("/images/create?fromSrc=-&repo=tst:a", b"tar"), ("/build?t=tst:a", tar_of(("Dockerfile", b"FROM x\n"))),
+        ("/images/create?fromImage=localhost:5000/bb:1", b"{}"), ("/images/localhost:5000/bb/push?tag=1", b"{}"), ("/commit?container=tstweb&repo=tst:a", b"{}")])
+    @pytest.mark.parametrize("chunked", [False, True])
+    def test_expect_where_the_answer_is_a_stream(self, shared, target, body, chunked):
+        for command in ("load", "import", "pull", "push", "build", "commit", "rmi"):
+            shared.scripted.on(command, reads=command in ("load", "import"))
+        length = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % len(body)
+        with shared.connect() as sock:
+            sock.sendall(b"POST %b HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n%b\r\n\r\n" % (target.encode(), length))
+            assert sock.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n", "before anything of the answer"
+            sock.sendall((b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body) + b"GET /_ping HTTP/1.1\r\nConnection: close\r\n\r\n")
+            answer = receive(sock)
+        assert re.match(rb"HTTP/1.1 20[01] ", answer) and b"100 Continue" not in answer and answer.endswith(b"OK"), answer
+
+    @pytest.mark.parametrize("target, status", [
+        ("/images/load?platform=;", 400), ("/images/create?fromSrc=-&repo=A", 400), ("/build?t=A", 400), ("/images/create?fromImage=A", 400), ("/images/nosuch/push?tag=1", 404)])
+    def test_expect_where_an_error_comes_first(self, shared, target, status):
+        with shared.connect() as sock:
+            sock.sendall(b"POST %b HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5000000\r\n\r\n" % target.encode())
+            assert sock.recv(65536).startswith(b"HTTP/1.1 %d" % status), "not asked for a body nobody wants"
+
+    def test_a_load_is_answered_when_it_has_something_to_tell(self, shared):
+        shared.scripted.on("load", LOAD, reads=True)
+        with shared.connect() as sock:
+            sock.sendall(b"POST /images/load HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(ARCHIVE), ARCHIVE[:-1]))
+            sock.settimeout(0.5)
+            with pytest.raises(socket.timeout):
+                sock.recv(1)
+            sock.sendall(ARCHIVE[-1:])
+            sock.settimeout(20)
+            assert b"Loaded image: tst:a" in sock.recv(65536)
+
     @pytest.mark.parametrize("data", [
         b"\r\n\r\n\r\n", b"garbage\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1 x\r\n\r\n", b"GET /\xff\xfe HTTP/1.1\r\n\r\n", b"\x00\x01\x02\r\n\r\n",
         b"GET /%ff HTTP/1.1\r\n\r\n", b"GET /a%00b HTTP/1.1\r\n\r\n", b"GET /a?x=%ff HTTP/1.1\r\n\r\n", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n",
