@@ -664,21 +664,21 @@ class Process:
         """Up to `size` bytes of stdout as soon as there are any; b"" at its end."""
         return os.read(self.stdout.fileno(), size)
 
-    def pieces(self, kept: int = 0) -> Iterator[Any]:
-        """Stdout to its end as bytes, and as Piped what is not worth to be read here. The last `kept` bytes come as bytes."""
+    def pieces(self, unread: Callable[[], int] = lambda: sys.maxsize) -> Iterator[Any]:
+        """Stdout to its end as bytes, and as Piped what is not worth to be read here: at most the next `unread()` bytes."""
         descriptor = self.stdout.fileno()
         with contextlib.suppress(OSError):
             # The two processes at its ends change places less often. fcntl has the name F_SETPIPE_SZ from Python 3.10 on.
             fcntl.fcntl(descriptor, 1031, 1 << 20)
         pause, total = 0.0005, 0
         while True:
-            if total > 1 << 20 and waiting_bytes(descriptor) < Piped.WORTH + kept:
+            if total > 1 << 20 and waiting_bytes(descriptor) < Piped.WORTH:
                 # nerdctl writes 32 KiB at a time or less: to be woken by each would cost both of us more than they are worth.
                 poll_readable(descriptor, None)
                 time.sleep(pause)
                 found = waiting_bytes(descriptor)
                 pause = min(2 * pause, 0.004) if found < BLOCK else max(pause / 2, 0.00025) if found > 2 * BLOCK else pause
-            waiting = waiting_bytes(descriptor) - kept
+            waiting = min(waiting_bytes(descriptor), unread())
             if waiting >= Piped.WORTH and hasattr(os, "splice"):
                 total += waiting
                 yield Piped(descriptor, waiting)
@@ -2620,7 +2620,7 @@ NAMELESS = (WORKING_NAME, "import/", "moby-dangling/", "sha256:", "sha256/")
 
 def is_nameless(name: str) -> bool:
     """Whether a name in containerd is none that people would know."""
-    return name.endswith(REDUCED) or (name.partition("@")[0] + "/").startswith(NAMELESS) or name.startswith(NAMELESS)
+    return name == ":" or name.endswith(REDUCED) or (name.partition("@")[0] + "/").startswith(NAMELESS) or name.startswith(NAMELESS)
 
 
 class ImageContent(NamedTuple):
@@ -3277,7 +3277,8 @@ class Engine:
         self.restarts: collections.Counter = collections.Counter()
         self.caretaker: Any = None
         self.hosts = Hosts(self)
-        self.quiet: collections.Counter = collections.Counter()
+        # Changes of our own to images that are under way: which event each makes of which names.
+        self.quiet: Dict[object, Tuple[str, List[str]]] = {}
         # containerd's id -> id and attributes in events, as last seen, of containers there are and of those that were removed.
         self.actors: Dict[str, Tuple[str, Dict[str, str]]] = {}
         self.begun: Dict[str, int] = {}
@@ -3360,16 +3361,22 @@ class Engine:
         self.workspace.remove()
 
     @contextlib.contextmanager
-    def changing_images(self) -> Iterator[None]:
-        """Context of our own change to images: what containerd says meanwhile is told by the handler in Docker's words."""
-        self._count(self.quiet, "images", 1)
+    def changing_images(self, names: List[str], action: str = "tag") -> Iterator[None]:
+        """Context of our own change to images: what containerd says of this `action` on these names is told by the handler in
+        Docker's words; names may be added as they become known."""
+        change = object()
+        self.quiet[change] = action, names
         try:
             yield
         finally:
             # The events of the change itself come a little later.
-            timer = threading.Timer(0.3, self._count, (self.quiet, "images", -1))
+            timer = threading.Timer(0.3, self.quiet.pop, (change, None))
             timer.daemon = True
             timer.start()
+
+    def _is_own(self, action: str, name: str) -> bool:
+        """Whether a change of ours makes this event. nerdctl's imports also set `name@digest`."""
+        return any(action == own and (name in names or name.partition("@")[0] in names) for own, names in list(self.quiet.values()))
 
     def _count(self, counter: collections.Counter, key: str, more: int) -> None:
         """Change a count that several threads change; what is 0 is not in it."""
@@ -3485,7 +3492,7 @@ class Engine:
 
     def _image_event(self, event: ContainerdEvent) -> None:
         action, name = {"/images/create": "tag", "/images/delete": "untag"}.get(event.topic), event.payload.get("name") or ""
-        if action is None or self.quiet["images"] > 0 or is_nameless(name):
+        if action is None or self._is_own(action, name) or is_nameless(name):
             return
         identity = ""
         if action == "tag":
@@ -4178,8 +4185,6 @@ def pull_args(reference: Reference, platform: str) -> List[str]:
     """argv of a pull."""
     arguments = ["pull"]
     if platform:
-        if not re.fullmatch(r"[A-Za-z0-9_]+(/[A-Za-z0-9_.]+){0,2}", platform):
-            raise BadParameter(f"invalid platform {platform!r}")
         # nerdctl unpacks only what fits the machine unless told so.
         arguments += [f"--platform={platform}", "--unpack=false" if not fits_machine(platform) else "--unpack=auto"]
     return [*arguments, "--", reference.name]
@@ -4202,7 +4207,7 @@ def pull_image(engine: Engine, request: Request, reference: Reference, platform:
     """Pull one reference; yields Docker's messages."""
     before = {name: group.id for group in engine.inventory.images.get().values() for name in group.names}.get(reference.name)
     begin = {"status": f"Pulling from {registry_path(reference)}", "id": reference.tag or reference.digest}
-    with engine.changing_images():
+    with engine.changing_images([reference.name]):
         yield from run_progress(engine, request, pull_args(reference, platform), environment, ProgressTable(PULL_WORDS), begin)
     group = engine.inventory.image(reference.name)
     name = familiar(reference.name)
@@ -4367,8 +4372,6 @@ def image_distribution(engine: Engine, request: Request, name: str) -> Response:
 @route("POST", "/images/create")
 def image_create(engine: Engine, request: Request) -> Response:
     """Pull (`fromImage`, all tags where there is none) or import (`fromSrc`, with `changes`), as a progress stream."""
-    if request.value("fromImage"):
-        read_limited(request.body, JSON_LIMIT)
     if request.value("fromSrc"):
         return image_import(engine, request)
     name, tag = request.value("fromImage"), request.value("tag")
@@ -4377,9 +4380,8 @@ def image_create(engine: Engine, request: Request) -> Response:
     reference = parse_reference(name, "")
     if tag:
         reference = parse_reference(f"{reference.repository}@{tag}" if ":" in tag else f"{reference.repository}:{tag}")
-    platform = request.value("platform")
-    if platform:
-        pull_args(reference, platform)
+    platform = platform_words(request.value("platform")) if request.value("platform") else ""
+    read_limited(request.body, JSON_LIMIT)
 
     def chunks() -> Iterator[bytes]:
         references = [reference]
@@ -4402,12 +4404,10 @@ def image_create(engine: Engine, request: Request) -> Response:
     return Response(200, Stream(chunks(), primed=True), "application/json")
 
 
-def remove_extra_names(engine: Engine, base: str, before: Iterable[str]) -> None:
-    """Take away the names `base@sha256:…` that nerdctl's load and import leave beside the ones asked for."""
-    known = set(before)
-    extra = [name for name in engine.inventory.images.names.get() if name not in known and name.startswith(base + "@sha256:")]
+def remove_extra_names(engine: Engine, extra: List[str]) -> None:
+    """Take away names that nerdctl's load and import leave beside the ones asked for."""
     if extra:
-        with engine.changing_images():
+        with engine.changing_images(extra, "untag"):
             engine.nerdctl.output("rmi", "--", *extra)
 
 
@@ -4418,70 +4418,160 @@ def parse_loaded(text: str) -> List[str]:
     return list(dict.fromkeys(told))
 
 
-def loaded_names(engine: Engine, told: List[str], before: Iterable[str]) -> List[str]:
-    """The names with a tag that an archive brought. nerdctl now and then ends before it has told all of them, so new names
-    count too, and where there are none the one that the index of the archive has."""
-    known, after = set(before), list(engine.inventory.images.names.get())
-    found = [name for name in [*told, *(each for each in after if each not in known)] if "@sha256:" not in name]
-    groups = {} if found else engine.inventory.images.get()
-    for name in [] if found else told:
-        group = groups.get(name.partition("@")[2])
-        noted = ((group.content.descriptor if group else {}).get("annotations") or {}).get("io.containerd.image.name")
-        found += [noted] if noted in after else []
-    return list(dict.fromkeys(found))
+class ImageArchive:
+    """What an archive of images says of itself, noted from its tar as the bytes pass by: `whole` once its end was there,
+    and the `names` that containerd gives to what is in it. Of what is packed it knows nothing."""
+
+    # containerd reads no more of a JSON file.
+    LIMIT = 20 << 20
+    FILES = ("oci-layout", "index.json", "manifest.json")
+
+    def __init__(self) -> None:
+        self.files: Dict[str, bytes] = {}
+        self.zeros = 0
+        self.broken = False
+        # How many of the next bytes are of an entry that is not looked at.
+        self.opaque = 0
+        self._checksum = sha256()
+        self._entry: Any = None
+        self._buffer, self._wanted = bytearray(), 512
+        self._long_size = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the end of the tar came, where a header would stand, after the files that an archive of images has."""
+        return self.zeros == 2 and "index.json" in self.files
+
+    @property
+    def index(self) -> str:
+        """The name that nerdctl gives to the archive's index, "" for an archive without one."""
+        return f"import@sha256:{sha256(self.files.get('index.json', b'')).hexdigest()}" if "oci-layout" in self.files else ""
+
+    @property
+    def state(self) -> Tuple[bytes, int, bytes]:
+        """Where in the tar this is: the same for another one that is the same up to here. The names of blobs are in it."""
+        return self._checksum.digest(), self.opaque, bytes(self._buffer)
+
+    def feed(self, data: Any) -> None:
+        """The next bytes of the tar; they may be Piped within `opaque`."""
+        if isinstance(data, Piped):
+            self.opaque -= data.size
+            return
+        view = memoryview(data)
+        while view and not self.broken and self.zeros < 2:
+            if self.opaque:
+                passed = min(self.opaque, len(view))
+                self.opaque -= passed
+            else:
+                passed = min(self._wanted - len(self._buffer), len(view))
+                self._buffer += view[:passed]
+                if len(self._buffer) == self._wanted:
+                    self._next(bytes(self._buffer))
+            view = view[passed:]
+
+    def _next(self, data: bytes) -> None:
+        """A header, or the content of an entry that is looked at, has come whole."""
+        self._checksum.update(data)
+        entry, self._entry = self._entry, None
+        self._buffer, self._wanted = bytearray(), 512
+        if entry is None:
+            self.zeros = 0 if any(data) else self.zeros + 1
+            if not self.zeros:
+                self._header(data)
+        elif entry.isreg():
+            self.files[os.path.normpath(entry.name)] = data[:entry.size]
+        else:
+            found = re.search(rb"(?:^|\n)\d+ size=(\d{1,18})\n", data)
+            self._long_size = int(found.group(1)) if found else 0
+
+    def _header(self, data: bytes) -> None:
+        # Not at the top: only archives need it, and it costs memory.
+        import tarfile
+
+        try:
+            entry = tarfile.TarInfo.frombuf(data, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            self.broken = True
+            return
+        without = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
+        size = 0 if entry.type in without else self._long_size or entry.size
+        self._long_size = 0
+        blocks = -(-size // 512) * 512
+        known = entry.type == tarfile.XHDTYPE or (entry.isreg() and os.path.normpath(entry.name) in self.FILES)
+        if size < 0:
+            self.broken = True
+        elif known and 0 < size <= self.LIMIT:
+            self._entry, self._wanted = entry, blocks
+        else:
+            self.opaque = blocks
+
+    @property
+    def names(self) -> List[str]:
+        """The names in the archive, in its order, as containerd takes them: the index's where it has one. Tags alone are
+        none."""
+        found: List[Any] = []
+        # Whatever this JSON is not is for nerdctl to complain of.
+        with contextlib.suppress(ApiError, AttributeError, KeyError, TypeError):
+            if "oci-layout" in self.files:
+                for each in parse_json(self.files["index.json"])["manifests"]:
+                    told = each.get("annotations") or {}
+                    found.append(told.get("io.containerd.image.name") or told.get("org.opencontainers.image.ref.name"))
+            else:
+                for each in parse_json(self.files["manifest.json"]):
+                    found += [parse_reference(name).name for name in each.get("RepoTags") or ()]
+        return list(dict.fromkeys(each for each in found if isinstance(each, str) and re.search("[/:@]", each)))
 
 
 @route("POST", "/images/load")
 def image_load(engine: Engine, request: Request) -> Response:
-    """Load an archive; a stream with `Loaded image: …` for each name in it, and with the bytes read unless `quiet`."""
-    platform = request.value("platform")
-    arguments = ["load", *([f"--platform={platform_words(platform)}"] if platform else ["--all-platforms"])]
+    """Load an archive; a stream with `Loaded image: …` for each name in it, and with the bytes read where `quiet` is off."""
+    arguments = ["load", *(platform_args(request, 1) or ["--all-platforms"])]
+    quiet = request.flag("quiet", True)
 
     def chunks() -> Iterator[bytes]:
         before = list(engine.inventory.images.names.get())
-        with engine.changing_images():
+        archive, names = ImageArchive(), []
+        with engine.changing_images(names):
             # Not ended when the client leaves: that is seen when the body breaks off, and what has come whole is loaded.
             with engine.nerdctl.start(*arguments, stdin=subprocess.PIPE) as process:
                 taken, told = 0, time.monotonic()
                 try:
-                    for block in request.body.blocks():
+                    for block in plain_blocks(request.body):
+                        archive.feed(block)
                         if not process.write(block):
                             break
                         taken += len(block)
-                        if not request.flag("quiet") and time.monotonic() - told > 0.5:
+                        if not quiet and time.monotonic() - told > 0.5:
                             told = time.monotonic()
                             yield message_line({"status": "Loading layer", "id": "archive", "progressDetail": {"current": taken, "total": taken},
                                                 "progress": decimal_size(taken)})
                 except BaseException:
                     process.spoil()
                     raise
+                names += archive.names
                 process.close_stdin()
                 text = b"".join(iter(process.read, b"")).decode(errors="replace")
                 process.check()
         loaded = parse_loaded(text)
-        named = loaded_names(engine, loaded, before)
-        if named:
-            remove_extra_names(engine, "import", before)
-        names = {name: group for group in engine.inventory.images.get().values() for name in group.names}
-        for each in named or loaded:
-            group = names.get(each) or names.get(each.partition(" ")[0])
-            if "@sha256:" in each:
-                yield message_line({"stream": f"Loaded image ID: {group.id if group else each.partition('@')[2]}\n"})
-            else:
-                yield message_line({"stream": f"Loaded image: {familiar(each)}\n"})
-            engine.journal.emit("image", "load", group.id if group else each, {"name": familiar(each)})
+        groups = {name: group for group in engine.inventory.images.get().values() for name in group.names}
+        nameless = [each for each in loaded if each.startswith("import@")]
+        # The index is an image of containerd too, and the first that nerdctl tells of.
+        index = archive.index or "".join(nameless[:1])
+        remove_extra_names(engine, [index] if index in groups and index not in before else [])
+        for name in [each for each in names if each in groups] or [each for each in loaded if each not in nameless]:
+            yield message_line({"stream": f"Loaded image: {familiar(name)}\n"})
+            engine.journal.emit("image", "load", groups[name].id if name in groups else name, {"name": familiar(name)})
+        for name in nameless:
+            if name != index:
+                identity = name.partition("@")[2]
+                yield message_line({"stream": f"Loaded image ID: {identity}\n"})
+                engine.journal.emit("image", "load", identity, {"name": identity})
 
-    def told() -> Iterator[bytes]:
-        # As with dockerd, an archive that cannot be loaded is told of in the stream, where clients look for it.
-        yield b""
-        yield from chunks()
-
-    return Response(200, Stream(as_error_detail(told())), "application/json")
+    return Response(200, Stream(as_error_detail(chunks(), begun=True), primed=True), "application/json")
 
 
-def as_error_detail(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """A progress stream whose error, once it has begun, is its last message."""
-    begun = False
+def as_error_detail(chunks: Iterator[bytes], begun: bool = False) -> Iterator[bytes]:
+    """A progress stream whose error, once it has `begun`, is its last message."""
     try:
         for chunk in chunks:
             begun = True
@@ -4492,6 +4582,14 @@ def as_error_detail(chunks: Iterator[bytes]) -> Iterator[bytes]:
         yield error_line(str(error))
     finally:
         chunks.close()
+
+
+def platform_args(request: Request, limit: int = 0) -> List[str]:
+    """A `--platform` for each `platform` of a request; 501 for more than `limit` of them (0: as many as there are)."""
+    wanted = list(dict.fromkeys(platform_words(each) for each in request.values("platform") if each))
+    if limit and len(wanted) > limit:
+        raise NotImplementedHere(f"nerdctl can do this for one platform only, not for {', '.join(wanted)}")
+    return [f"--platform={each}" for each in wanted]
 
 
 def platform_words(text: str) -> str:
@@ -4535,13 +4633,12 @@ def image_import(engine: Engine, request: Request) -> Response:
     lines = change_lines(request.values("changes"))
     # nerdctl 1.7 has no --message.
     arguments = ["import", *([f"--message={request.value('message')}"] if request.value("message") else [])]
-    if request.value("platform"):
-        arguments.append(f"--platform={platform_words(request.value('platform'))}")
+    arguments += platform_args(request, 1)
 
     def chunks() -> Iterator[bytes]:
         before = list(engine.inventory.images.names.get())
         working = target.name if target and not lines else f"{WORKING_NAME}import:{os.urandom(8).hex()}"
-        with engine.changing_images():
+        with engine.changing_images([working]):
             with engine.nerdctl.start(*arguments, "--", source, working, stdin=subprocess.PIPE, client=request.client) as process:
                 if source == "-":
                     blocks = request.body.blocks()
@@ -4557,9 +4654,10 @@ def image_import(engine: Engine, request: Request) -> Response:
                 for _ in iter(process.read, b""):
                     pass
                 process.check()
-        remove_extra_names(engine, working, before)
+        remove_extra_names(engine, [name for name in engine.inventory.images.names.get()
+                                    if name not in before and name.startswith(working + "@sha256:")])
         if lines:
-            with engine.changing_images():
+            with engine.changing_images([target.name] if target else []):
                 try:
                     apply_changes(engine, working, target.name if target else working, lines)
                 finally:
@@ -4587,34 +4685,32 @@ def expand_names(engine: Engine, name: str) -> List[str]:
     return engine.inventory.image(name).names[:1]
 
 
-ARCHIVE_END = bytes(1024)
 SAVE_ATTEMPTS = 4
 
 
-def whole_archive(engine: Engine, request: Request, arguments: List[str]) -> Iterator[bytes]:
+def whole_archive(engine: Engine, request: Request, arguments: List[str]) -> Iterator[Any]:
     """The tar that `nerdctl save` writes, to its end. nerdctl 2.3 sometimes ends, with status 0, before it has written all
-    of it (2 of 30 times on a busy machine): then it is run again for the rest, which is the same each time."""
-    sent, tail = 0, b""
-    for attempt in range(SAVE_ATTEMPTS):
+    of it (26 of 400 times): then it is run again for the rest, which is the same each time."""
+    sent, state = 0, None
+    for _ in range(SAVE_ATTEMPTS):
         with engine.nerdctl.start(*arguments, client=request.client) as process:
-            seen, again = 0, b""
-            for block in process.pieces(len(ARCHIVE_END)) if not sent else iter(process.read, b""):
-                if isinstance(block, Piped):
-                    seen, sent = seen + block.size, sent + block.size
+            archive, seen = ImageArchive(), 0
+            for block in process.pieces(lambda: archive.opaque if seen >= sent else 0):
+                if seen < sent:
+                    known = min(len(block), sent - seen)
+                    archive.feed(block[:known])
+                    block, seen = block[known:], seen + known
+                    if seen == sent and archive.state != state:
+                        raise ApiError("nerdctl did not write the same archive again")
+                if block:
+                    archive.feed(block)
+                    sent = seen = seen + (block.size if isinstance(block, Piped) else len(block))
                     yield block
-                    continue
-                known = min(len(block), max(0, sent - seen))
-                again = (again + block[:known])[-len(ARCHIVE_END):]
-                seen += len(block)
-                if known and seen >= sent and again != tail:
-                    raise ApiError("nerdctl did not write the whole archive")
-                if known < len(block):
-                    tail = (tail + block[known:])[-len(ARCHIVE_END):]
-                    sent += len(block) - known
-                    yield block[known:]
             process.check()
-        if tail == ARCHIVE_END:
+        if archive.whole:
             return
+        if seen == sent:
+            state = archive.state
     raise ApiError("nerdctl did not write the whole archive")
 
 
@@ -4622,12 +4718,11 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     """Stream the archive of images, all looked up before the first byte."""
     if not names:
         raise BadParameter("no images given")
-    platform = request.value("platform")
     wanted = list(dict.fromkeys(each for name in names for each in expand_names(engine, name)))
-    if platform:
+    for platform in request.values("platform"):
         for name in wanted:
             check_platform(engine.inventory.image(name), platform, name)
-    arguments = ["save", *([f"--platform={platform_words(platform)}"] if platform else []), "--", *wanted]
+    arguments = ["save", *platform_args(request), "--", *wanted]
 
     def chunks() -> Iterator[bytes]:
         yield from whole_archive(engine, request, arguments)
@@ -4667,10 +4762,8 @@ def image_search(engine: Engine, request: Request) -> Response:
 def delete_conflict(group: ImageGroup, name: str, users: List[Container], by_name: bool, force: bool) -> None:
     """409 with dockerd's words where an image may not be removed."""
     short = group.id[7:19]
-    if not by_name and len(group.repo_tags) > 1 and not force:
+    if not by_name and max(len(group.repo_tags), len(group.repo_digests)) > 1 and not force:
         raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is referenced in multiple repositories")
-    if by_name and len(group.names) > 1:
-        return
     for container in users:
         if container.running and (force or not by_name):
             raise Conflict(f"conflict: unable to delete {short} (cannot be forced) - image is being used by running container {container.id[:12]}")
@@ -4683,7 +4776,7 @@ def delete_conflict(group: ImageGroup, name: str, users: List[Container], by_nam
 
 def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: bool) -> List[Dict[str, str]]:
     """Remove names of an image, with one nerdctl; what was untagged and, with the last name, deleted."""
-    with engine.changing_images():
+    with engine.changing_images(names, "untag"):
         engine.nerdctl.run("rmi", *(["--force"] if force else []), "--", *names)
     left = engine.inventory.images.get().get(group.id)
     told = [{"Untagged": familiar(name)} for name in names if not name.startswith(("moby-dangling@", "import@", WORKING_NAME))]
@@ -4695,18 +4788,35 @@ def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: boo
     return told
 
 
+def referenced_names(group: ImageGroup, name: str) -> List[str]:
+    """Those of an image's names that a reference stands for: one, or with a digest all of its repository. [] for an id."""
+    try:
+        reference = parse_reference(name)
+    except BadParameter:
+        return []
+    named = reference._replace(digest="").name
+    begins = (named + "@",) if reference.tag else (named + ":", named + "@")
+    found = [each for each in group.names if each == reference.name]
+    if reference.digest and not found:
+        found = [each for each in group.names if each == named or each.startswith(begins)]
+        if not found:
+            raise NotFound(f"No such image: {with_tag(name)}")
+    return found
+
+
 @route("DELETE", "/images/{image}")
 def image_delete(engine: Engine, request: Request, name: str) -> Response:
-    """Remove a name of an image, or by its id all of them; 409 while a container needs it."""
+    """Remove a name of an image, with a digest all names of its repository, or by its id all of them; 409 while a container
+    needs it, 501 for the content of some `platforms` only."""
+    platforms = [platform_words(each) for each in request.values("platforms")]
     group, force = engine.inventory.image(name), request.flag("force")
-    full = ""
-    with contextlib.suppress(BadParameter):
-        full = parse_reference(name).name
-    by_name = full in group.names
-    names = [full] if by_name else list(group.names)
-    users = [each for each in engine.inventory.containers().values() if each.image in group.names]
-    delete_conflict(group, name, [each for each in users if not by_name or each.image == full or len(group.names) == 1], by_name, force)
-    return Response(200, remove_image(engine, group, names, force or bool(users)))
+    if platforms:
+        raise NotImplementedHere(f"nerdctl cannot remove the content of one platform ({', '.join(platforms)}) from an image")
+    names = referenced_names(group, name)
+    users = [each for each in engine.inventory.containers().values() if each.image in (names or group.names)]
+    if not names or len(names) == len(group.names):
+        delete_conflict(group, name, users, bool(names), force)
+    return Response(200, remove_image(engine, group, names or list(group.names), force or bool(users)))
 
 
 @route("POST", "/images/prune")
@@ -4737,7 +4847,7 @@ def image_tag(engine: Engine, request: Request, name: str) -> Response:
     target = parse_reference(f"{repository}:{tag}" if tag else repository)
     if target.digest:
         raise BadParameter("refusing to create a tag with a digest reference")
-    with engine.changing_images():
+    with engine.changing_images([target.name]):
         engine.nerdctl.run("tag", "--", group.names[0], target.name)
     engine.journal.emit("image", "tag", group.id, {"name": familiar(target.name)})
     return Response(201)
@@ -4756,8 +4866,7 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
         names = sorted(each for each in groups if each.startswith(reference.repository + ":") and "@" not in each)
     if not names or names[0] not in groups:
         raise NotFound(f"An image does not exist locally with the tag: {familiar(reference.repository)}")
-    platform = request.value("platform")
-    options = [f"--platform={platform_words(platform)}"] if platform else []
+    options = platform_args(request)
 
     def chunks() -> Iterator[bytes]:
         begin = {"status": f"The push refers to repository [{reference.repository}]"}
@@ -4801,7 +4910,7 @@ def image_commit(engine: Engine, request: Request) -> Response:
     working = target or f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
     arguments = [f"--message={request.value('comment')}", f"--author={request.value('author')}",
                  f"--pause={'true' if request.flag('pause', True) else 'false'}"]
-    with engine.changing_images():
+    with engine.changing_images([working]):
         if len(own) == len(lines):
             engine.nerdctl.run("commit", *arguments, *(f"--change={line}" for line in lines), "--", container.real, working, timeout=600, waits=True)
         else:
@@ -4972,8 +5081,7 @@ def build_args(request: Request) -> Tuple[List[str], List[str]]:
             arguments.append(flag)
     if request.value("target"):
         arguments.append(f"--target={request.value('target')}")
-    if request.value("platform"):
-        arguments.append(f"--platform={platform_words(request.value('platform'))}")
+    arguments += platform_args(request)
     mode = request.value("networkmode")
     if mode in ("host", "none"):
         arguments.append(f"--network={mode}")
@@ -5089,7 +5197,7 @@ def image_build(engine: Engine, request: Request) -> Response:
             words = [*arguments, *dockerfile_args(request, folder), *(f"--tag={name}" for name in names), "--", folder]
             for each in warnings:
                 yield message_line({"stream": each + "\n"})
-            stack.enter_context(engine.changing_images())
+            stack.enter_context(engine.changing_images(names))
             last: collections.deque = collections.deque(maxlen=200)
             with engine.nerdctl.start(*words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, environment=environment,
                                       client=request.client) as process:
@@ -5162,9 +5270,11 @@ def build_prune(engine: Engine, request: Request) -> Response:
                 arguments.append(f"--keep-duration={max(0, round(time.time() - (until_limit([value]) or 0)))}s")
             else:
                 arguments.append(f"--filter={key}=={value}" if key not in ("inuse", "private", "shared") else f"--filter={key}")
-    for name in ("keep-storage", "reserved-space"):
-        if request.integer(name):
-            arguments.append(f"--keep-storage={request.integer(name) / 1e6:g}")
+    reserved, limit = request.integer("reserved-space") or request.integer("keep-storage"), request.integer("max-used-space")
+    for flag, size in (("keep-storage", limit or reserved), ("keep-storage-min", reserved if limit else 0),
+                       ("free-storage", request.integer("min-free-space"))):
+        if size:
+            arguments.append(f"--{flag}={size / 1e6:g}")
     output = engine.nerdctl.buildctl(*arguments, timeout=600)
     if output.status:
         raise nerdctl_error(output.stderr) if "dial" not in output.stderr else Unavailable(
@@ -9055,7 +9165,7 @@ def network_delete(engine: Engine, request: Request, name: str) -> Response:
 @route("POST", "/networks/prune")
 def network_prune(engine: Engine, request: Request) -> Response:
     """Remove the networks that no container has, by the filters until, label and label!."""
-    filters = request.filters("until", "label", "label!", "dangling")
+    filters = request.filters("until", "label", "label!")
     limit = until_limit(filters.get("until") or [])
     deleted = []
     for network in list(engine.inventory.networks().values()):
@@ -10048,9 +10158,7 @@ class Body:
         if self.ended or not len(view):
             return 0
         try:
-            if self.expects:
-                self.expects = False
-                self.handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.invite()
             if self.chunked and not self.left:
                 self.left = self._chunk_size()
                 if not self.left:
@@ -10072,6 +10180,12 @@ class Body:
             self._broken()
             raise
         return got
+
+    def invite(self) -> None:
+        """Send the 100 that the client waits for, if it does."""
+        if self.expects and not self.ended:
+            self.expects = False
+            self.handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def read(self, size: int = BLOCK) -> bytes:
         """Up to `size` bytes, b"" at the end."""
@@ -10395,6 +10509,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
             chunked = self.request_version != "HTTP/1.0"
             self.close_connection |= not chunked
+            if body is not None:
+                # What makes the stream may read the body later, and inside of the answer there is no place for a 100.
+                body.invite()
             self.wfile.write(self.head(response, *([("Transfer-Encoding", "chunked")] if chunked else [])))
             for chunk in itertools.chain(first, stream.chunks):
                 if chunk:

@@ -59,7 +59,41 @@ HERE = pathlib.Path(__file__).resolve().parent
 SOURCE = (HERE / "nerdctld.py").read_text()
 SHARED = HERE.parent / "shared"
 BASE = "localhost:5000/bb:1"
-TAR_END = "\0" * 1024
+
+
+def tar_of(*entries, mode="w"):
+    """A tar of (name, content or TarInfo fields)."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode=mode) as archive:
+        for name, content in entries:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, dict):
+                for key, value in content.items():
+                    setattr(info, key, value)
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+def image_archive(*names, layer=b"layer", files=("oci-layout", "index.json", "manifest.json"), nameless=()):
+    """A tar as `nerdctl save` writes it: the blobs first, in the order of their names, and 1024 zeros as its end."""
+    manifests = [{"digest": "sha256:" + "4" * 64, "annotations": {"io.containerd.image.name": name}} for name in names]
+    manifests += [{"digest": digest} for digest in nameless]
+    contents = {"blobs/sha256/" + "1" * 64: layer, "index.json": {"manifests": manifests},
+                "manifest.json": [{"RepoTags": list(names)}], "oci-layout": {"imageLayoutVersion": "1.0.0"}}
+    parts = []
+    for name, content in contents.items():
+        if name in files or name.startswith("blobs"):
+            content = content if isinstance(content, bytes) else json.dumps(content).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            parts += [info.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % 512)]
+    return b"".join(parts) + bytes(1024)
+
+
+ARCHIVE = image_archive("docker.io/library/tst:a")
 
 
 ###############################################################################
@@ -1233,8 +1267,8 @@ class TestNerdctlProcess:
         assert "LISTEN_FDS" not in text
 
     @pytest.mark.parametrize("splice", [True, False])
-    @pytest.mark.parametrize("size, kept", [(0, 1024), (1000, 1024), (70000, 1024), (3000001, 1024), (3000001, 0)])
-    def test_pieces_are_the_whole_output(self, size, kept, splice, monkeypatch):
+    @pytest.mark.parametrize("size, seen", [(0, 1024), (1000, 1024), (70000, 1024), (3000001, 1024), (3000001, 0)])
+    def test_pieces_are_the_whole_output(self, size, seen, splice, monkeypatch):
         if splice and not hasattr(os, "splice"):
             pytest.skip("os.splice came with Python 3.10")
         if not splice:
@@ -1247,16 +1281,16 @@ class TestNerdctlProcess:
         script = f"yes 0123456789abcde | head -c {size}"
         with contextlib.closing(far), nerdctld.Nerdctl(["sh", "-c", script]).start() as process:
             moved, last = 0, b""
-            for piece in process.pieces(kept):
+            for piece in process.pieces(lambda: max(0, size - seen - moved - len(last))):
                 if isinstance(piece, nerdctld.Piped):
                     piece.move(near.fileno())
-                    moved, last = moved + piece.size, b""
+                    moved += piece.size
                 else:
                     near.sendall(piece)
                     last += piece
             near.close()
             reader.join(20)
-        assert got == [expected] and len(last) >= min(kept, size)
+        assert got == [expected] and len(last) >= min(seen, size)
         # What comes first is read as it comes.
         assert (moved == 0 or splice) and (moved > 0 or not splice or size < 1 << 21)
 
@@ -2298,7 +2332,7 @@ class TestEvents:
         rows = [[{"ID": step, "Image": "", "Status": "Up"}, None], [{"ID": ID, "Image": BASE}, {}], [{"ID": "made-by-ctr", "Image": ""}, {}], [{"ID": step[::-1], "Image": "x"}, {}]]
         assert list(nerdctld.parse_containers(rows)) == [ID, "made-by-ctr", step[::-1]]
 
-    @pytest.mark.parametrize("name", ["moby-dangling@sha256:" + "1" * 64, "import@sha256:" + "1" * 64, nerdctld.WORKING_NAME + "x:1", "sha256:" + "1" * 64, BASE + nerdctld.REDUCED])
+    @pytest.mark.parametrize("name", ["moby-dangling@sha256:" + "1" * 64, "import@sha256:" + "1" * 64, nerdctld.WORKING_NAME + "x:1", "sha256:" + "1" * 64, BASE + nerdctld.REDUCED, ":"])
     def test_names_that_nobody_gave_are_not_told(self, furnished, name):
         for topic in ("create", "delete"):
             furnished.on_event(nerdctld.parse_event(event_line("/images/" + topic, name=name), "default"))
@@ -2312,6 +2346,22 @@ class TestEvents:
             tell("delete")
             told = [new.get(timeout=1) for _ in range(2)]
         assert [(each["Action"], each["Actor"]) for each in told] == [(action, {"ID": BB, "Attributes": {"name": BASE}}) for action in ("tag", "untag")]
+
+    def test_only_what_a_change_of_our_own_makes_is_not_told_twice(self, furnished):
+        tell = lambda topic, name: furnished.on_event(nerdctld.parse_event(event_line("/images/" + topic, name=name), "default"))
+        told = lambda: [(each["Action"], each["Actor"]["Attributes"]["name"]) for each in furnished.journal.history]
+        with furnished.changing_images(["docker.io/library/own:1"]):
+            tell("create", "docker.io/library/own:1")
+            tell("create", "docker.io/library/own:1@" + BB)
+            tell("create", "docker.io/library/other:1")
+            tell("delete", "docker.io/library/own:1")
+        tell("create", "docker.io/library/own:1")
+        assert told() == [("tag", "other:1"), ("untag", "own:1")]
+        with furnished.changing_images(["docker.io/library/own:1"], "untag"):
+            tell("delete", "docker.io/library/own:1")
+        assert until(lambda: not furnished.quiet)
+        tell("create", "docker.io/library/own:1")
+        assert told() == [("tag", "other:1"), ("untag", "own:1"), ("tag", "own:1")]
 
     def test_events_of_handlers_come_after_those_before_them(self, furnished):
         settle_feed(furnished)
@@ -2365,14 +2415,14 @@ class TestEvents:
                 time.sleep(0.003)
                 super().__setitem__(key, value)
 
-        engine.quiet, engine.restarts = Slow(), Slow()
+        engine.restarts = Slow()
         together, seen = threading.Barrier(8), []
 
         def change():
             together.wait(10)
-            with engine.restarting(nerdctld.Container({"ID": ID, "Image": BASE}, {})), engine.changing_images():
+            with engine.restarting(nerdctld.Container({"ID": ID, "Image": BASE}, {})), engine.changing_images([BASE]):
                 together.wait(10)
-                seen.append((engine.restarts[ID], engine.quiet["images"]))
+                seen.append((engine.restarts[ID], len(engine.quiet)))
                 together.wait(10)
 
         threads = [threading.Thread(target=change) for _ in range(8)]
@@ -3152,6 +3202,41 @@ class TestImages:
         assert re.fullmatch(r'conflict: unable to remove repository reference "localhost:5000/bb:1" \(must force\) - container [0-9a-f]{12} is using '
                             r"its referenced image 4cfb279d3e24", answer.message)
 
+    TWO = [IMAGES.stdout.splitlines()[0].replace("tst", "two").replace('"a"', f'"{tag}"').replace(":a", ":" + tag) for tag in "ab"]
+
+    @pytest.mark.parametrize("name, removed", [
+        ("two@" + BB, ["docker.io/library/two:a", "docker.io/library/two:b"]), ("two:b@" + BB, ["docker.io/library/two:b"]),
+        ("two:c@" + BB, None), ("three@" + BB, None), ("two@sha256:" + "1" * 64, None)])
+    @pytest.mark.parametrize("force", ["", "?force=1", "?force=1&noprune=1"])
+    def test_delete_by_digest_takes_the_names_of_one_repository(self, furnished, scripted, name, removed, force):
+        scripted.on("images", stdout="\n".join([*self.TWO, *IMAGES.stdout.splitlines()]))
+        scripted.on("rmi")
+        answer = ask(furnished, "DELETE", f"/images/{name}{force}")
+        if removed is None:
+            assert answer.status == 404 and scripted.calls("rmi") == []
+        else:
+            assert answer.json == [{"Untagged": nerdctld.familiar(each)} for each in removed]
+            assert scripted.argv("rmi")[scripted.argv("rmi").index("--") + 1:] == removed
+
+    def test_delete_by_id_of_an_image_in_two_repositories(self, furnished, scripted):
+        row = IMAGES.stdout.splitlines()[0]
+        scripted.on("images", stdout=row + "\n" + row.replace('"docker.io/library/tst:a"', f'"localhost:5000/other@{BB}"') + "\n")
+        scripted.on("ps", stdout="")
+        answer = ask(furnished, "DELETE", f"/images/{BB}")
+        assert answer.status == 409 and "multiple repositories" in answer.message and scripted.calls("rmi") == []
+
+    @pytest.mark.parametrize("platforms, status", [
+        (['{"os":"linux","architecture":"arm64"}'], 501), (['{"os":"linux","architecture":"amd64"}'], 501), (["linux/amd64", "linux/arm64"], 501), (["{"], 400), (["a b"], 400),
+        (["linux/amd64", ";"], 400), ([""], 400)])
+    @pytest.mark.parametrize("force", ["0", "1"])
+    def test_delete_of_one_platform_is_not_that_of_the_image(self, furnished, scripted, platforms, status, force):
+        scripted.on("rmi")
+        query = urllib.parse.urlencode([("force", force), *(("platforms", each) for each in platforms)])
+        for version in ("", "/v1.50", "/v1.44"):
+            answer = ask(furnished, "DELETE", f"{version}/images/tst:a?{query}")
+            assert answer.status == status and answer.message
+        assert scripted.calls("rmi") == []
+
     def test_delete_none(self, furnished):
         assert ask(furnished, "DELETE", "/images/-f").status == 404
 
@@ -3199,16 +3284,78 @@ class TestImages:
         ask(furnished, "POST", "/images/load", b"x")
         assert [each["argv"][-1].partition("@")[0] for each in scripted.calls("rmi")] == ["import"]
 
-    def test_load_of_which_nerdctl_did_not_tell_the_name(self, furnished, scripted):
-        # Seen of 2.3.5 where its last redraw came before the name.
-        lines = LOAD.stdout.splitlines(True)
-        scripted.on("load", stdout="".join(line for line in lines if "Loaded image: localhost" not in line), reads=True)
+    @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress], ids=["plain", "gzip", "bzip2", "xz"])
+    @pytest.mark.parametrize("files", [("oci-layout", "index.json"), ("oci-layout", "index.json", "manifest.json"), ("manifest.json",)])
+    @pytest.mark.parametrize("told", ["", "Loaded image: docker.io/library/tst:a\n", V17_LOAD.stdout])
+    def test_load_tells_the_names_in_the_archive_in_its_order(self, furnished, scripted, pack, files, told):
+        names = ["localhost:5000/bb:1", "docker.io/library/tst:a", "docker.io/library/gone:1"]
+        scripted.on("load", stdout=told, reads=True)
         scripted.on("rmi")
-        extra = json.loads(IMAGES.stdout.splitlines()[2])["ID"]
-        detail = json.loads(IMAGE_INSPECT.stdout.splitlines()[1])
-        detail["Image"]["Target"] = {"digest": extra}
-        scripted.on("image inspect", stdout=json.dumps(detail) + "\n")
-        assert ask(furnished, "POST", "/images/load?quiet=1", b"x").lines == [{"stream": "Loaded image: localhost:5000/bb:1\n"}]
+        for order in (names, names[::-1]):
+            data = image_archive(*order, files=files, layer=os.urandom(300000))
+            answer = ask(furnished, "POST", "/images/load", pack(data))
+            assert answer.lines == [{"stream": f"Loaded image: {nerdctld.familiar(name)}\n"} for name in order if "gone" not in name]
+            assert scripted.calls("load")[-1]["stdin"] == len(data) and not scripted.calls("rmi")
+
+    def test_load_of_an_archive_that_is_packed_otherwise(self, furnished, scripted):
+        scripted.on("load", LOAD, reads=True)
+        assert ask(furnished, "POST", "/images/load", b"\x28\xb5\x2f\xfd" + bytes(3000)).lines == [{"stream": "Loaded image: localhost:5000/bb:1\n"}]
+
+    @pytest.mark.parametrize("names", [[], ["localhost:5000/bb:1"]])
+    def test_load_of_images_without_a_name(self, furnished, scripted, names):
+        data = image_archive(*names, nameless=[BB])
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            index = "import@sha256:" + hashlib.sha256(archive.extractfile("index.json").read()).hexdigest()
+        scripted.on("load", stdout=f"{index}\tsaved\t\nimport@{BB}\tsaved\t\nLoaded image: {index}\nLoaded image: import@{BB}\n", reads=True)
+        scripted.on("rmi")
+        row = IMAGES.stdout.splitlines()[2]
+        found = [json.loads(row)["Name"], index, "import@" + BB]
+        original = furnished.nerdctl.start
+
+        def start(*words, **options):
+            if words[0] == "load":
+                scripted.on("images", stdout=IMAGES.stdout + "".join(row.replace(found[0], each) + "\n" for each in found[1:]))
+            return original(*words, **options)
+        furnished.nerdctl.start = start
+        assert ask(furnished, "POST", "/images/load", data).lines == [
+            *({"stream": f"Loaded image: {name}\n"} for name in names), {"stream": f"Loaded image ID: {BB}\n"}]
+        assert [each["argv"][-1] for each in scripted.calls("rmi")] == [index]
+
+    def test_load_of_one_platform(self, furnished, scripted):
+        scripted.on("load", LOAD, reads=True)
+        platform = lambda *words: urllib.parse.urlencode([("platform", json.dumps({"os": "linux", "architecture": each})) for each in words])
+        assert ask(furnished, "POST", "/images/load?" + platform("arm64"), b"x").status == 200
+        assert scripted.argv("load") == ["load", "--platform=linux/arm64"]
+        assert ask(furnished, "POST", "/images/load?" + platform("arm64", "amd64"), b"x").status == 501
+        assert ask(furnished, "POST", "/images/load?platform=%7B", b"x").status == 400
+
+    @pytest.mark.parametrize("data", [b"", b"x" * 511, b"x" * 3000, bytes(700), ARCHIVE[:700], bytes(512) + ARCHIVE, ARCHIVE[:-1], tar_of(("index.json", b"")), tar_of(("index.json", b"[]"))])
+    def test_what_is_no_archive_of_images(self, data):
+        archive = nerdctld.ImageArchive()
+        for at in range(0, len(data), 100):
+            archive.feed(data[at:at + 100])
+        assert archive.names == [] or data == ARCHIVE[:-1] or data[512:] == ARCHIVE
+        assert not archive.whole or data[512:] == ARCHIVE or data == tar_of(("index.json", b"[]"))
+
+    @pytest.mark.parametrize("files", [{"manifest.json": b"{}"}, {"manifest.json": b"[1]"}, {"manifest.json": b'[{"RepoTags":[1]}]'}, {"manifest.json": b"[" * 100000},
+                                       {"oci-layout": b"", "index.json": b'{"manifests":[{"annotations":[]}]}'}, {"oci-layout": b"{}", "index.json": b'{"manifests":3}'}, {"oci-layout": b"{}"},
+                                       {"oci-layout": b"{}", "index.json": b'{"manifests":[{"annotations":{"io.containerd.image.name":7,"org.opencontainers.image.ref.name":"latest"}}]}'}])
+    def test_archives_that_name_nothing(self, files):
+        archive = nerdctld.ImageArchive()
+        archive.feed(tar_of(*files.items()))
+        assert archive.names == []
+
+    def test_an_archive_with_a_file_beyond_8_gib(self):
+        size, archive = 9 << 30, nerdctld.ImageArchive()
+        for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+            archive = nerdctld.ImageArchive()
+            info = tarfile.TarInfo("blobs/sha256/" + "2" * 64)
+            info.size = size
+            archive.feed(info.tobuf(kind))
+            assert archive.opaque == size
+            archive.feed(nerdctld.Piped(0, size))
+            archive.feed(ARCHIVE)
+            assert archive.whole and archive.names == ["docker.io/library/tst:a"]
 
     @pytest.mark.parametrize("recording", [V21_LOAD, V17_LOAD], ids=["2.1.6", "1.7.7"])
     def test_load_of_older_ones(self, recording):
@@ -3224,27 +3371,54 @@ class TestImages:
         ("/images/get?names=tst:a,tst:a", ["docker.io/library/tst:a"]), ("/images/tst/get", ["docker.io/library/tst:a"]),
         (f"/images/{BB}/get", ["docker.io/library/tst:a"]), ("/images/tst:a/get?platform=linux/amd64", ["docker.io/library/tst:a"])])
     def test_save(self, furnished, scripted, path, names):
-        scripted.on("save", stdout="archive" + TAR_END)
+        scripted.on("save", stdout=ARCHIVE.decode())
         answer = ask(furnished, "GET", path)
-        assert (answer.status, answer.body) == (200, b"archive" + TAR_END.encode())
+        assert (answer.status, answer.body) == (200, ARCHIVE)
         assert scripted.argv("save") == ["save", *(["--platform=linux/amd64"] if "platform" in path else []), "--", *names]
 
-    @pytest.mark.parametrize("runs", [[500, 900, 300000], [0, 300000], [299999, 300000], [1, 1, 1, 300000], [200000, 250000, 300000], [300000]])
-    def test_save_that_ends_too_early_is_gone_on_with(self, runs, tmp_path):
-        whole, left, archive = os.urandom(298976) + TAR_END.encode(), list(runs), tmp_path / "archive"
-        archive.write_bytes(whole)
-        start = lambda *arguments, client: nerdctld.Nerdctl(["sh", "-c", f"head -c {left.pop(0)} {archive}"]).start()
+    def test_save_and_push_of_several_platforms(self, furnished, scripted, monkeypatch):
+        monkeypatch.setattr(nerdctld, "check_platform", lambda *_: None)
+        scripted.on("save", stdout=ARCHIVE.decode())
+        scripted.on("push")
+        query = urllib.parse.urlencode([("platform", json.dumps({"os": "linux", "architecture": each})) for each in ("amd64", "arm64")])
+        for path, method, command in (("/images/tst:a/get", "GET", "save"), ("/images/tst/push", "POST", "push")):
+            assert ask(furnished, method, f"{path}?tag=a&{query}").status == 200
+            assert scripted.argv(command)[1:3] == ["--platform=linux/amd64", "--platform=linux/arm64"]
+
+    # What an uncompressed layer ends with looks like the end of the archive.
+    LAYERED = image_archive("docker.io/library/tst:a", layer=tar_of(("file", random.Random(1).randbytes(290000))))
+    LAYER_END = LAYERED.index(b"index.json")
+
+    def saved(self, tmp_path, *runs):
+        """What comes of runs that end after so many bytes, or write other bytes."""
+        left = list(runs)
+
+        def start(*arguments, client):
+            (tmp_path / "archive").write_bytes(self.LAYERED[:left[0]] if isinstance(left[0], int) else left[0])
+            left.pop(0)
+            return nerdctld.Nerdctl(["sh", "-c", f"head -c 100 {tmp_path}/archive; sleep 0.01; tail -c +101 {tmp_path}/archive"]).start()
         engine = types.SimpleNamespace(nerdctl=types.SimpleNamespace(start=start))
         found = b""
         for each in nerdctld.whole_archive(engine, nerdctld.Request("GET", "/"), ["save"]):
             found += os.read(each.descriptor, each.size) if isinstance(each, nerdctld.Piped) else each
-        assert found == whole and not left
+        assert not left
+        return found
 
-    def test_save_that_never_ends_is_no_archive(self, furnished, scripted):
-        scripted.on("save", stdout="x" * 1000)
+    @pytest.mark.parametrize("runs", [[500, 900], [0], [512], [513], [LAYER_END - 1], [LAYER_END], [LAYER_END + 1], [LAYER_END, LAYER_END], [LAYER_END + 600, LAYER_END], [1, 1, 1],
+                                      [200000, 250000], [len(LAYERED) - 1], [len(LAYERED) - 512], [len(LAYERED) - 1024], [len(LAYERED) - 1500], [150000, 100, 200000], []])
+    def test_save_that_ends_too_early_is_gone_on_with(self, runs, tmp_path):
+        assert self.saved(tmp_path, *runs, len(self.LAYERED)) == self.LAYERED
+
+    @pytest.mark.parametrize("runs", [
+        [1000] * 4, [LAYER_END] * 4, [600, b"another archive"] + [600] * 2, [b"no tar" * 1000] * 4, [image_archive(files=())] * 4, [LAYERED[:LAYER_END] + bytes(1024)] * 4])
+    def test_save_that_never_ends_is_no_archive(self, runs, tmp_path):
         with pytest.raises(nerdctld.ApiError, match="whole archive"):
-            list(nerdctld.whole_archive(furnished, nerdctld.Request("GET", "/"), ["save"]))
-        assert len(scripted.calls("save")) == nerdctld.SAVE_ATTEMPTS
+            self.saved(tmp_path, *runs)
+
+    @pytest.mark.parametrize("cut", [700, LAYER_END - 5, LAYER_END + 700])
+    def test_save_that_goes_on_otherwise_breaks_off(self, cut, tmp_path):
+        with pytest.raises(nerdctld.ApiError, match="same archive"):
+            self.saved(tmp_path, cut, self.LAYERED[:200].replace(b"1" * 64, b"2" * 64) + self.LAYERED[200:])
 
     def test_save_refuses_before_the_first_byte(self, furnished, scripted):
         assert ask(furnished, "GET", "/images/get").status == 400
@@ -3469,22 +3643,6 @@ class TestRegistry:
 ###############################################################################
 
 
-def tar_of(*entries, mode="w"):
-    """A tar of (name, content or TarInfo fields)."""
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode=mode) as archive:
-        for name, content in entries:
-            info = tarfile.TarInfo(name)
-            if isinstance(content, dict):
-                for key, value in content.items():
-                    setattr(info, key, value)
-                archive.addfile(info)
-            else:
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    return data.getvalue()
-
-
 CONTEXT = tar_of(("Dockerfile", b"FROM x\n"), ("sub/a.txt", b"a"))
 TAR = {"Content-Type": "application/x-tar"}
 
@@ -3674,6 +3832,10 @@ class TestBuild:
         words = (tmp_path / "args").read_text()
         for each in ("--all", "--filter=type==regular", "--keep-duration=3600s", "--keep-storage=2"):
             assert each in words
+        for query, flags in (("reserved-space=3000000", ["--keep-storage=3"]), ("max-used-space=2000000", ["--keep-storage=2"]), ("min-free-space=4000000", ["--free-storage=4"]),
+                             ("reserved-space=1000000&max-used-space=2000000", ["--keep-storage=2", "--keep-storage-min=1"])):
+            assert ask(furnished, "POST", "/build/prune?" + query).status == 200
+            assert [each for each in (tmp_path / "args").read_text().splitlines()[-1].split() if "storage" in each] == flags
         assert ask(furnished, "POST", "/build/prune?filters=").status == 200
         assert ask(furnished, "POST", "/build/prune?" + filtered(x=["1"])).status == 400
 
@@ -7344,6 +7506,39 @@ class TestHTTPServer:
             sock.sendall(head % (b"/nothing", len(body)))
             assert sock.recv(65536).startswith(b"HTTP/1.1 404"), "not asked for a body nobody wants"
 
+    @pytest.mark.parametrize("target, body", [
+        ("/images/load", ARCHIVE), ("/images/load?quiet=0", ARCHIVE), ("/images/create?fromSrc=-&repo=tst:a", b"tar"), ("/build?t=tst:a", tar_of(("Dockerfile", b"FROM x\n"))),
+        ("/images/create?fromImage=localhost:5000/bb:1", b"{}"), ("/images/localhost:5000/bb/push?tag=1", b"{}"), ("/commit?container=tstweb&repo=tst:a", b"{}")])
+    @pytest.mark.parametrize("chunked", [False, True])
+    def test_expect_where_the_answer_is_a_stream(self, shared, target, body, chunked):
+        for command in ("load", "import", "pull", "push", "build", "commit", "rmi"):
+            shared.scripted.on(command, reads=command in ("load", "import"))
+        length = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % len(body)
+        with shared.connect() as sock:
+            sock.sendall(b"POST %b HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n%b\r\n\r\n" % (target.encode(), length))
+            assert sock.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n", "before anything of the answer"
+            sock.sendall((b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body) + b"GET /_ping HTTP/1.1\r\nConnection: close\r\n\r\n")
+            answer = receive(sock)
+        assert re.match(rb"HTTP/1.1 20[01] ", answer) and b"100 Continue" not in answer and answer.endswith(b"OK"), answer
+
+    @pytest.mark.parametrize("target, status", [
+        ("/images/load?platform=;", 400), ("/images/create?fromSrc=-&repo=A", 400), ("/build?t=A", 400), ("/images/create?fromImage=A", 400), ("/images/nosuch/push?tag=1", 404)])
+    def test_expect_where_an_error_comes_first(self, shared, target, status):
+        with shared.connect() as sock:
+            sock.sendall(b"POST %b HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5000000\r\n\r\n" % target.encode())
+            assert sock.recv(65536).startswith(b"HTTP/1.1 %d" % status), "not asked for a body nobody wants"
+
+    def test_a_load_is_answered_when_it_has_something_to_tell(self, shared):
+        shared.scripted.on("load", LOAD, reads=True)
+        with shared.connect() as sock:
+            sock.sendall(b"POST /images/load HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(ARCHIVE), ARCHIVE[:-1]))
+            sock.settimeout(0.5)
+            with pytest.raises(socket.timeout):
+                sock.recv(1)
+            sock.sendall(ARCHIVE[-1:])
+            sock.settimeout(20)
+            assert b"Loaded image: tst:a" in sock.recv(65536)
+
     @pytest.mark.parametrize("data", [
         b"\r\n\r\n\r\n", b"garbage\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1 x\r\n\r\n", b"GET /\xff\xfe HTTP/1.1\r\n\r\n", b"\x00\x01\x02\r\n\r\n",
         b"GET /%ff HTTP/1.1\r\n\r\n", b"GET /a%00b HTTP/1.1\r\n\r\n", b"GET /a?x=%ff HTTP/1.1\r\n\r\n", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n",
@@ -7376,10 +7571,10 @@ class TestHTTPServer:
     def test_a_load_that_breaks_off_is_not_taken_for_the_whole(self, shared):
         shared.scripted.on("load", stays=0, reads=True)
         before = len(shared.scripted.calls("load"))
-        send(shared, b"POST /images/load HTTP/1.1\r\nContent-Length: 1000\r\n\r\nhalf")
+        send(shared, b"POST /images/load HTTP/1.1\r\nContent-Length: 1000\r\n\r\nhalf of it")
         assert until(lambda: len(shared.scripted.calls("load")) > before)
         call = shared.scripted.calls("load")[-1]
-        assert call["text"].startswith("half\ufffd") and call["stdin"] % 512, "nerdctl saw an end of the archive"
+        assert call["text"].startswith("half of it\ufffd") and call["stdin"] % 512, "nerdctl saw an end of the archive"
 
     def test_body_beyond_the_limit(self, shared):
         with shared.connect() as sock:
@@ -7390,8 +7585,9 @@ class TestHTTPServer:
             assert b"413" in receive(sock)[:20]
 
     def test_big_answer(self, shared):
-        shared.scripted.on("save", stdout="x" * 5000000 + TAR_END)
-        assert len(shared.ask("GET", "/images/tst:a/get").body) == 5000000 + len(TAR_END)
+        archive = image_archive(layer=b"x" * 5000000)
+        shared.scripted.on("save", stdout=archive.decode())
+        assert shared.ask("GET", "/images/tst:a/get").body == archive
 
     def test_a_stream_that_fails_late_has_no_end(self, shared):
         shared.scripted.on("save", stdout="x" * 1000000, stderr=fatal("unexpected EOF"), status=1)
@@ -7409,7 +7605,7 @@ class TestHTTPServer:
         assert until(lambda: not [each for each in shared.children() if "sleep" not in each]), shared.children()
 
     def test_descriptors_do_not_leak(self, shared):
-        shared.scripted.on("save", stdout="x" + TAR_END)
+        shared.scripted.on("save", stdout=ARCHIVE.decode())
         count = lambda: len(os.listdir(f"/proc/{shared.process.pid}/fd"))
         for path in ("/containers/json", "/images/tst:a/get", "/events?until=1"):
             shared.ask("GET", path)
@@ -7544,14 +7740,14 @@ class TestSockets:
 
     def test_running_requests_end(self, daemon, scripted):
         furnish(scripted)
-        scripted.on("save", stdout="x" + TAR_END, stays=0.3)
+        scripted.on("save", stdout=ARCHIVE.decode(), stays=0.3)
         answers = []
         thread = threading.Thread(target=lambda: answers.append(daemon.ask("GET", "/images/tst:a/get")))
         thread.start()
         assert until(lambda: scripted.calls("save"))
         assert daemon.end() == 0
         thread.join(5)
-        assert (answers[0].status, answers[0].body) == (200, b"x" + TAR_END.encode())
+        assert (answers[0].status, answers[0].body) == (200, ARCHIVE)
 
     def test_events_do_not_hold_up_the_end(self, daemon):
         with daemon.connect() as sock:
@@ -8795,6 +8991,27 @@ class TestLiveImages:
         assert live.docker(client, "load", data=b"garbage" * 100).returncode == 1
         assert "import" not in live.text(client, "images")
         live.text(client, "rmi", "tstlive/b:1")
+
+    def test_an_uncompressed_layer_goes_in_and_out_whole(self, live, tmp_path):
+        # Its end looks like that of the archive.
+        layer = tar_of(("file", random.randbytes(200000)))
+        config = json.dumps({"architecture": nerdctld.GO_ARCHITECTURES.get(os.uname().machine, ""), "os": "linux", "rootfs": {
+            "type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(layer).hexdigest()]}, "config": {}}).encode()
+        names = ["tstlive/u:2", "tstlive/u:1", "tstlive/u:3"]
+        manifest = json.dumps([{"Config": "c.json", "RepoTags": names, "Layers": ["layer.tar"]}]).encode()
+        (tmp_path / "u.tar").write_bytes(tar_of(("c.json", config), ("layer.tar", layer), ("manifest.json", manifest)))
+        done = subprocess.run(["curl", "-sS", "--unix-socket", live.socket, "-X", "POST", "-H", "Expect: 100-continue", "-T", tmp_path / "u.tar", "http://d/images/load"],
+                              capture_output=True, timeout=60)
+        assert [json.loads(line) for line in done.stdout.splitlines()] == [{"stream": f"Loaded image: {name}\n"} for name in names], done.stderr
+        found = {live.ask("GET", "/images/get?names=" + ",".join(names)).body for _ in range(20)}
+        assert len(found) == 1
+        with tarfile.open(fileobj=io.BytesIO(found.pop())) as archive:
+            assert {"oci-layout", "index.json", "blobs/sha256/" + hashlib.sha256(layer).hexdigest()} <= set(archive.getnames())
+        identity = live.ask("GET", "/images/tstlive/u:1/json").json["Id"]
+        assert live.ask("DELETE", "/images/tstlive/u:1?force=1&platforms=" + urllib.parse.quote('{"os":"linux","architecture":"arm64"}')).status == 501
+        live.ask("POST", "/images/tstlive/u:1/tag?repo=tstlive/v&tag=1")
+        assert live.ask("DELETE", f"/images/tstlive/u@{identity}?force=1").json == [{"Untagged": name} for name in sorted(names)]
+        assert live.ask("DELETE", "/images/tstlive/v:1").json == [{"Untagged": "tstlive/v:1"}, {"Deleted": identity}]
 
     def test_push_and_pull(self, live, client, real_registry):
         for tag in "12":
