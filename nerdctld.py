@@ -8,7 +8,7 @@ The way of a request, in one direction only:
 
 Sections, each using only what stands above it:
 
-    Errors · Requests, responses · Routes · nerdctl process · Conversions · gRPC · Events · Snapshot · Engine ·
+    Errors · Requests, responses · Routes · nerdctl process · Conversions · Patterns · gRPC · Events · Snapshot · Engine ·
     System · Images · Build · Containers · Container create · Sessions · Container lifecycle · Streams · Exec ·
     Archive · Statistics · Networks · Volumes · Swarm and plugins · Relay · BuildKit · HTTP server ·
     Sockets · ctr · Command line
@@ -22,6 +22,7 @@ To add an endpoint:
 
 import argparse
 import base64
+import bisect
 import calendar
 import collections
 import contextlib
@@ -1121,18 +1122,6 @@ def match_labels(labels: Dict[str, str], wanted: Iterable[str]) -> bool:
     return True
 
 
-def match_any(value: str, wanted: Iterable[str]) -> bool:
-    """Whether a name satisfies a name filter, which Docker reads as regular expressions found anywhere in it."""
-    for each in wanted:
-        try:
-            if re.search(each, value):
-                return True
-        except re.error:
-            if each in value:
-                return True
-    return False
-
-
 def typed(value: Any, kind: type, what: str) -> Any:
     """`value` if it is of the JSON type asked for, an empty one for null; 400 otherwise."""
     if value is None:
@@ -1206,6 +1195,377 @@ def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[i
     finally:
         for each in stack:
             os.close(each)
+
+
+###############################################################################
+# Patterns
+###############################################################################
+
+# Clients filter by expressions of Go's regexp, which takes a time linear in the text for any of them. Python's re
+# does not, and nothing else runs while it searches. So an expression is compiled to a program here, and all
+# instructions that a text can have come to are followed at once. A Character consumes one character, a string is a
+# boundary that has to be there, a tuple holds the offsets of the instructions to go on at, and the end of the program
+# is the match. Nobody asks where a match is, so a lazy repetition is like any other. The classes of Unicode (\p{...})
+# are not known.
+Ranges = Tuple[Tuple[str, str], ...]
+Program = List[Any]
+PERL_CLASSES: Dict[str, Ranges] = {
+    "d": (("0", "9"),), "s": (("\t", "\n"), ("\f", "\r"), (" ", " ")),
+    "w": (("0", "9"), ("A", "Z"), ("_", "_"), ("a", "z")),
+}
+POSIX_CLASSES: Dict[str, Ranges] = {
+    "alnum": (("0", "9"), ("A", "Z"), ("a", "z")), "alpha": (("A", "Z"), ("a", "z")), "ascii": (("\0", "\x7f"),),
+    "blank": (("\t", "\t"), (" ", " ")), "cntrl": (("\0", "\x1f"), ("\x7f", "\x7f")), "digit": (("0", "9"),),
+    "graph": (("!", "~"),), "lower": (("a", "z"),), "print": ((" ", "~"),),
+    "punct": (("!", "/"), (":", "@"), ("[", "`"), ("{", "~")), "space": (("\t", "\r"), (" ", " ")),
+    "upper": (("A", "Z"),), "word": PERL_CLASSES["w"], "xdigit": (("0", "9"), ("A", "F"), ("a", "f")),
+}
+POSIX_CLASS = re.compile(r"\[:(\^?)([^\]:]*):\]")
+GROUP_HEAD = re.compile(r"\?(?:P?<(?P<name>\w+)>|(?P<on>[imsU]*)(?:-(?P<off>[imsU]+))?(?P<end>[:)]))", re.ASCII)
+COUNTS = re.compile(r"(0|[1-9][0-9]*)(?:(,)(0|[1-9][0-9]*)?)?\}")
+CODE = re.compile(r"x\{([0-9A-Fa-f]+)\}|x([0-9A-Fa-f]{2})|([1-7][0-7]{1,2}|0[0-7]{0,2})")
+WORD_CHARACTER = re.compile(r"\w", re.ASCII)
+# Instructions of all expressions of a filter. The other limits are those of Go.
+PROGRAM_LIMIT, REPEAT_LIMIT, GROUP_LIMIT = 10000, 1000, 1000
+
+
+class PatternError(ValueError):
+    """What Go's regexp does not compile."""
+
+
+class Character(NamedTuple):
+    """The instruction for one character: it is in one of the ranges, which are in order and apart, or, `negated`, in
+    none of them. `folded` takes it in upper and lower case."""
+
+    ranges: Ranges
+    folded: bool = False
+    negated: bool = False
+
+    def accepts(self, text: str) -> bool:
+        """Whether a character is one of these."""
+        return any(map(self._has, {text, text.lower(), text.upper()} if self.folded else (text,))) != self.negated
+
+    def _has(self, text: str) -> bool:
+        place = bisect.bisect_right(self.ranges, (text, chr(sys.maxunicode))) - 1
+        return place >= 0 and self.ranges[place][0] <= text <= self.ranges[place][1]
+
+
+def merged(ranges: Iterable[Tuple[str, str]]) -> Ranges:
+    """Ranges of characters in order and apart."""
+    found: List[Tuple[str, str]] = []
+    for low, high in sorted(ranges):
+        if found and low <= found[-1][1]:
+            low, high = found[-1][0], max(high, found.pop()[1])
+        found.append((low, high))
+    return tuple(found)
+
+
+def complement(ranges: Ranges) -> Ranges:
+    """The characters that are in none of these ranges, which are in order and apart."""
+    found, code = [], 0
+    for low, high in ranges:
+        if ord(low) > code:
+            found.append((chr(code), chr(ord(low) - 1)))
+        code = ord(high) + 1
+    return (*found, (chr(code), chr(sys.maxunicode)))
+
+
+class OpenGroup:
+    """A group whose end was not read yet: its alternatives, the pieces of the last one, each with the product of the
+    nested repetitions in it, the greatest of these products, and the flags that hold again after the group."""
+
+    def __init__(self, flags: frozenset):
+        self.flags, self.product = flags, 1
+        self.alternatives: List[Program] = []
+        self.pieces: List[Tuple[Program, int]] = []
+
+    def end_alternative(self) -> None:
+        """Make the pieces so far an alternative, and begin the next one."""
+        self.alternatives.append([each for piece, _ in self.pieces for each in piece])
+        self.pieces = []
+
+    def program(self) -> Program:
+        """The program of the whole group."""
+        self.end_alternative()
+        if len(self.alternatives) == 1:
+            return self.alternatives[0]
+        end, starts, found = 1 + sum(len(each) + 1 for each in self.alternatives), [], [()]
+        for each in self.alternatives:
+            starts.append(len(found))
+            found += each
+            found.append((end - len(found),))
+        return [tuple(starts), *found[1:]]
+
+
+class Compiler:
+    """Makes the program of an expression, reading it once from left to right. PatternError for what Go's regexp
+    refuses; 400 for more than `room` instructions."""
+
+    def __init__(self, text: str, room: int):
+        self.text, self.at, self.room = text, 0, room
+        self.flags: frozenset = frozenset()
+        self.groups = [OpenGroup(self.flags)]
+        self.names: set = set()
+        # Whether a repetition was read last: another one must not follow.
+        self.repeated = False
+
+    def compile(self) -> Program:
+        """The program of the whole expression."""
+        while self.at < len(self.text):
+            self.step()
+        if len(self.groups) > 1:
+            raise PatternError("missing closing )")
+        return self.groups[0].program()
+
+    def take(self, expression: "re.Pattern[str]") -> Optional["re.Match[str]"]:
+        """Read what matches here; None, with nothing read, where nothing does."""
+        found = expression.match(self.text, self.at)
+        self.at = found.end() if found else self.at
+        return found
+
+    def spend(self, instructions: int) -> None:
+        """Take instructions from the room that is left."""
+        self.room -= instructions
+        if self.room < 0:
+            raise BadParameter("invalid filter: its expressions are too large")
+
+    def add(self, piece: Program, product: int = 1) -> None:
+        """Put a piece at the end of the innermost group."""
+        group = self.groups[-1]
+        group.pieces.append((piece, product))
+        group.product = max(group.product, product)
+
+    def add_one(self, instruction: Any) -> None:
+        """Put an instruction there."""
+        self.spend(1)
+        self.add([instruction])
+
+    def step(self) -> None:
+        """Read one element of the expression."""
+        letter, repeated, self.repeated = self.text[self.at], self.repeated, False
+        self.at += 1
+        counts = self.take(COUNTS) if letter == "{" else None
+        if counts or letter in "*+?":
+            if repeated or not self.groups[-1].pieces:
+                raise PatternError("nothing to repeat")
+            simple = {"*": ("0", ",", ""), "+": ("1", ",", ""), "?": ("0", ",", "1")}
+            low, comma, high = counts.groups() if counts else simple[letter]
+            # More digits are too many in any case.
+            self.repeat(int(low[:9]), int(high[:9]) if high else None if comma else int(low[:9]))
+        elif letter == "(":
+            self.open()
+        elif letter == "|":
+            self.spend(2)
+            self.groups[-1].end_alternative()
+        elif letter == ")":
+            self.close()
+        elif letter == "\\":
+            self.escape()
+        elif letter in "^$":
+            self.add_one(letter if "m" in self.flags else {"^": "A", "$": "z"}[letter])
+        elif letter == ".":
+            self.add_one(Character(() if "s" in self.flags else (("\n", "\n"),), negated=True))
+        else:
+            self.add_one(self.bracket() if letter == "[" else self.literal(letter))
+
+    def literal(self, letter: str) -> Character:
+        """The instruction for a character that stands for itself."""
+        return Character(((letter, letter),), "i" in self.flags)
+
+    def repeat(self, low: int, high: Optional[int]) -> None:
+        """Repeat the last piece from `low` to `high` times, None for without end."""
+        if self.text.startswith("?", self.at):
+            self.at += 1
+        self.repeated = True
+        piece, product = self.groups[-1].pieces.pop()
+        most = low if high is None else high
+        product *= max(1, most)
+        if max(low, most, product) > REPEAT_LIMIT or low > most:
+            raise PatternError("invalid repeat count")
+        self.spend(len(piece) * max(1, most) + (2 if high is None else high - low) - len(piece))
+        if high is not None:
+            self.add(piece * low + [(1, len(piece) + 1), *piece] * (high - low), product)
+        elif low:
+            self.add([*piece * low, (-len(piece), 1)], product)
+        else:
+            self.add([(1, len(piece) + 2), *piece, (-len(piece) - 1,)], product)
+
+    def open(self) -> None:
+        """Read the rest of the beginning of a group, or other flags for the rest of this one."""
+        head = self.take(GROUP_HEAD)
+        name = head.group("name") if head else None
+        if (not head and self.text.startswith("?", self.at)) or len(self.groups) > GROUP_LIMIT or name in self.names:
+            raise PatternError("invalid group")
+        if not head or head.group("end") != ")":
+            self.groups.append(OpenGroup(self.flags))
+        if name:
+            self.names.add(name)
+        elif head:
+            self.flags = (self.flags | set(head.group("on"))) - set(head.group("off") or "")
+
+    def close(self) -> None:
+        """End the innermost group and put its program into the one around it."""
+        if len(self.groups) == 1:
+            raise PatternError("unexpected )")
+        group = self.groups.pop()
+        self.flags = group.flags
+        self.add(group.program(), group.product)
+
+    def escape(self) -> None:
+        """Read what stands behind a backslash outside of brackets."""
+        letter = self.text[self.at:self.at + 1]
+        if letter == "Q":
+            end = self.text.find("\\E", self.at)
+            quoted = self.text[self.at + 1:end if end >= 0 else len(self.text)]
+            self.at = end + 2 if end >= 0 else len(self.text)
+            for each in quoted:
+                self.add_one(self.literal(each))
+        elif letter in ("A", "z", "b", "B"):
+            self.at += 1
+            self.add_one(letter)
+        elif letter.lower() in PERL_CLASSES:
+            self.at += 1
+            self.add_one(Character(PERL_CLASSES[letter.lower()], "i" in self.flags, letter.isupper()))
+        else:
+            self.add_one(self.literal(self.escaped()))
+
+    def escaped(self) -> str:
+        """Read what stands behind a backslash for one character."""
+        code = self.take(CODE)
+        if code:
+            long, short, octal = code.groups()
+            number = int(octal, 8) if octal else int(short or long.lstrip("0")[:7] or "0", 16)
+            if number > sys.maxunicode:
+                raise PatternError("invalid escape sequence")
+            return chr(number)
+        letter = self.text[self.at:self.at + 1]
+        self.at += 1
+        named = {"a": "\a", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}.get(letter)
+        if not named and (not letter or letter.isalnum() or not letter.isascii()):
+            raise PatternError("invalid escape sequence")
+        return named or letter
+
+    def bracket(self) -> Character:
+        """Read the rest of a class in brackets."""
+        negated = self.text.startswith("^", self.at)
+        self.at += negated
+        begin, ranges = self.at, []
+        while self.at == begin or not self.text.startswith("]", self.at):
+            posix = self.take(POSIX_CLASS)
+            letter = self.text[self.at + 1:self.at + 2] if self.text.startswith("\\", self.at) else ""
+            if posix:
+                if posix.group(2) not in POSIX_CLASSES:
+                    raise PatternError("invalid character class range")
+                known = POSIX_CLASSES[posix.group(2)]
+                ranges += complement(known) if posix.group(1) else known
+            elif letter.lower() in PERL_CLASSES:
+                self.at += 2
+                known = PERL_CLASSES[letter.lower()]
+                ranges += complement(known) if letter.isupper() else known
+            else:
+                low = high = self.member()
+                if self.text.startswith("-", self.at) and self.text[self.at + 1:self.at + 2] not in ("", "]"):
+                    self.at += 1
+                    high = self.member()
+                if high < low:
+                    raise PatternError("invalid character class range")
+                ranges.append((low, high))
+        self.at += 1
+        return Character(merged(ranges), "i" in self.flags, negated)
+
+    def member(self) -> str:
+        """Read one character in brackets."""
+        if self.at >= len(self.text):
+            raise PatternError("missing closing ]")
+        letter = self.text[self.at]
+        self.at += 1
+        return self.escaped() if letter == "\\" else letter
+
+
+class Pattern:
+    """An expression of Go's regexp, to be found anywhere in a text. PatternError for what Go's regexp refuses; 400 for
+    one of more than `room` instructions."""
+
+    # Members of sets of instructions that are kept for the next time that a text comes to them.
+    KEPT = 1 << 16
+
+    def __init__(self, text: str, room: int = PROGRAM_LIMIT):
+        self.program = Compiler(text, room).compile()
+        self.steps: Dict[Tuple[frozenset, str, str], frozenset] = {}
+        self.kept = 0
+
+    def found_in(self, text: str) -> bool:
+        """Whether it matches a part of a text. The time is at most proportional to the lengths of text and program."""
+        places, before = frozenset((0,)), ""
+        for after in itertools.chain(text, ("",)):
+            step = (places, before, after)
+            known = self.steps.get(step)
+            if known is None:
+                known = self.follow(*step)
+                self.kept += len(known) + 1
+                if self.kept > self.KEPT:
+                    self.steps, self.kept = {}, len(known) + 1
+                self.steps[step] = known
+            if len(self.program) in known:
+                return True
+            # All that the next boundary depends on.
+            places, before = known, "a" if WORD_CHARACTER.match(after) else "\n" if after == "\n" else " "
+        return False
+
+    def follow(self, places: frozenset, before: str, after: str) -> frozenset:
+        """The instructions to go on at behind the character `after`, "" for the end of the text; the end of the
+        program alone where it is reached without that character."""
+        waiting, reached, found = list(places), set(places), {0}
+        while waiting:
+            place = waiting.pop()
+            if place == len(self.program):
+                return frozenset((place,))
+            instruction = self.program[place]
+            following: Iterable[int] = ()
+            if isinstance(instruction, Character):
+                if after and instruction.accepts(after):
+                    found.add(place + 1)
+            elif isinstance(instruction, str):
+                following = (place + 1,) if is_boundary(instruction, before, after) else ()
+            else:
+                following = [place + offset for offset in instruction]
+            for each in following:
+                if each not in reached:
+                    reached.add(each)
+                    waiting.append(each)
+        return frozenset(found)
+
+
+def is_boundary(kind: str, before: str, after: str) -> bool:
+    """Whether a boundary is between two characters, "" for an end of the text: one of the text (A, z), of a line (^, $)
+    or of a word (b), or none of a word (B)."""
+    if kind in "bB":
+        return (bool(WORD_CHARACTER.match(before)) != bool(WORD_CHARACTER.match(after))) == (kind == "b")
+    beside = before if kind in "A^" else after
+    return not beside or (beside == "\n" and kind in "^$")
+
+
+class NameFilter:
+    """The values of a filter by name, as dockerd takes them: each is the name itself or an expression that is found in
+    it. An expression that does not compile is found nowhere. 400 for more than PROGRAM_LIMIT instructions."""
+
+    SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$]")
+
+    def __init__(self, wanted: Iterable[str]):
+        self.exact = frozenset(wanted)
+        self.parts = [each for each in self.exact if not self.SPECIAL.search(each)]
+        self.patterns: List[Pattern] = []
+        room = PROGRAM_LIMIT
+        for each in self.exact.difference(self.parts):
+            with contextlib.suppress(PatternError):
+                self.patterns.append(Pattern(each, room))
+                room -= len(self.patterns[-1].program)
+
+    def passes(self, *names: str) -> bool:
+        """Whether one of the names of an object passes; all do where the filter has no values."""
+        return not self.exact or any(
+            name in self.exact or any(part in name for part in self.parts)
+            or any(each.found_in(name) for each in self.patterns) for name in names)
 
 
 ###############################################################################
@@ -3613,16 +3973,54 @@ def docker_image_row(group: ImageGroup, version: Tuple[int, int], containers: in
     return row
 
 
-def match_reference(names: List[str], patterns: List[str]) -> List[str]:
-    """Those of an image's names that fit a pattern of the `reference` filter: with or without tag or digest, `*` not
-    across slashes."""
-    globs = [re.compile("".join({"*": "[^/]*", "?": "[^/]"}.get(each, re.escape(each)) for each in pattern)) for pattern in patterns]
+# Of a glob: a class in brackets, a character behind a backslash, any other.
+GLOB_ELEMENT = re.compile(r"\[(\^?)((?:\\.|[^\]\\])+)\]|\\(.)|([^\[\\])", re.S)
+
+
+def glob_expression(glob: str) -> str:
+    """The expression for a glob of Go's path.Match, whose `*` and `?` stop at slashes; 400 for what is none."""
+
+    def quoted(letter: str) -> str:
+        return f"\\x{{{ord(letter):x}}}"
+
+    found, at = "", 0
+    while at < len(glob):
+        element = GLOB_ELEMENT.match(glob, at)
+        if not element:
+            raise BadParameter("syntax error in pattern")
+        at = element.end()
+        negated, members, escaped, plain = element.groups()
+        if members:
+            members = re.sub(r"\\(.)|([^-])", lambda each: quoted(each.group(1) or each.group(2)), members, flags=re.S)
+            found += f"[{negated}{members}]"
+        else:
+            found += {"*": "[^/]*", "?": "[^/]"}.get(plain) or quoted(escaped or plain)
+    return found
+
+
+def reference_patterns(globs: Iterable[str]) -> List[Pattern]:
+    """The values of a `reference` filter, compiled; 400 for what is no glob and for more than PROGRAM_LIMIT
+    instructions."""
+    found: List[Pattern] = []
+    room = PROGRAM_LIMIT
+    for each in globs:
+        try:
+            found.append(Pattern(rf"\A{glob_expression(each)}\z", room))
+        except PatternError:
+            raise BadParameter("syntax error in pattern") from None
+        room -= len(found[-1].program)
+    return found
+
+
+def match_reference(names: List[str], patterns: List[Pattern]) -> List[str]:
+    """Those of an image's names that fit a pattern of the `reference` filter, with or without tag or digest."""
     found = []
     for name in names:
         bare = name.partition("@")[0]
         head, colon, tail = bare.rpartition(":")
         bare = head if colon and "/" not in tail else bare
-        if any(glob.fullmatch(each) for glob in globs for each in (name, bare, "docker.io/" + name, "docker.io/library/" + bare)):
+        forms = (name, bare, "docker.io/" + name, "docker.io/library/" + bare)
+        if any(pattern.found_in(each) for pattern in patterns for each in forms):
             found.append(name)
     return found
 
@@ -3663,6 +4061,7 @@ def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[st
     before = [seconds_or_zero(engine.snapshot.image(each).config.get("created") or "") for each in filters.get("before") or []]
     since = [seconds_or_zero(engine.snapshot.image(each).config.get("created") or "") for each in filters.get("since") or []]
     until = until_limit(filters.get("until") or [])
+    references = reference_patterns(filters.get("reference") or [])
     found = []
     for group in groups:
         labels = group.labels
@@ -3670,7 +4069,7 @@ def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[st
         if (dangling is not None and dangling != (not group.repo_tags)
                 or not match_labels(labels, filters.get("label") or [])
                 or any(match_labels(labels, [each]) for each in filters.get("label!") or [])
-                or (filters.get("reference") and not match_reference([*group.repo_tags, *group.repo_digests], filters["reference"]))
+                or (references and not match_reference([*group.repo_tags, *group.repo_digests], references))
                 or any(created >= each for each in before) or any(created <= each for each in since)
                 or (until is not None and created > until)):
             continue
@@ -3711,11 +4110,12 @@ def image_list(engine: Engine, request: Request) -> Response:
     groups = filter_images(engine, engine.snapshot.image_groups().values(), filters)
     shared = shared_sizes(groups) if request.flag("shared-size") else {}
     users = image_users(engine) if request.flag("manifests") or request.flag("shared-size") else {}
+    references = reference_patterns(filters.get("reference") or [])
     rows = []
     for group in groups:
         row = docker_image_row(group, request.version, len(users.get(group.id, [])) if users else -1, shared.get(group.id, -1))
-        for key in ("RepoTags", "RepoDigests") if filters.get("reference") else ():
-            row[key] = match_reference(row[key], filters["reference"])
+        for key in ("RepoTags", "RepoDigests") if references else ():
+            row[key] = match_reference(row[key], references)
         if request.flag("manifests") and request.version >= (1, 47):
             row["Manifests"] = docker_manifests(group, users.get(group.id, []))
         rows.append(row)
@@ -5305,15 +5705,16 @@ def match_port(ports: List[Dict[str, Any]], key: str, wanted: List[str]) -> bool
     return False
 
 
-def match_container(engine: Engine, container: Container, filters: Dict[str, List[str]]) -> bool:
-    """Whether a container passes the filters of the list, but for before and since."""
+def match_container(engine: Engine, container: Container, filters: Dict[str, List[str]], named: NameFilter) -> bool:
+    """Whether a container passes the filters of the list, of which `named` is that by name, but for before and
+    since."""
     if not filters:
         return True
     told = parse_status(container.status)
     networks = network_names(container)
     checks: Dict[str, Callable[[List[str]], bool]] = {
         "id": lambda wanted: any(container.id.startswith(each) for each in wanted),
-        "name": lambda wanted: match_any(container.name, wanted) or match_any("/" + container.name, wanted),
+        "name": lambda wanted: named.passes(container.name, "/" + container.name),
         "label": lambda wanted: match_labels(container.visible_labels, wanted),
         "status": lambda wanted: container.state in wanted,
         "exited": lambda wanted: container.state == "exited" and str(told["code"]) in wanted,
@@ -5342,6 +5743,7 @@ def ancestor_names(engine: Engine, name: str) -> List[str]:
 def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: bool, limit: int) -> List[Container]:
     """The containers of a list request, newest first."""
     check_container_filters(filters)
+    named = NameFilter(filters.get("name") or [])
     table = list(engine.snapshot.containers.get().values())
     table.sort(key=lambda each: -each.created)
     for key, later in (("before", False), ("since", True)):
@@ -5350,7 +5752,9 @@ def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: b
             table = [each for each in table if (each.created > moment if later else each.created < moment)]
     if limit > 0 or filters.get("status") or filters.get("exited") or filters.get("before") or filters.get("since"):
         everything = True
-    found = [each for each in table if (everything or each.running or each.state == "restarting") and match_container(engine, each, filters)]
+    found = [each for each in table
+             if (everything or each.running or each.state == "restarting")
+             and match_container(engine, each, filters, named)]
     return found[:limit] if limit > 0 else found
 
 
@@ -8886,8 +9290,9 @@ def container_top(engine: Engine, request: Request, name: str) -> Response:
 NETWORK_FILTERS = ("dangling", "driver", "id", "label", "name", "scope", "type", "partial-match")
 
 
-def match_network(network: Dict[str, Any], used: set, filters: Dict[str, List[str]]) -> bool:
-    """Whether a network passes the filters of the list."""
+def match_network(network: Dict[str, Any], used: set, filters: Dict[str, List[str]],
+                  named: NameFilter, known: NameFilter) -> bool:
+    """Whether a network passes the filters of the list, of which `named` is that by name and `known` that by id."""
     predefined = network["Name"] in ("bridge", "host", "none")
     dangling = flag_filter(filters, "dangling")
     if dangling is not None and dangling != (not predefined and network["Name"] not in used):
@@ -8896,8 +9301,7 @@ def match_network(network: Dict[str, Any], used: set, filters: Dict[str, List[st
     if kinds and not set(kinds) <= {"custom", "builtin"}:
         raise BadParameter(f"invalid filter: 'type'='{kinds[0]}'")
     return ((not filters.get("driver") or network["Driver"] in filters["driver"])
-            and (not filters.get("id") or any(network["Id"].startswith(each) for each in filters["id"]))
-            and (not filters.get("name") or any(each in network["Name"] for each in filters["name"]))
+            and named.passes(network["Name"]) and known.passes(network["Id"])
             and (not filters.get("scope") or network["Scope"] in filters["scope"])
             and (not kinds or ("builtin" if predefined else "custom") in kinds)
             and match_labels(network["Labels"], filters.get("label") or []))
@@ -8908,7 +9312,9 @@ def network_list(engine: Engine, request: Request) -> Response:
     """Networks; bridge, host and none are always there."""
     filters = request.filters(*NETWORK_FILTERS)
     used = {name for each in engine.snapshot.containers.get().values() for name in network_names(each)} if "dangling" in filters else set()
-    return Response(200, [each for each in engine.snapshot.networks.get().values() if match_network(each, used, filters)])
+    named, known = NameFilter(filters.get("name") or []), NameFilter(filters.get("id") or [])
+    return Response(200, [each for each in engine.snapshot.networks.get().values()
+                          if match_network(each, used, filters, named, known)])
 
 
 def find_network(engine: Engine, name: str) -> Dict[str, Any]:
@@ -9249,11 +9655,12 @@ def volume_list(engine: Engine, request: Request) -> Response:
     filters = request.filters(*VOLUME_FILTERS)
     dangling = flag_filter(filters, "dangling")
     users = volume_users(engine) if dangling is not None else {}
+    named = NameFilter(filters.get("name") or [])
     found = [
         volume for volume in engine.snapshot.volumes.get().values()
         if (dangling is None or dangling == (volume["Name"] not in users))
         and (not filters.get("driver") or volume["Driver"] in filters["driver"])
-        and (not filters.get("name") or any(each in volume["Name"] for each in filters["name"]))
+        and named.passes(volume["Name"])
         and match_labels(volume["Labels"] or {}, filters.get("label") or [])
     ]
     return Response(200, {"Volumes": found, "Warnings": None})
