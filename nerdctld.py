@@ -56,7 +56,7 @@ import traceback
 import tty
 import urllib.parse
 import zlib
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 # OpenSSL is 5 of 25 MB: `hashlib` loads it for what Python has itself, and `http.client` for https, which only a question
 # to a registry needs.
@@ -8428,12 +8428,24 @@ def container_attach(engine: Engine, request: Request, name: str) -> Response:
 WEBSOCKET_KEY = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
+def websocket_key(request: Request) -> str:
+    """The key of a WebSocket handshake; 400 with dockerd's words where it is none."""
+    upgrade, connection = (request.headers.get(each) or "" for each in ("Upgrade", "Connection"))
+    if upgrade.lower() != "websocket" or "upgrade" not in connection.lower():
+        raise BadParameter("not websocket protocol")
+    key = request.headers.get("Sec-WebSocket-Key") or ""
+    if not key:
+        raise BadParameter("mismatch challenge/response")
+    if (request.headers.get("Sec-WebSocket-Version") or "") != "13":
+        raise BadParameter("missing or bad WebSocket Version")
+    return key
+
+
 @route("GET", "/containers/{id}/attach/ws")
 def container_attach_websocket(engine: Engine, request: Request, name: str) -> Response:
     """The same over a WebSocket, without frames of our own: output in binary messages."""
-    key = request.headers.get("Sec-WebSocket-Key") or ""
-    if "websocket" not in (request.headers.get("Upgrade") or "").lower() or not key:
-        raise BadParameter("not a websocket handshake")
+    engine.snapshot.find(name)
+    key = websocket_key(request)
     attachment, serve, abandon, _ = attach(engine, request, name, framed=False)
     import hashlib
 
@@ -10399,9 +10411,20 @@ def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, 
     return message, answered
 
 
+def check_upgrade(request: Request, refusal: Type[ApiError]) -> None:
+    """Refuse, with dockerd's words, what does not ask for HTTP/2 on its connection. As in dockerd only Upgrade counts."""
+    protocol = request.headers.get("Upgrade") or ""
+    if not protocol:
+        raise refusal("no upgrade proto in request")
+    if protocol != "h2c":
+        raise refusal(f"protocol {protocol} not supported")
+
+
 @route("POST", "/grpc")
 def buildkit_grpc(engine: Engine, request: Request) -> Response:
-    """101, then buildkitd. 101 also without one: after anything else clients would set up a builder of their own."""
+    """101, then buildkitd. 101 also without one: after anything else clients would set up a builder of their own. 500, as
+    dockerd has it here, without an upgrade to h2c."""
+    check_upgrade(request, ApiError)
     try:
         server, address = dial_buildkit(engine.nerdctl)
         failure = None
@@ -10423,7 +10446,8 @@ def buildkit_grpc(engine: Engine, request: Request) -> Response:
 
 @route("POST", "/session")
 def buildkit_session(engine: Engine, request: Request) -> Response:
-    """101, then a session of buildkitd; without a buildkitd one that ends at once."""
+    """101, then a session of buildkitd; without a buildkitd one that ends at once. 400 without an upgrade to h2c."""
+    check_upgrade(request, BadParameter)
     headers = [(name, value) for name, value in request.headers.items() if name.lower().startswith("x-docker-expose-session-")]
     server = None
     with contextlib.suppress(ApiError):
@@ -10841,12 +10865,12 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             Connection(self.connection).send(b"%x\r\n" % len(chunk), chunk, b"\r\n")
 
     def send_hijack(self, response: Response) -> int:
-        """Hand the connection over, as dockerd does it: 101 where an upgrade was asked for, else 200 until the end."""
+        """Hand the connection over, as dockerd does it: 101 where there is a header Upgrade, else 200 until the end."""
         self.close_connection = True
         self.connection.setblocking(False)
         early = self.rfile.peek()
         self.connection.setblocking(True)
-        upgraded = "upgrade" in (self.headers.get("Connection") or "").lower() and self.headers.get("Upgrade")
+        upgraded = "Upgrade" in self.headers
         lines = ["HTTP/1.1 101 UPGRADED" if upgraded else "HTTP/1.1 200 OK"]
         if response.media_type:
             lines.append(f"Content-Type: {response.media_type if upgraded else 'application/vnd.docker.raw-stream'}")

@@ -4382,6 +4382,16 @@ def client_frame(payload, kind=2, mask=b"\1\2\3\4", final=0x80):
 
 
 class TestStreams:
+    @pytest.mark.parametrize("headers, message", [
+        ({}, "not websocket protocol"), ({"Upgrade": "websocket"}, "not websocket protocol"), ({"Upgrade": "tcp", "Connection": "Upgrade"}, "not websocket protocol"),
+        ({"Upgrade": "websocket", "Connection": "Upgrade"}, "mismatch challenge/response"),
+        ({"Upgrade": "WebSocket", "Connection": "keep-alive, upgrade", "Sec-WebSocket-Key": "a"}, "missing or bad WebSocket Version"),
+        ({"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": "a", "Sec-WebSocket-Version": "8"}, "missing or bad WebSocket Version")])
+    def test_no_handshake(self, reading, headers, message):
+        answer = ask(reading, "GET", "/containers/tstweb/attach/ws", headers=headers)
+        assert (answer.status, answer.message) == (400, message)
+        assert ask(reading, "GET", "/containers/nosuch/attach/ws", headers=headers).status == 404
+
     @pytest.mark.parametrize("tty, version, told", [(True, (1, 50), "raw"), (False, (1, 41), "raw"), (False, (1, 42), "multiplexed"), (False, (1, 56), "multiplexed")])
     def test_media_type(self, tty, version, told):
         assert nerdctld.stream_type(tty, version) == f"application/vnd.docker.{told}-stream"
@@ -6113,10 +6123,24 @@ class TestBuildKit:
 
     # --- the two endpoints ---
 
+    @pytest.mark.parametrize("path, status", [("/grpc", 500), ("/session", 400)])
+    @pytest.mark.parametrize("headers, message", [
+        ([], "no upgrade proto in request"), (["Connection: Upgrade"], "no upgrade proto in request"), (["Upgrade:"], "no upgrade proto in request"),
+        (["Connection: Upgrade", "Upgrade: tcp"], "protocol tcp not supported"), (["Upgrade: H2C"], "protocol H2C not supported"), (["Upgrade: h2c"], None),
+        (["Connection: Upgrade", "Upgrade: h2c"], None)])
+    def test_without_the_right_upgrade(self, daemon, path, status, headers, message):
+        with contextlib.closing(daemon.connect()) as sock:
+            sock.settimeout(10)
+            sock.sendall("\r\n".join([f"POST {path} HTTP/1.1", "Host: x", *headers, "", ""]).encode())
+            response = http.client.HTTPResponse(sock, method="POST")
+            response.begin()
+            assert response.status == (status if message else 101)
+            assert json.loads(response.read()) == {"message": message} if message else response.headers["Upgrade"] == "h2c"
+
     @pytest.mark.parametrize("path", ["/grpc", "/session"])
     def test_endpoints_answer_101_without_buildkitd(self, path, tmp_path):
         """Anything else would make clients set up a builder of their own."""
-        response = nerdctld.dispatch(self.engine(str(tmp_path / "none.sock")), nerdctld.Request("POST", path))
+        response = nerdctld.dispatch(self.engine(str(tmp_path / "none.sock")), nerdctld.Request("POST", path, headers={"Upgrade": "h2c"}))
         assert response.status == 101 and response.body.protocol == "h2c" and not response.media_type
         near, far = socket.socketpair()
         thread = threading.Thread(target=response.body.serve, args=(nerdctld.Connection(near),), daemon=True)
