@@ -78,6 +78,9 @@ if OPENSSL_LATER:
 
 VERSION = "0.1.0"
 API_NEWEST = (1, 56)
+# The release of Docker with the same newest API. Clients compare the engine's version with the one that they need
+# (Testcontainers for Java refuses any below 1.6.0), so it goes up together with API_NEWEST.
+ENGINE_VERSION = "29.9.0"
 API_OLDEST = (1, 24)
 JSON_LIMIT = 16 << 20
 BLOCK = 1 << 18
@@ -3646,6 +3649,13 @@ def system_ping_head(engine: Engine, request: Request) -> Response:
     return response
 
 
+def platform_name(components: List[Dict[str, Any]]) -> str:
+    """What a client shows as the kind of the server: `nerdctld 0.1.0, nerdctl v2.3.5, containerd v2.3.1`."""
+    shown = [each for name in ("nerdctld", "nerdctl", "containerd") for each in components if each["Name"] == name]
+    # Without a nerdctl its version is a sentence that says so.
+    return ", ".join(each["Version"] if " " in each["Version"] else f"{each['Name']} {each['Version']}" for each in shown)
+
+
 def docker_version(told: Dict[str, Any], problem: str, version: Tuple[int, int]) -> Dict[str, Any]:
     """Docker's version from nerdctl's; `problem` says why nothing was told."""
     machine = os.uname()
@@ -3656,7 +3666,8 @@ def docker_version(told: Dict[str, Any], problem: str, version: Tuple[int, int])
         "KernelVersion": machine.release, "Experimental": "false", "GitCommit": "", "GoVersion": client.get("GoVersion") or "",
         "BuildTime": "",
     }
-    components = [{"Name": "Engine", "Version": VERSION, "Details": details}]
+    components = [{"Name": "Engine", "Version": ENGINE_VERSION, "Details": details},
+                  {"Name": "nerdctld", "Version": VERSION, "Details": {"GitCommit": ""}}]
     if client.get("Version"):
         components.append({"Name": "nerdctl", "Version": client["Version"], "Details": {"GitCommit": client.get("GitCommit") or ""}})
     for each in (server.get("Components") or []) + (client.get("Components") or []):
@@ -3665,8 +3676,8 @@ def docker_version(told: Dict[str, Any], problem: str, version: Tuple[int, int])
             "Details": {"GitCommit": "", **(each.get("Details") or {})},
         })
     answer = {
-        "Platform": {"Name": f"nerdctld {VERSION}" + (f" ({problem})" if problem else "")}, "Components": components,
-        "Version": VERSION, "ApiVersion": "%d.%d" % API_NEWEST, "MinAPIVersion": "%d.%d" % API_OLDEST, "GitCommit": "",
+        "Platform": {"Name": platform_name(components) + (f" ({problem})" if problem else "")}, "Components": components,
+        "Version": ENGINE_VERSION, "ApiVersion": "%d.%d" % API_NEWEST, "MinAPIVersion": "%d.%d" % API_OLDEST, "GitCommit": "",
         "GoVersion": client.get("GoVersion") or "", "Os": "linux", "Arch": architecture, "KernelVersion": machine.release,
         "BuildTime": "",
     }
@@ -3678,7 +3689,8 @@ GO_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i68
 
 @route("GET", "/version")
 def system_version(engine: Engine, request: Request) -> Response:
-    """Versions of this daemon, nerdctl, containerd, runc and buildctl; answers also where they are missing or down."""
+    """The version of Docker with the same API, and those of this daemon and of nerdctl, containerd, runc and buildctl, as far
+    as they are there."""
     told, problem = {}, ""
     try:
         told = engine.snapshot.version.get()
@@ -3722,13 +3734,13 @@ def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
             "InsecureRegistryCIDRs": ["127.0.0.0/8", "::1/128"],
             "IndexConfigs": {"docker.io": {"Name": "docker.io", "Mirrors": [], "Secure": True, "Official": True}}, "Mirrors": [],
         },
-        "ServerVersion": VERSION, "Runtimes": {"io.containerd.runc.v2": runtime, "runc": runtime}, "DefaultRuntime": "runc",
+        "ServerVersion": ENGINE_VERSION, "Runtimes": {"io.containerd.runc.v2": runtime, "runc": runtime}, "DefaultRuntime": "runc",
         "Swarm": {"NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": False, "Error": "", "RemoteManagers": None},
         "LiveRestoreEnabled": True, "Isolation": "", "InitBinary": "tini", "ContainerdCommit": {"ID": told.get("ServerVersion") or ""},
         "RuncCommit": {"ID": ""}, "InitCommit": {"ID": ""}, "CDISpecDirs": [], "ProductLicense": "",
         "Containerd": {"Address": "", "Namespaces": {"Containers": "default", "Plugins": "default"}},
     })
-    info["Labels"] = [f"nerdctl={nerdctl_version}"] if nerdctl_version else []
+    info["Labels"] = [f"nerdctld={VERSION}", *([f"nerdctl={nerdctl_version}"] if nerdctl_version else [])]
     return info
 
 

@@ -2214,8 +2214,17 @@ class TestSystem:
     def test_version(self, furnished):
         told = ask(furnished, "GET", "/version").json
         assert [(each["Name"], each["Version"]) for each in told["Components"]] == [
-            ("Engine", nerdctld.VERSION), ("nerdctl", "v2.3.5"), ("containerd", "v2.3.1"), ("runc", "1.1.5+ds1"), ("buildctl", "v0.34.2")]
+            ("Engine", nerdctld.ENGINE_VERSION), ("nerdctld", nerdctld.VERSION), ("nerdctl", "v2.3.5"), ("containerd", "v2.3.1"),
+            ("runc", "1.1.5+ds1"), ("buildctl", "v0.34.2")]
         assert (told["ApiVersion"], told["MinAPIVersion"], told["Os"]) == ("1.56", "1.24", "linux")
+        assert told["Platform"]["Name"] == f"nerdctld {nerdctld.VERSION}, nerdctl v2.3.5, containerd v2.3.1"
+
+    def test_the_version_of_the_engine_is_one_of_docker(self, furnished):
+        told, info = ask(furnished, "GET", "/version").json, ask(furnished, "GET", "/info").json
+        # Clients read three numbers, and compare them with those of Docker (1.6.0 is the least that Testcontainers takes).
+        assert told["Version"] == info["ServerVersion"] == told["Components"][0]["Version"]
+        assert re.fullmatch(r"\d+\.\d+\.\d+", told["Version"]) and tuple(map(int, told["Version"].split("."))) >= (29, 0, 0)
+        assert info["Labels"] == [f"nerdctld={nerdctld.VERSION}", "nerdctl=v2.3.5"]
 
     def test_version_without_nerdctl(self, tmp_path):
         engine = nerdctld.Engine(nerdctld.Nerdctl([str(tmp_path / "none")]))
@@ -8108,7 +8117,7 @@ class TestLiveImages:
     def test_version_and_info(self, live, client):
         assert "nerdctl" in live.text(client, "version")
         assert live.text(client, "info", "--format", "{{.Driver}} {{.OSType}}") == "overlayfs linux\n"
-        assert "Server Version: " + nerdctld.VERSION in live.text(client, "info")
+        assert "Server Version: " + nerdctld.ENGINE_VERSION in live.text(client, "info")
 
     def test_images_and_inspect(self, live, client):
         rows = [json.loads(line) for line in live.text(client, "images", "--no-trunc", "--format", "{{json .}}").splitlines()]
@@ -9220,7 +9229,7 @@ class TestLiveSystemd:
     def test_first_connection_starts_it(self, shell):
         assert shell("systemctl is-active nerdctl.service", fails=True) == "inactive\n"
         assert shell("stat -c '%a %U %G' /run/nerdctl.sock") == "660 root root\n"
-        assert shell("docker version -f '{{.Server.Version}}'; systemctl is-active nerdctl.service") == f"{nerdctld.VERSION}\nactive\n"
+        assert shell("docker version -f '{{.Server.Version}}'; systemctl is-active nerdctl.service") == f"{nerdctld.ENGINE_VERSION}\nactive\n"
         assert shell("ls /var/cache/nerdctld/usr/local/bin").startswith("nerdctld.cpython")
         assert BASE in shell("docker load -q -i /stack/base.tar; docker images --format '{{.Repository}}:{{.Tag}}'")
         assert shell(f"docker run --rm --network none {BASE} echo hello") == "hello\n"
@@ -9254,7 +9263,7 @@ class TestLiveSystemd:
         shell(environment + """mkdir -p ~/.config/systemd/user; cp /src/nerdctl.socket /src/nerdctl.service ~/.config/systemd/user/
             systemctl --user daemon-reload; systemctl --user enable --now nerdctl.socket""", "outsider")
         assert shell(environment + "docker version -f '{{.Server.Version}}'; systemctl --user is-active nerdctl.service; stat -c %U $XDG_RUNTIME_DIR/nerdctl.sock; "
-                     "ls ~/.cache/nerdctld/usr/local/bin | head -c 8", "outsider") == f"{nerdctld.VERSION}\nactive\noutsider\nnerdctld"
+                     "ls ~/.cache/nerdctld/usr/local/bin | head -c 8", "outsider") == f"{nerdctld.ENGINE_VERSION}\nactive\noutsider\nnerdctld"
 
     def test_nothing_stays(self, shell):
         shell("systemctl stop nerdctl.socket nerdctl.service")
@@ -9299,7 +9308,7 @@ class TestLiveSSH:
 
     def test_docker_over_ssh(self, live, client, host):
         address, environment = host
-        assert live.text(client, "-H", address, "version", "--format", "{{.Server.Version}}", environment=environment) == nerdctld.VERSION + "\n"
+        assert live.text(client, "-H", address, "version", "--format", "{{.Server.Version}}", environment=environment) == nerdctld.ENGINE_VERSION + "\n"
         assert BASE in live.text(client, "-H", address, "images", "--format", "{{.Repository}}:{{.Tag}}", environment=environment)
         archive = live.docker(client, "-H", address, "save", BASE, environment=environment).stdout
         assert len(archive) > 1000000 and "Loaded image" in live.text(client, "-H", address, "load", data=archive, environment=environment)
