@@ -501,7 +501,7 @@ def error_response(error: ApiError) -> Response:
 NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
     (r"cannot access containerd socket \"?([^\"\s:]+)", Unavailable,
      "containerd is not running at {0}: start it (systemctl start containerd), or say where it is with --address"),
-    (r"(?:connection error|failed to dial|connection refused|error reading server preface).*?(containerd\.sock)", Unavailable,
+    (r"(?:connection error|failed to dial|connection refused|error reading server preface).{0,400}?(containerd\.sock)", Unavailable,
      "containerd does not answer: see systemctl status containerd"),
     (r"nerdctl is not installed, and", NotImplementedHere, ""),
     (r"connection error: desc = \"transport: Error while dialing: dial unix (?!\S*buildkit)(\S+): ", Unavailable,
@@ -572,7 +572,7 @@ def nerdctl_message(stderr: str) -> str:
     a fatal line that only counts them, or the last line there is."""
     lines = [parse_logrus(line) for line in stderr.splitlines() if line.strip()]
     fatal = [re.sub(r"^\d+ errors:\n(?=.)", "", message) for level, message in lines if level == "fatal"]
-    if fatal and not re.match(r"^(\d+ errors?:?|.*\d+ errors?:)\s*$", fatal[-1].strip()):
+    if fatal and not re.match(r"^(\d+ errors?:?|.*\d errors?:)$", fatal[-1].strip()):
         return re.sub(r"^1 errors:\s*", "", fatal[-1].strip())
     for wanted in (("error",), ("",), ("warning",)):
         told = [message.strip() for level, message in lines if level in wanted]
@@ -1084,12 +1084,12 @@ def rfc3339(nanoseconds: Optional[int]) -> str:
 
 def size_bytes(text: str) -> int:
     """Bytes of `12.5MB`, `1.2 GiB`, `512`; 0 for what is no size."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?i?)b?\s*", text.lower())
+    found = re.fullmatch(r"([\d.]+)\s*([kmgt]?i?)b?", text.strip().lower())
     if not found:
         return 0
     try:
         return int(float(found.group(1)) * SIZE_UNITS[found.group(2)])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         return 0
 
 
@@ -4451,7 +4451,7 @@ class Registry:
         scheme, _, rest = challenge.partition(" ")
         if scheme.lower() != "bearer":
             return self._basic()
-        fields = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+        fields = dict(re.findall(r'\b(\w+)="([^"]*)"', rest))
         realm = urllib.parse.urlsplit(fields.get("realm", ""))
         if realm.scheme not in ("http", "https") or not realm.netloc:
             return ""
@@ -4499,7 +4499,7 @@ class Registry:
 
 def next_query(link: str) -> str:
     """The query of the next page in a Link header, "" where there is none. The rest of the link is that of this page."""
-    for target, attributes in re.findall(r"<([^>]*)>([^,<]*)", link):
+    for target, attributes in re.findall(r"<([^<>]*)>([^,<]*)", link):
         if re.search(r';\s*rel="?next\b', attributes, re.I):
             return target.partition("#")[0].partition("?")[2]
     return ""
@@ -4589,7 +4589,8 @@ def remove_extra_names(engine: Engine, base: str, before: Iterable[str]) -> None
 def parse_loaded(text: str) -> List[str]:
     """The names that `nerdctl load` says it loaded, each once. nerdctl 2.3 sometimes leaves out the last of its
     `Loaded image:` lines (3 of 25 times on a busy machine), but names it in its progress."""
-    told = [*re.findall(r"^Loaded image: (\S+)", text, re.M), *re.findall(r"^(\S+:\S+)[ \t]+saved[ \t]*$", ANSI.sub("", text), re.M)]
+    saved = re.findall(r"^(\S+)[ \t]+saved[ \t]*$", ANSI.sub("", text), re.M)
+    told = [*re.findall(r"^Loaded image: (\S+)", text, re.M), *(each for each in saved if ":" in each[1:-1])]
     return list(dict.fromkeys(told))
 
 
@@ -5206,17 +5207,18 @@ def registry_config(request: Request) -> Dict[str, Dict[str, str]]:
     return auths
 
 
-FAILED_STEP = re.compile(r'process "(?P<command>.*)" did not complete successfully: exit code: (?P<code>\d+)')
+FAILED_STEP = '" did not complete successfully: exit code: '
 
 
 def build_failure(lines: Iterable[str]) -> Dict[str, Any]:
     """The last message of a failed build, from the last lines of its progress."""
     lines = list(lines)
     for line in reversed(lines):
-        found = FAILED_STEP.search(line)
-        if found:
-            text = f"The command '{found.group('command')}' returned a non-zero code: {found.group('code')}"
-            return {"errorDetail": {"code": int(found.group("code")), "message": text}, "error": text}
+        command, failed, rest = line.partition('process "')[2].rpartition(FAILED_STEP)
+        code = re.match(r"[0-9]{1,9}", rest)
+        if failed and code:
+            text = f"The command '{command}' returned a non-zero code: {code.group()}"
+            return {"errorDetail": {"code": int(code.group()), "message": text}, "error": text}
     told = [line for line in lines if re.match(r"(error|ERROR):? ", line)]
     text = re.sub(r"^(error|ERROR):? ", "", told[-1]) if told else str(nerdctl_error("\n".join(lines)))
     return {"errorDetail": {"message": text}, "error": text}
@@ -5231,7 +5233,7 @@ def build_context(request: Request, folder: str) -> None:
     if not remote or remote == "client-session":
         unpack_context(request.body, folder)
         return
-    if re.match(r"git://|git@|ssh://|github\.com/|https?://\S+\.git(#\S*)?$", remote):
+    if re.match(r"git://|git@|ssh://|github\.com/|https?://[^\s#]+\.git(#\S*)?$", remote):
         raise NotImplementedHere("nerdctl cannot build from a git repository: clone it, or use docker buildx")
     if not re.fullmatch(r"https?://\S+", remote):
         raise BadParameter(f"unable to prepare context: {remote!r} is not a URL")

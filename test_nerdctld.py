@@ -2249,6 +2249,17 @@ class TestSystem:
         assert (told["CgroupDriver"], told["MemTotal"], told["Driver"]) == ("cgroupfs", 25276510208, "overlayfs")
         assert told["Swarm"]["LocalNodeState"] == "inactive"
 
+    @pytest.mark.parametrize("read, text", [
+        (nerdctld.nerdctl_error, fatal("1" * 40000 + "!")), (nerdctld.nerdctl_error, fatal("connection error " * 4000)), (nerdctld.size_bytes, "1" + " " * 40000 + "!"),
+        (nerdctld.size_bytes, "9" * 400), (nerdctld.next_query, "<" * 60000), (nerdctld.parse_loaded, "a:" * 30000), (nerdctld.parse_reference, "a-" * 100 + "!"),
+        (lambda text: nerdctld.build_failure([text]), 'process "' * 12000), (nerdctld.glob_expression, "*[a" * 20000 + "]"),
+        (lambda text: nerdctld.build_context(nerdctld.Request("POST", "/build", query={"remote": [text]}), ""), "http://" + ".git#" * 12000 + " ")])
+    def test_time_to_read_what_others_wrote(self, read, text):
+        began = time.process_time()
+        with contextlib.suppress(nerdctld.ApiError):
+            read(text)
+        assert time.process_time() - began < 2
+
     def test_auth(self, engine, scripted):
         scripted.on("login", reads=True, stdout="Login Succeeded\n")
         answer = ask(engine, "POST", "/auth", {"username": "-u", "password": "p", "serveraddress": "http://localhost:5000/v1/"})
