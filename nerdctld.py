@@ -8,7 +8,7 @@ The way of a request, in one direction only:
 
 Sections, each using only what stands above it:
 
-    Errors · Requests, responses · Routes · nerdctl process · Conversions · gRPC · Events · Snapshot · Engine ·
+    Errors · Requests, responses · Routes · nerdctl process · Conversions · Patterns · gRPC · Events · Snapshot · Engine ·
     System · Images · Build · Containers · Container create · Sessions · Container lifecycle · Streams · Exec ·
     Archive · Statistics · Networks · Volumes · Swarm and plugins · Relay · BuildKit · HTTP server ·
     Sockets · ctr · Command line
@@ -58,10 +58,13 @@ import tty
 import urllib.parse
 import zlib
 from hashlib import sha256
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Type
 
 VERSION = "0.1.0"
 API_NEWEST = (1, 56)
+# The release of Docker with the same newest API. Clients compare the engine's version with the one that they need
+# (Testcontainers for Java refuses any below 1.6.0), so it goes up together with API_NEWEST.
+ENGINE_VERSION = "29.9.0"
 API_OLDEST = (1, 24)
 JSON_LIMIT = 16 << 20
 BLOCK = 1 << 18
@@ -482,7 +485,7 @@ def error_response(error: ApiError) -> Response:
 NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
     (r"cannot access containerd socket \"?([^\"\s:]+)", Unavailable,
      "containerd is not running at {0}: start it (systemctl start containerd), or say where it is with --address"),
-    (r"(?:connection error|failed to dial|connection refused|error reading server preface).*?(containerd\.sock)", Unavailable,
+    (r"(?:connection error|failed to dial|connection refused|error reading server preface).{0,400}?(containerd\.sock)", Unavailable,
      "containerd does not answer: see systemctl status containerd"),
     (r"nerdctl is not installed, and", NotImplementedHere, ""),
     (r"connection error: desc = \"transport: Error while dialing: dial unix (?!\S*buildkit)(\S+): ", Unavailable,
@@ -553,7 +556,7 @@ def nerdctl_message(stderr: str) -> str:
     a fatal line that only counts them, or the last line there is."""
     lines = [parse_logrus(line) for line in stderr.splitlines() if line.strip()]
     fatal = [re.sub(r"^\d+ errors:\n(?=.)", "", message) for level, message in lines if level == "fatal"]
-    if fatal and not re.match(r"^(\d+ errors?:?|.*\d+ errors?:)\s*$", fatal[-1].strip()):
+    if fatal and not re.match(r"^(\d+ errors?:?|.*\d errors?:)$", fatal[-1].strip()):
         return re.sub(r"^1 errors:\s*", "", fatal[-1].strip())
     for wanted in (("error",), ("",), ("warning",)):
         told = [message.strip() for level, message in lines if level in wanted]
@@ -1062,12 +1065,12 @@ def rfc3339(nanoseconds: Optional[int]) -> str:
 
 def size_bytes(text: str) -> int:
     """Bytes of `12.5MB`, `1.2 GiB`, `512`; 0 for what is no size."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?i?)b?\s*", text.lower())
+    found = re.fullmatch(r"([\d.]+)\s*([kmgt]?i?)b?", text.strip().lower())
     if not found:
         return 0
     try:
         return int(float(found.group(1)) * SIZE_UNITS[found.group(2)])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         return 0
 
 
@@ -1101,18 +1104,6 @@ def match_labels(labels: Dict[str, str], wanted: Iterable[str]) -> bool:
         if key not in labels or (equals and labels[key] != value):
             return False
     return True
-
-
-def match_any(value: str, wanted: Iterable[str]) -> bool:
-    """Whether a name satisfies a name filter, which Docker reads as regular expressions found anywhere in it."""
-    for each in wanted:
-        try:
-            if re.search(each, value):
-                return True
-        except re.error:
-            if each in value:
-                return True
-    return False
 
 
 def typed(value: Any, kind: type, what: str) -> Any:
@@ -1188,6 +1179,377 @@ def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[i
     finally:
         for each in stack:
             os.close(each)
+
+
+###############################################################################
+# Patterns
+###############################################################################
+
+# Clients filter by expressions of Go's regexp, which takes a time linear in the text for any of them. Python's re
+# does not, and nothing else runs while it searches. So an expression is compiled to a program here, and all
+# instructions that a text can have come to are followed at once. A Character consumes one character, a string is a
+# boundary that has to be there, a tuple holds the offsets of the instructions to go on at, and the end of the program
+# is the match. Nobody asks where a match is, so a lazy repetition is like any other. The classes of Unicode (\p{...})
+# are not known.
+Ranges = Tuple[Tuple[str, str], ...]
+Program = List[Any]
+PERL_CLASSES: Dict[str, Ranges] = {
+    "d": (("0", "9"),), "s": (("\t", "\n"), ("\f", "\r"), (" ", " ")),
+    "w": (("0", "9"), ("A", "Z"), ("_", "_"), ("a", "z")),
+}
+POSIX_CLASSES: Dict[str, Ranges] = {
+    "alnum": (("0", "9"), ("A", "Z"), ("a", "z")), "alpha": (("A", "Z"), ("a", "z")), "ascii": (("\0", "\x7f"),),
+    "blank": (("\t", "\t"), (" ", " ")), "cntrl": (("\0", "\x1f"), ("\x7f", "\x7f")), "digit": (("0", "9"),),
+    "graph": (("!", "~"),), "lower": (("a", "z"),), "print": ((" ", "~"),),
+    "punct": (("!", "/"), (":", "@"), ("[", "`"), ("{", "~")), "space": (("\t", "\r"), (" ", " ")),
+    "upper": (("A", "Z"),), "word": PERL_CLASSES["w"], "xdigit": (("0", "9"), ("A", "F"), ("a", "f")),
+}
+POSIX_CLASS = re.compile(r"\[:(\^?)([^\]:]*):\]")
+GROUP_HEAD = re.compile(r"\?(?:P?<(?P<name>\w+)>|(?P<on>[imsU]*)(?:-(?P<off>[imsU]+))?(?P<end>[:)]))", re.ASCII)
+COUNTS = re.compile(r"(0|[1-9][0-9]*)(?:(,)(0|[1-9][0-9]*)?)?\}")
+CODE = re.compile(r"x\{([0-9A-Fa-f]+)\}|x([0-9A-Fa-f]{2})|([1-7][0-7]{1,2}|0[0-7]{0,2})")
+WORD_CHARACTER = re.compile(r"\w", re.ASCII)
+# Instructions of all expressions of a filter. The other limits are those of Go.
+PROGRAM_LIMIT, REPEAT_LIMIT, GROUP_LIMIT = 10000, 1000, 1000
+
+
+class PatternError(ValueError):
+    """What Go's regexp does not compile."""
+
+
+class Character(NamedTuple):
+    """The instruction for one character: it is in one of the ranges, which are in order and apart, or, `negated`, in
+    none of them. `folded` takes it in upper and lower case."""
+
+    ranges: Ranges
+    folded: bool = False
+    negated: bool = False
+
+    def accepts(self, text: str) -> bool:
+        """Whether a character is one of these."""
+        return any(map(self._has, {text, text.lower(), text.upper()} if self.folded else (text,))) != self.negated
+
+    def _has(self, text: str) -> bool:
+        place = bisect.bisect_right(self.ranges, (text, chr(sys.maxunicode))) - 1
+        return place >= 0 and self.ranges[place][0] <= text <= self.ranges[place][1]
+
+
+def merged(ranges: Iterable[Tuple[str, str]]) -> Ranges:
+    """Ranges of characters in order and apart."""
+    found: List[Tuple[str, str]] = []
+    for low, high in sorted(ranges):
+        if found and low <= found[-1][1]:
+            low, high = found[-1][0], max(high, found.pop()[1])
+        found.append((low, high))
+    return tuple(found)
+
+
+def complement(ranges: Ranges) -> Ranges:
+    """The characters that are in none of these ranges, which are in order and apart."""
+    found, code = [], 0
+    for low, high in ranges:
+        if ord(low) > code:
+            found.append((chr(code), chr(ord(low) - 1)))
+        code = ord(high) + 1
+    return (*found, (chr(code), chr(sys.maxunicode)))
+
+
+class OpenGroup:
+    """A group whose end was not read yet: its alternatives, the pieces of the last one, each with the product of the
+    nested repetitions in it, the greatest of these products, and the flags that hold again after the group."""
+
+    def __init__(self, flags: frozenset):
+        self.flags, self.product = flags, 1
+        self.alternatives: List[Program] = []
+        self.pieces: List[Tuple[Program, int]] = []
+
+    def end_alternative(self) -> None:
+        """Make the pieces so far an alternative, and begin the next one."""
+        self.alternatives.append([each for piece, _ in self.pieces for each in piece])
+        self.pieces = []
+
+    def program(self) -> Program:
+        """The program of the whole group."""
+        self.end_alternative()
+        if len(self.alternatives) == 1:
+            return self.alternatives[0]
+        end, starts, found = 1 + sum(len(each) + 1 for each in self.alternatives), [], [()]
+        for each in self.alternatives:
+            starts.append(len(found))
+            found += each
+            found.append((end - len(found),))
+        return [tuple(starts), *found[1:]]
+
+
+class Compiler:
+    """Makes the program of an expression, reading it once from left to right. PatternError for what Go's regexp
+    refuses; 400 for more than `room` instructions."""
+
+    def __init__(self, text: str, room: int):
+        self.text, self.at, self.room = text, 0, room
+        self.flags: frozenset = frozenset()
+        self.groups = [OpenGroup(self.flags)]
+        self.names: set = set()
+        # Whether a repetition was read last: another one must not follow.
+        self.repeated = False
+
+    def compile(self) -> Program:
+        """The program of the whole expression."""
+        while self.at < len(self.text):
+            self.step()
+        if len(self.groups) > 1:
+            raise PatternError("missing closing )")
+        return self.groups[0].program()
+
+    def take(self, expression: "re.Pattern[str]") -> Optional["re.Match[str]"]:
+        """Read what matches here; None, with nothing read, where nothing does."""
+        found = expression.match(self.text, self.at)
+        self.at = found.end() if found else self.at
+        return found
+
+    def spend(self, instructions: int) -> None:
+        """Take instructions from the room that is left."""
+        self.room -= instructions
+        if self.room < 0:
+            raise BadParameter("invalid filter: its expressions are too large")
+
+    def add(self, piece: Program, product: int = 1) -> None:
+        """Put a piece at the end of the innermost group."""
+        group = self.groups[-1]
+        group.pieces.append((piece, product))
+        group.product = max(group.product, product)
+
+    def add_one(self, instruction: Any) -> None:
+        """Put an instruction there."""
+        self.spend(1)
+        self.add([instruction])
+
+    def step(self) -> None:
+        """Read one element of the expression."""
+        letter, repeated, self.repeated = self.text[self.at], self.repeated, False
+        self.at += 1
+        counts = self.take(COUNTS) if letter == "{" else None
+        if counts or letter in "*+?":
+            if repeated or not self.groups[-1].pieces:
+                raise PatternError("nothing to repeat")
+            simple = {"*": ("0", ",", ""), "+": ("1", ",", ""), "?": ("0", ",", "1")}
+            low, comma, high = counts.groups() if counts else simple[letter]
+            # More digits are too many in any case.
+            self.repeat(int(low[:9]), int(high[:9]) if high else None if comma else int(low[:9]))
+        elif letter == "(":
+            self.open()
+        elif letter == "|":
+            self.spend(2)
+            self.groups[-1].end_alternative()
+        elif letter == ")":
+            self.close()
+        elif letter == "\\":
+            self.escape()
+        elif letter in "^$":
+            self.add_one(letter if "m" in self.flags else {"^": "A", "$": "z"}[letter])
+        elif letter == ".":
+            self.add_one(Character(() if "s" in self.flags else (("\n", "\n"),), negated=True))
+        else:
+            self.add_one(self.bracket() if letter == "[" else self.literal(letter))
+
+    def literal(self, letter: str) -> Character:
+        """The instruction for a character that stands for itself."""
+        return Character(((letter, letter),), "i" in self.flags)
+
+    def repeat(self, low: int, high: Optional[int]) -> None:
+        """Repeat the last piece from `low` to `high` times, None for without end."""
+        if self.text.startswith("?", self.at):
+            self.at += 1
+        self.repeated = True
+        piece, product = self.groups[-1].pieces.pop()
+        most = low if high is None else high
+        product *= max(1, most)
+        if max(low, most, product) > REPEAT_LIMIT or low > most:
+            raise PatternError("invalid repeat count")
+        self.spend(len(piece) * max(1, most) + (2 if high is None else high - low) - len(piece))
+        if high is not None:
+            self.add(piece * low + [(1, len(piece) + 1), *piece] * (high - low), product)
+        elif low:
+            self.add([*piece * low, (-len(piece), 1)], product)
+        else:
+            self.add([(1, len(piece) + 2), *piece, (-len(piece) - 1,)], product)
+
+    def open(self) -> None:
+        """Read the rest of the beginning of a group, or other flags for the rest of this one."""
+        head = self.take(GROUP_HEAD)
+        name = head.group("name") if head else None
+        if (not head and self.text.startswith("?", self.at)) or len(self.groups) > GROUP_LIMIT or name in self.names:
+            raise PatternError("invalid group")
+        if not head or head.group("end") != ")":
+            self.groups.append(OpenGroup(self.flags))
+        if name:
+            self.names.add(name)
+        elif head:
+            self.flags = (self.flags | set(head.group("on"))) - set(head.group("off") or "")
+
+    def close(self) -> None:
+        """End the innermost group and put its program into the one around it."""
+        if len(self.groups) == 1:
+            raise PatternError("unexpected )")
+        group = self.groups.pop()
+        self.flags = group.flags
+        self.add(group.program(), group.product)
+
+    def escape(self) -> None:
+        """Read what stands behind a backslash outside of brackets."""
+        letter = self.text[self.at:self.at + 1]
+        if letter == "Q":
+            end = self.text.find("\\E", self.at)
+            quoted = self.text[self.at + 1:end if end >= 0 else len(self.text)]
+            self.at = end + 2 if end >= 0 else len(self.text)
+            for each in quoted:
+                self.add_one(self.literal(each))
+        elif letter in ("A", "z", "b", "B"):
+            self.at += 1
+            self.add_one(letter)
+        elif letter.lower() in PERL_CLASSES:
+            self.at += 1
+            self.add_one(Character(PERL_CLASSES[letter.lower()], "i" in self.flags, letter.isupper()))
+        else:
+            self.add_one(self.literal(self.escaped()))
+
+    def escaped(self) -> str:
+        """Read what stands behind a backslash for one character."""
+        code = self.take(CODE)
+        if code:
+            long, short, octal = code.groups()
+            number = int(octal, 8) if octal else int(short or long.lstrip("0")[:7] or "0", 16)
+            if number > sys.maxunicode:
+                raise PatternError("invalid escape sequence")
+            return chr(number)
+        letter = self.text[self.at:self.at + 1]
+        self.at += 1
+        named = {"a": "\a", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}.get(letter)
+        if not named and (not letter or letter.isalnum() or not letter.isascii()):
+            raise PatternError("invalid escape sequence")
+        return named or letter
+
+    def bracket(self) -> Character:
+        """Read the rest of a class in brackets."""
+        negated = self.text.startswith("^", self.at)
+        self.at += negated
+        begin, ranges = self.at, []
+        while self.at == begin or not self.text.startswith("]", self.at):
+            posix = self.take(POSIX_CLASS)
+            letter = self.text[self.at + 1:self.at + 2] if self.text.startswith("\\", self.at) else ""
+            if posix:
+                if posix.group(2) not in POSIX_CLASSES:
+                    raise PatternError("invalid character class range")
+                known = POSIX_CLASSES[posix.group(2)]
+                ranges += complement(known) if posix.group(1) else known
+            elif letter.lower() in PERL_CLASSES:
+                self.at += 2
+                known = PERL_CLASSES[letter.lower()]
+                ranges += complement(known) if letter.isupper() else known
+            else:
+                low = high = self.member()
+                if self.text.startswith("-", self.at) and self.text[self.at + 1:self.at + 2] not in ("", "]"):
+                    self.at += 1
+                    high = self.member()
+                if high < low:
+                    raise PatternError("invalid character class range")
+                ranges.append((low, high))
+        self.at += 1
+        return Character(merged(ranges), "i" in self.flags, negated)
+
+    def member(self) -> str:
+        """Read one character in brackets."""
+        if self.at >= len(self.text):
+            raise PatternError("missing closing ]")
+        letter = self.text[self.at]
+        self.at += 1
+        return self.escaped() if letter == "\\" else letter
+
+
+class Pattern:
+    """An expression of Go's regexp, to be found anywhere in a text. PatternError for what Go's regexp refuses; 400 for
+    one of more than `room` instructions."""
+
+    # Members of sets of instructions that are kept for the next time that a text comes to them.
+    KEPT = 1 << 16
+
+    def __init__(self, text: str, room: int = PROGRAM_LIMIT):
+        self.program = Compiler(text, room).compile()
+        self.steps: Dict[Tuple[frozenset, str, str], frozenset] = {}
+        self.kept = 0
+
+    def found_in(self, text: str) -> bool:
+        """Whether it matches a part of a text. The time is at most proportional to the lengths of text and program."""
+        places, before = frozenset((0,)), ""
+        for after in itertools.chain(text, ("",)):
+            step = (places, before, after)
+            known = self.steps.get(step)
+            if known is None:
+                known = self.follow(*step)
+                self.kept += len(known) + 1
+                if self.kept > self.KEPT:
+                    self.steps, self.kept = {}, len(known) + 1
+                self.steps[step] = known
+            if len(self.program) in known:
+                return True
+            # All that the next boundary depends on.
+            places, before = known, "a" if WORD_CHARACTER.match(after) else "\n" if after == "\n" else " "
+        return False
+
+    def follow(self, places: frozenset, before: str, after: str) -> frozenset:
+        """The instructions to go on at behind the character `after`, "" for the end of the text; the end of the
+        program alone where it is reached without that character."""
+        waiting, reached, found = list(places), set(places), {0}
+        while waiting:
+            place = waiting.pop()
+            if place == len(self.program):
+                return frozenset((place,))
+            instruction = self.program[place]
+            following: Iterable[int] = ()
+            if isinstance(instruction, Character):
+                if after and instruction.accepts(after):
+                    found.add(place + 1)
+            elif isinstance(instruction, str):
+                following = (place + 1,) if is_boundary(instruction, before, after) else ()
+            else:
+                following = [place + offset for offset in instruction]
+            for each in following:
+                if each not in reached:
+                    reached.add(each)
+                    waiting.append(each)
+        return frozenset(found)
+
+
+def is_boundary(kind: str, before: str, after: str) -> bool:
+    """Whether a boundary is between two characters, "" for an end of the text: one of the text (A, z), of a line (^, $)
+    or of a word (b), or none of a word (B)."""
+    if kind in "bB":
+        return (bool(WORD_CHARACTER.match(before)) != bool(WORD_CHARACTER.match(after))) == (kind == "b")
+    beside = before if kind in "A^" else after
+    return not beside or (beside == "\n" and kind in "^$")
+
+
+class NameFilter:
+    """The values of a filter by name, as dockerd takes them: each is the name itself or an expression that is found in
+    it. An expression that does not compile is found nowhere. 400 for more than PROGRAM_LIMIT instructions."""
+
+    SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$]")
+
+    def __init__(self, wanted: Iterable[str]):
+        self.exact = frozenset(wanted)
+        self.parts = [each for each in self.exact if not self.SPECIAL.search(each)]
+        self.patterns: List[Pattern] = []
+        room = PROGRAM_LIMIT
+        for each in self.exact.difference(self.parts):
+            with contextlib.suppress(PatternError):
+                self.patterns.append(Pattern(each, room))
+                room -= len(self.patterns[-1].program)
+
+    def passes(self, *names: str) -> bool:
+        """Whether one of the names of an object passes; all do where the filter has no values."""
+        return not self.exact or any(
+            name in self.exact or any(part in name for part in self.parts)
+            or any(each.found_in(name) for each in self.patterns) for name in names)
 
 
 ###############################################################################
@@ -3555,6 +3917,13 @@ def system_ping_head(engine: Engine, request: Request) -> Response:
     return response
 
 
+def platform_name(components: List[Dict[str, Any]]) -> str:
+    """What a client shows as the kind of the server: `nerdctld 0.1.0, nerdctl v2.3.5, containerd v2.3.1`."""
+    shown = [each for name in ("nerdctld", "nerdctl", "containerd") for each in components if each["Name"] == name]
+    # Without a nerdctl its version is a sentence that says so.
+    return ", ".join(each["Version"] if " " in each["Version"] else f"{each['Name']} {each['Version']}" for each in shown)
+
+
 def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
     """Docker's version from nerdctl's; `problem` says why nothing was told."""
     machine = os.uname()
@@ -3565,7 +3934,8 @@ def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
         "KernelVersion": machine.release, "Experimental": "false", "GitCommit": "", "GoVersion": client.get("GoVersion") or "",
         "BuildTime": "",
     }
-    components = [{"Name": "Engine", "Version": VERSION, "Details": details}]
+    components = [{"Name": "Engine", "Version": ENGINE_VERSION, "Details": details},
+                  {"Name": "nerdctld", "Version": VERSION, "Details": {"GitCommit": ""}}]
     if client.get("Version"):
         components.append({"Name": "nerdctl", "Version": client["Version"], "Details": {"GitCommit": client.get("GitCommit") or ""}})
     for each in (server.get("Components") or []) + (client.get("Components") or []):
@@ -3574,8 +3944,8 @@ def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
             "Details": {"GitCommit": "", **(each.get("Details") or {})},
         })
     answer = {
-        "Platform": {"Name": f"nerdctld {VERSION}" + (f" ({problem})" if problem else "")}, "Components": components,
-        "Version": VERSION, "ApiVersion": "%d.%d" % API_NEWEST, "MinAPIVersion": "%d.%d" % API_OLDEST, "GitCommit": "",
+        "Platform": {"Name": platform_name(components) + (f" ({problem})" if problem else "")}, "Components": components,
+        "Version": ENGINE_VERSION, "ApiVersion": "%d.%d" % API_NEWEST, "MinAPIVersion": "%d.%d" % API_OLDEST, "GitCommit": "",
         "GoVersion": client.get("GoVersion") or "", "Os": "linux", "Arch": architecture, "KernelVersion": machine.release,
         "BuildTime": "",
     }
@@ -3587,7 +3957,8 @@ GO_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i68
 
 @route("GET", "/version")
 def system_version(engine: Engine, request: Request) -> Response:
-    """Versions of this daemon, nerdctl, containerd, runc and buildctl; answers also where they are missing or down."""
+    """The version of Docker with the same API, and those of this daemon and of nerdctl, containerd, runc and buildctl, as far
+    as they are there."""
     told, problem = {}, ""
     try:
         told = engine.inventory.tools.get()
@@ -3631,13 +4002,13 @@ def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
             "InsecureRegistryCIDRs": ["127.0.0.0/8", "::1/128"],
             "IndexConfigs": {"docker.io": {"Name": "docker.io", "Mirrors": [], "Secure": True, "Official": True}}, "Mirrors": [],
         },
-        "ServerVersion": VERSION, "Runtimes": {"io.containerd.runc.v2": runtime, "runc": runtime}, "DefaultRuntime": "runc",
+        "ServerVersion": ENGINE_VERSION, "Runtimes": {"io.containerd.runc.v2": runtime, "runc": runtime}, "DefaultRuntime": "runc",
         "Swarm": {"NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": False, "Error": "", "RemoteManagers": None},
         "LiveRestoreEnabled": True, "Isolation": "", "InitBinary": "tini", "ContainerdCommit": {"ID": told.get("ServerVersion") or ""},
         "RuncCommit": {"ID": ""}, "InitCommit": {"ID": ""}, "CDISpecDirs": [], "ProductLicense": "",
         "Containerd": {"Address": "", "Namespaces": {"Containers": "default", "Plugins": "default"}},
     })
-    info["Labels"] = [f"nerdctl={nerdctl_version}"] if nerdctl_version else []
+    info["Labels"] = [f"nerdctld={VERSION}", *([f"nerdctl={nerdctl_version}"] if nerdctl_version else [])]
     return info
 
 
@@ -3881,16 +4252,54 @@ def docker_image_row(group: ImageGroup, version: Tuple[int, int], containers: in
     return row
 
 
-def match_reference(names: List[str], patterns: List[str]) -> List[str]:
-    """Those of an image's names that fit a pattern of the `reference` filter: with or without tag or digest, `*` not
-    across slashes."""
-    globs = [re.compile("".join({"*": "[^/]*", "?": "[^/]"}.get(each, re.escape(each)) for each in pattern)) for pattern in patterns]
+# Of a glob: a class in brackets, a character behind a backslash, any other.
+GLOB_ELEMENT = re.compile(r"\[(\^?)((?:\\.|[^\]\\])+)\]|\\(.)|([^\[\\])", re.S)
+
+
+def glob_expression(glob: str) -> str:
+    """The expression for a glob of Go's path.Match, whose `*` and `?` stop at slashes; 400 for what is none."""
+
+    def quoted(letter: str) -> str:
+        return f"\\x{{{ord(letter):x}}}"
+
+    found, at = "", 0
+    while at < len(glob):
+        element = GLOB_ELEMENT.match(glob, at)
+        if not element:
+            raise BadParameter("syntax error in pattern")
+        at = element.end()
+        negated, members, escaped, plain = element.groups()
+        if members:
+            members = re.sub(r"\\(.)|([^-])", lambda each: quoted(each.group(1) or each.group(2)), members, flags=re.S)
+            found += f"[{negated}{members}]"
+        else:
+            found += {"*": "[^/]*", "?": "[^/]"}.get(plain) or quoted(escaped or plain)
+    return found
+
+
+def reference_patterns(globs: Iterable[str]) -> List[Pattern]:
+    """The values of a `reference` filter, compiled; 400 for what is no glob and for more than PROGRAM_LIMIT
+    instructions."""
+    found: List[Pattern] = []
+    room = PROGRAM_LIMIT
+    for each in globs:
+        try:
+            found.append(Pattern(rf"\A{glob_expression(each)}\z", room))
+        except PatternError:
+            raise BadParameter("syntax error in pattern") from None
+        room -= len(found[-1].program)
+    return found
+
+
+def match_reference(names: List[str], patterns: List[Pattern]) -> List[str]:
+    """Those of an image's names that fit a pattern of the `reference` filter, with or without tag or digest."""
     found = []
     for name in names:
         bare = name.partition("@")[0]
         head, colon, tail = bare.rpartition(":")
         bare = head if colon and "/" not in tail else bare
-        if any(glob.fullmatch(each) for glob in globs for each in (name, bare, "docker.io/" + name, "docker.io/library/" + bare)):
+        forms = (name, bare, "docker.io/" + name, "docker.io/library/" + bare)
+        if any(pattern.found_in(each) for pattern in patterns for each in forms):
             found.append(name)
     return found
 
@@ -3931,6 +4340,7 @@ def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[st
     before = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "") for each in filters.get("before") or []]
     since = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "") for each in filters.get("since") or []]
     until = until_limit(filters.get("until") or [])
+    references = reference_patterns(filters.get("reference") or [])
     found = []
     for group in groups:
         labels = group.labels
@@ -3938,7 +4348,7 @@ def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[st
         if (dangling is not None and dangling != (not group.repo_tags)
                 or not match_labels(labels, filters.get("label") or [])
                 or any(match_labels(labels, [each]) for each in filters.get("label!") or [])
-                or (filters.get("reference") and not match_reference([*group.repo_tags, *group.repo_digests], filters["reference"]))
+                or (references and not match_reference([*group.repo_tags, *group.repo_digests], references))
                 or any(created >= each for each in before) or any(created <= each for each in since)
                 or (until is not None and created > until)):
             continue
@@ -3978,11 +4388,12 @@ def image_list(engine: Engine, request: Request) -> Response:
     groups = filter_images(engine, engine.inventory.images.get().values(), filters)
     shared = shared_sizes(groups) if request.flag("shared-size") else {}
     users = image_users(engine) if request.flag("manifests") or request.flag("shared-size") else {}
+    references = reference_patterns(filters.get("reference") or [])
     rows = []
     for group in groups:
         row = docker_image_row(group, request.version, len(users.get(group.id, [])) if users else -1, shared.get(group.id, -1))
-        for key in ("RepoTags", "RepoDigests") if filters.get("reference") else ():
-            row[key] = match_reference(row[key], filters["reference"])
+        for key in ("RepoTags", "RepoDigests") if references else ():
+            row[key] = match_reference(row[key], references)
         if request.flag("manifests") and request.version >= (1, 47):
             row["Manifests"] = docker_manifests(group, users.get(group.id, []))
         rows.append(row)
@@ -4295,7 +4706,7 @@ class Registry:
         scheme, _, rest = challenge.partition(" ")
         if scheme.lower() != "bearer":
             return self._basic()
-        fields = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+        fields = dict(re.findall(r'\b(\w+)="([^"]*)"', rest))
         realm = urllib.parse.urlsplit(fields.get("realm", ""))
         if realm.scheme not in ("http", "https") or not realm.netloc:
             return ""
@@ -4339,7 +4750,7 @@ class Registry:
 
 def next_query(link: str) -> str:
     """The query of the next page in a Link header, "" where there is none. The rest of the link is that of this page."""
-    for target, attributes in re.findall(r"<([^>]*)>([^,<]*)", link):
+    for target, attributes in re.findall(r"<([^<>]*)>([^,<]*)", link):
         if re.search(r';\s*rel="?next\b', attributes, re.I):
             return target.partition("#")[0].partition("?")[2]
     return ""
@@ -4414,7 +4825,8 @@ def remove_extra_names(engine: Engine, extra: List[str]) -> None:
 def parse_loaded(text: str) -> List[str]:
     """The names that `nerdctl load` says it loaded, each once. nerdctl 2.3 sometimes leaves out the last of its
     `Loaded image:` lines (3 of 25 times on a busy machine), but names it in its progress."""
-    told = [*re.findall(r"^Loaded image: (\S+)", text, re.M), *re.findall(r"^(\S+:\S+)[ \t]+saved[ \t]*$", ANSI.sub("", text), re.M)]
+    saved = re.findall(r"^(\S+)[ \t]+saved[ \t]*$", ANSI.sub("", text), re.M)
+    told = [*re.findall(r"^Loaded image: (\S+)", text, re.M), *(each for each in saved if ":" in each[1:-1])]
     return list(dict.fromkeys(told))
 
 
@@ -5116,17 +5528,18 @@ def registry_config(request: Request) -> Dict[str, Dict[str, str]]:
     return auths
 
 
-FAILED_STEP = re.compile(r'process "(?P<command>.*)" did not complete successfully: exit code: (?P<code>\d+)')
+FAILED_STEP = '" did not complete successfully: exit code: '
 
 
 def build_failure(lines: Iterable[str]) -> Dict[str, Any]:
     """The last message of a failed build, from the last lines of its progress."""
     lines = list(lines)
     for line in reversed(lines):
-        found = FAILED_STEP.search(line)
-        if found:
-            text = f"The command '{found.group('command')}' returned a non-zero code: {found.group('code')}"
-            return {"errorDetail": {"code": int(found.group("code")), "message": text}, "error": text}
+        command, failed, rest = line.partition('process "')[2].rpartition(FAILED_STEP)
+        code = re.match(r"[0-9]{1,9}", rest)
+        if failed and code:
+            text = f"The command '{command}' returned a non-zero code: {code.group()}"
+            return {"errorDetail": {"code": int(code.group()), "message": text}, "error": text}
     told = [line for line in lines if re.match(r"(error|ERROR):? ", line)]
     text = re.sub(r"^(error|ERROR):? ", "", told[-1]) if told else str(nerdctl_error("\n".join(lines)))
     return {"errorDetail": {"message": text}, "error": text}
@@ -5141,7 +5554,7 @@ def build_context(request: Request, folder: str) -> None:
     if not remote or remote == "client-session":
         unpack_context(request.body, folder)
         return
-    if re.match(r"git://|git@|ssh://|github\.com/|https?://\S+\.git(#\S*)?$", remote):
+    if re.match(r"git://|git@|ssh://|github\.com/|https?://[^\s#]+\.git(#\S*)?$", remote):
         raise NotImplementedHere("nerdctl cannot build from a git repository: clone it, or use docker buildx")
     if not re.fullmatch(r"https?://\S+", remote):
         raise BadParameter(f"unable to prepare context: {remote!r} is not a URL")
@@ -5542,14 +5955,15 @@ def match_port(ports: List[Dict[str, Any]], key: str, wanted: List[str]) -> bool
     return False
 
 
-def match_container(engine: Engine, container: Container, filters: Dict[str, List[str]]) -> bool:
-    """Whether a container passes the filters of the list, but for before and since."""
+def match_container(engine: Engine, container: Container, filters: Dict[str, List[str]], named: NameFilter) -> bool:
+    """Whether a container passes the filters of the list, of which `named` is that by name, but for before and
+    since."""
     if not filters:
         return True
     state, networks = container.state, network_names(container)
     checks: Dict[str, Callable[[List[str]], bool]] = {
         "id": lambda wanted: any(container.id.startswith(each) for each in wanted),
-        "name": lambda wanted: match_any(container.name, wanted) or match_any("/" + container.name, wanted),
+        "name": lambda wanted: named.passes(container.name, "/" + container.name),
         "label": lambda wanted: match_labels(container.visible_labels, wanted),
         "status": lambda wanted: state.kind in wanted,
         "exited": lambda wanted: state.kind == "exited" and str(state.exit_code) in wanted,
@@ -5578,6 +5992,7 @@ def ancestor_names(engine: Engine, name: str) -> List[str]:
 def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: bool, limit: int) -> List[Container]:
     """The containers of a list request, newest first."""
     check_container_filters(filters)
+    named = NameFilter(filters.get("name") or [])
     table = list(engine.inventory.containers().values())
     table.sort(key=lambda each: -each.created)
     for key, later in (("before", False), ("since", True)):
@@ -5586,7 +6001,9 @@ def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: b
             table = [each for each in table if (each.created > moment if later else each.created < moment)]
     if limit > 0 or filters.get("status") or filters.get("exited") or filters.get("before") or filters.get("since"):
         everything = True
-    found = [each for each in table if (everything or each.running or each.state.kind == "restarting") and match_container(engine, each, filters)]
+    found = [each for each in table
+             if (everything or each.running or each.state.kind == "restarting")
+             and match_container(engine, each, filters, named)]
     return found[:limit] if limit > 0 else found
 
 
@@ -8159,12 +8576,24 @@ def container_attach(engine: Engine, request: Request, name: str) -> Response:
 WEBSOCKET_KEY = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
+def websocket_key(request: Request) -> str:
+    """The key of a WebSocket handshake; 400 with dockerd's words where it is none."""
+    upgrade, connection = (request.headers.get(each) or "" for each in ("Upgrade", "Connection"))
+    if upgrade.lower() != "websocket" or "upgrade" not in connection.lower():
+        raise BadParameter("not websocket protocol")
+    key = request.headers.get("Sec-WebSocket-Key") or ""
+    if not key:
+        raise BadParameter("mismatch challenge/response")
+    if (request.headers.get("Sec-WebSocket-Version") or "") != "13":
+        raise BadParameter("missing or bad WebSocket Version")
+    return key
+
+
 @route("GET", "/containers/{id}/attach/ws")
 def container_attach_websocket(engine: Engine, request: Request, name: str) -> Response:
     """The same over a WebSocket, without frames of our own: output in binary messages."""
-    key = request.headers.get("Sec-WebSocket-Key") or ""
-    if "websocket" not in (request.headers.get("Upgrade") or "").lower() or not key:
-        raise BadParameter("not a websocket handshake")
+    engine.inventory.container(name)
+    key = websocket_key(request)
     attachment, serve, abandon, _ = attach(engine, request, name, framed=False)
     import hashlib
 
@@ -9016,8 +9445,9 @@ def container_top(engine: Engine, request: Request, name: str) -> Response:
 NETWORK_FILTERS = ("dangling", "driver", "id", "label", "name", "scope", "type", "partial-match")
 
 
-def match_network(network: Dict[str, Any], used: set, filters: Dict[str, List[str]]) -> bool:
-    """Whether a network passes the filters of the list."""
+def match_network(network: Dict[str, Any], used: set, filters: Dict[str, List[str]],
+                  named: NameFilter, known: NameFilter) -> bool:
+    """Whether a network passes the filters of the list, of which `named` is that by name and `known` that by id."""
     predefined = network["Name"] in ("bridge", "host", "none")
     dangling = flag_filter(filters, "dangling")
     if dangling is not None and dangling != (not predefined and network["Name"] not in used):
@@ -9026,8 +9456,7 @@ def match_network(network: Dict[str, Any], used: set, filters: Dict[str, List[st
     if kinds and not set(kinds) <= {"custom", "builtin"}:
         raise BadParameter(f"invalid filter: 'type'='{kinds[0]}'")
     return ((not filters.get("driver") or network["Driver"] in filters["driver"])
-            and (not filters.get("id") or any(network["Id"].startswith(each) for each in filters["id"]))
-            and (not filters.get("name") or any(each in network["Name"] for each in filters["name"]))
+            and named.passes(network["Name"]) and known.passes(network["Id"])
             and (not filters.get("scope") or network["Scope"] in filters["scope"])
             and (not kinds or ("builtin" if predefined else "custom") in kinds)
             and match_labels(network["Labels"], filters.get("label") or []))
@@ -9038,7 +9467,9 @@ def network_list(engine: Engine, request: Request) -> Response:
     """Networks; bridge, host and none are always there."""
     filters = request.filters(*NETWORK_FILTERS)
     used = {name for each in engine.inventory.containers().values() for name in network_names(each)} if "dangling" in filters else set()
-    return Response(200, [each for each in engine.inventory.networks().values() if match_network(each, used, filters)])
+    named, known = NameFilter(filters.get("name") or []), NameFilter(filters.get("id") or [])
+    return Response(200, [each for each in engine.inventory.networks().values()
+                          if match_network(each, used, filters, named, known)])
 
 
 def find_network(engine: Engine, name: str) -> Dict[str, Any]:
@@ -9364,11 +9795,12 @@ def volume_list(engine: Engine, request: Request) -> Response:
     filters = request.filters(*VOLUME_FILTERS)
     dangling = flag_filter(filters, "dangling")
     users = volume_users(engine) if dangling is not None else {}
+    named = NameFilter(filters.get("name") or [])
     found = [
         volume for volume in engine.inventory.volumes().values()
         if (dangling is None or dangling == (volume["Name"] not in users))
         and (not filters.get("driver") or volume["Driver"] in filters["driver"])
-        and (not filters.get("name") or any(each in volume["Name"] for each in filters["name"]))
+        and named.passes(volume["Name"])
         and match_labels(volume["Labels"] or {}, filters.get("label") or [])
     ]
     return Response(200, {"Volumes": found, "Warnings": None})
@@ -10096,6 +10528,15 @@ def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, 
     return message, answered
 
 
+def check_upgrade(request: Request, refusal: Type[ApiError]) -> None:
+    """Refuse, with dockerd's words, what does not ask for HTTP/2 on its connection. As in dockerd only Upgrade counts."""
+    protocol = request.headers.get("Upgrade") or ""
+    if not protocol:
+        raise refusal("no upgrade proto in request")
+    if protocol != "h2c":
+        raise refusal(f"protocol {protocol} not supported")
+
+
 def grpc_hijack(engine: Engine) -> Hijack:
     """Carries a client's gRPC to buildkitd; where there is none, it answers with the reason."""
     try:
@@ -10117,13 +10558,16 @@ def grpc_hijack(engine: Engine) -> Hijack:
 
 @route("POST", "/grpc")
 def buildkit_grpc(engine: Engine, request: Request) -> Response:
-    """101, then buildkitd. 101 also without one: after anything else clients would set up a builder of their own."""
+    """101, then buildkitd. 101 also without one: after anything else clients would set up a builder of their own. 500, as
+    dockerd has it here, without an upgrade to h2c."""
+    check_upgrade(request, ApiError)
     return Response(101, grpc_hijack(engine))
 
 
 @route("POST", "/session")
 def buildkit_session(engine: Engine, request: Request) -> Response:
-    """101, then a session of buildkitd; without a buildkitd one that ends at once."""
+    """101, then a session of buildkitd; without a buildkitd one that ends at once. 400 without an upgrade to h2c."""
+    check_upgrade(request, BadParameter)
     headers = [(name, value) for name, value in request.headers.items()
                if name.lower().startswith("x-docker-expose-session-")]
     server = None
@@ -10550,12 +10994,12 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             Connection(self.connection).send(b"%x\r\n" % len(chunk), chunk, b"\r\n")
 
     def send_hijack(self, response: Response) -> int:
-        """Hand the connection over, as dockerd does it: 101 where an upgrade was asked for, else 200 until the end."""
+        """Hand the connection over, as dockerd does it: 101 where there is a header Upgrade, else 200 until the end."""
         self.close_connection = True
         self.connection.setblocking(False)
         early = self.rfile.peek()
         self.connection.setblocking(True)
-        upgraded = "upgrade" in (self.headers.get("Connection") or "").lower() and self.headers.get("Upgrade")
+        upgraded = "Upgrade" in self.headers
         lines = ["HTTP/1.1 101 UPGRADED" if upgraded else "HTTP/1.1 200 OK"]
         if response.media_type:
             lines.append(f"Content-Type: {response.media_type if upgraded else 'application/vnd.docker.raw-stream'}")

@@ -1489,9 +1489,6 @@ class TestConversions:
         for wanted, value in ((["a"], True), (["a=b=c,d"], True), (["a=b"], False), (["a", "x"], False), (["e="], True), ([], True)):
             assert nerdctld.match_labels(labels, wanted) is value
 
-    def test_names_are_regular_expressions(self):
-        assert nerdctld.match_any("web-1", ["^web"]) and nerdctld.match_any("a[b", ["a["]) and not nerdctld.match_any("web", ["^b"])
-
     @pytest.mark.parametrize("value, kind", [(1, str), ("x", int), (True, int), ([], dict), ({}, list), (1, bool)])
     def test_types(self, value, kind):
         with pytest.raises(nerdctld.BadParameter):
@@ -1501,6 +1498,96 @@ class TestConversions:
         with pytest.raises(nerdctld.BadParameter):
             nerdctld.parse_json(b'{"a":"\\ud800"}')
         assert nerdctld.parse_json(b'"\\ud83d\\ude00"') == "\U0001f600"
+
+
+###############################################################################
+# Patterns
+###############################################################################
+
+
+# Each of them takes a backtracking matcher longer than anybody waits.
+EVIL = ["(a+)+b$", "(a|a)*b", "(a|aa)+b", "(.*)*b", "((a*)*)*b", "(a?){40}a{40}b", "(?:a?){1000}b", "([a-z]+)*[A-Z]", "(?i)(A+)+B", "(\\w+\\w+)+!",
+        "^(/?a*)+!", "[^b]*" * 40 + "b"]
+# What Go's regexp does not compile.
+REFUSED = ["(", "a)", "*", "**", "a**", "a+*", "a{2}{2}", "{2}", "(|*)", "a{1001}", "a{2,1}", "(a{100}){11}", "((a{10}){10}){11}", "[a", "[]", "[^]", "[z-a]",
+           "[[:foo:]]", "[a-\\d]", "\\", "a\\", "\\1", "(a)\\1", "\\8", "\\q", "\\Z", "\\C", "\\x{110000}", "\\xg", "(?=a)", "(?!a)", "(?<=a)", "(?<!a)", "(?P=n)", "(?#a)",
+           "(?x)a", "(?>a)", "(?-)", "(?P<a>a)(?P<a>b)", "(?", "(?i", "(" * 1100 + ")" * 1100]
+
+
+def some_pattern(random, depth=3):
+    """An expression that means the same to Go and to Python."""
+    kind = random.randrange(4) if depth else 0
+    if kind == 0:
+        return random.choice(["a", "b", "-", "\\.", ".", "[ab]", "[^a]", "[a-b-]", "\\w", "\\W", "\\d", "\\b", "\\B", "^", "a", "\\x61", "[\\da]", "(?i:A)", "(?s:.)"])
+    if kind == 1:
+        return "".join(some_pattern(random, depth - 1) for _ in range(random.randrange(1, 4)))
+    if kind == 2:
+        return "(?:" + "|".join(some_pattern(random, depth - 1) for _ in range(random.randrange(1, 4))) + ")"
+    return "(?:" + some_pattern(random, depth - 1) + ")" + random.choice(["*", "+", "?", "*?", "+?", "??", "{2}", "{1,2}", "{0,2}?", "{2,}"])
+
+
+class TestPatterns:
+    def test_as_python_where_both_mean_the_same(self):
+        source = random.Random(20)
+        for _ in range(3000):
+            expression = some_pattern(source)
+            text = "".join(source.choice("aabbA-. 1") for _ in range(source.randrange(1, 7)))
+            assert nerdctld.Pattern(expression).found_in(text) == bool(re.search(expression, text, re.ASCII)), (expression, text)
+
+    @pytest.mark.parametrize("expression, texts, others", [
+        ("^a$", ["a"], ["a\n", "\na", "ab"]), ("(?m)^b$", ["a\nb\nc"], ["abc"]), ("a.b", ["a-b"], ["a\nb"]), ("(?s)a.b", ["a\nb"], []), ("\\Aa\\z", ["a"], ["a\n"]),
+        ("^*", ["", "a"], []), ("", ["", "a"], []), ("a||b", ["x"], []), ("^(a|b||c)$", ["a", "b", "", "c"], ["d", "ab"]), ("()*", [""], []),
+        ("\\Qa.b*\\E+$", ["a.b**"], ["a.b", "axb*"]), ("\\Qa\\.", ["a\\."], ["a."]), ("(?i)hAt[^X]", ["HaTy"], ["hatx", "hat"]), ("(?i:a)b(?-i)", ["Ab"], ["AB"]),
+        ("(a(?i)b|c)d", ["aBd", "Cd"], ["aBD", "Abd"]), ("(?P<n>a)(?<m>b)", ["ab"], []), ("(?U)^a+$", ["aa"], ["b"]),
+        ("^[[:alpha:]_-]+$", ["aZ_-"], ["1", ""]), ("^[[:^digit:]]$", ["a"], ["1"]), ("^[]a]+$", ["]a"], ["b"]), ("^[^]a]$", ["b"], ["]", "a"]), ("[[:a]", ["["], ["b"]),
+        ("^[\\D]$", ["a"], ["1"]), ("^[^\\d\\s]$", ["a"], ["1", " ", "\u00a0" * 2]), ("^\\w$", ["a", "_"], ["\u00e4", "-"]), ("^\\d$", ["1"], ["\u0661"]),
+        ("^\\x{e4}\\x41\\101\\0\\t\\-\\_$", ["\u00e4AA\0\t-_"], []), ("^a{,2}b{x{1$", ["a{,2}b{x{1"], []), ("^a{2}b{2,}c{0}d{1,2}$", ["aabbbd"], ["aabcd", "abbd", "aabbddd"]),
+        ("^(a{1000}|b{0,9})$", ["a" * 1000, "b" * 9, ""], ["a" * 999, "b" * 10]), ("^((a{10}){10}){10}$", ["a" * 1000], ["a" * 999]), ("}]a", ["}]a"], [])])
+    def test_as_go_has_it(self, expression, texts, others):
+        found = nerdctld.Pattern(expression)
+        assert [found.found_in(each) for each in [*texts, *others]] == [True] * len(texts) + [False] * len(others)
+
+    @pytest.mark.parametrize("expression", REFUSED)
+    def test_refused(self, expression):
+        with pytest.raises(nerdctld.PatternError):
+            nerdctld.Pattern(expression)
+        # Only the name itself counts then.
+        assert nerdctld.NameFilter([expression, "x"]).passes(expression) and not nerdctld.NameFilter([expression]).passes("a", "b" + expression)
+
+    @pytest.mark.parametrize("expression", EVIL)
+    def test_time(self, expression):
+        began = time.process_time()
+        assert not nerdctld.NameFilter([expression]).passes("a" * 255, "/" + "a" * 255)
+        assert time.process_time() - began < 2
+
+    @pytest.mark.parametrize("piece", ["(", "[", "[:", "[[:a", "(?i", "(?i)", "(?P<a", "{1", "{", "1", "a|", "|", "\\", "\\x{", "\\Q", "\\Q\\E", "[^", "[a-", "(|", "(a*)*", "a{1000}", "(a", "*"])
+    def test_time_to_compile(self, piece):
+        began = time.process_time()
+        for expression in (piece * (65536 // len(piece)), "a" + piece * (65536 // len(piece)), piece * 3000 + "]" * 3000, piece * 900 + ")" * 900, "[" + piece * 9000 + "]"):
+            with contextlib.suppress(nerdctld.BadParameter):
+                nerdctld.NameFilter([expression])
+        assert time.process_time() - began < 8
+
+    def test_too_large(self, reading):
+        for names in (["(a{1000}){1}" * 11], ["a{1000}"] * 5 + ["b{1000}c{1000}d{1000}", "e{1000}f{1000}g{1000}h{1000}", "i{1000}j{1000}k{1000}l{1000}"], ["(.)" * 10001]):
+            answer = ask(reading, "GET", "/containers/json?" + filtered(name=names))
+            assert (answer.status, answer.message) == (400, "invalid filter: its expressions are too large")
+        assert ask(reading, "GET", "/images/json?" + filtered(reference=["*a" * 5000])).status == 400
+        assert ask(reading, "GET", "/networks?" + filtered(name=["n" * 60000])).json == []
+
+    @pytest.mark.parametrize("path, filters, count", [
+        ("/containers/json", {"name": ["(a+)+b$"]}, 0), ("/containers/json", {"name": ["(a+)+$"]}, 1), ("/volumes", {"name": EVIL}, 0),
+        ("/networks", {"id": ["([0-9a-f]+)+$"]}, 4), ("/networks", {"id": ["([0-9a-f]+)+x"]}, 0), ("/images/json", {"reference": ["a*" * 30 + "b"]}, 0),
+        ("/images/json", {"reference": ["*:5000/*b*b"]}, 1)])
+    def test_nobody_waits_for_a_filter(self, daemon, scripted, path, filters, count):
+        furnish(scripted)
+        scripted.on("ps", stdout=PS.stdout.replace("tstweb", "a" * 40))
+        scripted.on("images", stdout=IMAGES.stdout.replace("tst:a", "a" * 60 + ":a"))
+        daemon.ask("GET", path)
+        began = time.monotonic()
+        told = daemon.ask("GET", f"{path}?all=1&{filtered(**filters)}").json
+        assert len(told["Volumes"] if "Volumes" in told else told) == count and daemon.ask("GET", "/_ping").status == 200
+        assert time.monotonic() - began < 10
 
 
 ###############################################################################
@@ -2897,8 +2984,17 @@ class TestSystem:
     def test_version(self, furnished):
         told = ask(furnished, "GET", "/version").json
         assert [(each["Name"], each["Version"]) for each in told["Components"]] == [
-            ("Engine", nerdctld.VERSION), ("nerdctl", "v2.3.5"), ("containerd", "v2.3.1"), ("runc", "1.1.5+ds1"), ("buildctl", "v0.34.2")]
+            ("Engine", nerdctld.ENGINE_VERSION), ("nerdctld", nerdctld.VERSION), ("nerdctl", "v2.3.5"), ("containerd", "v2.3.1"),
+            ("runc", "1.1.5+ds1"), ("buildctl", "v0.34.2")]
         assert (told["ApiVersion"], told["MinAPIVersion"], told["Os"]) == ("1.56", "1.24", "linux")
+        assert told["Platform"]["Name"] == f"nerdctld {nerdctld.VERSION}, nerdctl v2.3.5, containerd v2.3.1"
+
+    def test_the_version_of_the_engine_is_one_of_docker(self, furnished):
+        told, info = ask(furnished, "GET", "/version").json, ask(furnished, "GET", "/info").json
+        # Clients read three numbers, and compare them with those of Docker (1.6.0 is the least that Testcontainers takes).
+        assert told["Version"] == info["ServerVersion"] == told["Components"][0]["Version"]
+        assert re.fullmatch(r"\d+\.\d+\.\d+", told["Version"]) and tuple(map(int, told["Version"].split("."))) >= (29, 0, 0)
+        assert info["Labels"] == [f"nerdctld={nerdctld.VERSION}", "nerdctl=v2.3.5"]
 
     def test_version_without_nerdctl(self, tmp_path):
         engine = nerdctld.Engine(nerdctld.Nerdctl([str(tmp_path / "none")]))
@@ -2922,6 +3018,17 @@ class TestSystem:
         assert (told["Containers"], told["ContainersRunning"], told["ContainersPaused"], told["ContainersStopped"], told["Images"]) == (4, 1, 1, 2, 2)
         assert (told["CgroupDriver"], told["MemTotal"], told["Driver"]) == ("cgroupfs", 25276510208, "overlayfs")
         assert told["Swarm"]["LocalNodeState"] == "inactive"
+
+    @pytest.mark.parametrize("read, text", [
+        (nerdctld.nerdctl_error, fatal("1" * 40000 + "!")), (nerdctld.nerdctl_error, fatal("connection error " * 4000)), (nerdctld.size_bytes, "1" + " " * 40000 + "!"),
+        (nerdctld.size_bytes, "9" * 400), (nerdctld.next_query, "<" * 60000), (nerdctld.parse_loaded, "a:" * 30000), (nerdctld.parse_reference, "a-" * 100 + "!"),
+        (lambda text: nerdctld.build_failure([text]), 'process "' * 12000), (nerdctld.glob_expression, "*[a" * 20000 + "]"),
+        (lambda text: nerdctld.build_context(nerdctld.Request("POST", "/build", query={"remote": [text]}), ""), "http://" + ".git#" * 12000 + " ")])
+    def test_time_to_read_what_others_wrote(self, read, text):
+        began = time.process_time()
+        with contextlib.suppress(nerdctld.ApiError):
+            read(text)
+        assert time.process_time() - began < 2
 
     def test_auth(self, engine, scripted):
         scripted.on("login", reads=True, stdout="Login Succeeded\n")
@@ -3040,6 +3147,7 @@ class TestImages:
 
     @pytest.mark.parametrize("filters, names", [
         ({"reference": ["tst"]}, ["tst:a"]), ({"reference": ["localhost:5000/*"]}, ["localhost:5000/bb:1"]), ({"reference": ["loc*"]}, []), ({"reference": ["t?t:a"]}, ["tst:a"]),
+        ({"reference": ["t[r-t][^a]"]}, ["tst:a"]), ({"reference": ["\\ts*:[ab]"]}, ["tst:a"]), ({"reference": ["t[^s]t", "ts\\*"]}, []),
         ({"dangling": ["true"]}, []), ({"dangling": {"false": True}}, ["tst:a"]), ({"label": ["base"]}, ["tst:a"]), ({"label": ["base=x"]}, []),
         ({"before": ["tst:a"]}, []), ({"since": ["tst:a"]}, []), ({"until": ["2023-01-01"]}, []), ({"until": ["1h"]}, ["tst:a"])])
     def test_filters(self, reading, filters, names):
@@ -3933,6 +4041,8 @@ class TestContainers:
         ("", "paused web"), ("all=1", "paused new done web"), ("limit=1", "paused"), ("limit=-1", "paused web"), ("limit=0&all=1", "paused new done web"),
         (filtered(status=["exited"]), "done"), (filtered(status=["created", "running"]), "new web"), (filtered(exited=["3"]), "done"),
         (filtered(exited=["0"]), ""), ("all=1&" + filtered(name=["web"]), "web"), ("all=1&" + filtered(name=["^/?tst"]), "paused new done web"),
+        ("all=1&" + filtered(name=["^tst(web|new)$"]), "new web"), ("all=1&" + filtered(name=["^web", "^/tstd"]), "done"), ("all=1&" + filtered(name=["tst["]), ""),
+        ("all=1&" + filtered(name=["tst(?=w)", "(?i)WEB$"]), "web"), ("all=1&" + filtered(name=[""]), "paused new done web"),
         ("all=1&" + filtered(id=["da86"]), "web"), ("all=1&" + filtered(label=["a=b,c"]), "web"), ("all=1&" + filtered(label=["a", "z"]), ""),
         (filtered(before=["tstnew"]), "done web"), (filtered(since=["tstnew"]), "paused"), ("all=1&" + filtered(network=["tstnet"]), "web"),
         ("all=1&" + filtered(network=["none"]), "paused new done"), ("all=1&" + filtered(volume=["tstvol"]), "web"), ("all=1&" + filtered(volume=["/host"]), "web"),
@@ -5301,6 +5411,16 @@ def client_frame(payload, kind=2, mask=b"\1\2\3\4", final=0x80):
 
 
 class TestStreams:
+    @pytest.mark.parametrize("headers, message", [
+        ({}, "not websocket protocol"), ({"Upgrade": "websocket"}, "not websocket protocol"), ({"Upgrade": "tcp", "Connection": "Upgrade"}, "not websocket protocol"),
+        ({"Upgrade": "websocket", "Connection": "Upgrade"}, "mismatch challenge/response"),
+        ({"Upgrade": "WebSocket", "Connection": "keep-alive, upgrade", "Sec-WebSocket-Key": "a"}, "missing or bad WebSocket Version"),
+        ({"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": "a", "Sec-WebSocket-Version": "8"}, "missing or bad WebSocket Version")])
+    def test_no_handshake(self, reading, headers, message):
+        answer = ask(reading, "GET", "/containers/tstweb/attach/ws", headers=headers)
+        assert (answer.status, answer.message) == (400, message)
+        assert ask(reading, "GET", "/containers/nosuch/attach/ws", headers=headers).status == 404
+
     @pytest.mark.parametrize("tty, version, told", [(True, (1, 50), "raw"), (False, (1, 41), "raw"), (False, (1, 42), "multiplexed"), (False, (1, 56), "multiplexed")])
     def test_media_type(self, tty, version, told):
         assert nerdctld.stream_type(tty, version) == f"application/vnd.docker.{told}-stream"
@@ -6020,7 +6140,8 @@ class TestNetworks:
         assert scripted.argv("network inspect")[-3:] == ["--", "bridge", "tstnet"]
 
     @pytest.mark.parametrize("filters, names", [
-        ({"name": ["tst"]}, "tstnet"), ({"driver": ["host"]}, "host"), ({"type": ["custom"]}, "tstnet"), ({"type": ["builtin"]}, "bridge host none"),
+        ({"name": ["tst"]}, "tstnet"), ({"name": ["^b.*e$", "o(s|n)"]}, "bridge host none"), ({"name": ["bridge("]}, ""), ({"id": ["^6cbb[^x]+$"]}, "tstnet"),
+        ({"id": ["982de144"]}, "tstnet"), ({"driver": ["host"]}, "host"), ({"type": ["custom"]}, "tstnet"), ({"type": ["builtin"]}, "bridge host none"),
         ({"id": ["6cbb"]}, "tstnet"), ({"scope": ["swarm"]}, ""), ({"label": ["x"]}, ""), ({"dangling": ["true"]}, ""), ({"dangling": ["false"]}, "bridge host none tstnet")])
     def test_filters(self, reading, filters, names):
         assert [each["Name"] for each in ask(reading, "GET", "/networks?" + filtered(**filters)).json] == names.split()
@@ -6095,7 +6216,7 @@ class TestVolumes:
             "CreatedAt": "0001-01-01T00:00:00Z", "Driver": "local", "Labels": None, "Mountpoint": "/var/lib/nerdctl/1935db59/volumes/tstrec/tstvol/_data",
             "Name": "tstvol", "Options": None, "Scope": "local"}
 
-    @pytest.mark.parametrize("filters, count", [({"name": ["vol"]}, 1), ({"name": ["x"]}, 0), ({"driver": ["local"]}, 1), ({"driver": ["x"]}, 0),
+    @pytest.mark.parametrize("filters, count", [({"name": ["vol"]}, 1), ({"name": ["x"]}, 0), ({"name": ["^tst.ol$"]}, 1), ({"name": ["vol("]}, 0), ({"driver": ["local"]}, 1), ({"driver": ["x"]}, 0),
                                                 ({"label": ["x"]}, 0), ({"dangling": ["true"]}, 0), ({"dangling": ["false"]}, 1)])
     def test_filters(self, reading, filters, count):
         assert len(ask(reading, "GET", "/volumes?" + filtered(**filters)).json["Volumes"]) == count
@@ -6922,10 +7043,24 @@ class TestBuildKit:
 
     # --- the two endpoints ---
 
+    @pytest.mark.parametrize("path, status", [("/grpc", 500), ("/session", 400)])
+    @pytest.mark.parametrize("headers, message", [
+        ([], "no upgrade proto in request"), (["Connection: Upgrade"], "no upgrade proto in request"), (["Upgrade:"], "no upgrade proto in request"),
+        (["Connection: Upgrade", "Upgrade: tcp"], "protocol tcp not supported"), (["Upgrade: H2C"], "protocol H2C not supported"), (["Upgrade: h2c"], None),
+        (["Connection: Upgrade", "Upgrade: h2c"], None)])
+    def test_without_the_right_upgrade(self, daemon, path, status, headers, message):
+        with contextlib.closing(daemon.connect()) as sock:
+            sock.settimeout(10)
+            sock.sendall("\r\n".join([f"POST {path} HTTP/1.1", "Host: x", *headers, "", ""]).encode())
+            response = http.client.HTTPResponse(sock, method="POST")
+            response.begin()
+            assert response.status == (status if message else 101)
+            assert json.loads(response.read()) == {"message": message} if message else response.headers["Upgrade"] == "h2c"
+
     @pytest.mark.parametrize("path", ["/grpc", "/session"])
     def test_endpoints_answer_101_without_buildkitd(self, path, tmp_path):
         """Anything else would make clients set up a builder of their own."""
-        response = nerdctld.dispatch(self.engine(str(tmp_path / "none.sock")), nerdctld.Request("POST", path))
+        response = nerdctld.dispatch(self.engine(str(tmp_path / "none.sock")), nerdctld.Request("POST", path, headers={"Upgrade": "h2c"}))
         assert response.status == 101 and response.body.protocol == "h2c" and not response.media_type
         near, far = socket.socketpair()
         thread = threading.Thread(target=response.body.serve, args=(nerdctld.Connection(near),), daemon=True)
@@ -8962,7 +9097,7 @@ class TestLiveImages:
     def test_version_and_info(self, live, client):
         assert "nerdctl" in live.text(client, "version")
         assert live.text(client, "info", "--format", "{{.Driver}} {{.OSType}}") == "overlayfs linux\n"
-        assert "Server Version: " + nerdctld.VERSION in live.text(client, "info")
+        assert "Server Version: " + nerdctld.ENGINE_VERSION in live.text(client, "info")
 
     def test_images_and_inspect(self, live, client):
         rows = [json.loads(line) for line in live.text(client, "images", "--no-trunc", "--format", "{{json .}}").splitlines()]
@@ -10174,7 +10309,7 @@ class TestLiveSystemd:
     def test_first_connection_starts_it(self, shell):
         assert shell("systemctl is-active nerdctl.service", fails=True) == "inactive\n"
         assert shell("stat -c '%a %U %G' /run/nerdctl.sock") == "660 root root\n"
-        assert shell("docker version -f '{{.Server.Version}}'; systemctl is-active nerdctl.service") == f"{nerdctld.VERSION}\nactive\n"
+        assert shell("docker version -f '{{.Server.Version}}'; systemctl is-active nerdctl.service") == f"{nerdctld.ENGINE_VERSION}\nactive\n"
         assert shell("ls /var/cache/nerdctld/usr/local/bin").startswith("nerdctld.cpython")
         assert BASE in shell("docker load -q -i /stack/base.tar; docker images --format '{{.Repository}}:{{.Tag}}'")
         assert shell(f"docker run --rm --network none {BASE} echo hello") == "hello\n"
@@ -10208,7 +10343,7 @@ class TestLiveSystemd:
         shell(environment + """mkdir -p ~/.config/systemd/user; cp /src/nerdctl.socket /src/nerdctl.service ~/.config/systemd/user/
             systemctl --user daemon-reload; systemctl --user enable --now nerdctl.socket""", "outsider")
         assert shell(environment + "docker version -f '{{.Server.Version}}'; systemctl --user is-active nerdctl.service; stat -c %U $XDG_RUNTIME_DIR/nerdctl.sock; "
-                     "ls ~/.cache/nerdctld/usr/local/bin | head -c 8", "outsider") == f"{nerdctld.VERSION}\nactive\noutsider\nnerdctld"
+                     "ls ~/.cache/nerdctld/usr/local/bin | head -c 8", "outsider") == f"{nerdctld.ENGINE_VERSION}\nactive\noutsider\nnerdctld"
 
     def test_nothing_stays(self, shell):
         shell("systemctl stop nerdctl.socket nerdctl.service")
@@ -10253,7 +10388,7 @@ class TestLiveSSH:
 
     def test_docker_over_ssh(self, live, client, host):
         address, environment = host
-        assert live.text(client, "-H", address, "version", "--format", "{{.Server.Version}}", environment=environment) == nerdctld.VERSION + "\n"
+        assert live.text(client, "-H", address, "version", "--format", "{{.Server.Version}}", environment=environment) == nerdctld.ENGINE_VERSION + "\n"
         assert BASE in live.text(client, "-H", address, "images", "--format", "{{.Repository}}:{{.Tag}}", environment=environment)
         archive = live.docker(client, "-H", address, "save", BASE, environment=environment).stdout
         assert len(archive) > 1000000 and "Loaded image" in live.text(client, "-H", address, "load", data=archive, environment=environment)
