@@ -9506,20 +9506,24 @@ class TestLiveChanges:
 
     ROUNDS = 6
 
-    def make(self, live, removed):
+    def make(self, live, removed, network="none"):
         """A container with an anonymous volume; its id."""
         answer = live.ask("POST", "/containers/create", {
             "Image": BASE, "Cmd": ["sh", "-c", "trap 'exit 0' TERM; sleep 300 & wait"], "Volumes": {"/data": {}},
-            "HostConfig": {"NetworkMode": "none", "AutoRemove": removed}})
+            "HostConfig": {"NetworkMode": network, "AutoRemove": removed}})
         assert answer.status == 201, answer.body
         return answer.json["Id"]
 
     def state(self, live, identity):
         """The state that the daemon tells, "" for one that neither it nor nerdctl has."""
-        answer = live.ask("GET", f"/containers/{identity}/json")
-        there = identity in real("ps", "-aq", "--no-trunc").stdout.decode().split()
-        assert there == (answer.status == 200), (there, answer.body)
-        return answer.json["State"]["Status"] if there else ""
+        def look():
+            answer = live.ask("GET", f"/containers/{identity}/json")
+            there = identity in real("ps", "-aq", "--no-trunc").stdout.decode().split()
+            return answer if there == (answer.status == 200) else None
+
+        answer = until(look)
+        assert answer, "one of the two has it, and the other has not"
+        return answer.json["State"]["Status"] if answer.status == 200 else ""
 
     @pytest.mark.parametrize("removed", [False, True], ids=["plain", "--rm"])
     @pytest.mark.parametrize("runs, first, second, answers", [
@@ -9569,7 +9573,7 @@ class TestLiveChanges:
         made = [live.ask("POST", "/networks/create", {"Name": f"tstchanges{number}"}).json["Id"] for number in range(2)]
         try:
             for pair, statuses in (((0, 0), [200, 403]), ((0, 1), [200, 200])):
-                identity = self.make(live, False)
+                identity = self.make(live, False, "bridge")
                 send = lambda number: live.ask("POST", f"/networks/{made[number]}/connect", {"Container": identity})
                 assert sorted(each.status for each in at_once(send, *((each,) for each in pair))) == statuses
                 networks = live.ask("GET", f"/containers/{identity}/json").json["NetworkSettings"]["Networks"]
