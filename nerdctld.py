@@ -8,8 +8,8 @@ The way of a request, in one direction only:
 
 Sections, each using only what stands above it:
 
-    Errors · Requests, responses · Routes · nerdctl process · Conversions · Patterns · gRPC · Events · Snapshot · Engine ·
-    System · Images · Build · Containers · Container create · Sessions · Container lifecycle · Streams · Exec ·
+    Errors · Requests, responses · Routes · nerdctl process · Conversions · Patterns · gRPC · Events · Snapshot ·
+    Engine · System · Images · Build · Containers · Container create · Sessions · Container lifecycle · Streams · Exec ·
     Archive · Statistics · Networks · Volumes · Swarm and plugins · Relay · BuildKit · HTTP server ·
     Sockets · ctr · Command line
 
@@ -3918,7 +3918,7 @@ def platform_name(components: List[Dict[str, Any]]) -> str:
     """What a client shows as the kind of the server: `nerdctld 0.1.0, nerdctl v2.3.5, containerd v2.3.1`."""
     shown = [each for name in ("nerdctld", "nerdctl", "containerd") for each in components if each["Name"] == name]
     # Without a nerdctl its version is a sentence that says so.
-    return ", ".join(each["Version"] if " " in each["Version"] else f"{each['Name']} {each['Version']}" for each in shown)
+    return ", ".join(("" if " " in each["Version"] else each["Name"] + " ") + each["Version"] for each in shown)
 
 
 def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
@@ -3954,8 +3954,8 @@ GO_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i68
 
 @route("GET", "/version")
 def system_version(engine: Engine, request: Request) -> Response:
-    """The version of Docker with the same API, and those of this daemon and of nerdctl, containerd, runc and buildctl, as far
-    as they are there."""
+    """The version of Docker with the same API, and those of this daemon and of nerdctl, containerd, runc and buildctl, as
+    far as they are there."""
     told, problem = {}, ""
     try:
         told = engine.inventory.tools.get()
@@ -10526,7 +10526,7 @@ def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, 
 
 
 def check_upgrade(request: Request, refusal: Type[ApiError]) -> None:
-    """Refuse, with dockerd's words, what does not ask for HTTP/2 on its connection. As in dockerd only Upgrade counts."""
+    """Refuse what does not ask for HTTP/2 on its connection, in dockerd's words. As there, only Upgrade counts."""
     protocol = request.headers.get("Upgrade") or ""
     if not protocol:
         raise refusal("no upgrade proto in request")
