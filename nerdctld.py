@@ -230,6 +230,49 @@ def match_labels(labels: Dict[str, str], wanted: Iterable[str]) -> bool:
     return True
 
 
+def until_limit(values: List[str]) -> Optional[int]:
+    """The moment that an `until` filter names, in nanoseconds since 1970: a timestamp, a date or a duration before now. None
+    without one, 400 for what is none."""
+    if not values:
+        return None
+    if len(values) > 1:
+        raise BadParameter("more than one until filter specified")
+    text = values[0]
+    if re.fullmatch(r"(\d{1,9}(\.\d{1,9})?(h|ms|m|s))+", text):
+        units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+        parts = re.findall(r"(\d+(?:\.\d+)?)(h|ms|m|s)", text)
+        return time.time_ns() - int(sum(float(number) * units[unit] for number, unit in parts) * 10**9)
+    found = nanoseconds_of(text + "T00:00:00" if re.fullmatch(r"\d{4}-\d\d-\d\d", text) else text)
+    if found is None:
+        raise BadParameter(f"invalid until filter: {text!r}")
+    return found
+
+
+class PruneFilter:
+    """The filters `until`, `label` and `label!` that all prunes have in common; 400 for an `until` that is no time."""
+
+    def __init__(self, filters: Dict[str, List[str]]):
+        self.until = until_limit(filters.get("until") or [])
+        self.labels, self.refused = filters.get("label") or [], filters.get("label!") or []
+
+    def passes(self, labels: Dict[str, str], created: int = 0) -> bool:
+        """Whether an object with these labels, made at this time (nanoseconds since 1970), is one of those."""
+        return (match_labels(labels, self.labels) and not any(match_labels(labels, [each]) for each in self.refused)
+                and (self.until is None or created <= self.until))
+
+
+def flag_filter(filters: Dict[str, List[str]], name: str, default: Optional[bool] = None) -> Optional[bool]:
+    """A filter that is a boolean; 400 with dockerd's words for anything else."""
+    values = filters.get(name) or []
+    if not values:
+        return default
+    words = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+    told = {words.get(each.lower()) for each in values}
+    if None in told or len(told) > 1:
+        raise BadParameter(f"invalid filter '{name}={json_bytes(values).decode()}'")
+    return told.pop()
+
+
 def typed(value: Any, kind: type, what: str) -> Any:
     """`value` if it is of the JSON type asked for, an empty one for null; 400 otherwise."""
     if value is None:
@@ -4162,16 +4205,16 @@ def system_events(engine: Engine, request: Request) -> Response:
         engine.settle()
         with engine.journal.subscribe() as (kept, new), request.client.when_gone(lambda: new.put(None)):
             for event in kept if since is not None else ():
-                when = event["timeNano"] / 1e9
+                when = event["timeNano"]
                 if when >= since and (until is None or when <= until) and match_event(event, filters):
                     yield lead + json_bytes(docker_event(event, request.version)) + b"\n"
-            if until is None or until > time.time():
+            if until is None or until > time.time_ns():
                 # The head of the response says that nothing from now on is missed.
                 engine.feed.wait_live(2.0)
             yield b""
             while True:
                 try:
-                    event = new.get(timeout=None if until is None else max(0.0, until - time.time()))
+                    event = new.get(timeout=None if until is None else max(0.0, (until - time.time_ns()) / 1e9))
                 except queue.Empty:
                     return
                 if event is None:
@@ -4301,53 +4344,19 @@ def match_reference(names: List[str], patterns: List[Pattern]) -> List[str]:
     return found
 
 
-def until_limit(values: List[str]) -> Optional[float]:
-    """The moment that an `until` filter names, as seconds since 1970: a timestamp or a duration before now."""
-    if not values:
-        return None
-    if len(values) > 1:
-        raise BadParameter("more than one until filter specified")
-    text = values[0]
-    if re.fullmatch(r"\d{1,15}(\.\d{1,9})?", text):
-        return float(text)
-    if re.fullmatch(r"(\d{1,9}(\.\d{1,9})?(h|ms|m|s))+", text):
-        units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-        return time.time() - sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)(h|ms|m|s)", text))
-    found = nanoseconds_of(text + "T00:00:00" if re.fullmatch(r"\d{4}-\d\d-\d\d", text) else text)
-    if found is None:
-        raise BadParameter(f"invalid until filter: {text!r}")
-    return found
-
-
-def flag_filter(filters: Dict[str, List[str]], name: str, default: Optional[bool] = None) -> Optional[bool]:
-    """A filter that is a boolean; 400 with dockerd's words for anything else."""
-    values = filters.get(name) or []
-    if not values:
-        return default
-    words = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
-    told = {words.get(each.lower()) for each in values}
-    if None in told or len(told) > 1:
-        raise BadParameter(f"invalid filter '{name}={json_bytes(values).decode()}'")
-    return told.pop()
-
-
 def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[str, List[str]]) -> List[ImageGroup]:
     """The images that pass the filters of list and prune."""
     dangling = flag_filter(filters, "dangling")
     before = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "") for each in filters.get("before") or []]
     since = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "") for each in filters.get("since") or []]
-    until = until_limit(filters.get("until") or [])
-    references = reference_patterns(filters.get("reference") or [])
+    common, references = PruneFilter(filters), reference_patterns(filters.get("reference") or [])
     found = []
     for group in groups:
-        labels = group.labels
         created = seconds_or_zero(group.config.get("created") or "")
         if (dangling is not None and dangling != (not group.repo_tags)
-                or not match_labels(labels, filters.get("label") or [])
-                or any(match_labels(labels, [each]) for each in filters.get("label!") or [])
+                or not common.passes(group.labels, created * 10**9)
                 or (references and not match_reference([*group.repo_tags, *group.repo_digests], references))
-                or any(created >= each for each in before) or any(created <= each for each in since)
-                or (until is not None and created > until)):
+                or any(created >= each for each in before) or any(created <= each for each in since)):
             continue
         found.append(group)
     return found
@@ -5677,7 +5686,7 @@ def build_prune(engine: Engine, request: Request) -> Response:
     for key, values in filters.items():
         for value in values:
             if key in ("until", "unused-for"):
-                arguments.append(f"--keep-duration={max(0, round(time.time() - (until_limit([value]) or 0)))}s")
+                arguments.append(f"--keep-duration={max(0, round((time.time_ns() - (until_limit([value]) or 0)) / 1e9))}s")
             else:
                 arguments.append(f"--filter={key}=={value}" if key not in ("inuse", "private", "shared") else f"--filter={key}")
     reserved, limit = request.integer("reserved-space") or request.integer("keep-storage"), request.integer("max-used-space")
@@ -8096,12 +8105,9 @@ def prunable(engine: Engine, container: Container) -> bool:
 def container_prune(engine: Engine, request: Request) -> Response:
     """Remove all containers that do not run, by the filters until, label and label!."""
     filters = request.filters("until", "label", "label!")
-    limit = until_limit(filters.get("until") or [])
+    common = PruneFilter(filters)
     found = [each for each in engine.inventory.containers().values()
-             if prunable(engine, each)
-             and match_labels(each.visible_labels, filters.get("label") or [])
-             and not any(match_labels(each.visible_labels, [label]) for label in filters.get("label!") or [])
-             and (limit is None or each.created / 1e9 <= limit)]
+             if prunable(engine, each) and common.passes(each.visible_labels, each.created)]
     deleted, reclaimed = [], 0
     sizes = container_sizes(engine, found)
     for each in found:
@@ -8286,8 +8292,7 @@ def log_lines(engine: Engine, request: Request, container: Container) -> Iterato
     """The lines of a container's log that a logs request asks for."""
     follow = request.flag("follow") and (container.running or container.state.kind == "restarting")
     since, until = request.timestamp("since"), request.timestamp("until")
-    first = int(since * 10**9) if since and since > 0 else 0
-    last = int(until * 10**9) if until and until > 0 else 0
+    first, last = max(0, since or 0), max(0, until or 0)
     tail = tail_count(request)
     wanted = {STDOUT: request.flag("stdout"), STDERR: request.flag("stderr")}
     gone = threading.Event()
@@ -9594,13 +9599,11 @@ def network_delete(engine: Engine, request: Request, name: str) -> Response:
 def network_prune(engine: Engine, request: Request) -> Response:
     """Remove the networks that no container has, by the filters until, label and label!."""
     filters = request.filters("until", "label", "label!")
-    limit = until_limit(filters.get("until") or [])
-    deleted = []
+    common, deleted = PruneFilter(filters), []
     for network in list(engine.inventory.networks().values()):
-        made = (nanoseconds_of(network["Created"]) or 0) / 1e9
         if (network["Name"] in ("bridge", "host", "none") or not network["Id"] or network["Id"] == made_up_id(network["Name"])
-                or network_users(engine, network["Name"]) or not match_labels(network["Labels"], filters.get("label") or [])
-                or any(match_labels(network["Labels"], [each]) for each in filters.get("label!") or []) or (limit is not None and made > limit)):
+                or network_users(engine, network["Name"])
+                or not common.passes(network["Labels"], nanoseconds_of(network["Created"]) or 0)):
             continue
         with contextlib.suppress(ApiError):
             remove_network(engine, network)
@@ -9874,11 +9877,10 @@ def volume_prune(engine: Engine, request: Request) -> Response:
     """Remove the volumes that no container has: the anonymous ones, with the filter `all` every one."""
     filters = request.filters("all", "label", "label!")
     everything = flag_filter(filters, "all", request.version < (1, 42))
-    used, deleted, reclaimed = volume_users(engine), [], 0
+    used, common, deleted, reclaimed = volume_users(engine), PruneFilter(filters), [], 0
     found = [volume for volume in list(engine.inventory.volumes().values())
              if volume["Name"] not in used and (everything or is_anonymous(volume))
-             and match_labels(volume["Labels"] or {}, filters.get("label") or [])
-             and not any(match_labels(volume["Labels"] or {}, [each]) for each in filters.get("label!") or [])]
+             and common.passes(volume["Labels"] or {})]
     sizes = volume_sizes(engine) if found else {}
     for volume in found:
         with contextlib.suppress(ApiError):
