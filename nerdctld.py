@@ -29,7 +29,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import getopt
 import http.client
 import http.server
 import io
@@ -58,7 +57,7 @@ import tty
 import urllib.parse
 import zlib
 from hashlib import sha256
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Type
+from typing import Any, Callable, ContextManager, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Type
 
 VERSION = "0.1.0"
 API_NEWEST = (1, 56)
@@ -1056,7 +1055,6 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
      "containerd is not running at {0}: start it (systemctl start containerd), or say where it is with --address"),
     (r"(?:connection error|failed to dial|connection refused|error reading server preface).{0,400}?(containerd\.sock)", Unavailable,
      "containerd does not answer: see systemctl status containerd"),
-    (r"nerdctl is not installed, and", NotImplementedHere, ""),
     (r"connection error: desc = \"transport: Error while dialing: dial unix (?!\S*buildkit)(\S+): ", Unavailable,
      "containerd does not answer at {0}: see systemctl status containerd"),
     (r"rootless containerd not running", Unavailable,
@@ -1106,7 +1104,9 @@ UNMOUNTING = 10.0
 
 
 def parse_logrus(line: str) -> Tuple[str, str]:
-    """A line of nerdctl's stderr as (level, message); ("", line) for what is not logrus."""
+    """A line of nerdctl's stderr as (level, message); ("", line) for what is not logrus. ctr's last line is fatal."""
+    if line.startswith("ctr: "):
+        return "fatal", line[len("ctr: "):]
     found = LOGRUS.match(line)
     if found:
         level, quoted, plain, error = found.groups()
@@ -1470,6 +1470,69 @@ class Nerdctl:
         """The JSON values that a command with a `{{json …}}` format prints, one a line."""
         return parse_rows(self.run(*arguments, timeout=timeout, environment=self.listing).stdout)
 
+    # What class Ctr does in other ways. A running process that comes back is to be used as a context.
+
+    def version(self) -> Dict[str, Any]:
+        """The versions of the programs that do the work, in nerdctl's form."""
+        return next(iter(self.rows("version", "--format", "{{json .}}", timeout=10)), {})
+
+    def info(self) -> Dict[str, Any]:
+        """What is known of the machine, in nerdctl's form."""
+        return next(iter(self.rows("info", "--format", "{{json .}}", timeout=20)), {})
+
+    def login(self, host: str, user: str, password: str, environment: Dict[str, str]) -> None:
+        """Have a registry check credentials; 401 where it refuses them."""
+        output = self.output("login", "--username", user, "--password-stdin", "--", host, data=password.encode(),
+                             timeout=60, environment=environment, waits=True)
+        if output.status:
+            error = nerdctl_error(output.stderr)
+            if isinstance(error, Unavailable):
+                raise error
+            refused = r"401|[Uu]nauthorized|incorrect username|authentication (?:is )?required|denied"
+            raise (Unauthorized if re.search(refused, output.stderr) else ApiError)(str(error))
+
+    def pull(self, name: str, platform: str, unpack: bool, environment: Optional[Dict[str, str]],
+             client: Client) -> ContextManager[Process]:
+        """A running pull, with its progress on stdout. Only for a platform that is named it matters whether nerdctl is
+        to `unpack`: by itself it unpacks what fits the machine."""
+        options = [f"--platform={platform}", f"--unpack={'auto' if unpack else 'false'}"] if platform else []
+        return self.start("pull", *options, "--", name, environment=environment, client=client)
+
+    def push(self, name: str, platforms: List[str], environment: Optional[Dict[str, str]],
+             client: Client) -> ContextManager[Process]:
+        """A running push, with its progress on stdout."""
+        options = [f"--platform={each}" for each in platforms]
+        return self.start("push", *options, "--", name, environment=environment, client=client)
+
+    def pushed_digest(self, process: Process) -> str:
+        """The digest of what a push sent in the place of an image that is here in part, "" when it sent the image."""
+        found = re.findall(r"reduced-platform image \([^,]+, (sha256:[0-9a-f]{64})\)", process.error_text())
+        return found[-1] if found else ""
+
+    def load(self, platforms: List[str]) -> ContextManager[Process]:
+        """A running load of the archive on its stdin, of all platforms where none is named."""
+        options = [f"--platform={each}" for each in platforms] or ["--all-platforms"]
+        return self.start("load", *options, stdin=subprocess.PIPE)
+
+    def save(self, names: List[str], platforms: List[str], client: Client) -> ContextManager[Process]:
+        """A running save, the archive on its stdout."""
+        return self.start("save", *(f"--platform={each}" for each in platforms), "--", *names, client=client)
+
+    def tag(self, source: str, name: str) -> None:
+        """Let `name` stand for what `source` stands for."""
+        self.run("tag", "--", source, name)
+
+    def remove_images(self, names: List[str], force: bool = False) -> None:
+        """Remove names of images, and what nothing else needs any more."""
+        self.run("rmi", *(["--force"] if force else []), "--", *names)
+
+    def build(self, options: List[str], names: List[str], folder: str, environment: Optional[Dict[str, str]],
+              client: Client) -> ContextManager[Process]:
+        """A running build of a context with nerdctl's `options` of build; its progress is on stderr."""
+        tags = [f"--tag={name}" for name in names]
+        return self.start("build", *options, *tags, "--", folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          environment=environment, client=client)
+
     def buildkit_addresses(self) -> List[str]:
         """Where nerdctl looks for buildkitd, in its order."""
         if self.environment.get("BUILDKIT_HOST"):
@@ -1477,13 +1540,13 @@ class Nerdctl:
         base = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
         return [f"unix://{base}/{name}/buildkitd.sock" for name in (f"buildkit-{self.namespace}", "buildkit-default", "buildkit")]
 
-    def buildctl(self, *arguments: str, timeout: float = SHORT_CALL) -> Output:
-        """Run BuildKit's own client, which nerdctl needs for builds anyway, for what nerdctl has no command for."""
+    def buildctl(self) -> "Nerdctl":
+        """What runs BuildKit's own client, which nerdctl needs for builds anyway."""
         address = next((each for each in self.buildkit_addresses()
                         if not each.startswith("unix://") or os.path.exists(each[len("unix://"):])), self.buildkit_addresses()[-1])
         other = Nerdctl(["buildctl", f"--addr={address}"])
         other.options, other.places, other.processes, other.debug = [], self.places, self.processes, self.debug
-        return other.output(*arguments, timeout=timeout)
+        return other
 
     def end_all(self) -> None:
         """End every process that is still running, but for those that hold a container or will find their pipes closed."""
@@ -2311,7 +2374,8 @@ class ImageRecord(NamedTuple):
 
     name: str
     target: Descriptor
-    updated_at: int
+    updated_at: int = 0
+    labels: Tuple[Tuple[str, str], ...] = ()
 
 
 class ContainerdEvent(NamedTuple):
@@ -2375,22 +2439,15 @@ def parse_image(message: Any) -> ImageRecord:
     found = read_message(message)
     target = read_message(found.get(3, b""))
     return ImageRecord(read_text(found, 1), Descriptor(read_text(target, 1), read_text(target, 2), target.get(3, 0)),
-                       read_timestamp(found.get(8)) or read_timestamp(found.get(7)))
+                       read_timestamp(found.get(8)) or read_timestamp(found.get(7)),
+                       tuple(decode_map_entry(each.value) for each in decode_fields(message) if each.number == 2))
 
 
-def parse_event(message: Any, namespace: str) -> Optional[ContainerdEvent]:
-    """An envelope of the events service; None for other namespaces, for topics that nobody needs, and for the steps of a
-    build that is under way."""
-    found = read_message(message)
-    topic = read_text(found, 3)
-    if read_text(found, 2) != namespace or topic not in EVENT_FIELDS:
-        return None
-    names, payload = EVENT_FIELDS[topic], {}
-    for number, value in read_message(read_message(found.get(4, b"")).get(2, b"")).items():
-        if number in names:
-            payload[names[number]] = value if isinstance(value, int) else str(value, "utf-8", "replace")
-    event = ContainerdEvent(topic, read_timestamp(found.get(1)) or time.time_ns(), payload)
-    return None if BUILD_STEP.fullmatch(event.container) and not payload.get("image") else event
+def encode_image(image: ImageRecord) -> bytes:
+    """A request that has an images.v1.Image as its first field; containerd sets the times."""
+    labels = b"".join(encode_map_entry(2, key, value) for key, value in image.labels)
+    target = b"".join(itertools.starmap(encode_field, enumerate(image.target, 1)))
+    return encode_field(1, encode_field(1, image.name) + labels + encode_field(3, target))
 
 
 class Containerd:
@@ -2490,6 +2547,18 @@ class Containerd:
     def get_image(self, name: str) -> ImageRecord:
         """One name of an image."""
         return parse_image(read_message(self.call("images.v1.Images/Get", encode_field(1, name))).get(1, b""))
+
+    def create_image(self, image: ImageRecord) -> None:
+        """Give an image a new name; Conflict where there is that name."""
+        self.call("images.v1.Images/Create", encode_image(image))
+
+    def update_image(self, image: ImageRecord) -> None:
+        """Let a name stand for another image."""
+        self.call("images.v1.Images/Update", encode_image(image))
+
+    def delete_image(self, name: str, sync: bool = True) -> None:
+        """Remove a name; with `sync` also what nothing else needs any more, before the answer comes."""
+        self.call("images.v1.Images/Delete", encode_field(1, name) + encode_field(2, sync), 120.0)
 
     def list_content(self) -> set:
         """The digests of all content there is."""
@@ -3014,15 +3083,21 @@ def parse_reference(text: str, default_tag: str = "latest") -> Reference:
     return Reference(f"{domain}/{path}", tag or ("" if digest else default_tag), digest)
 
 
-# Names that stand for none: of nerdctl's load, of BuildKit, of Kubernetes (`sha256:…`, the digest of the configuration), and
-# our own for imports and commits without one. containerd keeps no image without a name.
+# Names that stand for none: of nerdctl's load and of ctr's (`import-2026-11-24@sha256:…`), of BuildKit, of Kubernetes
+# (`sha256:…`, the digest of the configuration), and our own for imports and commits without one. containerd keeps no image
+# without a name.
 WORKING_NAME = "nerdctld.invalid/"
 NAMELESS = (WORKING_NAME, "import/", "moby-dangling/", "sha256:", "sha256/")
 
 
+# The beginning of the name that load gives to an image without one: nerdctl's and ctr's.
+IMPORTED = re.compile(r"import(-\d{4}-\d\d-\d\d)?@")
+
+
 def is_nameless(name: str) -> bool:
     """Whether a name in containerd is none that people would know."""
-    return name == ":" or name.endswith(REDUCED) or (name.partition("@")[0] + "/").startswith(NAMELESS) or name.startswith(NAMELESS)
+    return (name == ":" or name.endswith(REDUCED) or IMPORTED.match(name) is not None
+            or (name.partition("@")[0] + "/").startswith(NAMELESS) or name.startswith(NAMELESS))
 
 
 class ImageContent(NamedTuple):
@@ -3081,7 +3156,7 @@ class ImageGroup:
             repository = name.partition("@")[0]
             head, colon, tail = repository.rpartition(":")
             repository = head if colon and "/" not in tail else repository
-            if not (repository + "/").startswith(NAMELESS):
+            if not is_nameless(name):
                 found[f"{familiar(repository)}@{self.id}"] = None
         return list(found)
 
@@ -3192,19 +3267,29 @@ class ImageStore:
         """The descriptors of the manifests whose content is here: this machine's platform first, attestations last."""
         if target["digest"] not in present:
             return []
-        index = self._blob(target["digest"])
-        each = index.get("manifests", [target])
-        found = [one for one in each if one["digest"] in present and self._is_whole(self._blob(one["digest"]), present)]
-        return sorted(found, key=lambda one: (platform_text(one.get("platform")) == "unknown/unknown", not fits_machine(platform_text(one.get("platform")))))
-
-    def _is_whole(self, manifest: Dict[str, Any], present: set) -> bool:
-        return all(each["digest"] in present for each in [manifest["config"], *(manifest.get("layers") or [])])
+        return whole_manifests(self._blob(target["digest"]).get("manifests", [target]), present, self._blob)
 
     def _layer_size(self, key: str) -> int:
         if key not in self.sizes:
             with contextlib.suppress(NotFound):
                 self.sizes[key] = self.containerd.snapshot_usage(self.snapshotter, key)
         return self.sizes.get(key, 0)
+
+
+def whole_manifests(descriptors: List[Dict[str, Any]], present: set,
+                    read: Callable[[str], Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Those descriptors whose manifests, which `read` finds by their digests, are here with all that belongs to them:
+    this machine's platform first, attestations last."""
+    def is_whole(digest: str) -> bool:
+        manifest = read(digest) if digest in present else {}
+        parts = [manifest.get("config") or {}, *(manifest.get("layers") or [])]
+        return all(each.get("digest") in present for each in parts)
+
+    def order(descriptor: Dict[str, Any]) -> Tuple[bool, bool]:
+        platform = platform_text(descriptor.get("platform"))
+        return platform == "unknown/unknown", not fits_machine(platform)
+
+    return sorted((each for each in descriptors if is_whole(each["digest"])), key=order)
 
 
 def chain_ids(config: Dict[str, Any]) -> List[str]:
@@ -3360,8 +3445,8 @@ class Inventory:
         self.images = ImageStore(containerd, feed, nerdctl.snapshotter)
         self.files = JsonFiles()
         # Tools are replaced seldom, and the machine is what it is.
-        self.tools = Kept(self._read_tools, 30.0)
-        self.machine = Kept(self._read_machine, 30.0)
+        self.tools = Kept(nerdctl.version, 30.0)
+        self.machine = Kept(nerdctl.info, 30.0)
         # Containers whose last run ended for want of memory.
         self.out_of_memory: set = set()
         # By the ids that clients know: containers that are being made anew, shown as they were as long as there is no other.
@@ -3479,14 +3564,6 @@ class Inventory:
                     config, written = self.files.get(os.path.join(folder, name, "volume.json"))
                     found[name] = parse_volume(name, config, os.path.join(folder, name, "_data"), written)
         return found
-
-    def _read_tools(self) -> Dict[str, Any]:
-        rows = self.nerdctl.rows("version", "--format", "{{json .}}", timeout=10)
-        return rows[0] if rows else {}
-
-    def _read_machine(self) -> Dict[str, Any]:
-        rows = self.nerdctl.rows("info", "--format", "{{json .}}", timeout=20)
-        return rows[0] if rows else {}
 
 
 def with_tag(name: str) -> str:
@@ -4130,15 +4207,10 @@ def system_auth(engine: Engine, request: Request) -> Response:
     if not DOMAIN.fullmatch(host):
         raise BadParameter(f"invalid registry address {address!r}")
     with engine.workspace.docker_config({}) as environment:
-        output = engine.nerdctl.output("login", "--username", user, "--password-stdin", "--", host,
-                                       data=password.encode(), timeout=60, environment=environment, waits=True)
-    if output.status:
-        error = nerdctl_error(output.stderr)
-        if isinstance(error, Unavailable):
-            raise error
-        if re.search(r"401|[Uu]nauthorized|incorrect username|authentication (?:is )?required|denied", output.stderr):
-            raise Unauthorized(f"Get \"https://{host}/v2/\": unauthorized: incorrect username or password")
-        raise ApiError(str(error))
+        try:
+            engine.nerdctl.login(host, user, password, environment)
+        except Unauthorized:
+            raise Unauthorized(f"Get \"https://{host}/v2/\": unauthorized: incorrect username or password") from None
     return Response(200, {"Status": "Login Succeeded"})
 
 
@@ -4580,11 +4652,10 @@ def follow_progress(process: Process, table: ProgressTable) -> Iterator[bytes]:
             yield message_line(message)
 
 
-def run_progress(engine: Engine, request: Request, arguments: List[str], environment: Optional[Dict[str, str]],
-                 table: ProgressTable, begin: Dict[str, Any]) -> Iterator[bytes]:
-    """The messages of a pull or push: `begin` first, once nerdctl has begun to move something (an error until then is an
-    ordinary error response), then the layers. Raises the ApiError when nerdctl fails."""
-    with engine.nerdctl.start(*arguments, environment=environment, client=request.client) as process:
+def run_progress(running: ContextManager[Process], table: ProgressTable, begin: Dict[str, Any]) -> Iterator[bytes]:
+    """The messages of a running pull: `begin` first, once it has begun to move something (an error until then is an
+    ordinary error response), then the layers. Raises the ApiError when it fails."""
+    with running as process:
         begun = False
         for data in follow_progress(process, table):
             if not begun:
@@ -4596,15 +4667,6 @@ def run_progress(engine: Engine, request: Request, arguments: List[str], environ
             yield message_line(begin)
         for message in table.finish():
             yield message_line(message)
-
-
-def pull_args(reference: Reference, platform: str) -> List[str]:
-    """argv of a pull."""
-    arguments = ["pull"]
-    if platform:
-        # nerdctl unpacks only what fits the machine unless told so.
-        arguments += [f"--platform={platform}", "--unpack=false" if not fits_machine(platform) else "--unpack=auto"]
-    return [*arguments, "--", reference.name]
 
 
 def fits_machine(platform: str) -> bool:
@@ -4625,7 +4687,8 @@ def pull_image(engine: Engine, request: Request, reference: Reference, platform:
     before = {name: group.id for group in engine.inventory.images.get().values() for name in group.names}.get(reference.name)
     begin = {"status": f"Pulling from {registry_path(reference)}", "id": reference.tag or reference.digest}
     with engine.changing_images([reference.name]):
-        yield from run_progress(engine, request, pull_args(reference, platform), environment, ProgressTable(PULL_WORDS), begin)
+        running = engine.nerdctl.pull(reference.name, platform, fits_machine(platform), environment, request.client)
+        yield from run_progress(running, ProgressTable(PULL_WORDS), begin)
     group = engine.inventory.image(reference.name)
     name = familiar(reference.name)
     yield message_line({"status": f"Digest: {group.id}"})
@@ -4691,6 +4754,14 @@ class Registry:
         if status != 200:
             raise ApiError(f"{self.host} answered {status}")
         return headers, body
+
+    def check(self) -> None:
+        """Ask whether it takes the credentials at all; 401 where it refuses them."""
+        status, headers, _ = self._send(self.host, "/v2/", "")
+        if status == 401:
+            status = self._send(self.host, "/v2/", self._authorize(headers.get("www-authenticate") or ""))[0]
+        if status != 200:
+            raise (Unauthorized if status == 401 else ApiError)(f"{self.host} answered {status}")
 
     def tags(self) -> List[str]:
         """All tags of the repository, which may come in pages."""
@@ -4825,15 +4896,16 @@ def remove_extra_names(engine: Engine, extra: List[str]) -> None:
     """Take away names that nerdctl's load and import leave beside the ones asked for."""
     if extra:
         with engine.changing_images(extra, "untag"):
-            engine.nerdctl.output("rmi", "--", *extra)
+            with contextlib.suppress(ApiError):
+                engine.nerdctl.remove_images(extra)
 
 
 def parse_loaded(text: str) -> List[str]:
-    """The names that `nerdctl load` says it loaded, each once. nerdctl 2.3 sometimes leaves out the last of its
-    `Loaded image:` lines (3 of 25 times on a busy machine), but names it in its progress."""
+    """The names that `nerdctl load`, or ctr's import, says it loaded, each once. nerdctl 2.3 sometimes leaves out the last
+    of its `Loaded image:` lines (3 of 25 times on a busy machine), but names it in its progress."""
     saved = re.findall(r"^(\S+)[ \t]+saved[ \t]*$", ANSI.sub("", text), re.M)
-    told = [*re.findall(r"^Loaded image: (\S+)", text, re.M), *(each for each in saved if ":" in each[1:-1])]
-    return list(dict.fromkeys(told))
+    told = re.findall(r"^(?:Loaded image:|unpacking) (\S+)", text, re.M)
+    return list(dict.fromkeys([*told, *(each for each in saved if ":" in each[1:-1])]))
 
 
 class ImageArchive:
@@ -4943,15 +5015,14 @@ class ImageArchive:
 @route("POST", "/images/load")
 def image_load(engine: Engine, request: Request) -> Response:
     """Load an archive; a stream with `Loaded image: …` for each name in it, and with the bytes read where `quiet` is off."""
-    arguments = ["load", *(platform_args(request, 1) or ["--all-platforms"])]
-    quiet = request.flag("quiet", True)
+    platforms, quiet = wanted_platforms(request, 1), request.flag("quiet", True)
 
     def chunks() -> Iterator[bytes]:
         before = list(engine.inventory.images.names.get())
         archive, names = ImageArchive(), []
         with engine.changing_images(names):
             # Not ended when the client leaves: that is seen when the body breaks off, and what has come whole is loaded.
-            with engine.nerdctl.start(*arguments, stdin=subprocess.PIPE) as process:
+            with engine.nerdctl.load(platforms) as process:
                 taken, told = 0, time.monotonic()
                 try:
                     for block in plain_blocks(request.body):
@@ -4972,9 +5043,9 @@ def image_load(engine: Engine, request: Request) -> Response:
                 process.check()
         loaded = parse_loaded(text)
         groups = {name: group for group in engine.inventory.images.get().values() for name in group.names}
-        nameless = [each for each in loaded if each.startswith("import@")]
+        nameless = [each for each in loaded if IMPORTED.match(each)]
         # The index is an image of containerd too, and the first that nerdctl tells of.
-        index = archive.index or "".join(nameless[:1])
+        index = archive.index or "".join([each for each in nameless if each.startswith("import@")][:1])
         remove_extra_names(engine, [index] if index in groups and index not in before else [])
         for name in [each for each in names if each in groups] or [each for each in loaded if each not in nameless]:
             yield message_line({"stream": f"Loaded image: {familiar(name)}\n"})
@@ -5002,12 +5073,12 @@ def as_error_detail(chunks: Iterator[bytes], begun: bool = False) -> Iterator[by
         chunks.close()
 
 
-def platform_args(request: Request, limit: int = 0) -> List[str]:
-    """A `--platform` for each `platform` of a request; 501 for more than `limit` of them (0: as many as there are)."""
+def wanted_platforms(request: Request, limit: int = 0) -> List[str]:
+    """Each `platform` of a request, once; 501 for more than `limit` of them (0: as many as there are)."""
     wanted = list(dict.fromkeys(platform_words(each) for each in request.values("platform") if each))
     if limit and len(wanted) > limit:
         raise NotImplementedHere(f"nerdctl can do this for one platform only, not for {', '.join(wanted)}")
-    return [f"--platform={each}" for each in wanted]
+    return wanted
 
 
 def platform_words(text: str) -> str:
@@ -5051,7 +5122,7 @@ def image_import(engine: Engine, request: Request) -> Response:
     lines = change_lines(request.values("changes"))
     # nerdctl 1.7 has no --message.
     arguments = ["import", *([f"--message={request.value('message')}"] if request.value("message") else [])]
-    arguments += platform_args(request, 1)
+    arguments += [f"--platform={each}" for each in wanted_platforms(request, 1)]
 
     def chunks() -> Iterator[bytes]:
         before = list(engine.inventory.images.names.get())
@@ -5106,12 +5177,12 @@ def expand_names(engine: Engine, name: str) -> List[str]:
 SAVE_ATTEMPTS = 4
 
 
-def whole_archive(engine: Engine, request: Request, arguments: List[str]) -> Iterator[Any]:
+def whole_archive(engine: Engine, request: Request, names: List[str], platforms: List[str]) -> Iterator[Any]:
     """The tar that `nerdctl save` writes, to its end. nerdctl 2.3 sometimes ends, with status 0, before it has written all
     of it (26 of 400 times): then it is run again for the rest, which is the same each time."""
     sent, state = 0, None
     for _ in range(SAVE_ATTEMPTS):
-        with engine.nerdctl.start(*arguments, client=request.client) as process:
+        with engine.nerdctl.save(names, platforms, request.client) as process:
             archive, seen = ImageArchive(), 0
             for block in process.pieces(lambda: archive.opaque if seen >= sent else 0):
                 if seen < sent:
@@ -5140,10 +5211,10 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     for platform in request.values("platform"):
         for name in wanted:
             check_platform(engine.inventory.image(name), platform, name)
-    arguments = ["save", *platform_args(request), "--", *wanted]
+    platforms = wanted_platforms(request)
 
     def chunks() -> Iterator[bytes]:
-        yield from whole_archive(engine, request, arguments)
+        yield from whole_archive(engine, request, wanted, platforms)
         for name in wanted:
             # Too late for an error: somebody may have removed it meanwhile.
             with contextlib.suppress(ApiError):
@@ -5195,9 +5266,10 @@ def delete_conflict(group: ImageGroup, name: str, users: List[Container], by_nam
 def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: bool) -> List[Dict[str, str]]:
     """Remove names of an image, with one nerdctl; what was untagged and, with the last name, deleted."""
     with engine.changing_images(names, "untag"):
-        engine.nerdctl.run("rmi", *(["--force"] if force else []), "--", *names)
+        engine.nerdctl.remove_images(names, force)
     left = engine.inventory.images.get().get(group.id)
-    told = [{"Untagged": familiar(name)} for name in names if not name.startswith(("moby-dangling@", "import@", WORKING_NAME))]
+    named = [name for name in names if not IMPORTED.match(name) and not name.startswith(("moby-dangling@", WORKING_NAME))]
+    told = [{"Untagged": familiar(name)} for name in named]
     for name in names:
         engine.journal.emit("image", "untag", group.id, {"name": familiar(name)})
     if left is None or not left.names:
@@ -5266,7 +5338,7 @@ def image_tag(engine: Engine, request: Request, name: str) -> Response:
     if target.digest:
         raise BadParameter("refusing to create a tag with a digest reference")
     with engine.changing_images([target.name]):
-        engine.nerdctl.run("tag", "--", group.names[0], target.name)
+        engine.nerdctl.tag(group.names[0], target.name)
     engine.journal.emit("image", "tag", group.id, {"name": familiar(target.name)})
     return Response(201)
 
@@ -5284,22 +5356,22 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
         names = sorted(each for each in groups if each.startswith(reference.repository + ":") and "@" not in each)
     if not names or names[0] not in groups:
         raise NotFound(f"An image does not exist locally with the tag: {familiar(reference.repository)}")
-    options = platform_args(request)
+    platforms = wanted_platforms(request)
 
     def chunks() -> Iterator[bytes]:
         begin = {"status": f"The push refers to repository [{reference.repository}]"}
         yield message_line(begin)
         with credentials_for(engine, request, reference.repository.partition("/")[0]) as environment:
             for each in names:
-                with engine.nerdctl.start("push", *options, "--", each, environment=environment, client=request.client) as process:
+                with engine.nerdctl.push(each, platforms, environment, request.client) as process:
                     table = ProgressTable(PUSH_WORDS)
                     yield from follow_progress(process, table)
                     process.check()
                     for message in table.finish():
                         yield message_line(message)
-                    pushed = re.findall(r"reduced-platform image \(([^,]+), (sha256:[0-9a-f]{64})\)", process.error_text())
+                    pushed = engine.nerdctl.pushed_digest(process)
                 group, short = groups[each], each.rpartition(":")[2]
-                digest = pushed[-1][1] if pushed else group.id
+                digest = pushed or group.id
                 size = docker_descriptor(group)["size"] if digest == group.id else group.content.descriptor.get("size") or 0
                 yield message_line({"status": f"{short}: digest: {digest} size: {size}"})
                 yield message_line({"progressDetail": {}, "aux": {"Tag": short, "Digest": digest, "Size": size}})
@@ -5482,9 +5554,9 @@ def json_parameter(request: Request, name: str, kind: type) -> Any:
 
 
 def build_args(request: Request) -> Tuple[List[str], List[str]]:
-    """argv of `nerdctl build` but for context, Dockerfile and tags, and warnings about what nerdctl cannot express. 400
+    """nerdctl's options of build but for Dockerfile and tags, and warnings about what nerdctl cannot express. 400
     for bad values, 501 for what would make another image than asked for."""
-    arguments = ["build", "--progress=plain"]
+    arguments = ["--progress=plain"]
     warnings = []
     for key, value in json_parameter(request, "buildargs", dict).items():
         # Without a value it is the client's own environment that is meant, and that is not here.
@@ -5499,7 +5571,7 @@ def build_args(request: Request) -> Tuple[List[str], List[str]]:
             arguments.append(flag)
     if request.value("target"):
         arguments.append(f"--target={request.value('target')}")
-    arguments += platform_args(request)
+    arguments += [f"--platform={each}" for each in wanted_platforms(request)]
     mode = request.value("networkmode")
     if mode in ("host", "none"):
         arguments.append(f"--network={mode}")
@@ -5613,13 +5685,12 @@ def image_build(engine: Engine, request: Request) -> Response:
             folder = stack.enter_context(engine.workspace.temporary("build"))
             environment = stack.enter_context(engine.workspace.docker_config(auths)) if auths else None
             build_context(request, folder)
-            words = [*arguments, *dockerfile_args(request, folder), *(f"--tag={name}" for name in names), "--", folder]
+            options = [*arguments, *dockerfile_args(request, folder)]
             for each in warnings:
                 yield message_line({"stream": each + "\n"})
             stack.enter_context(engine.changing_images(names))
             last: collections.deque = collections.deque(maxlen=200)
-            with engine.nerdctl.start(*words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, environment=environment,
-                                      client=request.client) as process:
+            with engine.nerdctl.build(options, names, folder, environment, request.client) as process:
                 for line in process.lines(process.stderr):
                     last.append(line)
                     if not quiet and parse_logrus(line)[0] == "":
@@ -5663,7 +5734,7 @@ def docker_cache(record: Dict[str, Any]) -> Dict[str, Any]:
 def build_cache(engine: Engine) -> List[Dict[str, Any]]:
     """The records of BuildKit's cache; none where there is no buildctl or no buildkitd answers."""
     try:
-        output = engine.nerdctl.buildctl("du", "--format", "{{json .}}")
+        output = engine.nerdctl.buildctl().output("du", "--format", "{{json .}}")
     except Unavailable:
         return []
     if output.status:
@@ -5694,7 +5765,7 @@ def build_prune(engine: Engine, request: Request) -> Response:
                        ("free-storage", request.integer("min-free-space"))):
         if size:
             arguments.append(f"--{flag}={size / 1e6:g}")
-    output = engine.nerdctl.buildctl(*arguments, timeout=600)
+    output = engine.nerdctl.buildctl().output(*arguments, timeout=600)
     if output.status:
         raise nerdctl_error(output.stderr) if "dial" not in output.stderr else Unavailable(
             "buildkitd does not answer: start it with a containerd worker, or say where it is with --buildkit-host")
@@ -11219,187 +11290,17 @@ def dial_stdio(path: str) -> int:
 # ctr
 ###############################################################################
 
-# Where nerdctl is not installed, this file stands in for it: `nerdctld.py nerdctl COMMAND …` takes the commands, flags and
-# formats that the sections above use, has containerd's own ctr do the work, and prints what nerdctl would print. ctr promises
-# no stable output: names, digests, JSON and the few columns below are all that is read of it, alike from 1.6 to 2.3.
+# Where nerdctl is not installed, containerd's API and its own ctr carry the images. ctr promises no stable output: only
+# the names of what it loaded and the progress of layers are read of it, which are alike from 1.6 to 2.3.
 NO_NERDCTL = "nerdctl is not installed"
-UNKNOWN_CTR = "this ctr is not known: "
-CTR_WORDS = [(re.compile(pattern), words) for pattern, words in (
-    (r"^failed to resolve reference \"[^\"]*\": ", "failed to resolve image: "),
-    (r"^container \"([^\"]+)\" in namespace \S+: not found$", r"no such container: \1"),
-    (r"^(?:cannot access socket|failed to dial) \"?([^\s\":]+)\"?: ", r'cannot access containerd socket "\1": '),
-)]
-Flags = Dict[str, List[str]]
-
-
-def parse_ctr_error(stderr: str) -> str:
-    """What ctr says went wrong, in nerdctl's words."""
-    lines = [line for line in stderr.splitlines() if line.strip()] or ["ctr failed without a word"]
-    message = re.sub(r"^ctr: ", "", next((line for line in lines if line.startswith("ctr: ")), lines[-1]))
-    for pattern, words in CTR_WORDS:
-        message = pattern.sub(words, message)
-    return message
-
-
-def parse_ctr_table(text: str, head: str, row: str) -> List[Tuple[str, ...]]:
-    """The groups of `row` in each line of a table whose first columns are `head`; 500 for anything else."""
-    first, *lines = [line for line in text.splitlines() if line.strip()] or [""]
-    for line in lines if first.split()[:3] == head.split() else [first]:
-        if first.split()[:3] != head.split() or not re.match(row, line):
-            raise ApiError(f"{UNKNOWN_CTR}it prints {line[:80]!r} for {head!r}")
-    return [re.match(row, line).groups() for line in lines]
-
-
-class Ctr:
-    """Runs ctr. `command` is the argv in front ("ctr", or "k3s ctr" as two words). What it starts stays in this process's
-    group, so that who ends the one ends the other. What goes wrong is an ApiError in nerdctl's words."""
-
-    def __init__(self, command: List[str], namespace: str, address: str, snapshotter: str):
-        self.namespace, self.snapshotter = namespace, [f"--snapshotter={snapshotter}"] if snapshotter else []
-        self.path = address.replace("unix://", "", 1) or ("" if "k3s" in command[0] else "/run/containerd/containerd.sock")
-        self.command = [*command, *([f"--address={self.path}"] if self.path else []), f"--namespace={namespace}"]
-
-    def start(self, *words: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE) -> subprocess.Popen:
-        """A running ctr, its stderr piped."""
-        if self.path and not os.path.exists(self.path):
-            # ctr 1.6 would look for it for ten seconds.
-            raise ApiError(f'cannot access containerd socket "{self.path}": no such file or directory')
-        return subprocess.Popen([*self.command, *words], stdin=stdin, stdout=stdout, stderr=subprocess.PIPE)
-
-    def finish(self, process: subprocess.Popen) -> str:
-        """What is left of a ctr's stdout, at its end."""
-        output, errors = process.communicate()
-        if process.returncode:
-            raise ApiError(parse_ctr_error(errors.decode(errors="replace")))
-        return (output or b"").decode()
-
-    def run(self, *words: str, **pipes: Any) -> str:
-        """The stdout of a ctr that succeeded."""
-        return self.finish(self.start(*words, **pipes))
-
-    def local(self, *words: str) -> List[str]:
-        """A command with --local where this ctr has that: the transfer service, which it uses otherwise, does not say what
-        it loads, and its progress is mixed into what is saved."""
-        return [*words, "--local"] if "--local" in self.run(*words, "--help") else list(words)
-
-    def each(self, commands: Iterable[List[str]]) -> Iterator[str]:
-        """The stdout of each command, a few of which run at a time; "" where its object is not there."""
-        waiting = list(commands)
-        for start in range(0, len(waiting), 4):
-            for process in [self.start(*words) for words in waiting[start:start + 4]]:
-                try:
-                    yield self.finish(process)
-                except ApiError as error:
-                    if not re.search(r"not found$|^no such container", str(error)):
-                        raise
-                    yield ""
-
-    def targets(self) -> Dict[str, Tuple[str, str]]:
-        """All images: name -> digest and media type."""
-        rows = parse_ctr_table(self.run("images", "ls"), "REF TYPE DIGEST", r"(\S+)\s+(\S+)\s+(\w+:[0-9a-f]{32,})\s")
-        return {name: (digest, kind) for name, kind, digest in rows}
-
-    def tasks(self) -> Dict[str, Tuple[int, str]]:
-        """Container id -> process id and status (RUNNING, PAUSED, STOPPED …) of those that have a task."""
-        rows = parse_ctr_table(self.run("tasks", "ls"), "TASK PID STATUS", r"(\S+)\s+(\d+)\s+([A-Z]+)\s*$")
-        return {identity: (int(pid), status) for identity, pid, status in rows}
-
-    def blobs(self, digests: Iterable[str]) -> Dict[str, Tuple[int, Any]]:
-        """Digest -> size and value of JSON in the content store; those that are not there are left out."""
-        wanted = list(dict.fromkeys(digests))
-        found = {digest: text.encode() for digest, text in zip(wanted, self.each(["content", "get", each] for each in wanted)) if text}
-        if any(digest != "sha256:" + sha256(data).hexdigest() for digest, data in found.items()):
-            raise ApiError(UNKNOWN_CTR + "the content it prints is not what its digest says")
-        return {digest: (len(data), json.loads(data)) for digest, data in found.items()}
-
-    def usage(self, tips: Iterable[str]) -> Dict[str, Tuple[int, int]]:
-        """Snapshot key -> its own bytes and all with those below it, for the keys in `tips` that there are and what is below."""
-        words, row = ["snapshots", *self.snapshotter], r"(\S+)\s+(?:(\S+)\s+)?(?:Active|Committed|View)\s*$"
-        parents, wanted = dict(parse_ctr_table(self.run(*words, "ls"), "KEY PARENT KIND", row)), {}
-        for key in tips:
-            while key in parents and key not in wanted:
-                wanted[key], key = parents[key], parents[key]
-        told = self.run(*words, "usage", "-b", "--", *wanted) if wanted else "KEY SIZE INODES"
-        own = {key: int(size) for key, size in parse_ctr_table(told, "KEY SIZE INODES", r"(\S+)\s+(\d+)\s+\d+\s*$")}
-        total = lambda key: own.get(key, 0) + total(parents[key]) if key in parents else 0
-        return {key: (size, total(key)) for key, size in own.items()}
-
-    def transfer(self, verb: str, reference: str, *words: str) -> None:
-        """Pull or push, the progress going to our stdout, with the credentials of $DOCKER_CONFIG. The password goes in by a
-        pseudo-terminal, since everybody could read it on a command line."""
-        flags = ["--hosts-dir=/etc/containerd/certs.d"] if os.path.isdir("/etc/containerd/certs.d") else []
-        (user, password), ours, theirs = docker_login(reference.partition("/")[0]), -1, subprocess.DEVNULL
-        if user:
-            ours, theirs = pty.openpty()
-            mode = termios.tcgetattr(theirs)
-            mode[0] = mode[3] = 0
-            termios.tcsetattr(theirs, termios.TCSANOW, mode)
-            os.write(ours, password.encode() + b"\n")
-            flags.append(f"--user={user}")
-        self.run(*self.local("images", verb), *flags, *words, stdin=theirs, stdout=None)
-
-
-def docker_login(host: str) -> Tuple[str, str]:
-    """User and password for a registry in Docker's config.json, ("", "") without; 501 for a token."""
-    path = os.path.join(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker"), "config.json")
-    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
-        for key, entry in (json.load(file).get("auths") or {}).items():
-            if re.sub(r"^https?://(index\.(?=docker\.io))?", "", key).partition("/")[0] == host:
-                if entry.get("identitytoken"):
-                    raise NotImplementedHere(f"{NO_NERDCTL}, and ctr cannot be given the identity token for {host}")
-                user, _, password = base64.b64decode(entry.get("auth") or "").decode().partition(":")
-                return user, password
-    return "", ""
-
-
-# Command -> the flags it takes (with a value: `name=`) and the formats it knows; the method of CtrCommands is called like it.
-# Networks and volumes are nerdctl's own, so that without it there are none, and no methods for them.
-CTR_COMMANDS: Dict[str, Tuple[str, ...]] = {
-    "version": ("", "{{json .}}"), "info": ("", "{{json .}}"), "events": ("", "{{json .}}"),
-    "network ls": ("", "{{json .}}"), "volume ls": ("size", "{{json .}}"),
-    "images": ("no-trunc", "{{json .}}"), "image inspect": ("mode=", "{{json .}}"), "history": ("no-trunc", "{{json .}}"),
-    "tag": ("",), "rmi": ("force",), "pull": ("platform= unpack=",), "push": ("platform=",), "save": ("platform=",),
-    "load": ("platform= all-platforms",), "login": ("username= password-stdin",),
-    "build": ("progress= build-arg= label= cache-from= add-host= no-cache pull target= platform= network= allow= provenance= file= tag=",),
+K3S_SOCKET = "/run/k3s/containerd/containerd.sock"
+# nerdctl's options of build -> the beginning of buildctl's.
+BUILDCTL_OPTIONS = {
+    "--progress": "--progress=", "--build-arg": "--opt=build-arg:", "--label": "--opt=label:",
+    "--cache-from": "--import-cache=type=registry,ref=", "--target": "--opt=target=", "--platform": "--opt=platform=",
+    "--network": "--opt=force-network-mode=", "--allow": "--allow=", "--no-cache": "--no-cache",
+    "--pull": "--opt=image-resolve-mode=pull",
 }
-
-
-def parse_flags(words: List[str], known: List[str]) -> Tuple[Flags, List[str]]:
-    """The flags that stand in front, and the words behind them or behind `--`; 400 for a flag that is not `known`."""
-    flags: Flags = {}
-    try:
-        pairs, rest = getopt.getopt(words, "a", known)
-    except getopt.GetoptError as error:
-        raise BadParameter(f"unknown flag: --{error.opt}") from None
-    for name, value in pairs:
-        flags.setdefault(name.lstrip("-"), []).append(value)
-    return flags, rest
-
-
-def ctr_main(argv: List[str]) -> int:
-    """`nerdctld.py nerdctl …`: the exit status. A failure is a line on stderr as nerdctl writes it."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    try:
-        options, words = parse_flags(argv, ["namespace=", "address=", "snapshotter=", "ctr="])
-        command, namespace, address, snapshotter = (options.get(key, [""])[-1] for key in ("ctr", "namespace", "address", "snapshotter"))
-        name = next((each for each in (" ".join(words[:2]), *words[:1]) if each in CTR_COMMANDS), "")
-        if not name:
-            raise NotImplementedHere(f"{NO_NERDCTL}, and containerd's ctr cannot do what `nerdctl {' '.join(words[:1])}` does: install nerdctl "
-                                     "for running containers, networks and volumes")
-        known, *formats = CTR_COMMANDS[name]
-        flags, rest = parse_flags(words[len(name.split()):], [*known.split(), *(["format="] if formats else [])])
-        if formats and flags.get("format", [""])[-1] not in formats:
-            raise NotImplementedHere(f"{NO_NERDCTL}, and what stands in for it does not know this --format of {name}")
-        ctr = CtrCommands(shlex.split(command) or find_ctr() or ["ctr"], namespace or "default", address, snapshotter)
-        for row in getattr(ctr, name.replace(" ", "_"), lambda *_: ())(flags, rest) or ():
-            print(row if isinstance(row, str) else json_bytes(row).decode(), flush=True)
-        return 0
-    except (ApiError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        message = str(error) if isinstance(error, (ApiError, OSError)) else UNKNOWN_CTR + repr(error)
-        if isinstance(error, FileNotFoundError):
-            message = f'exec: "{error.filename}": executable file not found in $PATH'
-        print(f'time="{rfc3339(time.time_ns())}" level=fatal msg={json.dumps(message, ensure_ascii=False)}', file=sys.stderr)
-        return 1
 
 
 def find_ctr() -> List[str]:
@@ -11407,209 +11308,172 @@ def find_ctr() -> List[str]:
     return next((words for words in (["ctr"], ["k3s", "ctr"]) if shutil.which(words[0])), [])
 
 
-def nerdctl_command() -> List[str]:
-    """argv of nerdctl; where it is not on PATH but ctr is, of what stands in for it, with a warning in the log."""
-    if shutil.which("nerdctl") or not find_ctr():
-        return ["nerdctl"]
-    log(f"warning: {NO_NERDCTL}: images, listings and builds go by {' '.join(find_ctr())}, everything else is answered with 501")
-    import importlib.util
-    import marshal
-
-    # Each call is a new Python, and compiling this file would be half of its time: it is done once, into memory.
-    compiled = os.memfd_create("nerdctld.pyc")
-    os.write(compiled, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(__loader__.get_code(__name__)))
-    return [sys.executable, "-IS", f"/proc/{os.getpid()}/fd/{compiled}", "nerdctl"]
-
-
-def whole_manifests(ctr: Ctr, index: Dict[str, Any]) -> List[Tuple[str, Dict[str, Any], Dict[str, Any]]]:
-    """Platform, descriptor and manifest of those in an index that are all here: this machine's first, attestations last."""
-    present, whole = set(ctr.run("content", "ls", "-q").split()), []
-    read = ctr.blobs(each["digest"] for each in index["manifests"] if each["digest"] in present)
-    for each in index["manifests"]:
-        manifest = read.get(each["digest"], (0, {}))[1]
-        if manifest and all(part["digest"] in present for part in [manifest["config"], *manifest["layers"]]):
-            platform = map((each.get("platform") or {}).get, ("os", "architecture", "variant"))
-            whole.append(("/".join(filter(None, platform)), each, manifest))
-    return sorted(whole, key=lambda found: (found[0] == "unknown/unknown", not fits_machine(found[0])))
+def buildctl_args(options: List[str], names: List[str], folder: str) -> List[str]:
+    """argv of a build by buildctl with nerdctl's options, which writes the archive of the image to stdout."""
+    words, hosts = ["build", "--frontend=dockerfile.v0", f"--local=context={folder}"], []
+    for option in options:
+        flag, _, value = option.partition("=")
+        if flag == "--file":
+            words += [f"--local=dockerfile={os.path.dirname(value)}", f"--opt=filename={os.path.basename(value)}"]
+        elif flag == "--add-host":
+            hosts.append(value.replace(":", "=", 1))
+        else:
+            words.append(BUILDCTL_OPTIONS[flag] + value)
+    words += ["--opt=add-hosts=" + ",".join(hosts)] if hosts else []
+    return [*words, f'--output=type=docker,"name={",".join(names)}",dest=-']
 
 
-def chain_ids(config: Dict[str, Any]) -> List[str]:
-    """The keys of an image's snapshots, from the lowest layer up."""
-    link = lambda below, layer: "sha256:" + sha256(f"{below} {layer}".encode()).hexdigest()
-    return list(itertools.accumulate(config["rootfs"]["diff_ids"], link))
+def registry_login(host: str, environment: Optional[Dict[str, str]]) -> Tuple[str, str]:
+    """User and password for a registry in the config.json of an environment's DOCKER_CONFIG, ("", "") without; 501 for
+    an identity token."""
+    folder = (environment or os.environ).get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
+    told = read_json_file(os.path.join(folder, "config.json"))
+    for key, entry in ((told.get("auths") if isinstance(told, dict) else None) or {}).items():
+        if re.sub(r"^https?://(index\.(?=docker\.io))?", "", key).partition("/")[0] == host:
+            if entry.get("identitytoken"):
+                raise NotImplementedHere(f"{NO_NERDCTL}, and ctr cannot be given the identity token for {host}")
+            user, _, password = base64.b64decode(entry.get("auth") or "").decode().partition(":")
+            return user, password
+    return "", ""
 
 
-def native_images(ctr: Ctr, names: List[str]) -> Tuple[List[Dict[str, Any]], Dict[str, Tuple[int, int]]]:
-    """Images as nerdctl's native inspect has them, but for those not all here (404 when none is), and their snapshots' bytes."""
-    images, found = ctr.targets(), []
-    read = ctr.blobs(images[name][0] for name in names if name in images)
-    for name in names:
-        digest, kind = images.get(name, ("", ""))
-        size, manifest = read.get(digest, (0, {}))
-        described = {"mediaType": kind, "digest": digest, "size": size}
-        entry = {"Image": {"Name": name, "Target": described}}
-        if "manifests" in manifest:
-            described, manifest = next((each[1:] for each in whole_manifests(ctr, manifest)), ({}, {}))
-        if manifest:
-            found.append({**entry, "ManifestDesc": described, "Manifest": manifest, "ImageConfigDesc": manifest["config"]})
-    configs = ctr.blobs(each["ImageConfigDesc"]["digest"] for each in found)
-    found = [{**each, "ImageConfig": configs[each["ImageConfigDesc"]["digest"]][1]} for each in found if each["ImageConfigDesc"]["digest"] in configs]
-    if not found:
-        raise NotFound(f"no such image: {names[0]}")
-    sizes = ctr.usage(key for each in found for key in chain_ids(each["ImageConfig"])[-1:])
-    return [{**each, "size": sizes.get((chain_ids(each["ImageConfig"]) or [""])[-1], (0, 0))[1]} for each in found], sizes
+@contextlib.contextmanager
+def typed_line(text: str) -> Iterator[int]:
+    """A terminal on which a line was typed."""
+    master, slave = pty.openpty()
+    try:
+        tty.setraw(slave)
+        os.write(master, text.encode() + b"\n")
+        yield slave
+    finally:
+        os.close(slave)
+        os.close(master)
 
 
-class CtrCommands(Ctr):
-    """nerdctl's commands, a method each, which returns what is printed: JSON values or text, a line each."""
+class Ctr(Nerdctl):
+    """Does without nerdctl what containerd's API, its ctr and buildctl can do; whatever would start another command of
+    nerdctl is 501. `command` is the argv in front: "ctr", or "k3s" and "ctr"."""
 
-    def version(self, flags: Flags, words: List[str]) -> Any:
+    def __init__(self, command: List[str], containerd: Containerd, snapshotter: str = "", buildkit_host: str = "",
+                 debug: bool = False):
+        super().__init__(command, containerd.namespace, containerd.address, snapshotter, buildkit_host, debug)
+        self.containerd = containerd
+        self.options = [f"--address={containerd.address}", f"--namespace={self.namespace}"]
+
+    def start(self, *arguments: str, **_: Any) -> Process:
+        """501, since this is no nerdctl."""
+        raise NotImplementedHere(f"{NO_NERDCTL}, and containerd's ctr cannot do what `nerdctl {arguments[0]}` does: "
+                                 "install nerdctl for running containers, networks and volumes")
+
+    def _read(self, *words: str) -> str:
+        """The stdout of a short ctr."""
+        with super().start(*words) as process:
+            return b"".join(iter(process.read, b"")).decode(errors="replace")
+
+    def _images(self, verb: str, *words: str, **how: Any) -> Process:
+        """A running `ctr images`, with --local where this ctr has that: the transfer service, which it uses otherwise,
+        does not say what it loads, and its progress is mixed into what is saved."""
+        local = ["--local"] if "--local" in self._read("images", verb, "--help") else []
+        return super().start("images", verb, *local, *words, **how)
+
+    @contextlib.contextmanager
+    def _transfer(self, verb: str, name: str, options: List[str], environment: Optional[Dict[str, str]],
+                  client: Client) -> Iterator[Process]:
+        """A running pull or push. The password goes in by a terminal: ctr takes it from there or from its command line,
+        where everybody could read it."""
+        user, password = registry_login(name.partition("/")[0], environment)
+        hosts = ["--hosts-dir=/etc/containerd/certs.d"] if os.path.isdir("/etc/containerd/certs.d") else []
+        words = [*hosts, *options, *([f"--user={user}"] if user else []), "--", name]
+        with typed_line(password) if user else contextlib.nullcontext(subprocess.DEVNULL) as stdin:
+            with self._images(verb, *words, stdin=stdin, client=client) as process:
+                yield process
+
+    def version(self) -> Dict[str, Any]:
         """Versions of ctr and containerd; in the place of nerdctl's that there is none."""
-        own, server = (dict(re.findall(r"^ *(\w+): *(\S*)$", part, re.M)) for part in self.run("version").partition("Server:")[::2])
-        return [{"Client": {"Version": f"{NO_NERDCTL}: ctr {own['Version']}", "Components": [{"Name": "ctr", "Version": own["Version"]}]},
-                 "Server": {"Components": [{"Name": "containerd", "Version": server["Version"], "Details": {
-                     "GitCommit": server.get("Revision") or "", "UUID": server.get("UUID") or ""}}]}}]
+        own, (version, revision) = "".join(self._read("--version").split()[-1:]), self.containerd.version()
+        server = {"Name": "containerd", "Version": version, "Details": {"GitCommit": revision}}
+        return {"Client": {"Version": f"{NO_NERDCTL}: ctr {own}", "Components": [{"Name": "ctr", "Version": own}]},
+                "Server": {"Components": [server]}}
 
-    def info(self, flags: Flags, words: List[str]) -> Any:
-        """What is known of the machine and of containerd, with a warning that nerdctl is not there. Limits are told as there:
-        nothing is run, and clients would warn of each."""
-        server, unified = self.version({}, [])[0]["Server"]["Components"][0], os.path.exists("/sys/fs/cgroup/cgroup.controllers")
-        return [{
-            **dict.fromkeys("MemoryLimit SwapLimit CpuCfsPeriod CpuCfsQuota CPUShares CPUSet PidsLimit IPv4Forwarding OomKillDisable".split(), True),
-            "ID": server["Details"]["UUID"], "Driver": "".join(self.snapshotter)[14:] or "overlayfs",
-            "CgroupDriver": "systemd" if unified and os.path.isdir("/run/systemd/system") else "cgroupfs", "CgroupVersion": "2" if unified else "1",
-            "ServerVersion": server["Version"], "MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    def info(self) -> Dict[str, Any]:
+        """What is known of the machine, with a warning. Limits are told as there: clients would warn of each, and no
+        container is run."""
+        unified = os.path.exists("/sys/fs/cgroup/cgroup.controllers")
+        limits = ("MemoryLimit", "SwapLimit", "CpuCfsPeriod", "CpuCfsQuota", "CPUShares", "CPUSet", "PidsLimit",
+                  "IPv4Forwarding", "OomKillDisable")
+        return {
+            **dict.fromkeys(limits, True), "Driver": self.snapshotter, "CgroupVersion": "2" if unified else "1",
+            "CgroupDriver": "systemd" if unified and os.path.isdir("/run/systemd/system") else "cgroupfs",
+            "MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "Warnings": [f"WARNING: {NO_NERDCTL}: over containerd's ctr there are images, listings and builds only"],
-        }]
+        }
 
-    def events(self, flags: Flags, words: List[str]) -> Any:
-        """containerd's events as they come, an empty line after each as nerdctl has it."""
-        process = self.start("events")
-        for line in process.stdout:
-            found = re.match(r"([\d-]+) ([\d:.]+) \+0000 UTC (\S+) (/\S+) ?(.*)", line.decode(errors="replace"))
-            if not found:
-                process.kill()
-                raise ApiError(f"{UNKNOWN_CTR}it tells the event {line[:80]!r}")
-            day, hour, namespace, topic, payload = found.groups()
-            yield {"Timestamp": f"{day}T{hour}Z", "Namespace": namespace, "Topic": topic, "Event": payload}
-            yield ""
-        self.finish(process)
+    def login(self, host: str, user: str, password: str, environment: Dict[str, str]) -> None:
+        """Have a registry check credentials. Nothing is kept: clients send theirs with each request."""
+        Registry(Reference(host + "/login", "", ""), {"username": user, "password": password}).check()
 
-    def images(self, flags: Flags, words: List[str]) -> Any:
-        """The names of images with their digests; what nerdctl says besides is read by image inspect."""
-        return [{"Name": name, "Digest": digest, "ID": digest} for name, (digest, _) in self.targets().items()]
+    def pull(self, name: str, platform: str, unpack: bool, environment: Optional[Dict[str, str]],
+             client: Client) -> ContextManager[Process]:
+        """A running pull. ctr unpacks for any platform."""
+        options = [*([f"--platform={platform}"] if platform else []), f"--snapshotter={self.snapshotter}"]
+        return self._transfer("pull", name, options, environment, client)
 
-    def image_inspect(self, flags: Flags, words: List[str]) -> Any:
-        """Images with manifest, configuration and unpacked size."""
-        return native_images(self, words)[0]
+    def push(self, name: str, platforms: List[str], environment: Optional[Dict[str, str]],
+             client: Client) -> ContextManager[Process]:
+        """A running push; of an index that is here in part, or for a platform, of one manifest in its place."""
+        def read(digest: str) -> Dict[str, Any]:
+            return json.loads(self.containerd.read_content(digest))
 
-    def history(self, flags: Flags, words: List[str]) -> Any:
-        """The steps an image was made in, newest first, with their unpacked sizes."""
-        (image, *_), sizes = native_images(self, words)
-        keys, rows = iter(chain_ids(image["ImageConfig"])), []
-        for step in image["ImageConfig"].get("history") or []:
-            size, _ = (0, 0) if step.get("empty_layer") else sizes.get(next(keys, ""), (0, 0))
-            rows.insert(0, {"CreatedBy": step.get("created_by") or "", "Size": f"{size}B"})
-        return rows
-
-    def tag(self, flags: Flags, words: List[str]) -> Any:
-        """Give an image another name, which may be another image's until then."""
-        if words[0] != words[1]:
-            self.run(*self.local("images", "tag"), "--force", "--", *words)
-
-    def rmi(self, flags: Flags, words: List[str]) -> Any:
-        """Remove names, and what nothing else needs any more."""
-        for name in set(words) - set(self.targets()):
-            raise NotFound(f"no such image: {name}")
-        self.run("images", "rm", "--sync", "--", *words)
-
-    def pull(self, flags: Flags, words: List[str]) -> Any:
-        """Pull one image. ctr unpacks it for any platform, so --unpack makes no difference."""
-        self.transfer("pull", words[0], *(f"--platform={each}" for each in flags.get("platform", [])), *self.snapshotter, "--", words[0])
-
-    def push(self, flags: Flags, words: List[str]) -> Any:
-        """Push one image; of an index that is only partly here, or with --platform, the manifest that is."""
-        digest, options, wanted = self.targets().get(words[0], ("", ""))[0], [], flags.get("platform", [""])[-1]
-        if not digest:
-            raise NotFound(f'image "{words[0]}": not found')
-        index = self.blobs([digest])[digest][1]
-        whole = whole_manifests(self, index) if "manifests" in index else []
-        if whole and (wanted or len(whole) < len(index["manifests"])):
-            chosen = next(each[1] for each in whole if each[0].startswith(wanted))
+        listed = read(self.containerd.get_image(name).target.digest).get("manifests") or []
+        whole, options = whole_manifests(listed, self.containerd.list_content(), read), []
+        if platforms and listed or len(whole) < len(listed):
+            wanted = tuple(platforms) or ""
+            chosen = next((each for each in whole if platform_text(each.get("platform")).startswith(wanted)), None)
+            if chosen is None:
+                raise NotFound(f"{familiar(name)} has no content here for {', '.join(platforms) or 'any platform'}")
             options = [f"--manifest={chosen['digest']}", f"--manifest-type={chosen['mediaType']}"]
-            print(f"pushing as a reduced-platform image ({chosen['mediaType']}, {chosen['digest']})", file=sys.stderr)
-        self.transfer("push", words[0], *options, "--", words[0])
+        return self._transfer("push", name, options, environment, client)
 
-    def load(self, flags: Flags, words: List[str], stdin: Any = None) -> Any:
-        """Load an archive from standard input. One without a name becomes import@DIGEST, as with nerdctl."""
-        options = [*([f"--platform={each}" for each in flags.get("platform", [])] or ["--all-platforms"]), *self.snapshotter]
-        told = self.run(*self.local("images", "import"), "--digests", "--skip-digest-for-named", *options, "--", "-", stdin=stdin)
-        loaded, images = re.findall(r"^unpacking (\S+) \((\S+)\)", told, re.M), self.targets()
-        if not loaded or any(images.get(name, ("",))[0] != digest for name, digest in loaded):
-            raise ApiError(f"{UNKNOWN_CTR}it says of what it loaded {told[:80]!r}")
-        for name, digest in loaded:
-            if name.endswith("@" + digest):
-                self.tag({}, [name, "import@" + digest])
-                self.rmi({}, [name])
-            yield "Loaded image: " + ("import@" + digest if name.endswith("@" + digest) else name)
+    def pushed_digest(self, process: Process) -> str:
+        """The digest of the manifest that was pushed in the place of an index, "" for none."""
+        return next((word.partition("=")[2] for word in process.argv if word.startswith("--manifest=")), "")
 
-    def save(self, flags: Flags, words: List[str]) -> Any:
-        """Write the archive of images to standard output."""
-        self.run(*self.local("images", "export"), *(f"--platform={each}" for each in flags.get("platform", [])), "--", "-", *words, stdout=None)
+    def load(self, platforms: List[str]) -> ContextManager[Process]:
+        """A running load of the archive on its stdin; what has no name there becomes import-DATE@DIGEST."""
+        options = ["--digests", "--skip-digest-for-named", f"--snapshotter={self.snapshotter}",
+                   *([f"--platform={each}" for each in platforms] or ["--all-platforms"])]
+        return self._images("import", *options, "--", "-", stdin=subprocess.PIPE)
 
-    def login(self, flags: Flags, words: List[str]) -> Any:
-        """Ask the registry whether it takes the credentials. Nothing is kept: clients send theirs with each request."""
-        registry = Registry(Reference(words[0] + "/login", "", ""), {"username": flags["username"][-1], "password": sys.stdin.read()})
-        status, headers, _ = registry._send(registry.host, "/v2/", "")
-        if status == 401:
-            status = registry._send(registry.host, "/v2/", registry._authorize(headers.get("www-authenticate") or ""))[0]
-        if status != 200:
-            raise ApiError(f"{registry.host} answered {status}" + (" Unauthorized" if status == 401 else ""))
+    def save(self, names: List[str], platforms: List[str], client: Client) -> ContextManager[Process]:
+        """A running save, the archive on its stdout."""
+        return self._images("export", *(f"--platform={each}" for each in platforms), "--", "-", *names, client=client)
 
-    def container_inspect(self, flags: Flags, words: List[str]) -> Any:
-        """One container as INSPECT_FORMAT has it, or an empty State: ctr tells none, and for an unknown exit code containerd says 255."""
-        told, (pid, status) = json.loads(self.run("containers", "info", "--", words[0])), self.tasks().get(words[0], (0, ""))
-        task = {"Pid": pid, "Status": {"Status": status.lower(), "ExitStatus": 255 if status == "STOPPED" else 0}} if status else None
-        found = {**told, "Runtime": told["Runtime"]["Name"], "Task": task, "Spec": {**told["Spec"], **(told["Spec"].get("linux") or {})}}
-        return [found if flags["format"][-1] == INSPECT_FORMAT else {}]
-
-    def ps(self, flags: Flags, words: List[str]) -> Any:
-        """Containers as CONTAINER_ROW has them, or their sizes; all, or that of the filter `id=`."""
-        wanted = [each.partition("id=")[2] for each in flags.get("filter", [])] or self.run("containers", "ls", "-q").split()
-        found = [json.loads(text) for text in self.each(["containers", "info", "--", each] for each in wanted) if text]
-        if "size" in flags:
-            sizes = self.usage(each["SnapshotKey"] for each in found)
-            return [{"ID": each["ID"], "Size": "%dB (virtual %dB)" % sizes.get(each["SnapshotKey"], (0, 0))} for each in found]
-        tasks, rows = self.tasks(), []
-        for each in sorted(found, key=lambda each: -(nanoseconds_of(each["CreatedAt"]) or 0)):
-            labels, status = each.get("Labels") or {}, tasks.get(each["ID"], (0, "CREATED"))[1]
-            pod = [labels.get("io.kubernetes." + key) for key in ("pod.namespace", "pod.name", "container.name")]
-            rows.append([{
-                "ID": each["ID"], "Image": each["Image"], "CreatedAt": each["CreatedAt"], "Runtime": each["Runtime"]["Name"],
-                "Names": labels.get("nerdctl/name") or ("k8s://" + "/".join(filter(None, pod)) if pod[0] else ""),
-                "Command": json.dumps(" ".join((each.get("Spec") or {}).get("process", {}).get("args") or [])),
-                "Status": {"RUNNING": "Up", "STOPPED": "Exited"}.get(status, status.capitalize()),
-            }, labels])
-        return rows
-
-    def build(self, flags: Flags, words: List[str]) -> Any:
-        """Build by buildctl and load what comes of it: so it does not matter which worker and namespace buildkitd has."""
-        addresses, file = Nerdctl(["buildctl"], self.namespace).buildkit_addresses(), flags.get("file", [words[0] + "/Dockerfile"])[-1]
-        address = next((each for each in addresses if os.path.exists(each.replace("unix://", "", 1))), addresses[-1])
-        options = [f"--local=context={words[0]}", f"--local=dockerfile={os.path.dirname(file)}", f"--opt=filename={os.path.basename(file)}"]
-        for key, form in (("build-arg", "--opt=build-arg:"), ("label", "--opt=label:"), ("cache-from", "--import-cache=type=registry,ref="),
-                          ("target", "--opt=target="), ("platform", "--opt=platform="), ("network", "--opt=force-network-mode="), ("allow", "--allow="),
-                          ("no-cache", "--no-cache"), ("pull", "--opt=image-resolve-mode=pull")):
-            options += [form + value for value in flags.get(key, [])]
-        if "add-host" in flags:
-            options.append("--opt=add-hosts=" + ",".join(each.replace(":", "=", 1) for each in flags["add-host"]))
-        options.append(f'--output=type=docker,"name={",".join(flags["tag"])}",dest=-')
-        command = ["buildctl", "--addr=" + address, "build", "--progress=plain", "--frontend=dockerfile.v0", *options]
-        building = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    def tag(self, source: str, name: str) -> None:
+        """Let `name` stand for what `source` stands for."""
+        image = self.containerd.get_image(source)._replace(name=name)
         try:
-            return list(self.load({}, [], building.stdout))
-        except ApiError as error:
-            raise ApiError("exit status 1" if building.wait() else str(error)) from None
+            self.containerd.create_image(image)
+        except Conflict:
+            self.containerd.update_image(image)
+
+    def remove_images(self, names: List[str], force: bool = False) -> None:
+        """Remove names of images, and with the last of them what nothing else needs any more."""
+        for name in names:
+            self.containerd.delete_image(name, sync=name == names[-1])
+
+    @contextlib.contextmanager
+    def build(self, options: List[str], names: List[str], folder: str, environment: Optional[Dict[str, str]],
+              client: Client) -> Iterator[Process]:
+        """A running buildctl, its progress on stderr, from which ctr loads the image: so it does not matter which
+        worker and namespace buildkitd has."""
+        words = buildctl_args(options, names, folder)
+        with self.load([]) as loading:
+            with self.buildctl().start(*words, stdout=loading.stdin, stderr=subprocess.PIPE, environment=environment,
+                                       client=client) as building:
+                loading.close_stdin()
+                yield building
+                if not building.wait():
+                    loading.check()
 
 
 ###############################################################################
@@ -11627,7 +11491,7 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
     parser.add_argument("-H", "--addr", metavar="unix://PATH", default="",
                         help=f"socket to listen on (default: the one systemd hands over, else {default_socket_path()})")
     parser.add_argument("--nerdctl", metavar="COMMAND", default=environment("NERDCTL") or "",
-                        help='nerdctl to run, such as "lima nerdctl" (default: $NERDCTL, nerdctl, or where that is missing containerd\'s ctr)')
+                        help="nerdctl to run, or a ctr (default: $NERDCTL, nerdctl, or without that containerd's ctr)")
     parser.add_argument("--namespace", default=environment("CONTAINERD_NAMESPACE") or settings.get("namespace") or "default",
                         help="containerd namespace (default: %(default)s)")
     parser.add_argument("--address", default=environment("CONTAINERD_ADDRESS") or settings.get("address") or "", help="containerd's socket")
@@ -11686,11 +11550,23 @@ def serve_until_told(server: Server, idle_timeout: float, signals: int) -> None:
             break
 
 
+def make_engine(options: argparse.Namespace) -> Engine:
+    """The engine over nerdctl or, where that is missing or a ctr was named, over ctr, with a warning in the log."""
+    command = shlex.split(options.nerdctl) or (not shutil.which("nerdctl") and find_ctr()) or ["nerdctl"]
+    if os.path.basename(command[-1]) != "ctr":
+        nerdctl = Nerdctl(command, options.namespace, options.address, options.snapshotter, options.buildkit_host,
+                          options.debug)
+        return Engine(nerdctl, Containerd(options.address, options.namespace))
+    log(f"warning: {NO_NERDCTL}: images, listings and builds go by {shlex.join(command)}, everything else is answered "
+        "with 501")
+    default = K3S_SOCKET if os.path.basename(command[0]) == "k3s" else ""
+    containerd = Containerd(options.address or default, options.namespace)
+    return Engine(Ctr(command, containerd, options.snapshotter, options.buildkit_host, options.debug), containerd)
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the daemon; the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["nerdctl"]:
-        return ctr_main(argv[1:])
     options = parse_args(argv)
     notify = os.environ.pop("NOTIFY_SOCKET", "")
     try:
@@ -11702,16 +11578,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     except StartError as error:
         log(str(error))
         return 1
-    nerdctl = Nerdctl(shlex.split(options.nerdctl) or nerdctl_command(), options.namespace, options.address, options.snapshotter,
-                      options.buildkit_host, options.debug)
-    engine = Engine(nerdctl, Containerd(options.address, options.namespace))
+    engine = make_engine(options)
     engine.workspace.sweep()
     engine.caretaker = Caretaker(engine)
     engine.feed.start()
     server = Server(engine, listener)
     notify_systemd("READY=1", notify)
     threading.Thread(target=engine.caretaker.look, name="look", daemon=True).start()
-    log(f"listening on {path or 'the socket of systemd'}, namespace {nerdctl.namespace}")
+    log(f"listening on {path or 'the socket of systemd'}, namespace {options.namespace}")
     serve_until_told(server, 0.0 if path else options.idle_timeout, signals)
     notify_systemd("STOPPING=1", notify)
     if path:

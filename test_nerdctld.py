@@ -8610,7 +8610,7 @@ def programs():
     for path in dict.fromkeys([shutil.which("ctr"), "/usr/bin/ctr"]):
         if path and os.path.exists(path):
             version = subprocess.run([path, "--version"], stdout=subprocess.PIPE, timeout=10).stdout.decode().split()[-1]
-            found.setdefault("ctr " + version, f"{sys.executable} -IS {HERE / 'nerdctld.py'} nerdctl --ctr={path}")
+            found.setdefault("ctr " + version, path)
     return found
 
 
