@@ -8,8 +8,8 @@ The way of a request, in one direction only:
 
 Sections, each using only what stands above it:
 
-    Errors · Requests, responses · Routes · nerdctl process · Conversions · Patterns · gRPC · Events · Snapshot · Engine ·
-    System · Images · Build · Containers · Container create · Sessions · Container lifecycle · Streams · Exec ·
+    Errors · Requests, responses · Routes · nerdctl process · Conversions · Patterns · gRPC · Events · Snapshot ·
+    Engine · System · Images · Build · Containers · Container create · Sessions · Container lifecycle · Streams · Exec ·
     Archive · Statistics · Networks · Volumes · Swarm and plugins · Relay · BuildKit · HTTP server ·
     Sockets · ctr · Command line
 
@@ -148,6 +148,577 @@ class ClientGone(Exception):
 
 
 ###############################################################################
+# Conversions
+###############################################################################
+
+ZERO_TIME = "0001-01-01T00:00:00Z"
+TIMESTAMP = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9})\d*)?)?\s*(Z|UTC|[+-]\d\d:?\d\d)?(?: [A-Z]{1,5})?")
+SIZE_UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
+
+
+def nanoseconds_of(text: str) -> Optional[int]:
+    """Nanoseconds since 1970 of seconds (`1700000000.5`), RFC 3339 or Go's `2026-11-23 19:00:00.1 +0000 UTC`; None for what
+    is none of these."""
+    seconds_only = re.fullmatch(r"(-?)(\d{1,15})(?:\.(\d{1,9})\d{0,9})?", text.strip())
+    if seconds_only:
+        sign, whole, fraction = seconds_only.groups()
+        return int(sign + whole + (fraction or "").ljust(9, "0"))
+    found = TIMESTAMP.fullmatch(text.strip())
+    if not found:
+        return None
+    year, month, day, hour, minute, second = (int(each or 0) for each in found.groups()[:6])
+    if not (1 <= month <= 12 and 1 <= day <= 31 and hour < 24 and minute < 60 and second < 61 and year):
+        return None
+    seconds = calendar.timegm((year, month, day, hour, minute, second))
+    zone = found.group(8)
+    if zone and zone[0] in "+-":
+        offset = int(zone[1:3]) * 3600 + int(zone[-2:]) * 60
+        seconds += offset if zone[0] == "-" else -offset
+    return seconds * 10**9 + int((found.group(7) or "0").ljust(9, "0"))
+
+
+def rfc3339(nanoseconds: Optional[int]) -> str:
+    """`2026-11-23T19:00:00.123456789Z`, the zero time for None."""
+    if nanoseconds is None:
+        return ZERO_TIME
+    seconds, rest = divmod(nanoseconds, 10**9)
+    fraction = f".{rest:09d}".rstrip("0") if rest else ""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + fraction + "Z"
+
+
+def size_bytes(text: str) -> int:
+    """Bytes of `12.5MB`, `1.2 GiB`, `512`; 0 for what is no size."""
+    found = re.fullmatch(r"([\d.]+)\s*([kmgt]?i?)b?", text.strip().lower())
+    if not found:
+        return 0
+    try:
+        return int(float(found.group(1)) * SIZE_UNITS[found.group(2)])
+    except (ValueError, KeyError, OverflowError):
+        return 0
+
+
+def human_duration(seconds: float) -> str:
+    """A duration as `docker ps` words it: `About a minute`, `5 hours`."""
+    whole = int(seconds)
+    if whole < 1:
+        return "Less than a second"
+    if whole == 1:
+        return "1 second"
+    if whole < 60:
+        return f"{whole} seconds"
+    minutes = whole // 60
+    if minutes == 1:
+        return "About a minute"
+    if minutes < 60:
+        return f"{minutes} minutes"
+    hours = int(seconds / 3600 + 0.5)
+    if hours == 1:
+        return "About an hour"
+    for limit, unit, name in ((48, 1, "hours"), (24 * 7 * 2, 24, "days"), (24 * 30 * 2, 24 * 7, "weeks"), (24 * 365 * 2, 24 * 30, "months")):
+        if hours < limit:
+            return f"{hours // unit} {name}"
+    return f"{hours // 24 // 365} years"
+
+
+def match_labels(labels: Dict[str, str], wanted: Iterable[str]) -> bool:
+    """Whether labels satisfy every `key` and `key=value` of a label filter."""
+    for each in wanted:
+        key, equals, value = each.partition("=")
+        if key not in labels or (equals and labels[key] != value):
+            return False
+    return True
+
+
+def until_limit(values: List[str]) -> Optional[int]:
+    """The moment that an `until` filter names, in nanoseconds since 1970: a timestamp, a date or a duration before now. None
+    without one, 400 for what is none."""
+    if not values:
+        return None
+    if len(values) > 1:
+        raise BadParameter("more than one until filter specified")
+    text = values[0]
+    if re.fullmatch(r"(\d{1,9}(\.\d{1,9})?(h|ms|m|s))+", text):
+        units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+        parts = re.findall(r"(\d+(?:\.\d+)?)(h|ms|m|s)", text)
+        return time.time_ns() - int(sum(float(number) * units[unit] for number, unit in parts) * 10**9)
+    found = nanoseconds_of(text + "T00:00:00" if re.fullmatch(r"\d{4}-\d\d-\d\d", text) else text)
+    if found is None:
+        raise BadParameter(f"invalid until filter: {text!r}")
+    return found
+
+
+class PruneFilter:
+    """The filters `until`, `label` and `label!` that all prunes have in common; 400 for an `until` that is no time."""
+
+    def __init__(self, filters: Dict[str, List[str]]):
+        self.until = until_limit(filters.get("until") or [])
+        self.labels, self.refused = filters.get("label") or [], filters.get("label!") or []
+
+    def passes(self, labels: Dict[str, str], created: int = 0) -> bool:
+        """Whether an object with these labels, made at this time (nanoseconds since 1970), is one of those."""
+        return (match_labels(labels, self.labels) and not any(match_labels(labels, [each]) for each in self.refused)
+                and (self.until is None or created <= self.until))
+
+
+def flag_filter(filters: Dict[str, List[str]], name: str, default: Optional[bool] = None) -> Optional[bool]:
+    """A filter that is a boolean; 400 with dockerd's words for anything else."""
+    values = filters.get(name) or []
+    if not values:
+        return default
+    words = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+    told = {words.get(each.lower()) for each in values}
+    if None in told or len(told) > 1:
+        raise BadParameter(f"invalid filter '{name}={json_bytes(values).decode()}'")
+    return told.pop()
+
+
+def typed(value: Any, kind: type, what: str) -> Any:
+    """`value` if it is of the JSON type asked for, an empty one for null; 400 otherwise."""
+    if value is None:
+        return kind()
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        names = {dict: "an object", list: "an array", str: "a string", int: "a number", bool: "a boolean"}
+        raise BadParameter(f"invalid JSON: {what} must be {names[kind]}")
+    return value
+
+
+def int_or_zero(text: str) -> int:
+    """The number that a text is, 0 for any other text."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
+
+
+def string_list(value: Any, what: str) -> List[str]:
+    """A JSON array of strings, [] for null; a lone string is taken as a list of one, as Docker does; 400 otherwise."""
+    if isinstance(value, str):
+        return [value]
+    return [typed(each, str, what) for each in typed(value, list, what)]
+
+
+def string_map(value: Any, what: str) -> Dict[str, str]:
+    """A JSON object of strings, {} for null; 400 otherwise."""
+    return {key: typed(each, str, what) for key, each in typed(value, dict, what).items()}
+
+
+LINKS_FOLLOWED = 40
+
+
+@contextlib.contextmanager
+def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[int, List[str], str]]:
+    """A path below a root folder as an O_PATH descriptor, with the names on the way to it and, for a link at its end that
+    is not to be followed, where that leads. Links are taken as inside of the root, and each step is opened by itself, so
+    that nobody inside can lead it out. FileNotFoundError and other OSErrors as lstat has."""
+    left = [part for part in path.split("/") if part]
+    stack = [os.open(root, os.O_PATH | os.O_DIRECTORY)]
+    names: List[str] = []
+    links, last = 0, ""
+    try:
+        while left:
+            part = left.pop(0)
+            if part in (".", ".."):
+                if part == ".." and names:
+                    os.close(stack.pop())
+                    names.pop()
+                continue
+            entry = os.open(part, os.O_PATH | os.O_NOFOLLOW, dir_fd=stack[-1])
+            stack.append(entry)
+            names.append(part)
+            mode = os.fstat(entry).st_mode
+            if stat.S_ISLNK(mode):
+                target = os.readlink("", dir_fd=entry)
+                if not (left or follow or path.endswith("/")):
+                    last = target
+                    break
+                links += 1
+                if links > LINKS_FOLLOWED:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                os.close(stack.pop())
+                names.pop()
+                if target.startswith("/"):
+                    for each in stack[1:]:
+                        os.close(each)
+                    del stack[1:]
+                    names.clear()
+                left = [each for each in target.split("/") if each] + left
+            elif left and not stat.S_ISDIR(mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        yield stack[-1], names, last
+    finally:
+        for each in stack:
+            os.close(each)
+
+
+###############################################################################
+# Patterns
+###############################################################################
+
+# Clients filter by expressions of Go's regexp, which takes a time linear in the text for any of them. Python's re
+# does not, and nothing else runs while it searches. So an expression is compiled to a program here, and all
+# instructions that a text can have come to are followed at once. A Character consumes one character, a string is a
+# boundary that has to be there, a tuple holds the offsets of the instructions to go on at, and the end of the program
+# is the match. Nobody asks where a match is, so a lazy repetition is like any other. The classes of Unicode (\p{...})
+# are not known.
+Ranges = Tuple[Tuple[str, str], ...]
+Program = List[Any]
+PERL_CLASSES: Dict[str, Ranges] = {
+    "d": (("0", "9"),), "s": (("\t", "\n"), ("\f", "\r"), (" ", " ")),
+    "w": (("0", "9"), ("A", "Z"), ("_", "_"), ("a", "z")),
+}
+POSIX_CLASSES: Dict[str, Ranges] = {
+    "alnum": (("0", "9"), ("A", "Z"), ("a", "z")), "alpha": (("A", "Z"), ("a", "z")), "ascii": (("\0", "\x7f"),),
+    "blank": (("\t", "\t"), (" ", " ")), "cntrl": (("\0", "\x1f"), ("\x7f", "\x7f")), "digit": (("0", "9"),),
+    "graph": (("!", "~"),), "lower": (("a", "z"),), "print": ((" ", "~"),),
+    "punct": (("!", "/"), (":", "@"), ("[", "`"), ("{", "~")), "space": (("\t", "\r"), (" ", " ")),
+    "upper": (("A", "Z"),), "word": PERL_CLASSES["w"], "xdigit": (("0", "9"), ("A", "F"), ("a", "f")),
+}
+POSIX_CLASS = re.compile(r"\[:(\^?)([^\]:]*):\]")
+GROUP_HEAD = re.compile(r"\?(?:P?<(?P<name>\w+)>|(?P<on>[imsU]*)(?:-(?P<off>[imsU]+))?(?P<end>[:)]))", re.ASCII)
+COUNTS = re.compile(r"(0|[1-9][0-9]*)(?:(,)(0|[1-9][0-9]*)?)?\}")
+CODE = re.compile(r"x\{([0-9A-Fa-f]+)\}|x([0-9A-Fa-f]{2})|([1-7][0-7]{1,2}|0[0-7]{0,2})")
+WORD_CHARACTER = re.compile(r"\w", re.ASCII)
+# Instructions of all expressions of a filter. The other limits are those of Go.
+PROGRAM_LIMIT, REPEAT_LIMIT, GROUP_LIMIT = 10000, 1000, 1000
+
+
+class PatternError(ValueError):
+    """What Go's regexp does not compile."""
+
+
+class Character(NamedTuple):
+    """The instruction for one character: it is in one of the ranges, which are in order and apart, or, `negated`, in
+    none of them. `folded` takes it in upper and lower case."""
+
+    ranges: Ranges
+    folded: bool = False
+    negated: bool = False
+
+    def accepts(self, text: str) -> bool:
+        """Whether a character is one of these."""
+        return any(map(self._has, {text, text.lower(), text.upper()} if self.folded else (text,))) != self.negated
+
+    def _has(self, text: str) -> bool:
+        place = bisect.bisect_right(self.ranges, (text, chr(sys.maxunicode))) - 1
+        return place >= 0 and self.ranges[place][0] <= text <= self.ranges[place][1]
+
+
+def merged(ranges: Iterable[Tuple[str, str]]) -> Ranges:
+    """Ranges of characters in order and apart."""
+    found: List[Tuple[str, str]] = []
+    for low, high in sorted(ranges):
+        if found and low <= found[-1][1]:
+            low, high = found[-1][0], max(high, found.pop()[1])
+        found.append((low, high))
+    return tuple(found)
+
+
+def complement(ranges: Ranges) -> Ranges:
+    """The characters that are in none of these ranges, which are in order and apart."""
+    found, code = [], 0
+    for low, high in ranges:
+        if ord(low) > code:
+            found.append((chr(code), chr(ord(low) - 1)))
+        code = ord(high) + 1
+    return (*found, (chr(code), chr(sys.maxunicode)))
+
+
+class OpenGroup:
+    """A group whose end was not read yet: its alternatives, the pieces of the last one, each with the product of the
+    nested repetitions in it, the greatest of these products, and the flags that hold again after the group."""
+
+    def __init__(self, flags: frozenset):
+        self.flags, self.product = flags, 1
+        self.alternatives: List[Program] = []
+        self.pieces: List[Tuple[Program, int]] = []
+
+    def end_alternative(self) -> None:
+        """Make the pieces so far an alternative, and begin the next one."""
+        self.alternatives.append([each for piece, _ in self.pieces for each in piece])
+        self.pieces = []
+
+    def program(self) -> Program:
+        """The program of the whole group."""
+        self.end_alternative()
+        if len(self.alternatives) == 1:
+            return self.alternatives[0]
+        end, starts, found = 1 + sum(len(each) + 1 for each in self.alternatives), [], [()]
+        for each in self.alternatives:
+            starts.append(len(found))
+            found += each
+            found.append((end - len(found),))
+        return [tuple(starts), *found[1:]]
+
+
+class Compiler:
+    """Makes the program of an expression, reading it once from left to right. PatternError for what Go's regexp
+    refuses; 400 for more than `room` instructions."""
+
+    def __init__(self, text: str, room: int):
+        self.text, self.at, self.room = text, 0, room
+        self.flags: frozenset = frozenset()
+        self.groups = [OpenGroup(self.flags)]
+        self.names: set = set()
+        # Whether a repetition was read last: another one must not follow.
+        self.repeated = False
+
+    def compile(self) -> Program:
+        """The program of the whole expression."""
+        while self.at < len(self.text):
+            self.step()
+        if len(self.groups) > 1:
+            raise PatternError("missing closing )")
+        return self.groups[0].program()
+
+    def take(self, expression: "re.Pattern[str]") -> Optional["re.Match[str]"]:
+        """Read what matches here; None, with nothing read, where nothing does."""
+        found = expression.match(self.text, self.at)
+        self.at = found.end() if found else self.at
+        return found
+
+    def spend(self, instructions: int) -> None:
+        """Take instructions from the room that is left."""
+        self.room -= instructions
+        if self.room < 0:
+            raise BadParameter("invalid filter: its expressions are too large")
+
+    def add(self, piece: Program, product: int = 1) -> None:
+        """Put a piece at the end of the innermost group."""
+        group = self.groups[-1]
+        group.pieces.append((piece, product))
+        group.product = max(group.product, product)
+
+    def add_one(self, instruction: Any) -> None:
+        """Put an instruction there."""
+        self.spend(1)
+        self.add([instruction])
+
+    def step(self) -> None:
+        """Read one element of the expression."""
+        letter, repeated, self.repeated = self.text[self.at], self.repeated, False
+        self.at += 1
+        counts = self.take(COUNTS) if letter == "{" else None
+        if counts or letter in "*+?":
+            if repeated or not self.groups[-1].pieces:
+                raise PatternError("nothing to repeat")
+            simple = {"*": ("0", ",", ""), "+": ("1", ",", ""), "?": ("0", ",", "1")}
+            low, comma, high = counts.groups() if counts else simple[letter]
+            # More digits are too many in any case.
+            self.repeat(int(low[:9]), int(high[:9]) if high else None if comma else int(low[:9]))
+        elif letter == "(":
+            self.open()
+        elif letter == "|":
+            self.spend(2)
+            self.groups[-1].end_alternative()
+        elif letter == ")":
+            self.close()
+        elif letter == "\\":
+            self.escape()
+        elif letter in "^$":
+            self.add_one(letter if "m" in self.flags else {"^": "A", "$": "z"}[letter])
+        elif letter == ".":
+            self.add_one(Character(() if "s" in self.flags else (("\n", "\n"),), negated=True))
+        else:
+            self.add_one(self.bracket() if letter == "[" else self.literal(letter))
+
+    def literal(self, letter: str) -> Character:
+        """The instruction for a character that stands for itself."""
+        return Character(((letter, letter),), "i" in self.flags)
+
+    def repeat(self, low: int, high: Optional[int]) -> None:
+        """Repeat the last piece from `low` to `high` times, None for without end."""
+        if self.text.startswith("?", self.at):
+            self.at += 1
+        self.repeated = True
+        piece, product = self.groups[-1].pieces.pop()
+        most = low if high is None else high
+        product *= max(1, most)
+        if max(low, most, product) > REPEAT_LIMIT or low > most:
+            raise PatternError("invalid repeat count")
+        self.spend(len(piece) * max(1, most) + (2 if high is None else high - low) - len(piece))
+        if high is not None:
+            self.add(piece * low + [(1, len(piece) + 1), *piece] * (high - low), product)
+        elif low:
+            self.add([*piece * low, (-len(piece), 1)], product)
+        else:
+            self.add([(1, len(piece) + 2), *piece, (-len(piece) - 1,)], product)
+
+    def open(self) -> None:
+        """Read the rest of the beginning of a group, or other flags for the rest of this one."""
+        head = self.take(GROUP_HEAD)
+        name = head.group("name") if head else None
+        if (not head and self.text.startswith("?", self.at)) or len(self.groups) > GROUP_LIMIT or name in self.names:
+            raise PatternError("invalid group")
+        if not head or head.group("end") != ")":
+            self.groups.append(OpenGroup(self.flags))
+        if name:
+            self.names.add(name)
+        elif head:
+            self.flags = (self.flags | set(head.group("on"))) - set(head.group("off") or "")
+
+    def close(self) -> None:
+        """End the innermost group and put its program into the one around it."""
+        if len(self.groups) == 1:
+            raise PatternError("unexpected )")
+        group = self.groups.pop()
+        self.flags = group.flags
+        self.add(group.program(), group.product)
+
+    def escape(self) -> None:
+        """Read what stands behind a backslash outside of brackets."""
+        letter = self.text[self.at:self.at + 1]
+        if letter == "Q":
+            end = self.text.find("\\E", self.at)
+            quoted = self.text[self.at + 1:end if end >= 0 else len(self.text)]
+            self.at = end + 2 if end >= 0 else len(self.text)
+            for each in quoted:
+                self.add_one(self.literal(each))
+        elif letter in ("A", "z", "b", "B"):
+            self.at += 1
+            self.add_one(letter)
+        elif letter.lower() in PERL_CLASSES:
+            self.at += 1
+            self.add_one(Character(PERL_CLASSES[letter.lower()], "i" in self.flags, letter.isupper()))
+        else:
+            self.add_one(self.literal(self.escaped()))
+
+    def escaped(self) -> str:
+        """Read what stands behind a backslash for one character."""
+        code = self.take(CODE)
+        if code:
+            long, short, octal = code.groups()
+            number = int(octal, 8) if octal else int(short or long.lstrip("0")[:7] or "0", 16)
+            if number > sys.maxunicode:
+                raise PatternError("invalid escape sequence")
+            return chr(number)
+        letter = self.text[self.at:self.at + 1]
+        self.at += 1
+        named = {"a": "\a", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}.get(letter)
+        if not named and (not letter or letter.isalnum() or not letter.isascii()):
+            raise PatternError("invalid escape sequence")
+        return named or letter
+
+    def bracket(self) -> Character:
+        """Read the rest of a class in brackets."""
+        negated = self.text.startswith("^", self.at)
+        self.at += negated
+        begin, ranges = self.at, []
+        while self.at == begin or not self.text.startswith("]", self.at):
+            posix = self.take(POSIX_CLASS)
+            letter = self.text[self.at + 1:self.at + 2] if self.text.startswith("\\", self.at) else ""
+            if posix:
+                if posix.group(2) not in POSIX_CLASSES:
+                    raise PatternError("invalid character class range")
+                known = POSIX_CLASSES[posix.group(2)]
+                ranges += complement(known) if posix.group(1) else known
+            elif letter.lower() in PERL_CLASSES:
+                self.at += 2
+                known = PERL_CLASSES[letter.lower()]
+                ranges += complement(known) if letter.isupper() else known
+            else:
+                low = high = self.member()
+                if self.text.startswith("-", self.at) and self.text[self.at + 1:self.at + 2] not in ("", "]"):
+                    self.at += 1
+                    high = self.member()
+                if high < low:
+                    raise PatternError("invalid character class range")
+                ranges.append((low, high))
+        self.at += 1
+        return Character(merged(ranges), "i" in self.flags, negated)
+
+    def member(self) -> str:
+        """Read one character in brackets."""
+        if self.at >= len(self.text):
+            raise PatternError("missing closing ]")
+        letter = self.text[self.at]
+        self.at += 1
+        return self.escaped() if letter == "\\" else letter
+
+
+class Pattern:
+    """An expression of Go's regexp, to be found anywhere in a text. PatternError for what Go's regexp refuses; 400 for
+    one of more than `room` instructions."""
+
+    # Members of sets of instructions that are kept for the next time that a text comes to them.
+    KEPT = 1 << 16
+
+    def __init__(self, text: str, room: int = PROGRAM_LIMIT):
+        self.program = Compiler(text, room).compile()
+        self.steps: Dict[Tuple[frozenset, str, str], frozenset] = {}
+        self.kept = 0
+
+    def found_in(self, text: str) -> bool:
+        """Whether it matches a part of a text. The time is at most proportional to the lengths of text and program."""
+        places, before = frozenset((0,)), ""
+        for after in itertools.chain(text, ("",)):
+            step = (places, before, after)
+            known = self.steps.get(step)
+            if known is None:
+                known = self.follow(*step)
+                self.kept += len(known) + 1
+                if self.kept > self.KEPT:
+                    self.steps, self.kept = {}, len(known) + 1
+                self.steps[step] = known
+            if len(self.program) in known:
+                return True
+            # All that the next boundary depends on.
+            places, before = known, "a" if WORD_CHARACTER.match(after) else "\n" if after == "\n" else " "
+        return False
+
+    def follow(self, places: frozenset, before: str, after: str) -> frozenset:
+        """The instructions to go on at behind the character `after`, "" for the end of the text; the end of the
+        program alone where it is reached without that character."""
+        waiting, reached, found = list(places), set(places), {0}
+        while waiting:
+            place = waiting.pop()
+            if place == len(self.program):
+                return frozenset((place,))
+            instruction = self.program[place]
+            following: Iterable[int] = ()
+            if isinstance(instruction, Character):
+                if after and instruction.accepts(after):
+                    found.add(place + 1)
+            elif isinstance(instruction, str):
+                following = (place + 1,) if is_boundary(instruction, before, after) else ()
+            else:
+                following = [place + offset for offset in instruction]
+            for each in following:
+                if each not in reached:
+                    reached.add(each)
+                    waiting.append(each)
+        return frozenset(found)
+
+
+def is_boundary(kind: str, before: str, after: str) -> bool:
+    """Whether a boundary is between two characters, "" for an end of the text: one of the text (A, z), of a line (^, $)
+    or of a word (b), or none of a word (B)."""
+    if kind in "bB":
+        return (bool(WORD_CHARACTER.match(before)) != bool(WORD_CHARACTER.match(after))) == (kind == "b")
+    beside = before if kind in "A^" else after
+    return not beside or (beside == "\n" and kind in "^$")
+
+
+class NameFilter:
+    """The values of a filter by name, as dockerd takes them: each is the name itself or an expression that is found in
+    it. An expression that does not compile is found nowhere. 400 for more than PROGRAM_LIMIT instructions."""
+
+    SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$]")
+
+    def __init__(self, wanted: Iterable[str]):
+        self.exact = frozenset(wanted)
+        self.parts = [each for each in self.exact if not self.SPECIAL.search(each)]
+        self.patterns: List[Pattern] = []
+        room = PROGRAM_LIMIT
+        for each in self.exact.difference(self.parts):
+            with contextlib.suppress(PatternError):
+                self.patterns.append(Pattern(each, room))
+                room -= len(self.patterns[-1].program)
+
+    def passes(self, *names: str) -> bool:
+        """Whether one of the names of an object passes; all do where the filter has no values."""
+        return not self.exact or any(
+            name in self.exact or any(part in name for part in self.parts)
+            or any(each.found_in(name) for each in self.patterns) for name in names)
+
+
+###############################################################################
 # Requests, responses
 ###############################################################################
 
@@ -215,17 +786,15 @@ class Request:
             raise BadParameter(f"invalid value for {name}: {text!r} is not a number")
         return int(text)
 
-    def timestamp(self, name: str) -> Optional[float]:
-        """Seconds since 1970 from `1700000000`, `1700000000.5` or RFC 3339; None when absent; 400 otherwise."""
+    def timestamp(self, name: str) -> Optional[int]:
+        """Nanoseconds since 1970 from `1700000000`, `1700000000.5` or RFC 3339; None when absent; 400 otherwise."""
         text = self.value(name).strip()
         if not text:
             return None
-        if re.fullmatch(r"-?\d{1,15}(\.\d{1,18})?", text):
-            return float(text)
-        seconds = seconds_of(text)
-        if seconds is None:
+        found = nanoseconds_of(text)
+        if found is None:
             raise BadParameter(f"invalid value for {name}: {text!r} is not a timestamp")
-        return seconds
+        return found
 
     def json(self, required: bool = False) -> Dict[str, Any]:
         """The body as a JSON object, {} when there is none and it may be absent; 400 with dockerd's words otherwise."""
@@ -1084,535 +1653,6 @@ def remove_tree(path: str) -> None:
 
     # Python 3.12 has another name for it.
     shutil.rmtree(path, **{"onexc" if sys.version_info >= (3, 12) else "onerror": make_writable})
-
-
-###############################################################################
-# Conversions
-###############################################################################
-
-ZERO_TIME = "0001-01-01T00:00:00Z"
-TIMESTAMP = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9})\d*)?)?\s*(Z|UTC|[+-]\d\d:?\d\d)?(?: [A-Z]{1,5})?")
-SIZE_UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
-
-
-def nanoseconds_of(text: str) -> Optional[int]:
-    """Nanoseconds since 1970 of RFC 3339 or Go's `2026-11-23 19:00:00.1 +0000 UTC`; None for what is neither."""
-    found = TIMESTAMP.fullmatch(text.strip())
-    if not found:
-        return None
-    year, month, day, hour, minute, second = (int(each or 0) for each in found.groups()[:6])
-    if not (1 <= month <= 12 and 1 <= day <= 31 and hour < 24 and minute < 60 and second < 61 and year):
-        return None
-    seconds = calendar.timegm((year, month, day, hour, minute, second))
-    zone = found.group(8)
-    if zone and zone[0] in "+-":
-        offset = int(zone[1:3]) * 3600 + int(zone[-2:]) * 60
-        seconds += offset if zone[0] == "-" else -offset
-    return seconds * 10**9 + int((found.group(7) or "0").ljust(9, "0"))
-
-
-def seconds_of(text: str) -> Optional[float]:
-    """Seconds since 1970 of a timestamp as nanoseconds_of() reads it."""
-    nanoseconds = nanoseconds_of(text)
-    return None if nanoseconds is None else nanoseconds / 1e9
-
-
-def rfc3339(nanoseconds: Optional[int]) -> str:
-    """`2026-11-23T19:00:00.123456789Z`, the zero time for None."""
-    if nanoseconds is None:
-        return ZERO_TIME
-    seconds, rest = divmod(nanoseconds, 10**9)
-    fraction = f".{rest:09d}".rstrip("0") if rest else ""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + fraction + "Z"
-
-
-def size_bytes(text: str) -> int:
-    """Bytes of `12.5MB`, `1.2 GiB`, `512`; 0 for what is no size."""
-    found = re.fullmatch(r"([\d.]+)\s*([kmgt]?i?)b?", text.strip().lower())
-    if not found:
-        return 0
-    try:
-        return int(float(found.group(1)) * SIZE_UNITS[found.group(2)])
-    except (ValueError, KeyError, OverflowError):
-        return 0
-
-
-def human_duration(seconds: float) -> str:
-    """A duration as `docker ps` words it: `About a minute`, `5 hours`."""
-    whole = int(seconds)
-    if whole < 1:
-        return "Less than a second"
-    if whole == 1:
-        return "1 second"
-    if whole < 60:
-        return f"{whole} seconds"
-    minutes = whole // 60
-    if minutes == 1:
-        return "About a minute"
-    if minutes < 60:
-        return f"{minutes} minutes"
-    hours = int(seconds / 3600 + 0.5)
-    if hours == 1:
-        return "About an hour"
-    for limit, unit, name in ((48, 1, "hours"), (24 * 7 * 2, 24, "days"), (24 * 30 * 2, 24 * 7, "weeks"), (24 * 365 * 2, 24 * 30, "months")):
-        if hours < limit:
-            return f"{hours // unit} {name}"
-    return f"{hours // 24 // 365} years"
-
-
-def match_labels(labels: Dict[str, str], wanted: Iterable[str]) -> bool:
-    """Whether labels satisfy every `key` and `key=value` of a label filter."""
-    for each in wanted:
-        key, equals, value = each.partition("=")
-        if key not in labels or (equals and labels[key] != value):
-            return False
-    return True
-
-
-def typed(value: Any, kind: type, what: str) -> Any:
-    """`value` if it is of the JSON type asked for, an empty one for null; 400 otherwise."""
-    if value is None:
-        return kind()
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        names = {dict: "an object", list: "an array", str: "a string", int: "a number", bool: "a boolean"}
-        raise BadParameter(f"invalid JSON: {what} must be {names[kind]}")
-    return value
-
-
-def int_or_zero(text: str) -> int:
-    """The number that a text is, 0 for any other text."""
-    return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
-
-
-def string_list(value: Any, what: str) -> List[str]:
-    """A JSON array of strings, [] for null; a lone string is taken as a list of one, as Docker does; 400 otherwise."""
-    if isinstance(value, str):
-        return [value]
-    return [typed(each, str, what) for each in typed(value, list, what)]
-
-
-def string_map(value: Any, what: str) -> Dict[str, str]:
-    """A JSON object of strings, {} for null; 400 otherwise."""
-    return {key: typed(each, str, what) for key, each in typed(value, dict, what).items()}
-
-
-LINKS_FOLLOWED = 40
-
-
-@contextlib.contextmanager
-def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[int, List[str], str]]:
-    """A path below a root folder as an O_PATH descriptor, with the names on the way to it and, for a link at its end that
-    is not to be followed, where that leads. Links are taken as inside of the root, and each step is opened by itself, so
-    that nobody inside can lead it out. FileNotFoundError and other OSErrors as lstat has."""
-    left = [part for part in path.split("/") if part]
-    stack = [os.open(root, os.O_PATH | os.O_DIRECTORY)]
-    names: List[str] = []
-    links, last = 0, ""
-    try:
-        while left:
-            part = left.pop(0)
-            if part in (".", ".."):
-                if part == ".." and names:
-                    os.close(stack.pop())
-                    names.pop()
-                continue
-            entry = os.open(part, os.O_PATH | os.O_NOFOLLOW, dir_fd=stack[-1])
-            stack.append(entry)
-            names.append(part)
-            mode = os.fstat(entry).st_mode
-            if stat.S_ISLNK(mode):
-                target = os.readlink("", dir_fd=entry)
-                if not (left or follow or path.endswith("/")):
-                    last = target
-                    break
-                links += 1
-                if links > LINKS_FOLLOWED:
-                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-                os.close(stack.pop())
-                names.pop()
-                if target.startswith("/"):
-                    for each in stack[1:]:
-                        os.close(each)
-                    del stack[1:]
-                    names.clear()
-                left = [each for each in target.split("/") if each] + left
-            elif left and not stat.S_ISDIR(mode):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        yield stack[-1], names, last
-    finally:
-        for each in stack:
-            os.close(each)
-
-
-###############################################################################
-# Patterns
-###############################################################################
-
-# Clients filter by expressions of Go's regexp, which takes a time linear in the text for any of them. Python's re
-# does not, and nothing else runs while it searches. So an expression is compiled to a program here, and all
-# instructions that a text can have come to are followed at once. A Character consumes one character, a string is a
-# boundary that has to be there, a tuple holds the offsets of the instructions to go on at, and the end of the program
-# is the match. Nobody asks where a match is, so a lazy repetition is like any other. The classes of Unicode (\p{...})
-# are not known.
-Ranges = Tuple[Tuple[str, str], ...]
-Program = List[Any]
-PERL_CLASSES: Dict[str, Ranges] = {
-    "d": (("0", "9"),), "s": (("\t", "\n"), ("\f", "\r"), (" ", " ")),
-    "w": (("0", "9"), ("A", "Z"), ("_", "_"), ("a", "z")),
-}
-POSIX_CLASSES: Dict[str, Ranges] = {
-    "alnum": (("0", "9"), ("A", "Z"), ("a", "z")), "alpha": (("A", "Z"), ("a", "z")), "ascii": (("\0", "\x7f"),),
-    "blank": (("\t", "\t"), (" ", " ")), "cntrl": (("\0", "\x1f"), ("\x7f", "\x7f")), "digit": (("0", "9"),),
-    "graph": (("!", "~"),), "lower": (("a", "z"),), "print": ((" ", "~"),),
-    "punct": (("!", "/"), (":", "@"), ("[", "`"), ("{", "~")), "space": (("\t", "\r"), (" ", " ")),
-    "upper": (("A", "Z"),), "word": PERL_CLASSES["w"], "xdigit": (("0", "9"), ("A", "F"), ("a", "f")),
-}
-POSIX_CLASS = re.compile(r"\[:(\^?)([^\]:]*):\]")
-GROUP_HEAD = re.compile(r"\?(?:P?<(?P<name>\w+)>|(?P<on>[imsU]*)(?:-(?P<off>[imsU]+))?(?P<end>[:)]))", re.ASCII)
-COUNTS = re.compile(r"(0|[1-9][0-9]*)(?:(,)(0|[1-9][0-9]*)?)?\}")
-CODE = re.compile(r"x\{([0-9A-Fa-f]+)\}|x([0-9A-Fa-f]{2})|([1-7][0-7]{1,2}|0[0-7]{0,2})")
-WORD_CHARACTER = re.compile(r"\w", re.ASCII)
-# Instructions of all expressions of a filter. The other limits are those of Go.
-PROGRAM_LIMIT, REPEAT_LIMIT, GROUP_LIMIT = 10000, 1000, 1000
-
-
-class PatternError(ValueError):
-    """What Go's regexp does not compile."""
-
-
-class Character(NamedTuple):
-    """The instruction for one character: it is in one of the ranges, which are in order and apart, or, `negated`, in
-    none of them. `folded` takes it in upper and lower case."""
-
-    ranges: Ranges
-    folded: bool = False
-    negated: bool = False
-
-    def accepts(self, text: str) -> bool:
-        """Whether a character is one of these."""
-        return any(map(self._has, {text, text.lower(), text.upper()} if self.folded else (text,))) != self.negated
-
-    def _has(self, text: str) -> bool:
-        place = bisect.bisect_right(self.ranges, (text, chr(sys.maxunicode))) - 1
-        return place >= 0 and self.ranges[place][0] <= text <= self.ranges[place][1]
-
-
-def merged(ranges: Iterable[Tuple[str, str]]) -> Ranges:
-    """Ranges of characters in order and apart."""
-    found: List[Tuple[str, str]] = []
-    for low, high in sorted(ranges):
-        if found and low <= found[-1][1]:
-            low, high = found[-1][0], max(high, found.pop()[1])
-        found.append((low, high))
-    return tuple(found)
-
-
-def complement(ranges: Ranges) -> Ranges:
-    """The characters that are in none of these ranges, which are in order and apart."""
-    found, code = [], 0
-    for low, high in ranges:
-        if ord(low) > code:
-            found.append((chr(code), chr(ord(low) - 1)))
-        code = ord(high) + 1
-    return (*found, (chr(code), chr(sys.maxunicode)))
-
-
-class OpenGroup:
-    """A group whose end was not read yet: its alternatives, the pieces of the last one, each with the product of the
-    nested repetitions in it, the greatest of these products, and the flags that hold again after the group."""
-
-    def __init__(self, flags: frozenset):
-        self.flags, self.product = flags, 1
-        self.alternatives: List[Program] = []
-        self.pieces: List[Tuple[Program, int]] = []
-
-    def end_alternative(self) -> None:
-        """Make the pieces so far an alternative, and begin the next one."""
-        self.alternatives.append([each for piece, _ in self.pieces for each in piece])
-        self.pieces = []
-
-    def program(self) -> Program:
-        """The program of the whole group."""
-        self.end_alternative()
-        if len(self.alternatives) == 1:
-            return self.alternatives[0]
-        end, starts, found = 1 + sum(len(each) + 1 for each in self.alternatives), [], [()]
-        for each in self.alternatives:
-            starts.append(len(found))
-            found += each
-            found.append((end - len(found),))
-        return [tuple(starts), *found[1:]]
-
-
-class Compiler:
-    """Makes the program of an expression, reading it once from left to right. PatternError for what Go's regexp
-    refuses; 400 for more than `room` instructions."""
-
-    def __init__(self, text: str, room: int):
-        self.text, self.at, self.room = text, 0, room
-        self.flags: frozenset = frozenset()
-        self.groups = [OpenGroup(self.flags)]
-        self.names: set = set()
-        # Whether a repetition was read last: another one must not follow.
-        self.repeated = False
-
-    def compile(self) -> Program:
-        """The program of the whole expression."""
-        while self.at < len(self.text):
-            self.step()
-        if len(self.groups) > 1:
-            raise PatternError("missing closing )")
-        return self.groups[0].program()
-
-    def take(self, expression: "re.Pattern[str]") -> Optional["re.Match[str]"]:
-        """Read what matches here; None, with nothing read, where nothing does."""
-        found = expression.match(self.text, self.at)
-        self.at = found.end() if found else self.at
-        return found
-
-    def spend(self, instructions: int) -> None:
-        """Take instructions from the room that is left."""
-        self.room -= instructions
-        if self.room < 0:
-            raise BadParameter("invalid filter: its expressions are too large")
-
-    def add(self, piece: Program, product: int = 1) -> None:
-        """Put a piece at the end of the innermost group."""
-        group = self.groups[-1]
-        group.pieces.append((piece, product))
-        group.product = max(group.product, product)
-
-    def add_one(self, instruction: Any) -> None:
-        """Put an instruction there."""
-        self.spend(1)
-        self.add([instruction])
-
-    def step(self) -> None:
-        """Read one element of the expression."""
-        letter, repeated, self.repeated = self.text[self.at], self.repeated, False
-        self.at += 1
-        counts = self.take(COUNTS) if letter == "{" else None
-        if counts or letter in "*+?":
-            if repeated or not self.groups[-1].pieces:
-                raise PatternError("nothing to repeat")
-            simple = {"*": ("0", ",", ""), "+": ("1", ",", ""), "?": ("0", ",", "1")}
-            low, comma, high = counts.groups() if counts else simple[letter]
-            # More digits are too many in any case.
-            self.repeat(int(low[:9]), int(high[:9]) if high else None if comma else int(low[:9]))
-        elif letter == "(":
-            self.open()
-        elif letter == "|":
-            self.spend(2)
-            self.groups[-1].end_alternative()
-        elif letter == ")":
-            self.close()
-        elif letter == "\\":
-            self.escape()
-        elif letter in "^$":
-            self.add_one(letter if "m" in self.flags else {"^": "A", "$": "z"}[letter])
-        elif letter == ".":
-            self.add_one(Character(() if "s" in self.flags else (("\n", "\n"),), negated=True))
-        else:
-            self.add_one(self.bracket() if letter == "[" else self.literal(letter))
-
-    def literal(self, letter: str) -> Character:
-        """The instruction for a character that stands for itself."""
-        return Character(((letter, letter),), "i" in self.flags)
-
-    def repeat(self, low: int, high: Optional[int]) -> None:
-        """Repeat the last piece from `low` to `high` times, None for without end."""
-        if self.text.startswith("?", self.at):
-            self.at += 1
-        self.repeated = True
-        piece, product = self.groups[-1].pieces.pop()
-        most = low if high is None else high
-        product *= max(1, most)
-        if max(low, most, product) > REPEAT_LIMIT or low > most:
-            raise PatternError("invalid repeat count")
-        self.spend(len(piece) * max(1, most) + (2 if high is None else high - low) - len(piece))
-        if high is not None:
-            self.add(piece * low + [(1, len(piece) + 1), *piece] * (high - low), product)
-        elif low:
-            self.add([*piece * low, (-len(piece), 1)], product)
-        else:
-            self.add([(1, len(piece) + 2), *piece, (-len(piece) - 1,)], product)
-
-    def open(self) -> None:
-        """Read the rest of the beginning of a group, or other flags for the rest of this one."""
-        head = self.take(GROUP_HEAD)
-        name = head.group("name") if head else None
-        if (not head and self.text.startswith("?", self.at)) or len(self.groups) > GROUP_LIMIT or name in self.names:
-            raise PatternError("invalid group")
-        if not head or head.group("end") != ")":
-            self.groups.append(OpenGroup(self.flags))
-        if name:
-            self.names.add(name)
-        elif head:
-            self.flags = (self.flags | set(head.group("on"))) - set(head.group("off") or "")
-
-    def close(self) -> None:
-        """End the innermost group and put its program into the one around it."""
-        if len(self.groups) == 1:
-            raise PatternError("unexpected )")
-        group = self.groups.pop()
-        self.flags = group.flags
-        self.add(group.program(), group.product)
-
-    def escape(self) -> None:
-        """Read what stands behind a backslash outside of brackets."""
-        letter = self.text[self.at:self.at + 1]
-        if letter == "Q":
-            end = self.text.find("\\E", self.at)
-            quoted = self.text[self.at + 1:end if end >= 0 else len(self.text)]
-            self.at = end + 2 if end >= 0 else len(self.text)
-            for each in quoted:
-                self.add_one(self.literal(each))
-        elif letter in ("A", "z", "b", "B"):
-            self.at += 1
-            self.add_one(letter)
-        elif letter.lower() in PERL_CLASSES:
-            self.at += 1
-            self.add_one(Character(PERL_CLASSES[letter.lower()], "i" in self.flags, letter.isupper()))
-        else:
-            self.add_one(self.literal(self.escaped()))
-
-    def escaped(self) -> str:
-        """Read what stands behind a backslash for one character."""
-        code = self.take(CODE)
-        if code:
-            long, short, octal = code.groups()
-            number = int(octal, 8) if octal else int(short or long.lstrip("0")[:7] or "0", 16)
-            if number > sys.maxunicode:
-                raise PatternError("invalid escape sequence")
-            return chr(number)
-        letter = self.text[self.at:self.at + 1]
-        self.at += 1
-        named = {"a": "\a", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}.get(letter)
-        if not named and (not letter or letter.isalnum() or not letter.isascii()):
-            raise PatternError("invalid escape sequence")
-        return named or letter
-
-    def bracket(self) -> Character:
-        """Read the rest of a class in brackets."""
-        negated = self.text.startswith("^", self.at)
-        self.at += negated
-        begin, ranges = self.at, []
-        while self.at == begin or not self.text.startswith("]", self.at):
-            posix = self.take(POSIX_CLASS)
-            letter = self.text[self.at + 1:self.at + 2] if self.text.startswith("\\", self.at) else ""
-            if posix:
-                if posix.group(2) not in POSIX_CLASSES:
-                    raise PatternError("invalid character class range")
-                known = POSIX_CLASSES[posix.group(2)]
-                ranges += complement(known) if posix.group(1) else known
-            elif letter.lower() in PERL_CLASSES:
-                self.at += 2
-                known = PERL_CLASSES[letter.lower()]
-                ranges += complement(known) if letter.isupper() else known
-            else:
-                low = high = self.member()
-                if self.text.startswith("-", self.at) and self.text[self.at + 1:self.at + 2] not in ("", "]"):
-                    self.at += 1
-                    high = self.member()
-                if high < low:
-                    raise PatternError("invalid character class range")
-                ranges.append((low, high))
-        self.at += 1
-        return Character(merged(ranges), "i" in self.flags, negated)
-
-    def member(self) -> str:
-        """Read one character in brackets."""
-        if self.at >= len(self.text):
-            raise PatternError("missing closing ]")
-        letter = self.text[self.at]
-        self.at += 1
-        return self.escaped() if letter == "\\" else letter
-
-
-class Pattern:
-    """An expression of Go's regexp, to be found anywhere in a text. PatternError for what Go's regexp refuses; 400 for
-    one of more than `room` instructions."""
-
-    # Members of sets of instructions that are kept for the next time that a text comes to them.
-    KEPT = 1 << 16
-
-    def __init__(self, text: str, room: int = PROGRAM_LIMIT):
-        self.program = Compiler(text, room).compile()
-        self.steps: Dict[Tuple[frozenset, str, str], frozenset] = {}
-        self.kept = 0
-
-    def found_in(self, text: str) -> bool:
-        """Whether it matches a part of a text. The time is at most proportional to the lengths of text and program."""
-        places, before = frozenset((0,)), ""
-        for after in itertools.chain(text, ("",)):
-            step = (places, before, after)
-            known = self.steps.get(step)
-            if known is None:
-                known = self.follow(*step)
-                self.kept += len(known) + 1
-                if self.kept > self.KEPT:
-                    self.steps, self.kept = {}, len(known) + 1
-                self.steps[step] = known
-            if len(self.program) in known:
-                return True
-            # All that the next boundary depends on.
-            places, before = known, "a" if WORD_CHARACTER.match(after) else "\n" if after == "\n" else " "
-        return False
-
-    def follow(self, places: frozenset, before: str, after: str) -> frozenset:
-        """The instructions to go on at behind the character `after`, "" for the end of the text; the end of the
-        program alone where it is reached without that character."""
-        waiting, reached, found = list(places), set(places), {0}
-        while waiting:
-            place = waiting.pop()
-            if place == len(self.program):
-                return frozenset((place,))
-            instruction = self.program[place]
-            following: Iterable[int] = ()
-            if isinstance(instruction, Character):
-                if after and instruction.accepts(after):
-                    found.add(place + 1)
-            elif isinstance(instruction, str):
-                following = (place + 1,) if is_boundary(instruction, before, after) else ()
-            else:
-                following = [place + offset for offset in instruction]
-            for each in following:
-                if each not in reached:
-                    reached.add(each)
-                    waiting.append(each)
-        return frozenset(found)
-
-
-def is_boundary(kind: str, before: str, after: str) -> bool:
-    """Whether a boundary is between two characters, "" for an end of the text: one of the text (A, z), of a line (^, $)
-    or of a word (b), or none of a word (B)."""
-    if kind in "bB":
-        return (bool(WORD_CHARACTER.match(before)) != bool(WORD_CHARACTER.match(after))) == (kind == "b")
-    beside = before if kind in "A^" else after
-    return not beside or (beside == "\n" and kind in "^$")
-
-
-class NameFilter:
-    """The values of a filter by name, as dockerd takes them: each is the name itself or an expression that is found in
-    it. An expression that does not compile is found nowhere. 400 for more than PROGRAM_LIMIT instructions."""
-
-    SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$]")
-
-    def __init__(self, wanted: Iterable[str]):
-        self.exact = frozenset(wanted)
-        self.parts = [each for each in self.exact if not self.SPECIAL.search(each)]
-        self.patterns: List[Pattern] = []
-        room = PROGRAM_LIMIT
-        for each in self.exact.difference(self.parts):
-            with contextlib.suppress(PatternError):
-                self.patterns.append(Pattern(each, room))
-                room -= len(self.patterns[-1].program)
-
-    def passes(self, *names: str) -> bool:
-        """Whether one of the names of an object passes; all do where the filter has no values."""
-        return not self.exact or any(
-            name in self.exact or any(part in name for part in self.parts)
-            or any(each.found_in(name) for each in self.patterns) for name in names)
 
 
 ###############################################################################
@@ -4013,7 +4053,7 @@ def platform_name(components: List[Dict[str, Any]]) -> str:
     """What a client shows as the kind of the server: `nerdctld 0.1.0, nerdctl v2.3.5, containerd v2.3.1`."""
     shown = [each for name in ("nerdctld", "nerdctl", "containerd") for each in components if each["Name"] == name]
     # Without a nerdctl its version is a sentence that says so.
-    return ", ".join(each["Version"] if " " in each["Version"] else f"{each['Name']} {each['Version']}" for each in shown)
+    return ", ".join(("" if " " in each["Version"] else each["Name"] + " ") + each["Version"] for each in shown)
 
 
 def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
@@ -4049,8 +4089,8 @@ GO_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i68
 
 @route("GET", "/version")
 def system_version(engine: Engine, request: Request) -> Response:
-    """The version of Docker with the same API, and those of this daemon and of nerdctl, containerd, runc and buildctl, as far
-    as they are there."""
+    """The version of Docker with the same API, and those of this daemon and of nerdctl, containerd, runc and buildctl, as
+    far as they are there."""
     told, problem = {}, ""
     try:
         told = engine.inventory.tools.get()
@@ -4252,16 +4292,16 @@ def system_events(engine: Engine, request: Request) -> Response:
         engine.settle()
         with engine.journal.subscribe() as (kept, new), request.client.when_gone(lambda: new.put(None)):
             for event in kept if since is not None else ():
-                when = event["timeNano"] / 1e9
+                when = event["timeNano"]
                 if when >= since and (until is None or when <= until) and match_event(event, filters):
                     yield lead + json_bytes(docker_event(event, request.version)) + b"\n"
-            if until is None or until > time.time():
+            if until is None or until > time.time_ns():
                 # The head of the response says that nothing from now on is missed.
                 engine.feed.wait_live(2.0)
             yield b""
             while True:
                 try:
-                    event = new.get(timeout=None if until is None else max(0.0, until - time.time()))
+                    event = new.get(timeout=None if until is None else max(0.0, (until - time.time_ns()) / 1e9))
                 except queue.Empty:
                     return
                 if event is None:
@@ -4391,53 +4431,19 @@ def match_reference(names: List[str], patterns: List[Pattern]) -> List[str]:
     return found
 
 
-def until_limit(values: List[str]) -> Optional[float]:
-    """The moment that an `until` filter names, as seconds since 1970: a timestamp or a duration before now."""
-    if not values:
-        return None
-    if len(values) > 1:
-        raise BadParameter("more than one until filter specified")
-    text = values[0]
-    if re.fullmatch(r"\d{1,15}(\.\d{1,9})?", text):
-        return float(text)
-    if re.fullmatch(r"(\d{1,9}(\.\d{1,9})?(h|ms|m|s))+", text):
-        units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-        return time.time() - sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)(h|ms|m|s)", text))
-    found = seconds_of(text + "T00:00:00" if re.fullmatch(r"\d{4}-\d\d-\d\d", text) else text)
-    if found is None:
-        raise BadParameter(f"invalid until filter: {text!r}")
-    return found
-
-
-def flag_filter(filters: Dict[str, List[str]], name: str, default: Optional[bool] = None) -> Optional[bool]:
-    """A filter that is a boolean; 400 with dockerd's words for anything else."""
-    values = filters.get(name) or []
-    if not values:
-        return default
-    words = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
-    told = {words.get(each.lower()) for each in values}
-    if None in told or len(told) > 1:
-        raise BadParameter(f"invalid filter '{name}={json_bytes(values).decode()}'")
-    return told.pop()
-
-
 def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[str, List[str]]) -> List[ImageGroup]:
     """The images that pass the filters of list and prune."""
     dangling = flag_filter(filters, "dangling")
     before = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "") for each in filters.get("before") or []]
     since = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "") for each in filters.get("since") or []]
-    until = until_limit(filters.get("until") or [])
-    references = reference_patterns(filters.get("reference") or [])
+    common, references = PruneFilter(filters), reference_patterns(filters.get("reference") or [])
     found = []
     for group in groups:
-        labels = group.labels
         created = seconds_or_zero(group.config.get("created") or "")
         if (dangling is not None and dangling != (not group.repo_tags)
-                or not match_labels(labels, filters.get("label") or [])
-                or any(match_labels(labels, [each]) for each in filters.get("label!") or [])
+                or not common.passes(group.labels, created * 10**9)
                 or (references and not match_reference([*group.repo_tags, *group.repo_digests], references))
-                or any(created >= each for each in before) or any(created <= each for each in since)
-                or (until is not None and created > until)):
+                or any(created >= each for each in before) or any(created <= each for each in since)):
             continue
         found.append(group)
     return found
@@ -5766,7 +5772,7 @@ def build_prune(engine: Engine, request: Request) -> Response:
     for key, values in filters.items():
         for value in values:
             if key in ("until", "unused-for"):
-                arguments.append(f"--keep-duration={max(0, round(time.time() - (until_limit([value]) or 0)))}s")
+                arguments.append(f"--keep-duration={max(0, round((time.time_ns() - (until_limit([value]) or 0)) / 1e9))}s")
             else:
                 arguments.append(f"--filter={key}=={value}" if key not in ("inuse", "private", "shared") else f"--filter={key}")
     reserved, limit = request.integer("reserved-space") or request.integer("keep-storage"), request.integer("max-used-space")
@@ -8185,12 +8191,9 @@ def prunable(engine: Engine, container: Container) -> bool:
 def container_prune(engine: Engine, request: Request) -> Response:
     """Remove all containers that do not run, by the filters until, label and label!."""
     filters = request.filters("until", "label", "label!")
-    limit = until_limit(filters.get("until") or [])
+    common = PruneFilter(filters)
     found = [each for each in engine.inventory.containers().values()
-             if prunable(engine, each)
-             and match_labels(each.visible_labels, filters.get("label") or [])
-             and not any(match_labels(each.visible_labels, [label]) for label in filters.get("label!") or [])
-             and (limit is None or each.created / 1e9 <= limit)]
+             if prunable(engine, each) and common.passes(each.visible_labels, each.created)]
     deleted, reclaimed = [], 0
     sizes = container_sizes(engine, found)
     for each in found:
@@ -8375,8 +8378,7 @@ def log_lines(engine: Engine, request: Request, container: Container) -> Iterato
     """The lines of a container's log that a logs request asks for."""
     follow = request.flag("follow") and (container.running or container.state.kind == "restarting")
     since, until = request.timestamp("since"), request.timestamp("until")
-    first = int(since * 10**9) if since and since > 0 else 0
-    last = int(until * 10**9) if until and until > 0 else 0
+    first, last = max(0, since or 0), max(0, until or 0)
     tail = tail_count(request)
     wanted = {STDOUT: request.flag("stdout"), STDERR: request.flag("stderr")}
     gone = threading.Event()
@@ -9683,13 +9685,11 @@ def network_delete(engine: Engine, request: Request, name: str) -> Response:
 def network_prune(engine: Engine, request: Request) -> Response:
     """Remove the networks that no container has, by the filters until, label and label!."""
     filters = request.filters("until", "label", "label!")
-    limit = until_limit(filters.get("until") or [])
-    deleted = []
+    common, deleted = PruneFilter(filters), []
     for network in list(engine.inventory.networks().values()):
-        made = (nanoseconds_of(network["Created"]) or 0) / 1e9
         if (network["Name"] in ("bridge", "host", "none") or not network["Id"] or network["Id"] == made_up_id(network["Name"])
-                or network_users(engine, network["Name"]) or not match_labels(network["Labels"], filters.get("label") or [])
-                or any(match_labels(network["Labels"], [each]) for each in filters.get("label!") or []) or (limit is not None and made > limit)):
+                or network_users(engine, network["Name"])
+                or not common.passes(network["Labels"], nanoseconds_of(network["Created"]) or 0)):
             continue
         with contextlib.suppress(ApiError):
             remove_network(engine, network)
@@ -9963,11 +9963,10 @@ def volume_prune(engine: Engine, request: Request) -> Response:
     """Remove the volumes that no container has: the anonymous ones, with the filter `all` every one."""
     filters = request.filters("all", "label", "label!")
     everything = flag_filter(filters, "all", request.version < (1, 42))
-    used, deleted, reclaimed = volume_users(engine), [], 0
+    used, common, deleted, reclaimed = volume_users(engine), PruneFilter(filters), [], 0
     found = [volume for volume in list(engine.inventory.volumes().values())
              if volume["Name"] not in used and (everything or is_anonymous(volume))
-             and match_labels(volume["Labels"] or {}, filters.get("label") or [])
-             and not any(match_labels(volume["Labels"] or {}, [each]) for each in filters.get("label!") or [])]
+             and common.passes(volume["Labels"] or {})]
     sizes = volume_sizes(engine) if found else {}
     for volume in found:
         with contextlib.suppress(ApiError):
@@ -10615,7 +10614,7 @@ def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, 
 
 
 def check_upgrade(request: Request, refusal: Type[ApiError]) -> None:
-    """Refuse, with dockerd's words, what does not ask for HTTP/2 on its connection. As in dockerd only Upgrade counts."""
+    """Refuse what does not ask for HTTP/2 on its connection, in dockerd's words. As there, only Upgrade counts."""
     protocol = request.headers.get("Upgrade") or ""
     if not protocol:
         raise refusal("no upgrade proto in request")
