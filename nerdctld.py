@@ -2450,6 +2450,21 @@ def encode_image(image: ImageRecord) -> bytes:
     return encode_field(1, encode_field(1, image.name) + labels + encode_field(3, target))
 
 
+def parse_event(message: Any, namespace: str) -> Optional[ContainerdEvent]:
+    """An envelope of the events service; None for other namespaces, for topics that nobody needs, and for the steps of a
+    build that is under way."""
+    found = read_message(message)
+    topic = read_text(found, 3)
+    if read_text(found, 2) != namespace or topic not in EVENT_FIELDS:
+        return None
+    names, payload = EVENT_FIELDS[topic], {}
+    for number, value in read_message(read_message(found.get(4, b"")).get(2, b"")).items():
+        if number in names:
+            payload[names[number]] = value if isinstance(value, int) else str(value, "utf-8", "replace")
+    event = ContainerdEvent(topic, read_timestamp(found.get(1)) or time.time_ns(), payload)
+    return None if BUILD_STEP.fullmatch(event.container) and not payload.get("image") else event
+
+
 class Containerd:
     """containerd's services for one namespace, called over its own socket. Every call has a connection of its own, so that
     calls of several threads do not wait for each other. Methods raise NotFound, Conflict or another ApiError for
