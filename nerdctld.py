@@ -7871,7 +7871,7 @@ def start_refused(engine: Engine, container: Container, error: ApiError) -> None
     if engine.caretaker:
         engine.caretaker.release(container.id)
         engine.caretaker.changed.put(container.real)
-    engine.tasks.failed(container.real, refused_code(str(error)), spared)
+    engine.tasks.failed(container.real, refused_code(str(error)), spared and auto_removed(container))
 
 
 @route("POST", "/containers/{id}/start")
