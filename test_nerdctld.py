@@ -6327,7 +6327,7 @@ def rewrite(message):
     return nerdctld.rewrite_solve(message)[0], None
 
 
-def at_once(work, done):
+def done_at_once(work, done):
     """Does for a proxy at once what a relay does in a thread."""
     done(work())
 
@@ -6423,7 +6423,7 @@ class TestBuildKit:
 
     def proxied(self, prepare=rewrite, **options):
         """A client, a proxy that prepares at once, and a server."""
-        return Peer(False), nerdctld.GrpcProxy(prepare, at_once), Peer(True, **options)
+        return Peer(False), nerdctld.GrpcProxy(prepare, done_at_once), Peer(True, **options)
 
     @pytest.mark.parametrize("path", [FOLLOW, OTHER])
     @pytest.mark.parametrize("recorded", [SOLVE_TAGGED, STATUS, *PASSED])
