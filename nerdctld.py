@@ -1672,6 +1672,8 @@ class ProtoField(NamedTuple):
 
 def encode_varint(number: int) -> bytes:
     """A number in seven bits a byte, the lowest first; a negative one as 64 bits of two's complement."""
+    if 0 <= number < 128:
+        return bytes((number,))
     number &= 0xFFFFFFFFFFFFFFFF
     parts = bytearray()
     while number > 127:
@@ -1885,6 +1887,43 @@ class Http2Event(NamedTuple):
     ended: bool
 
 
+class SendBuffer:
+    """Bytes that wait to be sent, in the pieces that they came in: a build context is 500 MB, and each copy costs."""
+
+    def __init__(self, first: bytes = b"") -> None:
+        self.pieces: Deque[Any] = collections.deque((first,))
+        self.size = len(first)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.pieces)
+
+    def __iadd__(self, piece: Any) -> "SendBuffer":
+        self.pieces.append(piece)
+        self.size += len(piece)
+        return self
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self.pieces.clear()
+        self.size = 0
+
+    def send(self, sock: socket.socket) -> None:
+        """Send everything, or what goes at once where the socket does not block; OSError when nobody takes it."""
+        with contextlib.suppress(BlockingIOError, InterruptedError):
+            while self.size:
+                # Linux takes 1024 pieces.
+                sent = sock.sendmsg(itertools.islice(self.pieces, 1024))
+                self.size -= sent
+                while sent > 0:
+                    piece = self.pieces.popleft()
+                    if len(piece) > sent:
+                        self.pieces.appendleft(memoryview(piece)[sent:])
+                    sent -= len(piece)
+
+
 class Http2Stream:
     """A stream: its windows in bytes, and what waits until those of the peer have room."""
 
@@ -1909,7 +1948,7 @@ class Http2Connection:
     CONNECTION_WINDOW = 1 << 24
     MAX_FRAME, MAX_HEADERS, MAX_STREAMS = 1 << 20, 1 << 20, 128
     # Of answers to pings and settings, mostly, that the peer does not read.
-    MAX_OUT = 1 << 26
+    MAX_OUT = 1 << 24
 
     def __init__(self, client: bool, window: int = 1 << 20):
         self.client = client
@@ -1925,7 +1964,7 @@ class Http2Connection:
         first = (ENABLE_PUSH, 0) if client else (MAX_CONCURRENT_STREAMS, self.MAX_STREAMS)
         settings = struct.pack(">HIHIHIHI", *first, INITIAL_WINDOW_SIZE, window, MAX_FRAME_SIZE, self.MAX_FRAME,
                                MAX_HEADER_LIST_SIZE, self.MAX_HEADERS)
-        self.out = bytearray(PREFACE if client else b"")
+        self.out = SendBuffer(PREFACE if client else b"")
         self._write(SETTINGS, 0, 0, settings)
         self._write(WINDOW_UPDATE, 0, 0, struct.pack(">I", self.CONNECTION_WINDOW - 65535))
 
@@ -2286,9 +2325,7 @@ def grpc_messages(sock: socket.socket, connection: Http2Connection, deadline: Op
                 raise_grpc_status(value if kind == HEADERS else [])
                 return
         connection.replenish(1)
-        if connection.out:
-            sock.sendall(connection.out)
-            connection.out.clear()
+        connection.out.send(sock)
 
 
 def grpc_stream(sock: socket.socket, method: str, message: bytes, headers: Iterable[Tuple[str, str]] = (),
@@ -2300,8 +2337,7 @@ def grpc_stream(sock: socket.socket, method: str, message: bytes, headers: Itera
     connection = grpc_client(method, headers, Http2Connection.CONNECTION_WINDOW)
     connection.send_data(1, grpc_message(message), end=True)
     set_deadline(sock, deadline)
-    sock.sendall(connection.out)
-    connection.out.clear()
+    connection.out.send(sock)
     return grpc_messages(sock, connection, deadline)
 
 
@@ -10136,7 +10172,7 @@ class Bridge:
     # As much may wait for one side before the other is no longer read; in bytes.
     LIMIT = 1 << 20
 
-    def __init__(self, client_out: bytearray, server_out: bytearray):
+    def __init__(self, client_out: SendBuffer, server_out: SendBuffer):
         self.client_out = client_out
         self.server_out = server_out
         self.over = False
@@ -10291,7 +10327,7 @@ class SessionBridge(Bridge):
     def __init__(self, headers: Iterable[Tuple[str, str]]):
         self.connection = grpc_client(GrpcProxy.SERVICE + "Session", headers, window=1 << 22)
         self.decoder = GrpcDecoder()
-        super().__init__(bytearray(), self.connection.out)
+        super().__init__(SendBuffer(), self.connection.out)
 
     def room(self) -> Tuple[bool, bool]:
         stream = self.connection.streams.get(1)
@@ -10361,7 +10397,7 @@ class Relay:
         except (ValueError, TypeError, GrpcError) as error:
             log(f"build: {error}")
             with contextlib.suppress(OSError):
-                self._send(self.client, bridge.client_out)
+                bridge.client_out.send(self.client)
         finally:
             for sock in filter(None, (self.server, self.wakeup, self.waker)):
                 sock.close()
@@ -10370,14 +10406,14 @@ class Relay:
         deadline = None if self.server else time.monotonic() + self.LINGER
         while True:
             try:
-                self._send(self.client, bridge.client_out)
+                bridge.client_out.send(self.client)
             except OSError:
                 return
             if bridge.over and not bridge.client_out or deadline and time.monotonic() > deadline:
                 return
             if self.server:
                 try:
-                    self._send(self.server, bridge.server_out)
+                    bridge.server_out.send(self.server)
                 except OSError:
                     # What it has said before its end is still to be read.
                     bridge.server_out.clear()
@@ -10398,7 +10434,7 @@ class Relay:
                 if self.server:
                     with contextlib.suppress(OSError):
                         self.server.settimeout(self.LINGER)
-                        self.server.sendall(bridge.server_out)
+                        bridge.server_out.send(self.server)
                 return
 
     def _wait(self, bridge: Bridge, timeout: Optional[float]) -> List[socket.socket]:
@@ -10412,13 +10448,6 @@ class Relay:
                 sides[sock.fileno()] = sock
         events = poller.poll(timeout and timeout * 1000)
         return [sides[descriptor] for descriptor, event in events if event & ~select.POLLOUT]
-
-    @staticmethod
-    def _send(sock: socket.socket, out: bytearray) -> None:
-        """Send what goes at once; OSError when nobody takes it any more."""
-        with contextlib.suppress(BlockingIOError, InterruptedError):
-            while out:
-                del out[:sock.send(out)]
 
     @staticmethod
     def _receive(sock: socket.socket, feed: Callable[[bytes], None]) -> bool:

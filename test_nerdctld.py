@@ -1617,7 +1617,7 @@ def headers_frame(stream, headers, flags=0):
 
 def cut_frames(data):
     """The whole frames that some bytes begin with as (kind, flags, stream, payload), and the rest."""
-    found, at = [], 0
+    found, at, data = [], 0, bytes(data)
     while len(data) - at >= 9:
         end = at + 9 + int.from_bytes(data[at:at + 3], "big")
         if end > len(data):
@@ -1836,9 +1836,10 @@ class FakeGrpcServer:
                     if ended and kind != RST_STREAM:
                         self.script(self.connection)
                 self.connection.replenish(1)
-                while self.connection.out:
-                    self.ours.sendall(self.connection.out[:self.chunk])
-                    del self.connection.out[:self.chunk]
+                data = bytes(self.connection.out)
+                self.connection.out.clear()
+                for at in range(0, len(data), self.chunk):
+                    self.ours.sendall(data[at:at + self.chunk])
 
     @staticmethod
     def answering(*messages, status="0", message=None, begun=True):
@@ -1978,11 +1979,34 @@ class TestGrpc:
         assert events == [(HEADERS, 1, [("a", "b")], False), (DATA, 1, b"abc", True)]
         assert connection.receive_window == connection.CONNECTION_WINDOW - 7
 
+    def test_what_waits_to_be_sent(self):
+        """In pieces of any kind and number, over a socket that takes only a part."""
+        parts, sent = [b"a" * 5, b"", memoryview(b"b" * 9000), bytes(range(256)) * 4000, *[b"c"] * 3000], b""
+        out = nerdctld.SendBuffer(b"first")
+        for each in parts:
+            out += each
+        whole = b"first" + b"".join(parts)
+        assert bytes(out) == whole and len(out) == len(whole)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            while out:
+                out.send(ours)
+                assert len(out) == len(bytes(out))
+                sent += theirs.recv(1 << 20)
+            while len(sent) < len(whole):
+                sent += theirs.recv(1 << 20)
+            assert sent == whole
+            out += b"x"
+            theirs.close()
+            with pytest.raises(OSError):
+                out.send(ours)
+
     def test_long_headers_are_continued(self):
         client, server = nerdctld.Http2Connection(client=True), nerdctld.Http2Connection(client=False)
         headers = [("a", "x" * 100000), ("b", "y")]
         client.send_headers(1, headers)
-        assert max(len(payload) for _, _, _, payload in cut_frames(client.out[len(nerdctld.PREFACE):])[0]) == 16384
+        assert max(len(payload) for _, _, _, payload in cut_frames(bytes(client.out)[len(nerdctld.PREFACE):])[0]) == 16384
         assert server.feed(bytes(client.out)) == [(HEADERS, 1, headers, False)]
 
     def test_ping_and_settings_are_answered(self):
@@ -4939,7 +4963,7 @@ class FakeTasks:
         self.calls.append((method, body[5:]))
         if method in self.answers:
             FakeGrpcServer.answering(self.answers[method])(connection)
-            sock.sendall(connection.out)
+            connection.out.send(sock)
 
 
 def at_once(ask, *calls, pause=0.0):
