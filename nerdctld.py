@@ -1362,8 +1362,7 @@ def waiting_bytes(descriptor: int) -> int:
 
 
 class Nerdctl:
-    """Runs nerdctl: the only place that starts a process. `command` is the argv in front ("nerdctl", or "lima nerdctl"
-    as two words). Short calls wait in a queue for one of a few places; streams have places of their own."""
+    """Runs nerdctl: the only place that starts a process. `command` is the argv in front, of one word or more. Short calls wait in a queue for one of a few places; streams have places of their own."""
 
     def __init__(self, command: List[str], namespace: str = "", address: str = "", snapshotter: str = "",
                  buildkit_host: str = "", debug: bool = False):
