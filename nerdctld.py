@@ -503,11 +503,12 @@ class Unpacker:
             if self.keep and not entry.isdir():
                 raise BadParameter(f'cannot overwrite directory "{path}" with non-directory "{self.target}"')
             return
-        verb = "unlinkat"
+        making = verb = {b"1": "link", b"2": "symlink", b"3": "mknod", b"4": "mknod", b"5": "mkdir", b"6": "mknod"}.get(entry.type, "open")
         try:
             folder, name = self.folder("/".join(parts[:-1])), parts[-1]
+            verb = "unlinkat"
             there = self.clear(folder, name, entry.isdir(), path)
-            verb = {b"1": "link", b"2": "symlink", b"3": "mknod", b"4": "mknod", b"5": "mkdir", b"6": "mknod"}.get(entry.type, "open")
+            verb = making
             if entry.isdir():
                 self.make_folder(entry, folder, name, there)
                 self.folders.append((path[1:], entry_times(entry)))
@@ -560,7 +561,7 @@ class Unpacker:
     def make_file(self, entry: Any, folder: int, name: str, source: TarInput) -> None:
         """Make a file; what a sparse one leaves out stays a hole."""
         descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder)
-        try:
+        with os.fdopen(descriptor, "wb", 0):
             if entry.sparse is None:
                 source.copy(descriptor, entry.size)
             else:
@@ -570,8 +571,6 @@ class Unpacker:
                 os.ftruncate(descriptor, entry.size)
             self.settle(entry, descriptor)
             os.utime(descriptor, ns=entry_times(entry))
-        finally:
-            os.close(descriptor)
 
     def make_other(self, entry: Any, folder: int, name: str, path: str) -> None:
         """Make a link, a FIFO or a device."""
@@ -584,6 +583,13 @@ class Unpacker:
             *above, last = self.place(entry.linkname, link=True)
             with opened_below(self.root, "/".join(above), follow=True) as (descriptor, _, _):
                 os.link(last, name, src_dir_fd=descriptor, dst_dir_fd=folder, follow_symlinks=False)
+            if stat.S_ISREG(os.lstat(name, dir_fd=folder).st_mode):
+                # The chown below would take the set-user-ID bit off the file that has both names.
+                descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+                with os.fdopen(descriptor, "rb", 0):
+                    self.settle(entry, descriptor)
+                    os.utime(descriptor, ns=entry_times(entry))
+                return
         elif entry.type in kinds:
             try:
                 os.mknod(name, kinds[entry.type] | entry.mode & 0o7777, os.makedev(entry.devmajor, entry.devminor), dir_fd=folder)
@@ -712,14 +718,15 @@ class Packer:
         self.pending += bytes(-found.st_size % 512)
 
 
-def folder_for(root: str, path: str) -> List[str]:
+def folder_for(root: str, path: str, volumes: Iterable[str] = ()) -> List[str]:
     """The folder that a path leads to below a root, its own path in parts; 400 where nothing can be unpacked into it."""
     with opened_below(root, path, follow=True) as (descriptor, names, _):
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise BadParameter("extraction point is not a directory")
         if os.fstatvfs(descriptor).f_flag & os.ST_RDONLY:
-            same = os.fstat(descriptor).st_dev == os.stat(root).st_dev
-            raise BadParameter("container rootfs is marked read-only" if same else "mounted volume is marked read-only")
+            own = "/".join(["", *names, ""])
+            inside = any(own.startswith(os.path.normpath(each).rstrip("/") + "/") for each in volumes)
+            raise BadParameter("mounted volume is marked read-only" if inside else "container rootfs is marked read-only")
         return names
 
 
@@ -739,7 +746,7 @@ def carry_out(order: Dict[str, Any], source: TarInput) -> None:
     os.umask(0)
     path, tell = order["path"], lambda value: os.write(1, json.dumps(value).encode() + b"\n")
     if order["do"] == "unpack":
-        names = folder_for("/", path)
+        names = folder_for("/", path, [destination for _, destination, _ in order["binds"]])
         tell([])
         Unpacker("/", names, order["keep"], order["owner"], order["user_namespace"]).unpack(source)
         # What stands behind its end is nobody's, but was sent.
@@ -756,16 +763,20 @@ def tree_main() -> int:
     for descriptor in (0, 1):
         with contextlib.suppress(OSError):
             fcntl.fcntl(descriptor, 1031, 1 << 20)
+    order: Dict[str, Any] = {}
     try:
         source = TarInput(0)
-        carry_out(json.loads(source.line()), source)
+        order.update(json.loads(source.line()))
+        carry_out(order, source)
         return 0
     except ApiError as error:
         status, message = error.status, str(error)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        status, message = 404 if error.strerror == os.strerror(error.errno) else 500, error.strerror
     except OSError as error:
-        status, message = 400 if error.errno == errno.ELOOP else 500, error.strerror or str(error)
+        # That of an entry in the archive says where; any other is about the path that was asked for.
+        status, message = 500, error.strerror or str(error)
+        if message == os.strerror(error.errno or 0):
+            status = {errno.ENOENT: 404, errno.ENOTDIR: 404, errno.ELOOP: 400}.get(error.errno, 500)
+            message = f"{order.get('path')}: {message.lower()}"
     except Exception as error:
         # No traceback: it would read the container's files.
         status, message = 500, repr(error)
@@ -8946,15 +8957,15 @@ def find_tree(nerdctl: Nerdctl, real: str) -> Dict[str, Any]:
     mounts = spec.get("mounts") or []
     user = (spec.get("process") or {}).get("user") or {}
     found = {"pid": running_pid(nerdctl, real), "owner": [user.get("uid", 0), user.get("gid", 0)],
-             "made_up": [each["destination"] for each in mounts if each.get("type") in KERNEL_MOUNTS]}
+             "made_up": [each["destination"] for each in mounts if each.get("type") in KERNEL_MOUNTS],
+             "binds": [(each["source"], each["destination"], bool({"ro", "rro"} & set(each.get("options") or ()))) for each in mounts
+                       if each.get("type") == "bind" or {"bind", "rbind"} & set(each.get("options") or ())]}
     if not found["pid"]:
         key = field(1, told.get(6, b"")) + field(2, told.get(7, b""))
         answer = ask_containerd(nerdctl, "snapshots.v1.Snapshots", "Mounts", key)
         found["mounts"] = [parse_mount(each.value) for each in fields(answer) if each.number == 1]
         if not found["mounts"]:
             raise ApiError(f"containerd does not tell where the files of container {real} are")
-        found["binds"] = [(each["source"], each["destination"], bool({"ro", "rro"} & set(each.get("options") or ()))) for each in mounts
-                          if each.get("type") == "bind" or {"bind", "rbind"} & set(each.get("options") or ())]
         found["read_only"] = bool((spec.get("root") or {}).get("readonly"))
     return found
 
@@ -9002,16 +9013,16 @@ def opened_tree(engine: Engine, container: Container, missing: ApiError, order: 
             found["folder"] = stack.enter_context(engine.workspace.temporary("tree"))
         process = stack.enter_context(engine.nerdctl.start_own("tree", rootless_argv(engine.nerdctl)))
         process.write(json_bytes({**found, "user_namespace": bool(os.geteuid()), **order}) + b"\n")
-        data, end = b"", b""
-        while not end:
-            part = process.read()
-            if not part:
-                raise tree_error(process, missing)
-            head, end, rest = (data + part).partition(b"\n")
-            data = head
-        # A process id may be another's by now. It was the container's when the tree was entered, since it still is.
+        head, end, rest = b"", b"", b""
+        for data in iter(process.read, b""):
+            head, end, rest = (head + data).partition(b"\n")
+            if end:
+                break
+        # A process id may be another's by now. It was the container's when the tree was entered if it still is.
         if found["pid"] and running_pid(engine.nerdctl, container.real) != found["pid"]:
             raise Conflict(f"container {container.name} has just ended")
+        if not end:
+            raise tree_error(process, missing)
         yield process, json.loads(head), rest
 
 
