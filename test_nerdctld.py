@@ -1131,6 +1131,273 @@ class TestShape:
 
 
 ###############################################################################
+# Tree
+###############################################################################
+
+
+def entries(*told, format=tarfile.PAX_FORMAT):
+    """A tar of entries: name, kind (a letter of tar's: 0 file, 1 link, 2 symbolic link, 5 folder, 6 FIFO), content or target, and more
+    fields of TarInfo."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format, errors="surrogateescape") as tar:
+        for name, kind, content, *more in told:
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.mode, entry.uid, entry.gid = kind.encode(), 0o644 if kind != "5" else 0o755, os.geteuid(), os.getegid()
+            for key, value in (more[0] if more else {}).items():
+                setattr(entry, key, value)
+            if kind in "12":
+                entry.linkname = content
+            elif kind not in "56":
+                entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content) if kind not in "1256" else None)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def memory_of(data):
+    """A descriptor of these bytes."""
+    descriptor = os.memfd_create("data")
+    try:
+        os.write(descriptor, data)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def unpack(root, data, path="/", **options):
+    """Unpack a tar below a plain folder, in this process."""
+    with memory_of(data) as descriptor:
+        source = nerdctld.TarInput(descriptor)
+        nerdctld.Unpacker(str(root), nerdctld.folder_for(str(root), path), **options).unpack(source)
+
+
+def packed(root, path):
+    """The tar of a path below a plain folder, and the stat that is told of it."""
+    told = []
+    with memory_of(b"") as descriptor:
+        nerdctld.Packer(str(root), descriptor).pack(path, told.append)
+        return os.pread(descriptor, 1 << 24, 0), told[0]
+
+
+@functools.lru_cache(maxsize=None)
+def need_mounts():
+    """Skip where no mount namespace can be made."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, timeout=20).returncode:
+        pytest.skip("mounting is not allowed")
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A root folder with links of every kind, beside what nobody inside may touch."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for each in (root / "in", root / "var", outside):
+        each.mkdir(parents=True)
+    (outside / "file").write_text("untouched")
+    for name, target in (("abs", str(outside)), ("var/up", "../../outside"), ("proc", "/proc/self/root" + str(outside)), ("chain", "var/up"), ("loop", "loop"),
+                         ("dangling", "nowhere"), ("var/good", "../in"), ("var/back", "/in"), ("end", str(outside / "file"))):
+        (root / name).symlink_to(target)
+    yield root
+    assert [each.name for each in outside.iterdir()] == ["file"] and (outside / "file").read_text() == "untouched"
+
+
+class TestTree:
+    @pytest.mark.parametrize("name, where", [
+        ("var/good/file", "in/file"), ("var/back/file", "in/file"), ("var/back/new/file", "in/new/file"), ("/in/../in/./file", "in/file"), ("../in/file", "in/file"), ("end", "end")])
+    def test_links_lead_inside(self, house, name, where):
+        unpack(house, entries((name, "0", b"content")))
+        assert (house / where).read_bytes() == b"content" and not (house / where).is_symlink()
+
+    @pytest.mark.parametrize("name", ["abs/file", "var/up/file", "proc/file", "chain/file", "loop/file", "dangling/file", "end/file", "abs/new/file", "var/up/../file"])
+    @pytest.mark.parametrize("kind, content", [("0", b"x"), ("1", "in"), ("2", "in"), ("5", b""), ("6", b"")])
+    def test_no_link_leads_out(self, house, name, kind, content):
+        with contextlib.suppress(OSError):
+            unpack(house, entries((name, kind, content)))
+
+    @pytest.mark.parametrize("target", ["abs/file", "var/up/file", "proc/file", "chain/file", "end"])
+    def test_no_hard_link_leads_out(self, house, target, tmp_path):
+        with contextlib.suppress(OSError):
+            unpack(house, entries(("got", "1", target)))
+        assert not os.path.lexists(house / "got") or (house / "got").is_symlink()
+        assert os.stat(tmp_path / "outside/file").st_nlink == 1
+
+    @pytest.mark.parametrize("told", [("../x", "0", b""), ("..", "5", b""), ("a/../../x", "0", b""), ("s", "2", "../x"), ("a/s", "2", "../../root/inn"), ("h", "1", "../file"), ("h", "1", "/../file")])
+    def test_what_leads_out_of_the_folder_is_refused(self, house, told):
+        with pytest.raises(nerdctld.BadParameter, match="is outside of|invalid (sym|hard)link"):
+            unpack(house, entries(told), "/in")
+
+    @pytest.mark.parametrize("told", [("s", "2", "/etc"), ("a/s", "2", "../x"), ("a/s", "2", "..")])
+    def test_links_that_stay_are_kept_as_they_are(self, house, told):
+        unpack(house, entries(told), "/var/good")
+        assert os.readlink(house / "in" / told[0]) == told[2]
+
+    def test_nobody_wins_by_swapping(self, house):
+        # Both names are always a folder or a link out.
+        (house / "a").mkdir()
+        ended = threading.Event()
+
+        def swap():
+            (house / "b").symlink_to(house.parent / "outside")
+            while not ended.is_set():
+                for old, new in (("a", "c"), ("b", "a"), ("c", "b"), ("b", "c"), ("a", "b"), ("c", "a")):
+                    with contextlib.suppress(OSError):
+                        (house / old).rename(house / new)
+
+        thread = threading.Thread(target=swap)
+        thread.start()
+        try:
+            for _ in range(300):
+                for name, kind, content in (("a/file", "0", b"evil"), ("a/deep/file", "0", b"evil"), ("a", "5", b""), ("got", "1", "a/file")):
+                    with contextlib.suppress(OSError, nerdctld.BadParameter):
+                        unpack(house, entries((name, kind, content)))
+                with contextlib.suppress(OSError):
+                    assert b"untouched" not in packed(house, "/a/file")[0]
+        finally:
+            ended.set()
+            thread.join()
+
+    def test_what_an_entry_says_is_kept(self, house, tmp_path):
+        times = {"pax_headers": {"mtime": "1700000000.123456789"}}
+        xattr = {"pax_headers": {"SCHILY.xattr.user.some": "a\udcffb", "mtime": "1.5"}}
+        unpack(house, entries(("d", "5", b"", {"mode": 0o3750, **times}), ("d/f", "0", b"content", {"mode": 0o4711, **times}), ("d/l", "2", "f", times), ("d/h", "1", "d/f", {"mode": 0o4711, **times}),
+                              ("d/p", "6", b"", {"mode": 0o622}), ("d/caf\udce9", "0", b"1"), ("d/x", "0", b"2", xattr), ("d/" + "n" * 200, "0", b"3")))
+        found = {name: os.lstat(house / "d" / name) for name in os.listdir(house / "d")}
+        folder = os.stat(house / "d")
+        assert (stat.S_IMODE(folder.st_mode), folder.st_mtime_ns) == (0o3750, 1700000000123456789)
+        assert (stat.S_IMODE(found["f"].st_mode), found["l"].st_mtime_ns) == (0o4711, 1700000000123456789)
+        assert found["h"].st_ino == found["f"].st_ino and (house / "d/h").read_bytes() == b"content" and os.readlink(house / "d/l") == "f"
+        assert stat.S_ISFIFO(found["p"].st_mode) and (house / "d/caf\udce9").read_bytes() == b"1" and (house / "d" / ("n" * 200)).read_bytes() == b"3"
+        assert found["x"].st_mtime_ns == 1500000000
+        with contextlib.suppress(OSError):
+            os.setxattr(house / "in", "user.some", b"")
+            assert os.getxattr(house / "d/x", "user.some") == b"a\xffb"
+
+    def test_owners(self, house):
+        if os.geteuid():
+            pytest.skip("not root")
+        need_mounts()
+        data = entries(("f", "0", b"", {"uid": 1234, "gid": 70000, "mode": 0o6755}), ("l", "2", "f", {"uid": 5, "gid": 6}), ("n", "3", b"", {"devmajor": 1, "devminor": 3, "uid": 9}))
+        unpack(house, data)
+        found = {name: os.lstat(house / name) for name in ("f", "l", "n")}
+        assert [(each.st_uid, each.st_gid) for each in found.values()] == [(1234, 70000), (5, 6), (9, 0)] and stat.S_IMODE(found["f"].st_mode) == 0o6755
+        assert stat.S_ISCHR(found["n"].st_mode) and os.major(found["n"].st_rdev) == 1
+        unpack(house, data, owner=[7, 8])
+        assert [(os.lstat(house / name).st_uid, os.lstat(house / name).st_gid) for name in found] == [(7, 8)] * 3
+
+    def test_as_an_ordinary_user(self, house, tmp_path):
+        if os.geteuid():
+            pytest.skip("not root")
+        for each in (house / "in", house / "var"):
+            os.chown(each, 65534, 65534)
+        data, foreign = (entries(("f", "0", b"1", {"uid": uid, "gid": uid})) for uid in (65534, 0))
+        pid = os.fork()
+        if not pid:
+            with contextlib.suppress(BaseException):
+                folder = os.open(house, os.O_PATH)
+                os.chdir("/")
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+                root = f"/proc/self/fd/{folder}"
+                unpack(root, data, "/in")
+                try:
+                    unpack(root, foreign, "/var")
+                except PermissionError as error:
+                    os._exit(7 if error.strerror == "open /var/f: operation not permitted" else 8)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7 and (house / "in/f").read_bytes() == b"1"
+
+    @pytest.mark.parametrize("format", ["gnu", "posix"])
+    def test_sparse(self, house, tmp_path, format):
+        with open(tmp_path / "sparse", "wb") as file:
+            for offset in (1 << 20, 30 << 20, 50 << 20):
+                file.seek(offset)
+                file.write(b"data" * 2000)
+            file.truncate(70 << 20)
+        data = subprocess.run(["tar", "-cSf", "-", f"--format={format}", "-C", str(tmp_path), "sparse"], capture_output=True, timeout=60).stdout
+        if not 0 < len(data) < 1 << 20:
+            pytest.skip("no tar that knows sparse files")
+        unpack(house, data)
+        assert (house / "sparse").read_bytes() == (tmp_path / "sparse").read_bytes()
+        assert os.stat(house / "sparse").st_blocks * 512 < 2 << 20
+
+    def test_what_is_there_is_replaced(self, house):
+        unpack(house, entries(("in/sub/x", "0", b"1"), ("f", "0", b"old and long")))
+        os.link(house / "f", house / "same")
+        unpack(house, entries(("f", "0", b"new"), ("in", "0", b"2"), ("var/good", "5", b"", {"mode": 0o700})))
+        assert (house / "f").read_bytes() == b"new" and (house / "same").read_bytes() == b"old and long" and (house / "in").read_bytes() == b"2"
+        assert (house / "var/good").is_dir() and not (house / "var/good").is_symlink()
+        unpack(house, entries(("var", "5", b"", {"mode": 0o711}), (".", "5", b"", {"mode": 0o700})))
+        assert stat.S_IMODE(os.stat(house / "var").st_mode) == 0o711 and (house / "var/good").is_dir() and stat.S_IMODE(os.stat(house).st_mode) != 0o700
+
+    @pytest.mark.parametrize("told, words", [
+        (("in", "0", b""), 'cannot overwrite directory "/in" with non-directory "/"'), (("end", "5", b""), 'cannot overwrite non-directory "/end" with directory "/"'), ((".", "0", b""), "cannot overwrite directory")])
+    def test_kinds_are_kept(self, house, told, words):
+        with pytest.raises(nerdctld.BadParameter, match=words):
+            unpack(house, entries(told), keep=True)
+
+    @pytest.mark.parametrize("data, words", [
+        (b"garbage" * 300, "invalid header|bad checksum"), (b"garbage", "truncated header"), (entries(("f", "0", b"x" * 5000))[:3000], "unexpected EOF"),
+        (entries(("f", "0", b"x" * 512), ("g", "0", b"y" * 512))[:1024] + b"q" * 512 + bytes(1024), "invalid tar header"), (entries(("f", "0", b"x" * 512), ("g", "0", b""))[:1300], "invalid tar header"),
+        (entries(("f", "7", b"x")), "unhandled tar header type 55"), (entries(("f", "0", b"", {"pax_headers": {"comment": "x" * (17 << 20)}})), "too long")],
+        ids=["garbage", "short", "cut", "garbage behind", "cut header", "kind", "long header"])
+    def test_what_is_broken(self, house, data, words):
+        with pytest.raises(nerdctld.BadParameter, match=words):
+            unpack(house, data)
+
+    def test_nothing(self, house):
+        for data in (b"", bytes(1024), bytes(10240)):
+            unpack(house, data)
+
+    def test_memory_does_not_grow_with_the_archive(self, house):
+        import tracemalloc
+
+        data = entries(*((f"f{number}", "0", b"x") for number in range(1500)), ("big", "0", bytes(20 << 20)))
+        tracemalloc.start()
+        try:
+            unpack(house, data)
+            assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        finally:
+            tracemalloc.stop()
+
+    def test_packed(self, house, tmp_path):
+        unpack(house, entries(("d", "5", b"", {"mode": 0o1777}), ("d/f", "0", b"content", {"mode": 0o4711, "mtime": 5}), ("d/h", "1", "d/f", {"mode": 0o4711, "mtime": 5}), ("d/big", "0", b"x" * 200000), ("d/p", "6", b""),
+                              ("d/l", "2", str(tmp_path / "outside")), ("d/" + "n" * 200, "0", b"3"), ("d/caf\udce9", "0", b"1"), ("d/sub/x", "0", b"")))
+        with socket.socket(socket.AF_UNIX) as sock:
+            os.chdir(house)
+            try:
+                sock.bind("d/sock")
+            finally:
+                os.chdir("/")
+        data, told = packed(house, "/d")
+        assert (told.name, stat.S_ISDIR(told.mode)) == ("d", True) and len(data) % 512 == 0
+        with tarfile.open(fileobj=io.BytesIO(data), errors="surrogateescape") as tar:
+            found = {each.name: each for each in tar}
+            assert set(found) == {"d", *("d/" + each for each in ("f", "h", "big", "p", "l", "n" * 200, "caf\udce9", "sub", "sub/x"))}
+            assert found["d/h"].islnk() and found["d/h"].linkname == "d/f" and found["d/l"].linkname == str(tmp_path / "outside") and found["d/p"].isfifo()
+            assert (found["d/f"].mode, found["d/f"].mtime, found["d"].mode) == (0o4711, 5, 0o1777)
+            assert tar.extractfile("d/big").read() == b"x" * 200000 and tar.extractfile("d/f").read() == b"content"
+        # What was packed unpacks to the same.
+        (house / "again").mkdir()
+        unpack(house, data, "/again")
+        assert packed(house, "/again/d")[0] == data
+
+    def test_mounts_of_many_layers(self, monkeypatch):
+        seen = []
+        monkeypatch.setattr(nerdctld, "libc_call", lambda name, *arguments: seen.append((*arguments[:3], arguments[3].value, arguments[4])))
+        layers = "/usr/bin:/usr/lib:/usr/share"
+        here = os.getcwd()
+        try:
+            nerdctld.mount_snapshot([{"type": "overlay", "source": "overlay", "options": ["index=off", "workdir=/w", "upperdir=/u", "lowerdir=" + layers]},
+                                     {"type": "bind", "source": "/x", "options": ["rbind", "ro"]}], "/t")
+            assert os.getcwd() == "/usr"
+        finally:
+            os.chdir(here)
+        assert seen == [(b"overlay", b"/t", b"overlay", 0, b"index=off,workdir=/w,upperdir=/u,lowerdir=bin:lib:share"), (b"/x", b"/t", b"bind", 4096 | 16384 | 1, b""),
+                        (None, b"/t", None, 32 | 4096 | 1, b"")]
+
+
+###############################################################################
 # Requests, responses
 ###############################################################################
 
@@ -4918,11 +5185,11 @@ def identity(engine, name):
 
 
 class FakeTasks:
-    """A containerd of which only the Tasks service answers: method -> message; it hangs up on all others. `nerdctl` is one
-    that has its address."""
+    """A containerd of which only these answer: method -> message, or function that makes one; it hangs up on all others. Those of
+    other services than Tasks go with its name (`Containers/Get`). `nerdctl` is one that has its address."""
 
-    def __init__(self, path, answers):
-        self.answers, self.calls = answers, []
+    def __init__(self, path, answers, namespace="ns"):
+        self.answers, self.calls, self.namespace = answers, [], namespace.encode()
         self.nerdctl = nerdctld.Nerdctl(["nerdctl"], "ns", str(path))
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(path))
@@ -5723,6 +5990,20 @@ def rooted(furnished, tmp_path, monkeypatch):
     return furnished
 
 
+@pytest.fixture
+def reached(rooted, tmp_path):
+    """The same over a containerd that tells of one container, which does not run and has that folder for its tree."""
+    need_mounts()
+    spec = {"process": {"user": {"uid": 7, "gid": 8}}, "root": {}, "mounts": []}
+    snapshot = nerdctld.field(1, nerdctld.field(1, b"bind") + nerdctld.field(2, str(tmp_path / "root").encode()) + nerdctld.field(4, b"rbind") + nerdctld.field(4, b"rw"))
+    container = lambda: nerdctld.field(1, nerdctld.field(1, b"x") + nerdctld.field(5, nerdctld.field(2, json.dumps(spec).encode())) +
+                                       nerdctld.field(6, b"overlayfs") + nerdctld.field(7, b"key"))
+    with FakeTasks(tmp_path / "c.sock", {"Containers/Get": container, "Get": b"", "Snapshots/Mounts": snapshot}, "default") as fake:
+        rooted.nerdctl.address = str(tmp_path / "c.sock")
+        rooted.fake, rooted.spec, rooted.root = fake, spec, tmp_path / "root"
+        yield rooted
+
+
 class TestArchive:
     @pytest.mark.parametrize("mode, told", [
         (stat.S_IFREG | 0o644, 0o644), (stat.S_IFDIR | 0o1777, 1 << 31 | 1 << 20 | 0o777), (stat.S_IFLNK | 0o777, 1 << 27 | 0o777), (stat.S_IFIFO | 0o600, 1 << 25 | 0o600), (stat.S_IFSOCK, 1 << 24),
@@ -5752,61 +6033,89 @@ class TestArchive:
         with pytest.raises(OSError):
             nerdctld.stat_below(str(tmp_path / "root"), "/out/")
 
-    def test_get(self, rooted, scripted):
-        scripted.on("cp", stdout=tar_with("etc/", "etc/file").decode())
-        answer = ask(rooted, "GET", "/containers/tstweb/archive?path=/etc")
-        assert answer.status == 200 and names_of(answer.body) == ["etc", "etc/file"] and told_stat(answer)["name"] == "etc"
-        assert scripted.argv("cp") == ["cp", "--", ID + ":/etc", "-"]
-
-    def test_get_of_a_link(self, rooted, scripted):
-        answer = ask(rooted, "GET", "/containers/tstweb/archive?path=/rel")
-        with tarfile.open(fileobj=io.BytesIO(answer.body)) as tar:
-            entry, = tar.getmembers()
-        assert (entry.name, entry.linkname, entry.issym()) == ("rel", "etc/file", True) and not scripted.calls("cp")
-
-    @pytest.mark.parametrize("path, came, names", [("/", ["./", "./etc/", "./etc/file"], ["", "/etc", "/etc/file"]), ("/abs/", ["etc/", "etc/file"], ["abs", "abs/file"]), ("/etc/.", ["./", "./file"], [".", "./file"])])
-    def test_names_are_those_that_were_asked_for(self, rooted, scripted, path, came, names):
-        scripted.on("cp", stdout=tar_with(*came).decode())
-        answer = ask(rooted, "GET", "/containers/tstweb/archive?path=" + path)
-        assert names_of(answer.body) == names
-        assert scripted.argv("cp")[2] == ID + ":" + (path if path != "/" else "/.")
-
-    def test_content_of_a_renamed_archive(self, rooted, scripted):
-        scripted.on("cp", stdout=tar_with("etc/", "etc/" + "long" * 40, link=("etc/l", "x")).decode())
-        answer = ask(rooted, "GET", "/containers/tstweb/archive?path=/abs/")
-        with tarfile.open(fileobj=io.BytesIO(answer.body)) as tar:
-            assert tar.extractfile("abs/" + "long" * 40).read() == b"etc/" + b"long" * 40
-            assert tar.getmember("abs/l").linkname == "x"
-        assert len(answer.body) % 512 == 0
-
-    def test_of_one_that_does_not_run(self, furnished, scripted):
-        real = identity(furnished, "tstdone")
-        scripted.on("cp", stdout=tar_with("file").decode())
-        told = told_stat(ask(furnished, "HEAD", "/containers/tstdone/archive?path=/etc/file"))
-        assert (told["name"], told["size"], told["mode"]) == ("file", 4, 0o644)
-        assert scripted.argv("cp") == ["cp", "--", real + ":/etc/file", "-"]
-
-    def test_link_of_one_that_does_not_run(self, furnished, scripted):
-        real = identity(furnished, "tstdone")
-        scripted.on("cp", stdout=tar_with("busybox").decode())
-        scripted.on(["cp", "--", real + ":/bin/."], stdout=tar_with("./", "./busybox", link=("./sh", "busybox")).decode())
-        answer = ask(furnished, "HEAD", "/containers/tstdone/archive?path=/bin/sh")
+    @pytest.mark.parametrize("path, names", [
+        ("/etc", ["etc", "etc/file", "etc/sub", "etc/up"]), ("/abs/", ["abs", "abs/file", "abs/sub", "abs/up"]), ("/etc/.", [".", "./file", "./sub", "./up"]), ("/rel", ["rel"]), ("/abs/file", ["file"]),
+        ("/out", ["out"]), ("/abs/../etc", ["etc", "etc/file", "etc/sub", "etc/up"])])
+    def test_get(self, reached, path, names):
+        answer = ask(reached, "GET", "/containers/tstdone/archive?path=" + path)
+        assert (answer.status, names_of(answer.body)) == (200, names)
         told = told_stat(answer)
-        assert (told["name"], told["linkTarget"], told["mode"] & 1 << 27) == ("sh", "/bin/busybox", 1 << 27)
-        assert names_of(ask(furnished, "GET", "/containers/tstdone/archive?path=/bin/sh").body) == ["sh"]
+        assert told["name"] == names[0] and told == told_stat(ask(reached, "HEAD", "/containers/tstdone/archive?path=" + path))
+        with tarfile.open(fileobj=io.BytesIO(answer.body)) as tar:
+            entry = tar.getmembers()[0]
+            assert (entry.linkname, entry.issym()) == (os.readlink(reached.root / path.strip("/")), True) if told["linkTarget"] else not entry.issym()
 
-    def test_none_of_one_that_does_not_run(self, furnished, scripted):
-        scripted.on("cp", stderr=fatal("unable to copy: source does not exist"), status=1)
-        answer = ask(furnished, "GET", "/containers/tstdone/archive?path=/no")
-        assert (answer.status, answer.message) == (404, "Could not find the file /no in container tstdone")
+    def test_get_of_everything(self, reached):
+        reached.spec["mounts"] = [{"type": "proc", "destination": "/etc/sub"}]
+        (reached.root / "etc/sub/made-up").touch()
+        with tarfile.open(fileobj=io.BytesIO(ask(reached, "GET", "/containers/tstdone/archive?path=/").body)) as tar:
+            # tarfile takes the slash off that stands for the root.
+            assert {each.name for each in tar} == {"", "/abs", "/rel", "/loop", "/out", "/dangling", "/deep", "/fifo", "/etc", "/etc/file", "/etc/sub", "/etc/up"}
+            assert tar.extractfile("/etc/file").read() == b"12345"
+
+    @pytest.mark.parametrize("path, status", [("/no", 404), ("/etc/file/x", 404), ("/dangling/x", 404), ("/out/", 404), ("/loop/x", 400)])
+    @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT"])
+    def test_none_of_one_that_does_not_run(self, reached, method, path, status):
+        answer = ask(reached, method, "/containers/tstdone/archive?path=" + path, tar_with("x") if method == "PUT" else b"")
+        assert answer.status == status
+        assert status == 400 or method == "HEAD" or answer.message == f"Could not find the file {path} in container tstdone"
 
     @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
-    def test_put(self, rooted, scripted, pack):
-        scripted.on("cp", reads=True)
-        data = tar_with("some-name")
-        assert ask(rooted, "PUT", "/containers/tstweb/archive?path=/etc&noOverwriteDirNonDir=true", pack(data)).status == 200
-        call = scripted.calls("cp")[-1]
-        assert call["argv"] == ["cp", "--", "-", ID + ":/etc"] and call["stdin"] == len(data) and call["text"].startswith("some-name\0")
+    def test_put(self, reached, pack):
+        assert ask(reached, "PUT", "/containers/tstdone/archive?path=/abs/sub", pack(tar_with("some-name"))).status == 200
+        assert (reached.root / "etc/sub/some-name").read_bytes() == b"some-name"
+        assert [each["Action"] for each in reached.journal.history] == ["extract-to-dir"] and len(reached.touched) == 1
+
+    def test_options_of_put(self, reached, monkeypatch):
+        put = lambda query, data: ask(reached, "PUT", "/containers/tstdone/archive?path=/" + query, data)
+        answer = put("&noOverwriteDirNonDir=true", tar_with("etc"))
+        assert (answer.status, answer.message) == (400, 'cannot overwrite directory "/etc" with non-directory "/"')
+        assert put("&noOverwriteDirNonDir=0&copyUIDGID=1", entries(("f", "0", b"", {"uid": 1, "gid": 2}))).status == 200
+        assert os.stat(reached.root / "f").st_uid == 1
+        monkeypatch.setattr(nerdctld, "runs_as_user", lambda engine, container: True)
+        for query, owner in (("&copyUIDGID=false", (1, 2)), ("&copyUIDGID=true", (7, 8))):
+            assert put(query, entries(("f", "0", b"", {"uid": 1, "gid": 2}))).status == 200
+            assert (os.stat(reached.root / "f").st_uid, os.stat(reached.root / "f").st_gid) == owner
+
+    def test_volumes_of_one_that_does_not_run(self, reached, tmp_path):
+        for name in ("volume", "fixed"):
+            (tmp_path / name).mkdir()
+        (tmp_path / "hosts").write_text("kept")
+        reached.spec["mounts"] = [{"type": "bind", "source": str(tmp_path / source), "destination": target, "options": ["rbind", mode]} for source, target, mode in (
+            ("volume", "/abs/sub", "rw"), ("fixed", "/new/fixed", "ro"), ("hosts", "/etc/hosts", "rw"), ("none", "/none", "rw"))]
+        put = lambda path, name: ask(reached, "PUT", "/containers/tstdone/archive?path=" + path, tar_with(name))
+        assert put("/", "etc/up/file").status == 200 and (tmp_path / "volume/file").exists() and not os.listdir(reached.root / "etc/sub")
+        assert (put("/new/fixed", "x").status, put("/new/fixed", "x").message) == (400, "mounted volume is marked read-only")
+        assert (put("/etc", "hosts").status, put("/etc", "hosts").message) == (500, "unlinkat /etc/hosts: device or resource busy")
+        reached.spec["root"]["readonly"] = True
+        assert (put("/etc", "x").status, put("/etc", "x").message) == (400, "container rootfs is marked read-only")
+        assert put("/etc/sub", "y").status == 200 and (tmp_path / "volume/y").exists() and (tmp_path / "hosts").read_text() == "kept"
+        assert str(reached.root) not in pathlib.Path("/proc/self/mounts").read_text() and not os.listdir(reached.workspace.folder())
+
+    def test_the_hosts_proc_leads_nowhere(self, reached, tmp_path):
+        # A chroot alone does not hold these back: they are no paths.
+        reached.spec["mounts"] = [{"type": "bind", "source": "/proc", "destination": "/hostproc", "options": ["rbind", "ro"]}]
+        target = tmp_path / "secret"
+        for path in ("/hostproc/1/root", f"/hostproc/{os.getpid()}/root", f"/hostproc/{os.getpid()}/cwd", "/hostproc/self/root"):
+            ask(reached, "PUT", "/containers/tstdone/archive?path=/", tar_with(path + str(tmp_path / "evil")))
+            ask(reached, "PUT", "/containers/tstdone/archive?path=" + path + str(tmp_path), tar_with("evil"))
+            ask(reached, "PUT", "/containers/tstdone/archive?path=/", entries(("got", "1", path + str(target))))
+            assert b"outside" not in ask(reached, "GET", "/containers/tstdone/archive?path=" + path + str(target)).body
+            assert not (tmp_path / "evil").exists() and not (reached.root / "got").exists() and target.stat().st_nlink == 1
+
+    def test_a_process_that_is_another_by_now(self, reached):
+        pids = itertools.cycle([os.getpid(), 1])
+        reached.fake.answers["Get"] = lambda: nerdctld.field(1, b"\x18" + nerdctld.varint(next(pids)) + b"\x20\x02")
+        for method, body in (("PUT", tar_with("tmp/evil")), ("GET", b"")):
+            answer = ask(reached, method, "/containers/tstweb/archive?path=/", body)
+            assert (answer.status, answer.message) == (409, "container tstweb has just ended")
+        assert not os.path.exists("/tmp/evil")
+
+    def test_of_another_machine(self, reached, monkeypatch):
+        reached.nerdctl.local = False
+        for method in ("GET", "PUT"):
+            answer = ask(reached, method, "/containers/tstdone/archive?path=/etc", tar_with("x") if method == "PUT" else b"")
+            assert answer.status == 501 and "another machine" in answer.message
 
     @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
     @pytest.mark.parametrize("size", [1, 100, 1 << 18])
@@ -5818,38 +6127,38 @@ class TestArchive:
         assert b"".join(nerdctld.plain_blocks(body)) == data
 
     @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
-    def test_put_of_streams_in_a_row(self, rooted, scripted, pack):
-        scripted.on("cp", reads=True)
-        data = tar_with("some-name")
-        assert ask(rooted, "PUT", "/containers/tstweb/archive?path=/etc", pack(data[:700]) + pack(data[700:])).status == 200
-        assert scripted.calls("cp")[-1]["stdin"] == len(data)
+    @pytest.mark.parametrize("size", [5000, 1 << 18])
+    def test_bombs(self, pack, size):
+        whole = pack(bytes(30 << 20) + b"end")
+        body = types.SimpleNamespace(blocks=lambda: (memoryview(whole[at:at + size]) for at in range(0, len(whole), size)))
+        sizes, last = 0, b""
+        for last in nerdctld.plain_blocks(body):
+            assert len(last) <= nerdctld.BLOCK
+            sizes += len(last)
+        assert sizes == (30 << 20) + 3 and last.endswith(b"end")
 
     @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
-    def test_put_of_what_breaks_off(self, rooted, scripted, pack):
-        scripted.on("cp", reads=True)
-        rooted.journal.history.clear()
-        packed = pack(tar_with("some-name"))
-        for body in (packed[:-1], packed + packed[:-1], packed[:-9], packed + packed[:8], packed + b"x", packed[:5]):
-            answer = ask(rooted, "PUT", "/containers/tstweb/archive?path=/etc", body)
+    def test_put_of_what_breaks_off(self, reached, pack):
+        reached.journal.history.clear()
+        whole = pack(tar_with("some-name"))
+        for body in (whole[:-1], whole + whole[:-1], whole + b"x", whole[:5]):
+            answer = ask(reached, "PUT", "/containers/tstdone/archive?path=/etc", body)
             assert answer.status == 400 and answer.message.startswith("invalid archive: "), body
         # What came before that is there, and a container that was made anew would be without.
         assert list(rooted.journal.history) == [] and rooted.touched == {identity(rooted, "tstweb")}
 
     @pytest.mark.parametrize("body", [b"", gzip.compress(b"")], ids=["plain", "packed"])
-    def test_put_of_nothing(self, rooted, scripted, body):
-        scripted.on("cp", reads=True)
-        assert ask(rooted, "PUT", "/containers/tstweb/archive?path=/etc", body).status == 200
-        assert scripted.calls("cp")[-1]["stdin"] == 1024
+    def test_put_of_nothing(self, reached, body):
+        assert ask(reached, "PUT", "/containers/tstdone/archive?path=/etc", body).status == 200
 
-    @pytest.mark.parametrize("body", [b"\x1f\x8b" + bytes(100), b"BZh9" + bytes(100), b"\xfd7zXZ" + bytes(100)])
-    def test_put_of_what_is_broken(self, rooted, scripted, body):
-        scripted.on("cp", reads=True)
-        assert ask(rooted, "PUT", "/containers/tstweb/archive?path=/etc", body).status == 400
+    @pytest.mark.parametrize("body", [b"\x1f\x8b" + bytes(100), b"BZh9" + bytes(100), b"\xfd7zXZ" + bytes(100), b"no tar" * 200])
+    def test_put_of_what_is_broken(self, reached, body):
+        assert ask(reached, "PUT", "/containers/tstdone/archive?path=/etc", body).status == 400
 
-    @pytest.mark.parametrize("path, status, message", [("/etc/file", 404, "Could not find the file /etc/file in container"), ("/no", 404, "Could not find the file /no in container"), ("", 400, "path cannot be empty")])
-    def test_put_refuses(self, rooted, path, status, message):
-        answer = ask(rooted, "PUT", "/containers/tstweb/archive?path=" + path, tar_with("x"))
-        assert answer.status in (status, 400) and (answer.status == 400 or message in answer.message)
+    @pytest.mark.parametrize("path, status, message", [("/etc/file", 400, "extraction point is not a directory"), ("", 400, "path cannot be empty")])
+    def test_put_refuses(self, reached, path, status, message):
+        answer = ask(reached, "PUT", "/containers/tstdone/archive?path=" + path, tar_with("x"))
+        assert (answer.status, answer.message) == (status, message)
 
     def test_changes(self, furnished, scripted):
         scripted.on("diff", stdout="C /\nA /dev\nC /etc\nA /etc/hosts\nC /tmp\nA /tmp/d\nC /tmp/d\nA /tmp/a b\nD /bin/vi\n\n")
@@ -9606,6 +9915,102 @@ class TestLiveChanges:
         finally:
             for each in made:
                 live.ask("DELETE", f"/networks/{each}")
+
+
+@pytest.fixture
+def lured(box):
+    """Function of a name that makes a container with links to the host's folder `outside`, and two names in /swap that are always
+    one of a folder or such a link; the folder."""
+    outside = pathlib.Path(tempfile.mkdtemp(dir="/tmp", prefix="tstoutside"))
+    (outside / "file").write_text("of the host")
+    script = (f"mkdir -p /var /in{outside} /swap/a; echo inside >/swap/a/file; ln -s {outside} /swap/b; ln -s {outside} /abs; ln -s ../..{outside} /var/rel; ln -s /proc/self/root{outside} /self; "
+              f"ln -s /proc/1/root{outside} /one; ln -s loop /loop; ln -s abs /chain; echo; cd /swap; while :; do mv a c; mv b a; mv c b; mv b c; mv a b; mv c a; done")
+
+    def make(name, *options):
+        box.text("run", "-d", "--name", name, *QUIET, *options, BASE, "sh", "-c", script)
+        assert until(lambda: box("logs", name).stdout)
+
+    yield make, outside
+    assert {each.name: each.read_text() for each in outside.iterdir()} == {"file": "of the host"}
+    shutil.rmtree(outside)
+
+
+class TestLiveTree:
+    STATES = {"running": [], "paused": [["pause"]], "stopped": [["kill"], ["wait"]]}
+
+    @pytest.mark.parametrize("state", STATES)
+    def test_links_of_every_kind(self, box, lured, state):
+        make, outside = lured
+        make("tstlured", "--pid", "host", "-v", "/proc:/hostproc:ro")
+        for words in self.STATES[state]:
+            box(*words, "tstlured")
+        put = lambda name, path="/": box.live.ask("PUT", f"/containers/tstlured/archive?path={path}", entries((name, "0", b"evil"))).status
+        get = lambda path: box.live.ask("GET", f"/containers/tstlured/archive?path={path}")
+        for link in ("/abs", "/var/rel", "/self", "/one", "/chain", "/loop", f"/hostproc/1/root{outside}", f"/hostproc/self/root{outside}"):
+            # In the container there is no such folder.
+            assert put(link.strip("/") + "/evil") in (400, 500) or "hostproc" in link, link
+            # The kernel may refuse to read the links of a process.
+            assert put("evil", link) in (400, 404, 500) or "hostproc" in link, link
+            assert get(link + "/file").status in (400, 404, 500), link
+        for name in ("abs", "chain"):
+            assert put(name) == 200
+            assert get("/" + name).body[512:516] == b"evil"
+
+    def test_nobody_wins_by_swapping(self, box, lured):
+        make, outside = lured
+        make("tstlured")
+        answers = collections.Counter()
+        for _ in range(150):
+            with contextlib.suppress(http.client.IncompleteRead):
+                answer = box.live.ask("GET", "/containers/tstlured/archive?path=/swap/a/file")
+                answers["GET", answer.status] += 1
+                assert b"of the host" not in answer.body
+        for _ in range(75):
+            answers["PUT", box.live.ask("PUT", "/containers/tstlured/archive?path=/", entries(("swap/a/evil", "0", b"evil"))).status] += 1
+            answers["PUT", box.live.ask("PUT", "/containers/tstlured/archive?path=/swap/a", entries(("evil", "0", b"evil"))).status] += 1
+        assert answers["PUT", 200] and answers["GET", 200], answers
+
+    def test_as_dockerd_does_it(self, box, tmp_path):
+        # In one container of each: what was copied in comes out alike.
+        reference = Live.__new__(Live)
+        reference.socket = "/run/ref20.sock"
+        try:
+            reference.ask("GET", "/_ping")
+        except OSError:
+            pytest.skip("no dockerd on /run/ref20.sock")
+        if BASE not in reference.docker(box.client, "images", "--format", "{{.Repository}}:{{.Tag}}").stdout.decode():
+            reference.text(box.client, "load", data=(STACK / "base.tar").read_bytes())
+        name, found = f"tsttree{os.getpid()}", []
+        for each in (box.live, reference):
+            each.text(box.client, "create", "--name", name, "--network", "none", "-v", "/volume", BASE, "sh", "-c", "ln -s /in /link; sleep 100")
+            try:
+                found.append(self.copied(each, box.client, name))
+            finally:
+                each.docker(box.client, "rm", "-f", "-v", name)
+        assert [each for each in zip(*found) if each[0] != each[1]] == [] and len(found[0]) == len(found[1])
+
+    def copied(self, live, client, name):
+        """What comes of copies into a container that was never started, and into the same when it runs and is paused."""
+        seen = []
+        capability = {"pax_headers": {"SCHILY.xattr.security.capability": "\x01\0\0\x02\0\x04" + "\0" * 14}}
+        for state in ("create", "start", "pause"):
+            live.docker(client, state, name)
+            for path, query, data in (
+                    ("/", "", entries(("in", "5", b"", {"mode": 0o2750, "uid": 5, "mtime": 7}), ("in/f", "0", b"content", {"mode": 0o4755, "gid": 9, "mtime": 3}), ("in/l", "2", "/abs"), ("in/h", "1", "in/f"),
+                                      ("in/cap", "0", b"c", capability), ("in/new/x", "0", b"1"))),
+                    ("/in", "", entries(("caf\udce9", "0", b"1"), ("f/below", "0", b"2"))), ("/in", "", entries(("new", "0", b"2"))), ("/in", "", entries(("new", "5", b""), ("l/x", "0", b""))),
+                    ("/in/", "&noOverwriteDirNonDir=1", entries(("new", "0", b"2"))), ("/volume", "", entries(("v", "0", b"v", {"uid": 3}))), ("/nosuch", "", entries(("v", "0", b"v"))),
+                    ("/in", "", entries(("../out", "0", b""))), ("/in", "", entries(("s", "2", "../../out"))), ("/link", "", entries((state, "0", b"")))):
+                answer = live.ask("PUT", f"/containers/{name}/archive?path={path}{query}", data)
+                seen.append((state, path, answer.status < 400))
+            for path in ("/in", "/volume/.", "/link"):
+                answer = live.ask("GET", f"/containers/{name}/archive?path={path}")
+                with contextlib.suppress(tarfile.TarError), tarfile.open(fileobj=io.BytesIO(answer.body), errors="surrogateescape") as tar:
+                    for entry in tar:
+                        made = entry.isdir() and (entry.name in ("in", "in/new", ".")) or entry.name == "link"
+                        seen.append((state, entry.name, entry.type, entry.mode & 0o7777, entry.uid, entry.gid, made or entry.mtime > 1e9 or entry.mtime, entry.size, entry.linkname,
+                                     entry.pax_headers.get("SCHILY.xattr.security.capability")))
+        return seen
 
 
 class TestLivePlug:
