@@ -8,8 +8,8 @@ The way of a request, in one direction only:
 
 Sections, each using only what stands above it:
 
-    Errors · Requests, responses · Routes · nerdctl process · Conversions · gRPC · Events · Snapshot · Engine ·
-    System · Images · Build · Containers · Container create · Sessions · Container lifecycle · Streams · Exec ·
+    Errors · Tree · Conversions · Patterns · Requests, responses · Routes · nerdctl process · gRPC · containerd · Events · State ·
+    Engine · System · Images · Build · Containers · Container create · Sessions · Container lifecycle · Streams · Exec ·
     Archive · Statistics · Networks · Volumes · Swarm and plugins · Relay · BuildKit · HTTP server ·
     Sockets · ctr · Command line
 
@@ -20,47 +20,54 @@ To add an endpoint:
     4. add its line to the table in README.md and a case to the class of that section in test_nerdctld.py.
 """
 
-import argparse
-import base64
-import calendar
-import collections
 import contextlib
 import errno
 import fcntl
-import functools
-import getopt
-import http.client
-import http.server
-import io
 import itertools
 import json
 import os
-import pty
-import queue
 import re
-import select
-import shlex
-import shutil
-import signal
-import socket
-import socketserver
 import stat
-import struct
-import subprocess
 import sys
-import tempfile
-import termios
-import threading
-import time
-import traceback
-import tty
-import urllib.parse
-import zlib
-from hashlib import sha256
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, ContextManager, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Type
+
+# A process in a container's tree ends with the section Tree: what else is imported would take most of its time.
+TREE = __name__ == "__main__" and sys.argv[1:2] == ["tree"]
+if not TREE:
+    import argparse
+    import base64
+    import bisect
+    import calendar
+    import collections
+    import functools
+    import http.client
+    import http.server
+    import io
+    import pty
+    import queue
+    import select
+    import shlex
+    import shutil
+    import signal
+    import socket
+    import socketserver
+    import struct
+    import subprocess
+    import tempfile
+    import termios
+    import threading
+    import time
+    import traceback
+    import tty
+    import urllib.parse
+    import zlib
+    from hashlib import sha256
 
 VERSION = "0.1.0"
 API_NEWEST = (1, 56)
+# The release of Docker with the same newest API. Clients compare the engine's version with the one that they need
+# (Testcontainers for Java refuses any below 1.6.0), so it goes up together with API_NEWEST.
+ENGINE_VERSION = "29.9.0"
 API_OLDEST = (1, 24)
 JSON_LIMIT = 16 << 20
 BLOCK = 1 << 18
@@ -145,6 +152,1153 @@ class ClientGone(Exception):
 
 
 ###############################################################################
+# Tree
+###############################################################################
+
+# A container's files are reached in one way: by a process of this file (`nerdctld.py tree`) that has the container's tree for
+# its root folder, takes one order (JSON, a line on stdin), answers with a line of JSON and goes on with a tar on stdin or stdout.
+# The kernel keeps it inside; and since `/proc` of the host, where a container has it, leads out of every root folder by its links
+# (`/proc/1/root`), no path is ever left to the kernel either: each step is opened by itself, and links are read as text.
+CLONE_NEWNS = 0x20000
+MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
+MOUNT_FLAGS = {"ro": MS_RDONLY, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "noatime": 1024, "nodiratime": 2048, "relatime": 1 << 21,
+               "bind": MS_BIND, "rbind": MS_BIND | MS_REC, "rw": 0, "defaults": 0}
+# What the kernel makes up, which dockerd does not see as files of a container.
+KERNEL_MOUNTS = ("proc", "sysfs", "cgroup", "cgroup2", "mqueue", "devpts")
+
+
+LINKS_FOLLOWED = 40
+
+
+@contextlib.contextmanager
+def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[int, List[str], str]]:
+    """A path below a root folder as an O_PATH descriptor, with the names on the way to it and, for a link at its end that
+    is not to be followed, where that leads. Links are taken as inside of the root, and each step is opened by itself, so
+    that nobody inside can lead it out. FileNotFoundError and other OSErrors as lstat has."""
+    left = [part for part in path.split("/") if part]
+    stack = [os.open(root, os.O_PATH | os.O_DIRECTORY)]
+    names: List[str] = []
+    links, last = 0, ""
+    try:
+        while left:
+            part = left.pop(0)
+            if part in (".", ".."):
+                if part == ".." and names:
+                    os.close(stack.pop())
+                    names.pop()
+                continue
+            entry = os.open(part, os.O_PATH | os.O_NOFOLLOW, dir_fd=stack[-1])
+            stack.append(entry)
+            names.append(part)
+            mode = os.fstat(entry).st_mode
+            if stat.S_ISLNK(mode):
+                target = os.readlink("", dir_fd=entry)
+                if not (left or follow or path.endswith("/")):
+                    last = target
+                    break
+                links += 1
+                if links > LINKS_FOLLOWED:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                os.close(stack.pop())
+                names.pop()
+                if target.startswith("/"):
+                    for each in stack[1:]:
+                        os.close(each)
+                    del stack[1:]
+                    names.clear()
+                left = [each for each in target.split("/") if each] + left
+            elif left and not stat.S_ISDIR(mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        yield stack[-1], names, last
+    finally:
+        for each in stack:
+            os.close(each)
+
+
+class PathStat(NamedTuple):
+    """What clients are told of a path in a container: `mode` as POSIX has it, `mtime` in nanoseconds since 1970."""
+
+    name: str
+    size: int
+    mode: int
+    mtime: int
+    target: str
+
+
+def path_stat_of(path: str, names: List[str], found: os.stat_result, target: str) -> PathStat:
+    """The stat of what a path led to: `names` on the way to it, and the target of a link at its end."""
+    if not target:
+        return PathStat(os.path.basename(path.rstrip("/")) or "/", found.st_size, found.st_mode, found.st_mtime_ns, "")
+    resolved = target if target.startswith("/") else "/" + "/".join([*names[:-1], target])
+    return PathStat(names[-1], len(target), found.st_mode, found.st_mtime_ns, os.path.normpath(resolved))
+
+
+def stat_below(root: str, path: str) -> PathStat:
+    """The stat of a path below a root folder, with links taken as inside of it. FileNotFoundError and other OSErrors as lstat has."""
+    with opened_below(root, path) as (descriptor, names, target):
+        return path_stat_of(path, names, os.fstat(descriptor), target)
+
+
+def libc_call(name: str, *arguments: Any) -> None:
+    """A call of the C library that answers 0; OSError else."""
+    import ctypes
+
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def mount(source: Optional[str], target: str, kind: Optional[str], flags: int, data: str = "") -> None:
+    """mount(2)."""
+    import ctypes
+
+    words = (each if each is None else os.fsencode(each) for each in (source, target, kind))
+    libc_call("mount", *words, ctypes.c_ulong(flags), os.fsencode(data))
+
+
+def mount_snapshot(mounts: List[Dict[str, Any]], target: str) -> None:
+    """Mount what containerd's snapshotter names, in this process's own mount namespace."""
+    for each in mounts:
+        kind, source, options = each["type"], each["source"], each["options"]
+        prefix, dot, rest = kind.partition(".")
+        if dot and prefix in ("fuse", "fuse3"):
+            helper = [f"mount.{prefix}", source, target, *itertools.chain.from_iterable(("-o", option) for option in options), "-t", rest]
+            import subprocess
+
+            subprocess.run(helper, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+            continue
+        flags, data = 0, []
+        for option in options:
+            if option in MOUNT_FLAGS:
+                flags |= MOUNT_FLAGS[option]
+            elif option.startswith("lowerdir=") and ":" in option:
+                # All options together may have one page: the names of many layers only fit in as relative ones.
+                layers = option[len("lowerdir="):].split(":")
+                common = os.path.commonpath(layers)
+                os.chdir(common)
+                data.append("lowerdir=" + ":".join(os.path.relpath(layer, common) for layer in layers))
+            else:
+                data.append(option)
+        mount(source, target, kind, flags, ",".join(data))
+        if flags & MS_BIND and flags & MS_RDONLY:
+            mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY)
+
+
+def make_below(root: str, path: str, file: bool = False) -> None:
+    """Make what is missing of a folder below a root, 0755 and root's as dockerd does; with `file` its last part as an empty file."""
+    parts = [part for part in path.split("/") if part]
+    for count in range(1, len(parts) + 1):
+        try:
+            with opened_below(root, "/".join(parts[:count]), follow=True):
+                pass
+        except FileNotFoundError:
+            with opened_below(root, "/".join(parts[:count - 1]), follow=True) as (folder, _, _):
+                if file and count == len(parts):
+                    os.close(os.open(parts[-1], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=folder))
+                else:
+                    os.mkdir(parts[count - 1], 0o755, dir_fd=folder)
+
+
+def mount_binds(root: str, binds: List[Tuple[str, str, bool]]) -> None:
+    """Mount volumes and binds (source, destination, whether read-only) below the root of a container that does not run, where
+    they will be once it does."""
+    for source, destination, read_only in binds:
+        if not os.path.exists(source):
+            continue
+        make_below(root, destination, not os.path.isdir(source))
+        with opened_below(root, destination, follow=True) as (descriptor, _, _):
+            mount(source, f"/proc/self/fd/{descriptor}", None, MS_BIND | MS_REC)
+        if read_only:
+            with opened_below(root, destination, follow=True) as (descriptor, _, _):
+                mount(None, f"/proc/self/fd/{descriptor}", None, MS_REMOUNT | MS_BIND | MS_RDONLY)
+
+
+def enter_tree(order: Dict[str, Any]) -> None:
+    """Make a container's tree this process's root folder: that of its running process, or its snapshot, which is mounted for
+    this process alone and gone with it however it ends."""
+    if order.get("pid"):
+        root = os.open(f"/proc/{order['pid']}/root", os.O_PATH | os.O_DIRECTORY)
+        # In the same namespace, so that what is mounted in the container can be neither removed nor replaced.
+        namespace = os.open(f"/proc/{order['pid']}/ns/mnt", os.O_RDONLY)
+        libc_call("setns", namespace, CLONE_NEWNS)
+        os.close(namespace)
+    else:
+        libc_call("unshare", CLONE_NEWNS)
+        mount("none", "/", None, MS_REC | MS_PRIVATE)
+        mount_snapshot(order["mounts"], order["folder"])
+        mount_binds(order["folder"], order["binds"])
+        if order["read_only"]:
+            mount(None, order["folder"], None, MS_REMOUNT | MS_BIND | MS_RDONLY)
+        root = os.open(order["folder"], os.O_PATH | os.O_DIRECTORY)
+    # From here on no import may find a file: it would be the container's.
+    sys.path.clear()
+    sys.meta_path.clear()
+    os.fchdir(root)
+    os.chroot(".")
+    os.chdir("/")
+    os.close(root)
+
+
+class TarInput:
+    """A tar on a descriptor, as the file that tarfile reads headers from, forward only."""
+
+    # How much tarfile may read for one entry, besides its content: long names, attributes, maps of sparse files.
+    HEADER = 16 << 20
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+        self.buffer = memoryview(bytearray(1 << 20))
+        self.left = self.buffer[:0]
+        self.position = self.spent = 0
+        self.last = b""
+
+    def pieces(self, size: int) -> Iterator[memoryview]:
+        """The next `size` bytes, in pieces that hold until the next one; fewer where the input ends."""
+        while size > 0:
+            if not self.more():
+                return
+            piece, self.left = self.left[:size], self.left[size:]
+            self.position += len(piece)
+            size -= len(piece)
+            yield piece
+
+    def more(self) -> bool:
+        """Whether there is more of it."""
+        if not self.left:
+            self.left = self.buffer[:os.readv(self.descriptor, [self.buffer])]
+        return bool(self.left)
+
+    def line(self) -> bytes:
+        """The line in front of the tar."""
+        found = b""
+        while self.more():
+            head, end, _ = bytes(self.left).partition(b"\n")
+            self.left, found = self.left[len(head) + len(end):], found + head
+            if end:
+                break
+        return found
+
+    def read(self, size: int) -> bytes:
+        """A part of a header."""
+        self.spent += size
+        if self.spent > self.HEADER:
+            raise BadParameter("invalid archive: a header is too long")
+        self.last = b"".join(map(bytes, self.pieces(size)))
+        return self.last
+
+    def tell(self) -> int:
+        """How far it was read."""
+        return self.position
+
+    def seek(self, position: int) -> None:
+        """Skip to there."""
+        for _ in self.pieces(position - self.position):
+            pass
+
+    def copy(self, target: int, size: int) -> None:
+        """Write the next `size` bytes to a file; 400 where the archive has fewer."""
+        for piece in self.pieces(size):
+            size -= len(piece)
+            while piece:
+                piece = piece[os.write(target, piece):]
+        if size:
+            raise BadParameter("invalid archive: unexpected EOF")
+
+
+def entry_times(entry: Any) -> Tuple[int, int]:
+    """Times of access and change of a tar's entry, in nanoseconds since 1970; 0 for what no file system can have."""
+    def exact(name: str, default: int) -> int:
+        found = re.fullmatch(r"(\d{1,10})(?:\.(\d{1,9})\d*)?", entry.pax_headers.get(name, ""))
+        value = int(found.group(1)) * 10**9 + int((found.group(2) or "0").ljust(9, "0")) if found else default * 10**9
+        return value if 0 <= value < 1 << 63 else 0
+
+    changed = exact("mtime", int(entry.mtime))
+    return max(changed, exact("atime", 0)), changed
+
+
+class Unpacker:
+    """Unpacks a tar into a folder (`names`, its path in parts) below `root`, by dockerd's rules. `keep` refuses to put a folder in
+    the place of what is none and the reverse; `owner`, if any, gets everything; in a user namespace devices are left out."""
+
+    def __init__(self, root: str, names: List[str], keep: bool = False, owner: Optional[List[int]] = None, user_namespace: bool = False):
+        self.root, self.names, self.keep, self.owner, self.user_namespace = root, names, keep, owner, user_namespace
+        self.target = "/" + "/".join(names)
+        self.opened: Tuple[str, int] = ("", -1)
+        self.folders: List[Tuple[str, Tuple[int, int]]] = []
+
+    def unpack(self, source: TarInput) -> None:
+        """Unpack all of it; 400 for what is no tar, breaks off or leads outside, OSError for what the file system refuses."""
+        import tarfile
+
+        try:
+            if not source.more():
+                return
+            tar = tarfile.TarFile(fileobj=source, mode="r", encoding="utf-8", errors="surrogateescape")
+            for entry in iter(tar.next, None):
+                tar.members.clear()
+                self.entry(entry, source)
+                source.spent = 0
+        except tarfile.TarError as error:
+            raise BadParameter(f"invalid archive: {error}") from None
+        # tarfile takes a header that it cannot read for the end.
+        if source.last.strip(b"\0") or len(source.last) not in (0, tarfile.BLOCKSIZE):
+            raise BadParameter("invalid archive: invalid tar header")
+        for path, times in self.folders:
+            parent, _, name = path.rpartition("/")
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.utime(name, ns=times, dir_fd=self.folder(parent), follow_symlinks=False)
+
+    def place(self, name: str, link: bool = False) -> List[str]:
+        """The parts of the path that a name in the archive stands for; 400 when it is outside of the folder."""
+        parts: List[str] = []
+        for part in name.split("/"):
+            if part == ".." and not parts and (link or not name.startswith("/")) and self.names:
+                raise BadParameter(f'invalid hardlink "{os.path.normpath(self.target + "/" + name)}" -> "{name}"' if link
+                                   else f'"{name}" is outside of "{self.target}"')
+            if part == "..":
+                del parts[-1:]
+            elif part not in ("", "."):
+                parts.append(part)
+        return self.names + parts
+
+    def folder(self, path: str) -> int:
+        """A folder as an O_PATH descriptor, made where it is missing; it holds until the next one is asked for."""
+        if self.opened[1] < 0 or self.opened[0] != path:
+            if self.opened[1] >= 0:
+                os.close(self.opened[1])
+            self.opened = ("", -1)
+            for missing in (False, True):
+                try:
+                    with opened_below(self.root, path, follow=True) as (descriptor, _, _):
+                        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+                        self.opened = (path, os.dup(descriptor))
+                        break
+                except FileNotFoundError:
+                    if missing:
+                        raise
+                    make_below(self.root, path)
+        return self.opened[1]
+
+    def entry(self, entry: Any, source: TarInput) -> None:
+        """Unpack one entry."""
+        parts = self.place(entry.name)
+        path = "/" + "/".join(parts)
+        if entry.size < 0:
+            raise BadParameter("invalid archive: invalid tar header")
+        if len(parts) == len(self.names):
+            if self.keep and not entry.isdir():
+                raise BadParameter(f'cannot overwrite directory "{path}" with non-directory "{self.target}"')
+            return
+        making = verb = {b"1": "link", b"2": "symlink", b"3": "mknod", b"4": "mknod", b"5": "mkdir", b"6": "mknod"}.get(entry.type, "open")
+        try:
+            folder, name = self.folder("/".join(parts[:-1])), parts[-1]
+            verb = "unlinkat"
+            there = self.clear(folder, name, entry.isdir(), path)
+            verb = making
+            if entry.isdir():
+                self.make_folder(entry, folder, name, there)
+                self.folders.append((path[1:], entry_times(entry)))
+            elif entry.isreg() and entry.type != b"7":
+                self.make_file(entry, folder, name, source)
+            else:
+                self.make_other(entry, folder, name, path)
+        except OSError as error:
+            raise OSError(error.errno, f"{verb} {path}: {(error.strerror or str(error)).lower()}") from None
+        except (ValueError, OverflowError) as error:
+            raise BadParameter(f"invalid archive: {error}") from None
+
+    def clear(self, folder: int, name: str, is_folder: bool, path: str) -> bool:
+        """Remove what stands in the place of an entry, unless both are folders; whether a folder is there."""
+        try:
+            there = stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode)
+        except FileNotFoundError:
+            return False
+        if self.keep and there != is_folder:
+            kinds = ("directory", "non-directory") if there else ("non-directory", "directory")
+            raise BadParameter(f'cannot overwrite {kinds[0]} "{path}" with {kinds[1]} "{self.target}"')
+        if there and is_folder:
+            return True
+        remove_entry(folder, name)
+        return False
+
+    def settle(self, entry: Any, descriptor: int) -> None:
+        """Give an open file or folder the owner, attributes and mode of its entry, in the order in which none undoes another."""
+        os.fchown(descriptor, *(self.owner or (entry.uid, entry.gid)))
+        for key, value in entry.pax_headers.items():
+            if key.startswith("SCHILY.xattr."):
+                try:
+                    os.setxattr(descriptor, key[len("SCHILY.xattr."):].encode("utf-8", "surrogateescape"), value.encode("utf-8", "surrogateescape"))
+                except OSError as error:
+                    # Not every file system, and not every user, can have each of them.
+                    if error.errno not in (errno.ENOTSUP, errno.EPERM):
+                        raise
+        os.fchmod(descriptor, entry.mode & 0o7777)
+
+    def make_folder(self, entry: Any, folder: int, name: str, there: bool) -> None:
+        """Make a folder, or give the one that is there what the entry says; its times come at the end."""
+        if not there:
+            os.mkdir(name, 0o700, dir_fd=folder)
+        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+        try:
+            self.settle(entry, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def make_file(self, entry: Any, folder: int, name: str, source: TarInput) -> None:
+        """Make a file; what a sparse one leaves out stays a hole."""
+        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+        with os.fdopen(descriptor, "wb", 0):
+            if entry.sparse is None:
+                source.copy(descriptor, entry.size)
+            else:
+                for offset, size in entry.sparse:
+                    os.lseek(descriptor, offset, os.SEEK_SET)
+                    source.copy(descriptor, size)
+                os.ftruncate(descriptor, entry.size)
+            self.settle(entry, descriptor)
+            os.utime(descriptor, ns=entry_times(entry))
+
+    def make_other(self, entry: Any, folder: int, name: str, path: str) -> None:
+        """Make a link, a FIFO or a device."""
+        kinds = {b"3": stat.S_IFCHR, b"4": stat.S_IFBLK, b"6": stat.S_IFIFO}
+        if entry.issym():
+            if self.names and not (os.path.normpath(os.path.dirname(path) + "/" + entry.linkname) + "/").startswith(self.target + "/"):
+                raise BadParameter(f'invalid symlink "{path}" -> "{entry.linkname}"')
+            os.symlink(entry.linkname, name, dir_fd=folder)
+        elif entry.islnk():
+            *above, last = self.place(entry.linkname, link=True)
+            with opened_below(self.root, "/".join(above), follow=True) as (descriptor, _, _):
+                os.link(last, name, src_dir_fd=descriptor, dst_dir_fd=folder, follow_symlinks=False)
+            if stat.S_ISREG(os.lstat(name, dir_fd=folder).st_mode):
+                # The chown below would take the set-user-ID bit off the file that has both names.
+                descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+                with os.fdopen(descriptor, "rb", 0):
+                    self.settle(entry, descriptor)
+                    os.utime(descriptor, ns=entry_times(entry))
+                return
+        elif entry.type in kinds:
+            try:
+                os.mknod(name, kinds[entry.type] | entry.mode & 0o7777, os.makedev(entry.devmajor, entry.devminor), dir_fd=folder)
+            except PermissionError:
+                if self.user_namespace:
+                    return
+                raise
+        else:
+            raise BadParameter(f"unhandled tar header type {entry.type[0]}")
+        os.chown(name, *(self.owner or (entry.uid, entry.gid)), dir_fd=folder, follow_symlinks=False)
+        os.utime(name, ns=entry_times(entry), dir_fd=folder, follow_symlinks=False)
+
+
+def remove_entry(folder: int, name: str) -> None:
+    """Remove a file, or a folder with all that is in it, from an open folder. No link is followed."""
+    try:
+        os.unlink(name, dir_fd=folder)
+    except IsADirectoryError:
+        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+        try:
+            for each in os.listdir(descriptor):
+                remove_entry(descriptor, each)
+        finally:
+            os.close(descriptor)
+        os.rmdir(name, dir_fd=folder)
+
+
+class Packer:
+    """Writes files below `root` as a tar to a descriptor, by dockerd's rules. What stands at the paths of `made_up` the kernel
+    makes up: of those only the folder is told."""
+
+    def __init__(self, root: str, output: int, made_up: Iterable[str] = ()):
+        self.root, self.output, self.made_up = root, output, set(made_up)
+        self.pending = bytearray()
+        # Device and inode -> name of what has several names.
+        self.linked: Dict[Tuple[int, int], str] = {}
+
+    def pack(self, path: str, tell: Callable[[PathStat], Any]) -> None:
+        """Write the file at a path, or the folder with all that is in it; entries begin with the last part of the path. What is
+        there is told first."""
+        with opened_below(self.root, path) as (_, names, _):
+            pass
+        last = path.rstrip("/").rpartition("/")[2]
+        name = last if last == "." else os.path.basename(os.path.normpath(path)) or "/"
+        with opened_below(self.root, "/".join(names[:-1])) as (folder, _, _):
+            entry = names[-1] if names else "."
+            found = os.lstat(entry, dir_fd=folder)
+            tell(path_stat_of(path, names, found, os.readlink(entry, dir_fd=folder) if stat.S_ISLNK(found.st_mode) else ""))
+            self.entry(folder, entry, name, "/" + "/".join(names))
+        self.pending += bytes(1024)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write out what is pending."""
+        view = memoryview(self.pending)
+        while view:
+            view = view[os.write(self.output, view):]
+        self.pending = bytearray()
+
+    def entry(self, folder: int, name: str, told: str, path: str) -> None:
+        """Write one entry, by the name `told`, and what is below it; one that is gone meanwhile is left out, and a socket, which
+        no tar can have."""
+        found = os.lstat(name, dir_fd=folder)
+        if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):
+            flags = os.O_DIRECTORY if stat.S_ISDIR(found.st_mode) else os.O_NONBLOCK | os.O_NOCTTY
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | flags, dir_fd=folder)
+            try:
+                found = os.fstat(descriptor)
+                if stat.S_ISDIR(found.st_mode):
+                    self.header(found, told)
+                    for each in sorted(os.listdir(descriptor)) if path not in self.made_up else ():
+                        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                            self.entry(descriptor, each, f"{told.rstrip('/')}/{each}", f"{path.rstrip('/')}/{each}")
+                elif stat.S_ISREG(found.st_mode):
+                    self.file(descriptor, found, told)
+            finally:
+                os.close(descriptor)
+        elif stat.S_ISLNK(found.st_mode):
+            self.header(found, told, os.readlink(name, dir_fd=folder))
+        elif not stat.S_ISSOCK(found.st_mode):
+            self.header(found, told)
+
+    def header(self, found: os.stat_result, told: str, link: str = "", attributes: Optional[Dict[str, str]] = None) -> None:
+        """Write the header of an entry; one with a `link` that is not symbolic is another name of that file."""
+        import tarfile
+
+        entry = tarfile.TarInfo(told)
+        kinds = ((stat.S_ISDIR, tarfile.DIRTYPE), (stat.S_ISLNK, tarfile.SYMTYPE), (stat.S_ISFIFO, tarfile.FIFOTYPE),
+                 (stat.S_ISCHR, tarfile.CHRTYPE), (stat.S_ISBLK, tarfile.BLKTYPE))
+        entry.type = next((kind for test, kind in kinds if test(found.st_mode)), tarfile.LNKTYPE if link else tarfile.REGTYPE)
+        entry.size = found.st_size if entry.type == tarfile.REGTYPE else 0
+        entry.mode, entry.uid, entry.gid, entry.mtime, entry.linkname = found.st_mode, found.st_uid, found.st_gid, int(found.st_mtime), link
+        if entry.type in (tarfile.CHRTYPE, tarfile.BLKTYPE):
+            entry.devmajor, entry.devminor = os.major(found.st_rdev), os.minor(found.st_rdev)
+        entry.pax_headers = attributes or {}
+        self.pending += entry.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+        if len(self.pending) > 1 << 18:
+            self.flush()
+
+    def file(self, descriptor: int, found: os.stat_result, told: str) -> None:
+        """Write an open file, as long as it was when its header was written."""
+        if found.st_nlink > 1:
+            first = self.linked.setdefault((found.st_dev, found.st_ino), told)
+            if first != told:
+                self.header(found, told, first)
+                return
+        attributes = {}
+        with contextlib.suppress(OSError):
+            attributes["SCHILY.xattr.security.capability"] = os.getxattr(descriptor, "security.capability").decode("utf-8", "surrogateescape")
+        self.header(found, told, attributes=attributes)
+        left = found.st_size
+        if left < 1 << 16:
+            data = os.read(descriptor, left)
+            self.pending += data
+            left -= len(data)
+        else:
+            self.flush()
+        while left:
+            moved = os.sendfile(self.output, descriptor, None, min(left, 1 << 30)) if not self.pending else 0
+            if not moved:
+                # It is shorter by now, or a file that the kernel makes up.
+                self.pending += bytes(min(left, 1 << 20))
+                moved = min(left, 1 << 20)
+                self.flush()
+            left -= moved
+        self.pending += bytes(-found.st_size % 512)
+
+
+def folder_for(root: str, path: str, volumes: Iterable[str] = ()) -> List[str]:
+    """The folder that a path leads to below a root, its own path in parts; 400 where nothing can be unpacked into it."""
+    with opened_below(root, path, follow=True) as (descriptor, names, _):
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise BadParameter("extraction point is not a directory")
+        if os.fstatvfs(descriptor).f_flag & os.ST_RDONLY:
+            own = "/".join(["", *names, ""])
+            inside = any(own.startswith(os.path.normpath(each).rstrip("/") + "/") for each in volumes)
+            raise BadParameter("mounted volume is marked read-only" if inside else "container rootfs is marked read-only")
+        return names
+
+
+def carry_out(order: Dict[str, Any], source: TarInput) -> None:
+    """Enter the tree and do what is ordered: `stat`, `pack` or `unpack`."""
+    import resource
+    # Whatever is needed later: from the tree on nothing can be imported.
+    import tarfile  # noqa: F401
+
+    try:
+        enter_tree(order)
+    except OSError as error:
+        raise ApiError(f"the container's files cannot be reached: {error.strerror or error}") from None
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    sys.setrecursionlimit(10000)
+    os.umask(0)
+    path, tell = order["path"], lambda value: os.write(1, json.dumps(value).encode() + b"\n")
+    if order["do"] == "unpack":
+        names = folder_for("/", path, [destination for _, destination, _ in order["binds"]])
+        tell([])
+        Unpacker("/", names, order["keep"], order["owner"], order["user_namespace"]).unpack(source)
+        # What stands behind its end is nobody's, but was sent.
+        while os.readv(0, [source.buffer]):
+            pass
+    elif order["do"] == "pack":
+        Packer("/", 1, order["made_up"]).pack(path, tell)
+    else:
+        tell(stat_below("/", path))
+
+
+def tree_main() -> int:
+    """`nerdctld.py tree`: the exit status. A failure is a line of JSON on stderr, its status and its message."""
+    for descriptor in (0, 1):
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, 1031, 1 << 20)
+    order: Dict[str, Any] = {}
+    try:
+        source = TarInput(0)
+        order.update(json.loads(source.line()))
+        carry_out(order, source)
+        return 0
+    except ApiError as error:
+        status, message = error.status, str(error)
+    except OSError as error:
+        # That of an entry in the archive says where; any other is about the path that was asked for.
+        status, message = 500, error.strerror or str(error)
+        if message == os.strerror(error.errno or 0):
+            status = {errno.ENOENT: 404, errno.ENOTDIR: 404, errno.ELOOP: 400}.get(error.errno, 500)
+            message = f"{order.get('path')}: {message.lower()}"
+    except Exception as error:
+        # No traceback: it would read the container's files.
+        status, message = 500, repr(error)
+    os.write(2, json.dumps({"status": status, "message": message}).encode() + b"\n")
+    return 1
+
+
+if TREE:
+    sys.exit(tree_main())
+
+
+###############################################################################
+# Conversions
+###############################################################################
+
+ZERO_TIME = "0001-01-01T00:00:00Z"
+TIMESTAMP = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9})\d*)?)?\s*(Z|UTC|[+-]\d\d:?\d\d)?(?: [A-Z]{1,5})?")
+SIZE_UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
+
+
+def nanoseconds_of(text: str) -> Optional[int]:
+    """Nanoseconds since 1970 of seconds (`1700000000.5`), RFC 3339 or Go's `2026-11-23 19:00:00.1 +0000 UTC`; None for what
+    is none of these."""
+    seconds_only = re.fullmatch(r"(-?)(\d{1,15})(?:\.(\d{1,9})\d{0,9})?", text.strip())
+    if seconds_only:
+        sign, whole, fraction = seconds_only.groups()
+        return int(sign + whole + (fraction or "").ljust(9, "0"))
+    found = TIMESTAMP.fullmatch(text.strip())
+    if not found:
+        return None
+    year, month, day, hour, minute, second = (int(each or 0) for each in found.groups()[:6])
+    if not (1 <= month <= 12 and 1 <= day <= 31 and hour < 24 and minute < 60 and second < 61 and year):
+        return None
+    seconds = calendar.timegm((year, month, day, hour, minute, second))
+    zone = found.group(8)
+    if zone and zone[0] in "+-":
+        offset = int(zone[1:3]) * 3600 + int(zone[-2:]) * 60
+        seconds += offset if zone[0] == "-" else -offset
+    return seconds * 10**9 + int((found.group(7) or "0").ljust(9, "0"))
+
+
+def rfc3339(nanoseconds: Optional[int]) -> str:
+    """`2026-11-23T19:00:00.123456789Z`, the zero time for None."""
+    if nanoseconds is None:
+        return ZERO_TIME
+    seconds, rest = divmod(nanoseconds, 10**9)
+    fraction = f".{rest:09d}".rstrip("0") if rest else ""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + fraction + "Z"
+
+
+def size_bytes(text: str) -> int:
+    """Bytes of `12.5MB`, `1.2 GiB`, `512`; 0 for what is no size."""
+    found = re.fullmatch(r"([\d.]+)\s*([kmgt]?i?)b?", text.strip().lower())
+    if not found:
+        return 0
+    try:
+        return int(float(found.group(1)) * SIZE_UNITS[found.group(2)])
+    except (ValueError, KeyError, OverflowError):
+        return 0
+
+
+def human_duration(seconds: float) -> str:
+    """A duration as `docker ps` words it: `About a minute`, `5 hours`."""
+    whole = int(seconds)
+    if whole < 1:
+        return "Less than a second"
+    if whole == 1:
+        return "1 second"
+    if whole < 60:
+        return f"{whole} seconds"
+    minutes = whole // 60
+    if minutes == 1:
+        return "About a minute"
+    if minutes < 60:
+        return f"{minutes} minutes"
+    hours = int(seconds / 3600 + 0.5)
+    if hours == 1:
+        return "About an hour"
+    for limit, unit, name in ((48, 1, "hours"), (24 * 7 * 2, 24, "days"), (24 * 30 * 2, 24 * 7, "weeks"), (24 * 365 * 2, 24 * 30, "months")):
+        if hours < limit:
+            return f"{hours // unit} {name}"
+    return f"{hours // 24 // 365} years"
+
+
+def match_labels(labels: Dict[str, str], wanted: Iterable[str]) -> bool:
+    """Whether labels satisfy every `key` and `key=value` of a label filter."""
+    for each in wanted:
+        key, equals, value = each.partition("=")
+        if key not in labels or (equals and labels[key] != value):
+            return False
+    return True
+
+
+def until_limit(values: List[str]) -> Optional[int]:
+    """The moment that an `until` filter names, in nanoseconds since 1970: a timestamp, a date or a duration before now. None
+    without one, 400 for what is none."""
+    if not values:
+        return None
+    if len(values) > 1:
+        raise BadParameter("more than one until filter specified")
+    text = values[0]
+    if re.fullmatch(r"(\d{1,9}(\.\d{1,9})?(h|ms|m|s))+", text):
+        units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+        parts = re.findall(r"(\d+(?:\.\d+)?)(h|ms|m|s)", text)
+        return time.time_ns() - int(sum(float(number) * units[unit] for number, unit in parts) * 10**9)
+    found = nanoseconds_of(text + "T00:00:00" if re.fullmatch(r"\d{4}-\d\d-\d\d", text) else text)
+    if found is None:
+        raise BadParameter(f"invalid until filter: {text!r}")
+    return found
+
+
+class PruneFilter:
+    """The filters `until`, `label` and `label!` that all prunes have in common; 400 for an `until` that is no time."""
+
+    def __init__(self, filters: Dict[str, List[str]]):
+        self.until = until_limit(filters.get("until") or [])
+        self.labels, self.refused = filters.get("label") or [], filters.get("label!") or []
+
+    def passes(self, labels: Dict[str, str], created: int = 0) -> bool:
+        """Whether an object with these labels, made at this time (nanoseconds since 1970), is one of those."""
+        return (match_labels(labels, self.labels) and not any(match_labels(labels, [each]) for each in self.refused)
+                and (self.until is None or created <= self.until))
+
+
+def flag_filter(filters: Dict[str, List[str]], name: str, default: Optional[bool] = None) -> Optional[bool]:
+    """A filter that is a boolean; 400 with dockerd's words for anything else."""
+    values = filters.get(name) or []
+    if not values:
+        return default
+    words = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+    told = {words.get(each.lower()) for each in values}
+    if None in told or len(told) > 1:
+        raise BadParameter(f"invalid filter '{name}={json_bytes(values).decode()}'")
+    return told.pop()
+
+
+def typed(value: Any, kind: type, what: str) -> Any:
+    """`value` if it is of the JSON type asked for, an empty one for null; 400 otherwise."""
+    if value is None:
+        return kind()
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        names = {dict: "an object", list: "an array", str: "a string", int: "a number", bool: "a boolean"}
+        raise BadParameter(f"invalid JSON: {what} must be {names[kind]}")
+    return value
+
+
+def int_or_zero(text: str) -> int:
+    """The number that a text is, 0 for any other text."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
+
+
+def string_list(value: Any, what: str) -> List[str]:
+    """A JSON array of strings, [] for null; a lone string is taken as a list of one, as Docker does; 400 otherwise."""
+    if isinstance(value, str):
+        return [value]
+    return [typed(each, str, what) for each in typed(value, list, what)]
+
+
+def string_map(value: Any, what: str) -> Dict[str, str]:
+    """A JSON object of strings, {} for null; 400 otherwise."""
+    return {key: typed(each, str, what) for key, each in typed(value, dict, what).items()}
+
+
+###############################################################################
+# Patterns
+###############################################################################
+
+# Clients filter by expressions of Go's regexp, which takes a time linear in the text for any of them. Python's re
+# does not, and nothing else runs while it searches. So an expression is compiled to a program here, and all
+# instructions that a text can have come to are followed at once. A Character consumes one character, a string is a
+# boundary that has to be there, a tuple holds the offsets of the instructions to go on at, and the end of the program
+# is the match. Nobody asks where a match is, so a lazy repetition is like any other. The classes of Unicode (\p{...})
+# are not known.
+Ranges = Tuple[Tuple[str, str], ...]
+Program = List[Any]
+PERL_CLASSES: Dict[str, Ranges] = {
+    "d": (("0", "9"),), "s": (("\t", "\n"), ("\f", "\r"), (" ", " ")),
+    "w": (("0", "9"), ("A", "Z"), ("_", "_"), ("a", "z")),
+}
+POSIX_CLASSES: Dict[str, Ranges] = {
+    "alnum": (("0", "9"), ("A", "Z"), ("a", "z")), "alpha": (("A", "Z"), ("a", "z")), "ascii": (("\0", "\x7f"),),
+    "blank": (("\t", "\t"), (" ", " ")), "cntrl": (("\0", "\x1f"), ("\x7f", "\x7f")), "digit": (("0", "9"),),
+    "graph": (("!", "~"),), "lower": (("a", "z"),), "print": ((" ", "~"),),
+    "punct": (("!", "/"), (":", "@"), ("[", "`"), ("{", "~")), "space": (("\t", "\r"), (" ", " ")),
+    "upper": (("A", "Z"),), "word": PERL_CLASSES["w"], "xdigit": (("0", "9"), ("A", "F"), ("a", "f")),
+}
+POSIX_CLASS = re.compile(r"\[:(\^?)([^\]:]*):\]")
+GROUP_HEAD = re.compile(r"\?(?:P?<(?P<name>\w+)>|(?P<on>[imsU]*)(?:-(?P<off>[imsU]+))?(?P<end>[:)]))", re.ASCII)
+COUNTS = re.compile(r"(0|[1-9][0-9]*)(?:(,)(0|[1-9][0-9]*)?)?\}")
+CODE = re.compile(r"x\{([0-9A-Fa-f]+)\}|x([0-9A-Fa-f]{2})|([1-7][0-7]{1,2}|0[0-7]{0,2})")
+WORD_CHARACTER = re.compile(r"\w", re.ASCII)
+# Instructions of all expressions of a filter. The other limits are those of Go.
+PROGRAM_LIMIT, REPEAT_LIMIT, GROUP_LIMIT = 10000, 1000, 1000
+
+
+class PatternError(ValueError):
+    """What Go's regexp does not compile."""
+
+
+class Character(NamedTuple):
+    """The instruction for one character: it is in one of the ranges, which are in order and apart, or, `negated`, in
+    none of them. `folded` takes it in upper and lower case."""
+
+    ranges: Ranges
+    folded: bool = False
+    negated: bool = False
+
+    def accepts(self, text: str) -> bool:
+        """Whether a character is one of these."""
+        return any(map(self._has, {text, text.lower(), text.upper()} if self.folded else (text,))) != self.negated
+
+    def _has(self, text: str) -> bool:
+        place = bisect.bisect_right(self.ranges, (text, chr(sys.maxunicode))) - 1
+        return place >= 0 and self.ranges[place][0] <= text <= self.ranges[place][1]
+
+
+def merged(ranges: Iterable[Tuple[str, str]]) -> Ranges:
+    """Ranges of characters in order and apart."""
+    found: List[Tuple[str, str]] = []
+    for low, high in sorted(ranges):
+        if found and low <= found[-1][1]:
+            low, high = found[-1][0], max(high, found.pop()[1])
+        found.append((low, high))
+    return tuple(found)
+
+
+def complement(ranges: Ranges) -> Ranges:
+    """The characters that are in none of these ranges, which are in order and apart."""
+    found, code = [], 0
+    for low, high in ranges:
+        if ord(low) > code:
+            found.append((chr(code), chr(ord(low) - 1)))
+        code = ord(high) + 1
+    return (*found, (chr(code), chr(sys.maxunicode)))
+
+
+class OpenGroup:
+    """A group whose end was not read yet: its alternatives, the pieces of the last one, each with the product of the
+    nested repetitions in it, the greatest of these products, and the flags that hold again after the group."""
+
+    def __init__(self, flags: frozenset):
+        self.flags, self.product = flags, 1
+        self.alternatives: List[Program] = []
+        self.pieces: List[Tuple[Program, int]] = []
+
+    def end_alternative(self) -> None:
+        """Make the pieces so far an alternative, and begin the next one."""
+        self.alternatives.append([each for piece, _ in self.pieces for each in piece])
+        self.pieces = []
+
+    def program(self) -> Program:
+        """The program of the whole group."""
+        self.end_alternative()
+        if len(self.alternatives) == 1:
+            return self.alternatives[0]
+        end, starts, found = 1 + sum(len(each) + 1 for each in self.alternatives), [], [()]
+        for each in self.alternatives:
+            starts.append(len(found))
+            found += each
+            found.append((end - len(found),))
+        return [tuple(starts), *found[1:]]
+
+
+class Compiler:
+    """Makes the program of an expression, reading it once from left to right. PatternError for what Go's regexp
+    refuses; 400 for more than `room` instructions."""
+
+    def __init__(self, text: str, room: int):
+        self.text, self.at, self.room = text, 0, room
+        self.flags: frozenset = frozenset()
+        self.groups = [OpenGroup(self.flags)]
+        self.names: set = set()
+        # Whether a repetition was read last: another one must not follow.
+        self.repeated = False
+
+    def compile(self) -> Program:
+        """The program of the whole expression."""
+        while self.at < len(self.text):
+            self.step()
+        if len(self.groups) > 1:
+            raise PatternError("missing closing )")
+        return self.groups[0].program()
+
+    def take(self, expression: "re.Pattern[str]") -> Optional["re.Match[str]"]:
+        """Read what matches here; None, with nothing read, where nothing does."""
+        found = expression.match(self.text, self.at)
+        self.at = found.end() if found else self.at
+        return found
+
+    def spend(self, instructions: int) -> None:
+        """Take instructions from the room that is left."""
+        self.room -= instructions
+        if self.room < 0:
+            raise BadParameter("invalid filter: its expressions are too large")
+
+    def add(self, piece: Program, product: int = 1) -> None:
+        """Put a piece at the end of the innermost group."""
+        group = self.groups[-1]
+        group.pieces.append((piece, product))
+        group.product = max(group.product, product)
+
+    def add_one(self, instruction: Any) -> None:
+        """Put an instruction there."""
+        self.spend(1)
+        self.add([instruction])
+
+    def step(self) -> None:
+        """Read one element of the expression."""
+        letter, repeated, self.repeated = self.text[self.at], self.repeated, False
+        self.at += 1
+        counts = self.take(COUNTS) if letter == "{" else None
+        if counts or letter in "*+?":
+            if repeated or not self.groups[-1].pieces:
+                raise PatternError("nothing to repeat")
+            simple = {"*": ("0", ",", ""), "+": ("1", ",", ""), "?": ("0", ",", "1")}
+            low, comma, high = counts.groups() if counts else simple[letter]
+            # More digits are too many in any case.
+            self.repeat(int(low[:9]), int(high[:9]) if high else None if comma else int(low[:9]))
+        elif letter == "(":
+            self.open()
+        elif letter == "|":
+            self.spend(2)
+            self.groups[-1].end_alternative()
+        elif letter == ")":
+            self.close()
+        elif letter == "\\":
+            self.escape()
+        elif letter in "^$":
+            self.add_one(letter if "m" in self.flags else {"^": "A", "$": "z"}[letter])
+        elif letter == ".":
+            self.add_one(Character(() if "s" in self.flags else (("\n", "\n"),), negated=True))
+        else:
+            self.add_one(self.bracket() if letter == "[" else self.literal(letter))
+
+    def literal(self, letter: str) -> Character:
+        """The instruction for a character that stands for itself."""
+        return Character(((letter, letter),), "i" in self.flags)
+
+    def repeat(self, low: int, high: Optional[int]) -> None:
+        """Repeat the last piece from `low` to `high` times, None for without end."""
+        if self.text.startswith("?", self.at):
+            self.at += 1
+        self.repeated = True
+        piece, product = self.groups[-1].pieces.pop()
+        most = low if high is None else high
+        product *= max(1, most)
+        if max(low, most, product) > REPEAT_LIMIT or low > most:
+            raise PatternError("invalid repeat count")
+        self.spend(len(piece) * max(1, most) + (2 if high is None else high - low) - len(piece))
+        if high is not None:
+            self.add(piece * low + [(1, len(piece) + 1), *piece] * (high - low), product)
+        elif low:
+            self.add([*piece * low, (-len(piece), 1)], product)
+        else:
+            self.add([(1, len(piece) + 2), *piece, (-len(piece) - 1,)], product)
+
+    def open(self) -> None:
+        """Read the rest of the beginning of a group, or other flags for the rest of this one."""
+        head = self.take(GROUP_HEAD)
+        name = head.group("name") if head else None
+        if (not head and self.text.startswith("?", self.at)) or len(self.groups) > GROUP_LIMIT or name in self.names:
+            raise PatternError("invalid group")
+        if not head or head.group("end") != ")":
+            self.groups.append(OpenGroup(self.flags))
+        if name:
+            self.names.add(name)
+        elif head:
+            self.flags = (self.flags | set(head.group("on"))) - set(head.group("off") or "")
+
+    def close(self) -> None:
+        """End the innermost group and put its program into the one around it."""
+        if len(self.groups) == 1:
+            raise PatternError("unexpected )")
+        group = self.groups.pop()
+        self.flags = group.flags
+        self.add(group.program(), group.product)
+
+    def escape(self) -> None:
+        """Read what stands behind a backslash outside of brackets."""
+        letter = self.text[self.at:self.at + 1]
+        if letter == "Q":
+            end = self.text.find("\\E", self.at)
+            quoted = self.text[self.at + 1:end if end >= 0 else len(self.text)]
+            self.at = end + 2 if end >= 0 else len(self.text)
+            for each in quoted:
+                self.add_one(self.literal(each))
+        elif letter in ("A", "z", "b", "B"):
+            self.at += 1
+            self.add_one(letter)
+        elif letter.lower() in PERL_CLASSES:
+            self.at += 1
+            self.add_one(Character(PERL_CLASSES[letter.lower()], "i" in self.flags, letter.isupper()))
+        else:
+            self.add_one(self.literal(self.escaped()))
+
+    def escaped(self) -> str:
+        """Read what stands behind a backslash for one character."""
+        code = self.take(CODE)
+        if code:
+            long, short, octal = code.groups()
+            number = int(octal, 8) if octal else int(short or long.lstrip("0")[:7] or "0", 16)
+            if number > sys.maxunicode:
+                raise PatternError("invalid escape sequence")
+            return chr(number)
+        letter = self.text[self.at:self.at + 1]
+        self.at += 1
+        named = {"a": "\a", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}.get(letter)
+        if not named and (not letter or letter.isalnum() or not letter.isascii()):
+            raise PatternError("invalid escape sequence")
+        return named or letter
+
+    def bracket(self) -> Character:
+        """Read the rest of a class in brackets."""
+        negated = self.text.startswith("^", self.at)
+        self.at += negated
+        begin, ranges = self.at, []
+        while self.at == begin or not self.text.startswith("]", self.at):
+            posix = self.take(POSIX_CLASS)
+            letter = self.text[self.at + 1:self.at + 2] if self.text.startswith("\\", self.at) else ""
+            if posix:
+                if posix.group(2) not in POSIX_CLASSES:
+                    raise PatternError("invalid character class range")
+                known = POSIX_CLASSES[posix.group(2)]
+                ranges += complement(known) if posix.group(1) else known
+            elif letter.lower() in PERL_CLASSES:
+                self.at += 2
+                known = PERL_CLASSES[letter.lower()]
+                ranges += complement(known) if letter.isupper() else known
+            else:
+                low = high = self.member()
+                if self.text.startswith("-", self.at) and self.text[self.at + 1:self.at + 2] not in ("", "]"):
+                    self.at += 1
+                    high = self.member()
+                if high < low:
+                    raise PatternError("invalid character class range")
+                ranges.append((low, high))
+        self.at += 1
+        return Character(merged(ranges), "i" in self.flags, negated)
+
+    def member(self) -> str:
+        """Read one character in brackets."""
+        if self.at >= len(self.text):
+            raise PatternError("missing closing ]")
+        letter = self.text[self.at]
+        self.at += 1
+        return self.escaped() if letter == "\\" else letter
+
+
+class Pattern:
+    """An expression of Go's regexp, to be found anywhere in a text. PatternError for what Go's regexp refuses; 400 for
+    one of more than `room` instructions."""
+
+    # Members of sets of instructions that are kept for the next time that a text comes to them.
+    KEPT = 1 << 16
+
+    def __init__(self, text: str, room: int = PROGRAM_LIMIT):
+        self.program = Compiler(text, room).compile()
+        self.steps: Dict[Tuple[frozenset, str, str], frozenset] = {}
+        self.kept = 0
+
+    def found_in(self, text: str) -> bool:
+        """Whether it matches a part of a text. The time is at most proportional to the lengths of text and program."""
+        places, before = frozenset((0,)), ""
+        for after in itertools.chain(text, ("",)):
+            step = (places, before, after)
+            known = self.steps.get(step)
+            if known is None:
+                known = self.follow(*step)
+                self.kept += len(known) + 1
+                if self.kept > self.KEPT:
+                    self.steps, self.kept = {}, len(known) + 1
+                self.steps[step] = known
+            if len(self.program) in known:
+                return True
+            # All that the next boundary depends on.
+            places, before = known, "a" if WORD_CHARACTER.match(after) else "\n" if after == "\n" else " "
+        return False
+
+    def follow(self, places: frozenset, before: str, after: str) -> frozenset:
+        """The instructions to go on at behind the character `after`, "" for the end of the text; the end of the
+        program alone where it is reached without that character."""
+        waiting, reached, found = list(places), set(places), {0}
+        while waiting:
+            place = waiting.pop()
+            if place == len(self.program):
+                return frozenset((place,))
+            instruction = self.program[place]
+            following: Iterable[int] = ()
+            if isinstance(instruction, Character):
+                if after and instruction.accepts(after):
+                    found.add(place + 1)
+            elif isinstance(instruction, str):
+                following = (place + 1,) if is_boundary(instruction, before, after) else ()
+            else:
+                following = [place + offset for offset in instruction]
+            for each in following:
+                if each not in reached:
+                    reached.add(each)
+                    waiting.append(each)
+        return frozenset(found)
+
+
+def is_boundary(kind: str, before: str, after: str) -> bool:
+    """Whether a boundary is between two characters, "" for an end of the text: one of the text (A, z), of a line (^, $)
+    or of a word (b), or none of a word (B)."""
+    if kind in "bB":
+        return (bool(WORD_CHARACTER.match(before)) != bool(WORD_CHARACTER.match(after))) == (kind == "b")
+    beside = before if kind in "A^" else after
+    return not beside or (beside == "\n" and kind in "^$")
+
+
+class NameFilter:
+    """The values of a filter by name, as dockerd takes them: each is the name itself or an expression that is found in
+    it. An expression that does not compile is found nowhere. 400 for more than PROGRAM_LIMIT instructions."""
+
+    SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$]")
+
+    def __init__(self, wanted: Iterable[str]):
+        self.exact = frozenset(wanted)
+        self.parts = [each for each in self.exact if not self.SPECIAL.search(each)]
+        self.patterns: List[Pattern] = []
+        room = PROGRAM_LIMIT
+        for each in self.exact.difference(self.parts):
+            with contextlib.suppress(PatternError):
+                self.patterns.append(Pattern(each, room))
+                room -= len(self.patterns[-1].program)
+
+    def passes(self, *names: str) -> bool:
+        """Whether one of the names of an object passes; all do where the filter has no values."""
+        return not self.exact or any(
+            name in self.exact or any(part in name for part in self.parts)
+            or any(each.found_in(name) for each in self.patterns) for name in names)
+
+
+###############################################################################
 # Requests, responses
 ###############################################################################
 
@@ -212,17 +1366,15 @@ class Request:
             raise BadParameter(f"invalid value for {name}: {text!r} is not a number")
         return int(text)
 
-    def timestamp(self, name: str) -> Optional[float]:
-        """Seconds since 1970 from `1700000000`, `1700000000.5` or RFC 3339; None when absent; 400 otherwise."""
+    def timestamp(self, name: str) -> Optional[int]:
+        """Nanoseconds since 1970 from `1700000000`, `1700000000.5` or RFC 3339; None when absent; 400 otherwise."""
         text = self.value(name).strip()
         if not text:
             return None
-        if re.fullmatch(r"-?\d{1,15}(\.\d{1,18})?", text):
-            return float(text)
-        seconds = seconds_of(text)
-        if seconds is None:
+        found = nanoseconds_of(text)
+        if found is None:
             raise BadParameter(f"invalid value for {name}: {text!r} is not a timestamp")
-        return seconds
+        return found
 
     def json(self, required: bool = False) -> Dict[str, Any]:
         """The body as a JSON object, {} when there is none and it may be absent; 400 with dockerd's words otherwise."""
@@ -481,9 +1633,8 @@ def error_response(error: ApiError) -> Response:
 NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
     (r"cannot access containerd socket \"?([^\"\s:]+)", Unavailable,
      "containerd is not running at {0}: start it (systemctl start containerd), or say where it is with --address"),
-    (r"(?:connection error|failed to dial|connection refused|error reading server preface).*?(containerd\.sock)", Unavailable,
+    (r"(?:connection error|failed to dial|connection refused|error reading server preface).{0,400}?(containerd\.sock)", Unavailable,
      "containerd does not answer: see systemctl status containerd"),
-    (r"nerdctl is not installed, and", NotImplementedHere, ""),
     (r"connection error: desc = \"transport: Error while dialing: dial unix (?!\S*buildkit)(\S+): ", Unavailable,
      "containerd does not answer at {0}: see systemctl status containerd"),
     (r"rootless containerd not running", Unavailable,
@@ -533,7 +1684,9 @@ UNMOUNTING = 10.0
 
 
 def parse_logrus(line: str) -> Tuple[str, str]:
-    """A line of nerdctl's stderr as (level, message); ("", line) for what is not logrus."""
+    """A line of nerdctl's stderr as (level, message); ("", line) for what is not logrus. ctr's last line is fatal."""
+    if line.startswith("ctr: "):
+        return "fatal", line[len("ctr: "):]
     found = LOGRUS.match(line)
     if found:
         level, quoted, plain, error = found.groups()
@@ -552,7 +1705,7 @@ def nerdctl_message(stderr: str) -> str:
     a fatal line that only counts them, or the last line there is."""
     lines = [parse_logrus(line) for line in stderr.splitlines() if line.strip()]
     fatal = [re.sub(r"^\d+ errors:\n(?=.)", "", message) for level, message in lines if level == "fatal"]
-    if fatal and not re.match(r"^(\d+ errors?:?|.*\d+ errors?:)\s*$", fatal[-1].strip()):
+    if fatal and not re.match(r"^(\d+ errors?:?|.*\d errors?:)$", fatal[-1].strip()):
         return re.sub(r"^1 errors:\s*", "", fatal[-1].strip())
     for wanted in (("error",), ("",), ("warning",)):
         told = [message.strip() for level, message in lines if level in wanted]
@@ -589,7 +1742,7 @@ class Process:
     GRACE = 2.0
 
     def __init__(self, runner: "Nerdctl", argv: List[str], environment: Dict[str, str], stdin: Any, stdout: Any, stderr: Any,
-                 client: Client, lasting: bool = False, mounts: bool = False):
+                 client: Client, lasting: bool = False, mounts: bool = False, descriptors: Tuple[int, ...] = ()):
         self.runner = runner
         self.argv = argv
         self.lasting, self.mounts = lasting, mounts
@@ -601,7 +1754,8 @@ class Process:
         try:
             pipes = [self._relay() if lasting and each == subprocess.PIPE else each for each in (stdout, stderr)]
             self.popen = subprocess.Popen(
-                argv, stdin=stdin, stdout=pipes[0], stderr=pipes[1], env=environment, bufsize=0, start_new_session=True
+                argv, stdin=stdin, stdout=pipes[0], stderr=pipes[1], env=environment, bufsize=0, start_new_session=True,
+                pass_fds=descriptors
             )
         except OSError as error:
             self.popen = None
@@ -663,21 +1817,21 @@ class Process:
         """Up to `size` bytes of stdout as soon as there are any; b"" at its end."""
         return os.read(self.stdout.fileno(), size)
 
-    def pieces(self, kept: int = 0) -> Iterator[Any]:
-        """Stdout to its end as bytes, and as Piped what is not worth to be read here. The last `kept` bytes come as bytes."""
+    def pieces(self, unread: Callable[[], int] = lambda: sys.maxsize) -> Iterator[Any]:
+        """Stdout to its end as bytes, and as Piped what is not worth to be read here: at most the next `unread()` bytes."""
         descriptor = self.stdout.fileno()
         with contextlib.suppress(OSError):
             # The two processes at its ends change places less often. fcntl has the name F_SETPIPE_SZ from Python 3.10 on.
             fcntl.fcntl(descriptor, 1031, 1 << 20)
         pause, total = 0.0005, 0
         while True:
-            if total > 1 << 20 and waiting_bytes(descriptor) < Piped.WORTH + kept:
+            if total > 1 << 20 and waiting_bytes(descriptor) < Piped.WORTH:
                 # nerdctl writes 32 KiB at a time or less: to be woken by each would cost both of us more than they are worth.
                 poll_readable(descriptor, None)
                 time.sleep(pause)
                 found = waiting_bytes(descriptor)
                 pause = min(2 * pause, 0.004) if found < BLOCK else max(pause / 2, 0.00025) if found > 2 * BLOCK else pause
-            waiting = waiting_bytes(descriptor) - kept
+            waiting = min(waiting_bytes(descriptor), unread())
             if waiting >= Piped.WORTH and hasattr(os, "splice"):
                 total += waiting
                 yield Piped(descriptor, waiting)
@@ -789,8 +1943,7 @@ def waiting_bytes(descriptor: int) -> int:
 
 
 class Nerdctl:
-    """Runs nerdctl: the only place that starts a process. `command` is the argv in front ("nerdctl", or "lima nerdctl"
-    as two words). Short calls wait in a queue for one of a few places; streams have places of their own."""
+    """Runs nerdctl: the only place that starts a process. `command` is the argv in front, of one word or more. Short calls wait in a queue for one of a few places; streams have places of their own."""
 
     def __init__(self, command: List[str], namespace: str = "", address: str = "", snapshotter: str = "",
                  buildkit_host: str = "", debug: bool = False):
@@ -849,6 +2002,13 @@ class Nerdctl:
         merged = {**self.environment, **environment} if environment else self.environment
         return Process(self, self.argv(arguments), merged, stdin, stdout, stderr, client, lasting, mounts)
 
+    def start_own(self, command: str, before: Iterable[str] = (), client: Client = Client()) -> Process:
+        """This file as a process of its own, `nerdctld.py COMMAND`, with its standard streams as pipes and errors in memory;
+        `before` is the argv of a program that starts it. It is killed when `client` leaves."""
+        code = own_bytecode()
+        argv = [*before, sys.executable, "-IS", f"/proc/self/fd/{code}", command]
+        return Process(self, argv, self.environment, subprocess.PIPE, subprocess.PIPE, None, client, descriptors=(code,))
+
     def output(self, *arguments: str, data: bytes = b"", timeout: float = SHORT_CALL,
                environment: Optional[Dict[str, str]] = None, waits: bool = False) -> Output:
         """Run to the end, whatever its status. 503 when no place becomes free or it does not end within `timeout`. One that
@@ -897,6 +2057,69 @@ class Nerdctl:
         """The JSON values that a command with a `{{json …}}` format prints, one a line."""
         return parse_rows(self.run(*arguments, timeout=timeout, environment=self.listing).stdout)
 
+    # What class Ctr does in other ways. A running process that comes back is to be used as a context.
+
+    def version(self) -> Dict[str, Any]:
+        """The versions of the programs that do the work, in nerdctl's form."""
+        return next(iter(self.rows("version", "--format", "{{json .}}", timeout=10)), {})
+
+    def info(self) -> Dict[str, Any]:
+        """What is known of the machine, in nerdctl's form."""
+        return next(iter(self.rows("info", "--format", "{{json .}}", timeout=20)), {})
+
+    def login(self, host: str, user: str, password: str, environment: Dict[str, str]) -> None:
+        """Have a registry check credentials; 401 where it refuses them."""
+        output = self.output("login", "--username", user, "--password-stdin", "--", host, data=password.encode(),
+                             timeout=60, environment=environment, waits=True)
+        if output.status:
+            error = nerdctl_error(output.stderr)
+            if isinstance(error, Unavailable):
+                raise error
+            refused = r"401|[Uu]nauthorized|incorrect username|authentication (?:is )?required|denied"
+            raise (Unauthorized if re.search(refused, output.stderr) else ApiError)(str(error))
+
+    def pull(self, name: str, platform: str, unpack: bool, environment: Optional[Dict[str, str]],
+             client: Client) -> ContextManager[Process]:
+        """A running pull, with its progress on stdout. Only for a platform that is named it matters whether nerdctl is
+        to `unpack`: by itself it unpacks what fits the machine."""
+        options = [f"--platform={platform}", f"--unpack={'auto' if unpack else 'false'}"] if platform else []
+        return self.start("pull", *options, "--", name, environment=environment, client=client)
+
+    def push(self, name: str, platforms: List[str], environment: Optional[Dict[str, str]],
+             client: Client) -> ContextManager[Process]:
+        """A running push, with its progress on stdout."""
+        options = [f"--platform={each}" for each in platforms]
+        return self.start("push", *options, "--", name, environment=environment, client=client)
+
+    def pushed_digest(self, process: Process) -> str:
+        """The digest of what a push sent in the place of an image that is here in part, "" when it sent the image."""
+        found = re.findall(r"reduced-platform image \([^,]+, (sha256:[0-9a-f]{64})\)", process.error_text())
+        return found[-1] if found else ""
+
+    def load(self, platforms: List[str]) -> ContextManager[Process]:
+        """A running load of the archive on its stdin, of all platforms where none is named."""
+        options = [f"--platform={each}" for each in platforms] or ["--all-platforms"]
+        return self.start("load", *options, stdin=subprocess.PIPE)
+
+    def save(self, names: List[str], platforms: List[str], client: Client) -> ContextManager[Process]:
+        """A running save, the archive on its stdout."""
+        return self.start("save", *(f"--platform={each}" for each in platforms), "--", *names, client=client)
+
+    def tag(self, source: str, name: str) -> None:
+        """Let `name` stand for what `source` stands for."""
+        self.run("tag", "--", source, name)
+
+    def remove_images(self, names: List[str], force: bool = False) -> None:
+        """Remove names of images, and what nothing else needs any more."""
+        self.run("rmi", *(["--force"] if force else []), "--", *names)
+
+    def build(self, options: List[str], names: List[str], folder: str, environment: Optional[Dict[str, str]],
+              client: Client) -> ContextManager[Process]:
+        """A running build of a context with nerdctl's `options` of build; its progress is on stderr."""
+        tags = [f"--tag={name}" for name in names]
+        return self.start("build", *options, *tags, "--", folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          environment=environment, client=client)
+
     def buildkit_addresses(self) -> List[str]:
         """Where nerdctl looks for buildkitd, in its order."""
         if self.environment.get("BUILDKIT_HOST"):
@@ -904,13 +2127,13 @@ class Nerdctl:
         base = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
         return [f"unix://{base}/{name}/buildkitd.sock" for name in (f"buildkit-{self.namespace}", "buildkit-default", "buildkit")]
 
-    def buildctl(self, *arguments: str, timeout: float = SHORT_CALL) -> Output:
-        """Run BuildKit's own client, which nerdctl needs for builds anyway, for what nerdctl has no command for."""
+    def buildctl(self) -> "Nerdctl":
+        """What runs BuildKit's own client, which nerdctl needs for builds anyway."""
         address = next((each for each in self.buildkit_addresses()
                         if not each.startswith("unix://") or os.path.exists(each[len("unix://"):])), self.buildkit_addresses()[-1])
         other = Nerdctl(["buildctl", f"--addr={address}"])
         other.options, other.places, other.processes, other.debug = [], self.places, self.processes, self.debug
-        return other.output(*arguments, timeout=timeout)
+        return other
 
     def end_all(self) -> None:
         """End every process that is still running, but for those that hold a container or will find their pipes closed."""
@@ -921,6 +2144,17 @@ class Nerdctl:
         for process in ending:
             if process.wait(max(0.0, deadline - time.monotonic())) is None:
                 process.kill()
+
+
+@functools.lru_cache(maxsize=None)
+def own_bytecode() -> int:
+    """A descriptor of this file as bytecode in memory: compiling it would be half of the time of each process that runs it."""
+    import importlib.util
+    import marshal
+
+    compiled = os.memfd_create("nerdctld.pyc")
+    os.write(compiled, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(__loader__.get_code(__name__)))
+    return compiled
 
 
 @functools.lru_cache(maxsize=None)
@@ -1020,200 +2254,25 @@ def remove_tree(path: str) -> None:
 
 
 ###############################################################################
-# Conversions
-###############################################################################
-
-ZERO_TIME = "0001-01-01T00:00:00Z"
-TIMESTAMP = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9})\d*)?)?\s*(Z|UTC|[+-]\d\d:?\d\d)?(?: [A-Z]{1,5})?")
-SIZE_UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
-
-
-def nanoseconds_of(text: str) -> Optional[int]:
-    """Nanoseconds since 1970 of RFC 3339 or Go's `2026-11-23 19:00:00.1 +0000 UTC`; None for what is neither."""
-    found = TIMESTAMP.fullmatch(text.strip())
-    if not found:
-        return None
-    year, month, day, hour, minute, second = (int(each or 0) for each in found.groups()[:6])
-    if not (1 <= month <= 12 and 1 <= day <= 31 and hour < 24 and minute < 60 and second < 61 and year):
-        return None
-    seconds = calendar.timegm((year, month, day, hour, minute, second))
-    zone = found.group(8)
-    if zone and zone[0] in "+-":
-        offset = int(zone[1:3]) * 3600 + int(zone[-2:]) * 60
-        seconds += offset if zone[0] == "-" else -offset
-    return seconds * 10**9 + int((found.group(7) or "0").ljust(9, "0"))
-
-
-def seconds_of(text: str) -> Optional[float]:
-    """Seconds since 1970 of a timestamp as nanoseconds_of() reads it."""
-    nanoseconds = nanoseconds_of(text)
-    return None if nanoseconds is None else nanoseconds / 1e9
-
-
-def rfc3339(nanoseconds: Optional[int]) -> str:
-    """`2026-11-23T19:00:00.123456789Z`, the zero time for None."""
-    if nanoseconds is None:
-        return ZERO_TIME
-    seconds, rest = divmod(nanoseconds, 10**9)
-    fraction = f".{rest:09d}".rstrip("0") if rest else ""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + fraction + "Z"
-
-
-def size_bytes(text: str) -> int:
-    """Bytes of `12.5MB`, `1.2 GiB`, `512`; 0 for what is no size."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?i?)b?\s*", text.lower())
-    if not found:
-        return 0
-    try:
-        return int(float(found.group(1)) * SIZE_UNITS[found.group(2)])
-    except (ValueError, KeyError):
-        return 0
-
-
-def human_duration(seconds: float) -> str:
-    """A duration as `docker ps` words it: `About a minute`, `5 hours`."""
-    whole = int(seconds)
-    if whole < 1:
-        return "Less than a second"
-    if whole == 1:
-        return "1 second"
-    if whole < 60:
-        return f"{whole} seconds"
-    minutes = whole // 60
-    if minutes == 1:
-        return "About a minute"
-    if minutes < 60:
-        return f"{minutes} minutes"
-    hours = int(seconds / 3600 + 0.5)
-    if hours == 1:
-        return "About an hour"
-    for limit, unit, name in ((48, 1, "hours"), (24 * 7 * 2, 24, "days"), (24 * 30 * 2, 24 * 7, "weeks"), (24 * 365 * 2, 24 * 30, "months")):
-        if hours < limit:
-            return f"{hours // unit} {name}"
-    return f"{hours // 24 // 365} years"
-
-
-def match_labels(labels: Dict[str, str], wanted: Iterable[str]) -> bool:
-    """Whether labels satisfy every `key` and `key=value` of a label filter."""
-    for each in wanted:
-        key, equals, value = each.partition("=")
-        if key not in labels or (equals and labels[key] != value):
-            return False
-    return True
-
-
-def match_any(value: str, wanted: Iterable[str]) -> bool:
-    """Whether a name satisfies a name filter, which Docker reads as regular expressions found anywhere in it."""
-    for each in wanted:
-        try:
-            if re.search(each, value):
-                return True
-        except re.error:
-            if each in value:
-                return True
-    return False
-
-
-def typed(value: Any, kind: type, what: str) -> Any:
-    """`value` if it is of the JSON type asked for, an empty one for null; 400 otherwise."""
-    if value is None:
-        return kind()
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        names = {dict: "an object", list: "an array", str: "a string", int: "a number", bool: "a boolean"}
-        raise BadParameter(f"invalid JSON: {what} must be {names[kind]}")
-    return value
-
-
-def int_or_zero(text: str) -> int:
-    """The number that a text is, 0 for any other text."""
-    return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
-
-
-def string_list(value: Any, what: str) -> List[str]:
-    """A JSON array of strings, [] for null; a lone string is taken as a list of one, as Docker does; 400 otherwise."""
-    if isinstance(value, str):
-        return [value]
-    return [typed(each, str, what) for each in typed(value, list, what)]
-
-
-def string_map(value: Any, what: str) -> Dict[str, str]:
-    """A JSON object of strings, {} for null; 400 otherwise."""
-    return {key: typed(each, str, what) for key, each in typed(value, dict, what).items()}
-
-
-LINKS_FOLLOWED = 40
-
-
-@contextlib.contextmanager
-def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[int, List[str], str]]:
-    """A path below a root folder as an O_PATH descriptor, with the names on the way to it and, for a link at its end that
-    is not to be followed, where that leads. Links are taken as inside of the root, and each step is opened by itself, so
-    that nobody inside can lead it out. FileNotFoundError and other OSErrors as lstat has."""
-    left = [part for part in path.split("/") if part]
-    stack = [os.open(root, os.O_PATH | os.O_DIRECTORY)]
-    names: List[str] = []
-    links, last = 0, ""
-    try:
-        while left:
-            part = left.pop(0)
-            if part in (".", ".."):
-                if part == ".." and names:
-                    os.close(stack.pop())
-                    names.pop()
-                continue
-            entry = os.open(part, os.O_PATH | os.O_NOFOLLOW, dir_fd=stack[-1])
-            stack.append(entry)
-            names.append(part)
-            mode = os.fstat(entry).st_mode
-            if stat.S_ISLNK(mode):
-                target = os.readlink("", dir_fd=entry)
-                if not (left or follow or path.endswith("/")):
-                    last = target
-                    break
-                links += 1
-                if links > LINKS_FOLLOWED:
-                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-                os.close(stack.pop())
-                names.pop()
-                if target.startswith("/"):
-                    for each in stack[1:]:
-                        os.close(each)
-                    del stack[1:]
-                    names.clear()
-                left = [each for each in target.split("/") if each] + left
-            elif left and not stat.S_ISDIR(mode):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        yield stack[-1], names, last
-    finally:
-        for each in stack:
-            os.close(each)
-
-
-###############################################################################
 # gRPC
 ###############################################################################
 
-# As much of protobuf, HTTP/2 and gRPC as it takes to speak with BuildKit and, for what nerdctl has no command for, containerd.
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RESET, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
-END_STREAM = ACK = 1
-END_HEADERS, PADDED = 4, 8
-# Length and kind, flags, stream.
-FRAME_HEAD = struct.Struct(">IBI")
-WINDOW = 65535
-GRPC_CODES = {400: 3, 409: 9, 503: 14}
+# As much of protobuf, HTTP/2 (RFC 9113, RFC 7541) and gRPC as BuildKit and containerd ask for.
 
 
-class Field(NamedTuple):
-    """A field of a protobuf message: its number, its value (bytes, or an int for a varint) and all of its bytes."""
+class ProtoField(NamedTuple):
+    """A field of a protobuf message: its number, its value (an int for a varint, else bytes) and its whole encoding."""
 
     number: int
     value: Any
-    raw: bytes
+    raw: Any
 
 
-def varint(number: int) -> bytes:
-    """A number as protobuf and HPACK write it, seven bits a byte."""
+def encode_varint(number: int) -> bytes:
+    """A number in seven bits a byte, the lowest first; a negative one as 64 bits of two's complement."""
+    if 0 <= number < 128:
+        return bytes((number,))
+    number &= 0xFFFFFFFFFFFFFFFF
     parts = bytearray()
     while number > 127:
         parts.append(number & 127 | 128)
@@ -1222,167 +2281,216 @@ def varint(number: int) -> bytes:
     return bytes(parts)
 
 
-def read_varint(data: bytes, at: int) -> Tuple[int, int]:
-    """The number that begins at `at`, and where it ends; ValueError for one that is cut short or has over ten bytes."""
+def decode_varint(data: Any, start: int) -> Tuple[int, int]:
+    """The number that begins at `start`, and where it ends; ValueError where there is none of up to ten bytes."""
     number = 0
-    for shift in range(0, 70, 7):
-        if at >= len(data):
-            break
-        byte = data[at]
-        at += 1
+    for shift, byte in zip(range(0, 70, 7), data[start:start + 10]):
         number |= (byte & 127) << shift
         if byte < 128:
-            return number, at
+            return number, start + shift // 7 + 1
     raise ValueError("not a varint")
 
 
-def field(number: int, value: bytes) -> bytes:
-    """A field that holds bytes, text or a message."""
-    return varint(number << 3 | 2) + varint(len(value)) + value
+def encode_field(number: int, value: Any) -> bytes:
+    """A field with an int or bool as varint, or with text, bytes or an encoded message."""
+    if isinstance(value, int):
+        return encode_varint(number << 3) + encode_varint(value)
+    data = value.encode() if isinstance(value, str) else value
+    return b"".join((encode_varint(number << 3 | 2), encode_varint(len(data)), data))
 
 
-def fields(data: Any) -> Iterator[Field]:
-    """The fields of a message, bytes or a view of them, in order; ValueError for what is no message."""
-    at = 0
-    while at < len(data):
-        tag, start = read_varint(data, at)
-        wire, value = tag & 7, b""
-        if wire == 0:
-            value, end = read_varint(data, start)
+def decode_fields(data: Any) -> Iterator[ProtoField]:
+    """The fields of a message in their order: of bytes they are bytes, of a memoryview they are views, without a copy.
+    ValueError for what is no message."""
+    at, size = 0, len(data)
+    while at < size:
+        start, tag = at, data[at]
+        at += 1
+        if tag > 127:
+            tag, at = decode_varint(data, start)
+        wire, value = tag & 7, None
+        if wire == 2 or not wire:
+            if at < size and data[at] < 128:
+                length, at = data[at], at + 1
+            else:
+                length, at = decode_varint(data, at)
+            if not wire:
+                value, length = length, 0
         elif wire in (1, 5):
-            end = start + (8 if wire == 1 else 4)
-        elif wire == 2:
-            size, start = read_varint(data, start)
-            end = start + size
+            length = 8 if wire == 1 else 4
         else:
             raise ValueError("not a protobuf message")
-        if not tag >> 3 or end > len(data):
+        end = at + length
+        if tag < 8 or end > size:
             raise ValueError("not a protobuf message")
-        yield Field(tag >> 3, value if wire == 0 else data[start:end], data[at:end])
+        yield ProtoField(tag >> 3, value if not wire else data[at:end], data[start:end])
         at = end
 
 
-def read_entry(data: bytes) -> Tuple[str, str]:
+def encode_map_entry(number: int, key: str, value: Any) -> bytes:
+    """An entry of the map in field `number`."""
+    return encode_field(number, encode_field(1, key) + encode_field(2, value))
+
+
+def decode_map_entry(data: Any) -> Tuple[str, str]:
     """Key and value of an entry of a map of strings."""
-    found = {each.number: each.value for each in fields(data)}
-    return str(found.get(1, b""), "utf-8"), str(found.get(2, b""), "utf-8")
+    entry = {field.number: field.value for field in decode_fields(data)}
+    return str(entry.get(1, b""), "utf-8"), str(entry.get(2, b""), "utf-8")
 
 
-class Frame(NamedTuple):
-    """An HTTP/2 frame: `raw` is all of it, a header block with its continuations. `kind` -1 is the preface."""
+HPACK_STATIC_TABLE = [tuple((entry + "=").split("=")[:2]) for entry in (
+    ":authority|:method=GET|:method=POST|:path=/|:path=/index.html|:scheme=http|:scheme=https|:status=200|:status=204|"
+    ":status=206|:status=304|:status=400|:status=404|:status=500|accept-charset|accept-encoding=gzip, deflate|"
+    "accept-language|accept-ranges|accept|access-control-allow-origin|age|allow|authorization|cache-control|"
+    "content-disposition|content-encoding|content-language|content-length|content-location|content-range|content-type|"
+    "cookie|date|etag|expect|expires|from|host|if-match|if-modified-since|if-none-match|if-range|if-unmodified-since|"
+    "last-modified|link|location|max-forwards|proxy-authenticate|proxy-authorization|range|referer|refresh|retry-after|"
+    "server|set-cookie|strict-transport-security|transfer-encoding|user-agent|vary|via|www-authenticate").split("|")]
+# The length in bits of the Huffman code of each byte and of the end of the string, as digits of base 36. The code is
+# canonical: shorter codes come before longer ones, and those of one length count upwards in the order of their bytes.
+HUFFMAN_LENGTHS = [int(digit, 36) for digit in (
+    "dnsssssssoussussssssssusssssssss6aacd68baa8b8666555666666678f6cad677777777777777777777"
+    "77878djde6f56565666577666567655677777fbedskmkkmmmnmnnnnnonoomnonnnnlmnmnnomlkmmnnlnmmo"
+    "lmnnllmlnmnnkmmmnmmnqqkjmnmpqqqrrqopjlqrrqrollqqsrrrkoklmllnmmppooqnqrqqrrrrrsrrrrrqu")]
+HUFFMAN_SYMBOLS = sorted(range(257), key=HUFFMAN_LENGTHS.__getitem__)
+# The codes in the order of these symbols, each followed by zeros up to the 30 bits of the longest one.
+HUFFMAN_CODES = [0, *itertools.accumulate(1 << 30 - HUFFMAN_LENGTHS[symbol] for symbol in HUFFMAN_SYMBOLS[:-1])]
+
+
+def huffman_decode(data: bytes) -> bytes:
+    """A string of a header block that is Huffman coded; ValueError for what is none."""
+    decoded, left, bits, number = bytearray(), 8 * len(data), 0, 0
+    # Padding is the beginning of the longest code, that of the end, which is all ones.
+    for byte in data + b"\xff\xff\xff\xff":
+        number, bits = (number << 8 | byte) & 0xFFFFFFFFFF, bits + 8
+        while bits >= 30 and left > 0:
+            code = number >> bits - 30 & 0x3FFFFFFF
+            symbol = HUFFMAN_SYMBOLS[bisect.bisect_right(HUFFMAN_CODES, code) - 1]
+            length = HUFFMAN_LENGTHS[symbol]
+            if length > left:
+                if left > 7 or code >> 30 - left != (1 << left) - 1:
+                    raise ValueError("bad padding of a Huffman code")
+            elif symbol == 256:
+                raise ValueError("a Huffman code goes on after its end")
+            else:
+                decoded.append(symbol)
+            left -= length
+            bits -= length
+    return bytes(decoded)
+
+
+class HpackDecoder:
+    """Decodes the header blocks of a connection in their order: they refer to a table that earlier ones have filled."""
+
+    CAPACITY = 4096
+
+    def __init__(self) -> None:
+        self.table: Deque[Tuple[str, str]] = collections.deque()
+        self.size, self.capacity = 0, self.CAPACITY
+
+    def decode(self, block: bytes, limit: int) -> List[Tuple[str, str]]:
+        """The headers of a block; ValueError or IndexError for what is none or makes more than `limit` bytes."""
+        headers: List[Tuple[str, str]] = []
+        at = 0
+        while at < len(block):
+            kind = block[at]
+            if kind & 0xE0 == 0x20:
+                self.capacity, at = self._integer(block, at, 5)
+                if headers or self.capacity > self.CAPACITY:
+                    raise ValueError("bad size of the table of headers")
+            else:
+                index, at = self._integer(block, at, 7 if kind & 0x80 else 6 if kind & 0x40 else 4)
+                header = self._entry(index) if index or kind & 0x80 else ("", "")
+                if not kind & 0x80:
+                    name, at = (header[0], at) if index else self._string(block, at)
+                    value, at = self._string(block, at)
+                    header = (name, value)
+                headers.append(header)
+                size = len(header[0]) + len(header[1]) + 32
+                limit -= size
+                if limit < 0:
+                    raise ValueError("too many headers")
+                if kind & 0xC0 == 0x40:
+                    self.table.appendleft(header)
+                    self.size += size
+            while self.size > self.capacity:
+                self.size -= sum(map(len, self.table.pop())) + 32
+        return headers
+
+    @staticmethod
+    def _integer(block: bytes, at: int, bits: int) -> Tuple[int, int]:
+        most = (1 << bits) - 1
+        number = block[at] & most
+        if number < most:
+            return number, at + 1
+        number, at = decode_varint(block, at + 1)
+        return number + most, at
+
+    def _string(self, block: bytes, at: int) -> Tuple[str, int]:
+        coded = block[at] & 0x80
+        size, at = self._integer(block, at, 7)
+        text = block[at:at + size]
+        if len(text) < size:
+            raise ValueError("a header is cut short")
+        return (huffman_decode(text) if coded else text).decode("latin-1"), at + size
+
+    def _entry(self, index: int) -> Tuple[str, str]:
+        if not index:
+            raise ValueError("a header refers to nothing")
+        known = len(HPACK_STATIC_TABLE)
+        return HPACK_STATIC_TABLE[index - 1] if index <= known else self.table[index - known - 1]
+
+
+def encode_headers(headers: Iterable[Tuple[str, str]]) -> bytes:
+    """A header block of literals alone, which need no table and no Huffman code."""
+    block = bytearray()
+    for header in headers:
+        block.append(0)
+        for text in header:
+            data = text.encode("latin-1", "replace")
+            block += encode_varint(len(data)) if len(data) < 127 else b"\x7f" + encode_varint(len(data) - 127)
+            block += data
+    return bytes(block)
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
+END_STREAM = ACK = 1
+END_HEADERS, PADDED, PRIORITIZED = 4, 8, 32
+ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE = range(2, 7)
+PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED, FRAME_SIZE_ERROR = 1, 3, 5, 6
+REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, ENHANCE_YOUR_CALM = 7, 8, 9, 11
+# Length and kind, flags, stream.
+FRAME_HEADER = struct.Struct(">IBI")
+FIXED_SIZES = {PRIORITY: 5, RST_STREAM: 4, PING: 8, WINDOW_UPDATE: 4}
+LARGEST_WINDOW = (1 << 31) - 1
+
+
+class Http2Error(ValueError):
+    """The peer does not keep to HTTP/2; the connection ends with this error code."""
+
+    def __init__(self, message: str, code: int = PROTOCOL_ERROR):
+        super().__init__(message)
+        self.code = code
+
+
+class Http2Event(NamedTuple):
+    """What the peer does on a stream: HEADERS with a list of (name, value), DATA with a view of bytes, RST_STREAM with
+    an error code; `ended` says that it sends nothing more there. Or GOAWAY with an error code, where `stream` is the
+    last one that it serves."""
 
     kind: int
-    flags: int
     stream: int
-    raw: Any
-
-    @property
-    def ends(self) -> bool:
-        """Whether its sender says nothing more on the stream."""
-        return self.kind == RESET or self.kind in (DATA, HEADERS) and bool(self.flags & END_STREAM)
-
-    @property
-    def data(self) -> Any:
-        """What it carries, without padding."""
-        return self.raw[10:len(self.raw) - self.raw[9]] if self.kind == DATA and self.flags & PADDED else self.raw[9:]
-
-    @property
-    def number(self) -> int:
-        """The increment of a WINDOW_UPDATE."""
-        return int.from_bytes(self.raw[9:13], "big") & 0x7FFFFFFF
+    value: Any
+    ended: bool
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """The bytes of a frame."""
-    return FRAME_HEAD.pack(len(payload) << 8 | kind, flags, stream) + payload
+class SendBuffer:
+    """Bytes that wait to be sent, in the pieces that they came in: a build context is 500 MB, and each copy costs."""
 
-
-def credit(stream: int, size: int) -> bytes:
-    """A WINDOW_UPDATE; nothing for 0 bytes."""
-    return frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", size)) if size > 0 else b""
-
-
-def header_block(headers: Iterable[Tuple[str, str]]) -> bytes:
-    """Headers in HPACK, all as literals that are kept in no table, so that they may stand between anybody else's."""
-    def text(value: str) -> bytes:
-        data = value.encode("latin-1", "replace")
-        return (varint(len(data)) if len(data) < 127 else b"\x7f" + varint(len(data) - 127)) + data
-
-    return b"".join(b"\x10" + text(name) + text(value) for name, value in headers)
-
-
-def header_frames(stream: int, headers: Iterable[Tuple[str, str]], flags: int = 0) -> bytes:
-    """HEADERS and as many CONTINUATIONs as the smallest limit of a frame demands."""
-    block = header_block(headers)
-    parts = [block[at:at + 16384] for at in range(0, len(block), 16384)]
-    return b"".join(frame(CONTINUATION if at else HEADERS, (0 if at else flags) | (END_HEADERS if at + 1 == len(parts) else 0), stream, part)
-                    for at, part in enumerate(parts))
-
-
-def grpc_end(stream: int, error: Optional[ApiError], begun: bool = False) -> bytes:
-    """The end of a gRPC stream, with an error or without; `begun` when the answer's headers were sent before."""
-    headers = [] if begun else [(":status", "200"), ("content-type", "application/grpc")]
-    headers.append(("grpc-status", str(GRPC_CODES.get(error.status, 13)) if error else "0"))
-    if error:
-        headers.append(("grpc-message", urllib.parse.quote(str(error), safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}")))
-    return header_frames(stream, headers, END_STREAM)
-
-
-class Frames:
-    """Cuts bytes, as they come, into frames."""
-
-    LIMIT = 1 << 25
-
-    def __init__(self, preface: bytes = b""):
-        self.preface = preface
-        self.rest = b""
-
-    def feed(self, data: Any) -> List[Frame]:
-        """The frames that are complete by now, as views of `data`; ValueError for what is not HTTP/2."""
-        data = b"".join((self.rest, data)) if self.rest else data
-        found, at = [], 0
-        if self.preface:
-            if data[:len(self.preface)] != self.preface[:len(data)]:
-                raise ValueError("not HTTP/2")
-            if len(data) >= len(self.preface):
-                found.append(Frame(-1, 0, 0, self.preface))
-                at, self.preface = len(self.preface), b""
-        view = memoryview(data)
-        while not self.preface and len(data) >= at + 9:
-            head, flags, stream = FRAME_HEAD.unpack_from(data, at)
-            kind, end = head & 255, at + 9 + (head >> 8)
-            while kind == HEADERS and not flags & END_HEADERS and len(data) >= end + 9:
-                head, more, _ = FRAME_HEAD.unpack_from(data, end)
-                flags, end = flags | more & END_HEADERS, end + 9 + (head >> 8)
-            if end > len(data) or kind == HEADERS and not flags & END_HEADERS:
-                break
-            found.append(Frame(kind, flags, stream & 0x7FFFFFFF, view[at:end]))
-            at = end
-        self.rest = data[at:]
-        if len(self.rest) > self.LIMIT:
-            raise ValueError("an HTTP/2 header block has no end")
-        return found
-
-
-class Outbox:
-    """Bytes that wait to be sent, in the pieces that they came in, so that they are not copied on their way: what is added
-    may not change afterwards."""
-
-    # Below this a piece is copied: it may be a small part of something large that it would keep in memory.
-    SMALL = 1 << 12
-    # As many pieces as go at once; Linux takes 1024.
-    MOST = 512
-
-    def __init__(self, first: bytes = b""):
-        self.pieces: Deque[Any] = collections.deque()
-        self.size = 0
-        self += first
-
-    def __iadd__(self, data: Any) -> "Outbox":
-        if data:
-            self.pieces.append(bytes(data) if len(data) < self.SMALL else memoryview(data))
-            self.size += len(data)
-        return self
+    def __init__(self, first: bytes = b"") -> None:
+        self.pieces: Deque[Any] = collections.deque((first,))
+        self.size = len(first)
 
     def __len__(self) -> int:
         return self.size
@@ -1390,320 +2498,455 @@ class Outbox:
     def __bytes__(self) -> bytes:
         return b"".join(self.pieces)
 
+    def __iadd__(self, piece: Any) -> "SendBuffer":
+        self.pieces.append(piece)
+        self.size += len(piece)
+        return self
+
     def clear(self) -> None:
         """Drop everything."""
         self.pieces.clear()
         self.size = 0
 
-    def take(self, count: int) -> List[Any]:
-        """The first `count` bytes, taken out, in pieces."""
-        found = []
-        self.size -= count
-        while count:
-            piece = self.pieces.popleft()
-            if len(piece) > count:
-                self.pieces.appendleft(piece[count:])
-                piece = piece[:count]
-            found.append(piece)
-            count -= len(piece)
-        return found
-
     def send(self, sock: socket.socket) -> None:
-        """Send what the socket takes at once; its errors, BlockingIOError among them, are the caller's."""
-        self.take(sock.sendmsg(itertools.islice(self.pieces, self.MOST)))
+        """Send everything, or what goes at once where the socket does not block; OSError when nobody takes it."""
+        with contextlib.suppress(BlockingIOError, InterruptedError):
+            while self.size:
+                # Linux takes 1024 pieces.
+                sent = sock.sendmsg(itertools.islice(self.pieces, 1024))
+                self.size -= sent
+                while sent > 0:
+                    piece = self.pieces.popleft()
+                    if len(piece) > sent:
+                        self.pieces.appendleft(memoryview(piece)[sent:])
+                    sent -= len(piece)
 
 
-class Sender:
-    """DATA towards buildkitd, appended to `out` as its windows have room; the rest waits here. Sizes are in bytes."""
+class Http2Stream:
+    """A stream: its windows in bytes, and what waits until those of the peer have room."""
 
-    def __init__(self, out: Outbox):
-        self.out = out
-        self.connection = self.initial = WINDOW
-        self.frame_size = 16384
-        # Only streams on which more or other data is sent than the client sends: of all others it minds the window.
-        self.windows: Dict[int, int] = {}
-        self.queues: Dict[int, Outbox] = {}
-        self.ending: set = set()
-        # What was sent on those streams. The client must not be credited for it a second time.
-        self.owed = 0
-
-    @property
-    def waiting(self) -> int:
-        """How much waits for room."""
-        return sum(map(len, self.queues.values())) if self.queues else 0
-
-    def push(self, stream: int, *parts: Any, end: bool = False) -> None:
-        """Send data on a stream now or later."""
-        queue = self.queues.setdefault(stream, Outbox())
-        for each in parts:
-            queue += each
-        if end:
-            self.ending.add(stream)
-            if not queue:
-                self.out += frame(DATA, END_STREAM, stream)
-        self._send(stream, queue)
-
-    def flush(self) -> None:
-        """Send what there is room for by now."""
-        for stream, queue in list(self.queues.items()):
-            self._send(stream, queue)
-
-    def _send(self, stream: int, queue: Outbox) -> None:
-        """Put what there is room for into frames."""
-        room = min(self.connection, self.windows.get(stream, self.connection), len(queue))
-        if room > 0:
-            self._cut(stream, queue.take(room), room, END_STREAM if stream in self.ending and not queue else 0)
-            self.sent(stream, room)
-        if not queue:
-            self.ending.discard(stream)
-            del self.queues[stream]
-
-    def sent(self, stream: int, size: int) -> None:
-        """Take what is sent from the windows."""
-        self.connection -= size
-        if stream in self.windows:
-            self.windows[stream] -= size
-            self.owed += size
-
-    def _cut(self, stream: int, pieces: List[Any], left: int, flags: int) -> None:
-        """`left` bytes in pieces as frames, the last with `flags`. 30,000 of them are 500 MB: what is done for each counts."""
-        full, space = FRAME_HEAD.pack(self.frame_size << 8 | DATA, 0, stream), 0
-        for piece in pieces:
-            at, end = 0, len(piece)
-            while at < end:
-                if not space:
-                    space = min(left, self.frame_size)
-                    left -= space
-                    self.out += full if left else FRAME_HEAD.pack(space << 8 | DATA, flags, stream)
-                part = piece[at:at + space]
-                self.out += part
-                at += len(part)
-                space -= len(part)
-
-    def settings(self, payload: bytes) -> int:
-        """Heed a SETTINGS frame; by how much the window of every stream has changed."""
-        change = 0
-        for key, value in struct.iter_unpack(">HI", bytes(payload[:len(payload) // 6 * 6])):
-            if key == 5:
-                self.frame_size = max(16384, value)
-            elif key == 4:
-                change += value - self.initial
-                self.windows = {stream: window + value - self.initial for stream, window in self.windows.items()}
-                self.initial = value
-        return change
-
-    def forget(self, stream: int) -> int:
-        """Drop a stream; how many bytes of the client's own wait no more."""
-        left = len(self.queues.pop(stream, b""))
-        self.ending.discard(stream)
-        return 0 if self.windows.pop(stream, None) is not None else left
+    def __init__(self, number: int, send_window: int, receive_window: int):
+        self.number = number
+        self.send_window = send_window
+        self.receive_window = receive_window
+        self.queue: Deque[memoryview] = collections.deque()
+        self.queued = 0
+        self.trailers: Optional[bytes] = None
+        # Headers were sent; the end is queued; it was sent; the peer's has come.
+        self.answered = self.ending = self.local_ended = self.remote_ended = False
 
 
-class Mould:
-    """Messages of one stream, each a field of bytes and a frame of its own, whose heads stand before they have their
-    content: what a socket receives between them is sent on as it lies there. A large build context is tens of thousands.
+class Http2Connection:
+    """One side of an HTTP/2 connection, without I/O: `feed()` takes what was received, `out` holds what is to be sent.
 
-    A message that fits into one frame is unpacked where it lies; for one of more than 32 KB grpc-go (1.84) clears a buffer
-    of 1 MB, whatever its size."""
+    What is sent on a stream waits in its queue until the windows of the peer have room; how much may wait there is the
+    caller's choice. Of our own windows the connection's is opened again as data comes, so that no stream can stop
+    another; a stream's is opened by `replenish()` only, so that at most `window` bytes of each wait to be used."""
 
-    # A frame's head, gRPC's, the tag, and a length that has three bytes where fewer would do, too.
-    HEAD = struct.Struct(">IBIBIBBBB")
-    OVERHEAD = HEAD.size - FRAME_HEAD.size
-    FRAMES, SPACE = 16, 16384 - OVERHEAD
+    CONNECTION_WINDOW = 1 << 24
+    MAX_FRAME, MAX_HEADERS, MAX_STREAMS = 1 << 20, 1 << 20, 128
+    # Of answers to pings and settings, mostly, that the peer does not read.
+    MAX_OUT = 1 << 24
 
-    def __init__(self, sender: Sender, stream: int, number: int):
-        self.sender, self.stream, self.tag = sender, stream, number << 3 | 2
-        step = self.HEAD.size + self.SPACE
-        self.data = memoryview(bytearray(self.FRAMES * step))
-        self.spaces = [self.data[at + self.HEAD.size:at + step] for at in range(0, len(self.data), step)]
-        for count in range(self.FRAMES):
-            self._head(count, self.SPACE)
-        # Which head may be that of a short frame.
-        self.last = 0
+    def __init__(self, client: bool, window: int = 1 << 20):
+        self.client = client
+        self.window = window
+        self.streams: Dict[int, Http2Stream] = {}
+        self.last_stream = 0
+        self.send_window, self.receive_window = 65535, self.CONNECTION_WINDOW
+        self.peer_window, self.peer_frame = 65535, 16384
+        self._decoder = HpackDecoder()
+        self._input, self._preface = b"", b"" if client else PREFACE
+        # Stream, flags and beginning of a header block whose continuation has to come.
+        self._unfinished: Optional[Tuple[int, int, bytearray]] = None
+        first = (ENABLE_PUSH, 0) if client else (MAX_CONCURRENT_STREAMS, self.MAX_STREAMS)
+        settings = struct.pack(">HIHIHIHI", *first, INITIAL_WINDOW_SIZE, window, MAX_FRAME_SIZE, self.MAX_FRAME,
+                               MAX_HEADER_LIST_SIZE, self.MAX_HEADERS)
+        self.out = SendBuffer(PREFACE if client else b"")
+        self._write(SETTINGS, 0, 0, settings)
+        self._write(WINDOW_UPDATE, 0, 0, struct.pack(">I", self.CONNECTION_WINDOW - 65535))
 
-    def _head(self, count: int, size: int) -> None:
-        self.HEAD.pack_into(self.data, count * (self.HEAD.size + self.SPACE), size + self.OVERHEAD << 8 | DATA, 0, self.stream,
-                            0, size + 4, self.tag, size & 127 | 128, size >> 7 & 127 | 128, size >> 14)
+    def send_headers(self, number: int, headers: Iterable[Tuple[str, str]], end: bool = False) -> None:
+        """Send headers, or trailers with `end`, on a stream; a client's open it. Dropped on one that has ended."""
+        if self.client and number > self.last_stream:
+            self._open(number)
+        stream = self.streams.get(number)
+        if stream is None or stream.ending:
+            return
+        stream.answered, stream.ending = True, end
+        if stream.queue:
+            stream.trailers = encode_headers(headers)
+        else:
+            self._write_headers(stream, encode_headers(headers))
 
-    @property
-    def room(self) -> int:
-        """How many bytes may come now: none, before all that came is sent."""
-        sender = self.sender
-        if sender.out.size or sender.queues:
-            return 0
-        count, rest = divmod(min(sender.connection, sender.windows[self.stream]), self.OVERHEAD + self.SPACE)
-        return max(0, count * self.SPACE + max(0, rest - self.OVERHEAD))
+    def send_data(self, number: int, data: bytes, end: bool = False) -> None:
+        """Send data on a stream as the windows of the peer have room. Dropped on one that has ended."""
+        stream = self.streams.get(number)
+        if stream is None or stream.ending:
+            return
+        stream.ending = end
+        if data:
+            stream.queue.append(memoryview(data))
+            stream.queued += len(data)
+        self._send_queue(stream)
 
-    def spaces_for(self, room: int) -> List[memoryview]:
-        """Where up to `room` bytes belong."""
-        self._head(self.last, self.SPACE)
-        count, rest = divmod(room, self.SPACE)
-        if count >= self.FRAMES:
-            return self.spaces
-        return [*self.spaces[:count], self.spaces[count][:rest]]
+    def reset(self, number: int, code: int) -> None:
+        """End a stream in both directions."""
+        if self.streams.pop(number, None):
+            self._write(RST_STREAM, 0, number, struct.pack(">I", code))
 
-    def seal(self, size: int) -> memoryview:
-        """The frames of the messages of which `size` bytes have come."""
-        self.last = last = (size - 1) // self.SPACE
-        self._head(last, size - last * self.SPACE)
-        self.sender.sent(self.stream, size + self.OVERHEAD * (last + 1))
-        return self.data[:size + self.HEAD.size * (last + 1)]
+    def go_away(self, last_stream: int, code: int) -> None:
+        """Say that no stream beyond `last_stream` is served."""
+        self._write(GOAWAY, 0, 0, struct.pack(">II", last_stream, code))
 
-    def carry(self, source: socket.socket, target: socket.socket) -> bool:
-        """Receive what there is room for and send it; what does not go at once is left to `sender.out`. False at the end of
-        what comes; OSError of either socket."""
-        size = source.recvmsg_into(self.spaces_for(self.room))[0]
-        if not size:
-            return False
-        message = self.seal(size)
+    def replenish(self, number: int, waiting: int = 0) -> None:
+        """Open the window of a stream again, but for `waiting` bytes that are not used up yet; not for a few bytes."""
+        stream = self.streams.get(number)
+        if stream and not stream.remote_ended:
+            size = self.window - waiting - stream.receive_window
+            if size >= self.window // 4:
+                stream.receive_window += size
+                self._write(WINDOW_UPDATE, 0, number, struct.pack(">I", size))
+
+    def feed(self, data: bytes) -> List[Http2Event]:
+        """Take what was received; what it says. An Http2Error ends the connection, and `out` tells the peer why."""
+        data, at, events = self._input + data if self._input else data, 0, []
         try:
-            sent = target.send(message)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        if sent < len(message):
-            self.sender.out += message[sent:]
-        return True
+            if len(self.out) > self.MAX_OUT:
+                raise Http2Error("the peer does not read what it asks for", ENHANCE_YOUR_CALM)
+            if self._preface:
+                size = min(len(data), len(PREFACE))
+                if data[:size] != PREFACE[:size]:
+                    raise Http2Error("the peer does not speak HTTP/2")
+                if size == len(PREFACE):
+                    self._preface, at = b"", size
+            view = memoryview(data)
+            while not self._preface and len(data) - at >= 9:
+                head, flags, number = FRAME_HEADER.unpack_from(data, at)
+                kind, size, number = head & 255, head >> 8, number & LARGEST_WINDOW
+                self._check(kind, number, size)
+                if len(data) < at + 9 + size:
+                    break
+                handler = self.HANDLERS.get(kind)
+                event = handler(self, flags, number, view[at + 9:at + 9 + size]) if handler else None
+                if event:
+                    events.append(event)
+                at += 9 + size
+        except Http2Error as error:
+            self.go_away(0 if self.client else self.last_stream, error.code)
+            raise
+        self._input = data[at:]
+        return events
+
+    def _check(self, kind: int, number: int, size: int) -> None:
+        """Http2Error for a frame that may not come now."""
+        if size > self.MAX_FRAME or FIXED_SIZES.get(kind, size) != size:
+            raise Http2Error(f"a frame of kind {kind} has {size} bytes", FRAME_SIZE_ERROR)
+        if (kind == CONTINUATION) != bool(self._unfinished):
+            raise Http2Error("a header block is interrupted, or a continuation continues nothing")
+        if kind == PUSH_PROMISE:
+            raise Http2Error("nothing may be pushed")
+        if number if kind in (SETTINGS, PING, GOAWAY) else not number and kind < WINDOW_UPDATE:
+            raise Http2Error(f"a frame of kind {kind} is of stream {number}")
+        if number > self.last_stream and (kind in (DATA, RST_STREAM, WINDOW_UPDATE) or kind == HEADERS and self.client):
+            raise Http2Error("a frame is of a stream that nobody has opened")
+
+    def _write(self, kind: int, flags: int, number: int, payload: bytes = b"") -> None:
+        self.out += FRAME_HEADER.pack(len(payload) << 8 | kind, flags, number) + payload
+
+    def _open(self, number: int) -> Http2Stream:
+        self.last_stream = number
+        stream = self.streams[number] = Http2Stream(number, self.peer_window, self.window)
+        return stream
+
+    def _end(self, stream: Http2Stream, local: bool) -> None:
+        """Note that one side has said all on a stream."""
+        stream.local_ended |= local
+        stream.remote_ended |= not local
+        if stream.local_ended and stream.remote_ended:
+            self.streams.pop(stream.number, None)
+
+    def _write_headers(self, stream: Http2Stream, block: bytes) -> None:
+        kind, flags = HEADERS, END_STREAM if stream.ending else 0
+        while len(block) > self.peer_frame:
+            self._write(kind, flags, stream.number, block[:self.peer_frame])
+            block, kind, flags = block[self.peer_frame:], CONTINUATION, 0
+        self._write(kind, flags | END_HEADERS, stream.number, block)
+        if stream.ending:
+            self._end(stream, local=True)
+
+    def _send_queue(self, stream: Http2Stream) -> None:
+        """Send of a stream what the windows allow."""
+        while stream.queue:
+            piece = stream.queue[0]
+            size = min(len(piece), stream.send_window, self.send_window, self.peer_frame)
+            if size <= 0:
+                return
+            if size == len(piece):
+                stream.queue.popleft()
+            else:
+                piece, stream.queue[0] = piece[:size], piece[size:]
+            stream.queued -= size
+            stream.send_window -= size
+            self.send_window -= size
+            last = stream.ending and not stream.queue and stream.trailers is None
+            self.out += FRAME_HEADER.pack(size << 8 | DATA, END_STREAM if last else 0, stream.number)
+            self.out += piece
+            if last:
+                self._end(stream, local=True)
+        if stream.trailers is not None:
+            block, stream.trailers = stream.trailers, None
+            self._write_headers(stream, block)
+        elif stream.ending and not stream.local_ended:
+            self._write(DATA, END_STREAM, stream.number)
+            self._end(stream, local=True)
+
+    def _send_queues(self) -> None:
+        """Send what the windows allow. Who has sent comes last the next time, as all share the connection's window."""
+        for stream in [stream for stream in self.streams.values() if stream.queue]:
+            before = stream.queued
+            self._send_queue(stream)
+            if stream.queued < before and self.streams.pop(stream.number, None):
+                self.streams[stream.number] = stream
+
+    @staticmethod
+    def _unpadded(flags: int, payload: memoryview) -> memoryview:
+        if not flags & PADDED:
+            return payload
+        if not payload or payload[0] >= len(payload):
+            raise Http2Error("a frame is shorter than its padding")
+        return payload[1:len(payload) - payload[0]]
+
+    def _on_data(self, flags: int, number: int, payload: memoryview) -> Optional[Http2Event]:
+        stream = self.streams.get(number)
+        self.receive_window -= len(payload)
+        if stream:
+            stream.receive_window -= len(payload)
+            if stream.remote_ended:
+                raise Http2Error("data comes after the end of a stream", STREAM_CLOSED)
+        if self.receive_window < 0 or stream and stream.receive_window < 0:
+            raise Http2Error("a window is exceeded", FLOW_CONTROL_ERROR)
+        if self.receive_window < self.CONNECTION_WINDOW // 2:
+            self._write(WINDOW_UPDATE, 0, 0, struct.pack(">I", self.CONNECTION_WINDOW - self.receive_window))
+            self.receive_window = self.CONNECTION_WINDOW
+        data = self._unpadded(flags, payload)
+        return self._event(DATA, flags, stream, data) if stream else None
+
+    def _event(self, kind: int, flags: int, stream: Http2Stream, value: Any) -> Http2Event:
+        ended = bool(flags & END_STREAM)
+        if ended:
+            self._end(stream, local=False)
+        return Http2Event(kind, stream.number, value, ended)
+
+    def _on_headers(self, flags: int, number: int, payload: memoryview) -> Optional[Http2Event]:
+        block = bytes(self._unpadded(flags, payload)[5 if flags & PRIORITIZED else 0:])
+        if not flags & END_HEADERS:
+            self._unfinished = number, flags, bytearray(block)
+            return None
+        try:
+            headers = self._decoder.decode(block, self.MAX_HEADERS)
+        except (ValueError, IndexError) as error:
+            raise Http2Error(f"bad headers: {error}", COMPRESSION_ERROR) from None
+        stream = self.streams.get(number)
+        if number > self.last_stream:
+            if not number % 2:
+                raise Http2Error("a client opens streams of odd numbers only")
+            stream = self._open(number)
+            if len(self.streams) > self.MAX_STREAMS:
+                self.reset(number, REFUSED_STREAM)
+                return None
+        if stream and stream.remote_ended:
+            raise Http2Error("headers come after the end of a stream", STREAM_CLOSED)
+        return self._event(HEADERS, flags, stream, headers) if stream else None
+
+    def _on_continuation(self, flags: int, number: int, payload: memoryview) -> Optional[Http2Event]:
+        owner, first, block = self._unfinished
+        block += payload
+        if number != owner or len(block) > self.MAX_HEADERS:
+            raise Http2Error("a header block is interrupted or has no end")
+        if not flags & END_HEADERS:
+            return None
+        self._unfinished = None
+        return self._on_headers(first & END_STREAM | END_HEADERS, number, memoryview(block))
+
+    def _on_reset(self, flags: int, number: int, payload: memoryview) -> Optional[Http2Event]:
+        known = self.streams.pop(number, None)
+        return Http2Event(RST_STREAM, number, int.from_bytes(payload, "big"), True) if known else None
+
+    def _on_settings(self, flags: int, number: int, payload: memoryview) -> None:
+        if len(payload) % 6 or flags & ACK and payload:
+            raise Http2Error("bad settings", FRAME_SIZE_ERROR)
+        for key, value in struct.iter_unpack(">HI", payload):
+            if key == INITIAL_WINDOW_SIZE:
+                change, self.peer_window = value - self.peer_window, value
+                for stream in self.streams.values():
+                    stream.send_window += change
+                if max([value, *(stream.send_window for stream in self.streams.values())]) > LARGEST_WINDOW:
+                    raise Http2Error("a window is too large", FLOW_CONTROL_ERROR)
+            elif key == MAX_FRAME_SIZE:
+                self.peer_frame = value
+                if not 16384 <= value < 1 << 24:
+                    raise Http2Error("bad size of frames")
+        if not flags & ACK:
+            self._write(SETTINGS, ACK, 0)
+            self._send_queues()
+
+    def _on_ping(self, flags: int, number: int, payload: memoryview) -> None:
+        if not flags & ACK:
+            self._write(PING, ACK, 0, bytes(payload))
+
+    def _on_goaway(self, flags: int, number: int, payload: memoryview) -> Http2Event:
+        if len(payload) < 8:
+            raise Http2Error("bad goaway", FRAME_SIZE_ERROR)
+        last, code = struct.unpack_from(">II", payload)
+        return Http2Event(GOAWAY, last & LARGEST_WINDOW, code, False)
+
+    def _on_window_update(self, flags: int, number: int, payload: memoryview) -> None:
+        target = self.streams.get(number) if number else self
+        if target is None:
+            return
+        size = int.from_bytes(payload, "big") & LARGEST_WINDOW
+        target.send_window += size
+        if not size or target.send_window > LARGEST_WINDOW:
+            raise Http2Error("bad window update", FLOW_CONTROL_ERROR if size else PROTOCOL_ERROR)
+        if number:
+            self._send_queue(target)
+        else:
+            self._send_queues()
+
+    HANDLERS = {DATA: _on_data, HEADERS: _on_headers, CONTINUATION: _on_continuation, RST_STREAM: _on_reset,
+                SETTINGS: _on_settings, PING: _on_ping, GOAWAY: _on_goaway, WINDOW_UPDATE: _on_window_update}
 
 
-class Call:
-    """One gRPC call as the HTTP/2 client of a connection of its own, without I/O: `out` is to be written to it."""
-
-    WINDOW = 1 << 22
-    LONGEST = 1 << 26
-
-    def __init__(self, method: str, headers: Iterable[Tuple[str, str]] = ()):
-        self.frames = Frames()
-        self.body = bytearray()
-        self.received = 0
-        self.ended = False
-        settings = struct.pack(">HIHI", 2, 0, 4, self.WINDOW)
-        # Without an authority or a content type buildkitd refuses the call; with an upper-case name too.
-        first = [(":method", "POST"), (":scheme", "http"), (":path", method), (":authority", "localhost"),
-                 ("content-type", "application/grpc"), ("te", "trailers")]
-        self.out = Outbox(PREFACE + frame(SETTINGS, 0, 0, settings) + credit(0, self.WINDOW - WINDOW))
-        self.sender = Sender(self.out)
-        self.sender.windows[1] = WINDOW
-        self.out += header_frames(1, [*first, *((name.lower(), value) for name, value in headers)])
-
-    def send(self, *parts: Any) -> None:
-        """Send a message that is the sum of its parts."""
-        self.sender.push(1, struct.pack(">BI", 0, sum(map(len, parts))), *parts)
-
-    def finish(self) -> None:
-        """Say that no more messages come."""
-        self.sender.push(1, end=True)
-
-    def feed(self, data: bytes) -> List[bytes]:
-        """The messages that are complete by now; `ended` is set with the last. ValueError for what is not gRPC."""
-        sender = self.sender
-        for each in self.frames.feed(data):
-            kind = each.kind
-            if kind == WINDOW_UPDATE:
-                if each.stream:
-                    sender.windows[1] += each.number
-                else:
-                    sender.connection += each.number
-            elif kind == DATA:
-                self.received += len(each.raw) - 9
-                self.body += each.data
-            elif kind == PING and not each.flags & ACK:
-                self.out += frame(PING, ACK, 0, bytes(each.data))
-            elif kind == SETTINGS and not each.flags & ACK:
-                sender.settings(each.data)
-                self.out += frame(SETTINGS, ACK, 0)
-            if each.flags & END_STREAM or kind == RESET:
-                self.ended = self.ended or each.ends and each.stream == 1
-        if sender.queues:
-            sender.flush()
-        return self._messages() if self.body else []
-
-    def _messages(self) -> List[bytes]:
-        found, at = [], 0
-        while len(self.body) >= at + 5:
-            end = at + 5 + int.from_bytes(self.body[at + 1:at + 5], "big")
-            if self.body[at] or end - at > self.LONGEST:
-                raise ValueError("buildkitd sent a message that is compressed or too long")
-            if len(self.body) < end:
-                break
-            with memoryview(self.body) as view:
-                found.append(bytes(view[at + 5:end]))
-            at = end
-        del self.body[:at]
-        return found
-
-    def consumed(self) -> None:
-        """Make room for more, since what came has been used up."""
-        if self.received >= self.WINDOW // 4:
-            self.out += credit(0, self.received) + credit(1, self.received)
-            self.received = 0
+GRPC_CODES = {400: 3, 409: 9, 503: 14}
 
 
 class GrpcError(Exception):
-    """An error that a gRPC server answered: `code` is its grpc-status."""
+    """A call that has ended with another status than 0: the status and its message."""
 
     def __init__(self, code: int, message: str):
         super().__init__(message)
-        self.code, self.message = code, message
+        self.code = code
+        self.message = message
 
 
-encode_field, decode_fields, encode_varint = field, fields, varint
-STATUS_NAME = bytes.fromhex("40889acac8b21234da8f")
+class GrpcDecoder:
+    """Cuts the data of a stream into messages."""
+
+    def __init__(self) -> None:
+        self.head = b""
+        # The message so far: what it returns in the end is not copied once more.
+        self.message, self.missing = io.BytesIO(), 0
+
+    def feed(self, data: Any) -> Iterator[bytes]:
+        """The messages that are complete by now; GrpcError for one that is compressed, which nobody has asked for."""
+        while len(data):
+            if len(self.head) < 5:
+                size = 5 - len(self.head)
+                self.head, data = self.head + bytes(data[:size]), data[size:]
+                if len(self.head) < 5:
+                    return
+                compressed, self.missing = struct.unpack(">BI", self.head)
+                if compressed:
+                    raise GrpcError(13, "a message is compressed")
+            size = self.message.write(data[:self.missing])
+            data, self.missing = data[size:], self.missing - size
+            if not self.missing:
+                yield self.message.getvalue()
+                self.head, self.message = b"", io.BytesIO()
 
 
-def grpc_messages(sock, method, message, headers, timeout):
-    call = Call(method, headers)
-    call.WINDOW = 1 << 26
-    call.send(message)
-    call.finish()
-    deadline = None if timeout is None else time.monotonic() + timeout
-    status, got = None, False
-    original = call.frames.feed
+def grpc_message(message: bytes) -> bytes:
+    """A message as it stands in a stream, uncompressed."""
+    return struct.pack(">BI", 0, len(message)) + message
 
-    def feed(data):
-        nonlocal status
-        frames = original(data)
-        for each in frames:
-            if each.kind == HEADERS:
-                raw = bytes(each.raw)
-                at = raw.find(STATUS_NAME)
-                if at >= 0:
-                    size = raw[at + 10] & 127
-                    status = int(raw[at + 11:at + 11 + size] or b"0") if raw[at + 11:at + 11 + size].isdigit() else 2
-        return frames
 
-    call.frames.feed = feed
-    while not call.ended:
-        if deadline is not None:
-            sock.settimeout(max(0.01, deadline - time.monotonic()))
-        else:
-            sock.settimeout(None)
-        if call.out.size:
-            sock.sendall(bytes(call.out))
-            call.out.clear()
-        data = sock.recv(1 << 18)
+def grpc_client(method: str, headers: Iterable[Tuple[str, str]], window: int) -> Http2Connection:
+    """A connection whose stream 1 is a call of a method, `/package.Service/Method`. grpc-go refuses a call without an
+    authority or a content type, or with a name in upper case."""
+    connection = Http2Connection(client=True, window=window)
+    connection.send_headers(1, [
+        (":method", "POST"), (":scheme", "http"), (":path", method), (":authority", "localhost"),
+        ("content-type", "application/grpc"), ("te", "trailers"), *((name.lower(), value) for name, value in headers)])
+    return connection
+
+
+def send_grpc_status(connection: Http2Connection, number: int, error: Optional[ApiError]) -> None:
+    """End a stream as a server of gRPC, with an error or without."""
+    stream = connection.streams.get(number)
+    headers = [] if stream and stream.answered else [(":status", "200"), ("content-type", "application/grpc")]
+    headers.append(("grpc-status", str(GRPC_CODES.get(error.status, 13)) if error else "0"))
+    if error:
+        headers.append(("grpc-message", urllib.parse.quote(str(error), safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}")))
+    connection.send_headers(number, headers, end=True)
+
+
+def raise_grpc_status(headers: List[Tuple[str, str]]) -> None:
+    """GrpcError for the trailers of a call that has failed."""
+    fields = dict(headers)
+    status = fields.get("grpc-status", "")
+    if not re.fullmatch("[0-9]{1,9}", status):
+        raise GrpcError(2, f"an answer without a status of gRPC, with HTTP status {fields.get(':status', 'unknown')}")
+    if int(status):
+        raise GrpcError(int(status), urllib.parse.unquote(fields.get("grpc-message", ""), errors="replace"))
+
+
+def set_deadline(sock: socket.socket, deadline: Optional[float]) -> None:
+    """Let what is done next with a socket end by this time of the monotonic clock; OSError when it is over."""
+    left = None if deadline is None else deadline - time.monotonic()
+    if left is not None and left <= 0:
+        raise socket.timeout("timed out")
+    sock.settimeout(left)
+
+
+def grpc_messages(sock: socket.socket, connection: Http2Connection, deadline: Optional[float]) -> Iterator[bytes]:
+    """The messages that answer the call on stream 1."""
+    decoder = GrpcDecoder()
+    while True:
+        set_deadline(sock, deadline)
+        data = sock.recv(BLOCK)
         if not data:
-            if timeout is None:
+            raise ConnectionResetError(errno.ECONNRESET, "the connection was closed in the middle of a call")
+        try:
+            events = connection.feed(data)
+        except Http2Error as error:
+            raise ConnectionAbortedError(errno.ECONNABORTED, str(error)) from None
+        for kind, number, value, ended in events:
+            if kind == DATA:
+                yield from decoder.feed(value)
+            elif kind == RST_STREAM:
+                code = {CANCEL: 1, REFUSED_STREAM: 14}.get(value, 13)
+                raise GrpcError(code, f"the call was reset with HTTP/2's error {value}")
+            elif kind == GOAWAY and not number:
+                raise GrpcError(14, "the server takes no more calls")
+            if ended:
+                raise_grpc_status(value if kind == HEADERS else [])
                 return
-            raise OSError("the connection ended")
-        for each in call.feed(data):
-            got = True
-            yield each
-        if call.received:
-            call.out += credit(0, call.received) + credit(1, call.received)
-            call.received = 0
-    if status or (status is None and not got):
-        raise GrpcError(status or 2, f"containerd answers {status}")
+        connection.replenish(1)
+        connection.out.send(sock)
 
 
-def grpc_call(sock, method, message=b"", headers=(), timeout=10.0):
-    found = None
-    for each in grpc_messages(sock, method, message, headers, timeout):
-        found = each
-    return found or b""
+def grpc_stream(sock: socket.socket, method: str, message: bytes, headers: Iterable[Tuple[str, str]] = (),
+                timeout: Optional[float] = None) -> Iterator[bytes]:
+    """Call a method that answers with a stream of messages, on a new connection. The request is sent at once. The
+    iterator raises GrpcError for a status other than 0, and OSError when the connection breaks, when another thread has
+    shut the socket down, or when `timeout` seconds are over."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    connection = grpc_client(method, headers, Http2Connection.CONNECTION_WINDOW)
+    connection.send_data(1, grpc_message(message), end=True)
+    set_deadline(sock, deadline)
+    connection.out.send(sock)
+    return grpc_messages(sock, connection, deadline)
 
 
-def grpc_stream(sock, method, message=b"", headers=(), timeout=None):
-    return grpc_messages(sock, method, message, headers, timeout)
+def grpc_call(sock: socket.socket, method: str, message: bytes, headers: Iterable[Tuple[str, str]] = (),
+              timeout: float = 10.0) -> bytes:
+    """Call a method that answers with one message, on a new connection. GrpcError for a status other than 0, OSError
+    when the connection breaks or `timeout` seconds are over."""
+    messages = list(grpc_stream(sock, method, message, headers, timeout))
+    if len(messages) != 1:
+        raise GrpcError(13, f"{method} has answered with {len(messages)} messages")
+    return messages[0]
 
 
 ###############################################################################
@@ -1765,7 +3008,8 @@ class ImageRecord(NamedTuple):
 
     name: str
     target: Descriptor
-    updated_at: int
+    updated_at: int = 0
+    labels: Tuple[Tuple[str, str], ...] = ()
 
 
 class ContainerdEvent(NamedTuple):
@@ -1808,7 +3052,7 @@ def parse_container(message: Any) -> ContainerRecord:
     labels, found = {}, {}
     for each in decode_fields(message):
         if each.number == 2:
-            key, value = read_entry(each.value)
+            key, value = decode_map_entry(each.value)
             labels[key] = value
         else:
             found[each.number] = each.value
@@ -1829,7 +3073,15 @@ def parse_image(message: Any) -> ImageRecord:
     found = read_message(message)
     target = read_message(found.get(3, b""))
     return ImageRecord(read_text(found, 1), Descriptor(read_text(target, 1), read_text(target, 2), target.get(3, 0)),
-                       read_timestamp(found.get(8)) or read_timestamp(found.get(7)))
+                       read_timestamp(found.get(8)) or read_timestamp(found.get(7)),
+                       tuple(decode_map_entry(each.value) for each in decode_fields(message) if each.number == 2))
+
+
+def encode_image(image: ImageRecord) -> bytes:
+    """A request that has an images.v1.Image as its first field; containerd sets the times."""
+    labels = b"".join(encode_map_entry(2, key, value) for key, value in image.labels)
+    target = b"".join(itertools.starmap(encode_field, enumerate(image.target, 1)))
+    return encode_field(1, encode_field(1, image.name) + labels + encode_field(3, target))
 
 
 def parse_event(message: Any, namespace: str) -> Optional[ContainerdEvent]:
@@ -1864,12 +3116,17 @@ class Containerd:
     def root(self) -> str:
         """What to put in front of containerd's paths: "", or for a user's own (rootless) containerd, which has a mount
         namespace of its own, the root of that as /proc shows it."""
+        pid = self.rootless_pid()
+        return f"/proc/{pid}/root" if pid else ""
+
+    def rootless_pid(self) -> int:
+        """The process whose namespaces a user's own (rootless) containerd has, 0 for any other containerd."""
         if os.geteuid() == 0 or self.given_address:
-            return ""
+            return 0
         runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
         try:
             with open(f"{runtime}/containerd-rootless/child_pid", encoding="ascii") as file:
-                return f"/proc/{int(file.read())}/root"
+                return int(file.read())
         except (OSError, ValueError):
             raise Unavailable("rootless containerd is not running: containerd-rootless-setuptool.sh install sets it up") from None
 
@@ -1918,7 +3175,7 @@ class Containerd:
 
     def get_container(self, identity: str) -> ContainerRecord:
         """One container."""
-        return parse_container(read_message(self.call("containers.v1.Containers/Get", encode_field(1, identity.encode()))).get(1, b""))
+        return parse_container(read_message(self.call("containers.v1.Containers/Get", encode_field(1, identity))).get(1, b""))
 
     def list_tasks(self) -> Dict[str, TaskRecord]:
         """The tasks of the namespace by their containers' ids."""
@@ -1927,14 +3184,14 @@ class Containerd:
     def get_task(self, identity: str) -> Optional[TaskRecord]:
         """The task of a container, None where it has none."""
         try:
-            answer = self.call("tasks.v1.Tasks/Get", encode_field(1, identity.encode()))
+            answer = self.call("tasks.v1.Tasks/Get", encode_field(1, identity))
         except NotFound:
             return None
         return parse_task(read_message(answer).get(1, b""))[1]
 
     def close_stdin(self, identity: str) -> None:
         """Let a container's process find the end of its standard input."""
-        self.call("tasks.v1.Tasks/CloseIO", encode_field(1, identity.encode()) + encode_varint(3 << 3) + encode_varint(1), 5.0)
+        self.call("tasks.v1.Tasks/CloseIO", encode_field(1, identity) + encode_field(3, True), 5.0)
 
     def list_images(self) -> Dict[str, ImageRecord]:
         """All names of images, by name."""
@@ -1943,7 +3200,19 @@ class Containerd:
 
     def get_image(self, name: str) -> ImageRecord:
         """One name of an image."""
-        return parse_image(read_message(self.call("images.v1.Images/Get", encode_field(1, name.encode()))).get(1, b""))
+        return parse_image(read_message(self.call("images.v1.Images/Get", encode_field(1, name))).get(1, b""))
+
+    def create_image(self, image: ImageRecord) -> None:
+        """Give an image a new name; Conflict where there is that name."""
+        self.call("images.v1.Images/Create", encode_image(image))
+
+    def update_image(self, image: ImageRecord) -> None:
+        """Let a name stand for another image."""
+        self.call("images.v1.Images/Update", encode_image(image))
+
+    def delete_image(self, name: str, sync: bool = True) -> None:
+        """Remove a name; with `sync` also what nothing else needs any more, before the answer comes."""
+        self.call("images.v1.Images/Delete", encode_field(1, name) + encode_field(2, sync), 120.0)
 
     def list_content(self) -> set:
         """The digests of all content there is."""
@@ -1956,7 +3225,7 @@ class Containerd:
         """Content by its digest, as far as memory is to hold it: manifests and configurations."""
         with self.dial() as sock, self.errors():
             return b"".join(bytes(read_message(message).get(2, b"")) for message in grpc_stream(
-                sock, "/containerd.services.content.v1.Content/Read", encode_field(1, digest.encode()), self.headers, 10.0))
+                sock, "/containerd.services.content.v1.Content/Read", encode_field(1, digest), self.headers, 10.0))
 
     def snapshot_usage(self, snapshotter: str, key: str) -> int:
         """Bytes that a snapshot takes without those below it."""
@@ -1966,8 +3235,22 @@ class Containerd:
         """The key of the snapshot below a snapshot, "" for the lowest."""
         return read_text(read_message(read_message(self.call("snapshots.v1.Snapshots/Stat", self._snapshot(snapshotter, key))).get(1, b"")), 2)
 
+    def snapshot_mounts(self, snapshotter: str, key: str) -> List[Dict[str, Any]]:
+        """How a snapshot is mounted: `type`, `source` and `options` of each mount."""
+        found = []
+        for message in decode_fields(self.call("snapshots.v1.Snapshots/Mounts", self._snapshot(snapshotter, key))):
+            each = {"type": "", "source": "", "options": []}
+            for field in decode_fields(message.value):
+                text = bytes(field.value).decode("utf-8", "surrogateescape")
+                if field.number == 4:
+                    each["options"].append(text)
+                elif field.number in (1, 2):
+                    each["type" if field.number == 1 else "source"] = text
+            found.append(each)
+        return found
+
     def _snapshot(self, snapshotter: str, key: str) -> bytes:
-        return encode_field(1, snapshotter.encode()) + encode_field(2, key.encode())
+        return encode_field(1, snapshotter) + encode_field(2, key)
 
     def version(self) -> Tuple[str, str]:
         """containerd's version and the revision of its source."""
@@ -2477,15 +3760,21 @@ def parse_reference(text: str, default_tag: str = "latest") -> Reference:
     return Reference(f"{domain}/{path}", tag or ("" if digest else default_tag), digest)
 
 
-# Names that stand for none: of nerdctl's load, of BuildKit, of Kubernetes (`sha256:…`, the digest of the configuration), and
-# our own for imports and commits without one. containerd keeps no image without a name.
+# Names that stand for none: of nerdctl's load and of ctr's (`import-2026-11-24@sha256:…`), of BuildKit, of Kubernetes
+# (`sha256:…`, the digest of the configuration), and our own for imports and commits without one. containerd keeps no image
+# without a name.
 WORKING_NAME = "nerdctld.invalid/"
 NAMELESS = (WORKING_NAME, "import/", "moby-dangling/", "sha256:", "sha256/")
 
 
+# The beginning of the name that load gives to an image without one: nerdctl's and ctr's.
+IMPORTED = re.compile(r"import(-\d{4}-\d\d-\d\d)?@")
+
+
 def is_nameless(name: str) -> bool:
     """Whether a name in containerd is none that people would know."""
-    return name.endswith(REDUCED) or (name.partition("@")[0] + "/").startswith(NAMELESS) or name.startswith(NAMELESS)
+    return (name == ":" or name.endswith(REDUCED) or IMPORTED.match(name) is not None
+            or (name.partition("@")[0] + "/").startswith(NAMELESS) or name.startswith(NAMELESS))
 
 
 class ImageContent(NamedTuple):
@@ -2544,7 +3833,7 @@ class ImageGroup:
             repository = name.partition("@")[0]
             head, colon, tail = repository.rpartition(":")
             repository = head if colon and "/" not in tail else repository
-            if not (repository + "/").startswith(NAMELESS):
+            if not is_nameless(name):
                 found[f"{familiar(repository)}@{self.id}"] = None
         return list(found)
 
@@ -2655,19 +3944,29 @@ class ImageStore:
         """The descriptors of the manifests whose content is here: this machine's platform first, attestations last."""
         if target["digest"] not in present:
             return []
-        index = self._blob(target["digest"])
-        each = index.get("manifests", [target])
-        found = [one for one in each if one["digest"] in present and self._is_whole(self._blob(one["digest"]), present)]
-        return sorted(found, key=lambda one: (platform_text(one.get("platform")) == "unknown/unknown", not fits_machine(platform_text(one.get("platform")))))
-
-    def _is_whole(self, manifest: Dict[str, Any], present: set) -> bool:
-        return all(each["digest"] in present for each in [manifest["config"], *(manifest.get("layers") or [])])
+        return whole_manifests(self._blob(target["digest"]).get("manifests", [target]), present, self._blob)
 
     def _layer_size(self, key: str) -> int:
         if key not in self.sizes:
             with contextlib.suppress(NotFound):
                 self.sizes[key] = self.containerd.snapshot_usage(self.snapshotter, key)
         return self.sizes.get(key, 0)
+
+
+def whole_manifests(descriptors: List[Dict[str, Any]], present: set,
+                    read: Callable[[str], Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Those descriptors whose manifests, which `read` finds by their digests, are here with all that belongs to them:
+    this machine's platform first, attestations last."""
+    def is_whole(digest: str) -> bool:
+        manifest = read(digest) if digest in present else {}
+        parts = [manifest.get("config") or {}, *(manifest.get("layers") or [])]
+        return all(each.get("digest") in present for each in parts)
+
+    def order(descriptor: Dict[str, Any]) -> Tuple[bool, bool]:
+        platform = platform_text(descriptor.get("platform"))
+        return platform == "unknown/unknown", not fits_machine(platform)
+
+    return sorted((each for each in descriptors if is_whole(each["digest"])), key=order)
 
 
 def chain_ids(config: Dict[str, Any]) -> List[str]:
@@ -2823,8 +4122,8 @@ class Inventory:
         self.images = ImageStore(containerd, feed, nerdctl.snapshotter)
         self.files = JsonFiles()
         # Tools are replaced seldom, and the machine is what it is.
-        self.tools = Kept(self._read_tools, 30.0)
-        self.machine = Kept(self._read_machine, 30.0)
+        self.tools = Kept(nerdctl.version, 30.0)
+        self.machine = Kept(nerdctl.info, 30.0)
         # Containers whose last run ended for want of memory.
         self.out_of_memory: set = set()
         # By the ids that clients know: containers that are being made anew, shown as they were as long as there is no other.
@@ -2943,14 +4242,6 @@ class Inventory:
                     found[name] = parse_volume(name, config, os.path.join(folder, name, "_data"), written)
         return found
 
-    def _read_tools(self) -> Dict[str, Any]:
-        rows = self.nerdctl.rows("version", "--format", "{{json .}}", timeout=10)
-        return rows[0] if rows else {}
-
-    def _read_machine(self) -> Dict[str, Any]:
-        rows = self.nerdctl.rows("info", "--format", "{{json .}}", timeout=20)
-        return rows[0] if rows else {}
-
 
 def with_tag(name: str) -> str:
     """A name as dockerd repeats it when there is no such image: with its tag, ids as they are."""
@@ -2984,6 +4275,8 @@ class Tasks:
         self.execs: Dict[str, int] = {}
         self.ends: Dict[str, Tuple[int, int]] = {}
         self.reals: Dict[str, str] = {}
+        # Containers that are to be removed at their end and whose failed start left them: nobody is to wait for their removal.
+        self.spared: Dict[str, int] = {}
         # The count when something may have happened that no event told of.
         self.missed = 0
 
@@ -3011,11 +4304,14 @@ class Tasks:
                 self._note(self.ends, event.container, (self.count, event.payload.get("exit_status") or 0))
             self.condition.notify_all()
 
-    def failed(self, real: str, status: int) -> None:
-        """A container could not be started, or its end was not told: for those who wait, it ended with this status."""
+    def failed(self, real: str, status: int, spared: bool = False) -> None:
+        """A container could not be started, or its end was not told: for those who wait, it ended with this status. One that
+        is `spared` stays although it was to be removed at its end: for them, it was removed."""
         with self.condition:
             self.count += 1
             self._note(self.ends, real, (self.count, status))
+            if spared:
+                self._note(self.spared, real, self.count)
             self.condition.notify_all()
 
     def rename(self, identity: str, real: str) -> None:
@@ -3082,7 +4378,7 @@ class Tasks:
     def _status(self, container: Container, condition: str, since: int, began: int) -> Optional[int]:
         """The exit status if the condition is met."""
         last = self._last_end(container, condition, since)
-        if last and condition != "removed":
+        if last and (condition != "removed" or last[0] == self.spared.get(container.real)):
             return last[1]
         now = next((each for each in self.inventory.containers().values() if each.id == container.id), None)
         if now is None:
@@ -3096,8 +4392,20 @@ class Tasks:
         return None
 
 
+class Turn:
+    """The lock of one container; `users` hold it or wait for it. `removing` is set while its holder removes the container."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.removing = False
+
+
 class Engine:
     """What handlers share: nerdctl, containerd, the events, and what there is."""
+
+    # How long a change of a container waits for those before it, in seconds: each of them has its own limit.
+    PATIENCE = 2 * SHORT_CALL
 
     def __init__(self, nerdctl: Nerdctl, containerd: Containerd):
         self.nerdctl, self.containerd = nerdctl, containerd
@@ -3113,6 +4421,8 @@ class Engine:
         self.sessions: Dict[str, Any] = {}
         self.waiting: Dict[str, List[Any]] = {}
         self.execs: Dict[str, Any] = {}
+        # Containers that are being changed; others have none.
+        self.turns: Dict[str, Turn] = {}
         # Containers that files were copied into before their first start, by the ids that clients know.
         self.touched: set = set()
         # Containers that ended and were taken out of networks then, and which these are.
@@ -3123,14 +4433,15 @@ class Engine:
         self.restarts: collections.Counter = collections.Counter()
         self.caretaker: Any = None
         self.hosts = Hosts(self)
-        self.quiet: collections.Counter = collections.Counter()
+        # Changes of our own to images that are under way: which event each makes of which names.
+        self.quiet: Dict[object, Tuple[str, List[str]]] = {}
         # containerd's id -> id and attributes in events, as last seen, of containers there are and of those that were removed.
         self.actors: Dict[str, Tuple[str, Dict[str, str]]] = {}
         self.begun: Dict[str, int] = {}
         # Containers behind an id that clients know by another: their making and going is no event.
         self.hidden: Dict[str, None] = {}
         # containerd's ids of containers that are being stopped.
-        self.stopping: set = set()
+        self.stopping: collections.Counter = collections.Counter()
         # By containerd's id: what is to be done as soon as a container's task has been made, with its process id.
         self.on_task_created: Dict[str, Callable[[int], None]] = {}
         # What follows an event and may take its time, one after the other.
@@ -3206,16 +4517,22 @@ class Engine:
         self.workspace.remove()
 
     @contextlib.contextmanager
-    def changing_images(self) -> Iterator[None]:
-        """Context of our own change to images: what containerd says meanwhile is told by the handler in Docker's words."""
-        self._count(self.quiet, "images", 1)
+    def changing_images(self, names: List[str], action: str = "tag") -> Iterator[None]:
+        """Context of our own change to images: what containerd says of this `action` on these names is told by the handler in
+        Docker's words; names may be added as they become known."""
+        change = object()
+        self.quiet[change] = action, names
         try:
             yield
         finally:
             # The events of the change itself come a little later.
-            timer = threading.Timer(0.3, self._count, (self.quiet, "images", -1))
+            timer = threading.Timer(0.3, self.quiet.pop, (change, None))
             timer.daemon = True
             timer.start()
+
+    def _is_own(self, action: str, name: str) -> bool:
+        """Whether a change of ours makes this event. nerdctl's imports also set `name@digest`."""
+        return any(action == own and (name in names or name.partition("@")[0] in names) for own, names in list(self.quiet.values()))
 
     def _count(self, counter: collections.Counter, key: str, more: int) -> None:
         """Change a count that several threads change; what is 0 is not in it."""
@@ -3223,6 +4540,35 @@ class Engine:
             counter[key] += more
             if not counter[key]:
                 del counter[key]
+
+    @contextlib.contextmanager
+    def owning(self, name: str, gone: Optional[ApiError] = None) -> Iterator[Container]:
+        """Context in which nobody else changes a container, which is looked up anew when its turn has come. 404 when there is none. `gone` is raised at once while the one before removes it, and when
+        it has done so; without it that is a 404, too. 503 when the turn does not come. Whoever waits for a client, or for a
+        container to end, does so outside, since others may want to kill it."""
+        identity = self.inventory.container(name).id
+        with self.lock:
+            turn = self.turns.setdefault(identity, Turn())
+            if gone and turn.removing:
+                raise gone
+            turn.users += 1
+        try:
+            if not turn.lock.acquire(timeout=self.PATIENCE):
+                raise Unavailable(f"container {identity} is being changed, which does not come to an end")
+            try:
+                try:
+                    container = self.inventory.container(identity)
+                except NotFound:
+                    raise gone or NotFound(f"No such container: {name.lstrip('/')}") from None
+                yield container
+            finally:
+                turn.removing = False
+                turn.lock.release()
+        finally:
+            with self.lock:
+                turn.users -= 1
+                if not turn.users:
+                    del self.turns[identity]
 
     @contextlib.contextmanager
     def changing(self, container: Container) -> Iterator[None]:
@@ -3252,10 +4598,7 @@ class Engine:
     @contextlib.contextmanager
     def replacing(self, container: Container) -> Iterator[None]:
         """Context in which a container is made anew under the id that clients know: for them it is there all the time."""
-        with self.lock:
-            if container.id in self.inventory.replaced:
-                raise Conflict(f"container {container.id} is being started already")
-            self.inventory.replaced[container.id] = container
+        self.inventory.replaced[container.id] = container
         self.hidden[container.real] = None
         try:
             yield
@@ -3297,15 +4640,15 @@ class Engine:
     def being_stopped(self, container: Container, number: int) -> Iterator[None]:
         """Context in which a container is sent a signal, and another one if it goes on."""
         self.tell(container, "kill", signal=str(number))
-        self.stopping.add(container.real)
+        self._count(self.stopping, container.real, 1)
         try:
             yield
         finally:
-            self.stopping.discard(container.real)
+            self._count(self.stopping, container.real, -1)
 
     def _image_event(self, event: ContainerdEvent) -> None:
         action, name = {"/images/create": "tag", "/images/delete": "untag"}.get(event.topic), event.payload.get("name") or ""
-        if action is None or self.quiet["images"] > 0 or is_nameless(name):
+        if action is None or self._is_own(action, name) or is_nameless(name):
             return
         identity = ""
         if action == "tag":
@@ -3368,6 +4711,13 @@ def system_ping_head(engine: Engine, request: Request) -> Response:
     return response
 
 
+def platform_name(components: List[Dict[str, Any]]) -> str:
+    """What a client shows as the kind of the server: `nerdctld 0.1.0, nerdctl v2.3.5, containerd v2.3.1`."""
+    shown = [each for name in ("nerdctld", "nerdctl", "containerd") for each in components if each["Name"] == name]
+    # Without a nerdctl its version is a sentence that says so.
+    return ", ".join(("" if " " in each["Version"] else each["Name"] + " ") + each["Version"] for each in shown)
+
+
 def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
     """Docker's version from nerdctl's; `problem` says why nothing was told."""
     machine = os.uname()
@@ -3378,7 +4728,8 @@ def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
         "KernelVersion": machine.release, "Experimental": "false", "GitCommit": "", "GoVersion": client.get("GoVersion") or "",
         "BuildTime": "",
     }
-    components = [{"Name": "Engine", "Version": VERSION, "Details": details}]
+    components = [{"Name": "Engine", "Version": ENGINE_VERSION, "Details": details},
+                  {"Name": "nerdctld", "Version": VERSION, "Details": {"GitCommit": ""}}]
     if client.get("Version"):
         components.append({"Name": "nerdctl", "Version": client["Version"], "Details": {"GitCommit": client.get("GitCommit") or ""}})
     for each in (server.get("Components") or []) + (client.get("Components") or []):
@@ -3387,8 +4738,8 @@ def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
             "Details": {"GitCommit": "", **(each.get("Details") or {})},
         })
     answer = {
-        "Platform": {"Name": f"nerdctld {VERSION}" + (f" ({problem})" if problem else "")}, "Components": components,
-        "Version": VERSION, "ApiVersion": "%d.%d" % API_NEWEST, "MinAPIVersion": "%d.%d" % API_OLDEST, "GitCommit": "",
+        "Platform": {"Name": platform_name(components) + (f" ({problem})" if problem else "")}, "Components": components,
+        "Version": ENGINE_VERSION, "ApiVersion": "%d.%d" % API_NEWEST, "MinAPIVersion": "%d.%d" % API_OLDEST, "GitCommit": "",
         "GoVersion": client.get("GoVersion") or "", "Os": "linux", "Arch": architecture, "KernelVersion": machine.release,
         "BuildTime": "",
     }
@@ -3400,7 +4751,8 @@ GO_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i68
 
 @route("GET", "/version")
 def system_version(engine: Engine, request: Request) -> Response:
-    """Versions of this daemon, nerdctl, containerd, runc and buildctl; answers also where they are missing or down."""
+    """The version of Docker with the same API, and those of this daemon and of nerdctl, containerd, runc and buildctl, as
+    far as they are there."""
     told, problem = {}, ""
     try:
         told = engine.inventory.tools.get()
@@ -3444,13 +4796,13 @@ def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
             "InsecureRegistryCIDRs": ["127.0.0.0/8", "::1/128"],
             "IndexConfigs": {"docker.io": {"Name": "docker.io", "Mirrors": [], "Secure": True, "Official": True}}, "Mirrors": [],
         },
-        "ServerVersion": VERSION, "Runtimes": {"io.containerd.runc.v2": runtime, "runc": runtime}, "DefaultRuntime": "runc",
+        "ServerVersion": ENGINE_VERSION, "Runtimes": {"io.containerd.runc.v2": runtime, "runc": runtime}, "DefaultRuntime": "runc",
         "Swarm": {"NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": False, "Error": "", "RemoteManagers": None},
         "LiveRestoreEnabled": True, "Isolation": "", "InitBinary": "tini", "ContainerdCommit": {"ID": told.get("ServerVersion") or ""},
         "RuncCommit": {"ID": ""}, "InitCommit": {"ID": ""}, "CDISpecDirs": [], "ProductLicense": "",
         "Containerd": {"Address": "", "Namespaces": {"Containers": "default", "Plugins": "default"}},
     })
-    info["Labels"] = [f"nerdctl={nerdctl_version}"] if nerdctl_version else []
+    info["Labels"] = [f"nerdctld={VERSION}", *([f"nerdctl={nerdctl_version}"] if nerdctl_version else [])]
     return info
 
 
@@ -3532,15 +4884,10 @@ def system_auth(engine: Engine, request: Request) -> Response:
     if not DOMAIN.fullmatch(host):
         raise BadParameter(f"invalid registry address {address!r}")
     with engine.workspace.docker_config({}) as environment:
-        output = engine.nerdctl.output("login", "--username", user, "--password-stdin", "--", host,
-                                       data=password.encode(), timeout=60, environment=environment, waits=True)
-    if output.status:
-        error = nerdctl_error(output.stderr)
-        if isinstance(error, Unavailable):
-            raise error
-        if re.search(r"401|[Uu]nauthorized|incorrect username|authentication (?:is )?required|denied", output.stderr):
-            raise Unauthorized(f"Get \"https://{host}/v2/\": unauthorized: incorrect username or password")
-        raise ApiError(str(error))
+        try:
+            engine.nerdctl.login(host, user, password, environment)
+        except Unauthorized:
+            raise Unauthorized(f"Get \"https://{host}/v2/\": unauthorized: incorrect username or password") from None
     return Response(200, {"Status": "Login Succeeded"})
 
 
@@ -3607,16 +4954,16 @@ def system_events(engine: Engine, request: Request) -> Response:
         engine.settle()
         with engine.journal.subscribe() as (kept, new), request.client.when_gone(lambda: new.put(None)):
             for event in kept if since is not None else ():
-                when = event["timeNano"] / 1e9
+                when = event["timeNano"]
                 if when >= since and (until is None or when <= until) and match_event(event, filters):
                     yield lead + json_bytes(docker_event(event, request.version)) + b"\n"
-            if until is None or until > time.time():
+            if until is None or until > time.time_ns():
                 # The head of the response says that nothing from now on is missed.
                 engine.feed.wait_live(2.0)
             yield b""
             while True:
                 try:
-                    event = new.get(timeout=None if until is None else max(0.0, until - time.time()))
+                    event = new.get(timeout=None if until is None else max(0.0, (until - time.time_ns()) / 1e9))
                 except queue.Empty:
                     return
                 if event is None:
@@ -3694,48 +5041,56 @@ def docker_image_row(group: ImageGroup, version: Tuple[int, int], containers: in
     return row
 
 
-def match_reference(names: List[str], patterns: List[str]) -> List[str]:
-    """Those of an image's names that fit a pattern of the `reference` filter: with or without tag or digest, `*` not
-    across slashes."""
-    globs = [re.compile("".join({"*": "[^/]*", "?": "[^/]"}.get(each, re.escape(each)) for each in pattern)) for pattern in patterns]
+# Of a glob: a class in brackets, a character behind a backslash, any other.
+GLOB_ELEMENT = re.compile(r"\[(\^?)((?:\\.|[^\]\\])+)\]|\\(.)|([^\[\\])", re.S)
+
+
+def glob_expression(glob: str) -> str:
+    """The expression for a glob of Go's path.Match, whose `*` and `?` stop at slashes; 400 for what is none."""
+
+    def quoted(letter: str) -> str:
+        return f"\\x{{{ord(letter):x}}}"
+
+    found, at = "", 0
+    while at < len(glob):
+        element = GLOB_ELEMENT.match(glob, at)
+        if not element:
+            raise BadParameter("syntax error in pattern")
+        at = element.end()
+        negated, members, escaped, plain = element.groups()
+        if members:
+            members = re.sub(r"\\(.)|([^-])", lambda each: quoted(each.group(1) or each.group(2)), members, flags=re.S)
+            found += f"[{negated}{members}]"
+        else:
+            found += {"*": "[^/]*", "?": "[^/]"}.get(plain) or quoted(escaped or plain)
+    return found
+
+
+def reference_patterns(globs: Iterable[str]) -> List[Pattern]:
+    """The values of a `reference` filter, compiled; 400 for what is no glob and for more than PROGRAM_LIMIT
+    instructions."""
+    found: List[Pattern] = []
+    room = PROGRAM_LIMIT
+    for each in globs:
+        try:
+            found.append(Pattern(rf"\A{glob_expression(each)}\z", room))
+        except PatternError:
+            raise BadParameter("syntax error in pattern") from None
+        room -= len(found[-1].program)
+    return found
+
+
+def match_reference(names: List[str], patterns: List[Pattern]) -> List[str]:
+    """Those of an image's names that fit a pattern of the `reference` filter, with or without tag or digest."""
     found = []
     for name in names:
         bare = name.partition("@")[0]
         head, colon, tail = bare.rpartition(":")
         bare = head if colon and "/" not in tail else bare
-        if any(glob.fullmatch(each) for glob in globs for each in (name, bare, "docker.io/" + name, "docker.io/library/" + bare)):
+        forms = (name, bare, "docker.io/" + name, "docker.io/library/" + bare)
+        if any(pattern.found_in(each) for pattern in patterns for each in forms):
             found.append(name)
     return found
-
-
-def until_limit(values: List[str]) -> Optional[float]:
-    """The moment that an `until` filter names, as seconds since 1970: a timestamp or a duration before now."""
-    if not values:
-        return None
-    if len(values) > 1:
-        raise BadParameter("more than one until filter specified")
-    text = values[0]
-    if re.fullmatch(r"\d{1,15}(\.\d{1,9})?", text):
-        return float(text)
-    if re.fullmatch(r"(\d{1,9}(\.\d{1,9})?(h|ms|m|s))+", text):
-        units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-        return time.time() - sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)(h|ms|m|s)", text))
-    found = seconds_of(text + "T00:00:00" if re.fullmatch(r"\d{4}-\d\d-\d\d", text) else text)
-    if found is None:
-        raise BadParameter(f"invalid until filter: {text!r}")
-    return found
-
-
-def flag_filter(filters: Dict[str, List[str]], name: str, default: Optional[bool] = None) -> Optional[bool]:
-    """A filter that is a boolean; 400 with dockerd's words for anything else."""
-    values = filters.get(name) or []
-    if not values:
-        return default
-    words = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
-    told = {words.get(each.lower()) for each in values}
-    if None in told or len(told) > 1:
-        raise BadParameter(f"invalid filter '{name}={json_bytes(values).decode()}'")
-    return told.pop()
 
 
 def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[str, List[str]]) -> List[ImageGroup]:
@@ -3743,17 +5098,14 @@ def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[st
     dangling = flag_filter(filters, "dangling")
     before = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "") for each in filters.get("before") or []]
     since = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "") for each in filters.get("since") or []]
-    until = until_limit(filters.get("until") or [])
+    common, references = PruneFilter(filters), reference_patterns(filters.get("reference") or [])
     found = []
     for group in groups:
-        labels = group.labels
         created = seconds_or_zero(group.config.get("created") or "")
         if (dangling is not None and dangling != (not group.repo_tags)
-                or not match_labels(labels, filters.get("label") or [])
-                or any(match_labels(labels, [each]) for each in filters.get("label!") or [])
-                or (filters.get("reference") and not match_reference([*group.repo_tags, *group.repo_digests], filters["reference"]))
-                or any(created >= each for each in before) or any(created <= each for each in since)
-                or (until is not None and created > until)):
+                or not common.passes(group.labels, created * 10**9)
+                or (references and not match_reference([*group.repo_tags, *group.repo_digests], references))
+                or any(created >= each for each in before) or any(created <= each for each in since)):
             continue
         found.append(group)
     return found
@@ -3791,11 +5143,12 @@ def image_list(engine: Engine, request: Request) -> Response:
     groups = filter_images(engine, engine.inventory.images.get().values(), filters)
     shared = shared_sizes(groups) if request.flag("shared-size") else {}
     users = image_users(engine) if request.flag("manifests") or request.flag("shared-size") else {}
+    references = reference_patterns(filters.get("reference") or [])
     rows = []
     for group in groups:
         row = docker_image_row(group, request.version, len(users.get(group.id, [])) if users else -1, shared.get(group.id, -1))
-        for key in ("RepoTags", "RepoDigests") if filters.get("reference") else ():
-            row[key] = match_reference(row[key], filters["reference"])
+        for key in ("RepoTags", "RepoDigests") if references else ():
+            row[key] = match_reference(row[key], references)
         if request.flag("manifests") and request.version >= (1, 47):
             row["Manifests"] = docker_manifests(group, users.get(group.id, []))
         rows.append(row)
@@ -3976,11 +5329,10 @@ def follow_progress(process: Process, table: ProgressTable) -> Iterator[bytes]:
             yield message_line(message)
 
 
-def run_progress(engine: Engine, request: Request, arguments: List[str], environment: Optional[Dict[str, str]],
-                 table: ProgressTable, begin: Dict[str, Any]) -> Iterator[bytes]:
-    """The messages of a pull or push: `begin` first, once nerdctl has begun to move something (an error until then is an
-    ordinary error response), then the layers. Raises the ApiError when nerdctl fails."""
-    with engine.nerdctl.start(*arguments, environment=environment, client=request.client) as process:
+def run_progress(running: ContextManager[Process], table: ProgressTable, begin: Dict[str, Any]) -> Iterator[bytes]:
+    """The messages of a running pull: `begin` first, once it has begun to move something (an error until then is an
+    ordinary error response), then the layers. Raises the ApiError when it fails."""
+    with running as process:
         begun = False
         for data in follow_progress(process, table):
             if not begun:
@@ -3992,17 +5344,6 @@ def run_progress(engine: Engine, request: Request, arguments: List[str], environ
             yield message_line(begin)
         for message in table.finish():
             yield message_line(message)
-
-
-def pull_args(reference: Reference, platform: str) -> List[str]:
-    """argv of a pull."""
-    arguments = ["pull"]
-    if platform:
-        if not re.fullmatch(r"[A-Za-z0-9_]+(/[A-Za-z0-9_.]+){0,2}", platform):
-            raise BadParameter(f"invalid platform {platform!r}")
-        # nerdctl unpacks only what fits the machine unless told so.
-        arguments += [f"--platform={platform}", "--unpack=false" if not fits_machine(platform) else "--unpack=auto"]
-    return [*arguments, "--", reference.name]
 
 
 def fits_machine(platform: str) -> bool:
@@ -4022,8 +5363,9 @@ def pull_image(engine: Engine, request: Request, reference: Reference, platform:
     """Pull one reference; yields Docker's messages."""
     before = {name: group.id for group in engine.inventory.images.get().values() for name in group.names}.get(reference.name)
     begin = {"status": f"Pulling from {registry_path(reference)}", "id": reference.tag or reference.digest}
-    with engine.changing_images():
-        yield from run_progress(engine, request, pull_args(reference, platform), environment, ProgressTable(PULL_WORDS), begin)
+    with engine.changing_images([reference.name]):
+        running = engine.nerdctl.pull(reference.name, platform, fits_machine(platform), environment, request.client)
+        yield from run_progress(running, ProgressTable(PULL_WORDS), begin)
     group = engine.inventory.image(reference.name)
     name = familiar(reference.name)
     yield message_line({"status": f"Digest: {group.id}"})
@@ -4090,6 +5432,14 @@ class Registry:
             raise ApiError(f"{self.host} answered {status}")
         return headers, body
 
+    def check(self) -> None:
+        """Ask whether it takes the credentials at all; 401 where it refuses them."""
+        status, headers, _ = self._send(self.host, "/v2/", "")
+        if status == 401:
+            status = self._send(self.host, "/v2/", self._authorize(headers.get("www-authenticate") or ""))[0]
+        if status != 200:
+            raise (Unauthorized if status == 401 else ApiError)(f"{self.host} answered {status}")
+
     def tags(self) -> List[str]:
         """All tags of the repository, which may come in pages."""
         found, path = [], "tags/list"
@@ -4110,7 +5460,7 @@ class Registry:
         scheme, _, rest = challenge.partition(" ")
         if scheme.lower() != "bearer":
             return self._basic()
-        fields = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+        fields = dict(re.findall(r'\b(\w+)="([^"]*)"', rest))
         realm = urllib.parse.urlsplit(fields.get("realm", ""))
         if realm.scheme not in ("http", "https") or not realm.netloc:
             return ""
@@ -4154,7 +5504,7 @@ class Registry:
 
 def next_query(link: str) -> str:
     """The query of the next page in a Link header, "" where there is none. The rest of the link is that of this page."""
-    for target, attributes in re.findall(r"<([^>]*)>([^,<]*)", link):
+    for target, attributes in re.findall(r"<([^<>]*)>([^,<]*)", link):
         if re.search(r';\s*rel="?next\b', attributes, re.I):
             return target.partition("#")[0].partition("?")[2]
     return ""
@@ -4187,8 +5537,6 @@ def image_distribution(engine: Engine, request: Request, name: str) -> Response:
 @route("POST", "/images/create")
 def image_create(engine: Engine, request: Request) -> Response:
     """Pull (`fromImage`, all tags where there is none) or import (`fromSrc`, with `changes`), as a progress stream."""
-    if request.value("fromImage"):
-        read_limited(request.body, JSON_LIMIT)
     if request.value("fromSrc"):
         return image_import(engine, request)
     name, tag = request.value("fromImage"), request.value("tag")
@@ -4197,9 +5545,8 @@ def image_create(engine: Engine, request: Request) -> Response:
     reference = parse_reference(name, "")
     if tag:
         reference = parse_reference(f"{reference.repository}@{tag}" if ":" in tag else f"{reference.repository}:{tag}")
-    platform = request.value("platform")
-    if platform:
-        pull_args(reference, platform)
+    platform = platform_words(request.value("platform")) if request.value("platform") else ""
+    read_limited(request.body, JSON_LIMIT)
 
     def chunks() -> Iterator[bytes]:
         references = [reference]
@@ -4222,86 +5569,175 @@ def image_create(engine: Engine, request: Request) -> Response:
     return Response(200, Stream(chunks(), primed=True), "application/json")
 
 
-def remove_extra_names(engine: Engine, base: str, before: Iterable[str]) -> None:
-    """Take away the names `base@sha256:…` that nerdctl's load and import leave beside the ones asked for."""
-    known = set(before)
-    extra = [name for name in engine.inventory.images.names.get() if name not in known and name.startswith(base + "@sha256:")]
+def remove_extra_names(engine: Engine, extra: List[str]) -> None:
+    """Take away names that nerdctl's load and import leave beside the ones asked for."""
     if extra:
-        with engine.changing_images():
-            engine.nerdctl.output("rmi", "--", *extra)
+        with engine.changing_images(extra, "untag"):
+            with contextlib.suppress(ApiError):
+                engine.nerdctl.remove_images(extra)
 
 
 def parse_loaded(text: str) -> List[str]:
-    """The names that `nerdctl load` says it loaded, each once. nerdctl 2.3 sometimes leaves out the last of its
-    `Loaded image:` lines (3 of 25 times on a busy machine), but names it in its progress."""
-    told = [*re.findall(r"^Loaded image: (\S+)", text, re.M), *re.findall(r"^(\S+:\S+)[ \t]+saved[ \t]*$", ANSI.sub("", text), re.M)]
-    return list(dict.fromkeys(told))
+    """The names that `nerdctl load`, or ctr's import, says it loaded, each once. nerdctl 2.3 sometimes leaves out the last
+    of its `Loaded image:` lines (3 of 25 times on a busy machine), but names it in its progress."""
+    saved = re.findall(r"^(\S+)[ \t]+saved[ \t]*$", ANSI.sub("", text), re.M)
+    told = re.findall(r"^(?:Loaded image:|unpacking) (\S+)", text, re.M)
+    return list(dict.fromkeys([*told, *(each for each in saved if ":" in each[1:-1])]))
 
 
-def loaded_names(engine: Engine, told: List[str], before: Iterable[str]) -> List[str]:
-    """The names with a tag that an archive brought. nerdctl now and then ends before it has told all of them, so new names
-    count too, and where there are none the one that the index of the archive has."""
-    known, after = set(before), list(engine.inventory.images.names.get())
-    found = [name for name in [*told, *(each for each in after if each not in known)] if "@sha256:" not in name]
-    groups = {} if found else engine.inventory.images.get()
-    for name in [] if found else told:
-        group = groups.get(name.partition("@")[2])
-        noted = ((group.content.descriptor if group else {}).get("annotations") or {}).get("io.containerd.image.name")
-        found += [noted] if noted in after else []
-    return list(dict.fromkeys(found))
+class ImageArchive:
+    """What an archive of images says of itself, noted from its tar as the bytes pass by: `whole` once its end was there,
+    and the `names` that containerd gives to what is in it. Of what is packed it knows nothing."""
+
+    # containerd reads no more of a JSON file.
+    LIMIT = 20 << 20
+    FILES = ("oci-layout", "index.json", "manifest.json")
+
+    def __init__(self) -> None:
+        self.files: Dict[str, bytes] = {}
+        self.zeros = 0
+        self.broken = False
+        # How many of the next bytes are of an entry that is not looked at.
+        self.opaque = 0
+        self._checksum = sha256()
+        self._entry: Any = None
+        self._buffer, self._wanted = bytearray(), 512
+        self._long_size = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the end of the tar came, where a header would stand, after the files that an archive of images has."""
+        return self.zeros == 2 and "index.json" in self.files
+
+    @property
+    def index(self) -> str:
+        """The name that nerdctl gives to the archive's index, "" for an archive without one."""
+        return f"import@sha256:{sha256(self.files.get('index.json', b'')).hexdigest()}" if "oci-layout" in self.files else ""
+
+    @property
+    def state(self) -> Tuple[bytes, int, bytes]:
+        """Where in the tar this is: the same for another one that is the same up to here. The names of blobs are in it."""
+        return self._checksum.digest(), self.opaque, bytes(self._buffer)
+
+    def feed(self, data: Any) -> None:
+        """The next bytes of the tar; they may be Piped within `opaque`."""
+        if isinstance(data, Piped):
+            self.opaque -= data.size
+            return
+        view = memoryview(data)
+        while view and not self.broken and self.zeros < 2:
+            if self.opaque:
+                passed = min(self.opaque, len(view))
+                self.opaque -= passed
+            else:
+                passed = min(self._wanted - len(self._buffer), len(view))
+                self._buffer += view[:passed]
+                if len(self._buffer) == self._wanted:
+                    self._next(bytes(self._buffer))
+            view = view[passed:]
+
+    def _next(self, data: bytes) -> None:
+        """A header, or the content of an entry that is looked at, has come whole."""
+        self._checksum.update(data)
+        entry, self._entry = self._entry, None
+        self._buffer, self._wanted = bytearray(), 512
+        if entry is None:
+            self.zeros = 0 if any(data) else self.zeros + 1
+            if not self.zeros:
+                self._header(data)
+        elif entry.isreg():
+            self.files[os.path.normpath(entry.name)] = data[:entry.size]
+        else:
+            found = re.search(rb"(?:^|\n)\d+ size=(\d{1,18})\n", data)
+            self._long_size = int(found.group(1)) if found else 0
+
+    def _header(self, data: bytes) -> None:
+        # Not at the top: only archives need it, and it costs memory.
+        import tarfile
+
+        try:
+            entry = tarfile.TarInfo.frombuf(data, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            self.broken = True
+            return
+        without = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
+        size = 0 if entry.type in without else self._long_size or entry.size
+        self._long_size = 0
+        blocks = -(-size // 512) * 512
+        known = entry.type == tarfile.XHDTYPE or (entry.isreg() and os.path.normpath(entry.name) in self.FILES)
+        if size < 0:
+            self.broken = True
+        elif known and 0 < size <= self.LIMIT:
+            self._entry, self._wanted = entry, blocks
+        else:
+            self.opaque = blocks
+
+    @property
+    def names(self) -> List[str]:
+        """The names in the archive, in its order, as containerd takes them: the index's where it has one. Tags alone are
+        none."""
+        found: List[Any] = []
+        # Whatever this JSON is not is for nerdctl to complain of.
+        with contextlib.suppress(ApiError, AttributeError, KeyError, TypeError):
+            if "oci-layout" in self.files:
+                for each in parse_json(self.files["index.json"])["manifests"]:
+                    told = each.get("annotations") or {}
+                    found.append(told.get("io.containerd.image.name") or told.get("org.opencontainers.image.ref.name"))
+            else:
+                for each in parse_json(self.files["manifest.json"]):
+                    found += [parse_reference(name).name for name in each.get("RepoTags") or ()]
+        return list(dict.fromkeys(each for each in found if isinstance(each, str) and re.search("[/:@]", each)))
 
 
 @route("POST", "/images/load")
 def image_load(engine: Engine, request: Request) -> Response:
-    """Load an archive; a stream with `Loaded image: …` for each name in it, and with the bytes read unless `quiet`."""
-    platform = request.value("platform")
-    arguments = ["load", *([f"--platform={platform_words(platform)}"] if platform else ["--all-platforms"])]
+    """Load an archive; a stream with `Loaded image: …` for each name in it, and with the bytes read where `quiet` is off."""
+    platforms, quiet = wanted_platforms(request, 1), request.flag("quiet", True)
 
     def chunks() -> Iterator[bytes]:
         before = list(engine.inventory.images.names.get())
-        with engine.changing_images():
+        archive, names = ImageArchive(), []
+        with engine.changing_images(names):
             # Not ended when the client leaves: that is seen when the body breaks off, and what has come whole is loaded.
-            with engine.nerdctl.start(*arguments, stdin=subprocess.PIPE) as process:
+            with engine.nerdctl.load(platforms) as process:
                 taken, told = 0, time.monotonic()
                 try:
-                    for block in request.body.blocks():
+                    for block in plain_blocks(request.body):
+                        archive.feed(block)
                         if not process.write(block):
                             break
                         taken += len(block)
-                        if not request.flag("quiet") and time.monotonic() - told > 0.5:
+                        if not quiet and time.monotonic() - told > 0.5:
                             told = time.monotonic()
                             yield message_line({"status": "Loading layer", "id": "archive", "progressDetail": {"current": taken, "total": taken},
                                                 "progress": decimal_size(taken)})
                 except BaseException:
                     process.spoil()
                     raise
+                names += archive.names
                 process.close_stdin()
                 text = b"".join(iter(process.read, b"")).decode(errors="replace")
                 process.check()
         loaded = parse_loaded(text)
-        named = loaded_names(engine, loaded, before)
-        if named:
-            remove_extra_names(engine, "import", before)
-        names = {name: group for group in engine.inventory.images.get().values() for name in group.names}
-        for each in named or loaded:
-            group = names.get(each) or names.get(each.partition(" ")[0])
-            if "@sha256:" in each:
-                yield message_line({"stream": f"Loaded image ID: {group.id if group else each.partition('@')[2]}\n"})
-            else:
-                yield message_line({"stream": f"Loaded image: {familiar(each)}\n"})
-            engine.journal.emit("image", "load", group.id if group else each, {"name": familiar(each)})
+        groups = {name: group for group in engine.inventory.images.get().values() for name in group.names}
+        nameless = [each for each in loaded if IMPORTED.match(each)]
+        # The index is an image of containerd too, and the first that nerdctl tells of.
+        index = archive.index or "".join([each for each in nameless if each.startswith("import@")][:1])
+        remove_extra_names(engine, [index] if index in groups and index not in before else [])
+        for name in [each for each in names if each in groups] or [each for each in loaded if each not in nameless]:
+            yield message_line({"stream": f"Loaded image: {familiar(name)}\n"})
+            engine.journal.emit("image", "load", groups[name].id if name in groups else name, {"name": familiar(name)})
+        for name in nameless:
+            if name != index:
+                identity = name.partition("@")[2]
+                yield message_line({"stream": f"Loaded image ID: {identity}\n"})
+                engine.journal.emit("image", "load", identity, {"name": identity})
 
-    def told() -> Iterator[bytes]:
-        # As with dockerd, an archive that cannot be loaded is told of in the stream, where clients look for it.
-        yield b""
-        yield from chunks()
-
-    return Response(200, Stream(as_error_detail(told())), "application/json")
+    return Response(200, Stream(as_error_detail(chunks(), begun=True), primed=True), "application/json")
 
 
-def as_error_detail(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """A progress stream whose error, once it has begun, is its last message."""
-    begun = False
+def as_error_detail(chunks: Iterator[bytes], begun: bool = False) -> Iterator[bytes]:
+    """A progress stream whose error, once it has `begun`, is its last message."""
     try:
         for chunk in chunks:
             begun = True
@@ -4312,6 +5748,14 @@ def as_error_detail(chunks: Iterator[bytes]) -> Iterator[bytes]:
         yield error_line(str(error))
     finally:
         chunks.close()
+
+
+def wanted_platforms(request: Request, limit: int = 0) -> List[str]:
+    """Each `platform` of a request, once; 501 for more than `limit` of them (0: as many as there are)."""
+    wanted = list(dict.fromkeys(platform_words(each) for each in request.values("platform") if each))
+    if limit and len(wanted) > limit:
+        raise NotImplementedHere(f"nerdctl can do this for one platform only, not for {', '.join(wanted)}")
+    return wanted
 
 
 def platform_words(text: str) -> str:
@@ -4355,13 +5799,12 @@ def image_import(engine: Engine, request: Request) -> Response:
     lines = change_lines(request.values("changes"))
     # nerdctl 1.7 has no --message.
     arguments = ["import", *([f"--message={request.value('message')}"] if request.value("message") else [])]
-    if request.value("platform"):
-        arguments.append(f"--platform={platform_words(request.value('platform'))}")
+    arguments += [f"--platform={each}" for each in wanted_platforms(request, 1)]
 
     def chunks() -> Iterator[bytes]:
         before = list(engine.inventory.images.names.get())
         working = target.name if target and not lines else f"{WORKING_NAME}import:{os.urandom(8).hex()}"
-        with engine.changing_images():
+        with engine.changing_images([working]):
             with engine.nerdctl.start(*arguments, "--", source, working, stdin=subprocess.PIPE, client=request.client) as process:
                 if source == "-":
                     blocks = request.body.blocks()
@@ -4377,9 +5820,10 @@ def image_import(engine: Engine, request: Request) -> Response:
                 for _ in iter(process.read, b""):
                     pass
                 process.check()
-        remove_extra_names(engine, working, before)
+        remove_extra_names(engine, [name for name in engine.inventory.images.names.get()
+                                    if name not in before and name.startswith(working + "@sha256:")])
         if lines:
-            with engine.changing_images():
+            with engine.changing_images([target.name] if target else []):
                 try:
                     apply_changes(engine, working, target.name if target else working, lines)
                 finally:
@@ -4407,34 +5851,32 @@ def expand_names(engine: Engine, name: str) -> List[str]:
     return engine.inventory.image(name).names[:1]
 
 
-ARCHIVE_END = bytes(1024)
 SAVE_ATTEMPTS = 4
 
 
-def whole_archive(engine: Engine, request: Request, arguments: List[str]) -> Iterator[bytes]:
+def whole_archive(engine: Engine, request: Request, names: List[str], platforms: List[str]) -> Iterator[Any]:
     """The tar that `nerdctl save` writes, to its end. nerdctl 2.3 sometimes ends, with status 0, before it has written all
-    of it (2 of 30 times on a busy machine): then it is run again for the rest, which is the same each time."""
-    sent, tail = 0, b""
-    for attempt in range(SAVE_ATTEMPTS):
-        with engine.nerdctl.start(*arguments, client=request.client) as process:
-            seen, again = 0, b""
-            for block in process.pieces(len(ARCHIVE_END)) if not sent else iter(process.read, b""):
-                if isinstance(block, Piped):
-                    seen, sent = seen + block.size, sent + block.size
+    of it (26 of 400 times): then it is run again for the rest, which is the same each time."""
+    sent, state = 0, None
+    for _ in range(SAVE_ATTEMPTS):
+        with engine.nerdctl.save(names, platforms, request.client) as process:
+            archive, seen = ImageArchive(), 0
+            for block in process.pieces(lambda: archive.opaque if seen >= sent else 0):
+                if seen < sent:
+                    known = min(len(block), sent - seen)
+                    archive.feed(block[:known])
+                    block, seen = block[known:], seen + known
+                    if seen == sent and archive.state != state:
+                        raise ApiError("nerdctl did not write the same archive again")
+                if block:
+                    archive.feed(block)
+                    sent = seen = seen + (block.size if isinstance(block, Piped) else len(block))
                     yield block
-                    continue
-                known = min(len(block), max(0, sent - seen))
-                again = (again + block[:known])[-len(ARCHIVE_END):]
-                seen += len(block)
-                if known and seen >= sent and again != tail:
-                    raise ApiError("nerdctl did not write the whole archive")
-                if known < len(block):
-                    tail = (tail + block[known:])[-len(ARCHIVE_END):]
-                    sent += len(block) - known
-                    yield block[known:]
             process.check()
-        if tail == ARCHIVE_END:
+        if archive.whole:
             return
+        if seen == sent:
+            state = archive.state
     raise ApiError("nerdctl did not write the whole archive")
 
 
@@ -4442,15 +5884,14 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     """Stream the archive of images, all looked up before the first byte."""
     if not names:
         raise BadParameter("no images given")
-    platform = request.value("platform")
     wanted = list(dict.fromkeys(each for name in names for each in expand_names(engine, name)))
-    if platform:
+    for platform in request.values("platform"):
         for name in wanted:
             check_platform(engine.inventory.image(name), platform, name)
-    arguments = ["save", *([f"--platform={platform_words(platform)}"] if platform else []), "--", *wanted]
+    platforms = wanted_platforms(request)
 
     def chunks() -> Iterator[bytes]:
-        yield from whole_archive(engine, request, arguments)
+        yield from whole_archive(engine, request, wanted, platforms)
         for name in wanted:
             # Too late for an error: somebody may have removed it meanwhile.
             with contextlib.suppress(ApiError):
@@ -4487,10 +5928,8 @@ def image_search(engine: Engine, request: Request) -> Response:
 def delete_conflict(group: ImageGroup, name: str, users: List[Container], by_name: bool, force: bool) -> None:
     """409 with dockerd's words where an image may not be removed."""
     short = group.id[7:19]
-    if not by_name and len(group.repo_tags) > 1 and not force:
+    if not by_name and max(len(group.repo_tags), len(group.repo_digests)) > 1 and not force:
         raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is referenced in multiple repositories")
-    if by_name and len(group.names) > 1:
-        return
     for container in users:
         if container.running and (force or not by_name):
             raise Conflict(f"conflict: unable to delete {short} (cannot be forced) - image is being used by running container {container.id[:12]}")
@@ -4503,10 +5942,11 @@ def delete_conflict(group: ImageGroup, name: str, users: List[Container], by_nam
 
 def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: bool) -> List[Dict[str, str]]:
     """Remove names of an image, with one nerdctl; what was untagged and, with the last name, deleted."""
-    with engine.changing_images():
-        engine.nerdctl.run("rmi", *(["--force"] if force else []), "--", *names)
+    with engine.changing_images(names, "untag"):
+        engine.nerdctl.remove_images(names, force)
     left = engine.inventory.images.get().get(group.id)
-    told = [{"Untagged": familiar(name)} for name in names if not name.startswith(("moby-dangling@", "import@", WORKING_NAME))]
+    named = [name for name in names if not IMPORTED.match(name) and not name.startswith(("moby-dangling@", WORKING_NAME))]
+    told = [{"Untagged": familiar(name)} for name in named]
     for name in names:
         engine.journal.emit("image", "untag", group.id, {"name": familiar(name)})
     if left is None or not left.names:
@@ -4515,18 +5955,35 @@ def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: boo
     return told
 
 
+def referenced_names(group: ImageGroup, name: str) -> List[str]:
+    """Those of an image's names that a reference stands for: one, or with a digest all of its repository. [] for an id."""
+    try:
+        reference = parse_reference(name)
+    except BadParameter:
+        return []
+    named = reference._replace(digest="").name
+    begins = (named + "@",) if reference.tag else (named + ":", named + "@")
+    found = [each for each in group.names if each == reference.name]
+    if reference.digest and not found:
+        found = [each for each in group.names if each == named or each.startswith(begins)]
+        if not found:
+            raise NotFound(f"No such image: {with_tag(name)}")
+    return found
+
+
 @route("DELETE", "/images/{image}")
 def image_delete(engine: Engine, request: Request, name: str) -> Response:
-    """Remove a name of an image, or by its id all of them; 409 while a container needs it."""
+    """Remove a name of an image, with a digest all names of its repository, or by its id all of them; 409 while a container
+    needs it, 501 for the content of some `platforms` only."""
+    platforms = [platform_words(each) for each in request.values("platforms")]
     group, force = engine.inventory.image(name), request.flag("force")
-    full = ""
-    with contextlib.suppress(BadParameter):
-        full = parse_reference(name).name
-    by_name = full in group.names
-    names = [full] if by_name else list(group.names)
-    users = [each for each in engine.inventory.containers().values() if each.image in group.names]
-    delete_conflict(group, name, [each for each in users if not by_name or each.image == full or len(group.names) == 1], by_name, force)
-    return Response(200, remove_image(engine, group, names, force or bool(users)))
+    if platforms:
+        raise NotImplementedHere(f"nerdctl cannot remove the content of one platform ({', '.join(platforms)}) from an image")
+    names = referenced_names(group, name)
+    users = [each for each in engine.inventory.containers().values() if each.image in (names or group.names)]
+    if not names or len(names) == len(group.names):
+        delete_conflict(group, name, users, bool(names), force)
+    return Response(200, remove_image(engine, group, names or list(group.names), force or bool(users)))
 
 
 @route("POST", "/images/prune")
@@ -4557,8 +6014,8 @@ def image_tag(engine: Engine, request: Request, name: str) -> Response:
     target = parse_reference(f"{repository}:{tag}" if tag else repository)
     if target.digest:
         raise BadParameter("refusing to create a tag with a digest reference")
-    with engine.changing_images():
-        engine.nerdctl.run("tag", "--", group.names[0], target.name)
+    with engine.changing_images([target.name]):
+        engine.nerdctl.tag(group.names[0], target.name)
     engine.journal.emit("image", "tag", group.id, {"name": familiar(target.name)})
     return Response(201)
 
@@ -4576,23 +6033,22 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
         names = sorted(each for each in groups if each.startswith(reference.repository + ":") and "@" not in each)
     if not names or names[0] not in groups:
         raise NotFound(f"An image does not exist locally with the tag: {familiar(reference.repository)}")
-    platform = request.value("platform")
-    options = [f"--platform={platform_words(platform)}"] if platform else []
+    platforms = wanted_platforms(request)
 
     def chunks() -> Iterator[bytes]:
         begin = {"status": f"The push refers to repository [{reference.repository}]"}
         yield message_line(begin)
         with credentials_for(engine, request, reference.repository.partition("/")[0]) as environment:
             for each in names:
-                with engine.nerdctl.start("push", *options, "--", each, environment=environment, client=request.client) as process:
+                with engine.nerdctl.push(each, platforms, environment, request.client) as process:
                     table = ProgressTable(PUSH_WORDS)
                     yield from follow_progress(process, table)
                     process.check()
                     for message in table.finish():
                         yield message_line(message)
-                    pushed = re.findall(r"reduced-platform image \(([^,]+), (sha256:[0-9a-f]{64})\)", process.error_text())
+                    pushed = engine.nerdctl.pushed_digest(process)
                 group, short = groups[each], each.rpartition(":")[2]
-                digest = pushed[-1][1] if pushed else group.id
+                digest = pushed or group.id
                 size = docker_descriptor(group)["size"] if digest == group.id else group.content.descriptor.get("size") or 0
                 yield message_line({"status": f"{short}: digest: {digest} size: {size}"})
                 yield message_line({"progressDetail": {}, "aux": {"Tag": short, "Digest": digest, "Size": size}})
@@ -4621,7 +6077,7 @@ def image_commit(engine: Engine, request: Request) -> Response:
     working = target or f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
     arguments = [f"--message={request.value('comment')}", f"--author={request.value('author')}",
                  f"--pause={'true' if request.flag('pause', True) else 'false'}"]
-    with engine.changing_images():
+    with engine.changing_images([working]):
         if len(own) == len(lines):
             engine.nerdctl.run("commit", *arguments, *(f"--change={line}" for line in lines), "--", container.real, working, timeout=600, waits=True)
         else:
@@ -4775,9 +6231,9 @@ def json_parameter(request: Request, name: str, kind: type) -> Any:
 
 
 def build_args(request: Request) -> Tuple[List[str], List[str]]:
-    """argv of `nerdctl build` but for context, Dockerfile and tags, and warnings about what nerdctl cannot express. 400
+    """nerdctl's options of build but for Dockerfile and tags, and warnings about what nerdctl cannot express. 400
     for bad values, 501 for what would make another image than asked for."""
-    arguments = ["build", "--progress=plain"]
+    arguments = ["--progress=plain"]
     warnings = []
     for key, value in json_parameter(request, "buildargs", dict).items():
         # Without a value it is the client's own environment that is meant, and that is not here.
@@ -4792,8 +6248,7 @@ def build_args(request: Request) -> Tuple[List[str], List[str]]:
             arguments.append(flag)
     if request.value("target"):
         arguments.append(f"--target={request.value('target')}")
-    if request.value("platform"):
-        arguments.append(f"--platform={platform_words(request.value('platform'))}")
+    arguments += [f"--platform={each}" for each in wanted_platforms(request)]
     mode = request.value("networkmode")
     if mode in ("host", "none"):
         arguments.append(f"--network={mode}")
@@ -4828,17 +6283,18 @@ def registry_config(request: Request) -> Dict[str, Dict[str, str]]:
     return auths
 
 
-FAILED_STEP = re.compile(r'process "(?P<command>.*)" did not complete successfully: exit code: (?P<code>\d+)')
+FAILED_STEP = '" did not complete successfully: exit code: '
 
 
 def build_failure(lines: Iterable[str]) -> Dict[str, Any]:
     """The last message of a failed build, from the last lines of its progress."""
     lines = list(lines)
     for line in reversed(lines):
-        found = FAILED_STEP.search(line)
-        if found:
-            text = f"The command '{found.group('command')}' returned a non-zero code: {found.group('code')}"
-            return {"errorDetail": {"code": int(found.group("code")), "message": text}, "error": text}
+        command, failed, rest = line.partition('process "')[2].rpartition(FAILED_STEP)
+        code = re.match(r"[0-9]{1,9}", rest)
+        if failed and code:
+            text = f"The command '{command}' returned a non-zero code: {code.group()}"
+            return {"errorDetail": {"code": int(code.group()), "message": text}, "error": text}
     told = [line for line in lines if re.match(r"(error|ERROR):? ", line)]
     text = re.sub(r"^(error|ERROR):? ", "", told[-1]) if told else str(nerdctl_error("\n".join(lines)))
     return {"errorDetail": {"message": text}, "error": text}
@@ -4853,7 +6309,7 @@ def build_context(request: Request, folder: str) -> None:
     if not remote or remote == "client-session":
         unpack_context(request.body, folder)
         return
-    if re.match(r"git://|git@|ssh://|github\.com/|https?://\S+\.git(#\S*)?$", remote):
+    if re.match(r"git://|git@|ssh://|github\.com/|https?://[^\s#]+\.git(#\S*)?$", remote):
         raise NotImplementedHere("nerdctl cannot build from a git repository: clone it, or use docker buildx")
     if not re.fullmatch(r"https?://\S+", remote):
         raise BadParameter(f"unable to prepare context: {remote!r} is not a URL")
@@ -4906,13 +6362,12 @@ def image_build(engine: Engine, request: Request) -> Response:
             folder = stack.enter_context(engine.workspace.temporary("build"))
             environment = stack.enter_context(engine.workspace.docker_config(auths)) if auths else None
             build_context(request, folder)
-            words = [*arguments, *dockerfile_args(request, folder), *(f"--tag={name}" for name in names), "--", folder]
+            options = [*arguments, *dockerfile_args(request, folder)]
             for each in warnings:
                 yield message_line({"stream": each + "\n"})
-            stack.enter_context(engine.changing_images())
+            stack.enter_context(engine.changing_images(names))
             last: collections.deque = collections.deque(maxlen=200)
-            with engine.nerdctl.start(*words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, environment=environment,
-                                      client=request.client) as process:
+            with engine.nerdctl.build(options, names, folder, environment, request.client) as process:
                 for line in process.lines(process.stderr):
                     last.append(line)
                     if not quiet and parse_logrus(line)[0] == "":
@@ -4956,7 +6411,7 @@ def docker_cache(record: Dict[str, Any]) -> Dict[str, Any]:
 def build_cache(engine: Engine) -> List[Dict[str, Any]]:
     """The records of BuildKit's cache; none where there is no buildctl or no buildkitd answers."""
     try:
-        output = engine.nerdctl.buildctl("du", "--format", "{{json .}}")
+        output = engine.nerdctl.buildctl().output("du", "--format", "{{json .}}")
     except Unavailable:
         return []
     if output.status:
@@ -4979,13 +6434,15 @@ def build_prune(engine: Engine, request: Request) -> Response:
     for key, values in filters.items():
         for value in values:
             if key in ("until", "unused-for"):
-                arguments.append(f"--keep-duration={max(0, round(time.time() - (until_limit([value]) or 0)))}s")
+                arguments.append(f"--keep-duration={max(0, round((time.time_ns() - (until_limit([value]) or 0)) / 1e9))}s")
             else:
                 arguments.append(f"--filter={key}=={value}" if key not in ("inuse", "private", "shared") else f"--filter={key}")
-    for name in ("keep-storage", "reserved-space"):
-        if request.integer(name):
-            arguments.append(f"--keep-storage={request.integer(name) / 1e6:g}")
-    output = engine.nerdctl.buildctl(*arguments, timeout=600)
+    reserved, limit = request.integer("reserved-space") or request.integer("keep-storage"), request.integer("max-used-space")
+    for flag, size in (("keep-storage", limit or reserved), ("keep-storage-min", reserved if limit else 0),
+                       ("free-storage", request.integer("min-free-space"))):
+        if size:
+            arguments.append(f"--{flag}={size / 1e6:g}")
+    output = engine.nerdctl.buildctl().output(*arguments, timeout=600)
     if output.status:
         raise nerdctl_error(output.stderr) if "dial" not in output.stderr else Unavailable(
             "buildkitd does not answer: start it with a containerd worker, or say where it is with --buildkit-host")
@@ -5252,14 +6709,15 @@ def match_port(ports: List[Dict[str, Any]], key: str, wanted: List[str]) -> bool
     return False
 
 
-def match_container(engine: Engine, container: Container, filters: Dict[str, List[str]]) -> bool:
-    """Whether a container passes the filters of the list, but for before and since."""
+def match_container(engine: Engine, container: Container, filters: Dict[str, List[str]], named: NameFilter) -> bool:
+    """Whether a container passes the filters of the list, of which `named` is that by name, but for before and
+    since."""
     if not filters:
         return True
     state, networks = container.state, network_names(container)
     checks: Dict[str, Callable[[List[str]], bool]] = {
         "id": lambda wanted: any(container.id.startswith(each) for each in wanted),
-        "name": lambda wanted: match_any(container.name, wanted) or match_any("/" + container.name, wanted),
+        "name": lambda wanted: named.passes(container.name, "/" + container.name),
         "label": lambda wanted: match_labels(container.visible_labels, wanted),
         "status": lambda wanted: state.kind in wanted,
         "exited": lambda wanted: state.kind == "exited" and str(state.exit_code) in wanted,
@@ -5288,6 +6746,7 @@ def ancestor_names(engine: Engine, name: str) -> List[str]:
 def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: bool, limit: int) -> List[Container]:
     """The containers of a list request, newest first."""
     check_container_filters(filters)
+    named = NameFilter(filters.get("name") or [])
     table = list(engine.inventory.containers().values())
     table.sort(key=lambda each: -each.created)
     for key, later in (("before", False), ("since", True)):
@@ -5296,7 +6755,9 @@ def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: b
             table = [each for each in table if (each.created > moment if later else each.created < moment)]
     if limit > 0 or filters.get("status") or filters.get("exited") or filters.get("before") or filters.get("since"):
         everything = True
-    found = [each for each in table if (everything or each.running or each.state.kind == "restarting") and match_container(engine, each, filters)]
+    found = [each for each in table
+             if (everything or each.running or each.state.kind == "restarting")
+             and match_container(engine, each, filters, named)]
     return found[:limit] if limit > 0 else found
 
 
@@ -7062,30 +8523,36 @@ def start_attached(engine: Engine, container: Container, waiting: List[Attachmen
 
 
 def start_refused(engine: Engine, container: Container, error: ApiError) -> None:
-    """After a start that failed: a container that was to be removed at its end is removed now."""
-    if auto_removed(container):
+    """After a start that failed: a container that was to be removed at its end is removed now, unless it runs, by another
+    hand, or it was nerdctl that could not be run for it."""
+    spared = isinstance(error, (Unavailable, NotImplementedHere))
+    if auto_removed(container) and not spared:
         with contextlib.suppress(ApiError):
             # Another one may have taken its place.
-            remove_container(engine, engine.inventory.container(container.id), force=True, volumes=True)
-    engine.tasks.failed(container.real, refused_code(str(error)))
+            remove_container(engine, engine.inventory.container(container.id), force=False, volumes=True)
+    if engine.caretaker:
+        engine.caretaker.release(container.id)
+        engine.caretaker.changed.put(container.real)
+    engine.tasks.failed(container.real, refused_code(str(error)), spared and auto_removed(container))
 
 
 @route("POST", "/containers/{id}/start")
 def container_start(engine: Engine, request: Request, name: str) -> Response:
     """Start it; 204, 304 when it runs already, 400 when its command cannot be run."""
     request.json()
-    container = engine.inventory.container(name)
-    if container.state.kind == "paused":
-        raise Conflict("cannot start a paused container, try unpause instead")
-    if container.running:
-        raise NotModified()
-    engine.hold_if_needed(container)
-    with engine.changing(container):
-        try:
-            start_container(engine, container)
-        except ApiError as error:
-            start_refused(engine, container, error)
-            raise
+    gone = Conflict("container is marked for removal and cannot be started")
+    with engine.owning(name, gone=gone) as container:
+        if container.state.kind == "paused":
+            raise Conflict("cannot start a paused container, try unpause instead")
+        if container.running:
+            raise NotModified()
+        engine.hold_if_needed(container)
+        with engine.changing(container):
+            try:
+                start_container(engine, container)
+            except ApiError as error:
+                start_refused(engine, container, error)
+                raise
     engine.hosts.refresh()
     return Response(204)
 
@@ -7149,20 +8616,40 @@ def named_signal(number: int) -> str:
     return f"SIGRTMIN+{number - signal.SIGRTMIN}" if number < 50 else f"SIGRTMAX-{signal.SIGRTMAX - number}"
 
 
+def runs(engine: Engine, container: Container) -> bool:
+    """Whether a container runs, read anew."""
+    engine.inventory.records.invalidate(container.real)
+    now = engine.inventory.containers().get(container.real)
+    return now is not None and now.running
+
+
+def stop_container(engine: Engine, request: Request, container: Container) -> None:
+    """Stop a container that runs, as a request says. It may take its time to end, and others may want it to end sooner: this
+    owns it no more."""
+    arguments, longest = stop_args(request, container)
+    count = engine.tasks.now()
+    with engine.changing(container), engine.being_stopped(container, stop_signal(request, container)):
+        try:
+            engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest, waits=True)
+        except ApiError:
+            # It may have ended, or been removed, by another hand.
+            if runs(engine, container):
+                raise
+        engine.tasks.ended_since(container.real, count, engine.tasks.LATE if engine.feed.live else 0.0)
+    engine.tell(container, "stop")
+
+
 @route("POST", "/containers/{id}/stop")
 def container_stop(engine: Engine, request: Request, name: str) -> Response:
     """Stop it within `t` seconds, then kill it; 204, 304 when it does not run."""
     read_limited(request.body, JSON_LIMIT)
-    container = engine.inventory.container(name)
-    arguments, longest = stop_args(request, container)
-    if not container.running and container.state.kind != "restarting":
-        raise NotModified()
-    count = engine.tasks.now()
-    with engine.changing(container), engine.being_stopped(container, stop_signal(request, container)):
-        hold_down(engine, container)
-        engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest, waits=True)
-        engine.tasks.ended_since(container.real, count, engine.tasks.LATE if engine.feed.live else 0.0)
-    engine.tell(container, "stop")
+    with engine.owning(name) as container:
+        stop_args(request, container)
+        if not container.running and container.state.kind != "restarting":
+            raise NotModified()
+        with engine.changing(container):
+            hold_down(engine, container)
+    stop_container(engine, request, container)
     return Response(204)
 
 
@@ -7170,17 +8657,19 @@ def container_stop(engine: Engine, request: Request, name: str) -> Response:
 def container_restart(engine: Engine, request: Request, name: str) -> Response:
     """Stop it if it runs, and start it; 204."""
     read_limited(request.body, JSON_LIMIT)
-    container = engine.inventory.container(name)
-    arguments, longest = stop_args(request, container)
-    with engine.changing(container), engine.restarting(container):
+    with engine.owning(name) as container:
+        stop_args(request, container)
+        count = engine.tasks.now()
+    with engine.restarting(container):
         if container.running:
-            with engine.being_stopped(container, stop_signal(request, container)):
-                engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest, waits=True)
-            engine.tell(container, "stop")
+            stop_container(engine, request, container)
             session = engine.sessions.get(container.id)
             if session:
                 session.ended.wait(5)
-        start_container(engine, engine.inventory.container(container.id))
+        with engine.owning(container.id) as container, engine.changing(container):
+            # Another start, or restart, may have come first.
+            if not (container.running and engine.tasks.started_since(container.real, count)):
+                start_container(engine, container)
     engine.hosts.refresh()
     engine.tell(container, "restart")
     return Response(204)
@@ -7196,19 +8685,24 @@ def require_running(container: Container) -> None:
 def container_kill(engine: Engine, request: Request, name: str) -> Response:
     """Send it a signal; 204, 409 when it does not run."""
     read_limited(request.body, JSON_LIMIT)
-    container = engine.inventory.container(name)
-    word = check_signal(request.value("signal") or "KILL")
-    if not container.running:
-        raise Conflict(f"cannot kill container: {name}: container {container.id} is not running")
-    count = engine.tasks.now()
-    engine.tell(container, "kill", signal=str(signal_number(word)))
-    with engine.changing(container):
+    with engine.owning(name) as container, engine.changing(container):
+        word = check_signal(request.value("signal") or "KILL")
+        refusal = Conflict(f"cannot kill container: {name}: container {container.id} is not running")
+        if not container.running:
+            raise refusal
+        count = engine.tasks.now()
+        engine.tell(container, "kill", signal=str(signal_number(word)))
         if word in ("SIGKILL", ends_by(container)):
             hold_down(engine, container)
-        engine.nerdctl.run("kill", f"--signal={word}", "--", container.real)
-        if word == "SIGKILL" and engine.feed.live:
-            # As dockerd does: who is told that it was killed finds it so.
-            engine.tasks.ended_since(container.real, count, engine.tasks.DYING)
+        try:
+            engine.nerdctl.run("kill", f"--signal={word}", "--", container.real)
+        except ApiError:
+            if runs(engine, container):
+                raise
+            raise refusal from None
+    if word == "SIGKILL" and engine.feed.live:
+        # As dockerd does: who is told that it was killed finds it so.
+        engine.tasks.ended_since(container.real, count, engine.tasks.DYING)
     return Response(204)
 
 
@@ -7230,11 +8724,10 @@ def signal_number(word: str) -> int:
 @route("POST", "/containers/{id}/pause")
 def container_pause(engine: Engine, request: Request, name: str) -> Response:
     """Freeze it; 204, 409 when it does not run or is paused already."""
-    container = engine.inventory.container(name)
-    require_running(container)
-    if container.state.kind == "paused":
-        raise Conflict(f"container {container.id} is already paused")
-    with engine.changing(container):
+    with engine.owning(name) as container, engine.changing(container):
+        require_running(container)
+        if container.state.kind == "paused":
+            raise Conflict(f"container {container.id} is already paused")
         engine.nerdctl.run("pause", "--", container.real)
     return Response(204)
 
@@ -7242,10 +8735,9 @@ def container_pause(engine: Engine, request: Request, name: str) -> Response:
 @route("POST", "/containers/{id}/unpause")
 def container_unpause(engine: Engine, request: Request, name: str) -> Response:
     """Let it go on; 204, 409 when it is not paused."""
-    container = engine.inventory.container(name)
-    if container.state.kind != "paused":
-        raise Conflict(f"container {container.id} is not paused")
-    with engine.changing(container):
+    with engine.owning(name) as container, engine.changing(container):
+        if container.state.kind != "paused":
+            raise Conflict(f"container {container.id} is not paused")
         engine.nerdctl.run("unpause", "--", container.real)
     return Response(204)
 
@@ -7253,13 +8745,12 @@ def container_unpause(engine: Engine, request: Request, name: str) -> Response:
 @route("POST", "/containers/{id}/rename")
 def container_rename(engine: Engine, request: Request, name: str) -> Response:
     """Give it another name; 204, 409 for one in use."""
-    container = engine.inventory.container(name)
-    if not request.value("name"):
-        raise BadParameter("Neither old nor new names may be empty")
-    wanted = request.value("name").lstrip("/")
-    if wanted == container.name:
-        raise BadParameter("Renaming a container with the same name as its current name")
-    with engine.changing(container):
+    with engine.owning(name) as container, engine.changing(container):
+        if not request.value("name"):
+            raise BadParameter("Neither old nor new names may be empty")
+        wanted = request.value("name").lstrip("/")
+        if wanted == container.name:
+            raise BadParameter("Renaming a container with the same name as its current name")
         engine.nerdctl.run("rename", "--", container.real, check_name(engine, wanted))
     engine.tell(engine.inventory.container(container.id), "rename", oldName="/" + container.name)
     return Response(204)
@@ -7273,7 +8764,6 @@ UPDATE_FLAGS = tuple((path.partition(".")[2], flag, render) for path, flag, rend
 @route("POST", "/containers/{id}/update")
 def container_update(engine: Engine, request: Request, name: str) -> Response:
     """Change its limits or restart policy; 200 with warnings."""
-    container = engine.inventory.container(name)
     body = request.json(required=True)
     check_limits(body, update=True)
     words: List[str] = []
@@ -7282,14 +8772,15 @@ def container_update(engine: Engine, request: Request, name: str) -> Response:
     if body.get("NanoCpus"):
         # nerdctl 2.3.5 update takes --cpus and does nothing.
         words += ["--cpu-period=100000", f"--cpu-quota={typed(body['NanoCpus'], int, 'NanoCpus') // 10**4}"]
-    if body.get("RestartPolicy"):
-        policy = restart_args({"RestartPolicy": body["RestartPolicy"], "AutoRemove": auto_removed(container)})
-        words += policy or (["--restart=no"] if typed(body["RestartPolicy"], dict, "RestartPolicy").get("Name") == "no" else [])
-    if words:
-        with engine.changing(container):
-            engine.nerdctl.run("update", *words, "--", container.real)
+    with engine.owning(name) as container, engine.changing(container):
         if body.get("RestartPolicy"):
-            note_policy(container, "")
+            policy = restart_args({"RestartPolicy": body["RestartPolicy"], "AutoRemove": auto_removed(container)})
+            no = typed(body["RestartPolicy"], dict, "RestartPolicy").get("Name") == "no"
+            words += policy or (["--restart=no"] if no else [])
+        if words:
+            engine.nerdctl.run("update", *words, "--", container.real)
+            if body.get("RestartPolicy"):
+                note_policy(container, "")
     engine.tell(container, "update")
     return Response(200, {"Warnings": None})
 
@@ -7316,44 +8807,61 @@ def container_wait(engine: Engine, request: Request, name: str) -> Response:
 
 
 def remove_container(engine: Engine, container: Container, force: bool, volumes: bool) -> None:
-    """Remove a container, and its anonymous volumes if asked."""
-    engine.sessions.pop(container.id, None)
+    """Remove a container that the caller owns, and its anonymous volumes if asked."""
+    words = ["rm", *(["--force"] if force else []), *(["--volumes"] if volumes else []), "--", container.real]
+    engine.turns[container.id].removing = True
     with engine.changing(container):
-        engine.nerdctl.run("rm", *(["--force"] if force else []), *(["--volumes"] if volumes else []), "--", container.real)
+        for pause in (0.1, 0.5, 0.0):
+            output = engine.nerdctl.run(*words)
+            # With --force nerdctl 2.3 has the status 0 whatever comes of it: only what it removed it prints.
+            if output.stdout.strip() or "level=error" not in output.stderr:
+                break
+            error = nerdctl_error(output.stderr)
+            if isinstance(error, NotFound) or not pause:
+                raise error
+            # Somebody else has just started it.
+            time.sleep(pause)
+    engine.sessions.pop(container.id, None)
     engine.forget(container)
 
 
 @route("DELETE", "/containers/{id}")
 def container_delete(engine: Engine, request: Request, name: str) -> Response:
     """Remove it (`force`, `v` for anonymous volumes); 204, 409 while it runs."""
-    container = engine.inventory.container(name)
-    if request.flag("link"):
-        raise NotImplementedHere("nerdctl has no links")
-    if (container.running or container.state.kind == "restarting") and not request.flag("force"):
-        word = container.state.kind
-        raise Conflict(f'cannot remove container "/{container.name}": container is {word}: '
-                       + ("unpause and then stop the container before removing or force remove" if word == "paused"
-                          else "stop the container before removing or force remove"))
-    if container.running:
-        engine.tell(container, "kill", signal=str(int(signal.SIGKILL)))
-    remove_container(engine, container, request.flag("force"), request.flag("v"))
+    gone = Conflict(f"removal of container {name} is already in progress")
+    with engine.owning(name, gone=gone) as container:
+        if request.flag("link"):
+            raise NotImplementedHere("nerdctl has no links")
+        if (container.running or container.state.kind == "restarting") and not request.flag("force"):
+            word = container.state.kind
+            raise Conflict(f'cannot remove container "/{container.name}": container is {word}: '
+                           + ("unpause and then stop the container before removing or force remove" if word == "paused"
+                              else "stop the container before removing or force remove"))
+        if container.running:
+            engine.tell(container, "kill", signal=str(int(signal.SIGKILL)))
+        remove_container(engine, container, request.flag("force"), request.flag("v"))
     return Response(204)
+
+
+def prunable(engine: Engine, container: Container) -> bool:
+    """Whether a container does not run, and is not about to."""
+    return (container.state.kind in ("created", "exited", "dead")
+            and container.id not in engine.sessions and container.id not in engine.restarts)
 
 
 @route("POST", "/containers/prune")
 def container_prune(engine: Engine, request: Request) -> Response:
     """Remove all containers that do not run, by the filters until, label and label!."""
     filters = request.filters("until", "label", "label!")
-    limit = until_limit(filters.get("until") or [])
+    common = PruneFilter(filters)
     found = [each for each in engine.inventory.containers().values()
-             if each.state.kind in ("created", "exited", "dead") and each.id not in engine.sessions
-             and match_labels(each.visible_labels, filters.get("label") or [])
-             and not any(match_labels(each.visible_labels, [label]) for label in filters.get("label!") or [])
-             and (limit is None or each.created / 1e9 <= limit)]
+             if prunable(engine, each) and common.passes(each.visible_labels, each.created)]
     deleted, reclaimed = [], 0
     sizes = container_sizes(engine, found)
-    for container in found:
-        with contextlib.suppress(ApiError):
+    for each in found:
+        with contextlib.suppress(ApiError), engine.owning(each.id) as container:
+            if not prunable(engine, container):
+                continue
             remove_container(engine, container, force=False, volumes=False)
             deleted.append(container.id)
             reclaimed += sizes.get(container.real, (0, 0))[0]
@@ -7444,8 +8952,11 @@ class Caretaker:
                 if code is not None and container.real not in self.engine.tasks.ends:
                     # Seen and not told, before the feed was live: with the container its exit status would be gone.
                     self.engine.tasks.failed(container.real, code)
-                with contextlib.suppress(NotFound):
-                    remove_container(self.engine, container, force=True, volumes=True)
+                with contextlib.suppress(NotFound), self.engine.owning(container.id) as now:
+                    if now.running or now.id in self.engine.restarts:
+                        # Started again meanwhile.
+                        continue
+                    remove_container(self.engine, now, force=True, volumes=True)
             self.release(container.id)
         known = {each.id for each in self.engine.inventory.containers().values()}
         for identity in [each for each in self.cared if each not in known and each not in self.engine.inventory.replaced]:
@@ -7529,8 +9040,7 @@ def log_lines(engine: Engine, request: Request, container: Container) -> Iterato
     """The lines of a container's log that a logs request asks for."""
     follow = request.flag("follow") and (container.running or container.state.kind == "restarting")
     since, until = request.timestamp("since"), request.timestamp("until")
-    first = int(since * 10**9) if since and since > 0 else 0
-    last = int(until * 10**9) if until and until > 0 else 0
+    first, last = max(0, since or 0), max(0, until or 0)
     tail = tail_count(request)
     wanted = {STDOUT: request.flag("stdout"), STDERR: request.flag("stderr")}
     gone = threading.Event()
@@ -7816,12 +9326,24 @@ def container_attach(engine: Engine, request: Request, name: str) -> Response:
 WEBSOCKET_KEY = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
+def websocket_key(request: Request) -> str:
+    """The key of a WebSocket handshake; 400 with dockerd's words where it is none."""
+    upgrade, connection = (request.headers.get(each) or "" for each in ("Upgrade", "Connection"))
+    if upgrade.lower() != "websocket" or "upgrade" not in connection.lower():
+        raise BadParameter("not websocket protocol")
+    key = request.headers.get("Sec-WebSocket-Key") or ""
+    if not key:
+        raise BadParameter("mismatch challenge/response")
+    if (request.headers.get("Sec-WebSocket-Version") or "") != "13":
+        raise BadParameter("missing or bad WebSocket Version")
+    return key
+
+
 @route("GET", "/containers/{id}/attach/ws")
 def container_attach_websocket(engine: Engine, request: Request, name: str) -> Response:
     """The same over a WebSocket, without frames of our own: output in binary messages."""
-    key = request.headers.get("Sec-WebSocket-Key") or ""
-    if "websocket" not in (request.headers.get("Upgrade") or "").lower() or not key:
-        raise BadParameter("not a websocket handshake")
+    engine.inventory.container(name)
+    key = websocket_key(request)
     attachment, serve, abandon, _ = attach(engine, request, name, framed=False)
     import hashlib
 
@@ -8099,8 +9621,6 @@ def exec_inspect(engine: Engine, request: Request, name: str) -> Response:
 # Bits of Go's FileMode, which X-Docker-Container-Path-Stat has.
 GO_MODES = ((stat.S_ISDIR, 1 << 31), (stat.S_ISLNK, 1 << 27), (stat.S_ISFIFO, 1 << 25), (stat.S_ISSOCK, 1 << 24),
             (stat.S_ISBLK, 1 << 26), (stat.S_ISCHR, 1 << 26 | 1 << 21))
-
-
 def go_mode(mode: int) -> int:
     """A POSIX mode as Go's FileMode."""
     found = mode & 0o777
@@ -8113,19 +9633,72 @@ def go_mode(mode: int) -> int:
     return found
 
 
-class PathStat(NamedTuple):
-    """What clients are told of a path in a container: `mode` as POSIX has it, `mtime` in nanoseconds since 1970."""
+def stat_header(found: PathStat) -> Dict[str, str]:
+    """The X-Docker-Container-Path-Stat header."""
+    told = {**found._asdict(), "mode": go_mode(found.mode), "mtime": rfc3339(found.mtime)}
+    told["linkTarget"] = told.pop("target")
+    return {"X-Docker-Container-Path-Stat": base64.b64encode(json_bytes(told)).decode()}
 
-    name: str
-    size: int
-    mode: int
-    mtime: int
-    target: str
 
-    def header(self) -> Dict[str, str]:
-        """The X-Docker-Container-Path-Stat header."""
-        told = {"name": self.name, "size": self.size, "mode": go_mode(self.mode), "mtime": rfc3339(self.mtime), "linkTarget": self.target}
-        return {"X-Docker-Container-Path-Stat": base64.b64encode(json_bytes(told)).decode()}
+def find_tree(engine: Engine, container: Container) -> Dict[str, Any]:
+    """Where the tree of a container is, as enter_tree() is told; `owner` is the user that it runs as."""
+    mounts, user = container.spec.get("mounts") or [], (container.spec.get("process") or {}).get("user") or {}
+    binds = [each for each in mounts if each.get("type") == "bind" or {"bind", "rbind"} & set(each.get("options") or ())]
+    found = {"pid": running_pid(engine, container), "owner": [user.get("uid", 0), user.get("gid", 0)],
+             "made_up": [each["destination"] for each in mounts if each.get("type") in KERNEL_MOUNTS],
+             "binds": [(each["source"], each["destination"], bool({"ro", "rro"} & set(each.get("options") or ()))) for each in binds]}
+    if not found["pid"]:
+        found["mounts"] = engine.containerd.snapshot_mounts(container.record.snapshotter, container.record.snapshot_key)
+        found["read_only"] = bool((container.spec.get("root") or {}).get("readonly"))
+    return found
+
+
+def running_pid(engine: Engine, container: Container) -> int:
+    """The process of a container that runs or is paused, 0 else, as containerd has it now."""
+    task = engine.containerd.get_task(container.real)
+    return task.pid if task and task.status in ("running", "paused", "pausing") else 0
+
+
+def rootless_argv(engine: Engine) -> List[str]:
+    """argv in front of a program that is to run where a user's own containerd does; [] for root's."""
+    pid = engine.containerd.rootless_pid()
+    return ["nsenter", "-U", "--preserve-credentials", "-m", "-t", str(pid), "--"] if pid else []
+
+
+def tree_error(process: Process, missing: ApiError) -> ApiError:
+    """What a process in a container's tree says went wrong, `missing` where a file is not there."""
+    process.wait()
+    lines = process.error_text().splitlines() or [f"it ended with status {process.popen.returncode}"]
+    try:
+        told = json.loads(lines[-1])
+        error = ApiError(told["message"])
+        error.status = told["status"]
+    except (ValueError, LookupError, TypeError):
+        return ApiError(f"the container's files cannot be reached: {lines[-1]}")
+    return missing if error.status == 404 else error
+
+
+@contextlib.contextmanager
+def opened_tree(engine: Engine, container: Container, missing: ApiError, order: Dict[str, Any]) -> Iterator[Tuple[Process, List[Any], bytes]]:
+    """A process in a container's tree that carries out an order: it, its answer, and what it wrote after that. `missing` is raised
+    where the path is not there."""
+    found = find_tree(engine, container)
+    with contextlib.ExitStack() as stack:
+        if not found["pid"]:
+            found["folder"] = stack.enter_context(engine.workspace.temporary("tree"))
+        process = stack.enter_context(engine.nerdctl.start_own("tree", rootless_argv(engine)))
+        process.write(json_bytes({**found, "user_namespace": bool(os.geteuid()), **order}) + b"\n")
+        head, end, rest = b"", b"", b""
+        for data in iter(process.read, b""):
+            head, end, rest = (head + data).partition(b"\n")
+            if end:
+                break
+        # A process id may be another's by now. It was the container's when the tree was entered if it still is.
+        if found["pid"] and running_pid(engine, container) != found["pid"]:
+            raise Conflict(f"container {container.name} has just ended")
+        if not end:
+            raise tree_error(process, missing)
+        yield process, json.loads(head), rest
 
 
 def check_path(text: str) -> str:
@@ -8135,19 +9708,6 @@ def check_path(text: str) -> str:
     if "\0" in text:
         raise BadParameter("invalid path: it has a NUL byte")
     return "/" + text.lstrip("/")
-
-
-
-
-def stat_below(root: str, path: str) -> Tuple[PathStat, str]:
-    """A path below a root folder, with links taken as inside of it, and where a link at its end leads, "" for none.
-    FileNotFoundError and other OSErrors as lstat has."""
-    with opened_below(root, path) as (descriptor, names, target):
-        found = os.fstat(descriptor)
-        if target:
-            resolved = target if target.startswith("/") else "/" + "/".join([*names[:-1], target])
-            return PathStat(names[-1], len(target), found.st_mode, found.st_mtime_ns, os.path.normpath(resolved)), target
-        return PathStat(os.path.basename(path.rstrip("/")) or "/", found.st_size, found.st_mode, found.st_mtime_ns, ""), ""
 
 
 def container_root(engine: Engine, container: Container) -> str:
@@ -8162,157 +9722,25 @@ def not_there(name: str, path: str) -> NotFound:
     return NotFound(f"Could not find the file {path} in container {name}")
 
 
-def tar_stat(header: bytes, path: str) -> PathStat:
-    """The stat of a path from the first header of the tar that nerdctl makes of it."""
-    import tarfile
-
-    entry = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    kind = stat.S_IFDIR if entry.isdir() else stat.S_IFLNK if entry.issym() else stat.S_IFIFO if entry.isfifo() else stat.S_IFREG
-    name = os.path.basename(path.rstrip("/")) or "/"
-    return PathStat(name, entry.size, kind | entry.mode & 0o7777, int(entry.mtime) * 10**9, entry.linkname if entry.issym() else "")
-
-
-def first_header(data: bytes) -> Optional[bytes]:
-    """The first header block with a file of its own in the beginning of a tar, None when it is not there yet."""
-    offset = 0
-    while len(data) >= offset + 512:
-        kind = data[offset + 156:offset + 157]
-        if kind not in (b"x", b"g", b"L", b"K"):
-            return data[offset:offset + 512]
-        size = int(data[offset + 124:offset + 135].strip(b"\0 ") or b"0", 8)
-        offset += 512 + (size + 511) // 512 * 512
-    return None
-
-
-def path_stat(engine: Engine, container: Container, path: str, name: str) -> Tuple[PathStat, str]:
-    """The stat of a path in a container, and the target of a link; of one that does not run from the tar that nerdctl makes,
-    which follows links. 404 where there is none, with the `name` that the client gave the container."""
+def path_stat(engine: Engine, container: Container, path: str, name: str) -> PathStat:
+    """The stat of a path in a container; 404 where there is none, with the `name` that the client gave the container."""
     root = container_root(engine, container)
-    if root:
-        try:
-            return stat_below(root, path)
-        except (FileNotFoundError, NotADirectoryError):
-            raise not_there(name, path) from None
-        except OSError as error:
-            raise BadParameter(f"{path}: {error.strerror}") from None
-    with engine.nerdctl.start("cp", "--", f"{container.real}:{path}", "-", mounts=True) as process:
-        header, _ = read_header(process)
-        if not header:
-            copy_failed(process, name, path)
-        found = tar_stat(header, path)
-    if path.endswith("/") or tar_root(header, found.name):
-        return found, ""
-    return link_stat(engine, container, path, found)
-
-
-def link_stat(engine: Engine, container: Container, path: str, found: PathStat) -> Tuple[PathStat, str]:
-    """The stat and the target of a link in a container that does not run: nerdctl follows it, unless its folder is copied.
-    `found` is what it leads to, which is told where the link cannot be found."""
-    import tarfile
-
-    folder, name = os.path.split(path)
-    with engine.nerdctl.start("cp", "--", f"{container.real}:{folder.rstrip('/')}/.", "-", mounts=True) as process, contextlib.suppress(tarfile.TarError):
-        for entry in tarfile.open(fileobj=process, mode="r|"):
-            if entry.issym() and entry.name in (name, f"./{name}"):
-                resolved = entry.linkname if entry.linkname.startswith("/") else f"{folder}/{entry.linkname}"
-                return PathStat(name, len(entry.linkname), stat.S_IFLNK | 0o777, int(entry.mtime) * 10**9, os.path.normpath(resolved)), entry.linkname
-    return found, ""
-
-
-def read_header(process: Process) -> Tuple[Optional[bytes], bytes]:
-    """The first header of the tar that a process writes, None where there is none, and all that was read for it."""
-    data = b""
-    while True:
-        part = process.read(65536)
-        data += part
-        header = first_header(data)
-        if header or not part:
-            return header, data
-
-
-def tar_root(header: bytes, name: str) -> bool:
-    """Whether the entries of a tar with this first header begin with `name`."""
-    came = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape").partition("/")[0]
-    return came == name or (len(came) > 90 and name.startswith(came))
-
-
-class TarSource:
-    """A tar that a process writes, from its beginning, for tarfile."""
-
-    def __init__(self, data: bytes, process: Process):
-        self.data = data
-        self.process = process
-
-    def read(self, size: int) -> bytes:
-        """Up to `size` bytes."""
-        if self.data:
-            found, self.data = self.data[:size], self.data[size:]
-            return found
-        return self.process.read(size)
-
-
-def renamed_tar(source: TarSource, name: str) -> Iterator[bytes]:
-    """A tar with `name` in the place of what its entries begin with: dockerd names them as the client named the path, and
-    nerdctl as the folder is called that it found there."""
-    import tarfile
-
-    def rename(text: str) -> str:
-        _, slash, rest = text.partition("/")
-        return (name.rstrip("/") + slash + rest) or "/"
-
-    with tarfile.open(fileobj=source, mode="r|") as tar:
-        for entry in tar:
-            entry.name = rename(entry.name)
-            if entry.islnk():
-                entry.linkname = rename(entry.linkname)
-            yield entry.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-            if entry.isreg() and entry.size:
-                yield from iter(lambda data=tar.extractfile(entry): data.read(BLOCK), b"")
-                yield bytes(-entry.size % tarfile.BLOCKSIZE)
-    yield bytes(2 * tarfile.BLOCKSIZE)
-
-
-def copied_tar(process: Process, name: str) -> Iterator[bytes]:
-    """The tar that a `nerdctl cp` writes, its entries beginning with `name`; the ApiError where it fails."""
-    import tarfile
-
-    header, data = read_header(process)
-    if header is None or name == "." or tar_root(header, name):
-        yield data
-        yield from process.pieces()
-    else:
-        try:
-            yield from renamed_tar(TarSource(data, process), name)
-        except tarfile.TarError:
-            process.check()
-            raise ApiError("nerdctl did not copy a whole archive") from None
-    process.check()
-
-
-def copy_failed(process: Process, name: str, path: str) -> None:
-    """The ApiError of a copy that came to nothing."""
-    process.wait()
-    if "does not exist" in process.error_text() or "no such file" in process.error_text():
-        raise not_there(name, path)
-    process.check()
-    raise not_there(name, path)
+    if not root:
+        with opened_tree(engine, container, not_there(name, path), {"do": "stat", "path": path}) as (_, told, _):
+            return PathStat(*told)
+    try:
+        return stat_below(root, path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise not_there(name, path) from None
+    except OSError as error:
+        raise BadParameter(f"{path}: {error.strerror}") from None
 
 
 @route("HEAD", "/containers/{id}/archive")
 def archive_stat(engine: Engine, request: Request, name: str) -> Response:
     """What a path in a container is, in a header; 404 where there is none."""
     container = engine.inventory.container(name)
-    found, _ = path_stat(engine, container, check_path(request.value("path")), name)
-    return Response(200, None, "", found.header())
-
-
-def link_archive(found: PathStat, target: str) -> bytes:
-    """A tar of one symbolic link, which nerdctl would follow."""
-    import tarfile
-
-    entry = tarfile.TarInfo(found.name)
-    entry.type, entry.linkname, entry.mtime, entry.mode = tarfile.SYMTYPE, target, found.mtime // 10**9, 0o777
-    return entry.tobuf(tarfile.GNU_FORMAT) + bytes(tarfile.RECORDSIZE - tarfile.BLOCKSIZE)
+    return Response(200, None, "", stat_header(path_stat(engine, container, check_path(request.value("path")), name)))
 
 
 @route("GET", "/containers/{id}/archive")
@@ -8320,19 +9748,19 @@ def archive_get(engine: Engine, request: Request, name: str) -> Response:
     """A path in a container as a tar, with its stat in a header; 404 where there is none."""
     container = engine.inventory.container(name)
     path = check_path(request.value("path"))
-    found, target = path_stat(engine, container, path, name)
-    # nerdctl takes a root for the name of the folder that it is mounted at.
-    taken = path if path.strip("/") else "/."
 
-    def chunks() -> Iterator[bytes]:
-        if target:
-            yield link_archive(found, target)
-            return
-        with engine.nerdctl.start("cp", "--", f"{container.real}:{taken}", "-", mounts=True) as process:
-            yield from copied_tar(process, os.path.basename(path.rstrip("/")) or "/")
+    def chunks() -> Iterator[Any]:
+        with opened_tree(engine, container, not_there(name, path), {"do": "pack", "path": path}) as (process, told, data):
+            yield PathStat(*told)
+            yield data
+            yield from process.pieces()
+            if process.wait():
+                raise tree_error(process, not_there(name, path))
         engine.tell(container, "archive-path")
 
-    return Response(200, Stream(chunks(), primed=True), "application/x-tar", found.header())
+    tar = chunks()
+    found = next(tar)
+    return Response(200, Stream(tar), "application/x-tar", stat_header(found))
 
 
 def decompressor(head: bytes) -> Optional[Callable[[], Any]]:
@@ -8350,6 +9778,18 @@ def decompressor(head: bytes) -> Optional[Callable[[], Any]]:
     return None
 
 
+def inflated(unpack: Any, data: bytes) -> Iterator[bytes]:
+    """What a decompressor makes of some data, at most BLOCK bytes at a time."""
+    while True:
+        plain = unpack.decompress(data, BLOCK)
+        if plain:
+            yield plain
+        # zlib gives back what it has not taken; the others keep it.
+        data = getattr(unpack, "unconsumed_tail", b"")
+        if unpack.eof or not (data or len(plain) == BLOCK or not getattr(unpack, "needs_input", True)):
+            return
+
+
 def unpacked(blocks: Iterable[Any], begin: Callable[[], Any]) -> Iterator[bytes]:
     """The content of compressed blocks, of one stream or of several in a row, which also zeros may stand between; 400 for
     one that breaks off."""
@@ -8362,9 +9802,7 @@ def unpacked(blocks: Iterable[Any], begin: Callable[[], Any]) -> Iterator[bytes]
                 if not data:
                     break
                 unpack = begin()
-            plain = unpack.decompress(data)
-            if plain:
-                yield plain
+            yield from inflated(unpack, data)
             data = unpack.unused_data
     if not unpack.eof:
         raise BadParameter("invalid archive: its compressed data breaks off")
@@ -8391,30 +9829,32 @@ def plain_blocks(body: Any) -> Iterator[Any]:
         raise BadParameter(f"invalid archive: {error}") from None
 
 
+def runs_as_user(engine: Engine, container: Container) -> bool:
+    """Whether a user is named for a container, by its request or its image."""
+    image = image_of(engine, container)
+    return bool(container.labels.get("nerdctl/user") or image and (image.config.get("config") or {}).get("User"))
+
+
 @route("PUT", "/containers/{id}/archive")
 def archive_put(engine: Engine, request: Request, name: str) -> Response:
-    """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none, and for an
-    archive that is broken or breaks off: what came before that is unpacked."""
+    """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none or read-only, and for
+    an archive that is broken, breaks off or leads outside: what came before that is unpacked."""
     container = engine.inventory.container(name)
     path = check_path(request.value("path"))
-    try:
-        found, _ = path_stat(engine, container, path.rstrip("/") + "/", name)
-    except NotFound:
-        raise not_there(name, path) from None
-    if not stat.S_ISDIR(found.mode):
-        raise BadParameter("extraction point is not a directory")
-    with engine.nerdctl.start("cp", "--", "-", f"{container.real}:{path}", stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                              mounts=True) as process:
-        empty = True
+    order = {"do": "unpack", "path": path, "keep": request.flag("noOverwriteDirNonDir")}
+    if not (request.flag("copyUIDGID") and runs_as_user(engine, container)):
+        order["owner"] = None
+    missing = not_there(name, path)
+    with engine.owning(container.id) as container:
+        # From here on nobody makes it anew, without what comes now.
+        engine.touched.add(container.id)
+    with opened_tree(engine, container, missing, order) as (process, _, _):
         for block in plain_blocks(request.body):
-            empty = False
             if not process.write(block):
                 break
-        if empty:
-            process.write(bytes(1024))
         process.close_stdin()
-        process.check()
-    engine.touched.add(container.id)
+        if process.wait():
+            raise tree_error(process, missing)
     engine.tell(container, "extract-to-dir")
     return Response(200)
 
@@ -8671,8 +10111,9 @@ def container_top(engine: Engine, request: Request, name: str) -> Response:
 NETWORK_FILTERS = ("dangling", "driver", "id", "label", "name", "scope", "type", "partial-match")
 
 
-def match_network(network: Dict[str, Any], used: set, filters: Dict[str, List[str]]) -> bool:
-    """Whether a network passes the filters of the list."""
+def match_network(network: Dict[str, Any], used: set, filters: Dict[str, List[str]],
+                  named: NameFilter, known: NameFilter) -> bool:
+    """Whether a network passes the filters of the list, of which `named` is that by name and `known` that by id."""
     predefined = network["Name"] in ("bridge", "host", "none")
     dangling = flag_filter(filters, "dangling")
     if dangling is not None and dangling != (not predefined and network["Name"] not in used):
@@ -8681,8 +10122,7 @@ def match_network(network: Dict[str, Any], used: set, filters: Dict[str, List[st
     if kinds and not set(kinds) <= {"custom", "builtin"}:
         raise BadParameter(f"invalid filter: 'type'='{kinds[0]}'")
     return ((not filters.get("driver") or network["Driver"] in filters["driver"])
-            and (not filters.get("id") or any(network["Id"].startswith(each) for each in filters["id"]))
-            and (not filters.get("name") or any(each in network["Name"] for each in filters["name"]))
+            and named.passes(network["Name"]) and known.passes(network["Id"])
             and (not filters.get("scope") or network["Scope"] in filters["scope"])
             and (not kinds or ("builtin" if predefined else "custom") in kinds)
             and match_labels(network["Labels"], filters.get("label") or []))
@@ -8693,7 +10133,9 @@ def network_list(engine: Engine, request: Request) -> Response:
     """Networks; bridge, host and none are always there."""
     filters = request.filters(*NETWORK_FILTERS)
     used = {name for each in engine.inventory.containers().values() for name in network_names(each)} if "dangling" in filters else set()
-    return Response(200, [each for each in engine.inventory.networks().values() if match_network(each, used, filters)])
+    named, known = NameFilter(filters.get("name") or []), NameFilter(filters.get("id") or [])
+    return Response(200, [each for each in engine.inventory.networks().values()
+                          if match_network(each, used, filters, named, known)])
 
 
 def find_network(engine: Engine, name: str) -> Dict[str, Any]:
@@ -8820,14 +10262,12 @@ def network_delete(engine: Engine, request: Request, name: str) -> Response:
 @route("POST", "/networks/prune")
 def network_prune(engine: Engine, request: Request) -> Response:
     """Remove the networks that no container has, by the filters until, label and label!."""
-    filters = request.filters("until", "label", "label!", "dangling")
-    limit = until_limit(filters.get("until") or [])
-    deleted = []
+    filters = request.filters("until", "label", "label!")
+    common, deleted = PruneFilter(filters), []
     for network in list(engine.inventory.networks().values()):
-        made = (nanoseconds_of(network["Created"]) or 0) / 1e9
         if (network["Name"] in ("bridge", "host", "none") or not network["Id"] or network["Id"] == made_up_id(network["Name"])
-                or network_users(engine, network["Name"]) or not match_labels(network["Labels"], filters.get("label") or [])
-                or any(match_labels(network["Labels"], [each]) for each in filters.get("label!") or []) or (limit is not None and made > limit)):
+                or network_users(engine, network["Name"])
+                or not common.passes(network["Labels"], nanoseconds_of(network["Created"]) or 0)):
             continue
         with contextlib.suppress(ApiError):
             remove_network(engine, network)
@@ -8969,15 +10409,15 @@ def network_connect(engine: Engine, request: Request, name: str) -> Response:
     """Put a container into a network; 501 for one that was started already, 403 for one that is in it."""
     body = request.json(required=True)
     network = find_network(engine, name)
-    container = engine.inventory.container(typed(body.get("Container"), str, "Container"))
-    if network["Name"] in engine.apart.get(container.id, ()):
-        engine.apart[container.id].discard(network["Name"])
-        if not engine.apart[container.id]:
-            del engine.apart[container.id]
-        return Response(200)
-    if network["Name"] in network_names(container):
-        raise Forbidden(f"endpoint with name {container.name} already exists in network {network['Name']}")
-    rewire(engine, network, container, typed(body.get("EndpointConfig"), dict, "EndpointConfig"))
+    with engine.owning(typed(body.get("Container"), str, "Container")) as container:
+        if network["Name"] in engine.apart.get(container.id, ()):
+            engine.apart[container.id].discard(network["Name"])
+            if not engine.apart[container.id]:
+                del engine.apart[container.id]
+            return Response(200)
+        if network["Name"] in network_names(container):
+            raise Forbidden(f"endpoint with name {container.name} already exists in network {network['Name']}")
+        rewire(engine, network, container, typed(body.get("EndpointConfig"), dict, "EndpointConfig"))
     engine.journal.emit("network", "connect", network["Id"], {"container": container.id, "name": network["Name"], "type": network["Driver"]})
     return Response(200)
 
@@ -8988,13 +10428,13 @@ def network_disconnect(engine: Engine, request: Request, name: str) -> Response:
     started any more."""
     body = request.json(required=True)
     network = find_network(engine, name)
-    container = engine.inventory.container(typed(body.get("Container"), str, "Container"))
-    if network["Name"] not in network_names(container) or network["Name"] in engine.apart.get(container.id, ()):
-        raise Forbidden(f"container {container.id} is not connected to network {network['Name']}")
-    if was_started(container) and not container.running:
-        engine.apart.setdefault(container.id, set()).add(network["Name"])
-    else:
-        rewire(engine, network, container, None)
+    with engine.owning(typed(body.get("Container"), str, "Container")) as container:
+        if network["Name"] not in network_names(container) or network["Name"] in engine.apart.get(container.id, ()):
+            raise Forbidden(f"container {container.id} is not connected to network {network['Name']}")
+        if was_started(container) and not container.running:
+            engine.apart.setdefault(container.id, set()).add(network["Name"])
+        else:
+            rewire(engine, network, container, None)
     engine.journal.emit("network", "disconnect", network["Id"], {"container": container.id, "name": network["Name"], "type": network["Driver"]})
     return Response(200)
 
@@ -9019,11 +10459,12 @@ def volume_list(engine: Engine, request: Request) -> Response:
     filters = request.filters(*VOLUME_FILTERS)
     dangling = flag_filter(filters, "dangling")
     users = volume_users(engine) if dangling is not None else {}
+    named = NameFilter(filters.get("name") or [])
     found = [
         volume for volume in engine.inventory.volumes().values()
         if (dangling is None or dangling == (volume["Name"] not in users))
         and (not filters.get("driver") or volume["Driver"] in filters["driver"])
-        and (not filters.get("name") or any(each in volume["Name"] for each in filters["name"]))
+        and named.passes(volume["Name"])
         and match_labels(volume["Labels"] or {}, filters.get("label") or [])
     ]
     return Response(200, {"Volumes": found, "Warnings": None})
@@ -9100,11 +10541,10 @@ def volume_prune(engine: Engine, request: Request) -> Response:
     """Remove the volumes that no container has: the anonymous ones, with the filter `all` every one."""
     filters = request.filters("all", "label", "label!")
     everything = flag_filter(filters, "all", request.version < (1, 42))
-    used, deleted, reclaimed = volume_users(engine), [], 0
+    used, common, deleted, reclaimed = volume_users(engine), PruneFilter(filters), [], 0
     found = [volume for volume in list(engine.inventory.volumes().values())
              if volume["Name"] not in used and (everything or is_anonymous(volume))
-             and match_labels(volume["Labels"] or {}, filters.get("label") or [])
-             and not any(match_labels(volume["Labels"] or {}, [each]) for each in filters.get("label!") or [])]
+             and common.passes(volume["Labels"] or {})]
     sizes = volume_sizes(engine) if found else {}
     for volume in found:
         with contextlib.suppress(ApiError):
@@ -9261,317 +10701,308 @@ for _handler, _routes in REFUSED.items():
 # Relay
 ###############################################################################
 
-# `docker build` of today speaks gRPC with the builder itself. On /grpc the client is the HTTP/2 client and buildkitd the
-# server: bytes pass as they are, but for the Solve requests that ask for dockerd's own exporter. On /session the roles are
-# turned: what the client sends is carried inside one call of buildkitd's Control/Session, whose HTTP/2 client is here.
+# `docker build` of today speaks gRPC with the builder itself. On /grpc the client is the HTTP/2 client of buildkitd's
+# services, and the daemon stands between the two. On /session the roles are turned: the client is the HTTP/2 server,
+# and what it sends is carried inside one call of buildkitd's Control/Session, whose HTTP/2 client is the daemon.
 
 
-def like_solve(data: bytes) -> Optional[bool]:
-    """Whether a stream that begins with `data` may be a Solve: an uncompressed message that begins with a reference, which
-    is a short word. None when more has to be seen. Status looks the same."""
-    if data[:1] not in (b"", b"\0") or data[5:6] not in (b"", b"\x0a") or data[6:7] == b"\0" or data[6:7] > b"\x40":
-        return False
-    if len(data) < 7:
-        return None
-    word = data[7:7 + data[6]]
-    if word and not re.fullmatch(rb"[A-Za-z0-9]+", word):
-        return False
-    return True if len(word) == data[6] else None
+class Bridge:
+    """What stands between a client and buildkitd, without I/O: `client_out` and `server_out` wait to be sent, `over`
+    says that nothing more comes. Its kinds have `from_client` and `from_server` for what was received, `client_ended`
+    and `server_ended` for the end of a connection, and `replenish`, which opens windows when something was sent."""
 
+    # As much may wait for one side before the other is no longer read; in bytes.
+    LIMIT = 1 << 20
 
-class Splice:
-    """/grpc: the client's frames to buildkitd and buildkitd's to the client, without I/O.
-
-    `prepare(message)` takes a SolveRequest and returns the one to send and, unless it is None, a function to be called with
-    buildkitd's answer; its ApiError ends the stream. Such a request can be larger than the windows: it is taken off the
-    client at once and sent as buildkitd has room, so that on its stream both windows are ours to keep."""
-
-    HELD = 1 << 25
-    over, mould = False, None
-
-    def __init__(self, prepare: Callable[[bytes], Tuple[bytes, Optional[Callable[[bytes], None]]]]):
-        self.prepare = prepare
-        self.to_client, self.to_server = Outbox(), Outbox()
-        self.client_frames, self.server_frames = Frames(PREFACE), Frames()
-        self.sender = Sender(self.to_server)
-        self.fresh: set = set()
-        self.begun: Dict[int, bool] = {}
-        self.held: Dict[int, bytearray] = {}
-        self.answers: Dict[int, Tuple[bytearray, Callable[[bytes], None]]] = {}
-        # The build that a stream belongs to, and those that were refused: who follows their progress would wait in vain.
-        self.builds: Dict[int, bytes] = {}
-        self.refused: set = set()
-        self.lost: Optional[ApiError] = None
-        self.greeted = False
+    def __init__(self, client_out: SendBuffer, server_out: SendBuffer):
+        self.client_out = client_out
+        self.server_out = server_out
+        self.over = False
 
     def room(self) -> Tuple[bool, bool]:
         """Whether more may be read from the client, and from buildkitd."""
-        return len(self.to_server) + self.sender.waiting < 4 * BLOCK, len(self.to_client) < 4 * BLOCK
+        return len(self.server_out) < self.LIMIT, len(self.client_out) < self.LIMIT
 
-    def flushed(self) -> None:
-        """Nothing depends on what was written."""
+
+class GrpcProxy(Bridge):
+    """/grpc: two HTTP/2 connections, each stream of the one with the same number on the other.
+
+    `prepare(message)` takes a SolveRequest and returns the one to send and, unless it is None, a function to be called
+    with buildkitd's answer; its ApiError ends the stream. As it may take its time, it is called by `run(work, done)`,
+    which gives the result of `work()` to `done` later."""
+
+    SERVICE = "/moby.buildkit.v1.Control/"
+    MAX_REQUEST = 1 << 25
+
+    def __init__(self, prepare: Callable[[bytes], Tuple[bytes, Optional[Callable[[bytes], None]]]],
+                 run: Callable[[Callable[[], Any], Callable[[Any], None]], None]):
+        self.prepare, self.run = prepare, run
+        self.client, self.server = Http2Connection(client=False), Http2Connection(client=True)
+        super().__init__(self.client.out, self.server.out)
+        # Of Solve and Status: the path and what has come of the request.
+        self.requests: Dict[int, Tuple[str, bytearray]] = {}
+        self.answers: Dict[int, Tuple[bytearray, Callable[[bytes], None]]] = {}
+        # The build that a stream belongs to, and those that were refused: their progress would be waited for in vain.
+        self.builds: Dict[int, bytes] = {}
+        self.refused: Set[bytes] = set()
+        self.failure: Optional[ApiError] = None
 
     def from_client(self, data: bytes) -> None:
         """Bytes of the client."""
-        for each in self.client_frames.feed(data):
-            if self.lost:
-                self._answer_alone(each)
-            elif each.kind == DATA:
-                self._client_data(each)
-            else:
-                if each.kind == HEADERS and each.stream not in self.begun:
-                    self.begun[each.stream] = False
-                    if not each.ends:
-                        self.fresh.add(each.stream)
-                elif each.kind == RESET:
-                    self._forget(each.stream)
-                self.to_server += each.raw
+        for kind, number, value, ended in self.client.feed(data):
+            if self.failure:
+                send_grpc_status(self.client, number, self.failure)
+            elif kind == RST_STREAM:
+                self._forget(number)
+                self.server.reset(number, value)
+            elif number in self.requests:
+                self._collect(number, value if kind == DATA else b"", ended)
+            elif kind == DATA:
+                self.server.send_data(number, bytes(value), ended)
+            elif kind == HEADERS:
+                path = dict(value).get(":path", "")
+                if path in (self.SERVICE + "Solve", self.SERVICE + "Status") and not ended:
+                    self.requests[number] = path, bytearray()
+                self.server.send_headers(number, value, ended)
 
-    def _client_data(self, each: Frame) -> None:
-        stream, data, size = each.stream, each.data, len(each.raw) - 9
-        if stream not in self.begun:
-            # It has ended on the other side meanwhile.
-            self.to_client += credit(0, size)
+    def _collect(self, number: int, data: Any, ended: bool) -> None:
+        """Take a part of a request, and send it on when it is whole."""
+        path, request = self.requests[number]
+        request += data
+        if not ended and len(request) <= self.MAX_REQUEST:
             return
-        if stream in self.fresh and size:
-            self.fresh.discard(stream)
-            if like_solve(bytes(data[:80])) is not False:
-                self.held[stream] = bytearray()
-                self.sender.windows[stream] = self.sender.initial
-        if stream in self.sender.windows:
-            self.to_client += credit(0, size) + (b"" if each.ends else credit(stream, size))
-            if stream in self.held:
-                self.held[stream] += data
-                self._release(stream, each.ends)
-            else:
-                self.sender.push(stream, data, end=each.ends)
-        elif size == len(data) <= self.sender.connection and stream not in self.sender.queues:
-            self.sender.connection -= size
-            self.to_server += each.raw
+        del self.requests[number]
+        message = bytes(request[5:])
+        try:
+            if not ended or request[:5] != grpc_message(message)[:5]:
+                raise ValueError("not one uncompressed message")
+            build = next((field.value for field in decode_fields(message) if field.number == 1), b"")
+        except ValueError:
+            self.server.send_data(number, bytes(request), ended)
+            return
+        self.builds[number] = build
+        if build in self.refused:
+            self._refuse(number, None)
+        elif path.endswith("Status"):
+            self.server.send_data(number, bytes(request), True)
         else:
-            # Of padding buildkitd sees nothing, so that it will not credit it.
-            self.to_client += credit(0, size - len(data)) + (b"" if each.ends else credit(stream, size - len(data)))
-            self.sender.push(stream, data, end=each.ends)
+            self.run(functools.partial(self._prepare, message), functools.partial(self._solve, number))
 
-    def _release(self, stream: int, end: bool) -> None:
-        """Let a held request go, if it is complete or turns out to be something else."""
-        held = self.held[stream]
-        like, size = like_solve(bytes(held[:80])), 5 + int.from_bytes(held[1:5], "big")
-        if not end and like is not False and size <= self.HELD and len(held) < max(size, 5):
+    def _prepare(self, message: bytes) -> Any:
+        """What `prepare` returns or raises."""
+        try:
+            return self.prepare(message)
+        except ApiError as error:
+            return error
+        except Exception:
+            log(traceback.format_exc())
+            return ApiError("internal error: see the log of nerdctld")
+
+    def _solve(self, number: int, prepared: Any) -> None:
+        """Send a SolveRequest as it was prepared, unless the client has taken it back."""
+        build = self.builds.get(number)
+        if build is None:
             return
-        message = bytes(self.held.pop(stream))
-        if like and len(message) >= size:
-            build = self.builds[stream] = message[7:7 + message[6]]
-            if build in self.refused:
-                self._refuse(stream, None)
-                return
-            try:
-                solve, answered = self.prepare(message[5:size])
-            except ApiError as error:
-                self.refused.add(build)
-                for each in [each for each, its in self.builds.items() if its == build]:
-                    self._refuse(each, error if each == stream else None)
-                return
-            message = struct.pack(">BI", 0, len(solve)) + solve + message[size:]
-            if answered:
-                self.answers[stream] = (bytearray(), answered)
-        self.sender.push(stream, message, end=end)
+        if isinstance(prepared, ApiError):
+            self.refused.add(build)
+            for other in [other for other, its in self.builds.items() if its == build]:
+                self._refuse(other, prepared if other == number else None)
+            return
+        message, answered = prepared
+        if answered:
+            self.answers[number] = bytearray(), answered
+        self.server.send_data(number, grpc_message(message), True)
 
-    def _refuse(self, stream: int, error: Optional[ApiError]) -> None:
-        self.to_client += grpc_end(stream, error, self.begun.get(stream, False))
-        self.to_server += frame(RESET, 0, stream, struct.pack(">I", 8))
-        self._forget(stream)
+    def _refuse(self, number: int, error: Optional[ApiError]) -> None:
+        send_grpc_status(self.client, number, error)
+        self.server.reset(number, CANCEL)
+        self._forget(number)
 
-    def _answer_alone(self, each: Frame) -> None:
-        """Answer a frame of the client in place of a buildkitd that is not there."""
-        if each.kind == HEADERS:
-            self.to_client += grpc_end(each.stream, self.lost)
-        elif each.kind in (SETTINGS, PING) and not each.flags & ACK:
-            self.to_client += frame(each.kind, ACK, 0, bytes(each.data) if each.kind == PING else b"")
+    def _forget(self, number: int) -> None:
+        for table in (self.requests, self.answers, self.builds):
+            table.pop(number, None)
 
     def from_server(self, data: bytes) -> None:
         """Bytes of buildkitd."""
-        self.greeted = True
-        for each in self.server_frames.feed(data):
-            if each.kind == WINDOW_UPDATE:
-                self._server_credit(each)
-                continue
-            self.to_client += each.raw
-            if each.kind == SETTINGS and not each.flags & ACK:
-                change = self.sender.settings(each.data)
-                # The client's view of a window that is kept here must not shrink with it.
-                self.to_client += b"".join(credit(stream, -change) for stream in self.sender.windows)
-                self.sender.flush()
-            elif each.kind == HEADERS and each.stream in self.begun:
-                self.begun[each.stream] = True
-            elif each.kind == DATA and each.stream in self.answers:
-                answer = self.answers[each.stream][0]
-                answer += each.data[:max(0, self.HELD - len(answer))]
-            if each.ends:
-                if each.stream in self.answers:
-                    answer, answered = self.answers[each.stream]
-                    answered(bytes(answer[5:]))
-                self._forget(each.stream)
+        for kind, number, value, ended in self.server.feed(data):
+            answer, answered = self.answers.get(number, (bytearray(), None))
+            if kind == DATA and answered:
+                answer += value
+            if ended and kind != RST_STREAM and answered:
+                # Before the client learns that its image is there.
+                answered(bytes(answer[5:]))
+            if ended:
+                self._forget(number)
+            if kind == HEADERS:
+                self.client.send_headers(number, value, ended)
+            elif kind == DATA:
+                self.client.send_data(number, bytes(value), ended)
+            elif kind == GOAWAY:
+                self.client.go_away(number, value)
+            elif number in self.client.streams and not self.client.streams[number].ending:
+                self.client.reset(number, value)
 
-    def _server_credit(self, each: Frame) -> None:
-        if each.stream == 0:
-            swallowed = min(self.sender.owed, each.number)
-            self.sender.owed -= swallowed
-            self.sender.connection += each.number
-            self.to_client += credit(0, each.number - swallowed)
-        elif each.stream in self.sender.windows:
-            self.sender.windows[each.stream] += each.number
-        else:
-            self.to_client += each.raw
-            return
-        self.sender.flush()
-
-    def _forget(self, stream: int) -> None:
-        self.fresh.discard(stream)
-        for table in (self.begun, self.held, self.answers, self.builds):
-            table.pop(stream, None)
-        self.to_client += credit(0, self.sender.forget(stream))
+    def replenish(self) -> None:
+        """Open the windows of each stream by what no longer waits on the other side."""
+        for receiver, sender in ((self.client, self.server), (self.server, self.client)):
+            for number in list(receiver.streams):
+                receiver.replenish(number, sender.streams[number].queued if number in sender.streams else 0)
 
     def client_ended(self) -> None:
         """The client is gone: buildkitd notices by the end of its own connection."""
 
     def server_ended(self, error: Optional[ApiError] = None) -> None:
         """buildkitd is gone or was never there: end every stream with the reason, those to come too."""
-        self.lost = error or Unavailable("buildkitd has ended: see its log, and build again when it is back")
-        if not self.greeted:
-            self.to_client += frame(SETTINGS, 0, 0)
-        for stream, begun in self.begun.items():
-            self.to_client += grpc_end(stream, self.lost, begun)
-        for table in (self.begun, self.held, self.answers, self.builds):
-            table.clear()
+        self.failure = error or Unavailable("buildkitd has ended: see its log, and build again when it is back")
+        for number in list(self.client.streams):
+            send_grpc_status(self.client, number, self.failure)
+            self._forget(number)
 
 
-class BuildSession:
-    """/session: what the client sends as messages of one call, and back, without I/O."""
+class SessionBridge(Bridge):
+    """/session: the client's bytes are messages of one call of Control/Session, and those of its answer are bytes."""
+
+    # A message that fits into one frame, with 8 bytes in front. For one of more than 32 KB, grpc-go (1.84) clears a
+    # buffer of 1 MB, whatever its size.
+    PIECE = 16384 - 8
 
     def __init__(self, headers: Iterable[Tuple[str, str]]):
-        self.call = Call("/moby.buildkit.v1.Control/Session", headers)
-        self.to_client, self.to_server = Outbox(), self.call.out
-        self.mould = Mould(self.call.sender, 1, 1)
-        self.over = False
+        self.connection = grpc_client(GrpcProxy.SERVICE + "Session", headers, window=1 << 22)
+        self.decoder = GrpcDecoder()
+        super().__init__(SendBuffer(), self.connection.out)
 
     def room(self) -> Tuple[bool, bool]:
-        """Whether more may be read from the client, and from buildkitd: always, since its window is bounded."""
-        return self.mould.room > 0, True
-
-    def flushed(self) -> None:
-        """Let buildkitd send more when the client has taken most of what came."""
-        if self.to_client.size < BLOCK:
-            self.call.consumed()
+        stream = self.connection.streams.get(1)
+        # Of buildkitd there never comes more than its window.
+        return len(self.server_out) + (stream.queued if stream else 0) < self.LIMIT, True
 
     def from_client(self, data: bytes) -> None:
-        """Bytes of the client: one message."""
-        self.call.send(varint(1 << 3 | 2) + varint(len(data)), data)
+        """Bytes of the client."""
+        view = memoryview(data)
+        for start in range(0, len(data), self.PIECE):
+            self.connection.send_data(1, grpc_message(encode_field(1, view[start:start + self.PIECE])))
 
     def from_server(self, data: bytes) -> None:
         """Bytes of buildkitd."""
-        for message in self.call.feed(data):
-            for each in fields(memoryview(message)):
-                if each.number == 1:
-                    self.to_client += each.value
-        self.over = self.call.ended
+        for kind, _, value, ended in self.connection.feed(data):
+            for message in self.decoder.feed(value) if kind == DATA else ():
+                for field in decode_fields(memoryview(message)):
+                    if field.number == 1:
+                        self.client_out += field.value
+            self.over = self.over or ended
+
+    def replenish(self) -> None:
+        """Let buildkitd send what the client has room for."""
+        self.connection.replenish(1, len(self.client_out))
 
     def client_ended(self) -> None:
         """The client has said all."""
-        self.call.finish()
+        self.connection.send_data(1, b"", end=True)
 
     def server_ended(self) -> None:
         """buildkitd is gone: so is the session."""
         self.over = True
 
 
-class End:
-    """One end of a relay: a socket that does not block, what is to be written to it, and who takes what is read."""
+class Relay:
+    """Carries bytes between a client and buildkitd, if there is one, through a bridge: a loop in one thread that waits
+    for nothing but the sockets."""
 
-    def __init__(self, sock: socket.socket, out: Outbox, feed: Callable[[bytes], None], mould: Optional[Mould] = None):
-        self.sock = sock
-        self.descriptor = sock.fileno()
-        self.out = out
-        self.feed = feed
-        self.mould = mould
-        self.broken = False
-        self.awaited: Optional[int] = None
-        sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    # How long the client is answered after buildkitd's end, and buildkitd sent the rest after the client's; in seconds.
+    LINGER = 10.0
 
-    def take(self, other: Optional["End"]) -> bool:
-        """Take what has come, straight on to the other end where there is a mould; False at the end."""
+    def __init__(self, client: socket.socket, server: Optional[socket.socket]):
+        self.client = client
+        self.server = server
+        self.results: "queue.SimpleQueue[Tuple[Callable[[Any], None], Any]]" = queue.SimpleQueue()
+        self.wakeup, self.waker = socket.socketpair()
+        for sock in filter(None, (client, server)):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            sock.setblocking(False)
+
+    def run(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        """Do some work in a thread of its own, and then call `done` with its result in the loop."""
+        def target() -> None:
+            self.results.put((done, work()))
+            # The relay may be over by now.
+            with contextlib.suppress(OSError):
+                self.waker.send(b"\0")
+
+        threading.Thread(target=target, name="solve", daemon=True).start()
+
+    def carry(self, bridge: Bridge, early: bytes = b"") -> None:
+        """Carry bytes, first those that were read `early`, until one side has ended; then close buildkitd's."""
         try:
-            if self.mould and other and self.mould.room:
-                return self.mould.carry(self.sock, other.sock)
-            data = self.sock.recv(BLOCK)
+            if early:
+                bridge.from_client(early)
+            self._loop(bridge)
+        except (ValueError, TypeError, GrpcError) as error:
+            log(f"build: {error}")
+            with contextlib.suppress(OSError):
+                bridge.client_out.send(self.client)
+        finally:
+            for sock in filter(None, (self.server, self.wakeup, self.waker)):
+                sock.close()
+
+    def _loop(self, bridge: Bridge) -> None:
+        deadline = None if self.server else time.monotonic() + self.LINGER
+        while True:
+            try:
+                bridge.client_out.send(self.client)
+            except OSError:
+                return
+            if bridge.over and not bridge.client_out or deadline and time.monotonic() > deadline:
+                return
+            if self.server:
+                try:
+                    bridge.server_out.send(self.server)
+                except OSError:
+                    # What it has said before its end is still to be read.
+                    bridge.server_out.clear()
+            bridge.replenish()
+            readable = self._wait(bridge, 1.0 if deadline else None)
+            if self.wakeup in readable:
+                self.wakeup.recv(64)
+            while not self.results.empty():
+                done, result = self.results.get()
+                done(result)
+            if self.server in readable and not self._receive(self.server, bridge.from_server):
+                self.server.close()
+                self.server, deadline = None, time.monotonic() + self.LINGER
+                bridge.server_out.clear()
+                bridge.server_ended()
+            if self.client in readable and not self._receive(self.client, bridge.from_client):
+                bridge.client_ended()
+                if self.server:
+                    with contextlib.suppress(OSError):
+                        self.server.settimeout(self.LINGER)
+                        bridge.server_out.send(self.server)
+                return
+
+    def _wait(self, bridge: Bridge, timeout: Optional[float]) -> List[socket.socket]:
+        """Wait until something can be done; the sockets from which something, or their end, can be read."""
+        poller = select.poll()
+        poller.register(self.wakeup, select.POLLIN)
+        sides = {self.wakeup.fileno(): self.wakeup}
+        for sock, room, out in zip((self.client, self.server), bridge.room(), (bridge.client_out, bridge.server_out)):
+            if sock:
+                poller.register(sock, (select.POLLIN if room else 0) | (select.POLLOUT if out else 0))
+                sides[sock.fileno()] = sock
+        events = poller.poll(timeout and timeout * 1000)
+        return [sides[descriptor] for descriptor, event in events if event & ~select.POLLOUT]
+
+    @staticmethod
+    def _receive(sock: socket.socket, feed: Callable[[bytes], None]) -> bool:
+        """Take what has come; False at the end."""
+        try:
+            data = sock.recv(BLOCK)
         except (BlockingIOError, InterruptedError):
             return True
         except OSError:
             return False
         if data:
-            self.feed(data)
+            feed(data)
         return len(data) > 0
-
-    def watch(self, poller: Any, room: bool) -> None:
-        """Have the poller wait for what may be done next: to read if there is `room`, and to write what is left."""
-        awaited = (select.POLLIN if room else 0) | (select.POLLOUT if self.out.size else 0)
-        if awaited != self.awaited:
-            self.awaited = awaited
-            poller.register(self.sock, awaited)
-
-    def flush(self) -> None:
-        """Write as much as goes; what nobody can take any more is dropped, and the end is `broken`."""
-        while self.out.size:
-            try:
-                if not self.broken:
-                    self.out.send(self.sock)
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError:
-                self.broken = True
-            if self.broken:
-                self.out.clear()
-
-
-def relay(joint: Any, client: socket.socket, server: Optional[socket.socket], early: bytes = b"") -> None:
-    """Carry bytes between the two through a Splice or a Session until one of them has ended. After buildkitd's end the
-    client is answered for a few seconds more."""
-    near = End(client, joint.to_client, joint.from_client, joint.mould)
-    far = End(server, joint.to_server, joint.from_server) if server else None
-    deadline = None if far else time.monotonic() + 10.0
-    poller = select.poll()
-    # This thread has no hurry to interrupt those it carries for: what comes meanwhile it carries at one go.
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
-    if early:
-        joint.from_client(early)
-    while True:
-        if near.out.size:
-            near.flush()
-        if near.broken or joint.over and not near.out.size or deadline and time.monotonic() > deadline:
-            return
-        joint.flushed()
-        if far and far.out.size:
-            far.flush()
-        near_room, far_room = joint.room()
-        near.watch(poller, near_room)
-        if far:
-            far.watch(poller, far_room)
-        for descriptor, what in poller.poll(1000 if deadline else None):
-            if not what & ~select.POLLOUT:
-                continue
-            end = near if descriptor == near.descriptor else far
-            if end.take(far):
-                continue
-            if end is near:
-                joint.client_ended()
-                if far:
-                    far.flush()
-                return
-            poller.unregister(server)
-            far, deadline = None, time.monotonic() + 10.0
-            joint.server_ended()
 
 
 ###############################################################################
@@ -9597,14 +11028,14 @@ def full_names(text: str) -> List[str]:
 
 
 def rewrite_exporter(exporter: bytes) -> Tuple[bytes, Optional[List[str]]]:
-    """An exporter as buildkitd knows it: `moby` becomes `image` with the attributes that dockerd gives it, any other stays.
+    """An exporter as buildkitd knows it: `moby` becomes `image` with the attributes that dockerd gives it, others stay.
     With it the names it puts into the image store, None when it puts nothing there. 400 for a bad name."""
-    parts, kind, attributes = list(fields(exporter)), "", {}
+    parts, kind, attributes = list(decode_fields(exporter)), "", {}
     for each in parts:
         if each.number == 1:
             kind = str(each.value, "utf-8")
         elif each.number == 2:
-            key, value = read_entry(each.value)
+            key, value = decode_map_entry(each.value)
             attributes[key] = value
     if kind == "image":
         names = [each for each in attributes.get("name", "").split(",") if each]
@@ -9618,19 +11049,20 @@ def rewrite_exporter(exporter: bytes) -> Tuple[bytes, Optional[List[str]]]:
             changed[key] = value
     # Spelled so in BuildKit.
     changed["danging-name-empty-only"] = "true"
-    kept = [each.raw for each in parts if each.number != 1 and not (each.number == 2 and read_entry(each.value)[0] in changed)]
-    added = [field(2, field(1, key.encode()) + field(2, value.encode())) for key, value in changed.items()]
-    return b"".join([field(1, b"image"), *kept, *added]), names
+    kept = [each.raw for each in parts
+            if each.number != 1 and not (each.number == 2 and decode_map_entry(each.value)[0] in changed)]
+    added = [encode_map_entry(2, key, value) for key, value in changed.items()]
+    return b"".join([encode_field(1, b"image"), *kept, *added]), names
 
 
 def rewrite_solve(message: bytes) -> Tuple[bytes, Optional[List[str]]]:
     """A SolveRequest as buildkitd understands it, with its other fields untouched, and the names it puts into the image
     store, None when it puts nothing there. 400 for a bad name, ValueError for what is no SolveRequest."""
-    parts = list(fields(message))
+    parts = list(decode_fields(message))
     exporters = [each.value for each in parts if each.number == 13]
     if not exporters:
         # The one exporter of older clients.
-        old = [field(1 if each.number == 3 else 2, each.value) for each in parts if each.number in (3, 4)]
+        old = [encode_field(1 if each.number == 3 else 2, each.value) for each in parts if each.number in (3, 4)]
         exporters = [b"".join(old)] if old else []
     rewritten = [rewrite_exporter(each) for each in exporters]
     stored = [names for _, names in rewritten if names is not None]
@@ -9638,7 +11070,7 @@ def rewrite_solve(message: bytes) -> Tuple[bytes, Optional[List[str]]]:
     if [each for each, _ in rewritten] == exporters:
         return message, told
     kept = [each.raw for each in parts if each.number not in (3, 4, 13)]
-    return b"".join([*kept, *(field(13, each) for each, _ in rewritten)]), told
+    return b"".join([*kept, *(encode_field(13, each) for each, _ in rewritten)]), told
 
 
 def dial(address: str, timeout: float = 5.0) -> socket.socket:
@@ -9678,22 +11110,22 @@ def dial_buildkit(nerdctl: Nerdctl) -> Tuple[socket.socket, str]:
 
 def parse_workers(message: bytes) -> List[Dict[str, str]]:
     """The labels of each worker of a ListWorkersResponse, the worker that builds first."""
-    return [dict(read_entry(label.value) for label in fields(record.value) if label.number == 2)
-            for record in fields(message) if record.number == 1]
+    return [dict(decode_map_entry(label.value) for label in decode_fields(record.value) if label.number == 2)
+            for record in decode_fields(message) if record.number == 1]
 
 
 def list_workers(address: str, timeout: float = 10.0) -> List[Dict[str, str]]:
     """The labels of a buildkitd's workers; 503 when it does not tell them in time."""
-    with contextlib.suppress(OSError, ValueError), dial(address) as sock:
-        answer = grpc_call(sock, "/moby.buildkit.v1.Control/ListWorkers", timeout=timeout)
-        if answer is not None:
-            return parse_workers(answer)
-    raise Unavailable(f"buildkitd at {address} does not tell its workers: see its log")
+    try:
+        with dial(address) as sock:
+            return parse_workers(grpc_call(sock, "/moby.buildkit.v1.Control/ListWorkers", b"", timeout=timeout))
+    except (OSError, ValueError, GrpcError) as error:
+        raise Unavailable(f"buildkitd at {address} does not tell its workers ({error}): see its log") from None
 
 
 def worker_complaint(workers: List[Dict[str, str]], namespace: str, containerd: str) -> str:
-    """Why nerdctl would not see an image built by the first of these workers, "" when it would. `containerd` is the UUID of
-    nerdctl's."""
+    """Why nerdctl would not see an image built by the first of these workers, "" when it would. `containerd` is the
+    UUID of nerdctl's."""
     labels = workers[0] if workers else {}
     found, uuid = labels.get(WORKER_LABEL + "namespace"), labels.get(WORKER_LABEL + "uuid")
     if found is None:
@@ -9704,14 +11136,16 @@ def worker_complaint(workers: List[Dict[str, str]], namespace: str, containerd: 
         what = "builds for another containerd"
     else:
         return ""
-    return (f"buildkitd {what}, so that nerdctl would never see the image: in buildkitd.toml, write `enabled = false` under [worker.oci], and "
-            f"`enabled = true`, `namespace = \"{namespace}\"` and containerd's `address` under [worker.containerd], and restart buildkitd")
+    return (f"buildkitd {what}, so that nerdctl would never see the image: in buildkitd.toml, write `enabled = false` "
+            f"under [worker.oci], and `enabled = true`, `namespace = \"{namespace}\"` and containerd's `address` under "
+            "[worker.containerd], and restart buildkitd")
 
 
 def solved_digest(answer: bytes) -> str:
     """The image's digest in a SolveResponse, "" when there is none."""
     with contextlib.suppress(ValueError, TypeError):
-        return dict(read_entry(each.value) for each in fields(answer) if each.number == 1).get("containerimage.digest", "")
+        results = dict(decode_map_entry(each.value) for each in decode_fields(answer) if each.number == 1)
+        return results.get("containerimage.digest", "")
     return ""
 
 
@@ -9724,7 +11158,7 @@ def replaced_images(engine: Engine, names: List[str]) -> Dict[str, str]:
 
 
 def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, Optional[Callable[[bytes], None]]]:
-    """What a Splice asks of a SolveRequest. 400 for a bad tag; 409 when the image would get lost; 503 when buildkitd
+    """What a GrpcProxy asks of a SolveRequest. 400 for a bad tag; 409 when the image would get lost; 503 when buildkitd
     does not say where it would go."""
     try:
         message, names = rewrite_solve(message)
@@ -9750,9 +11184,17 @@ def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, 
     return message, answered
 
 
-@route("POST", "/grpc")
-def buildkit_grpc(engine: Engine, request: Request) -> Response:
-    """101, then buildkitd. 101 also without one: after anything else clients would set up a builder of their own."""
+def check_upgrade(request: Request, refusal: Type[ApiError]) -> None:
+    """Refuse what does not ask for HTTP/2 on its connection, in dockerd's words. As there, only Upgrade counts."""
+    protocol = request.headers.get("Upgrade") or ""
+    if not protocol:
+        raise refusal("no upgrade proto in request")
+    if protocol != "h2c":
+        raise refusal(f"protocol {protocol} not supported")
+
+
+def grpc_hijack(engine: Engine) -> Hijack:
+    """Carries a client's gRPC to buildkitd; where there is none, it answers with the reason."""
     try:
         server, address = dial_buildkit(engine.nerdctl)
         failure = None
@@ -9760,39 +11202,39 @@ def buildkit_grpc(engine: Engine, request: Request) -> Response:
         server, address, failure = None, "", error
 
     def serve(connection: Connection) -> None:
-        splice = Splice(functools.partial(prepare_solve, engine, address))
+        relay = Relay(connection.sock, server)
+        proxy = GrpcProxy(functools.partial(prepare_solve, engine, address), relay.run)
         if failure:
             log(f"build: {failure}")
-            splice.server_ended(failure)
-        join(splice, connection, server)
+            proxy.server_ended(failure)
+        relay.carry(proxy, connection.early)
 
-    return Response(101, Hijack(serve, protocol="h2c"))
+    return Hijack(serve, protocol="h2c")
+
+
+@route("POST", "/grpc")
+def buildkit_grpc(engine: Engine, request: Request) -> Response:
+    """101, then buildkitd. 101 also without one: after anything else clients would set up a builder of their own. 500, as
+    dockerd has it here, without an upgrade to h2c."""
+    check_upgrade(request, ApiError)
+    return Response(101, grpc_hijack(engine))
 
 
 @route("POST", "/session")
 def buildkit_session(engine: Engine, request: Request) -> Response:
-    """101, then a session of buildkitd; without a buildkitd one that ends at once."""
-    headers = [(name, value) for name, value in request.headers.items() if name.lower().startswith("x-docker-expose-session-")]
+    """101, then a session of buildkitd; without a buildkitd one that ends at once. 400 without an upgrade to h2c."""
+    check_upgrade(request, BadParameter)
+    headers = [(name, value) for name, value in request.headers.items()
+               if name.lower().startswith("x-docker-expose-session-")]
     server = None
     with contextlib.suppress(ApiError):
         server, _ = dial_buildkit(engine.nerdctl)
 
     def serve(connection: Connection) -> None:
         if server:
-            join(BuildSession(headers), connection, server)
+            Relay(connection.sock, server).carry(SessionBridge(headers), connection.early)
 
     return Response(101, Hijack(serve, protocol="h2c"))
-
-
-def join(joint: Any, connection: Connection, server: Optional[socket.socket]) -> None:
-    """Relay until the end and close buildkitd's side."""
-    try:
-        relay(joint, connection.sock, server, connection.early)
-    except ValueError as error:
-        log(f"build: {error}")
-    finally:
-        if server:
-            server.close()
 
 
 ###############################################################################
@@ -9816,9 +11258,7 @@ class Body:
         if self.ended or not len(view):
             return 0
         try:
-            if self.expects:
-                self.expects = False
-                self.handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.invite()
             if self.chunked and not self.left:
                 self.left = self._chunk_size()
                 if not self.left:
@@ -9840,6 +11280,12 @@ class Body:
             self._broken()
             raise
         return got
+
+    def invite(self) -> None:
+        """Send the 100 that the client waits for, if it does."""
+        if self.expects and not self.ended:
+            self.expects = False
+            self.handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def read(self, size: int = BLOCK) -> bytes:
         """Up to `size` bytes, b"" at the end."""
@@ -9994,6 +11440,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         return True
 
     def parse_request(self) -> bool:
+        if self.raw_requestline == b"PRI * HTTP/2.0\r\n":
+            self.serve_grpc()
+            return False
         file, self.rfile = self.rfile, HeadReader(self.rfile)
         try:
             return super().parse_request()
@@ -10013,6 +11462,15 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         self.request_version = "HTTP/1.1"
         status = 400 if code in (501, 505) else code
         self.send_whole(error_response(type("HeadError", (ApiError,), {"status": status})(message or "malformed request")))
+
+    def serve_grpc(self) -> None:
+        """HTTP/2 with prior knowledge, as of buildctl and of buildx's remote driver: BuildKit's gRPC."""
+        self.close_connection = True
+        self.connection.setblocking(False)
+        early = self.raw_requestline + self.rfile.peek()
+        self.connection.setblocking(True)
+        with self.server.working(), contextlib.suppress(ClientGone, OSError):
+            grpc_hijack(self.server.engine).serve(Connection(self.connection, early))
 
     def serve(self) -> None:
         """Read one request, dispatch it, send the response."""
@@ -10151,6 +11609,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
             chunked = self.request_version != "HTTP/1.0"
             self.close_connection |= not chunked
+            if body is not None:
+                # What makes the stream may read the body later, and inside of the answer there is no place for a 100.
+                body.invite()
             self.wfile.write(self.head(response, *([("Transfer-Encoding", "chunked")] if chunked else [])))
             for chunk in itertools.chain(first, stream.chunks):
                 if chunk:
@@ -10189,12 +11650,12 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             Connection(self.connection).send(b"%x\r\n" % len(chunk), chunk, b"\r\n")
 
     def send_hijack(self, response: Response) -> int:
-        """Hand the connection over, as dockerd does it: 101 where an upgrade was asked for, else 200 until the end."""
+        """Hand the connection over, as dockerd does it: 101 where there is a header Upgrade, else 200 until the end."""
         self.close_connection = True
         self.connection.setblocking(False)
         early = self.rfile.peek()
         self.connection.setblocking(True)
-        upgraded = "upgrade" in (self.headers.get("Connection") or "").lower() and self.headers.get("Upgrade")
+        upgraded = "Upgrade" in self.headers
         lines = ["HTTP/1.1 101 UPGRADED" if upgraded else "HTTP/1.1 200 OK"]
         if response.media_type:
             lines.append(f"Content-Type: {response.media_type if upgraded else 'application/vnd.docker.raw-stream'}")
@@ -10415,187 +11876,17 @@ def dial_stdio(path: str) -> int:
 # ctr
 ###############################################################################
 
-# Where nerdctl is not installed, this file stands in for it: `nerdctld.py nerdctl COMMAND …` takes the commands, flags and
-# formats that the sections above use, has containerd's own ctr do the work, and prints what nerdctl would print. ctr promises
-# no stable output: names, digests, JSON and the few columns below are all that is read of it, alike from 1.6 to 2.3.
+# Where nerdctl is not installed, containerd's API and its own ctr carry the images. ctr promises no stable output: only
+# the names of what it loaded and the progress of layers are read of it, which are alike from 1.6 to 2.3.
 NO_NERDCTL = "nerdctl is not installed"
-UNKNOWN_CTR = "this ctr is not known: "
-CTR_WORDS = [(re.compile(pattern), words) for pattern, words in (
-    (r"^failed to resolve reference \"[^\"]*\": ", "failed to resolve image: "),
-    (r"^container \"([^\"]+)\" in namespace \S+: not found$", r"no such container: \1"),
-    (r"^(?:cannot access socket|failed to dial) \"?([^\s\":]+)\"?: ", r'cannot access containerd socket "\1": '),
-)]
-Flags = Dict[str, List[str]]
-
-
-def parse_ctr_error(stderr: str) -> str:
-    """What ctr says went wrong, in nerdctl's words."""
-    lines = [line for line in stderr.splitlines() if line.strip()] or ["ctr failed without a word"]
-    message = re.sub(r"^ctr: ", "", next((line for line in lines if line.startswith("ctr: ")), lines[-1]))
-    for pattern, words in CTR_WORDS:
-        message = pattern.sub(words, message)
-    return message
-
-
-def parse_ctr_table(text: str, head: str, row: str) -> List[Tuple[str, ...]]:
-    """The groups of `row` in each line of a table whose first columns are `head`; 500 for anything else."""
-    first, *lines = [line for line in text.splitlines() if line.strip()] or [""]
-    for line in lines if first.split()[:3] == head.split() else [first]:
-        if first.split()[:3] != head.split() or not re.match(row, line):
-            raise ApiError(f"{UNKNOWN_CTR}it prints {line[:80]!r} for {head!r}")
-    return [re.match(row, line).groups() for line in lines]
-
-
-class Ctr:
-    """Runs ctr. `command` is the argv in front ("ctr", or "k3s ctr" as two words). What it starts stays in this process's
-    group, so that who ends the one ends the other. What goes wrong is an ApiError in nerdctl's words."""
-
-    def __init__(self, command: List[str], namespace: str, address: str, snapshotter: str):
-        self.namespace, self.snapshotter = namespace, [f"--snapshotter={snapshotter}"] if snapshotter else []
-        self.path = address.replace("unix://", "", 1) or ("" if "k3s" in command[0] else "/run/containerd/containerd.sock")
-        self.command = [*command, *([f"--address={self.path}"] if self.path else []), f"--namespace={namespace}"]
-
-    def start(self, *words: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE) -> subprocess.Popen:
-        """A running ctr, its stderr piped."""
-        if self.path and not os.path.exists(self.path):
-            # ctr 1.6 would look for it for ten seconds.
-            raise ApiError(f'cannot access containerd socket "{self.path}": no such file or directory')
-        return subprocess.Popen([*self.command, *words], stdin=stdin, stdout=stdout, stderr=subprocess.PIPE)
-
-    def finish(self, process: subprocess.Popen) -> str:
-        """What is left of a ctr's stdout, at its end."""
-        output, errors = process.communicate()
-        if process.returncode:
-            raise ApiError(parse_ctr_error(errors.decode(errors="replace")))
-        return (output or b"").decode()
-
-    def run(self, *words: str, **pipes: Any) -> str:
-        """The stdout of a ctr that succeeded."""
-        return self.finish(self.start(*words, **pipes))
-
-    def local(self, *words: str) -> List[str]:
-        """A command with --local where this ctr has that: the transfer service, which it uses otherwise, does not say what
-        it loads, and its progress is mixed into what is saved."""
-        return [*words, "--local"] if "--local" in self.run(*words, "--help") else list(words)
-
-    def each(self, commands: Iterable[List[str]]) -> Iterator[str]:
-        """The stdout of each command, a few of which run at a time; "" where its object is not there."""
-        waiting = list(commands)
-        for start in range(0, len(waiting), 4):
-            for process in [self.start(*words) for words in waiting[start:start + 4]]:
-                try:
-                    yield self.finish(process)
-                except ApiError as error:
-                    if not re.search(r"not found$|^no such container", str(error)):
-                        raise
-                    yield ""
-
-    def targets(self) -> Dict[str, Tuple[str, str]]:
-        """All images: name -> digest and media type."""
-        rows = parse_ctr_table(self.run("images", "ls"), "REF TYPE DIGEST", r"(\S+)\s+(\S+)\s+(\w+:[0-9a-f]{32,})\s")
-        return {name: (digest, kind) for name, kind, digest in rows}
-
-    def tasks(self) -> Dict[str, Tuple[int, str]]:
-        """Container id -> process id and status (RUNNING, PAUSED, STOPPED …) of those that have a task."""
-        rows = parse_ctr_table(self.run("tasks", "ls"), "TASK PID STATUS", r"(\S+)\s+(\d+)\s+([A-Z]+)\s*$")
-        return {identity: (int(pid), status) for identity, pid, status in rows}
-
-    def blobs(self, digests: Iterable[str]) -> Dict[str, Tuple[int, Any]]:
-        """Digest -> size and value of JSON in the content store; those that are not there are left out."""
-        wanted = list(dict.fromkeys(digests))
-        found = {digest: text.encode() for digest, text in zip(wanted, self.each(["content", "get", each] for each in wanted)) if text}
-        if any(digest != "sha256:" + sha256(data).hexdigest() for digest, data in found.items()):
-            raise ApiError(UNKNOWN_CTR + "the content it prints is not what its digest says")
-        return {digest: (len(data), json.loads(data)) for digest, data in found.items()}
-
-    def usage(self, tips: Iterable[str]) -> Dict[str, Tuple[int, int]]:
-        """Snapshot key -> its own bytes and all with those below it, for the keys in `tips` that there are and what is below."""
-        words, row = ["snapshots", *self.snapshotter], r"(\S+)\s+(?:(\S+)\s+)?(?:Active|Committed|View)\s*$"
-        parents, wanted = dict(parse_ctr_table(self.run(*words, "ls"), "KEY PARENT KIND", row)), {}
-        for key in tips:
-            while key in parents and key not in wanted:
-                wanted[key], key = parents[key], parents[key]
-        told = self.run(*words, "usage", "-b", "--", *wanted) if wanted else "KEY SIZE INODES"
-        own = {key: int(size) for key, size in parse_ctr_table(told, "KEY SIZE INODES", r"(\S+)\s+(\d+)\s+\d+\s*$")}
-        total = lambda key: own.get(key, 0) + total(parents[key]) if key in parents else 0
-        return {key: (size, total(key)) for key, size in own.items()}
-
-    def transfer(self, verb: str, reference: str, *words: str) -> None:
-        """Pull or push, the progress going to our stdout, with the credentials of $DOCKER_CONFIG. The password goes in by a
-        pseudo-terminal, since everybody could read it on a command line."""
-        flags = ["--hosts-dir=/etc/containerd/certs.d"] if os.path.isdir("/etc/containerd/certs.d") else []
-        (user, password), ours, theirs = docker_login(reference.partition("/")[0]), -1, subprocess.DEVNULL
-        if user:
-            ours, theirs = pty.openpty()
-            mode = termios.tcgetattr(theirs)
-            mode[0] = mode[3] = 0
-            termios.tcsetattr(theirs, termios.TCSANOW, mode)
-            os.write(ours, password.encode() + b"\n")
-            flags.append(f"--user={user}")
-        self.run(*self.local("images", verb), *flags, *words, stdin=theirs, stdout=None)
-
-
-def docker_login(host: str) -> Tuple[str, str]:
-    """User and password for a registry in Docker's config.json, ("", "") without; 501 for a token."""
-    path = os.path.join(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker"), "config.json")
-    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
-        for key, entry in (json.load(file).get("auths") or {}).items():
-            if re.sub(r"^https?://(index\.(?=docker\.io))?", "", key).partition("/")[0] == host:
-                if entry.get("identitytoken"):
-                    raise NotImplementedHere(f"{NO_NERDCTL}, and ctr cannot be given the identity token for {host}")
-                user, _, password = base64.b64decode(entry.get("auth") or "").decode().partition(":")
-                return user, password
-    return "", ""
-
-
-# Command -> the flags it takes (with a value: `name=`) and the formats it knows; the method of CtrCommands is called like it.
-# Networks and volumes are nerdctl's own, so that without it there are none, and no methods for them.
-CTR_COMMANDS: Dict[str, Tuple[str, ...]] = {
-    "version": ("", "{{json .}}"), "info": ("", "{{json .}}"), "events": ("", "{{json .}}"),
-    "network ls": ("", "{{json .}}"), "volume ls": ("size", "{{json .}}"),
-    "images": ("no-trunc", "{{json .}}"), "image inspect": ("mode=", "{{json .}}"), "history": ("no-trunc", "{{json .}}"),
-    "tag": ("",), "rmi": ("force",), "pull": ("platform= unpack=",), "push": ("platform=",), "save": ("platform=",),
-    "load": ("platform= all-platforms",), "login": ("username= password-stdin",),
-    "build": ("progress= build-arg= label= cache-from= add-host= no-cache pull target= platform= network= allow= provenance= file= tag=",),
+K3S_SOCKET = "/run/k3s/containerd/containerd.sock"
+# nerdctl's options of build -> the beginning of buildctl's.
+BUILDCTL_OPTIONS = {
+    "--progress": "--progress=", "--build-arg": "--opt=build-arg:", "--label": "--opt=label:",
+    "--cache-from": "--import-cache=type=registry,ref=", "--target": "--opt=target=", "--platform": "--opt=platform=",
+    "--network": "--opt=force-network-mode=", "--allow": "--allow=", "--no-cache": "--no-cache",
+    "--pull": "--opt=image-resolve-mode=pull",
 }
-
-
-def parse_flags(words: List[str], known: List[str]) -> Tuple[Flags, List[str]]:
-    """The flags that stand in front, and the words behind them or behind `--`; 400 for a flag that is not `known`."""
-    flags: Flags = {}
-    try:
-        pairs, rest = getopt.getopt(words, "a", known)
-    except getopt.GetoptError as error:
-        raise BadParameter(f"unknown flag: --{error.opt}") from None
-    for name, value in pairs:
-        flags.setdefault(name.lstrip("-"), []).append(value)
-    return flags, rest
-
-
-def ctr_main(argv: List[str]) -> int:
-    """`nerdctld.py nerdctl …`: the exit status. A failure is a line on stderr as nerdctl writes it."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    try:
-        options, words = parse_flags(argv, ["namespace=", "address=", "snapshotter=", "ctr="])
-        command, namespace, address, snapshotter = (options.get(key, [""])[-1] for key in ("ctr", "namespace", "address", "snapshotter"))
-        name = next((each for each in (" ".join(words[:2]), *words[:1]) if each in CTR_COMMANDS), "")
-        if not name:
-            raise NotImplementedHere(f"{NO_NERDCTL}, and containerd's ctr cannot do what `nerdctl {' '.join(words[:1])}` does: install nerdctl "
-                                     "for running containers, networks and volumes")
-        known, *formats = CTR_COMMANDS[name]
-        flags, rest = parse_flags(words[len(name.split()):], [*known.split(), *(["format="] if formats else [])])
-        if formats and flags.get("format", [""])[-1] not in formats:
-            raise NotImplementedHere(f"{NO_NERDCTL}, and what stands in for it does not know this --format of {name}")
-        ctr = CtrCommands(shlex.split(command) or find_ctr() or ["ctr"], namespace or "default", address, snapshotter)
-        for row in getattr(ctr, name.replace(" ", "_"), lambda *_: ())(flags, rest) or ():
-            print(row if isinstance(row, str) else json_bytes(row).decode(), flush=True)
-        return 0
-    except (ApiError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        message = str(error) if isinstance(error, (ApiError, OSError)) else UNKNOWN_CTR + repr(error)
-        if isinstance(error, FileNotFoundError):
-            message = f'exec: "{error.filename}": executable file not found in $PATH'
-        print(f'time="{rfc3339(time.time_ns())}" level=fatal msg={json.dumps(message, ensure_ascii=False)}', file=sys.stderr)
-        return 1
 
 
 def find_ctr() -> List[str]:
@@ -10603,209 +11894,172 @@ def find_ctr() -> List[str]:
     return next((words for words in (["ctr"], ["k3s", "ctr"]) if shutil.which(words[0])), [])
 
 
-def nerdctl_command() -> List[str]:
-    """argv of nerdctl; where it is not on PATH but ctr is, of what stands in for it, with a warning in the log."""
-    if shutil.which("nerdctl") or not find_ctr():
-        return ["nerdctl"]
-    log(f"warning: {NO_NERDCTL}: images, listings and builds go by {' '.join(find_ctr())}, everything else is answered with 501")
-    import importlib.util
-    import marshal
-
-    # Each call is a new Python, and compiling this file would be half of its time: it is done once, into memory.
-    compiled = os.memfd_create("nerdctld.pyc")
-    os.write(compiled, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(__loader__.get_code(__name__)))
-    return [sys.executable, "-IS", f"/proc/{os.getpid()}/fd/{compiled}", "nerdctl"]
-
-
-def whole_manifests(ctr: Ctr, index: Dict[str, Any]) -> List[Tuple[str, Dict[str, Any], Dict[str, Any]]]:
-    """Platform, descriptor and manifest of those in an index that are all here: this machine's first, attestations last."""
-    present, whole = set(ctr.run("content", "ls", "-q").split()), []
-    read = ctr.blobs(each["digest"] for each in index["manifests"] if each["digest"] in present)
-    for each in index["manifests"]:
-        manifest = read.get(each["digest"], (0, {}))[1]
-        if manifest and all(part["digest"] in present for part in [manifest["config"], *manifest["layers"]]):
-            platform = map((each.get("platform") or {}).get, ("os", "architecture", "variant"))
-            whole.append(("/".join(filter(None, platform)), each, manifest))
-    return sorted(whole, key=lambda found: (found[0] == "unknown/unknown", not fits_machine(found[0])))
+def buildctl_args(options: List[str], names: List[str], folder: str) -> List[str]:
+    """argv of a build by buildctl with nerdctl's options, which writes the archive of the image to stdout."""
+    words, hosts = ["build", "--frontend=dockerfile.v0", f"--local=context={folder}"], []
+    for option in options:
+        flag, _, value = option.partition("=")
+        if flag == "--file":
+            words += [f"--local=dockerfile={os.path.dirname(value)}", f"--opt=filename={os.path.basename(value)}"]
+        elif flag == "--add-host":
+            hosts.append(value.replace(":", "=", 1))
+        else:
+            words.append(BUILDCTL_OPTIONS[flag] + value)
+    words += ["--opt=add-hosts=" + ",".join(hosts)] if hosts else []
+    return [*words, f'--output=type=docker,"name={",".join(names)}",dest=-']
 
 
-def chain_ids(config: Dict[str, Any]) -> List[str]:
-    """The keys of an image's snapshots, from the lowest layer up."""
-    link = lambda below, layer: "sha256:" + sha256(f"{below} {layer}".encode()).hexdigest()
-    return list(itertools.accumulate(config["rootfs"]["diff_ids"], link))
+def registry_login(host: str, environment: Optional[Dict[str, str]]) -> Tuple[str, str]:
+    """User and password for a registry in the config.json of an environment's DOCKER_CONFIG, ("", "") without; 501 for
+    an identity token."""
+    folder = (environment or os.environ).get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
+    told = read_json_file(os.path.join(folder, "config.json"))
+    for key, entry in ((told.get("auths") if isinstance(told, dict) else None) or {}).items():
+        if re.sub(r"^https?://(index\.(?=docker\.io))?", "", key).partition("/")[0] == host:
+            if entry.get("identitytoken"):
+                raise NotImplementedHere(f"{NO_NERDCTL}, and ctr cannot be given the identity token for {host}")
+            user, _, password = base64.b64decode(entry.get("auth") or "").decode().partition(":")
+            return user, password
+    return "", ""
 
 
-def native_images(ctr: Ctr, names: List[str]) -> Tuple[List[Dict[str, Any]], Dict[str, Tuple[int, int]]]:
-    """Images as nerdctl's native inspect has them, but for those not all here (404 when none is), and their snapshots' bytes."""
-    images, found = ctr.targets(), []
-    read = ctr.blobs(images[name][0] for name in names if name in images)
-    for name in names:
-        digest, kind = images.get(name, ("", ""))
-        size, manifest = read.get(digest, (0, {}))
-        described = {"mediaType": kind, "digest": digest, "size": size}
-        entry = {"Image": {"Name": name, "Target": described}}
-        if "manifests" in manifest:
-            described, manifest = next((each[1:] for each in whole_manifests(ctr, manifest)), ({}, {}))
-        if manifest:
-            found.append({**entry, "ManifestDesc": described, "Manifest": manifest, "ImageConfigDesc": manifest["config"]})
-    configs = ctr.blobs(each["ImageConfigDesc"]["digest"] for each in found)
-    found = [{**each, "ImageConfig": configs[each["ImageConfigDesc"]["digest"]][1]} for each in found if each["ImageConfigDesc"]["digest"] in configs]
-    if not found:
-        raise NotFound(f"no such image: {names[0]}")
-    sizes = ctr.usage(key for each in found for key in chain_ids(each["ImageConfig"])[-1:])
-    return [{**each, "size": sizes.get((chain_ids(each["ImageConfig"]) or [""])[-1], (0, 0))[1]} for each in found], sizes
+@contextlib.contextmanager
+def typed_line(text: str) -> Iterator[int]:
+    """A terminal on which a line was typed."""
+    master, slave = pty.openpty()
+    try:
+        tty.setraw(slave)
+        os.write(master, text.encode() + b"\n")
+        yield slave
+    finally:
+        os.close(slave)
+        os.close(master)
 
 
-class CtrCommands(Ctr):
-    """nerdctl's commands, a method each, which returns what is printed: JSON values or text, a line each."""
+class Ctr(Nerdctl):
+    """Does without nerdctl what containerd's API, its ctr and buildctl can do; whatever would start another command of
+    nerdctl is 501. `command` is the argv in front: "ctr", or "k3s" and "ctr"."""
 
-    def version(self, flags: Flags, words: List[str]) -> Any:
+    def __init__(self, command: List[str], containerd: Containerd, snapshotter: str = "", buildkit_host: str = "",
+                 debug: bool = False):
+        super().__init__(command, containerd.namespace, containerd.address, snapshotter, buildkit_host, debug)
+        self.containerd = containerd
+        self.options = [f"--address={containerd.address}", f"--namespace={self.namespace}"]
+
+    def start(self, *arguments: str, **_: Any) -> Process:
+        """501, since this is no nerdctl."""
+        raise NotImplementedHere(f"{NO_NERDCTL}, and containerd's ctr cannot do what `nerdctl {arguments[0]}` does: "
+                                 "install nerdctl for running containers, networks and volumes")
+
+    def _read(self, *words: str) -> str:
+        """The stdout of a short ctr."""
+        with super().start(*words) as process:
+            return b"".join(iter(process.read, b"")).decode(errors="replace")
+
+    def _images(self, verb: str, *words: str, **how: Any) -> Process:
+        """A running `ctr images`, with --local where this ctr has that: the transfer service, which it uses otherwise,
+        does not say what it loads, and its progress is mixed into what is saved."""
+        local = ["--local"] if "--local" in self._read("images", verb, "--help") else []
+        return super().start("images", verb, *local, *words, **how)
+
+    @contextlib.contextmanager
+    def _transfer(self, verb: str, name: str, options: List[str], environment: Optional[Dict[str, str]],
+                  client: Client) -> Iterator[Process]:
+        """A running pull or push. The password goes in by a terminal: ctr takes it from there or from its command line,
+        where everybody could read it."""
+        user, password = registry_login(name.partition("/")[0], environment)
+        hosts = ["--hosts-dir=/etc/containerd/certs.d"] if os.path.isdir("/etc/containerd/certs.d") else []
+        words = [*hosts, *options, *([f"--user={user}"] if user else []), "--", name]
+        with typed_line(password) if user else contextlib.nullcontext(subprocess.DEVNULL) as stdin:
+            with self._images(verb, *words, stdin=stdin, client=client) as process:
+                yield process
+
+    def version(self) -> Dict[str, Any]:
         """Versions of ctr and containerd; in the place of nerdctl's that there is none."""
-        own, server = (dict(re.findall(r"^ *(\w+): *(\S*)$", part, re.M)) for part in self.run("version").partition("Server:")[::2])
-        return [{"Client": {"Version": f"{NO_NERDCTL}: ctr {own['Version']}", "Components": [{"Name": "ctr", "Version": own["Version"]}]},
-                 "Server": {"Components": [{"Name": "containerd", "Version": server["Version"], "Details": {
-                     "GitCommit": server.get("Revision") or "", "UUID": server.get("UUID") or ""}}]}}]
+        own, (version, revision) = "".join(self._read("--version").split()[-1:]), self.containerd.version()
+        server = {"Name": "containerd", "Version": version, "Details": {"GitCommit": revision}}
+        return {"Client": {"Version": f"{NO_NERDCTL}: ctr {own}", "Components": [{"Name": "ctr", "Version": own}]},
+                "Server": {"Components": [server]}}
 
-    def info(self, flags: Flags, words: List[str]) -> Any:
-        """What is known of the machine and of containerd, with a warning that nerdctl is not there. Limits are told as there:
-        nothing is run, and clients would warn of each."""
-        server, unified = self.version({}, [])[0]["Server"]["Components"][0], os.path.exists("/sys/fs/cgroup/cgroup.controllers")
-        return [{
-            **dict.fromkeys("MemoryLimit SwapLimit CpuCfsPeriod CpuCfsQuota CPUShares CPUSet PidsLimit IPv4Forwarding OomKillDisable".split(), True),
-            "ID": server["Details"]["UUID"], "Driver": "".join(self.snapshotter)[14:] or "overlayfs",
-            "CgroupDriver": "systemd" if unified and os.path.isdir("/run/systemd/system") else "cgroupfs", "CgroupVersion": "2" if unified else "1",
-            "ServerVersion": server["Version"], "MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    def info(self) -> Dict[str, Any]:
+        """What is known of the machine, with a warning. Limits are told as there: clients would warn of each, and no
+        container is run."""
+        unified = os.path.exists("/sys/fs/cgroup/cgroup.controllers")
+        limits = ("MemoryLimit", "SwapLimit", "CpuCfsPeriod", "CpuCfsQuota", "CPUShares", "CPUSet", "PidsLimit",
+                  "IPv4Forwarding", "OomKillDisable")
+        return {
+            **dict.fromkeys(limits, True), "Driver": self.snapshotter, "CgroupVersion": "2" if unified else "1",
+            "CgroupDriver": "systemd" if unified and os.path.isdir("/run/systemd/system") else "cgroupfs",
+            "MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "Warnings": [f"WARNING: {NO_NERDCTL}: over containerd's ctr there are images, listings and builds only"],
-        }]
+        }
 
-    def events(self, flags: Flags, words: List[str]) -> Any:
-        """containerd's events as they come, an empty line after each as nerdctl has it."""
-        process = self.start("events")
-        for line in process.stdout:
-            found = re.match(r"([\d-]+) ([\d:.]+) \+0000 UTC (\S+) (/\S+) ?(.*)", line.decode(errors="replace"))
-            if not found:
-                process.kill()
-                raise ApiError(f"{UNKNOWN_CTR}it tells the event {line[:80]!r}")
-            day, hour, namespace, topic, payload = found.groups()
-            yield {"Timestamp": f"{day}T{hour}Z", "Namespace": namespace, "Topic": topic, "Event": payload}
-            yield ""
-        self.finish(process)
+    def login(self, host: str, user: str, password: str, environment: Dict[str, str]) -> None:
+        """Have a registry check credentials. Nothing is kept: clients send theirs with each request."""
+        Registry(Reference(host + "/login", "", ""), {"username": user, "password": password}).check()
 
-    def images(self, flags: Flags, words: List[str]) -> Any:
-        """The names of images with their digests; what nerdctl says besides is read by image inspect."""
-        return [{"Name": name, "Digest": digest, "ID": digest} for name, (digest, _) in self.targets().items()]
+    def pull(self, name: str, platform: str, unpack: bool, environment: Optional[Dict[str, str]],
+             client: Client) -> ContextManager[Process]:
+        """A running pull. ctr unpacks for any platform."""
+        options = [*([f"--platform={platform}"] if platform else []), f"--snapshotter={self.snapshotter}"]
+        return self._transfer("pull", name, options, environment, client)
 
-    def image_inspect(self, flags: Flags, words: List[str]) -> Any:
-        """Images with manifest, configuration and unpacked size."""
-        return native_images(self, words)[0]
+    def push(self, name: str, platforms: List[str], environment: Optional[Dict[str, str]],
+             client: Client) -> ContextManager[Process]:
+        """A running push; of an index that is here in part, or for a platform, of one manifest in its place."""
+        def read(digest: str) -> Dict[str, Any]:
+            return json.loads(self.containerd.read_content(digest))
 
-    def history(self, flags: Flags, words: List[str]) -> Any:
-        """The steps an image was made in, newest first, with their unpacked sizes."""
-        (image, *_), sizes = native_images(self, words)
-        keys, rows = iter(chain_ids(image["ImageConfig"])), []
-        for step in image["ImageConfig"].get("history") or []:
-            size, _ = (0, 0) if step.get("empty_layer") else sizes.get(next(keys, ""), (0, 0))
-            rows.insert(0, {"CreatedBy": step.get("created_by") or "", "Size": f"{size}B"})
-        return rows
-
-    def tag(self, flags: Flags, words: List[str]) -> Any:
-        """Give an image another name, which may be another image's until then."""
-        if words[0] != words[1]:
-            self.run(*self.local("images", "tag"), "--force", "--", *words)
-
-    def rmi(self, flags: Flags, words: List[str]) -> Any:
-        """Remove names, and what nothing else needs any more."""
-        for name in set(words) - set(self.targets()):
-            raise NotFound(f"no such image: {name}")
-        self.run("images", "rm", "--sync", "--", *words)
-
-    def pull(self, flags: Flags, words: List[str]) -> Any:
-        """Pull one image. ctr unpacks it for any platform, so --unpack makes no difference."""
-        self.transfer("pull", words[0], *(f"--platform={each}" for each in flags.get("platform", [])), *self.snapshotter, "--", words[0])
-
-    def push(self, flags: Flags, words: List[str]) -> Any:
-        """Push one image; of an index that is only partly here, or with --platform, the manifest that is."""
-        digest, options, wanted = self.targets().get(words[0], ("", ""))[0], [], flags.get("platform", [""])[-1]
-        if not digest:
-            raise NotFound(f'image "{words[0]}": not found')
-        index = self.blobs([digest])[digest][1]
-        whole = whole_manifests(self, index) if "manifests" in index else []
-        if whole and (wanted or len(whole) < len(index["manifests"])):
-            chosen = next(each[1] for each in whole if each[0].startswith(wanted))
+        listed = read(self.containerd.get_image(name).target.digest).get("manifests") or []
+        whole, options = whole_manifests(listed, self.containerd.list_content(), read), []
+        if platforms and listed or len(whole) < len(listed):
+            wanted = tuple(platforms) or ""
+            chosen = next((each for each in whole if platform_text(each.get("platform")).startswith(wanted)), None)
+            if chosen is None:
+                raise NotFound(f"{familiar(name)} has no content here for {', '.join(platforms) or 'any platform'}")
             options = [f"--manifest={chosen['digest']}", f"--manifest-type={chosen['mediaType']}"]
-            print(f"pushing as a reduced-platform image ({chosen['mediaType']}, {chosen['digest']})", file=sys.stderr)
-        self.transfer("push", words[0], *options, "--", words[0])
+        return self._transfer("push", name, options, environment, client)
 
-    def load(self, flags: Flags, words: List[str], stdin: Any = None) -> Any:
-        """Load an archive from standard input. One without a name becomes import@DIGEST, as with nerdctl."""
-        options = [*([f"--platform={each}" for each in flags.get("platform", [])] or ["--all-platforms"]), *self.snapshotter]
-        told = self.run(*self.local("images", "import"), "--digests", "--skip-digest-for-named", *options, "--", "-", stdin=stdin)
-        loaded, images = re.findall(r"^unpacking (\S+) \((\S+)\)", told, re.M), self.targets()
-        if not loaded or any(images.get(name, ("",))[0] != digest for name, digest in loaded):
-            raise ApiError(f"{UNKNOWN_CTR}it says of what it loaded {told[:80]!r}")
-        for name, digest in loaded:
-            if name.endswith("@" + digest):
-                self.tag({}, [name, "import@" + digest])
-                self.rmi({}, [name])
-            yield "Loaded image: " + ("import@" + digest if name.endswith("@" + digest) else name)
+    def pushed_digest(self, process: Process) -> str:
+        """The digest of the manifest that was pushed in the place of an index, "" for none."""
+        return next((word.partition("=")[2] for word in process.argv if word.startswith("--manifest=")), "")
 
-    def save(self, flags: Flags, words: List[str]) -> Any:
-        """Write the archive of images to standard output."""
-        self.run(*self.local("images", "export"), *(f"--platform={each}" for each in flags.get("platform", [])), "--", "-", *words, stdout=None)
+    def load(self, platforms: List[str]) -> ContextManager[Process]:
+        """A running load of the archive on its stdin; what has no name there becomes import-DATE@DIGEST."""
+        options = ["--digests", "--skip-digest-for-named", f"--snapshotter={self.snapshotter}",
+                   *([f"--platform={each}" for each in platforms] or ["--all-platforms"])]
+        return self._images("import", *options, "--", "-", stdin=subprocess.PIPE)
 
-    def login(self, flags: Flags, words: List[str]) -> Any:
-        """Ask the registry whether it takes the credentials. Nothing is kept: clients send theirs with each request."""
-        registry = Registry(Reference(words[0] + "/login", "", ""), {"username": flags["username"][-1], "password": sys.stdin.read()})
-        status, headers, _ = registry._send(registry.host, "/v2/", "")
-        if status == 401:
-            status = registry._send(registry.host, "/v2/", registry._authorize(headers.get("www-authenticate") or ""))[0]
-        if status != 200:
-            raise ApiError(f"{registry.host} answered {status}" + (" Unauthorized" if status == 401 else ""))
+    def save(self, names: List[str], platforms: List[str], client: Client) -> ContextManager[Process]:
+        """A running save, the archive on its stdout."""
+        return self._images("export", *(f"--platform={each}" for each in platforms), "--", "-", *names, client=client)
 
-    def container_inspect(self, flags: Flags, words: List[str]) -> Any:
-        """One container as INSPECT_FORMAT has it, or an empty State: ctr tells none, and for an unknown exit code containerd says 255."""
-        told, (pid, status) = json.loads(self.run("containers", "info", "--", words[0])), self.tasks().get(words[0], (0, ""))
-        task = {"Pid": pid, "Status": {"Status": status.lower(), "ExitStatus": 255 if status == "STOPPED" else 0}} if status else None
-        found = {**told, "Runtime": told["Runtime"]["Name"], "Task": task, "Spec": {**told["Spec"], **(told["Spec"].get("linux") or {})}}
-        return [found if flags["format"][-1] == INSPECT_FORMAT else {}]
-
-    def ps(self, flags: Flags, words: List[str]) -> Any:
-        """Containers as CONTAINER_ROW has them, or their sizes; all, or that of the filter `id=`."""
-        wanted = [each.partition("id=")[2] for each in flags.get("filter", [])] or self.run("containers", "ls", "-q").split()
-        found = [json.loads(text) for text in self.each(["containers", "info", "--", each] for each in wanted) if text]
-        if "size" in flags:
-            sizes = self.usage(each["SnapshotKey"] for each in found)
-            return [{"ID": each["ID"], "Size": "%dB (virtual %dB)" % sizes.get(each["SnapshotKey"], (0, 0))} for each in found]
-        tasks, rows = self.tasks(), []
-        for each in sorted(found, key=lambda each: -(nanoseconds_of(each["CreatedAt"]) or 0)):
-            labels, status = each.get("Labels") or {}, tasks.get(each["ID"], (0, "CREATED"))[1]
-            pod = [labels.get("io.kubernetes." + key) for key in ("pod.namespace", "pod.name", "container.name")]
-            rows.append([{
-                "ID": each["ID"], "Image": each["Image"], "CreatedAt": each["CreatedAt"], "Runtime": each["Runtime"]["Name"],
-                "Names": labels.get("nerdctl/name") or ("k8s://" + "/".join(filter(None, pod)) if pod[0] else ""),
-                "Command": json.dumps(" ".join((each.get("Spec") or {}).get("process", {}).get("args") or [])),
-                "Status": {"RUNNING": "Up", "STOPPED": "Exited"}.get(status, status.capitalize()),
-            }, labels])
-        return rows
-
-    def build(self, flags: Flags, words: List[str]) -> Any:
-        """Build by buildctl and load what comes of it: so it does not matter which worker and namespace buildkitd has."""
-        addresses, file = Nerdctl(["buildctl"], self.namespace).buildkit_addresses(), flags.get("file", [words[0] + "/Dockerfile"])[-1]
-        address = next((each for each in addresses if os.path.exists(each.replace("unix://", "", 1))), addresses[-1])
-        options = [f"--local=context={words[0]}", f"--local=dockerfile={os.path.dirname(file)}", f"--opt=filename={os.path.basename(file)}"]
-        for key, form in (("build-arg", "--opt=build-arg:"), ("label", "--opt=label:"), ("cache-from", "--import-cache=type=registry,ref="),
-                          ("target", "--opt=target="), ("platform", "--opt=platform="), ("network", "--opt=force-network-mode="), ("allow", "--allow="),
-                          ("no-cache", "--no-cache"), ("pull", "--opt=image-resolve-mode=pull")):
-            options += [form + value for value in flags.get(key, [])]
-        if "add-host" in flags:
-            options.append("--opt=add-hosts=" + ",".join(each.replace(":", "=", 1) for each in flags["add-host"]))
-        options.append(f'--output=type=docker,"name={",".join(flags["tag"])}",dest=-')
-        command = ["buildctl", "--addr=" + address, "build", "--progress=plain", "--frontend=dockerfile.v0", *options]
-        building = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    def tag(self, source: str, name: str) -> None:
+        """Let `name` stand for what `source` stands for."""
+        image = self.containerd.get_image(source)._replace(name=name)
         try:
-            return list(self.load({}, [], building.stdout))
-        except ApiError as error:
-            raise ApiError("exit status 1" if building.wait() else str(error)) from None
+            self.containerd.create_image(image)
+        except Conflict:
+            self.containerd.update_image(image)
+
+    def remove_images(self, names: List[str], force: bool = False) -> None:
+        """Remove names of images, and with the last of them what nothing else needs any more."""
+        for name in names:
+            self.containerd.delete_image(name, sync=name == names[-1])
+
+    @contextlib.contextmanager
+    def build(self, options: List[str], names: List[str], folder: str, environment: Optional[Dict[str, str]],
+              client: Client) -> Iterator[Process]:
+        """A running buildctl, its progress on stderr, from which ctr loads the image: so it does not matter which
+        worker and namespace buildkitd has."""
+        words = buildctl_args(options, names, folder)
+        with self.load([]) as loading:
+            with self.buildctl().start(*words, stdout=loading.stdin, stderr=subprocess.PIPE, environment=environment,
+                                       client=client) as building:
+                loading.close_stdin()
+                yield building
+                if not building.wait():
+                    loading.check()
 
 
 ###############################################################################
@@ -10823,7 +12077,7 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
     parser.add_argument("-H", "--addr", metavar="unix://PATH", default="",
                         help=f"socket to listen on (default: the one systemd hands over, else {default_socket_path()})")
     parser.add_argument("--nerdctl", metavar="COMMAND", default=environment("NERDCTL") or "",
-                        help='nerdctl to run, such as "lima nerdctl" (default: $NERDCTL, nerdctl, or where that is missing containerd\'s ctr)')
+                        help="nerdctl to run, or a ctr (default: $NERDCTL, nerdctl, or without that containerd's ctr)")
     parser.add_argument("--namespace", default=environment("CONTAINERD_NAMESPACE") or settings.get("namespace") or "default",
                         help="containerd namespace (default: %(default)s)")
     parser.add_argument("--address", default=environment("CONTAINERD_ADDRESS") or settings.get("address") or "", help="containerd's socket")
@@ -10882,11 +12136,23 @@ def serve_until_told(server: Server, idle_timeout: float, signals: int) -> None:
             break
 
 
+def make_engine(options: argparse.Namespace) -> Engine:
+    """The engine over nerdctl or, where that is missing or a ctr was named, over ctr, with a warning in the log."""
+    command = shlex.split(options.nerdctl) or (not shutil.which("nerdctl") and find_ctr()) or ["nerdctl"]
+    if os.path.basename(command[-1]) != "ctr":
+        nerdctl = Nerdctl(command, options.namespace, options.address, options.snapshotter, options.buildkit_host,
+                          options.debug)
+        return Engine(nerdctl, Containerd(options.address, options.namespace))
+    log(f"warning: {NO_NERDCTL}: images, listings and builds go by {shlex.join(command)}, everything else is answered "
+        "with 501")
+    default = K3S_SOCKET if os.path.basename(command[0]) == "k3s" else ""
+    containerd = Containerd(options.address or default, options.namespace)
+    return Engine(Ctr(command, containerd, options.snapshotter, options.buildkit_host, options.debug), containerd)
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the daemon; the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["nerdctl"]:
-        return ctr_main(argv[1:])
     options = parse_args(argv)
     notify = os.environ.pop("NOTIFY_SOCKET", "")
     try:
@@ -10898,16 +12164,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     except StartError as error:
         log(str(error))
         return 1
-    nerdctl = Nerdctl(shlex.split(options.nerdctl) or nerdctl_command(), options.namespace, options.address, options.snapshotter,
-                      options.buildkit_host, options.debug)
-    engine = Engine(nerdctl, Containerd(options.address, options.namespace))
+    engine = make_engine(options)
     engine.workspace.sweep()
     engine.caretaker = Caretaker(engine)
     engine.feed.start()
     server = Server(engine, listener)
     notify_systemd("READY=1", notify)
     threading.Thread(target=engine.caretaker.look, name="look", daemon=True).start()
-    log(f"listening on {path or 'the socket of systemd'}, namespace {nerdctl.namespace}")
+    log(f"listening on {path or 'the socket of systemd'}, namespace {options.namespace}")
     serve_until_told(server, 0.0 if path else options.idle_timeout, signals)
     notify_systemd("STOPPING=1", notify)
     if path:
