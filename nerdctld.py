@@ -3489,6 +3489,8 @@ class Mirror:
         # Whether everything is to be read; when the last reading of everything began.
         self.stale = True
         self.began = 0.0
+        # Why that reading failed, for those who wait for it.
+        self.failure: Optional[BaseException] = None
         # Whether something that is no longer marked is being read.
         self.reading = False
 
@@ -3511,6 +3513,10 @@ class Mirror:
                 if not settled or self.stale or len(self.dirty) > self.FEW:
                     if self.began <= asked:
                         self._read_all()
+                        # Changes since then are not told: it is for those only who have asked by now.
+                        self.stale = self.stale or not settled
+                    elif self.failure:
+                        raise self.failure
                 else:
                     self._read_dirty()
                 return self.values
@@ -3518,27 +3524,30 @@ class Mirror:
                 self.reading = False
 
     def _read_all(self) -> None:
-        self.began, self.stale = time.monotonic(), False
+        self.began, self.stale, self.failure = time.monotonic(), False, None
         self.dirty.clear()
         try:
             self.values = self.read_all()
-        except BaseException:
-            self.stale = True
+        except BaseException as error:
+            self.stale, self.failure = True, error
             raise
 
     def _read_dirty(self) -> None:
         values = dict(self.values)
-        for name in list(self.dirty):
-            # Before it is read: what an event tells from here on is for the next reading.
-            self.dirty.discard(name)
-            try:
-                values[name] = self.read_one(name)
-            except NotFound:
-                values.pop(name, None)
-            except BaseException:
-                self.dirty.add(name)
-                raise
-        self.values = values
+        try:
+            for name in list(self.dirty):
+                # Before it is read: what an event tells from here on is for the next reading.
+                self.dirty.discard(name)
+                try:
+                    values[name] = self.read_one(name)
+                except NotFound:
+                    values.pop(name, None)
+                except BaseException:
+                    self.dirty.add(name)
+                    raise
+        finally:
+            # Those that were read are marked no more, whatever became of the others.
+            self.values = values
 
 
 class State(NamedTuple):
