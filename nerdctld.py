@@ -8,7 +8,7 @@ The way of a request, in one direction only:
 
 Sections, each using only what stands above it:
 
-    Errors · Requests, responses · Routes · nerdctl process · Conversions · Patterns · gRPC · Events · Snapshot ·
+    Errors · Tree · Conversions · Patterns · Requests, responses · Routes · nerdctl process · gRPC · containerd · Events · State ·
     Engine · System · Images · Build · Containers · Container create · Sessions · Container lifecycle · Streams · Exec ·
     Archive · Statistics · Networks · Volumes · Swarm and plugins · Relay · BuildKit · HTTP server ·
     Sockets · ctr · Command line
@@ -20,44 +20,48 @@ To add an endpoint:
     4. add its line to the table in README.md and a case to the class of that section in test_nerdctld.py.
 """
 
-import argparse
-import base64
-import bisect
-import calendar
-import collections
 import contextlib
 import errno
 import fcntl
-import functools
-import http.client
-import http.server
-import io
 import itertools
 import json
 import os
-import pty
-import queue
 import re
-import select
-import shlex
-import shutil
-import signal
-import socket
-import socketserver
 import stat
-import struct
-import subprocess
 import sys
-import tempfile
-import termios
-import threading
-import time
-import traceback
-import tty
-import urllib.parse
-import zlib
-from hashlib import sha256
 from typing import Any, Callable, ContextManager, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Type
+
+# A process in a container's tree ends with the section Tree: what else is imported would take most of its time.
+TREE = __name__ == "__main__" and sys.argv[1:2] == ["tree"]
+if not TREE:
+    import argparse
+    import base64
+    import bisect
+    import calendar
+    import collections
+    import functools
+    import http.client
+    import http.server
+    import io
+    import pty
+    import queue
+    import select
+    import shlex
+    import shutil
+    import signal
+    import socket
+    import socketserver
+    import struct
+    import subprocess
+    import tempfile
+    import termios
+    import threading
+    import time
+    import traceback
+    import tty
+    import urllib.parse
+    import zlib
+    from hashlib import sha256
 
 VERSION = "0.1.0"
 API_NEWEST = (1, 56)
@@ -145,6 +149,630 @@ class Unavailable(ApiError):
 
 class ClientGone(Exception):
     """The client left in the middle; nobody is there to be told."""
+
+
+###############################################################################
+# Tree
+###############################################################################
+
+# A container's files are reached in one way: by a process of this file (`nerdctld.py tree`) that has the container's tree for
+# its root folder, takes one order (JSON, a line on stdin), answers with a line of JSON and goes on with a tar on stdin or stdout.
+# The kernel keeps it inside; and since `/proc` of the host, where a container has it, leads out of every root folder by its links
+# (`/proc/1/root`), no path is ever left to the kernel either: each step is opened by itself, and links are read as text.
+CLONE_NEWNS = 0x20000
+MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
+MOUNT_FLAGS = {"ro": MS_RDONLY, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "noatime": 1024, "nodiratime": 2048, "relatime": 1 << 21,
+               "bind": MS_BIND, "rbind": MS_BIND | MS_REC, "rw": 0, "defaults": 0}
+# What the kernel makes up, which dockerd does not see as files of a container.
+KERNEL_MOUNTS = ("proc", "sysfs", "cgroup", "cgroup2", "mqueue", "devpts")
+
+
+LINKS_FOLLOWED = 40
+
+
+@contextlib.contextmanager
+def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[int, List[str], str]]:
+    """A path below a root folder as an O_PATH descriptor, with the names on the way to it and, for a link at its end that
+    is not to be followed, where that leads. Links are taken as inside of the root, and each step is opened by itself, so
+    that nobody inside can lead it out. FileNotFoundError and other OSErrors as lstat has."""
+    left = [part for part in path.split("/") if part]
+    stack = [os.open(root, os.O_PATH | os.O_DIRECTORY)]
+    names: List[str] = []
+    links, last = 0, ""
+    try:
+        while left:
+            part = left.pop(0)
+            if part in (".", ".."):
+                if part == ".." and names:
+                    os.close(stack.pop())
+                    names.pop()
+                continue
+            entry = os.open(part, os.O_PATH | os.O_NOFOLLOW, dir_fd=stack[-1])
+            stack.append(entry)
+            names.append(part)
+            mode = os.fstat(entry).st_mode
+            if stat.S_ISLNK(mode):
+                target = os.readlink("", dir_fd=entry)
+                if not (left or follow or path.endswith("/")):
+                    last = target
+                    break
+                links += 1
+                if links > LINKS_FOLLOWED:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                os.close(stack.pop())
+                names.pop()
+                if target.startswith("/"):
+                    for each in stack[1:]:
+                        os.close(each)
+                    del stack[1:]
+                    names.clear()
+                left = [each for each in target.split("/") if each] + left
+            elif left and not stat.S_ISDIR(mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        yield stack[-1], names, last
+    finally:
+        for each in stack:
+            os.close(each)
+
+
+class PathStat(NamedTuple):
+    """What clients are told of a path in a container: `mode` as POSIX has it, `mtime` in nanoseconds since 1970."""
+
+    name: str
+    size: int
+    mode: int
+    mtime: int
+    target: str
+
+
+def path_stat_of(path: str, names: List[str], found: os.stat_result, target: str) -> PathStat:
+    """The stat of what a path led to: `names` on the way to it, and the target of a link at its end."""
+    if not target:
+        return PathStat(os.path.basename(path.rstrip("/")) or "/", found.st_size, found.st_mode, found.st_mtime_ns, "")
+    resolved = target if target.startswith("/") else "/" + "/".join([*names[:-1], target])
+    return PathStat(names[-1], len(target), found.st_mode, found.st_mtime_ns, os.path.normpath(resolved))
+
+
+def stat_below(root: str, path: str) -> PathStat:
+    """The stat of a path below a root folder, with links taken as inside of it. FileNotFoundError and other OSErrors as lstat has."""
+    with opened_below(root, path) as (descriptor, names, target):
+        return path_stat_of(path, names, os.fstat(descriptor), target)
+
+
+def libc_call(name: str, *arguments: Any) -> None:
+    """A call of the C library that answers 0; OSError else."""
+    import ctypes
+
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def mount(source: Optional[str], target: str, kind: Optional[str], flags: int, data: str = "") -> None:
+    """mount(2)."""
+    import ctypes
+
+    words = (each if each is None else os.fsencode(each) for each in (source, target, kind))
+    libc_call("mount", *words, ctypes.c_ulong(flags), os.fsencode(data))
+
+
+def mount_snapshot(mounts: List[Dict[str, Any]], target: str) -> None:
+    """Mount what containerd's snapshotter names, in this process's own mount namespace."""
+    for each in mounts:
+        kind, source, options = each["type"], each["source"], each["options"]
+        prefix, dot, rest = kind.partition(".")
+        if dot and prefix in ("fuse", "fuse3"):
+            helper = [f"mount.{prefix}", source, target, *itertools.chain.from_iterable(("-o", option) for option in options), "-t", rest]
+            import subprocess
+
+            subprocess.run(helper, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+            continue
+        flags, data = 0, []
+        for option in options:
+            if option in MOUNT_FLAGS:
+                flags |= MOUNT_FLAGS[option]
+            elif option.startswith("lowerdir=") and ":" in option:
+                # All options together may have one page: the names of many layers only fit in as relative ones.
+                layers = option[len("lowerdir="):].split(":")
+                common = os.path.commonpath(layers)
+                os.chdir(common)
+                data.append("lowerdir=" + ":".join(os.path.relpath(layer, common) for layer in layers))
+            else:
+                data.append(option)
+        mount(source, target, kind, flags, ",".join(data))
+        if flags & MS_BIND and flags & MS_RDONLY:
+            mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY)
+
+
+def make_below(root: str, path: str, file: bool = False) -> None:
+    """Make what is missing of a folder below a root, 0755 and root's as dockerd does; with `file` its last part as an empty file."""
+    parts = [part for part in path.split("/") if part]
+    for count in range(1, len(parts) + 1):
+        try:
+            with opened_below(root, "/".join(parts[:count]), follow=True):
+                pass
+        except FileNotFoundError:
+            with opened_below(root, "/".join(parts[:count - 1]), follow=True) as (folder, _, _):
+                if file and count == len(parts):
+                    os.close(os.open(parts[-1], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=folder))
+                else:
+                    os.mkdir(parts[count - 1], 0o755, dir_fd=folder)
+
+
+def mount_binds(root: str, binds: List[Tuple[str, str, bool]]) -> None:
+    """Mount volumes and binds (source, destination, whether read-only) below the root of a container that does not run, where
+    they will be once it does."""
+    for source, destination, read_only in binds:
+        if not os.path.exists(source):
+            continue
+        make_below(root, destination, not os.path.isdir(source))
+        with opened_below(root, destination, follow=True) as (descriptor, _, _):
+            mount(source, f"/proc/self/fd/{descriptor}", None, MS_BIND | MS_REC)
+        if read_only:
+            with opened_below(root, destination, follow=True) as (descriptor, _, _):
+                mount(None, f"/proc/self/fd/{descriptor}", None, MS_REMOUNT | MS_BIND | MS_RDONLY)
+
+
+def enter_tree(order: Dict[str, Any]) -> None:
+    """Make a container's tree this process's root folder: that of its running process, or its snapshot, which is mounted for
+    this process alone and gone with it however it ends."""
+    if order.get("pid"):
+        root = os.open(f"/proc/{order['pid']}/root", os.O_PATH | os.O_DIRECTORY)
+        # In the same namespace, so that what is mounted in the container can be neither removed nor replaced.
+        namespace = os.open(f"/proc/{order['pid']}/ns/mnt", os.O_RDONLY)
+        libc_call("setns", namespace, CLONE_NEWNS)
+        os.close(namespace)
+    else:
+        libc_call("unshare", CLONE_NEWNS)
+        mount("none", "/", None, MS_REC | MS_PRIVATE)
+        mount_snapshot(order["mounts"], order["folder"])
+        mount_binds(order["folder"], order["binds"])
+        if order["read_only"]:
+            mount(None, order["folder"], None, MS_REMOUNT | MS_BIND | MS_RDONLY)
+        root = os.open(order["folder"], os.O_PATH | os.O_DIRECTORY)
+    # From here on no import may find a file: it would be the container's.
+    sys.path.clear()
+    sys.meta_path.clear()
+    os.fchdir(root)
+    os.chroot(".")
+    os.chdir("/")
+    os.close(root)
+
+
+class TarInput:
+    """A tar on a descriptor, as the file that tarfile reads headers from, forward only."""
+
+    # How much tarfile may read for one entry, besides its content: long names, attributes, maps of sparse files.
+    HEADER = 16 << 20
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+        self.buffer = memoryview(bytearray(1 << 20))
+        self.left = self.buffer[:0]
+        self.position = self.spent = 0
+        self.last = b""
+
+    def pieces(self, size: int) -> Iterator[memoryview]:
+        """The next `size` bytes, in pieces that hold until the next one; fewer where the input ends."""
+        while size > 0:
+            if not self.more():
+                return
+            piece, self.left = self.left[:size], self.left[size:]
+            self.position += len(piece)
+            size -= len(piece)
+            yield piece
+
+    def more(self) -> bool:
+        """Whether there is more of it."""
+        if not self.left:
+            self.left = self.buffer[:os.readv(self.descriptor, [self.buffer])]
+        return bool(self.left)
+
+    def line(self) -> bytes:
+        """The line in front of the tar."""
+        found = b""
+        while self.more():
+            head, end, _ = bytes(self.left).partition(b"\n")
+            self.left, found = self.left[len(head) + len(end):], found + head
+            if end:
+                break
+        return found
+
+    def read(self, size: int) -> bytes:
+        """A part of a header."""
+        self.spent += size
+        if self.spent > self.HEADER:
+            raise BadParameter("invalid archive: a header is too long")
+        self.last = b"".join(map(bytes, self.pieces(size)))
+        return self.last
+
+    def tell(self) -> int:
+        """How far it was read."""
+        return self.position
+
+    def seek(self, position: int) -> None:
+        """Skip to there."""
+        for _ in self.pieces(position - self.position):
+            pass
+
+    def copy(self, target: int, size: int) -> None:
+        """Write the next `size` bytes to a file; 400 where the archive has fewer."""
+        for piece in self.pieces(size):
+            size -= len(piece)
+            while piece:
+                piece = piece[os.write(target, piece):]
+        if size:
+            raise BadParameter("invalid archive: unexpected EOF")
+
+
+def entry_times(entry: Any) -> Tuple[int, int]:
+    """Times of access and change of a tar's entry, in nanoseconds since 1970; 0 for what no file system can have."""
+    def exact(name: str, default: int) -> int:
+        found = re.fullmatch(r"(\d{1,10})(?:\.(\d{1,9})\d*)?", entry.pax_headers.get(name, ""))
+        value = int(found.group(1)) * 10**9 + int((found.group(2) or "0").ljust(9, "0")) if found else default * 10**9
+        return value if 0 <= value < 1 << 63 else 0
+
+    changed = exact("mtime", int(entry.mtime))
+    return max(changed, exact("atime", 0)), changed
+
+
+class Unpacker:
+    """Unpacks a tar into a folder (`names`, its path in parts) below `root`, by dockerd's rules. `keep` refuses to put a folder in
+    the place of what is none and the reverse; `owner`, if any, gets everything; in a user namespace devices are left out."""
+
+    def __init__(self, root: str, names: List[str], keep: bool = False, owner: Optional[List[int]] = None, user_namespace: bool = False):
+        self.root, self.names, self.keep, self.owner, self.user_namespace = root, names, keep, owner, user_namespace
+        self.target = "/" + "/".join(names)
+        self.opened: Tuple[str, int] = ("", -1)
+        self.folders: List[Tuple[str, Tuple[int, int]]] = []
+
+    def unpack(self, source: TarInput) -> None:
+        """Unpack all of it; 400 for what is no tar, breaks off or leads outside, OSError for what the file system refuses."""
+        import tarfile
+
+        try:
+            if not source.more():
+                return
+            tar = tarfile.TarFile(fileobj=source, mode="r", encoding="utf-8", errors="surrogateescape")
+            for entry in iter(tar.next, None):
+                tar.members.clear()
+                self.entry(entry, source)
+                source.spent = 0
+        except tarfile.TarError as error:
+            raise BadParameter(f"invalid archive: {error}") from None
+        # tarfile takes a header that it cannot read for the end.
+        if source.last.strip(b"\0") or len(source.last) not in (0, tarfile.BLOCKSIZE):
+            raise BadParameter("invalid archive: invalid tar header")
+        for path, times in self.folders:
+            parent, _, name = path.rpartition("/")
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.utime(name, ns=times, dir_fd=self.folder(parent), follow_symlinks=False)
+
+    def place(self, name: str, link: bool = False) -> List[str]:
+        """The parts of the path that a name in the archive stands for; 400 when it is outside of the folder."""
+        parts: List[str] = []
+        for part in name.split("/"):
+            if part == ".." and not parts and (link or not name.startswith("/")) and self.names:
+                raise BadParameter(f'invalid hardlink "{os.path.normpath(self.target + "/" + name)}" -> "{name}"' if link
+                                   else f'"{name}" is outside of "{self.target}"')
+            if part == "..":
+                del parts[-1:]
+            elif part not in ("", "."):
+                parts.append(part)
+        return self.names + parts
+
+    def folder(self, path: str) -> int:
+        """A folder as an O_PATH descriptor, made where it is missing; it holds until the next one is asked for."""
+        if self.opened[1] < 0 or self.opened[0] != path:
+            if self.opened[1] >= 0:
+                os.close(self.opened[1])
+            self.opened = ("", -1)
+            for missing in (False, True):
+                try:
+                    with opened_below(self.root, path, follow=True) as (descriptor, _, _):
+                        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+                        self.opened = (path, os.dup(descriptor))
+                        break
+                except FileNotFoundError:
+                    if missing:
+                        raise
+                    make_below(self.root, path)
+        return self.opened[1]
+
+    def entry(self, entry: Any, source: TarInput) -> None:
+        """Unpack one entry."""
+        parts = self.place(entry.name)
+        path = "/" + "/".join(parts)
+        if entry.size < 0:
+            raise BadParameter("invalid archive: invalid tar header")
+        if len(parts) == len(self.names):
+            if self.keep and not entry.isdir():
+                raise BadParameter(f'cannot overwrite directory "{path}" with non-directory "{self.target}"')
+            return
+        making = verb = {b"1": "link", b"2": "symlink", b"3": "mknod", b"4": "mknod", b"5": "mkdir", b"6": "mknod"}.get(entry.type, "open")
+        try:
+            folder, name = self.folder("/".join(parts[:-1])), parts[-1]
+            verb = "unlinkat"
+            there = self.clear(folder, name, entry.isdir(), path)
+            verb = making
+            if entry.isdir():
+                self.make_folder(entry, folder, name, there)
+                self.folders.append((path[1:], entry_times(entry)))
+            elif entry.isreg() and entry.type != b"7":
+                self.make_file(entry, folder, name, source)
+            else:
+                self.make_other(entry, folder, name, path)
+        except OSError as error:
+            raise OSError(error.errno, f"{verb} {path}: {(error.strerror or str(error)).lower()}") from None
+        except (ValueError, OverflowError) as error:
+            raise BadParameter(f"invalid archive: {error}") from None
+
+    def clear(self, folder: int, name: str, is_folder: bool, path: str) -> bool:
+        """Remove what stands in the place of an entry, unless both are folders; whether a folder is there."""
+        try:
+            there = stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode)
+        except FileNotFoundError:
+            return False
+        if self.keep and there != is_folder:
+            kinds = ("directory", "non-directory") if there else ("non-directory", "directory")
+            raise BadParameter(f'cannot overwrite {kinds[0]} "{path}" with {kinds[1]} "{self.target}"')
+        if there and is_folder:
+            return True
+        remove_entry(folder, name)
+        return False
+
+    def settle(self, entry: Any, descriptor: int) -> None:
+        """Give an open file or folder the owner, attributes and mode of its entry, in the order in which none undoes another."""
+        os.fchown(descriptor, *(self.owner or (entry.uid, entry.gid)))
+        for key, value in entry.pax_headers.items():
+            if key.startswith("SCHILY.xattr."):
+                try:
+                    os.setxattr(descriptor, key[len("SCHILY.xattr."):].encode("utf-8", "surrogateescape"), value.encode("utf-8", "surrogateescape"))
+                except OSError as error:
+                    # Not every file system, and not every user, can have each of them.
+                    if error.errno not in (errno.ENOTSUP, errno.EPERM):
+                        raise
+        os.fchmod(descriptor, entry.mode & 0o7777)
+
+    def make_folder(self, entry: Any, folder: int, name: str, there: bool) -> None:
+        """Make a folder, or give the one that is there what the entry says; its times come at the end."""
+        if not there:
+            os.mkdir(name, 0o700, dir_fd=folder)
+        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+        try:
+            self.settle(entry, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def make_file(self, entry: Any, folder: int, name: str, source: TarInput) -> None:
+        """Make a file; what a sparse one leaves out stays a hole."""
+        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+        with os.fdopen(descriptor, "wb", 0):
+            if entry.sparse is None:
+                source.copy(descriptor, entry.size)
+            else:
+                for offset, size in entry.sparse:
+                    os.lseek(descriptor, offset, os.SEEK_SET)
+                    source.copy(descriptor, size)
+                os.ftruncate(descriptor, entry.size)
+            self.settle(entry, descriptor)
+            os.utime(descriptor, ns=entry_times(entry))
+
+    def make_other(self, entry: Any, folder: int, name: str, path: str) -> None:
+        """Make a link, a FIFO or a device."""
+        kinds = {b"3": stat.S_IFCHR, b"4": stat.S_IFBLK, b"6": stat.S_IFIFO}
+        if entry.issym():
+            if self.names and not (os.path.normpath(os.path.dirname(path) + "/" + entry.linkname) + "/").startswith(self.target + "/"):
+                raise BadParameter(f'invalid symlink "{path}" -> "{entry.linkname}"')
+            os.symlink(entry.linkname, name, dir_fd=folder)
+        elif entry.islnk():
+            *above, last = self.place(entry.linkname, link=True)
+            with opened_below(self.root, "/".join(above), follow=True) as (descriptor, _, _):
+                os.link(last, name, src_dir_fd=descriptor, dst_dir_fd=folder, follow_symlinks=False)
+            if stat.S_ISREG(os.lstat(name, dir_fd=folder).st_mode):
+                # The chown below would take the set-user-ID bit off the file that has both names.
+                descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+                with os.fdopen(descriptor, "rb", 0):
+                    self.settle(entry, descriptor)
+                    os.utime(descriptor, ns=entry_times(entry))
+                return
+        elif entry.type in kinds:
+            try:
+                os.mknod(name, kinds[entry.type] | entry.mode & 0o7777, os.makedev(entry.devmajor, entry.devminor), dir_fd=folder)
+            except PermissionError:
+                if self.user_namespace:
+                    return
+                raise
+        else:
+            raise BadParameter(f"unhandled tar header type {entry.type[0]}")
+        os.chown(name, *(self.owner or (entry.uid, entry.gid)), dir_fd=folder, follow_symlinks=False)
+        os.utime(name, ns=entry_times(entry), dir_fd=folder, follow_symlinks=False)
+
+
+def remove_entry(folder: int, name: str) -> None:
+    """Remove a file, or a folder with all that is in it, from an open folder. No link is followed."""
+    try:
+        os.unlink(name, dir_fd=folder)
+    except IsADirectoryError:
+        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+        try:
+            for each in os.listdir(descriptor):
+                remove_entry(descriptor, each)
+        finally:
+            os.close(descriptor)
+        os.rmdir(name, dir_fd=folder)
+
+
+class Packer:
+    """Writes files below `root` as a tar to a descriptor, by dockerd's rules. What stands at the paths of `made_up` the kernel
+    makes up: of those only the folder is told."""
+
+    def __init__(self, root: str, output: int, made_up: Iterable[str] = ()):
+        self.root, self.output, self.made_up = root, output, set(made_up)
+        self.pending = bytearray()
+        # Device and inode -> name of what has several names.
+        self.linked: Dict[Tuple[int, int], str] = {}
+
+    def pack(self, path: str, tell: Callable[[PathStat], Any]) -> None:
+        """Write the file at a path, or the folder with all that is in it; entries begin with the last part of the path. What is
+        there is told first."""
+        with opened_below(self.root, path) as (_, names, _):
+            pass
+        last = path.rstrip("/").rpartition("/")[2]
+        name = last if last == "." else os.path.basename(os.path.normpath(path)) or "/"
+        with opened_below(self.root, "/".join(names[:-1])) as (folder, _, _):
+            entry = names[-1] if names else "."
+            found = os.lstat(entry, dir_fd=folder)
+            tell(path_stat_of(path, names, found, os.readlink(entry, dir_fd=folder) if stat.S_ISLNK(found.st_mode) else ""))
+            self.entry(folder, entry, name, "/" + "/".join(names))
+        self.pending += bytes(1024)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write out what is pending."""
+        view = memoryview(self.pending)
+        while view:
+            view = view[os.write(self.output, view):]
+        self.pending = bytearray()
+
+    def entry(self, folder: int, name: str, told: str, path: str) -> None:
+        """Write one entry, by the name `told`, and what is below it; one that is gone meanwhile is left out, and a socket, which
+        no tar can have."""
+        found = os.lstat(name, dir_fd=folder)
+        if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):
+            flags = os.O_DIRECTORY if stat.S_ISDIR(found.st_mode) else os.O_NONBLOCK | os.O_NOCTTY
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | flags, dir_fd=folder)
+            try:
+                found = os.fstat(descriptor)
+                if stat.S_ISDIR(found.st_mode):
+                    self.header(found, told)
+                    for each in sorted(os.listdir(descriptor)) if path not in self.made_up else ():
+                        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                            self.entry(descriptor, each, f"{told.rstrip('/')}/{each}", f"{path.rstrip('/')}/{each}")
+                elif stat.S_ISREG(found.st_mode):
+                    self.file(descriptor, found, told)
+            finally:
+                os.close(descriptor)
+        elif stat.S_ISLNK(found.st_mode):
+            self.header(found, told, os.readlink(name, dir_fd=folder))
+        elif not stat.S_ISSOCK(found.st_mode):
+            self.header(found, told)
+
+    def header(self, found: os.stat_result, told: str, link: str = "", attributes: Optional[Dict[str, str]] = None) -> None:
+        """Write the header of an entry; one with a `link` that is not symbolic is another name of that file."""
+        import tarfile
+
+        entry = tarfile.TarInfo(told)
+        kinds = ((stat.S_ISDIR, tarfile.DIRTYPE), (stat.S_ISLNK, tarfile.SYMTYPE), (stat.S_ISFIFO, tarfile.FIFOTYPE),
+                 (stat.S_ISCHR, tarfile.CHRTYPE), (stat.S_ISBLK, tarfile.BLKTYPE))
+        entry.type = next((kind for test, kind in kinds if test(found.st_mode)), tarfile.LNKTYPE if link else tarfile.REGTYPE)
+        entry.size = found.st_size if entry.type == tarfile.REGTYPE else 0
+        entry.mode, entry.uid, entry.gid, entry.mtime, entry.linkname = found.st_mode, found.st_uid, found.st_gid, int(found.st_mtime), link
+        if entry.type in (tarfile.CHRTYPE, tarfile.BLKTYPE):
+            entry.devmajor, entry.devminor = os.major(found.st_rdev), os.minor(found.st_rdev)
+        entry.pax_headers = attributes or {}
+        self.pending += entry.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+        if len(self.pending) > 1 << 18:
+            self.flush()
+
+    def file(self, descriptor: int, found: os.stat_result, told: str) -> None:
+        """Write an open file, as long as it was when its header was written."""
+        if found.st_nlink > 1:
+            first = self.linked.setdefault((found.st_dev, found.st_ino), told)
+            if first != told:
+                self.header(found, told, first)
+                return
+        attributes = {}
+        with contextlib.suppress(OSError):
+            attributes["SCHILY.xattr.security.capability"] = os.getxattr(descriptor, "security.capability").decode("utf-8", "surrogateescape")
+        self.header(found, told, attributes=attributes)
+        left = found.st_size
+        if left < 1 << 16:
+            data = os.read(descriptor, left)
+            self.pending += data
+            left -= len(data)
+        else:
+            self.flush()
+        while left:
+            moved = os.sendfile(self.output, descriptor, None, min(left, 1 << 30)) if not self.pending else 0
+            if not moved:
+                # It is shorter by now, or a file that the kernel makes up.
+                self.pending += bytes(min(left, 1 << 20))
+                moved = min(left, 1 << 20)
+                self.flush()
+            left -= moved
+        self.pending += bytes(-found.st_size % 512)
+
+
+def folder_for(root: str, path: str, volumes: Iterable[str] = ()) -> List[str]:
+    """The folder that a path leads to below a root, its own path in parts; 400 where nothing can be unpacked into it."""
+    with opened_below(root, path, follow=True) as (descriptor, names, _):
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise BadParameter("extraction point is not a directory")
+        if os.fstatvfs(descriptor).f_flag & os.ST_RDONLY:
+            own = "/".join(["", *names, ""])
+            inside = any(own.startswith(os.path.normpath(each).rstrip("/") + "/") for each in volumes)
+            raise BadParameter("mounted volume is marked read-only" if inside else "container rootfs is marked read-only")
+        return names
+
+
+def carry_out(order: Dict[str, Any], source: TarInput) -> None:
+    """Enter the tree and do what is ordered: `stat`, `pack` or `unpack`."""
+    import resource
+    # Whatever is needed later: from the tree on nothing can be imported.
+    import tarfile  # noqa: F401
+
+    try:
+        enter_tree(order)
+    except OSError as error:
+        raise ApiError(f"the container's files cannot be reached: {error.strerror or error}") from None
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    sys.setrecursionlimit(10000)
+    os.umask(0)
+    path, tell = order["path"], lambda value: os.write(1, json.dumps(value).encode() + b"\n")
+    if order["do"] == "unpack":
+        names = folder_for("/", path, [destination for _, destination, _ in order["binds"]])
+        tell([])
+        Unpacker("/", names, order["keep"], order["owner"], order["user_namespace"]).unpack(source)
+        # What stands behind its end is nobody's, but was sent.
+        while os.readv(0, [source.buffer]):
+            pass
+    elif order["do"] == "pack":
+        Packer("/", 1, order["made_up"]).pack(path, tell)
+    else:
+        tell(stat_below("/", path))
+
+
+def tree_main() -> int:
+    """`nerdctld.py tree`: the exit status. A failure is a line of JSON on stderr, its status and its message."""
+    for descriptor in (0, 1):
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, 1031, 1 << 20)
+    order: Dict[str, Any] = {}
+    try:
+        source = TarInput(0)
+        order.update(json.loads(source.line()))
+        carry_out(order, source)
+        return 0
+    except ApiError as error:
+        status, message = error.status, str(error)
+    except OSError as error:
+        # That of an entry in the archive says where; any other is about the path that was asked for.
+        status, message = 500, error.strerror or str(error)
+        if message == os.strerror(error.errno or 0):
+            status = {errno.ENOENT: 404, errno.ENOTDIR: 404, errno.ELOOP: 400}.get(error.errno, 500)
+            message = f"{order.get('path')}: {message.lower()}"
+    except Exception as error:
+        # No traceback: it would read the container's files.
+        status, message = 500, repr(error)
+    os.write(2, json.dumps({"status": status, "message": message}).encode() + b"\n")
+    return 1
+
+
+if TREE:
+    sys.exit(tree_main())
 
 
 ###############################################################################
@@ -297,54 +925,6 @@ def string_list(value: Any, what: str) -> List[str]:
 def string_map(value: Any, what: str) -> Dict[str, str]:
     """A JSON object of strings, {} for null; 400 otherwise."""
     return {key: typed(each, str, what) for key, each in typed(value, dict, what).items()}
-
-
-LINKS_FOLLOWED = 40
-
-
-@contextlib.contextmanager
-def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[int, List[str], str]]:
-    """A path below a root folder as an O_PATH descriptor, with the names on the way to it and, for a link at its end that
-    is not to be followed, where that leads. Links are taken as inside of the root, and each step is opened by itself, so
-    that nobody inside can lead it out. FileNotFoundError and other OSErrors as lstat has."""
-    left = [part for part in path.split("/") if part]
-    stack = [os.open(root, os.O_PATH | os.O_DIRECTORY)]
-    names: List[str] = []
-    links, last = 0, ""
-    try:
-        while left:
-            part = left.pop(0)
-            if part in (".", ".."):
-                if part == ".." and names:
-                    os.close(stack.pop())
-                    names.pop()
-                continue
-            entry = os.open(part, os.O_PATH | os.O_NOFOLLOW, dir_fd=stack[-1])
-            stack.append(entry)
-            names.append(part)
-            mode = os.fstat(entry).st_mode
-            if stat.S_ISLNK(mode):
-                target = os.readlink("", dir_fd=entry)
-                if not (left or follow or path.endswith("/")):
-                    last = target
-                    break
-                links += 1
-                if links > LINKS_FOLLOWED:
-                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-                os.close(stack.pop())
-                names.pop()
-                if target.startswith("/"):
-                    for each in stack[1:]:
-                        os.close(each)
-                    del stack[1:]
-                    names.clear()
-                left = [each for each in target.split("/") if each] + left
-            elif left and not stat.S_ISDIR(mode):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        yield stack[-1], names, last
-    finally:
-        for each in stack:
-            os.close(each)
 
 
 ###############################################################################
@@ -1162,7 +1742,7 @@ class Process:
     GRACE = 2.0
 
     def __init__(self, runner: "Nerdctl", argv: List[str], environment: Dict[str, str], stdin: Any, stdout: Any, stderr: Any,
-                 client: Client, lasting: bool = False, mounts: bool = False):
+                 client: Client, lasting: bool = False, mounts: bool = False, descriptors: Tuple[int, ...] = ()):
         self.runner = runner
         self.argv = argv
         self.lasting, self.mounts = lasting, mounts
@@ -1174,7 +1754,8 @@ class Process:
         try:
             pipes = [self._relay() if lasting and each == subprocess.PIPE else each for each in (stdout, stderr)]
             self.popen = subprocess.Popen(
-                argv, stdin=stdin, stdout=pipes[0], stderr=pipes[1], env=environment, bufsize=0, start_new_session=True
+                argv, stdin=stdin, stdout=pipes[0], stderr=pipes[1], env=environment, bufsize=0, start_new_session=True,
+                pass_fds=descriptors
             )
         except OSError as error:
             self.popen = None
@@ -1422,6 +2003,13 @@ class Nerdctl:
         merged = {**self.environment, **environment} if environment else self.environment
         return Process(self, self.argv(arguments), merged, stdin, stdout, stderr, client, lasting, mounts)
 
+    def start_own(self, command: str, before: Iterable[str] = (), client: Client = Client()) -> Process:
+        """This file as a process of its own, `nerdctld.py COMMAND`, with its standard streams as pipes and errors in memory;
+        `before` is the argv of a program that starts it. It is killed when `client` leaves."""
+        code = own_bytecode()
+        argv = [*before, sys.executable, "-IS", f"/proc/self/fd/{code}", command]
+        return Process(self, argv, self.environment, subprocess.PIPE, subprocess.PIPE, None, client, descriptors=(code,))
+
     def output(self, *arguments: str, data: bytes = b"", timeout: float = SHORT_CALL,
                environment: Optional[Dict[str, str]] = None, waits: bool = False) -> Output:
         """Run to the end, whatever its status. 503 when no place becomes free or it does not end within `timeout`. One that
@@ -1560,6 +2148,17 @@ class Nerdctl:
 
 
 @functools.lru_cache(maxsize=None)
+def own_bytecode() -> int:
+    """A descriptor of this file as bytecode in memory: compiling it would be half of the time of each process that runs it."""
+    import importlib.util
+    import marshal
+
+    compiled = os.memfd_create("nerdctld.pyc")
+    os.write(compiled, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(__loader__.get_code(__name__)))
+    return compiled
+
+
+@functools.lru_cache(maxsize=None)
 def find_tee() -> str:
     """A tee that goes on when its reader has left (GNU's -p), "" where there is none."""
     path = shutil.which("tee") or ""
@@ -1672,6 +2271,8 @@ class ProtoField(NamedTuple):
 
 def encode_varint(number: int) -> bytes:
     """A number in seven bits a byte, the lowest first; a negative one as 64 bits of two's complement."""
+    if 0 <= number < 128:
+        return bytes((number,))
     number &= 0xFFFFFFFFFFFFFFFF
     parts = bytearray()
     while number > 127:
@@ -1885,6 +2486,43 @@ class Http2Event(NamedTuple):
     ended: bool
 
 
+class SendBuffer:
+    """Bytes that wait to be sent, in the pieces that they came in: a build context is 500 MB, and each copy costs."""
+
+    def __init__(self, first: bytes = b"") -> None:
+        self.pieces: Deque[Any] = collections.deque((first,))
+        self.size = len(first)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.pieces)
+
+    def __iadd__(self, piece: Any) -> "SendBuffer":
+        self.pieces.append(piece)
+        self.size += len(piece)
+        return self
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self.pieces.clear()
+        self.size = 0
+
+    def send(self, sock: socket.socket) -> None:
+        """Send everything, or what goes at once where the socket does not block; OSError when nobody takes it."""
+        with contextlib.suppress(BlockingIOError, InterruptedError):
+            while self.size:
+                # Linux takes 1024 pieces.
+                sent = sock.sendmsg(itertools.islice(self.pieces, 1024))
+                self.size -= sent
+                while sent > 0:
+                    piece = self.pieces.popleft()
+                    if len(piece) > sent:
+                        self.pieces.appendleft(memoryview(piece)[sent:])
+                    sent -= len(piece)
+
+
 class Http2Stream:
     """A stream: its windows in bytes, and what waits until those of the peer have room."""
 
@@ -1909,7 +2547,7 @@ class Http2Connection:
     CONNECTION_WINDOW = 1 << 24
     MAX_FRAME, MAX_HEADERS, MAX_STREAMS = 1 << 20, 1 << 20, 128
     # Of answers to pings and settings, mostly, that the peer does not read.
-    MAX_OUT = 1 << 26
+    MAX_OUT = 1 << 24
 
     def __init__(self, client: bool, window: int = 1 << 20):
         self.client = client
@@ -1925,7 +2563,7 @@ class Http2Connection:
         first = (ENABLE_PUSH, 0) if client else (MAX_CONCURRENT_STREAMS, self.MAX_STREAMS)
         settings = struct.pack(">HIHIHIHI", *first, INITIAL_WINDOW_SIZE, window, MAX_FRAME_SIZE, self.MAX_FRAME,
                                MAX_HEADER_LIST_SIZE, self.MAX_HEADERS)
-        self.out = bytearray(PREFACE if client else b"")
+        self.out = SendBuffer(PREFACE if client else b"")
         self._write(SETTINGS, 0, 0, settings)
         self._write(WINDOW_UPDATE, 0, 0, struct.pack(">I", self.CONNECTION_WINDOW - 65535))
 
@@ -2286,9 +2924,7 @@ def grpc_messages(sock: socket.socket, connection: Http2Connection, deadline: Op
                 raise_grpc_status(value if kind == HEADERS else [])
                 return
         connection.replenish(1)
-        if connection.out:
-            sock.sendall(connection.out)
-            connection.out.clear()
+        connection.out.send(sock)
 
 
 def grpc_stream(sock: socket.socket, method: str, message: bytes, headers: Iterable[Tuple[str, str]] = (),
@@ -2300,8 +2936,7 @@ def grpc_stream(sock: socket.socket, method: str, message: bytes, headers: Itera
     connection = grpc_client(method, headers, Http2Connection.CONNECTION_WINDOW)
     connection.send_data(1, grpc_message(message), end=True)
     set_deadline(sock, deadline)
-    sock.sendall(connection.out)
-    connection.out.clear()
+    connection.out.send(sock)
     return grpc_messages(sock, connection, deadline)
 
 
@@ -2482,12 +3117,17 @@ class Containerd:
     def root(self) -> str:
         """What to put in front of containerd's paths: "", or for a user's own (rootless) containerd, which has a mount
         namespace of its own, the root of that as /proc shows it."""
+        pid = self.rootless_pid()
+        return f"/proc/{pid}/root" if pid else ""
+
+    def rootless_pid(self) -> int:
+        """The process whose namespaces a user's own (rootless) containerd has, 0 for any other containerd."""
         if os.geteuid() == 0 or self.given_address:
-            return ""
+            return 0
         runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
         try:
             with open(f"{runtime}/containerd-rootless/child_pid", encoding="ascii") as file:
-                return f"/proc/{int(file.read())}/root"
+                return int(file.read())
         except (OSError, ValueError):
             raise Unavailable("rootless containerd is not running: containerd-rootless-setuptool.sh install sets it up") from None
 
@@ -2595,6 +3235,20 @@ class Containerd:
     def snapshot_parent(self, snapshotter: str, key: str) -> str:
         """The key of the snapshot below a snapshot, "" for the lowest."""
         return read_text(read_message(read_message(self.call("snapshots.v1.Snapshots/Stat", self._snapshot(snapshotter, key))).get(1, b"")), 2)
+
+    def snapshot_mounts(self, snapshotter: str, key: str) -> List[Dict[str, Any]]:
+        """How a snapshot is mounted: `type`, `source` and `options` of each mount."""
+        found = []
+        for message in decode_fields(self.call("snapshots.v1.Snapshots/Mounts", self._snapshot(snapshotter, key))):
+            each = {"type": "", "source": "", "options": []}
+            for field in decode_fields(message.value):
+                text = bytes(field.value).decode("utf-8", "surrogateescape")
+                if field.number == 4:
+                    each["options"].append(text)
+                elif field.number in (1, 2):
+                    each["type" if field.number == 1 else "source"] = text
+            found.append(each)
+        return found
 
     def _snapshot(self, snapshotter: str, key: str) -> bytes:
         return encode_field(1, snapshotter) + encode_field(2, key)
@@ -2836,6 +3490,8 @@ class Mirror:
         # Whether everything is to be read; when the last reading of everything began.
         self.stale = True
         self.began = 0.0
+        # Why that reading failed, for those who wait for it.
+        self.failure: Optional[BaseException] = None
         # Whether something that is no longer marked is being read.
         self.reading = False
 
@@ -2858,6 +3514,10 @@ class Mirror:
                 if not settled or self.stale or len(self.dirty) > self.FEW:
                     if self.began <= asked:
                         self._read_all()
+                        # Changes since then are not told: it is for those only who have asked by now.
+                        self.stale = self.stale or not settled
+                    elif self.failure:
+                        raise self.failure
                 else:
                     self._read_dirty()
                 return self.values
@@ -2865,27 +3525,30 @@ class Mirror:
                 self.reading = False
 
     def _read_all(self) -> None:
-        self.began, self.stale = time.monotonic(), False
+        self.began, self.stale, self.failure = time.monotonic(), False, None
         self.dirty.clear()
         try:
             self.values = self.read_all()
-        except BaseException:
-            self.stale = True
+        except BaseException as error:
+            self.stale, self.failure = True, error
             raise
 
     def _read_dirty(self) -> None:
         values = dict(self.values)
-        for name in list(self.dirty):
-            # Before it is read: what an event tells from here on is for the next reading.
-            self.dirty.discard(name)
-            try:
-                values[name] = self.read_one(name)
-            except NotFound:
-                values.pop(name, None)
-            except BaseException:
-                self.dirty.add(name)
-                raise
-        self.values = values
+        try:
+            for name in list(self.dirty):
+                # Before it is read: what an event tells from here on is for the next reading.
+                self.dirty.discard(name)
+                try:
+                    values[name] = self.read_one(name)
+                except NotFound:
+                    values.pop(name, None)
+                except BaseException:
+                    self.dirty.add(name)
+                    raise
+        finally:
+            # Those that were read are marked no more, whatever became of the others.
+            self.values = values
 
 
 class State(NamedTuple):
@@ -7871,7 +8534,7 @@ def start_refused(engine: Engine, container: Container, error: ApiError) -> None
     if engine.caretaker:
         engine.caretaker.release(container.id)
         engine.caretaker.changed.put(container.real)
-    engine.tasks.failed(container.real, refused_code(str(error)), spared)
+    engine.tasks.failed(container.real, refused_code(str(error)), spared and auto_removed(container))
 
 
 @route("POST", "/containers/{id}/start")
@@ -8959,8 +9622,6 @@ def exec_inspect(engine: Engine, request: Request, name: str) -> Response:
 # Bits of Go's FileMode, which X-Docker-Container-Path-Stat has.
 GO_MODES = ((stat.S_ISDIR, 1 << 31), (stat.S_ISLNK, 1 << 27), (stat.S_ISFIFO, 1 << 25), (stat.S_ISSOCK, 1 << 24),
             (stat.S_ISBLK, 1 << 26), (stat.S_ISCHR, 1 << 26 | 1 << 21))
-
-
 def go_mode(mode: int) -> int:
     """A POSIX mode as Go's FileMode."""
     found = mode & 0o777
@@ -8973,19 +9634,72 @@ def go_mode(mode: int) -> int:
     return found
 
 
-class PathStat(NamedTuple):
-    """What clients are told of a path in a container: `mode` as POSIX has it, `mtime` in nanoseconds since 1970."""
+def stat_header(found: PathStat) -> Dict[str, str]:
+    """The X-Docker-Container-Path-Stat header."""
+    told = {**found._asdict(), "mode": go_mode(found.mode), "mtime": rfc3339(found.mtime)}
+    told["linkTarget"] = told.pop("target")
+    return {"X-Docker-Container-Path-Stat": base64.b64encode(json_bytes(told)).decode()}
 
-    name: str
-    size: int
-    mode: int
-    mtime: int
-    target: str
 
-    def header(self) -> Dict[str, str]:
-        """The X-Docker-Container-Path-Stat header."""
-        told = {"name": self.name, "size": self.size, "mode": go_mode(self.mode), "mtime": rfc3339(self.mtime), "linkTarget": self.target}
-        return {"X-Docker-Container-Path-Stat": base64.b64encode(json_bytes(told)).decode()}
+def find_tree(engine: Engine, container: Container) -> Dict[str, Any]:
+    """Where the tree of a container is, as enter_tree() is told; `owner` is the user that it runs as."""
+    mounts, user = container.spec.get("mounts") or [], (container.spec.get("process") or {}).get("user") or {}
+    binds = [each for each in mounts if each.get("type") == "bind" or {"bind", "rbind"} & set(each.get("options") or ())]
+    found = {"pid": running_pid(engine, container), "owner": [user.get("uid", 0), user.get("gid", 0)],
+             "made_up": [each["destination"] for each in mounts if each.get("type") in KERNEL_MOUNTS],
+             "binds": [(each["source"], each["destination"], bool({"ro", "rro"} & set(each.get("options") or ()))) for each in binds]}
+    if not found["pid"]:
+        found["mounts"] = engine.containerd.snapshot_mounts(container.record.snapshotter, container.record.snapshot_key)
+        found["read_only"] = bool((container.spec.get("root") or {}).get("readonly"))
+    return found
+
+
+def running_pid(engine: Engine, container: Container) -> int:
+    """The process of a container that runs or is paused, 0 else, as containerd has it now."""
+    task = engine.containerd.get_task(container.real)
+    return task.pid if task and task.status in ("running", "paused", "pausing") else 0
+
+
+def rootless_argv(engine: Engine) -> List[str]:
+    """argv in front of a program that is to run where a user's own containerd does; [] for root's."""
+    pid = engine.containerd.rootless_pid()
+    return ["nsenter", "-U", "--preserve-credentials", "-m", "-t", str(pid), "--"] if pid else []
+
+
+def tree_error(process: Process, missing: ApiError) -> ApiError:
+    """What a process in a container's tree says went wrong, `missing` where a file is not there."""
+    process.wait()
+    lines = process.error_text().splitlines() or [f"it ended with status {process.popen.returncode}"]
+    try:
+        told = json.loads(lines[-1])
+        error = ApiError(told["message"])
+        error.status = told["status"]
+    except (ValueError, LookupError, TypeError):
+        return ApiError(f"the container's files cannot be reached: {lines[-1]}")
+    return missing if error.status == 404 else error
+
+
+@contextlib.contextmanager
+def opened_tree(engine: Engine, container: Container, missing: ApiError, order: Dict[str, Any]) -> Iterator[Tuple[Process, List[Any], bytes]]:
+    """A process in a container's tree that carries out an order: it, its answer, and what it wrote after that. `missing` is raised
+    where the path is not there."""
+    found = find_tree(engine, container)
+    with contextlib.ExitStack() as stack:
+        if not found["pid"]:
+            found["folder"] = stack.enter_context(engine.workspace.temporary("tree"))
+        process = stack.enter_context(engine.nerdctl.start_own("tree", rootless_argv(engine)))
+        process.write(json_bytes({**found, "user_namespace": bool(os.geteuid()), **order}) + b"\n")
+        head, end, rest = b"", b"", b""
+        for data in iter(process.read, b""):
+            head, end, rest = (head + data).partition(b"\n")
+            if end:
+                break
+        # A process id may be another's by now. It was the container's when the tree was entered if it still is.
+        if found["pid"] and running_pid(engine, container) != found["pid"]:
+            raise Conflict(f"container {container.name} has just ended")
+        if not end:
+            raise tree_error(process, missing)
+        yield process, json.loads(head), rest
 
 
 def check_path(text: str) -> str:
@@ -8995,19 +9709,6 @@ def check_path(text: str) -> str:
     if "\0" in text:
         raise BadParameter("invalid path: it has a NUL byte")
     return "/" + text.lstrip("/")
-
-
-
-
-def stat_below(root: str, path: str) -> Tuple[PathStat, str]:
-    """A path below a root folder, with links taken as inside of it, and where a link at its end leads, "" for none.
-    FileNotFoundError and other OSErrors as lstat has."""
-    with opened_below(root, path) as (descriptor, names, target):
-        found = os.fstat(descriptor)
-        if target:
-            resolved = target if target.startswith("/") else "/" + "/".join([*names[:-1], target])
-            return PathStat(names[-1], len(target), found.st_mode, found.st_mtime_ns, os.path.normpath(resolved)), target
-        return PathStat(os.path.basename(path.rstrip("/")) or "/", found.st_size, found.st_mode, found.st_mtime_ns, ""), ""
 
 
 def container_root(engine: Engine, container: Container) -> str:
@@ -9022,157 +9723,25 @@ def not_there(name: str, path: str) -> NotFound:
     return NotFound(f"Could not find the file {path} in container {name}")
 
 
-def tar_stat(header: bytes, path: str) -> PathStat:
-    """The stat of a path from the first header of the tar that nerdctl makes of it."""
-    import tarfile
-
-    entry = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    kind = stat.S_IFDIR if entry.isdir() else stat.S_IFLNK if entry.issym() else stat.S_IFIFO if entry.isfifo() else stat.S_IFREG
-    name = os.path.basename(path.rstrip("/")) or "/"
-    return PathStat(name, entry.size, kind | entry.mode & 0o7777, int(entry.mtime) * 10**9, entry.linkname if entry.issym() else "")
-
-
-def first_header(data: bytes) -> Optional[bytes]:
-    """The first header block with a file of its own in the beginning of a tar, None when it is not there yet."""
-    offset = 0
-    while len(data) >= offset + 512:
-        kind = data[offset + 156:offset + 157]
-        if kind not in (b"x", b"g", b"L", b"K"):
-            return data[offset:offset + 512]
-        size = int(data[offset + 124:offset + 135].strip(b"\0 ") or b"0", 8)
-        offset += 512 + (size + 511) // 512 * 512
-    return None
-
-
-def path_stat(engine: Engine, container: Container, path: str, name: str) -> Tuple[PathStat, str]:
-    """The stat of a path in a container, and the target of a link; of one that does not run from the tar that nerdctl makes,
-    which follows links. 404 where there is none, with the `name` that the client gave the container."""
+def path_stat(engine: Engine, container: Container, path: str, name: str) -> PathStat:
+    """The stat of a path in a container; 404 where there is none, with the `name` that the client gave the container."""
     root = container_root(engine, container)
-    if root:
-        try:
-            return stat_below(root, path)
-        except (FileNotFoundError, NotADirectoryError):
-            raise not_there(name, path) from None
-        except OSError as error:
-            raise BadParameter(f"{path}: {error.strerror}") from None
-    with engine.nerdctl.start("cp", "--", f"{container.real}:{path}", "-", mounts=True) as process:
-        header, _ = read_header(process)
-        if not header:
-            copy_failed(process, name, path)
-        found = tar_stat(header, path)
-    if path.endswith("/") or tar_root(header, found.name):
-        return found, ""
-    return link_stat(engine, container, path, found)
-
-
-def link_stat(engine: Engine, container: Container, path: str, found: PathStat) -> Tuple[PathStat, str]:
-    """The stat and the target of a link in a container that does not run: nerdctl follows it, unless its folder is copied.
-    `found` is what it leads to, which is told where the link cannot be found."""
-    import tarfile
-
-    folder, name = os.path.split(path)
-    with engine.nerdctl.start("cp", "--", f"{container.real}:{folder.rstrip('/')}/.", "-", mounts=True) as process, contextlib.suppress(tarfile.TarError):
-        for entry in tarfile.open(fileobj=process, mode="r|"):
-            if entry.issym() and entry.name in (name, f"./{name}"):
-                resolved = entry.linkname if entry.linkname.startswith("/") else f"{folder}/{entry.linkname}"
-                return PathStat(name, len(entry.linkname), stat.S_IFLNK | 0o777, int(entry.mtime) * 10**9, os.path.normpath(resolved)), entry.linkname
-    return found, ""
-
-
-def read_header(process: Process) -> Tuple[Optional[bytes], bytes]:
-    """The first header of the tar that a process writes, None where there is none, and all that was read for it."""
-    data = b""
-    while True:
-        part = process.read(65536)
-        data += part
-        header = first_header(data)
-        if header or not part:
-            return header, data
-
-
-def tar_root(header: bytes, name: str) -> bool:
-    """Whether the entries of a tar with this first header begin with `name`."""
-    came = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape").partition("/")[0]
-    return came == name or (len(came) > 90 and name.startswith(came))
-
-
-class TarSource:
-    """A tar that a process writes, from its beginning, for tarfile."""
-
-    def __init__(self, data: bytes, process: Process):
-        self.data = data
-        self.process = process
-
-    def read(self, size: int) -> bytes:
-        """Up to `size` bytes."""
-        if self.data:
-            found, self.data = self.data[:size], self.data[size:]
-            return found
-        return self.process.read(size)
-
-
-def renamed_tar(source: TarSource, name: str) -> Iterator[bytes]:
-    """A tar with `name` in the place of what its entries begin with: dockerd names them as the client named the path, and
-    nerdctl as the folder is called that it found there."""
-    import tarfile
-
-    def rename(text: str) -> str:
-        _, slash, rest = text.partition("/")
-        return (name.rstrip("/") + slash + rest) or "/"
-
-    with tarfile.open(fileobj=source, mode="r|") as tar:
-        for entry in tar:
-            entry.name = rename(entry.name)
-            if entry.islnk():
-                entry.linkname = rename(entry.linkname)
-            yield entry.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-            if entry.isreg() and entry.size:
-                yield from iter(lambda data=tar.extractfile(entry): data.read(BLOCK), b"")
-                yield bytes(-entry.size % tarfile.BLOCKSIZE)
-    yield bytes(2 * tarfile.BLOCKSIZE)
-
-
-def copied_tar(process: Process, name: str) -> Iterator[bytes]:
-    """The tar that a `nerdctl cp` writes, its entries beginning with `name`; the ApiError where it fails."""
-    import tarfile
-
-    header, data = read_header(process)
-    if header is None or name == "." or tar_root(header, name):
-        yield data
-        yield from process.pieces()
-    else:
-        try:
-            yield from renamed_tar(TarSource(data, process), name)
-        except tarfile.TarError:
-            process.check()
-            raise ApiError("nerdctl did not copy a whole archive") from None
-    process.check()
-
-
-def copy_failed(process: Process, name: str, path: str) -> None:
-    """The ApiError of a copy that came to nothing."""
-    process.wait()
-    if "does not exist" in process.error_text() or "no such file" in process.error_text():
-        raise not_there(name, path)
-    process.check()
-    raise not_there(name, path)
+    if not root:
+        with opened_tree(engine, container, not_there(name, path), {"do": "stat", "path": path}) as (_, told, _):
+            return PathStat(*told)
+    try:
+        return stat_below(root, path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise not_there(name, path) from None
+    except OSError as error:
+        raise BadParameter(f"{path}: {error.strerror}") from None
 
 
 @route("HEAD", "/containers/{id}/archive")
 def archive_stat(engine: Engine, request: Request, name: str) -> Response:
     """What a path in a container is, in a header; 404 where there is none."""
     container = engine.inventory.container(name)
-    found, _ = path_stat(engine, container, check_path(request.value("path")), name)
-    return Response(200, None, "", found.header())
-
-
-def link_archive(found: PathStat, target: str) -> bytes:
-    """A tar of one symbolic link, which nerdctl would follow."""
-    import tarfile
-
-    entry = tarfile.TarInfo(found.name)
-    entry.type, entry.linkname, entry.mtime, entry.mode = tarfile.SYMTYPE, target, found.mtime // 10**9, 0o777
-    return entry.tobuf(tarfile.GNU_FORMAT) + bytes(tarfile.RECORDSIZE - tarfile.BLOCKSIZE)
+    return Response(200, None, "", stat_header(path_stat(engine, container, check_path(request.value("path")), name)))
 
 
 @route("GET", "/containers/{id}/archive")
@@ -9180,19 +9749,19 @@ def archive_get(engine: Engine, request: Request, name: str) -> Response:
     """A path in a container as a tar, with its stat in a header; 404 where there is none."""
     container = engine.inventory.container(name)
     path = check_path(request.value("path"))
-    found, target = path_stat(engine, container, path, name)
-    # nerdctl takes a root for the name of the folder that it is mounted at.
-    taken = path if path.strip("/") else "/."
 
-    def chunks() -> Iterator[bytes]:
-        if target:
-            yield link_archive(found, target)
-            return
-        with engine.nerdctl.start("cp", "--", f"{container.real}:{taken}", "-", mounts=True) as process:
-            yield from copied_tar(process, os.path.basename(path.rstrip("/")) or "/")
+    def chunks() -> Iterator[Any]:
+        with opened_tree(engine, container, not_there(name, path), {"do": "pack", "path": path}) as (process, told, data):
+            yield PathStat(*told)
+            yield data
+            yield from process.pieces()
+            if process.wait():
+                raise tree_error(process, not_there(name, path))
         engine.tell(container, "archive-path")
 
-    return Response(200, Stream(chunks(), primed=True), "application/x-tar", found.header())
+    tar = chunks()
+    found = next(tar)
+    return Response(200, Stream(tar), "application/x-tar", stat_header(found))
 
 
 def decompressor(head: bytes) -> Optional[Callable[[], Any]]:
@@ -9210,6 +9779,18 @@ def decompressor(head: bytes) -> Optional[Callable[[], Any]]:
     return None
 
 
+def inflated(unpack: Any, data: bytes) -> Iterator[bytes]:
+    """What a decompressor makes of some data, at most BLOCK bytes at a time."""
+    while True:
+        plain = unpack.decompress(data, BLOCK)
+        if plain:
+            yield plain
+        # zlib gives back what it has not taken; the others keep it.
+        data = getattr(unpack, "unconsumed_tail", b"")
+        if unpack.eof or not (data or len(plain) == BLOCK or not getattr(unpack, "needs_input", True)):
+            return
+
+
 def unpacked(blocks: Iterable[Any], begin: Callable[[], Any]) -> Iterator[bytes]:
     """The content of compressed blocks, of one stream or of several in a row, which also zeros may stand between; 400 for
     one that breaks off."""
@@ -9222,9 +9803,7 @@ def unpacked(blocks: Iterable[Any], begin: Callable[[], Any]) -> Iterator[bytes]
                 if not data:
                     break
                 unpack = begin()
-            plain = unpack.decompress(data)
-            if plain:
-                yield plain
+            yield from inflated(unpack, data)
             data = unpack.unused_data
     if not unpack.eof:
         raise BadParameter("invalid archive: its compressed data breaks off")
@@ -9251,32 +9830,32 @@ def plain_blocks(body: Any) -> Iterator[Any]:
         raise BadParameter(f"invalid archive: {error}") from None
 
 
+def runs_as_user(engine: Engine, container: Container) -> bool:
+    """Whether a user is named for a container, by its request or its image."""
+    image = image_of(engine, container)
+    return bool(container.labels.get("nerdctl/user") or image and (image.config.get("config") or {}).get("User"))
+
+
 @route("PUT", "/containers/{id}/archive")
 def archive_put(engine: Engine, request: Request, name: str) -> Response:
-    """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none, and for an
-    archive that is broken or breaks off: what came before that is unpacked."""
+    """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none or read-only, and for
+    an archive that is broken, breaks off or leads outside: what came before that is unpacked."""
     container = engine.inventory.container(name)
     path = check_path(request.value("path"))
-    try:
-        found, _ = path_stat(engine, container, path.rstrip("/") + "/", name)
-    except NotFound:
-        raise not_there(name, path) from None
-    if not stat.S_ISDIR(found.mode):
-        raise BadParameter("extraction point is not a directory")
+    order = {"do": "unpack", "path": path, "keep": request.flag("noOverwriteDirNonDir")}
+    if not (request.flag("copyUIDGID") and runs_as_user(engine, container)):
+        order["owner"] = None
+    missing = not_there(name, path)
     with engine.owning(container.id) as container:
         # From here on nobody makes it anew, without what comes now.
         engine.touched.add(container.id)
-    with engine.nerdctl.start("cp", "--", "-", f"{container.real}:{path}", stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                              mounts=True) as process:
-        empty = True
+    with opened_tree(engine, container, missing, order) as (process, _, _):
         for block in plain_blocks(request.body):
-            empty = False
             if not process.write(block):
                 break
-        if empty:
-            process.write(bytes(1024))
         process.close_stdin()
-        process.check()
+        if process.wait():
+            raise tree_error(process, missing)
     engine.tell(container, "extract-to-dir")
     return Response(200)
 
@@ -10136,7 +10715,7 @@ class Bridge:
     # As much may wait for one side before the other is no longer read; in bytes.
     LIMIT = 1 << 20
 
-    def __init__(self, client_out: bytearray, server_out: bytearray):
+    def __init__(self, client_out: SendBuffer, server_out: SendBuffer):
         self.client_out = client_out
         self.server_out = server_out
         self.over = False
@@ -10291,7 +10870,7 @@ class SessionBridge(Bridge):
     def __init__(self, headers: Iterable[Tuple[str, str]]):
         self.connection = grpc_client(GrpcProxy.SERVICE + "Session", headers, window=1 << 22)
         self.decoder = GrpcDecoder()
-        super().__init__(bytearray(), self.connection.out)
+        super().__init__(SendBuffer(), self.connection.out)
 
     def room(self) -> Tuple[bool, bool]:
         stream = self.connection.streams.get(1)
@@ -10361,7 +10940,7 @@ class Relay:
         except (ValueError, TypeError, GrpcError) as error:
             log(f"build: {error}")
             with contextlib.suppress(OSError):
-                self._send(self.client, bridge.client_out)
+                bridge.client_out.send(self.client)
         finally:
             for sock in filter(None, (self.server, self.wakeup, self.waker)):
                 sock.close()
@@ -10370,14 +10949,14 @@ class Relay:
         deadline = None if self.server else time.monotonic() + self.LINGER
         while True:
             try:
-                self._send(self.client, bridge.client_out)
+                bridge.client_out.send(self.client)
             except OSError:
                 return
             if bridge.over and not bridge.client_out or deadline and time.monotonic() > deadline:
                 return
             if self.server:
                 try:
-                    self._send(self.server, bridge.server_out)
+                    bridge.server_out.send(self.server)
                 except OSError:
                     # What it has said before its end is still to be read.
                     bridge.server_out.clear()
@@ -10398,7 +10977,7 @@ class Relay:
                 if self.server:
                     with contextlib.suppress(OSError):
                         self.server.settimeout(self.LINGER)
-                        self.server.sendall(bridge.server_out)
+                        bridge.server_out.send(self.server)
                 return
 
     def _wait(self, bridge: Bridge, timeout: Optional[float]) -> List[socket.socket]:
@@ -10412,13 +10991,6 @@ class Relay:
                 sides[sock.fileno()] = sock
         events = poller.poll(timeout and timeout * 1000)
         return [sides[descriptor] for descriptor, event in events if event & ~select.POLLOUT]
-
-    @staticmethod
-    def _send(sock: socket.socket, out: bytearray) -> None:
-        """Send what goes at once; OSError when nobody takes it any more."""
-        with contextlib.suppress(BlockingIOError, InterruptedError):
-            while out:
-                del out[:sock.send(out)]
 
     @staticmethod
     def _receive(sock: socket.socket, feed: Callable[[bytes], None]) -> bool:
