@@ -3280,7 +3280,7 @@ class EventSocket:
     def __init__(self, sock: socket.socket):
         self.sock = sock
         self.lock = threading.Lock()
-        self.settimeout, self.sendall = sock.settimeout, sock.sendall
+        self.settimeout, self.sendmsg = sock.settimeout, sock.sendmsg
 
     def recv(self, size: int) -> bytes:
         """Received bytes, b"" at the end."""
