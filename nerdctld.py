@@ -155,26 +155,28 @@ class ClientGone(Exception):
 # Tree
 ###############################################################################
 
-# A container's files are reached in one way: by a process of this file (`nerdctld.py tree`) that has the container's tree for
-# its root folder, takes one order (JSON, a line on stdin), answers with a line of JSON and goes on with a tar on stdin or stdout.
-# The kernel keeps it inside; and since `/proc` of the host, where a container has it, leads out of every root folder by its links
-# (`/proc/1/root`), no path is ever left to the kernel either: each step is opened by itself, and links are read as text.
+# A container's files are reached in one way: by a process of this file (`nerdctld.py tree`) that has the container's
+# tree for its root folder, takes one order (JSON, a line on stdin), answers with a line of JSON and goes on with a
+# tar on stdin or stdout. The kernel keeps it inside; and since `/proc` of the host, where a container has it, leads
+# out of every root folder by its links (`/proc/1/root`), no path is ever left to the kernel either: each step is
+# opened by itself, and links are read as text.
 CLONE_NEWNS = 0x20000
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
-MOUNT_FLAGS = {"ro": MS_RDONLY, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "noatime": 1024, "nodiratime": 2048, "relatime": 1 << 21,
-               "bind": MS_BIND, "rbind": MS_BIND | MS_REC, "rw": 0, "defaults": 0}
+MOUNT_FLAGS = {"ro": MS_RDONLY, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "noatime": 1024, "nodiratime": 2048,
+               "relatime": 1 << 21, "bind": MS_BIND, "rbind": MS_BIND | MS_REC, "rw": 0, "defaults": 0}
+XATTR = "SCHILY.xattr."
+# Names of the kinds of a tar's entries in errors, as dockerd has them.
+MAKING = {b"1": "link", b"2": "symlink", b"3": "mknod", b"4": "mknod", b"5": "mkdir", b"6": "mknod"}
 # What the kernel makes up, which dockerd does not see as files of a container.
 KERNEL_MOUNTS = ("proc", "sysfs", "cgroup", "cgroup2", "mqueue", "devpts")
-
-
 LINKS_FOLLOWED = 40
 
 
 @contextlib.contextmanager
 def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[int, List[str], str]]:
-    """A path below a root folder as an O_PATH descriptor, with the names on the way to it and, for a link at its end that
-    is not to be followed, where that leads. Links are taken as inside of the root, and each step is opened by itself, so
-    that nobody inside can lead it out. FileNotFoundError and other OSErrors as lstat has."""
+    """A path below a root folder as an O_PATH descriptor, with the names on the way to it and, for a link at its end
+    that is not to be followed, where that leads. Links are taken as inside of the root, and each step is opened by
+    itself, so that nobody inside can lead it out. FileNotFoundError and other OSErrors as lstat has."""
     left = [part for part in path.split("/") if part]
     stack = [os.open(root, os.O_PATH | os.O_DIRECTORY)]
     names: List[str] = []
@@ -234,7 +236,8 @@ def path_stat_of(path: str, names: List[str], found: os.stat_result, target: str
 
 
 def stat_below(root: str, path: str) -> PathStat:
-    """The stat of a path below a root folder, with links taken as inside of it. FileNotFoundError and other OSErrors as lstat has."""
+    """The stat of a path below a root folder, with links taken as inside of it. FileNotFoundError and other OSErrors
+    as lstat has."""
     with opened_below(root, path) as (descriptor, names, target):
         return path_stat_of(path, names, os.fstat(descriptor), target)
 
@@ -262,7 +265,8 @@ def mount_snapshot(mounts: List[Dict[str, Any]], target: str) -> None:
         kind, source, options = each["type"], each["source"], each["options"]
         prefix, dot, rest = kind.partition(".")
         if dot and prefix in ("fuse", "fuse3"):
-            helper = [f"mount.{prefix}", source, target, *itertools.chain.from_iterable(("-o", option) for option in options), "-t", rest]
+            words = itertools.chain.from_iterable(("-o", option) for option in options)
+            helper = [f"mount.{prefix}", source, target, *words, "-t", rest]
             import subprocess
 
             subprocess.run(helper, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
@@ -285,7 +289,8 @@ def mount_snapshot(mounts: List[Dict[str, Any]], target: str) -> None:
 
 
 def make_below(root: str, path: str, file: bool = False) -> None:
-    """Make what is missing of a folder below a root, 0755 and root's as dockerd does; with `file` its last part as an empty file."""
+    """Make what is missing of a folder below a root, 0755 and root's as dockerd does; with `file` its last part as an
+    empty file."""
     parts = [part for part in path.split("/") if part]
     for count in range(1, len(parts) + 1):
         try:
@@ -300,8 +305,8 @@ def make_below(root: str, path: str, file: bool = False) -> None:
 
 
 def mount_binds(root: str, binds: List[Tuple[str, str, bool]]) -> None:
-    """Mount volumes and binds (source, destination, whether read-only) below the root of a container that does not run, where
-    they will be once it does."""
+    """Mount volumes and binds (source, destination, whether read-only) below the root of a container that does not
+    run, where they will be once it does."""
     for source, destination, read_only in binds:
         if not os.path.exists(source):
             continue
@@ -314,8 +319,8 @@ def mount_binds(root: str, binds: List[Tuple[str, str, bool]]) -> None:
 
 
 def enter_tree(order: Dict[str, Any]) -> None:
-    """Make a container's tree this process's root folder: that of its running process, or its snapshot, which is mounted for
-    this process alone and gone with it however it ends."""
+    """Make a container's tree this process's root folder: that of its running process, or its snapshot, which is
+    mounted for this process alone and gone with it however it ends."""
     if order.get("pid"):
         root = os.open(f"/proc/{order['pid']}/root", os.O_PATH | os.O_DIRECTORY)
         # In the same namespace, so that what is mounted in the container can be neither removed nor replaced.
@@ -417,29 +422,45 @@ def entry_times(entry: Any) -> Tuple[int, int]:
 
 
 class Unpacker:
-    """Unpacks a tar into a folder (`names`, its path in parts) below `root`, by dockerd's rules. `keep` refuses to put a folder in
-    the place of what is none and the reverse; `owner`, if any, gets everything; in a user namespace devices are left out."""
+    """Unpacks a tar into a folder (`names`, its path in parts) below `root`, by dockerd's rules. `keep` refuses to
+    put a folder in the place of what is none and the reverse; `owner`, if any, gets everything; in a user namespace
+    devices are left out."""
 
-    def __init__(self, root: str, names: List[str], keep: bool = False, owner: Optional[List[int]] = None, user_namespace: bool = False):
+    def __init__(self, root: str, names: List[str], keep: bool = False, owner: Optional[List[int]] = None,
+                 user_namespace: bool = False):
         self.root, self.names, self.keep, self.owner, self.user_namespace = root, names, keep, owner, user_namespace
         self.target = "/" + "/".join(names)
         self.opened: Tuple[str, int] = ("", -1)
         self.folders: List[Tuple[str, Tuple[int, int]]] = []
 
     def unpack(self, source: TarInput) -> None:
-        """Unpack all of it; 400 for what is no tar, breaks off or leads outside, OSError for what the file system refuses."""
+        """Unpack all of it; 400 for what is no tar, breaks off or leads outside, OSError for what the file system
+        refuses."""
         import tarfile
 
         try:
-            if not source.more():
-                return
-            tar = tarfile.TarFile(fileobj=source, mode="r", encoding="utf-8", errors="surrogateescape")
-            for entry in iter(tar.next, None):
-                tar.members.clear()
-                self.entry(entry, source)
-                source.spent = 0
+            if source.more():
+                self.entries(source)
         except tarfile.TarError as error:
             raise BadParameter(f"invalid archive: {error}") from None
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close the folder that is open."""
+        if self.opened[1] >= 0:
+            os.close(self.opened[1])
+        self.opened = ("", -1)
+
+    def entries(self, source: TarInput) -> None:
+        """Unpack every entry; the times of folders last, since what is made in them changes them."""
+        import tarfile
+
+        tar = tarfile.TarFile(fileobj=source, mode="r", encoding="utf-8", errors="surrogateescape")
+        for entry in iter(tar.next, None):
+            tar.members.clear()
+            self.entry(entry, source)
+            source.spent = 0
         # tarfile takes a header that it cannot read for the end.
         if source.last.strip(b"\0") or len(source.last) not in (0, tarfile.BLOCKSIZE):
             raise BadParameter("invalid archive: invalid tar header")
@@ -453,8 +474,9 @@ class Unpacker:
         parts: List[str] = []
         for part in name.split("/"):
             if part == ".." and not parts and (link or not name.startswith("/")) and self.names:
-                raise BadParameter(f'invalid hardlink "{os.path.normpath(self.target + "/" + name)}" -> "{name}"' if link
-                                   else f'"{name}" is outside of "{self.target}"')
+                place = os.path.normpath(self.target + "/" + name)
+                outside = f'"{name}" is outside of "{self.target}"'
+                raise BadParameter(f'invalid hardlink "{place}" -> "{name}"' if link else outside)
             if part == "..":
                 del parts[-1:]
             elif part not in ("", "."):
@@ -464,9 +486,7 @@ class Unpacker:
     def folder(self, path: str) -> int:
         """A folder as an O_PATH descriptor, made where it is missing; it holds until the next one is asked for."""
         if self.opened[1] < 0 or self.opened[0] != path:
-            if self.opened[1] >= 0:
-                os.close(self.opened[1])
-            self.opened = ("", -1)
+            self.close()
             for missing in (False, True):
                 try:
                     with opened_below(self.root, path, follow=True) as (descriptor, _, _):
@@ -490,12 +510,12 @@ class Unpacker:
             if self.keep and not entry.isdir():
                 raise BadParameter(f'cannot overwrite directory "{path}" with non-directory "{self.target}"')
             return
-        making = verb = {b"1": "link", b"2": "symlink", b"3": "mknod", b"4": "mknod", b"5": "mkdir", b"6": "mknod"}.get(entry.type, "open")
+        verb = MAKING.get(entry.type, "open")
         try:
             folder, name = self.folder("/".join(parts[:-1])), parts[-1]
             verb = "unlinkat"
             there = self.clear(folder, name, entry.isdir(), path)
-            verb = making
+            verb = MAKING.get(entry.type, "open")
             if entry.isdir():
                 self.make_folder(entry, folder, name, there)
                 self.folders.append((path[1:], entry_times(entry)))
@@ -523,12 +543,14 @@ class Unpacker:
         return False
 
     def settle(self, entry: Any, descriptor: int) -> None:
-        """Give an open file or folder the owner, attributes and mode of its entry, in the order in which none undoes another."""
+        """Give an open file or folder the owner, attributes and mode of its entry, in the order in which none undoes
+        another."""
         os.fchown(descriptor, *(self.owner or (entry.uid, entry.gid)))
         for key, value in entry.pax_headers.items():
-            if key.startswith("SCHILY.xattr."):
+            if key.startswith(XATTR):
                 try:
-                    os.setxattr(descriptor, key[len("SCHILY.xattr."):].encode("utf-8", "surrogateescape"), value.encode("utf-8", "surrogateescape"))
+                    words = (each.encode("utf-8", "surrogateescape") for each in (key[len(XATTR):], value))
+                    os.setxattr(descriptor, *words)
                 except OSError as error:
                     # Not every file system, and not every user, can have each of them.
                     if error.errno not in (errno.ENOTSUP, errno.EPERM):
@@ -563,7 +585,8 @@ class Unpacker:
         """Make a link, a FIFO or a device."""
         kinds = {b"3": stat.S_IFCHR, b"4": stat.S_IFBLK, b"6": stat.S_IFIFO}
         if entry.issym():
-            if self.names and not (os.path.normpath(os.path.dirname(path) + "/" + entry.linkname) + "/").startswith(self.target + "/"):
+            leads = os.path.normpath(os.path.dirname(path) + "/" + entry.linkname) + "/"
+            if self.names and not leads.startswith(self.target + "/"):
                 raise BadParameter(f'invalid symlink "{path}" -> "{entry.linkname}"')
             os.symlink(entry.linkname, name, dir_fd=folder)
         elif entry.islnk():
@@ -579,7 +602,8 @@ class Unpacker:
                 return
         elif entry.type in kinds:
             try:
-                os.mknod(name, kinds[entry.type] | entry.mode & 0o7777, os.makedev(entry.devmajor, entry.devminor), dir_fd=folder)
+                device = os.makedev(entry.devmajor, entry.devminor)
+                os.mknod(name, kinds[entry.type] | entry.mode & 0o7777, device, dir_fd=folder)
             except PermissionError:
                 if self.user_namespace:
                     return
@@ -605,8 +629,8 @@ def remove_entry(folder: int, name: str) -> None:
 
 
 class Packer:
-    """Writes files below `root` as a tar to a descriptor, by dockerd's rules. What stands at the paths of `made_up` the kernel
-    makes up: of those only the folder is told."""
+    """Writes files below `root` as a tar to a descriptor, by dockerd's rules. What stands at the paths of `made_up`
+    the kernel makes up: of those only the folder is told."""
 
     def __init__(self, root: str, output: int, made_up: Iterable[str] = ()):
         self.root, self.output, self.made_up = root, output, set(made_up)
@@ -615,8 +639,8 @@ class Packer:
         self.linked: Dict[Tuple[int, int], str] = {}
 
     def pack(self, path: str, tell: Callable[[PathStat], Any]) -> None:
-        """Write the file at a path, or the folder with all that is in it; entries begin with the last part of the path. What is
-        there is told first."""
+        """Write the file at a path, or the folder with all that is in it; entries begin with the last part of the
+        path. What is there is told first."""
         with opened_below(self.root, path) as (_, names, _):
             pass
         last = path.rstrip("/").rpartition("/")[2]
@@ -624,7 +648,8 @@ class Packer:
         with opened_below(self.root, "/".join(names[:-1])) as (folder, _, _):
             entry = names[-1] if names else "."
             found = os.lstat(entry, dir_fd=folder)
-            tell(path_stat_of(path, names, found, os.readlink(entry, dir_fd=folder) if stat.S_ISLNK(found.st_mode) else ""))
+            target = os.readlink(entry, dir_fd=folder) if stat.S_ISLNK(found.st_mode) else ""
+            tell(path_stat_of(path, names, found, target))
             self.entry(folder, entry, name, "/" + "/".join(names))
         self.pending += bytes(1024)
         self.flush()
@@ -637,8 +662,8 @@ class Packer:
         self.pending = bytearray()
 
     def entry(self, folder: int, name: str, told: str, path: str) -> None:
-        """Write one entry, by the name `told`, and what is below it; one that is gone meanwhile is left out, and a socket, which
-        no tar can have."""
+        """Write one entry, by the name `told`, and what is below it; one that is gone meanwhile is left out, and a
+        socket, which no tar can have."""
         found = os.lstat(name, dir_fd=folder)
         if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):
             flags = os.O_DIRECTORY if stat.S_ISDIR(found.st_mode) else os.O_NONBLOCK | os.O_NOCTTY
@@ -659,16 +684,19 @@ class Packer:
         elif not stat.S_ISSOCK(found.st_mode):
             self.header(found, told)
 
-    def header(self, found: os.stat_result, told: str, link: str = "", attributes: Optional[Dict[str, str]] = None) -> None:
+    def header(self, found: os.stat_result, told: str, link: str = "",
+               attributes: Optional[Dict[str, str]] = None) -> None:
         """Write the header of an entry; one with a `link` that is not symbolic is another name of that file."""
         import tarfile
 
         entry = tarfile.TarInfo(told)
         kinds = ((stat.S_ISDIR, tarfile.DIRTYPE), (stat.S_ISLNK, tarfile.SYMTYPE), (stat.S_ISFIFO, tarfile.FIFOTYPE),
                  (stat.S_ISCHR, tarfile.CHRTYPE), (stat.S_ISBLK, tarfile.BLKTYPE))
-        entry.type = next((kind for test, kind in kinds if test(found.st_mode)), tarfile.LNKTYPE if link else tarfile.REGTYPE)
+        other = tarfile.LNKTYPE if link else tarfile.REGTYPE
+        entry.type = next((kind for test, kind in kinds if test(found.st_mode)), other)
         entry.size = found.st_size if entry.type == tarfile.REGTYPE else 0
-        entry.mode, entry.uid, entry.gid, entry.mtime, entry.linkname = found.st_mode, found.st_uid, found.st_gid, int(found.st_mtime), link
+        entry.mode, entry.uid, entry.gid = found.st_mode, found.st_uid, found.st_gid
+        entry.mtime, entry.linkname = int(found.st_mtime), link
         if entry.type in (tarfile.CHRTYPE, tarfile.BLKTYPE):
             entry.devmajor, entry.devminor = os.major(found.st_rdev), os.minor(found.st_rdev)
         entry.pax_headers = attributes or {}
@@ -685,7 +713,8 @@ class Packer:
                 return
         attributes = {}
         with contextlib.suppress(OSError):
-            attributes["SCHILY.xattr.security.capability"] = os.getxattr(descriptor, "security.capability").decode("utf-8", "surrogateescape")
+            value = os.getxattr(descriptor, "security.capability")
+            attributes[XATTR + "security.capability"] = value.decode("utf-8", "surrogateescape")
         self.header(found, told, attributes=attributes)
         left = found.st_size
         if left < 1 << 16:
@@ -706,14 +735,15 @@ class Packer:
 
 
 def folder_for(root: str, path: str, volumes: Iterable[str] = ()) -> List[str]:
-    """The folder that a path leads to below a root, its own path in parts; 400 where nothing can be unpacked into it."""
+    """The folder that a path leads to below a root, its own path in parts; 400 where nothing can be unpacked into
+    it."""
     with opened_below(root, path, follow=True) as (descriptor, names, _):
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise BadParameter("extraction point is not a directory")
         if os.fstatvfs(descriptor).f_flag & os.ST_RDONLY:
             own = "/".join(["", *names, ""])
             inside = any(own.startswith(os.path.normpath(each).rstrip("/") + "/") for each in volumes)
-            raise BadParameter("mounted volume is marked read-only" if inside else "container rootfs is marked read-only")
+            raise BadParameter(f"{'mounted volume' if inside else 'container rootfs'} is marked read-only")
         return names
 
 
@@ -2004,11 +2034,12 @@ class Nerdctl:
         return Process(self, self.argv(arguments), merged, stdin, stdout, stderr, client, lasting, mounts)
 
     def start_own(self, command: str, before: Iterable[str] = (), client: Client = Client()) -> Process:
-        """This file as a process of its own, `nerdctld.py COMMAND`, with its standard streams as pipes and errors in memory;
-        `before` is the argv of a program that starts it. It is killed when `client` leaves."""
+        """This file as a process of its own, `nerdctld.py COMMAND`, with its standard streams as pipes and errors in
+        memory; `before` is the argv of a program that starts it. It is killed when `client` leaves."""
         code = own_bytecode()
         argv = [*before, sys.executable, "-IS", f"/proc/self/fd/{code}", command]
-        return Process(self, argv, self.environment, subprocess.PIPE, subprocess.PIPE, None, client, descriptors=(code,))
+        pipe = subprocess.PIPE
+        return Process(self, argv, self.environment, pipe, pipe, None, client, descriptors=(code,))
 
     def output(self, *arguments: str, data: bytes = b"", timeout: float = SHORT_CALL,
                environment: Optional[Dict[str, str]] = None, waits: bool = False) -> Output:
@@ -2149,7 +2180,8 @@ class Nerdctl:
 
 @functools.lru_cache(maxsize=None)
 def own_bytecode() -> int:
-    """A descriptor of this file as bytecode in memory: compiling it would be half of the time of each process that runs it."""
+    """A descriptor of this file as bytecode in memory: compiling it would be half of the time of each process that
+    runs it."""
     import importlib.util
     import marshal
 
@@ -9724,7 +9756,8 @@ def not_there(name: str, path: str) -> NotFound:
 
 
 def path_stat(engine: Engine, container: Container, path: str, name: str) -> PathStat:
-    """The stat of a path in a container; 404 where there is none, with the `name` that the client gave the container."""
+    """The stat of a path in a container; 404 where there is none, with the `name` that the client gave the
+    container."""
     root = container_root(engine, container)
     if not root:
         with opened_tree(engine, container, not_there(name, path), {"do": "stat", "path": path}) as (_, told, _):
@@ -9751,7 +9784,8 @@ def archive_get(engine: Engine, request: Request, name: str) -> Response:
     path = check_path(request.value("path"))
 
     def chunks() -> Iterator[Any]:
-        with opened_tree(engine, container, not_there(name, path), {"do": "pack", "path": path}) as (process, told, data):
+        order = {"do": "pack", "path": path}
+        with opened_tree(engine, container, not_there(name, path), order) as (process, told, data):
             yield PathStat(*told)
             yield data
             yield from process.pieces()

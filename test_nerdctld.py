@@ -1556,6 +1556,15 @@ class TestTree:
         finally:
             tracemalloc.stop()
 
+    def test_nothing_stays_open(self, house):
+        count = lambda: len(os.listdir("/proc/self/fd"))
+        before = count()
+        for told in (("in/sub/f", "0", b"1"), ("in/sub", "5", b""), ("loop/f", "0", b""), ("../x", "0", b"")):
+            with contextlib.suppress(OSError, nerdctld.ApiError):
+                unpack(house, entries(told), "/in")
+                packed(house, "/in")
+        assert count() == before
+
     def test_packed(self, house, tmp_path):
         unpack(house, entries(("d", "5", b"", {"mode": 0o1777}), ("d/f", "0", b"content", {"mode": 0o4711, "mtime": 5}), ("d/h", "1", "d/f", {"mode": 0o4711, "mtime": 5}), ("d/big", "0", b"x" * 200000), ("d/p", "6", b""),
                               ("d/l", "2", str(tmp_path / "outside")), ("d/" + "n" * 200, "0", b"3"), ("d/caf\udce9", "0", b"1"), ("d/sub/x", "0", b"")))
@@ -10393,6 +10402,9 @@ class TestLiveTree:
                 with contextlib.suppress(tarfile.TarError), tarfile.open(fileobj=io.BytesIO(answer.body), errors="surrogateescape") as tar:
                     for entry in tar:
                         made = entry.isdir() and (entry.name in ("in", "in/new", ".")) or entry.name == "link"
+                        if entry.name == ".":
+                            # The volume's own folder is nerdctl's, which makes it 0700.
+                            continue
                         seen.append((state, entry.name, entry.type, entry.mode & 0o7777, entry.uid, entry.gid, made or entry.mtime > 1e9 or entry.mtime, entry.size, entry.linkname,
                                      entry.pax_headers.get("SCHILY.xattr.security.capability")))
         return seen
