@@ -2051,10 +2051,11 @@ class TestPatterns:
         ("/containers/json", {"name": ["(a+)+b$"]}, 0), ("/containers/json", {"name": ["(a+)+$"]}, 1), ("/volumes", {"name": EVIL}, 0),
         ("/networks", {"id": ["([0-9a-f]+)+$"]}, 4), ("/networks", {"id": ["([0-9a-f]+)+x"]}, 0), ("/images/json", {"reference": ["a*" * 30 + "b"]}, 0),
         ("/images/json", {"reference": ["*:5000/*b*b"]}, 1)])
-    def test_nobody_waits_for_a_filter(self, daemon, scripted, path, filters, count):
-        furnish(scripted)
-        scripted.on("ps", stdout=PS.stdout.replace("tstweb", "a" * 40))
-        scripted.on("images", stdout=IMAGES.stdout.replace("tst:a", "a" * 60 + ":a"))
+    def test_nobody_waits_for_a_filter(self, daemon, scripted, fake, tmp_path, path, filters, count):
+        furnish(scripted, fake, tmp_path)
+        fake.label(ID, **{"nerdctl/name": "a" * 40})
+        fake.untag("docker.io/library/tst:a")
+        fake.tag("docker.io/library/" + "a" * 60 + ":a", BB)
         daemon.ask("GET", path)
         began = time.monotonic()
         told = daemon.ask("GET", f"{path}?all=1&{filtered(**filters)}").json
@@ -4033,8 +4034,6 @@ class TestImages:
             "RepoDigests": ["tst@" + BB, "localhost:5000/bb@" + BB], "RepoTags": ["tst:a", "localhost:5000/bb:1"], "SharedSize": -1,
             "Size": rows[0]["Size"], "Descriptor": {"mediaType": "application/vnd.docker.distribution.manifest.v2+json", "digest": BB, "size": 422}}
         assert rows[0]["Size"] > 2129920
-        assert scripted.argv("images") == ["images", "--no-trunc", "--format", "{{json .}}"]
-        assert scripted.calls("image inspect")[0]["argv"][5] == "--"
 
     def test_shapes_of_versions(self, reading):
         assert "VirtualSize" in ask(reading, "GET", "/v1.43/images/json").json[0]
@@ -4079,34 +4078,29 @@ class TestImages:
         assert ask(reading, "GET", "/images/tst:a/json?platform={").status == 400
 
     def test_history(self, furnished, scripted):
-        scripted.on("images", stdout="".join(line + "\n" for line in IMAGES.stdout.splitlines()[:2]))
         assert ask(furnished, "GET", "/images/tst:a/history").json == [{
-            "Comment": "", "Created": 1700000000, "CreatedBy": "busybox-static", "Id": BB, "Size": 2019000, "Tags": ["tst:a", "localhost:5000/bb:1"]}]
-        assert scripted.argv("history")[-2:] == ["--", "docker.io/library/tst:a"]
-        ask(furnished, "GET", "/images/tst:a/history")
-        assert len(scripted.calls("history")) == 1, "what is behind a digest never changes"
+            "Comment": "", "Created": 1700000000, "CreatedBy": "busybox-static", "Id": BB, "Size": 2019328, "Tags": ["tst:a", "localhost:5000/bb:1"]}]
+        assert scripted.calls() == []
 
-    def test_history_of_steps_without_layer(self, furnished, scripted):
-        scripted.on("images", stdout=IMAGES.stdout.splitlines()[0].replace(BB, json.loads(BUILT_INSPECT.stdout)["Image"]["Target"]["digest"]))
-        scripted.on("image inspect", BUILT_INSPECT)
-        scripted.on("history", BUILT_HISTORY)
+    def test_history_of_steps_without_layer(self, furnished, fake):
+        put_image(fake, json.loads(BUILT_INSPECT.stdout), "docker.io/library/tst:a")
         assert [(each["CreatedBy"][:8], each["Size"]) for each in ask(furnished, "GET", "/images/tst:a/history").json] == [
-            ('CMD ["sh', 0), ("RUN /bin", 20480), ("ENV A=1", 0), ("busybox-", 2019000)]
+            ('CMD ["sh', 0), ("RUN /bin", 20480), ("ENV A=1", 0), ("busybox-", 2019328)]
 
-    def pulled(self, scripted):
-        scripted.on("pull", PULL)
-        scripted.on("images", stdout=IMAGES.stdout + IMAGES.stdout.splitlines()[1].replace("localhost:5000/bb:1", "localhost:5000/tst/rec:1") + "\n")
+    def pulled(self, scripted, fake):
+        fake.tag("localhost:5000/tst/rec:1", BB)
+        scripted.on("pull", PULL, does=lambda words: fake.tag("localhost:5000/tst/rec:1", BB))
 
-    def test_pull(self, furnished, scripted):
-        self.pulled(scripted)
+    def test_pull(self, furnished, scripted, fake):
+        self.pulled(scripted, fake)
         answer = ask(furnished, "POST", "/images/create?fromImage=localhost:5000/tst/rec&tag=1")
         assert answer.status == 200 and b"}\r\n{" in answer.body
         assert answer.lines[0] == {"status": "Pulling from tst/rec", "id": "1"}
         assert answer.lines[-2:] == [{"status": f"Digest: {BB}"}, {"status": "Status: Image is up to date for localhost:5000/tst/rec:1"}]
         assert scripted.argv("pull") == ["pull", "--", "localhost:5000/tst/rec:1"]
 
-    def test_pull_with_platform_and_credentials(self, furnished, scripted):
-        self.pulled(scripted)
+    def test_pull_with_platform_and_credentials(self, furnished, scripted, fake):
+        self.pulled(scripted, fake)
         answer = ask(furnished, "POST", "/images/create?fromImage=localhost:5000/tst/rec:1&platform=linux/riscv64",
                      headers={"X-Registry-Auth": encoded({"username": "u", "password": "p"})})
         assert answer.status == 200
@@ -4149,9 +4143,9 @@ class TestImages:
         call = scripted.calls("push")[0]
         assert call["argv"] == ["push", "--", "localhost:5000/bb:1"] and call["auth"] == {"auths": {"localhost:5000": {"auth": "dTpw"}}}
 
-    def test_push_of_all_tags(self, furnished, scripted):
+    def test_push_of_all_tags(self, furnished, scripted, fake):
         scripted.on("push", PUSH)
-        scripted.on("images", stdout=IMAGES.stdout + IMAGES.stdout.splitlines()[1].replace("bb:1", "bb:2") + "\n")
+        fake.tag("localhost:5000/bb:2", BB)
         ask(furnished, "POST", "/images/localhost:5000/bb/push")
         assert [each["argv"][-1] for each in scripted.calls("push")] == ["localhost:5000/bb:1", "localhost:5000/bb:2"]
 
@@ -4180,18 +4174,13 @@ class TestImages:
         assert (answer.status, answer.json) == (200, [{"Untagged": "tst:a"}])
         assert scripted.argv("rmi")[-2:] == ["--", "docker.io/library/tst:a"]
 
-    def test_delete_of_the_last_name(self, furnished, scripted):
-        scripted.on("rmi")
-        scripted.on("ps", stdout="")
-        scripted.on("images", stdout=IMAGES.stdout.splitlines()[0] + "\n")
-        ask(furnished, "GET", "/images/json")
-        original = furnished.nerdctl.run
-
-        def run(*words, **options):
-            if words[0] == "rmi":
-                scripted.on("images", stdout="")
-            return original(*words, **options)
-        furnished.nerdctl.run = run
+    def test_delete_of_the_last_name(self, furnished, scripted, fake):
+        follow(furnished, fake)
+        scripted.on("rmi", does=lambda words: fake.untag(words[-1]))
+        for identity in list(fake.containers):
+            fake.delete(identity)
+        fake.untag(BASE)
+        furnished.settle()
         with furnished.journal.subscribe() as (_, new):
             assert ask(furnished, "DELETE", "/images/tst:a").json == [{"Untagged": "tst:a"}, {"Deleted": BB}]
             assert [new.get(timeout=1)["Action"] for _ in range(2)] == ["untag", "delete"]
@@ -4203,21 +4192,20 @@ class TestImages:
         assert answer.status == 409 and words in answer.message
         assert scripted.calls("rmi") == []
 
-    def test_delete_of_a_used_name(self, furnished, scripted):
-        scripted.on("images", stdout=IMAGES.stdout.splitlines()[1] + "\n")
+    def test_delete_of_a_used_name(self, furnished, fake):
+        fake.untag("docker.io/library/tst:a")
         answer = ask(furnished, "DELETE", "/images/localhost:5000/bb:1")
         assert answer.status == 409
         assert re.fullmatch(r'conflict: unable to remove repository reference "localhost:5000/bb:1" \(must force\) - container [0-9a-f]{12} is using '
                             r"its referenced image 4cfb279d3e24", answer.message)
 
-    TWO = [IMAGES.stdout.splitlines()[0].replace("tst", "two").replace('"a"', f'"{tag}"').replace(":a", ":" + tag) for tag in "ab"]
-
     @pytest.mark.parametrize("name, removed", [
         ("two@" + BB, ["docker.io/library/two:a", "docker.io/library/two:b"]), ("two:b@" + BB, ["docker.io/library/two:b"]),
         ("two:c@" + BB, None), ("three@" + BB, None), ("two@sha256:" + "1" * 64, None)])
     @pytest.mark.parametrize("force", ["", "?force=1", "?force=1&noprune=1"])
-    def test_delete_by_digest_takes_the_names_of_one_repository(self, furnished, scripted, name, removed, force):
-        scripted.on("images", stdout="\n".join([*self.TWO, *IMAGES.stdout.splitlines()]))
+    def test_delete_by_digest_takes_the_names_of_one_repository(self, furnished, scripted, fake, name, removed, force):
+        for tag in "ab":
+            fake.tag("docker.io/library/two:" + tag, BB)
         scripted.on("rmi")
         answer = ask(furnished, "DELETE", f"/images/{name}{force}")
         if removed is None:
@@ -4226,10 +4214,11 @@ class TestImages:
             assert answer.json == [{"Untagged": nerdctld.familiar(each)} for each in removed]
             assert scripted.argv("rmi")[scripted.argv("rmi").index("--") + 1:] == removed
 
-    def test_delete_by_id_of_an_image_in_two_repositories(self, furnished, scripted):
-        row = IMAGES.stdout.splitlines()[0]
-        scripted.on("images", stdout=row + "\n" + row.replace('"docker.io/library/tst:a"', f'"localhost:5000/other@{BB}"') + "\n")
-        scripted.on("ps", stdout="")
+    def test_delete_by_id_of_an_image_in_two_repositories(self, furnished, scripted, fake):
+        fake.tag(f"localhost:5000/other@{BB}", BB)
+        fake.untag(BASE)
+        for identity in list(fake.containers):
+            fake.delete(identity)
         answer = ask(furnished, "DELETE", f"/images/{BB}")
         assert answer.status == 409 and "multiple repositories" in answer.message and scripted.calls("rmi") == []
 
@@ -4278,17 +4267,11 @@ class TestImages:
         call = scripted.calls("load")[0]
         assert (call["argv"], call["stdin"]) == (["load", "--all-platforms"], len(data))
 
-    def test_load_removes_the_name_of_the_index(self, furnished, scripted):
-        scripted.on("load", LOAD, reads=True)
+    def test_load_removes_the_name_of_the_index(self, furnished, scripted, fake):
+        loaded = dict(fake.images)
+        fake.images.clear()
+        scripted.on("load", LOAD, reads=True, does=lambda words: fake.images.update(loaded))
         scripted.on("rmi")
-        scripted.on("images", stdout="")
-        original = furnished.nerdctl.start
-
-        def start(*words, **options):
-            if words[0] == "load":
-                scripted.on("images", IMAGES)
-            return original(*words, **options)
-        furnished.nerdctl.start = start
         ask(furnished, "POST", "/images/load", b"x")
         assert [each["argv"][-1].partition("@")[0] for each in scripted.calls("rmi")] == ["import"]
 
@@ -4310,21 +4293,13 @@ class TestImages:
         assert ask(furnished, "POST", "/images/load", b"\x28\xb5\x2f\xfd" + bytes(3000)).lines == [{"stream": "Loaded image: localhost:5000/bb:1\n"}]
 
     @pytest.mark.parametrize("names", [[], ["localhost:5000/bb:1"]])
-    def test_load_of_images_without_a_name(self, furnished, scripted, names):
+    def test_load_of_images_without_a_name(self, furnished, scripted, fake, names):
         data = image_archive(*names, nameless=[BB])
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             index = "import@sha256:" + hashlib.sha256(archive.extractfile("index.json").read()).hexdigest()
-        scripted.on("load", stdout=f"{index}\tsaved\t\nimport@{BB}\tsaved\t\nLoaded image: {index}\nLoaded image: import@{BB}\n", reads=True)
+        scripted.on("load", stdout=f"{index}\tsaved\t\nimport@{BB}\tsaved\t\nLoaded image: {index}\nLoaded image: import@{BB}\n", reads=True,
+                    does=lambda words: [fake.tag(each, INDEX) for each in (index, "import@" + BB)])
         scripted.on("rmi")
-        row = IMAGES.stdout.splitlines()[2]
-        found = [json.loads(row)["Name"], index, "import@" + BB]
-        original = furnished.nerdctl.start
-
-        def start(*words, **options):
-            if words[0] == "load":
-                scripted.on("images", stdout=IMAGES.stdout + "".join(row.replace(found[0], each) + "\n" for each in found[1:]))
-            return original(*words, **options)
-        furnished.nerdctl.start = start
         assert ask(furnished, "POST", "/images/load", data).lines == [
             *({"stream": f"Loaded image: {name}\n"} for name in names), {"stream": f"Loaded image ID: {BB}\n"}]
         assert [each["argv"][-1] for each in scripted.calls("rmi")] == [index]
@@ -4637,10 +4612,10 @@ class TestRegistry:
     def test_links(self, link, query):
         assert nerdctld.next_query(link) == query
 
-    def test_pull_of_all_tags(self, furnished, scripted, registry):
+    def test_pull_of_all_tags(self, furnished, scripted, fake, registry):
         scripted.on("pull", PULL)
-        lines = IMAGES.stdout.splitlines()
-        scripted.on("images", stdout="".join(lines[1].replace(BASE, f"{registry}/a/b:{tag}") + "\n" for tag in "12"))
+        for tag in "12":
+            fake.tag(f"{registry}/a/b:{tag}", BB)
         answer = ask(furnished, "POST", f"/images/create?fromImage={registry}/a/b", headers=self.HEADERS)
         assert answer.status == 200 and "error" not in answer.lines[-1]
         assert [each["argv"][-1] for each in scripted.calls("pull")] == [f"{registry}/a/b:1", f"{registry}/a/b:2"]
