@@ -4486,8 +4486,10 @@ class Engine:
         auto-removal, health checks and Docker's events are put in line, and who waits looks again."""
         if event is not None and event.topic == "/tasks/create" and event.container in self.on_task_created:
             self.on_task_created[event.container](event.payload.get("pid") or 0)
+        # The event of a name that is gone does not say what the name stood for.
+        known = self.inventory.images.names.values.get(event.payload.get("name") or "") if event else None
         self.inventory.note(event)
-        self.later.put(functools.partial(self._follow_up, event))
+        self.later.put(functools.partial(self._follow_up, event, known.target.digest if known else ""))
         self.tasks.note(event)
 
     def _do_later(self) -> None:
@@ -4509,14 +4511,14 @@ class Engine:
         self.later.put(done.set)
         done.wait(timeout)
 
-    def _follow_up(self, event: Optional[ContainerdEvent]) -> None:
+    def _follow_up(self, event: Optional[ContainerdEvent], image: str) -> None:
         if self.caretaker:
             self.caretaker.on_event(event)
         self.hosts.on_event(event)
         if event is None:
             return
         if event.topic.startswith("/images/"):
-            self._image_event(event)
+            self._image_event(event, image)
         elif event.container:
             self._container_event(event)
 
@@ -4679,11 +4681,10 @@ class Engine:
         finally:
             self._count(self.stopping, container.real, -1)
 
-    def _image_event(self, event: ContainerdEvent) -> None:
+    def _image_event(self, event: ContainerdEvent, identity: str) -> None:
         action, name = {"/images/create": "tag", "/images/delete": "untag"}.get(event.topic), event.payload.get("name") or ""
         if action is None or self._is_own(action, name) or is_nameless(name):
             return
-        identity = ""
         if action == "tag":
             with contextlib.suppress(ApiError):
                 identity = self.containerd.get_image(name).target.digest
