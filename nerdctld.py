@@ -7628,6 +7628,8 @@ def create_warnings(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
     if len(endpoints) > 1 and any((typed(each, dict, "EndpointsConfig").get("IPAMConfig") or {}).get("IPv4Address") for each in endpoints.values()):
         found.append("addresses are not carried out for several networks: nerdctl sets one for a single network")
+    for each in endpoints.values():
+        string_list(typed(each, dict, "EndpointsConfig").get("Aliases"), "Aliases")
     found += [f"the option {key} of network {network} is not carried out: nerdctl has none for one container" for network, one in endpoints.items()
               for key in typed(typed(one, dict, "EndpointsConfig").get("DriverOpts"), dict, "DriverOpts")]
     found += [f"the variable {each} of the image is empty and not gone: nerdctl cannot take one away" for each in unset_variables(body, image)]
