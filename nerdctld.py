@@ -3699,11 +3699,12 @@ class Container:
         """Its published ports as Docker's list. nerdctl keeps them in a file from 2.2 on, and in a label before."""
         found = None
         if self.folder:
-            found = (read_json_file(os.path.join(self.folder, "network-config.json")) or {}).get("portMappings")
+            kept = read_json_file(os.path.join(self.folder, "network-config.json"))
+            found = kept.get("portMappings") if isinstance(kept, dict) else None
         with contextlib.suppress(ValueError):
             found = found or json.loads(self.labels.get("nerdctl/ports") or "[]")
         return [{"IP": each.get("HostIP") or "0.0.0.0", "PrivatePort": each.get("ContainerPort") or 0,
-                 "PublicPort": each.get("HostPort") or 0, "Type": each.get("Protocol") or "tcp"} for each in found or []]
+                 "PublicPort": each.get("HostPort") or 0, "Type": each.get("Protocol") or "tcp"} for each in (found if isinstance(found, list) else []) if isinstance(each, dict)]
 
     @property
     def request(self) -> Dict[str, Any]:
@@ -4021,7 +4022,7 @@ def made_up_id(name: str) -> str:
 def parse_network(native: Dict[str, Any], written: int) -> Dict[str, Any]:
     """A CNI configuration list that nerdctl wrote as Docker shows a network, without its members. It has no time of
     making but that at which its file was written, in nanoseconds since 1970."""
-    name, plugin = native.get("name") or "", (native.get("plugins") or [{}])[0]
+    name, plugin, identity = native.get("name") or "", (native.get("plugins") or [{}])[0], native.get("nerdctlID")
     driver = {"host": "host", "none": "null"}.get(name) or plugin.get("type") or "bridge"
     labels = native.get("nerdctlLabels") or {}
     config = []
@@ -4034,7 +4035,7 @@ def parse_network(native: Dict[str, Any], written: int) -> Dict[str, Any]:
     if name == "bridge":
         options = {"com.docker.network.bridge.default_bridge": "true", "com.docker.network.bridge.name": plugin.get("bridge") or "nerdctl0"}
     return {
-        "Name": name, "Id": native.get("nerdctlID") or made_up_id(name), "Created": whole_seconds(written), "Scope": "local",
+        "Name": name, "Id": identity if isinstance(identity, str) and identity else made_up_id(name), "Created": whole_seconds(written), "Scope": "local",
         "Driver": driver, "EnableIPv4": True, "EnableIPv6": any(":" in each.get("Subnet", "") for each in config),
         "IPAM": {"Driver": "default", "Options": None if name in ("bridge", "host", "none") else {}, "Config": config or None},
         "Internal": driver == "bridge" and not plugin.get("isGateway"), "Attachable": False, "Ingress": False,
@@ -4259,7 +4260,8 @@ class Inventory:
         with contextlib.suppress(OSError):
             for name in sorted(os.listdir(folder)):
                 if name.endswith((".conf", ".conflist", ".json")):
-                    with contextlib.suppress(OSError, ValueError):
+                    # Anybody may have written it: one that makes no sense must not spoil the list of all.
+                    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
                         config, written = self.files.get(os.path.join(folder, name))
                         if isinstance(config, dict) and isinstance(config.get("name"), str) and isinstance(config.get("plugins"), list):
                             rows.append(parse_network(config, written))
@@ -4270,7 +4272,7 @@ class Inventory:
         folder, found = os.path.join(self.store, "volumes", self.nerdctl.namespace), {}
         with contextlib.suppress(OSError):
             for name in sorted(os.listdir(folder)):
-                with contextlib.suppress(OSError, ValueError):
+                with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
                     config, written = self.files.get(os.path.join(folder, name, "volume.json"))
                     found[name] = parse_volume(name, config, os.path.join(folder, name, "_data"), written)
         return found
