@@ -362,6 +362,8 @@ class FakeContainerd:
         self.path, self.namespace = str(folder / "containerd.sock"), namespace
         # By id and by id; by name; by digest; (snapshotter, key) -> the key below and bytes.
         self.containers, self.tasks, self.images, self.content, self.snapshots = {}, {}, {}, {}, {}
+        # (snapshotter, key) -> type, source and options of each mount.
+        self.mounts = {}
         self.version, self.uuid = ("v2.3.1", ""), "16f7ae04-a9a5-49b1-9999-0f05f4c7cfab"
         self.before, self.after = {}, {}
         # How often each method was called; what was asked of it last.
@@ -445,6 +447,9 @@ class FakeContainerd:
         text = {number: bytes(value).decode() for number, value in asked.items() if not isinstance(value, int)}
         if method in ("Version/Version", "Introspection/Server"):
             return [message(*enumerate(self.version, 1)) if method == "Version/Version" else message((1, self.uuid))]
+        if method == "Snapshots/Mounts":
+            found = self.known(self.mounts, (text[1], text[2]), f"snapshot {text[2]} does not exist: not found")
+            return [message(*((1, message((1, kind), (2, source), *((4, option) for option in options))) for kind, source, options in found))]
         if method.startswith("Snapshots/"):
             below, size = self.known(self.snapshots, (text[1], text[2]), f"snapshot {text[2]} does not exist: not found")
             return [message((1, size), (2, 1)) if method == "Snapshots/Usage" else message((1, message((1, text[2]), (2, below), (3, 3))))]
@@ -3660,7 +3665,7 @@ class TestState:
 
     @pytest.mark.parametrize("files, label, ports", [
         ({"network-config.json": '{"portMappings":[{"HostPort":1,"ContainerPort":2,"Protocol":"udp","HostIP":"::1"}]}'}, "", [("::1", 2, 1, "udp")]),
-        ({"network-config.json": "{}"}, "", []), ({"network-config.json": "{"}, '[{"HostPort":1,"ContainerPort":2}]', [("0.0.0.0", 2, 1, "tcp")]), ({}, "", []), ({}, "{", []),
+        ({"network-config.json": "{}"}, "", []), ({"network-config.json": "{"}, '[{"HostPort":1,"ContainerPort":2}]', [("0.0.0.0", 2, 1, "tcp")]), ({}, "", []), ({}, "{", []), ({}, "5", []), ({}, '[5]', []), ({"network-config.json": "[5]"}, "", []), ({"network-config.json": '{"portMappings":{"a":1}}'}, "", []),
         ({}, '[{"HostPort":1,"ContainerPort":2,"Protocol":"tcp","HostIP":"0.0.0.0"}]', [("0.0.0.0", 2, 1, "tcp")])])
     def test_ports(self, tmp_path, files, label, ports):
         for name, text in files.items():
@@ -3818,7 +3823,8 @@ class TestState:
     def test_files_that_nerdctl_did_not_write(self, furnished, tmp_path, fake):
         names = sorted(furnished.inventory.networks())
         assert names == ["bridge", "host", "none", "tstnet"]
-        for name, text in (("a.conflist", "{"), ("b.conflist", "[]"), ("c.conflist", '{"name":1,"plugins":[]}'), ("d.txt", '{"name":"d","plugins":[]}'), ("e.conflist", '{"name":"e"}')):
+        for name, text in (("a.conflist", "{"), ("b.conflist", "[]"), ("c.conflist", '{"name":1,"plugins":[]}'), ("d.txt", '{"name":"d","plugins":[]}'), ("e.conflist", '{"name":"e"}'),
+                           ("g.conflist", '{"name":"g","plugins":[1]}'), ("h.conflist", '{"name":"h","nerdctlLabels":[1],"plugins":[]}')):
             (tmp_path / "networks" / name).write_text(text)
         (tmp_path / "networks" / "f.conflist").mkdir()
         assert sorted(furnished.inventory.networks()) == names
@@ -3826,6 +3832,8 @@ class TestState:
         (volumes / "empty").mkdir()
         (volumes / "odd").mkdir()
         (volumes / "odd" / "volume.json").write_text("[]")
+        (volumes / "worse").mkdir()
+        (volumes / "worse" / "volume.json").write_text('{"labels":[1]}')
         assert sorted(furnished.inventory.volumes()) == ["odd", "tstvol"]
 
     def test_files_are_read_anew_when_they_were_written(self, furnished, tmp_path):
@@ -6284,7 +6292,7 @@ class TestStreams:
 
     def test_details(self):
         request = {"Image": "x", "Env": ["E=1"], "HostConfig": {"LogConfig": {"Config": {"labels": "a,none", "env": "E"}}}}
-        container = nerdctld.Container({"ID": "1" * 64}, {"a": "b c", **nerdctld.request_labels(request)})
+        container = container_of({"a": "b c", **nerdctld.request_labels(request)})
         assert nerdctld.log_details(container) == b"E=1,a=b%20c "
 
     @pytest.mark.parametrize("path, status", [("tstpaused/attach?stream=1", 409), ("nosuch/attach?stream=1", 404), ("tstpaused/attach/ws?stream=1", 400), ("tstweb/attach/ws", 400), ("tstweb/resize?h=a&w=1", 400),
@@ -6292,9 +6300,9 @@ class TestStreams:
     def test_answers(self, furnished, path, status):
         assert ask(furnished, "GET" if "/ws" in path else "POST", "/containers/" + path).status == status
 
-    @pytest.mark.parametrize("status, held, refused", [("Up", False, True), ("Up", True, False), ("Exited (0) 1 second ago", False, False), ("Created", False, False)])
-    def test_input_out_of_reach(self, status, held, refused):
-        container = nerdctld.Container({"ID": "1" * 64, "Status": status}, nerdctld.request_labels({"OpenStdin": True}))
+    @pytest.mark.parametrize("task, held, refused", [("running", False, True), ("running", True, False), ("stopped", False, False), (None, False, False)])
+    def test_input_out_of_reach(self, task, held, refused):
+        container = container_of(nerdctld.request_labels({"OpenStdin": True}), task)
         if refused:
             with pytest.raises(nerdctld.NotImplementedHere):
                 nerdctld.check_attach(container, True, held)
@@ -6305,7 +6313,7 @@ class TestStreams:
     def test_logs_of_one_attached_before_the_start_come_first(self, logged):
         request = nerdctld.Request("POST", "/", query={"stream": ["1"], "logs": ["1"], "stdout": ["1"]})
         attachment, serve, _, _ = nerdctld.attach(logged, request, "tstdone", framed=True)
-        assert logged.take_waiting(logged.snapshot.find("tstdone").id) == [attachment]
+        assert logged.take_waiting(identity(logged, "tstdone")) == [attachment]
         connection, far = pair()
         starter = threading.Thread(target=lambda: (attachment.put(1, b"new"), attachment.finish()))
         starter.start()
@@ -6372,7 +6380,7 @@ class TestExec:
         ({}, []), ({"AttachStdin": True, "Tty": True}, ["--interactive", "--tty"]), ({"User": "1", "WorkingDir": "/w"}, ["--user=1", "--workdir=/w"]), ({"Privileged": True}, ["--privileged"]),
         ({"Env": ["A=b", "PATH"]}, ["--env=A=b"])])
     def test_argv(self, furnished, config, words):
-        instance = nerdctld.Exec(furnished.snapshot.container("tstweb"), {"Cmd": ["a", "--b"], **config})
+        instance = nerdctld.Exec(furnished.inventory.container("tstweb"), {"Cmd": ["a", "--b"], **config})
         assert nerdctld.exec_args(instance) == ["exec", *words, "--", ID, "a", "--b"]
 
     @pytest.mark.parametrize("config, name, status, message", [
@@ -6434,13 +6442,12 @@ class TestExec:
     def test_exit_status(self, message, code, told):
         assert nerdctld.exec_failure(message) == (code, message if told else "")
 
-    def test_user_that_is_not_there(self, furnished, monkeypatch):
-        furnished.snapshot.detail(furnished.snapshot.container("tstweb"))
-        monkeypatch.setattr(furnished.snapshot, "detail", lambda container: {"Task": {"Pid": os.getpid()}})
-        nerdctld.check_user(furnished, None, "root")
-        nerdctld.check_user(furnished, None, "12345:6")
-        with pytest.raises(nerdctld.BadParameter, match="unable to find user nosuchuser: no matching entries in passwd file"):
-            nerdctld.check_user(furnished, None, "nosuchuser:x")
+    def test_user_that_is_not_there(self, furnished, fake):
+        fake.start(ID, pid=os.getpid())
+        for user in ("root", "12345:6"):
+            assert self.create(furnished, {"Cmd": ["a"], "User": user}).status == 201
+        answer = self.create(furnished, {"Cmd": ["a"], "User": "nosuchuser:x"})
+        assert (answer.status, answer.message) == (400, "unable to find user nosuchuser: no matching entries in passwd file")
 
     @pytest.mark.parametrize("make, known", [
         (lambda etc: (etc / "passwd").write_text("root:x:0\nuser:x:1\n"), True), (lambda etc: (etc / "passwd").write_text("users:x:1\n"), False),
@@ -6451,12 +6458,8 @@ class TestExec:
         make(tmp_path / "etc")
         opened = nerdctld.opened_below
         monkeypatch.setattr(nerdctld, "opened_below", lambda root, *rest, **more: opened(str(tmp_path), *rest, **more))
-        monkeypatch.setattr(nerdctld.Snapshot, "detail", lambda *_: {"Task": {"Pid": 1}})
-        if known is False:
-            with pytest.raises(nerdctld.BadParameter, match="unable to find user user"):
-                nerdctld.check_user(furnished, None, "user")
-        else:
-            nerdctld.check_user(furnished, None, "user")
+        answer = self.create(furnished, {"Cmd": ["a"], "User": "user"})
+        assert answer.status == (400 if known is False else 201) and ("unable to find user user" in answer.body.decode()) == (known is False)
 
     def test_stdin_of_an_exec_is_open_once_somebody_reads(self, tmp_path):
         fifo = tmp_path / "exec-1-stdin"
@@ -6531,17 +6534,17 @@ def rooted(furnished, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def reached(rooted, tmp_path):
-    """The same over a containerd that tells of one container, which does not run and has that folder for its tree."""
+def reached(rooted, fake, tmp_path):
+    """The same where tstdone, which does not run, has that folder for its tree; `spec` is the OCI spec of all."""
     need_mounts()
-    spec = {"process": {"user": {"uid": 7, "gid": 8}}, "root": {}, "mounts": []}
-    snapshot = nerdctld.field(1, nerdctld.field(1, b"bind") + nerdctld.field(2, str(tmp_path / "root").encode()) + nerdctld.field(4, b"rbind") + nerdctld.field(4, b"rw"))
-    container = lambda: nerdctld.field(1, nerdctld.field(1, b"x") + nerdctld.field(5, nerdctld.field(2, json.dumps(spec).encode())) +
-                                       nerdctld.field(6, b"overlayfs") + nerdctld.field(7, b"key"))
-    with FakeTasks(tmp_path / "c.sock", {"Containers/Get": container, "Get": b"", "Snapshots/Mounts": snapshot}, "default") as fake:
-        rooted.nerdctl.address = str(tmp_path / "c.sock")
-        rooted.fake, rooted.spec, rooted.root = fake, spec, tmp_path / "root"
-        yield rooted
+    rooted.spec, rooted.root = {"process": {"user": {"uid": 7, "gid": 8}}, "root": {}, "mounts": []}, tmp_path / "root"
+
+    def respecified():
+        for identity, record in fake.containers.items():
+            fake.containers[identity] = record._replace(spec=json.dumps(rooted.spec).encode())
+            fake.mounts[record.snapshotter, record.snapshot_key] = [("bind", str(rooted.root), ["rbind", "rw"])]
+    fake.before.update({"Containers/List": respecified, "Containers/Get": respecified})
+    return rooted
 
 
 class TestArchive:
@@ -6604,6 +6607,7 @@ class TestArchive:
     def test_put(self, reached, pack):
         assert ask(reached, "PUT", "/containers/tstdone/archive?path=/abs/sub", pack(tar_with("some-name"))).status == 200
         assert (reached.root / "etc/sub/some-name").read_bytes() == b"some-name"
+        reached.settle()
         assert [each["Action"] for each in reached.journal.history] == ["extract-to-dir"] and len(reached.touched) == 1
 
     def test_options_of_put(self, reached, monkeypatch):
@@ -6643,19 +6647,13 @@ class TestArchive:
             assert b"outside" not in ask(reached, "GET", "/containers/tstdone/archive?path=" + path + str(target)).body
             assert not (tmp_path / "evil").exists() and not (reached.root / "got").exists() and target.stat().st_nlink == 1
 
-    def test_a_process_that_is_another_by_now(self, reached):
+    def test_a_process_that_is_another_by_now(self, reached, fake):
         pids = itertools.cycle([os.getpid(), 1])
-        reached.fake.answers["Get"] = lambda: nerdctld.field(1, b"\x18" + nerdctld.varint(next(pids)) + b"\x20\x02")
+        fake.before["Tasks/Get"] = lambda: fake.tasks.update({ID: nerdctld.TaskRecord(next(pids), "running", 0, 0, "")})
         for method, body in (("PUT", tar_with("tmp/evil")), ("GET", b"")):
             answer = ask(reached, method, "/containers/tstweb/archive?path=/", body)
             assert (answer.status, answer.message) == (409, "container tstweb has just ended")
         assert not os.path.exists("/tmp/evil")
-
-    def test_of_another_machine(self, reached, monkeypatch):
-        reached.nerdctl.local = False
-        for method in ("GET", "PUT"):
-            answer = ask(reached, method, "/containers/tstdone/archive?path=/etc", tar_with("x") if method == "PUT" else b"")
-            assert answer.status == 501 and "another machine" in answer.message
 
     @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
     @pytest.mark.parametrize("size", [1, 100, 1 << 18])
@@ -6685,7 +6683,8 @@ class TestArchive:
             answer = ask(reached, "PUT", "/containers/tstdone/archive?path=/etc", body)
             assert answer.status == 400 and answer.message.startswith("invalid archive: "), body
         # What came before that is there, and a container that was made anew would be without.
-        assert list(rooted.journal.history) == [] and rooted.touched == {identity(rooted, "tstweb")}
+        reached.settle()
+        assert list(reached.journal.history) == [] and reached.touched == {identity(reached, "tstdone")}
 
     @pytest.mark.parametrize("body", [b"", gzip.compress(b"")], ids=["plain", "packed"])
     def test_put_of_nothing(self, reached, body):
@@ -6794,7 +6793,7 @@ class TestHosts:
         """`world(name, ip, aliases, …)` is a container that runs and has a file; `world.lines(name)` what stands in it; `world.hosts`."""
         table = {}
 
-        def make(name, ip, aliases=(), links=(), status="Up", network="net", **request):
+        def make(name, ip, aliases=(), links=(), task="running", network="net", **request):
             identity = hashlib.sha256(name.encode()).hexdigest()
             folder = tmp_path / "etchosts" / "default" / identity
             folder.mkdir(parents=True)
@@ -6802,14 +6801,12 @@ class TestHosts:
             (folder / "meta.json").write_text(json.dumps({"Networks": {network: {"ips": [{"address": ip + "/24"}], "interfaces": [{"mac": "1", "sandbox": "/x"}]}}}))
             asked = {"Hostname": name, **request, "NetworkingConfig": {"EndpointsConfig": {network: {"Aliases": list(aliases), "Links": list(links)}}}}
             labels = {**nerdctld.request_labels(asked), "nerdctl/state-dir": f"{tmp_path}/containers/default/{identity}", "nerdctl/networks": json.dumps([network])}
-            table[name] = nerdctld.Container({"ID": identity, "Names": name, "Status": status}, labels)
+            table[name] = container_of({**labels, "nerdctl/name": name}, task, id=identity)
             return table[name]
         make.table, make.folder = table, tmp_path / "etchosts" / "default"
         make.path = lambda name: make.folder / hashlib.sha256(name.encode()).hexdigest() / "hosts"
         make.lines = lambda name: [each for each in make.path(name).read_text().splitlines() if each.endswith(" alias.nerdctld")]
-        make.feed = types.SimpleNamespace(listeners=[], live=True)
-        make.hosts = nerdctld.Hosts(types.SimpleNamespace(nerdctl=nerdctld.Nerdctl(["nerdctl"]), feed=make.feed, snapshot=types.SimpleNamespace(
-            containers=types.SimpleNamespace(known=lambda: {each.real: each for each in table.values()}))))
+        make.hosts = nerdctld.Hosts(types.SimpleNamespace(inventory=types.SimpleNamespace(containers=lambda: {each.real: each for each in table.values()})))
         return make
 
     def test_names_of_each_network(self, world):
@@ -6831,14 +6828,14 @@ class TestHosts:
         world("web", "10.0.0.3")
         world.hosts.refresh()
         assert world.lines("web") == ["10.0.0.2 primary alias.nerdctld"]
-        world.table["db"] = db.with_status("Exited (0) 1 second ago")
-        world.feed.listeners[0](TestEvents.event_of("/tasks/exit", db.real))
+        world.table["db"] = nerdctld.Container(db.record, nerdctld.TaskRecord(0, "stopped", 0, 1, ""))
+        world.hosts.on_event(TestEvents.event_of("/tasks/exit", db.real))
         assert until(lambda: not world.lines("web")) and until(lambda: not world.hosts.used)
         assert world.path("web").read_text() == "# <nerdctl>\n10.0.0.3 web\n# </nerdctl>\n"
 
     def test_who_starts_finds_the_others_at_once(self, world):
         world("db", "10.0.0.2", ["primary"])
-        web = world("web", "10.0.0.3", status="Created")
+        web = world("web", "10.0.0.3", task=None)
         world.hosts.refresh(web)
         assert world.lines("web") == ["10.0.0.2 primary alias.nerdctld"] and world.lines("db") == []
 
@@ -6855,14 +6852,13 @@ class TestHosts:
         world.hosts.refresh()
         assert os.stat(world.path("db")).st_size == 3 << 30
 
-    def test_no_feed_is_begun_for_it(self, world):
+    def test_nobody_is_looked_for_without_need(self, world):
+        world.hosts.on_event(TestEvents.event_of("/tasks/start", ID))
         world("db", "10.0.0.2", ["primary"])
         world.hosts.refresh()
-        world.feed.listeners[0](None)
+        for event in (None, TestEvents.event_of("/tasks/paused", ID)):
+            world.hosts.on_event(event)
         assert not world.hosts.due.is_set()
-        world.feed.live = False
-        world.hosts.engine.snapshot.containers.known = lambda: pytest.fail("looked up")
-        world.hosts._again()
 
     def test_the_lock_of_nerdctl(self, world):
         world("db", "10.0.0.2", ["primary"])
@@ -6907,20 +6903,22 @@ class TestNetworkChanges:
         answer = ask(furnished, "POST", "/networks/create", {"Name": "x", "IPAM": {"Config": [{"Subnet": "10.4.0.0/24"}]}})
         assert (answer.status, answer.message) == (403, "invalid pool request: Pool overlaps with other one on this address space")
 
-    def test_remove(self, furnished, scripted):
+    def test_remove(self, furnished, scripted, fake):
         assert ask(furnished, "DELETE", "/networks/bridge").message == "bridge is a pre-defined network and cannot be removed"
         answer = ask(furnished, "DELETE", "/networks/tstnet")
         assert answer.status == 403 and 'has active endpoints (name:"tstweb"' in answer.message
         assert ask(furnished, "DELETE", "/networks/nosuch").status == 404
-        scripted.on("ps")
+        for identity in list(fake.containers):
+            fake.delete(identity)
         scripted.on("network rm")
         assert ask(furnished, "DELETE", "/networks/tstnet").status == 204
         assert scripted.argv("network rm") == ["network", "rm", "--", "tstnet"]
 
-    def test_prune(self, furnished, scripted):
+    def test_prune(self, furnished, scripted, fake):
         scripted.on("network rm")
         assert ask(furnished, "POST", "/networks/prune").json == {"NetworksDeleted": None}
-        scripted.on("ps")
+        for identity in list(fake.containers):
+            fake.delete(identity)
         assert ask(furnished, "POST", '/networks/prune?filters={"label":["x"]}').json == {"NetworksDeleted": None}
         assert ask(furnished, "POST", "/networks/prune").json == {"NetworksDeleted": ["tstnet"]}
 
@@ -6930,11 +6928,13 @@ class TestNetworkChanges:
     def test_connect_refuses(self, furnished, path, body, status):
         assert ask(furnished, "POST", "/networks/" + path, body).status == status
 
-    def test_one_that_ended_leaves_a_network(self, furnished, scripted):
+    def test_one_that_ended_leaves_a_network(self, furnished, scripted, fake):
         scripted.on("network rm")
         scripted.on("start")
-        row = {"ID": "5" * 64, "Names": "mine", "Image": BASE, "Status": "Exited (0) 1 second ago", "CreatedAt": "2026-11-24T00:00:00Z"}
-        scripted.on("ps", stdout=json.dumps([row, {"nerdctl/networks": '["tstnet"]'}]) + "\n")
+        fake.create("5" * 64, {"nerdctl/name": "mine", "nerdctl/networks": '["tstnet"]'})
+        fake.start("5" * 64)
+        fake.exit("5" * 64)
+        fake.delete(ID)
         path = {word: f"/networks/tstnet/{word}" for word in ("connect", "disconnect")}
         assert ask(furnished, "POST", path["disconnect"], {"Container": "mine"}).status == 200
         answer = ask(furnished, "POST", "/containers/mine/start")
@@ -6944,13 +6944,13 @@ class TestNetworkChanges:
         # A network that only ended containers have goes as with Docker.
         assert ask(furnished, "DELETE", "/networks/tstnet").status == 204
 
-    def test_connect_makes_a_new_container(self, furnished, scripted):
+    def test_connect_makes_a_new_container(self, furnished, scripted, fake):
         request = {"Image": BASE, "Cmd": ["true"], "HostConfig": {"NetworkMode": "bridge"}, "NetworkingConfig": {"EndpointsConfig": {"bridge": {}}}}
         labels = {"nerdctl/networks": '["bridge"]', **nerdctld.request_labels(request)}
-        scripted.on("ps", stdout=json.dumps([{"ID": "5" * 64, "Names": "mine", "Image": BASE, "Status": "Created", "CreatedAt": "2026-11-24T00:00:00Z"}, labels]) + "\n")
-        scripted.on("rm")
-        scripted.on("rename")
-        scripted.on("create", stdout="6" * 64 + "\n")
+        fake.create("5" * 64, {"nerdctl/name": "mine", **labels})
+        scripted.on("rm", does=lambda words: fake.delete(words[-1]))
+        scripted.on("rename", does=lambda words: fake.label(words[-2], **{"nerdctl/name": words[-1]}))
+        creates(scripted, fake, "6" * 64)
         assert ask(furnished, "POST", "/networks/tstnet/connect", {"Container": "mine", "EndpointConfig": {"Aliases": ["other"]}}).status == 200
         words = scripted.argv("create")
         assert [each for each in words if each.startswith(("--network", "--name", "--hostname", "--label=nerdctld/id"))] == [
@@ -6978,22 +6978,24 @@ class TestVolumeChanges:
         assert ask(furnished, "POST", "/volumes/create", body).status == status
         assert not scripted.calls("volume create")
 
-    def test_remove(self, furnished, scripted):
+    def test_remove(self, furnished, scripted, fake):
         answer = ask(furnished, "DELETE", "/volumes/tstvol")
         assert (answer.status, answer.message) == (409, f"remove tstvol: volume is in use - [{ID}]")
         assert ask(furnished, "DELETE", "/volumes/nosuch").status == 404
         assert ask(furnished, "DELETE", "/volumes/nosuch?force=1").status == 204
-        scripted.on("ps")
+        for identity in list(fake.containers):
+            fake.delete(identity)
         scripted.on("volume rm")
         assert ask(furnished, "DELETE", "/volumes/tstvol").status == 204
         assert scripted.argv("volume rm") == ["volume", "rm", "--", "tstvol"]
 
     @pytest.mark.parametrize("target, deleted", [
         ("/v1.50/volumes/prune", None), ('/v1.50/volumes/prune?filters={"all":["true"]}', ["tstvol"]), ("/v1.41/volumes/prune", ["tstvol"]), ('/v1.50/volumes/prune?filters={"all":["1"],"label":["x"]}', None)])
-    def test_prune(self, furnished, scripted, target, deleted):
+    def test_prune(self, furnished, scripted, fake, target, deleted):
         scripted.on("volume rm")
         assert ask(furnished, "POST", target).json["VolumesDeleted"] is None
-        scripted.on("ps")
+        for identity in list(fake.containers):
+            fake.delete(identity)
         assert ask(furnished, "POST", target).json["VolumesDeleted"] == deleted
 
 
@@ -7003,14 +7005,13 @@ class TestVolumeChanges:
 
 
 class TestNetworks:
-    def test_list(self, furnished, scripted):
-        rows = {each["Name"]: each for each in ask(furnished, "GET", "/networks").json}
+    def test_list(self, reading):
+        rows = {each["Name"]: each for each in ask(reading, "GET", "/networks").json}
         assert sorted(rows) == ["bridge", "host", "none", "tstnet"]
         assert rows["tstnet"]["IPAM"]["Config"] == [{"Subnet": "10.77.0.0/24", "Gateway": "10.77.0.1"}]
         assert [rows[name]["Driver"] for name in sorted(rows)] == ["bridge", "host", "null", "bridge"]
         assert all(re.fullmatch("[0-9a-f]{64}", each["Id"]) for each in rows.values())
         assert rows["bridge"]["Labels"] == {}
-        assert scripted.argv("network inspect")[-3:] == ["--", "bridge", "tstnet"]
 
     @pytest.mark.parametrize("filters, names", [
         ({"name": ["tst"]}, "tstnet"), ({"name": ["^b.*e$", "o(s|n)"]}, "bridge host none"), ({"name": ["bridge("]}, ""), ({"id": ["^6cbb[^x]+$"]}, "tstnet"),
@@ -7028,46 +7029,30 @@ class TestNetworks:
         told = ask(reading, "GET", "/networks/" + name).json
         assert told["Containers"][ID]["IPv4Address"] == "10.77.0.2/24" and told["Containers"][ID]["Name"] == "tstweb"
 
-    def keep(self, tmp_path):
-        """The recorded networks as files where nerdctl keeps them."""
-        for row in map(json.loads, NETWORK_INSPECT.stdout.splitlines()):
-            path = tmp_path / "networks" / ("" if row["CNI"]["name"] == "bridge" else "default") / (row["CNI"]["name"] + ".conflist")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(row["CNI"]))
-        return path
-
     def test_read_where_nerdctl_keeps_them(self, furnished, scripted, tmp_path):
-        told = {name: {**each, "Created": ""} for name, each in furnished.snapshot.networks.get().items()}
-        asked = len(scripted.calls())
-        path = self.keep(tmp_path)
-        kept = furnished.snapshot.networks.get()
-        assert len(scripted.calls()) == asked and {name: {**each, "Created": ""} for name, each in kept.items()} == told
-        assert kept["tstnet"]["Created"] == nerdctld.file_time(path) != nerdctld.ZERO_TIME
+        listed = lambda: {each["Name"]: each for each in ask(furnished, "GET", "/networks").json}
+        path = tmp_path / "networks" / "default" / "nerdctl-tstnet.conflist"
+        os.utime(path, (1700000000, 1700000000))
+        assert listed()["tstnet"]["Created"] == "2023-11-14T22:13:20Z"
         (tmp_path / "networks" / "other").mkdir()
         (tmp_path / "networks" / "readme.txt").write_text("{")
         (path.parent / "one.json").write_text(json.dumps({"name": "one", "nerdctlID": 5, "nerdctlLabels": {"a": "b"}, "plugins": [{"type": "macvlan"}]}))
-        one = furnished.snapshot.networks.get()["one"]
-        assert (one["Driver"], one["Labels"], len(one["Id"]), len(scripted.calls())) == ("macvlan", {"a": "b"}, 64, asked)
+        one = listed()["one"]
+        assert (one["Driver"], one["Labels"], len(one["Id"])) == ("macvlan", {"a": "b"}, 64)
         path.unlink()
-        assert sorted(furnished.snapshot.networks.get()) == ["bridge", "host", "none", "one"]
+        assert sorted(listed()) == ["bridge", "host", "none", "one"] and not scripted.calls()
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "x", "type": "bridge"}', '{"plugins": []}', '{"name": 1, "plugins": []}'])
-    def test_nerdctl_is_asked_of_files_not_understood(self, furnished, scripted, tmp_path, text):
-        self.keep(tmp_path).write_text(text)
-        assert sorted(furnished.snapshot.networks.get()) == ["bridge", "host", "none", "tstnet"]
-        assert scripted.argv("network inspect")[-3:] == ["--", "bridge", "tstnet"]
+    def test_files_not_understood(self, furnished, tmp_path, text):
+        (tmp_path / "networks" / "default" / "nerdctl-tstnet.conflist").write_text(text)
+        assert [each["Name"] for each in ask(furnished, "GET", "/networks").json] == ["bridge", "host", "none"]
 
-    def test_without_nerdctl_nothing_is_kept(self, tmp_path):
-        self.keep(tmp_path)
-        for command in (["lima", "nerdctl"], [sys.executable, nerdctld.__file__, "nerdctl"]):
-            assert not nerdctld.Nerdctl(command).keeps
-        assert nerdctld.Nerdctl(["nerdctl"]).keeps
-
-    def test_a_member_that_goes_meanwhile(self, furnished, scripted):
-        scripted.on("container inspect", stderr=fatal(f"1 errors: [no such object {ID}]"), status=1)
+    def test_a_member_that_goes_meanwhile(self, furnished, fake):
+        fake.before["Tasks/List"] = lambda: fake.delete(ID)
+        assert ask(furnished, "GET", "/networks/tstnet").status == 200
         answer = ask(furnished, "GET", "/networks/tstnet")
         assert (answer.status, answer.json["Name"], answer.json["Containers"]) == (200, "tstnet", {})
-        scripted.on("container inspect", stderr=FAILURES[0][1], status=1)
+        fake.stop_serving()
         assert ask(furnished, "GET", "/networks/tstnet").status == 503
 
     def test_none(self, reading):
@@ -7083,10 +7068,12 @@ class TestNetworks:
 
 class TestVolumes:
     def test_list(self, reading):
+        mountpoint = pathlib.Path(reading.inventory.store) / "volumes/default/tstvol/_data"
+        os.utime(mountpoint.parent / "volume.json", (1700000000, 1700000000))
         told = ask(reading, "GET", "/volumes").json
-        assert told["Warnings"] is None
+        assert told["Warnings"] is None and mountpoint.is_dir()
         assert told["Volumes"][0] == {
-            "CreatedAt": "0001-01-01T00:00:00Z", "Driver": "local", "Labels": None, "Mountpoint": "/var/lib/nerdctl/1935db59/volumes/tstrec/tstvol/_data",
+            "CreatedAt": "2023-11-14T22:13:20Z", "Driver": "local", "Labels": None, "Mountpoint": str(mountpoint),
             "Name": "tstvol", "Options": None, "Scope": "local"}
 
     @pytest.mark.parametrize("filters, count", [({"name": ["vol"]}, 1), ({"name": ["x"]}, 0), ({"name": ["^tst.ol$"]}, 1), ({"name": ["vol("]}, 0), ({"driver": ["local"]}, 1), ({"driver": ["x"]}, 0),
@@ -7099,8 +7086,7 @@ class TestVolumes:
         answer = ask(reading, "GET", "/volumes/nosuch")
         assert (answer.status, answer.message) == (404, "get nosuch: no such volume")
 
-    def test_none_at_all(self, engine, scripted):
-        scripted.on("volume ls")
+    def test_none_at_all(self, engine):
         assert ask(engine, "GET", "/volumes").json == {"Volumes": [], "Warnings": None}
 
 
