@@ -9,10 +9,10 @@ The way of a request, in one direction only:
 Sections, each using only what stands above it:
 
     Errors · Tree · Conversions · Patterns · Requests, responses · Routes · nerdctl process · gRPC ·
-    containerd · Events · References · State · Inventory · Engine · System · Images · Image archives ·
-    Registries · Build · Containers · Create options · Container create · Sessions · Container lifecycle ·
-    Supervision · Streams · Exec · Archive · Statistics · Networks · Volumes · Swarm and plugins · Relay ·
-    BuildKit · HTTP server · Sockets · ctr · Command line
+    containerd · Events · References · State · Inventory · Hosts files · Engine · System · Images ·
+    Image archives · Registries · Build · Containers · Create options · Container create · Sessions ·
+    Container lifecycle · Supervision · Streams · Exec · Archive · Statistics · Networks · Volumes ·
+    Swarm and plugins · Relay · BuildKit · HTTP server · Sockets · ctr · Command line
 
 To add an endpoint:
     1. write `<op>_args()`, `parse_<thing>()` and `docker_<thing>()` as pure functions in the section of its resource;
@@ -931,6 +931,11 @@ def flag_filter(filters: Dict[str, List[str]], name: str, default: Optional[bool
     return told.pop()
 
 
+def json_bytes(value: Any) -> bytes:
+    """Compact JSON."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
 def typed(value: Any, kind: type, what: str) -> Any:
     """`value` if it is of the JSON type asked for, an empty one for null; 400 otherwise."""
     if value is None:
@@ -1475,6 +1480,72 @@ def read_limited(body: Any, limit: int) -> bytes:
         parts.append(part)
 
 
+def decompressor(head: bytes) -> Optional[Callable[[], Any]]:
+    """What makes decompressors for a body that begins so; None for one that is not packed."""
+    if head.startswith(b"\x1f\x8b"):
+        return lambda: zlib.decompressobj(31)
+    if head.startswith(b"BZh"):
+        import bz2
+
+        return bz2.BZ2Decompressor
+    if head.startswith(b"\xfd7zXZ"):
+        import lzma
+
+        return lzma.LZMADecompressor
+    return None
+
+
+def inflated(unpack: Any, data: bytes) -> Iterator[bytes]:
+    """What a decompressor makes of some data, at most BLOCK bytes at a time."""
+    while True:
+        plain = unpack.decompress(data, BLOCK)
+        if plain:
+            yield plain
+        # zlib gives back what it has not taken; the others keep it.
+        data = getattr(unpack, "unconsumed_tail", b"")
+        if unpack.eof or not (data or len(plain) == BLOCK or not getattr(unpack, "needs_input", True)):
+            return
+
+
+def unpacked(blocks: Iterable[Any], begin: Callable[[], Any]) -> Iterator[bytes]:
+    """The content of compressed blocks, of one stream or of several in a row, which also zeros may stand between; 400 for
+    one that breaks off."""
+    unpack = begin()
+    for block in blocks:
+        data = bytes(block)
+        while data:
+            if unpack.eof:
+                data = data.lstrip(b"\0")
+                if not data:
+                    break
+                unpack = begin()
+            yield from inflated(unpack, data)
+            data = unpack.unused_data
+    if not unpack.eof:
+        raise BadParameter("invalid archive: its compressed data breaks off")
+
+
+def plain_blocks(body: Any) -> Iterator[Any]:
+    """The blocks of a tar body, unpacked where it came as gzip, bzip2 or xz; 400 for a broken one."""
+    blocks, first = body.blocks(), b""
+    for block in blocks:
+        first += bytes(block)
+        if len(first) >= 6:
+            break
+    begin = decompressor(first)
+    if not begin:
+        yield from itertools.chain([first] if first else [], blocks)
+        return
+    try:
+        yield from unpacked(itertools.chain([first], blocks), begin)
+    except (zlib.error, OSError, ValueError, EOFError) as error:
+        raise BadParameter(f"invalid archive: {error}") from None
+    except Exception as error:
+        if type(error).__name__ != "LZMAError":
+            raise
+        raise BadParameter(f"invalid archive: {error}") from None
+
+
 class Piped(NamedTuple):
     """A piece of a stream that is still in a pipe: `size` bytes, all there, which the kernel moves on without a copy."""
 
@@ -1565,11 +1636,6 @@ class Response:
         if isinstance(body, (dict, list)):
             self.body = json_bytes(body) + b"\n"
             self.media_type = media_type or "application/json"
-
-
-def json_bytes(value: Any) -> bytes:
-    """Compact JSON."""
-    return json.dumps(value, separators=(",", ":")).encode()
 
 
 ###############################################################################
@@ -3746,6 +3812,19 @@ def read_json_file(path: str) -> Any:
         return None
 
 
+def noted_start(folder: str) -> Optional[int]:
+    """When nerdctl noted that a container was last started, in nanoseconds since 1970; None when never or not known."""
+    found = read_json_file(os.path.join(folder, "lifecycle.json")) if folder else None
+    started = nanoseconds_of(str(found.get("started_at") or "")) if isinstance(found, dict) else None
+    return started if started and started > 0 else None
+
+
+def kubernetes_name(labels: Dict[str, str]) -> str:
+    """The name that nerdctl shows for a container of Kubernetes, "" for any other."""
+    parts = [labels.get("io.kubernetes." + key) for key in ("pod.namespace", "pod.name", "container.name")]
+    return "k8s://" + "/".join(filter(None, parts)) if parts[0] else ""
+
+
 class Container:
     """A container as containerd and nerdctl's files tell it. `id` is what clients know it by, `real` containerd's id;
     `created` in nanoseconds since 1970; `labels` all of them, nerdctl's own too."""
@@ -4123,19 +4202,6 @@ def data_root() -> str:
     return nerdctl_settings().get("data_root") or os.path.join(base, "nerdctl")
 
 
-def noted_start(folder: str) -> Optional[int]:
-    """When nerdctl noted that a container was last started, in nanoseconds since 1970; None when never or not known."""
-    found = read_json_file(os.path.join(folder, "lifecycle.json")) if folder else None
-    started = nanoseconds_of(str(found.get("started_at") or "")) if isinstance(found, dict) else None
-    return started if started and started > 0 else None
-
-
-def kubernetes_name(labels: Dict[str, str]) -> str:
-    """The name that nerdctl shows for a container of Kubernetes, "" for any other."""
-    parts = [labels.get("io.kubernetes." + key) for key in ("pod.namespace", "pod.name", "container.name")]
-    return "k8s://" + "/".join(filter(None, parts)) if parts[0] else ""
-
-
 class Kept:
     """A value that was read, kept for some seconds: for what changes seldom and sends no event."""
 
@@ -4302,6 +4368,200 @@ class Inventory:
                     config, written = self.files.get(os.path.join(folder, name, "volume.json"))
                     found[name] = parse_volume(name, config, os.path.join(folder, name, "_data"), written)
         return found
+
+
+###############################################################################
+# Hosts files
+###############################################################################
+
+
+def network_names(container: Container) -> List[str]:
+    """The names of the networks a container was given, in the order of its interfaces."""
+    if "network names" not in container.memo:
+        names = None
+        with contextlib.suppress(ValueError):
+            names = json.loads(container.labels.get("nerdctl/networks") or "[]")
+        container.memo["network names"] = [str(each) for each in names] if isinstance(names, list) else []
+    return container.memo["network names"]
+
+
+def network_mode(container: Container) -> str:
+    """Docker's NetworkMode: the name of the first network, host, none or container:ID."""
+    asked = str(container.host_config.get("NetworkMode"))
+    names = network_names(container)
+    return asked if asked.startswith("container:") else names[0] if names else "bridge"
+
+
+def parse_addresses(task: Optional[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The addresses of a task's interfaces (native inspect) but the loopback, in order: ip, prefix, ip6, prefix6, mac."""
+    found = []
+    for interface in ((task or {}).get("NetNS") or {}).get("Interfaces") or []:
+        if interface.get("Name") == "lo" or "loopback" in (interface.get("Flags") or []) or not re.match(r"eth\d", interface.get("Name") or ""):
+            continue
+        entry: Dict[str, Any] = {"mac": interface.get("HardwareAddr") or ""}
+        for text in interface.get("Addrs") or []:
+            address, _, prefix = text.partition("/")
+            if ":" not in address:
+                entry.update({"ip": address, "prefix": int(prefix or 0)})
+            elif not address.lower().startswith("fe80"):
+                entry.update({"ip6": address, "prefix6": int(prefix or 0)})
+        found.append(entry)
+    return found
+
+
+def parse_hosts_note(note: Dict[str, Any], names: List[str]) -> List[Dict[str, Any]]:
+    """parse_addresses() of what nerdctl noted of a running container for the hosts files of its peers: CNI's results, by
+    the names of networks."""
+    found = []
+    for result in filter(None, map((note.get("Networks") or {}).get, names)):
+        mac = next((each.get("mac") for each in result.get("interfaces") or [] if each.get("sandbox")), "")
+        interface = {"Name": "eth0", "HardwareAddr": mac, "Addrs": [each.get("address") or "" for each in result.get("ips") or []]}
+        found += parse_addresses({"NetNS": {"Interfaces": [interface]}})
+    return found
+
+
+def hosts_folder(container: Container) -> str:
+    """Where nerdctl keeps a container's hosts file and notes its addresses, "" where that is not known."""
+    if container.folder.count("/") < 3:
+        return ""
+    containers, namespace, name = container.folder.rsplit("/", 2)
+    return os.path.join(os.path.dirname(containers), "etchosts", namespace, name)
+
+
+def noted_addresses(container: Container) -> List[Dict[str, Any]]:
+    """parse_addresses() of a running container from what nerdctl noted of it for the hosts files of its peers."""
+    if "addresses" not in container.memo:
+        folder, note = hosts_folder(container), None
+        if container.running and folder:
+            note = read_json_file(os.path.join(folder, "meta.json"))
+        container.memo["addresses"] = parse_hosts_note(note, network_names(container)) if isinstance(note, dict) else []
+    return container.memo["addresses"]
+
+
+def field_of(body: Dict[str, Any], path: str) -> Any:
+    """The value at `HostConfig.Memory`; None when it is not there."""
+    for key in path.split("."):
+        body = typed(body, dict, "the body").get(key)
+        if body is None:
+            return None
+    return body
+
+
+def hostname_args(body: Dict[str, Any]) -> List[str]:
+    """Words for the host name: what is asked for or, since nerdctl has no network aliases and its containers find each
+    other by host name, the alias that a compose service has for its name."""
+    name = typed(body.get("Hostname"), str, "Hostname")
+    mode = typed(field_of(body, "HostConfig.NetworkMode"), str, "NetworkMode")
+    if not name and not mode.startswith(("host", "container:")):
+        endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
+        aliases = [each for endpoint in endpoints.values() for each in string_list(typed(endpoint, dict, "EndpointsConfig").get("Aliases"), "Aliases")]
+        service = typed(body.get("Labels"), dict, "Labels").get("com.docker.compose.service")
+        wanted = service if service in aliases else next(iter(aliases), "")
+        name = wanted if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62})", wanted or "") else ""
+    return [f"--hostname={name}"] if name else []
+
+
+HOST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
+
+
+def wanted_names(container: Container) -> Tuple[Dict[str, List[str]], Dict[str, List[str]]]:
+    """The names by which a container asked to be found in each network and that nerdctl does not give it, and those by which it
+    asked to find others: container -> names."""
+    if "names" not in container.memo:
+        asked, aliases, links = container.request, {}, {}
+        known = {container.name, str(asked.get("Hostname") or ""), *(each.partition("=")[2] for each in hostname_args(asked))}
+        told = list(container.host_config.get("Links") or [])
+        for network, one in (field_of(asked, "NetworkingConfig.EndpointsConfig") or {}).items():
+            aliases[network] = [each for each in one.get("Aliases") or [] if HOST_NAME.fullmatch(each) and each not in known]
+            told += one.get("Links") or []
+        for each in told:
+            other, _, alias = each.strip("/").partition(":")
+            if HOST_NAME.fullmatch(alias or other):
+                links.setdefault(other, []).append(alias or other)
+        container.memo["names"] = aliases, links
+    return container.memo["names"]
+
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Context that holds the lock of a folder, as nerdctl takes it; OSError when somebody keeps it for two seconds."""
+    descriptor, until = os.open(folder, os.O_RDONLY), time.monotonic() + 2.0
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Hosts:
+    """Network aliases and links, which nerdctl has not: lines in the hosts files that it keeps for containers. What stands there
+    outside of its own part it leaves alone, except for comments, so that a name marks the lines that are ours."""
+
+    MARK = "alias.nerdctld"
+    # The container can write to its file, and make it as large as it likes.
+    MOST = 1 << 20
+
+    def __init__(self, engine: "Engine"):
+        self.engine = engine
+        self.lock = threading.Lock()
+        self.used = False
+        self.due = threading.Event()
+
+    def on_event(self, event: Optional[ContainerdEvent]) -> None:
+        """After a start or an end that others have caused, do it again."""
+        if self.used and event is not None and event.topic in ("/tasks/start", "/tasks/exit") and not self.due.is_set():
+            self.due.set()
+            threading.Thread(target=self._again, name="hosts", daemon=True).start()
+
+    def _again(self) -> None:
+        # What comes together is done together.
+        time.sleep(0.05)
+        self.due.clear()
+        with contextlib.suppress(ApiError):
+            self.refresh()
+
+    def refresh(self, starting: Optional[Container] = None) -> None:
+        """Write to the files of running containers, or to that of one which is about to start, how it finds the others."""
+        running = [each for each in self.engine.inventory.containers().values() if each.running]
+        named = [each for each in [*running, *([starting] if starting else [])] if any(map(any, (each.values() for each in wanted_names(each))))]
+        if not named and not self.used:
+            return
+        with self.lock, contextlib.suppress(OSError, ValueError):
+            self.used = bool(named)
+            places = [(each, dict(zip((name for name in network_names(each) if not name.startswith("container:")), noted_addresses(each)))) for each in running]
+            for store, group in itertools.groupby([starting] if starting else running, lambda each: os.path.dirname(hosts_folder(each))):
+                with locked(store):
+                    for each in group:
+                        self._write(each, self._lines(each, places))
+
+    def _lines(self, container: Container, places: List[Tuple[Container, Dict[str, Dict[str, Any]]]]) -> List[str]:
+        mine, links, lines = set(network_names(container)), wanted_names(container)[1], []
+        for other, addresses in places:
+            linked = [name for key in (other.name, other.id, other.id[:12]) for name in links.get(key, ())]
+            for network in mine.intersection(addresses):
+                names = wanted_names(other)[0].get("default" if network == "bridge" else network, []) + linked
+                ips = [addresses[network].get(key) for key in ("ip", "ip6")] if names else []
+                lines += [" ".join([ip, *dict.fromkeys(names), self.MARK]) for ip in ips if ip]
+        return sorted(lines)
+
+    def _write(self, container: Container, lines: List[str]) -> None:
+        # In place, since it is mounted into the container.
+        with contextlib.suppress(OSError), open(os.path.join(hosts_folder(container), "hosts"), "r+", encoding="utf-8", errors="surrogateescape") as file:
+            if os.fstat(file.fileno()).st_size > self.MOST:
+                return
+            before = file.read().splitlines()
+            after = [each for each in before if not each.rstrip().endswith(self.MARK)] + lines
+            if after != before:
+                file.seek(0)
+                file.write("".join(each + "\n" for each in after))
+                file.truncate()
 
 
 ###############################################################################
@@ -4742,6 +5002,8 @@ class Engine:
 ###############################################################################
 # System
 ###############################################################################
+
+NO_SWARM = ('This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" to connect this node to swarm and try again.')
 
 
 @route("GET", "/_ping")
@@ -6564,23 +6826,6 @@ def docker_mounts(container: Container) -> List[Dict[str, Any]]:
     return mounts
 
 
-def network_names(container: Container) -> List[str]:
-    """The names of the networks a container was given, in the order of its interfaces."""
-    if "network names" not in container.memo:
-        names = None
-        with contextlib.suppress(ValueError):
-            names = json.loads(container.labels.get("nerdctl/networks") or "[]")
-        container.memo["network names"] = [str(each) for each in names] if isinstance(names, list) else []
-    return container.memo["network names"]
-
-
-def network_mode(container: Container) -> str:
-    """Docker's NetworkMode: the name of the first network, host, none or container:ID."""
-    asked = str(container.host_config.get("NetworkMode"))
-    names = network_names(container)
-    return asked if asked.startswith("container:") else names[0] if names else "bridge"
-
-
 def request_labels(body: Dict[str, Any]) -> Dict[str, str]:
     """The create request as labels that fit nerdctl's 4096 bytes each."""
     text = json.dumps(body, separators=(",", ":"), ensure_ascii=True)
@@ -6605,23 +6850,6 @@ def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, A
     }
 
 
-def parse_addresses(task: Optional[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """The addresses of a task's interfaces (native inspect) but the loopback, in order: ip, prefix, ip6, prefix6, mac."""
-    found = []
-    for interface in ((task or {}).get("NetNS") or {}).get("Interfaces") or []:
-        if interface.get("Name") == "lo" or "loopback" in (interface.get("Flags") or []) or not re.match(r"eth\d", interface.get("Name") or ""):
-            continue
-        entry: Dict[str, Any] = {"mac": interface.get("HardwareAddr") or ""}
-        for text in interface.get("Addrs") or []:
-            address, _, prefix = text.partition("/")
-            if ":" not in address:
-                entry.update({"ip": address, "prefix": int(prefix or 0)})
-            elif not address.lower().startswith("fe80"):
-                entry.update({"ip6": address, "prefix6": int(prefix or 0)})
-        found.append(entry)
-    return found
-
-
 def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
     """NetworkSettings.Networks: the container's networks by name, with the addresses of its interfaces in turn."""
     addresses = noted_addresses(container)
@@ -6635,35 +6863,6 @@ def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -
         wanted = asked.get(name) or asked.get(network.get("Id")) or (asked.get("default") if name == "bridge" else None) or {}
         found[network.get("Name") or name] = endpoint(container, network, address, wanted)
     return found
-
-
-def parse_hosts_note(note: Dict[str, Any], names: List[str]) -> List[Dict[str, Any]]:
-    """parse_addresses() of what nerdctl noted of a running container for the hosts files of its peers: CNI's results, by
-    the names of networks."""
-    found = []
-    for result in filter(None, map((note.get("Networks") or {}).get, names)):
-        mac = next((each.get("mac") for each in result.get("interfaces") or [] if each.get("sandbox")), "")
-        interface = {"Name": "eth0", "HardwareAddr": mac, "Addrs": [each.get("address") or "" for each in result.get("ips") or []]}
-        found += parse_addresses({"NetNS": {"Interfaces": [interface]}})
-    return found
-
-
-def hosts_folder(container: Container) -> str:
-    """Where nerdctl keeps a container's hosts file and notes its addresses, "" where that is not known."""
-    if container.folder.count("/") < 3:
-        return ""
-    containers, namespace, name = container.folder.rsplit("/", 2)
-    return os.path.join(os.path.dirname(containers), "etchosts", namespace, name)
-
-
-def noted_addresses(container: Container) -> List[Dict[str, Any]]:
-    """parse_addresses() of a running container from what nerdctl noted of it for the hosts files of its peers."""
-    if "addresses" not in container.memo:
-        folder, note = hosts_folder(container), None
-        if container.running and folder:
-            note = read_json_file(os.path.join(folder, "meta.json"))
-        container.memo["addresses"] = parse_hosts_note(note, network_names(container)) if isinstance(note, dict) else []
-    return container.memo["addresses"]
 
 
 # Init processes that need no libc of the image.
@@ -7001,6 +7200,11 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
     return found
 
 
+def was_started(container: Container) -> bool:
+    """Whether a container has run before."""
+    return container.state.kind != "created" or bool(container.state.error)
+
+
 def docker_state(state: State, out_of_memory: bool, health: Optional[Dict[str, Any]]) -> Dict[str, Any]:
     """State, with times of RFC 3339."""
     found = {
@@ -7168,15 +7372,6 @@ CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str, str], List[str]]], ...] 
 )
 # Accepted by dockerd and without a counterpart in nerdctl.
 IGNORED_FIELDS = ("DeviceCgroupRules", "StorageOpt", "CpuCount", "CpuPercent", "IOMaximumIOps", "IOMaximumBandwidth", "Cgroup")
-
-
-def field_of(body: Dict[str, Any], path: str) -> Any:
-    """The value at `HostConfig.Memory`; None when it is not there."""
-    for key in path.split("."):
-        body = typed(body, dict, "the body").get(key)
-        if body is None:
-            return None
-    return body
 
 
 def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callable[[str], int]] = None) -> List[str]:
@@ -7482,20 +7677,6 @@ def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]], find
         words += _text(address.get("IPv4Address"), "--ip", "IPv4Address") + _text(address.get("IPv6Address"), "--ip6", "IPv6Address")
         words += _text(first.get("MacAddress") or body.get("MacAddress"), "--mac-address", "MacAddress")
     return words
-
-
-def hostname_args(body: Dict[str, Any]) -> List[str]:
-    """Words for the host name: what is asked for or, since nerdctl has no network aliases and its containers find each
-    other by host name, the alias that a compose service has for its name."""
-    name = typed(body.get("Hostname"), str, "Hostname")
-    mode = typed(field_of(body, "HostConfig.NetworkMode"), str, "NetworkMode")
-    if not name and not mode.startswith(("host", "container:")):
-        endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
-        aliases = [each for endpoint in endpoints.values() for each in string_list(typed(endpoint, dict, "EndpointsConfig").get("Aliases"), "Aliases")]
-        service = typed(body.get("Labels"), dict, "Labels").get("com.docker.compose.service")
-        wanted = service if service in aliases else next(iter(aliases), "")
-        name = wanted if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62})", wanted or "") else ""
-    return [f"--hostname={name}"] if name else []
 
 
 def other_container(find: Callable[[str], Container], name: str) -> Container:
@@ -8413,6 +8594,11 @@ def may_run(engine: Engine, container: Container) -> bool:
 ###############################################################################
 
 
+def auto_removed(container: Container) -> bool:
+    """Whether it is to be removed at its end."""
+    return bool((container.request.get("HostConfig") or {}).get("AutoRemove"))
+
+
 def is_terminal(engine: Engine, container: Container) -> bool:
     """Whether a container has a pseudo-terminal."""
     asked = container.request
@@ -8424,11 +8610,6 @@ def is_terminal(engine: Engine, container: Container) -> bool:
 def has_stdin(container: Container) -> bool:
     """Whether a container was made with stdin open."""
     return bool(container.request.get("OpenStdin"))
-
-
-def was_started(container: Container) -> bool:
-    """Whether a container has run before."""
-    return container.state.kind != "created" or bool(container.state.error)
 
 
 def wait_started(engine: Engine, session: Session, real: Callable[[], str]) -> None:
@@ -8933,7 +9114,7 @@ class Caretaker:
     """Carries out what nerdctl leaves to somebody: `--rm` of a container that was made by `create`, and health checks
     where no systemd runs their timers. It holds the event feed as long as there is something to care for."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: "Engine"):
         self.engine = engine
         self.lock = threading.Lock()
         self.cared: Dict[str, Any] = {}
@@ -9067,11 +9248,6 @@ def check_pause(check: Dict[str, Any], age: float, starting: bool) -> float:
     if starting and age < (check.get("StartPeriod") or 0) / 1e9:
         return (check.get("StartInterval") or 5 * 10**9) / 1e9
     return (check.get("Interval") or 30 * 10**9) / 1e9
-
-
-def auto_removed(container: Container) -> bool:
-    """Whether it is to be removed at its end."""
-    return bool((container.request.get("HostConfig") or {}).get("AutoRemove"))
 
 
 def needs_checks(container: Container) -> bool:
@@ -9825,72 +10001,6 @@ def archive_get(engine: Engine, request: Request, name: str) -> Response:
     return Response(200, Stream(tar), "application/x-tar", stat_header(found))
 
 
-def decompressor(head: bytes) -> Optional[Callable[[], Any]]:
-    """What makes decompressors for a body that begins so; None for one that is not packed."""
-    if head.startswith(b"\x1f\x8b"):
-        return lambda: zlib.decompressobj(31)
-    if head.startswith(b"BZh"):
-        import bz2
-
-        return bz2.BZ2Decompressor
-    if head.startswith(b"\xfd7zXZ"):
-        import lzma
-
-        return lzma.LZMADecompressor
-    return None
-
-
-def inflated(unpack: Any, data: bytes) -> Iterator[bytes]:
-    """What a decompressor makes of some data, at most BLOCK bytes at a time."""
-    while True:
-        plain = unpack.decompress(data, BLOCK)
-        if plain:
-            yield plain
-        # zlib gives back what it has not taken; the others keep it.
-        data = getattr(unpack, "unconsumed_tail", b"")
-        if unpack.eof or not (data or len(plain) == BLOCK or not getattr(unpack, "needs_input", True)):
-            return
-
-
-def unpacked(blocks: Iterable[Any], begin: Callable[[], Any]) -> Iterator[bytes]:
-    """The content of compressed blocks, of one stream or of several in a row, which also zeros may stand between; 400 for
-    one that breaks off."""
-    unpack = begin()
-    for block in blocks:
-        data = bytes(block)
-        while data:
-            if unpack.eof:
-                data = data.lstrip(b"\0")
-                if not data:
-                    break
-                unpack = begin()
-            yield from inflated(unpack, data)
-            data = unpack.unused_data
-    if not unpack.eof:
-        raise BadParameter("invalid archive: its compressed data breaks off")
-
-
-def plain_blocks(body: Any) -> Iterator[Any]:
-    """The blocks of a tar body, unpacked where it came as gzip, bzip2 or xz; 400 for a broken one."""
-    blocks, first = body.blocks(), b""
-    for block in blocks:
-        first += bytes(block)
-        if len(first) >= 6:
-            break
-    begin = decompressor(first)
-    if not begin:
-        yield from itertools.chain([first] if first else [], blocks)
-        return
-    try:
-        yield from unpacked(itertools.chain([first], blocks), begin)
-    except (zlib.error, OSError, ValueError, EOFError) as error:
-        raise BadParameter(f"invalid archive: {error}") from None
-    except Exception as error:
-        if type(error).__name__ != "LZMAError":
-            raise
-        raise BadParameter(f"invalid archive: {error}") from None
-
-
 def runs_as_user(engine: Engine, container: Container) -> bool:
     """Whether a user is named for a container, by its request or its image."""
     image = image_of(engine, container)
@@ -10362,109 +10472,6 @@ def rewire(engine: Engine, network: Dict[str, Any], container: Container, settin
     make_anew(engine, container, plan, [LABEL_LATER] if LABEL_LATER in container.labels else [])
 
 
-HOST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
-
-
-def wanted_names(container: Container) -> Tuple[Dict[str, List[str]], Dict[str, List[str]]]:
-    """The names by which a container asked to be found in each network and that nerdctl does not give it, and those by which it
-    asked to find others: container -> names."""
-    if "names" not in container.memo:
-        asked, aliases, links = container.request, {}, {}
-        known = {container.name, str(asked.get("Hostname") or ""), *(each.partition("=")[2] for each in hostname_args(asked))}
-        told = list(container.host_config.get("Links") or [])
-        for network, one in (field_of(asked, "NetworkingConfig.EndpointsConfig") or {}).items():
-            aliases[network] = [each for each in one.get("Aliases") or [] if HOST_NAME.fullmatch(each) and each not in known]
-            told += one.get("Links") or []
-        for each in told:
-            other, _, alias = each.strip("/").partition(":")
-            if HOST_NAME.fullmatch(alias or other):
-                links.setdefault(other, []).append(alias or other)
-        container.memo["names"] = aliases, links
-    return container.memo["names"]
-
-
-@contextlib.contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """Context that holds the lock of a folder, as nerdctl takes it; OSError when somebody keeps it for two seconds."""
-    descriptor, until = os.open(folder, os.O_RDONLY), time.monotonic() + 2.0
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.01)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-class Hosts:
-    """Network aliases and links, which nerdctl has not: lines in the hosts files that it keeps for containers. What stands there
-    outside of its own part it leaves alone, except for comments, so that a name marks the lines that are ours."""
-
-    MARK = "alias.nerdctld"
-    # The container can write to its file, and make it as large as it likes.
-    MOST = 1 << 20
-
-    def __init__(self, engine: Engine):
-        self.engine = engine
-        self.lock = threading.Lock()
-        self.used = False
-        self.due = threading.Event()
-
-    def on_event(self, event: Optional[ContainerdEvent]) -> None:
-        """After a start or an end that others have caused, do it again."""
-        if self.used and event is not None and event.topic in ("/tasks/start", "/tasks/exit") and not self.due.is_set():
-            self.due.set()
-            threading.Thread(target=self._again, name="hosts", daemon=True).start()
-
-    def _again(self) -> None:
-        # What comes together is done together.
-        time.sleep(0.05)
-        self.due.clear()
-        with contextlib.suppress(ApiError):
-            self.refresh()
-
-    def refresh(self, starting: Optional[Container] = None) -> None:
-        """Write to the files of running containers, or to that of one which is about to start, how it finds the others."""
-        running = [each for each in self.engine.inventory.containers().values() if each.running]
-        named = [each for each in [*running, *([starting] if starting else [])] if any(map(any, (each.values() for each in wanted_names(each))))]
-        if not named and not self.used:
-            return
-        with self.lock, contextlib.suppress(OSError, ValueError):
-            self.used = bool(named)
-            places = [(each, dict(zip((name for name in network_names(each) if not name.startswith("container:")), noted_addresses(each)))) for each in running]
-            for store, group in itertools.groupby([starting] if starting else running, lambda each: os.path.dirname(hosts_folder(each))):
-                with locked(store):
-                    for each in group:
-                        self._write(each, self._lines(each, places))
-
-    def _lines(self, container: Container, places: List[Tuple[Container, Dict[str, Dict[str, Any]]]]) -> List[str]:
-        mine, links, lines = set(network_names(container)), wanted_names(container)[1], []
-        for other, addresses in places:
-            linked = [name for key in (other.name, other.id, other.id[:12]) for name in links.get(key, ())]
-            for network in mine.intersection(addresses):
-                names = wanted_names(other)[0].get("default" if network == "bridge" else network, []) + linked
-                ips = [addresses[network].get(key) for key in ("ip", "ip6")] if names else []
-                lines += [" ".join([ip, *dict.fromkeys(names), self.MARK]) for ip in ips if ip]
-        return sorted(lines)
-
-    def _write(self, container: Container, lines: List[str]) -> None:
-        # In place, since it is mounted into the container.
-        with contextlib.suppress(OSError), open(os.path.join(hosts_folder(container), "hosts"), "r+", encoding="utf-8", errors="surrogateescape") as file:
-            if os.fstat(file.fileno()).st_size > self.MOST:
-                return
-            before = file.read().splitlines()
-            after = [each for each in before if not each.rstrip().endswith(self.MARK)] + lines
-            if after != before:
-                file.seek(0)
-                file.write("".join(each + "\n" for each in after))
-                file.truncate()
-
-
 @route("POST", "/networks/{id}/connect")
 def network_connect(engine: Engine, request: Request, name: str) -> Response:
     """Put a container into a network; 501 for one that was started already, 403 for one that is in it."""
@@ -10703,8 +10710,6 @@ def usage_summaries(answer: Dict[str, Any]) -> Dict[str, Any]:
 ###############################################################################
 # Swarm and plugins
 ###############################################################################
-
-NO_SWARM = ('This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" to connect this node to swarm and try again.')
 
 
 def swarm_refused(engine: Engine, request: Request, name: str = "") -> Response:
