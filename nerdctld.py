@@ -8,10 +8,11 @@ The way of a request, in one direction only:
 
 Sections, each using only what stands above it:
 
-    Errors · Tree · Conversions · Patterns · Requests, responses · Routes · nerdctl process · gRPC · containerd · Events · State ·
-    Engine · System · Images · Build · Containers · Container create · Sessions · Container lifecycle · Streams · Exec ·
-    Archive · Statistics · Networks · Volumes · Swarm and plugins · Relay · BuildKit · HTTP server ·
-    Sockets · ctr · Command line
+    Errors · Tree · Conversions · Patterns · Requests, responses · Routes · nerdctl process · gRPC ·
+    containerd · Events · References · State · Inventory · Hosts files · Engine · System · Images ·
+    Image archives · Registries · Build · Containers · Create options · Container create · Sessions ·
+    Container lifecycle · Supervision · Streams · Exec · Archive · Statistics · Networks · Volumes ·
+    Swarm and plugins · Relay · BuildKit · HTTP server · Sockets · ctr · Command line
 
 To add an endpoint:
     1. write `<op>_args()`, `parse_<thing>()` and `docker_<thing>()` as pure functions in the section of its resource;
@@ -930,6 +931,11 @@ def flag_filter(filters: Dict[str, List[str]], name: str, default: Optional[bool
     return told.pop()
 
 
+def json_bytes(value: Any) -> bytes:
+    """Compact JSON."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
 def typed(value: Any, kind: type, what: str) -> Any:
     """`value` if it is of the JSON type asked for, an empty one for null; 400 otherwise."""
     if value is None:
@@ -1474,6 +1480,72 @@ def read_limited(body: Any, limit: int) -> bytes:
         parts.append(part)
 
 
+def decompressor(head: bytes) -> Optional[Callable[[], Any]]:
+    """What makes decompressors for a body that begins so; None for one that is not packed."""
+    if head.startswith(b"\x1f\x8b"):
+        return lambda: zlib.decompressobj(31)
+    if head.startswith(b"BZh"):
+        import bz2
+
+        return bz2.BZ2Decompressor
+    if head.startswith(b"\xfd7zXZ"):
+        import lzma
+
+        return lzma.LZMADecompressor
+    return None
+
+
+def inflated(unpack: Any, data: bytes) -> Iterator[bytes]:
+    """What a decompressor makes of some data, at most BLOCK bytes at a time."""
+    while True:
+        plain = unpack.decompress(data, BLOCK)
+        if plain:
+            yield plain
+        # zlib gives back what it has not taken; the others keep it.
+        data = getattr(unpack, "unconsumed_tail", b"")
+        if unpack.eof or not (data or len(plain) == BLOCK or not getattr(unpack, "needs_input", True)):
+            return
+
+
+def unpacked(blocks: Iterable[Any], begin: Callable[[], Any]) -> Iterator[bytes]:
+    """The content of compressed blocks, of one stream or of several in a row, which also zeros may stand between; 400 for
+    one that breaks off."""
+    unpack = begin()
+    for block in blocks:
+        data = bytes(block)
+        while data:
+            if unpack.eof:
+                data = data.lstrip(b"\0")
+                if not data:
+                    break
+                unpack = begin()
+            yield from inflated(unpack, data)
+            data = unpack.unused_data
+    if not unpack.eof:
+        raise BadParameter("invalid archive: its compressed data breaks off")
+
+
+def plain_blocks(body: Any) -> Iterator[Any]:
+    """The blocks of a tar body, unpacked where it came as gzip, bzip2 or xz; 400 for a broken one."""
+    blocks, first = body.blocks(), b""
+    for block in blocks:
+        first += bytes(block)
+        if len(first) >= 6:
+            break
+    begin = decompressor(first)
+    if not begin:
+        yield from itertools.chain([first] if first else [], blocks)
+        return
+    try:
+        yield from unpacked(itertools.chain([first], blocks), begin)
+    except (zlib.error, OSError, ValueError, EOFError) as error:
+        raise BadParameter(f"invalid archive: {error}") from None
+    except Exception as error:
+        if type(error).__name__ != "LZMAError":
+            raise
+        raise BadParameter(f"invalid archive: {error}") from None
+
+
 class Piped(NamedTuple):
     """A piece of a stream that is still in a pipe: `size` bytes, all there, which the kernel moves on without a copy."""
 
@@ -1564,11 +1636,6 @@ class Response:
         if isinstance(body, (dict, list)):
             self.body = json_bytes(body) + b"\n"
             self.media_type = media_type or "application/json"
-
-
-def json_bytes(value: Any) -> bytes:
-    """Compact JSON."""
-    return json.dumps(value, separators=(",", ":")).encode()
 
 
 ###############################################################################
@@ -3391,7 +3458,7 @@ class EventFeed:
             try:
                 self._follow()
             except ApiError as error:
-                if time.monotonic() - began > 1.0:
+                if time.monotonic() - began > 1.0 and not self.closed.is_set():
                     log(f"events: {error}")
             self.live_from = float("inf")
             self._handle(None)
@@ -3467,6 +3534,93 @@ class Journal:
         with self.lock:
             for each in self.queues:
                 each.put(None)
+
+
+###############################################################################
+# References
+###############################################################################
+
+# What nerdctl's push makes for itself and takes away again.
+REDUCED = "-tmp-reduced-platform"
+
+
+def familiar(name: str) -> str:
+    """`docker.io/library/busybox:1` as people write it: `busybox:1`."""
+    for prefix in ("docker.io/library/", "docker.io/"):
+        if name.startswith(prefix):
+            return name[len(prefix):]
+    return name
+
+
+class Reference(NamedTuple):
+    """An image reference taken apart: `repository` in full (`docker.io/library/busybox`), `tag` and `digest` or ""."""
+
+    repository: str
+    tag: str
+    digest: str
+
+    @property
+    def name(self) -> str:
+        """The whole reference, as containerd names images."""
+        return self.repository + (":" + self.tag if self.tag else "") + ("@" + self.digest if self.digest else "")
+
+
+REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+DOMAIN = re.compile(r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])(?:\.[a-zA-Z0-9-]+)*(?::\d+)?|\[[0-9a-fA-F:]+\](?::\d+)?")
+TAG = re.compile(r"[\w][\w.-]{0,127}", re.ASCII)
+DIGEST = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:[-_+.][A-Za-z][A-Za-z0-9]*)*:[0-9a-fA-F]{32,}")
+
+
+def parse_reference(text: str, default_tag: str = "latest") -> Reference:
+    """`busybox`, `host:5000/a/b:1`, `x@sha256:…` in full, with `default_tag` where there is neither tag nor digest.
+    400 for what is no reference, so also for everything that begins with a dash."""
+    rest, _, digest = text.partition("@")
+    tag = ""
+    head, colon, tail = rest.rpartition(":")
+    if colon and "/" not in tail:
+        rest, tag = head, tail
+        if not TAG.fullmatch(tag):
+            raise BadParameter("invalid reference format")
+    if digest and not DIGEST.fullmatch(digest):
+        raise BadParameter("invalid reference format")
+    domain, slash, path = rest.partition("/")
+    if not slash or not ("." in domain or ":" in domain or domain == "localhost" or domain.lower() != domain):
+        domain, path = "docker.io", rest
+    if domain == "index.docker.io":
+        domain = "docker.io"
+    if domain == "docker.io" and "/" not in path:
+        path = "library/" + path
+    if not DOMAIN.fullmatch(domain) or not REPOSITORY.fullmatch(path) or len(domain) + len(path) > 254:
+        if path.lower() != path and REPOSITORY.fullmatch(path.lower()):
+            raise BadParameter(f"invalid reference format: repository name ({path}) must be lowercase")
+        raise BadParameter("invalid reference format")
+    return Reference(f"{domain}/{path}", tag or ("" if digest else default_tag), digest)
+
+
+# Names that stand for none: of nerdctl's load and of ctr's (`import-2026-11-24@sha256:…`), of BuildKit, of Kubernetes
+# (`sha256:…`, the digest of the configuration), and our own for imports and commits without one. containerd keeps no image
+# without a name.
+WORKING_NAME = "nerdctld.invalid/"
+# The beginning of the name that load gives to an image without one: nerdctl's and ctr's.
+IMPORTED = re.compile(r"import(-\d{4}-\d\d-\d\d)?@")
+NAMELESS = (WORKING_NAME, "import/", "moby-dangling/", "sha256:", "sha256/")
+
+
+def is_nameless(name: str) -> bool:
+    """Whether a name in containerd is none that people would know."""
+    return (name == ":" or name.endswith(REDUCED) or IMPORTED.match(name) is not None
+            or (name.partition("@")[0] + "/").startswith(NAMELESS) or name.startswith(NAMELESS))
+
+
+def with_tag(name: str) -> str:
+    """A name as dockerd repeats it when there is no such image: with its tag, ids as they are."""
+    try:
+        reference = parse_reference(name)
+    except BadParameter:
+        return name
+    if re.fullmatch(r"(sha256:)?[0-9a-f]{12,64}", name):
+        return name
+    return familiar(reference.name)
 
 
 ###############################################################################
@@ -3658,6 +3812,19 @@ def read_json_file(path: str) -> Any:
         return None
 
 
+def noted_start(folder: str) -> Optional[int]:
+    """When nerdctl noted that a container was last started, in nanoseconds since 1970; None when never or not known."""
+    found = read_json_file(os.path.join(folder, "lifecycle.json")) if folder else None
+    started = nanoseconds_of(str(found.get("started_at") or "")) if isinstance(found, dict) else None
+    return started if started and started > 0 else None
+
+
+def kubernetes_name(labels: Dict[str, str]) -> str:
+    """The name that nerdctl shows for a container of Kubernetes, "" for any other."""
+    parts = [labels.get("io.kubernetes." + key) for key in ("pod.namespace", "pod.name", "container.name")]
+    return "k8s://" + "/".join(filter(None, parts)) if parts[0] else ""
+
+
 class Container:
     """A container as containerd and nerdctl's files tell it. `id` is what clients know it by, `real` containerd's id;
     `created` in nanoseconds since 1970; `labels` all of them, nerdctl's own too."""
@@ -3737,78 +3904,18 @@ class Container:
         return self.labels.get("nerdctl/state-dir") or ""
 
 
-# What nerdctl's push makes for itself and takes away again.
-REDUCED = "-tmp-reduced-platform"
+###############################################################################
+# Inventory
+###############################################################################
+
+GO_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
 
 
-def familiar(name: str) -> str:
-    """`docker.io/library/busybox:1` as people write it: `busybox:1`."""
-    for prefix in ("docker.io/library/", "docker.io/"):
-        if name.startswith(prefix):
-            return name[len(prefix):]
-    return name
-
-
-class Reference(NamedTuple):
-    """An image reference taken apart: `repository` in full (`docker.io/library/busybox`), `tag` and `digest` or ""."""
-
-    repository: str
-    tag: str
-    digest: str
-
-    @property
-    def name(self) -> str:
-        """The whole reference, as containerd names images."""
-        return self.repository + (":" + self.tag if self.tag else "") + ("@" + self.digest if self.digest else "")
-
-
-REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
-DOMAIN = re.compile(r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])(?:\.[a-zA-Z0-9-]+)*(?::\d+)?|\[[0-9a-fA-F:]+\](?::\d+)?")
-TAG = re.compile(r"[\w][\w.-]{0,127}", re.ASCII)
-DIGEST = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:[-_+.][A-Za-z][A-Za-z0-9]*)*:[0-9a-fA-F]{32,}")
-
-
-def parse_reference(text: str, default_tag: str = "latest") -> Reference:
-    """`busybox`, `host:5000/a/b:1`, `x@sha256:…` in full, with `default_tag` where there is neither tag nor digest.
-    400 for what is no reference, so also for everything that begins with a dash."""
-    rest, _, digest = text.partition("@")
-    tag = ""
-    head, colon, tail = rest.rpartition(":")
-    if colon and "/" not in tail:
-        rest, tag = head, tail
-        if not TAG.fullmatch(tag):
-            raise BadParameter("invalid reference format")
-    if digest and not DIGEST.fullmatch(digest):
-        raise BadParameter("invalid reference format")
-    domain, slash, path = rest.partition("/")
-    if not slash or not ("." in domain or ":" in domain or domain == "localhost" or domain.lower() != domain):
-        domain, path = "docker.io", rest
-    if domain == "index.docker.io":
-        domain = "docker.io"
-    if domain == "docker.io" and "/" not in path:
-        path = "library/" + path
-    if not DOMAIN.fullmatch(domain) or not REPOSITORY.fullmatch(path) or len(domain) + len(path) > 254:
-        if path.lower() != path and REPOSITORY.fullmatch(path.lower()):
-            raise BadParameter(f"invalid reference format: repository name ({path}) must be lowercase")
-        raise BadParameter("invalid reference format")
-    return Reference(f"{domain}/{path}", tag or ("" if digest else default_tag), digest)
-
-
-# Names that stand for none: of nerdctl's load and of ctr's (`import-2026-11-24@sha256:…`), of BuildKit, of Kubernetes
-# (`sha256:…`, the digest of the configuration), and our own for imports and commits without one. containerd keeps no image
-# without a name.
-WORKING_NAME = "nerdctld.invalid/"
-NAMELESS = (WORKING_NAME, "import/", "moby-dangling/", "sha256:", "sha256/")
-
-
-# The beginning of the name that load gives to an image without one: nerdctl's and ctr's.
-IMPORTED = re.compile(r"import(-\d{4}-\d\d-\d\d)?@")
-
-
-def is_nameless(name: str) -> bool:
-    """Whether a name in containerd is none that people would know."""
-    return (name == ":" or name.endswith(REDUCED) or IMPORTED.match(name) is not None
-            or (name.partition("@")[0] + "/").startswith(NAMELESS) or name.startswith(NAMELESS))
+def fits_machine(platform: str) -> bool:
+    """Whether a platform is that of this machine."""
+    words = platform.split("/")
+    machine = GO_ARCHITECTURES.get(os.uname().machine, os.uname().machine)
+    return words[0] == "linux" and (len(words) == 1 or words[1] in (machine, os.uname().machine))
 
 
 class ImageContent(NamedTuple):
@@ -4096,19 +4203,6 @@ def data_root() -> str:
     return nerdctl_settings().get("data_root") or os.path.join(base, "nerdctl")
 
 
-def noted_start(folder: str) -> Optional[int]:
-    """When nerdctl noted that a container was last started, in nanoseconds since 1970; None when never or not known."""
-    found = read_json_file(os.path.join(folder, "lifecycle.json")) if folder else None
-    started = nanoseconds_of(str(found.get("started_at") or "")) if isinstance(found, dict) else None
-    return started if started and started > 0 else None
-
-
-def kubernetes_name(labels: Dict[str, str]) -> str:
-    """The name that nerdctl shows for a container of Kubernetes, "" for any other."""
-    parts = [labels.get("io.kubernetes." + key) for key in ("pod.namespace", "pod.name", "container.name")]
-    return "k8s://" + "/".join(filter(None, parts)) if parts[0] else ""
-
-
 class Kept:
     """A value that was read, kept for some seconds: for what changes seldom and sends no event."""
 
@@ -4278,15 +4372,198 @@ class Inventory:
         return found
 
 
-def with_tag(name: str) -> str:
-    """A name as dockerd repeats it when there is no such image: with its tag, ids as they are."""
+###############################################################################
+# Hosts files
+###############################################################################
+
+
+def network_names(container: Container) -> List[str]:
+    """The names of the networks a container was given, in the order of its interfaces."""
+    if "network names" not in container.memo:
+        names = None
+        with contextlib.suppress(ValueError):
+            names = json.loads(container.labels.get("nerdctl/networks") or "[]")
+        container.memo["network names"] = [str(each) for each in names] if isinstance(names, list) else []
+    return container.memo["network names"]
+
+
+def network_mode(container: Container) -> str:
+    """Docker's NetworkMode: the name of the first network, host, none or container:ID."""
+    asked = str(container.host_config.get("NetworkMode"))
+    names = network_names(container)
+    return asked if asked.startswith("container:") else names[0] if names else "bridge"
+
+
+def parse_addresses(task: Optional[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The addresses of a task's interfaces (native inspect) but the loopback, in order: ip, prefix, ip6, prefix6, mac."""
+    found = []
+    for interface in ((task or {}).get("NetNS") or {}).get("Interfaces") or []:
+        if interface.get("Name") == "lo" or "loopback" in (interface.get("Flags") or []) or not re.match(r"eth\d", interface.get("Name") or ""):
+            continue
+        entry: Dict[str, Any] = {"mac": interface.get("HardwareAddr") or ""}
+        for text in interface.get("Addrs") or []:
+            address, _, prefix = text.partition("/")
+            if ":" not in address:
+                entry.update({"ip": address, "prefix": int(prefix or 0)})
+            elif not address.lower().startswith("fe80"):
+                entry.update({"ip6": address, "prefix6": int(prefix or 0)})
+        found.append(entry)
+    return found
+
+
+def parse_hosts_note(note: Dict[str, Any], names: List[str]) -> List[Dict[str, Any]]:
+    """parse_addresses() of what nerdctl noted of a running container for the hosts files of its peers: CNI's results, by
+    the names of networks."""
+    found = []
+    for result in filter(None, map((note.get("Networks") or {}).get, names)):
+        mac = next((each.get("mac") for each in result.get("interfaces") or [] if each.get("sandbox")), "")
+        interface = {"Name": "eth0", "HardwareAddr": mac, "Addrs": [each.get("address") or "" for each in result.get("ips") or []]}
+        found += parse_addresses({"NetNS": {"Interfaces": [interface]}})
+    return found
+
+
+def hosts_folder(container: Container) -> str:
+    """Where nerdctl keeps a container's hosts file and notes its addresses, "" where that is not known."""
+    if container.folder.count("/") < 3:
+        return ""
+    containers, namespace, name = container.folder.rsplit("/", 2)
+    return os.path.join(os.path.dirname(containers), "etchosts", namespace, name)
+
+
+def noted_addresses(container: Container) -> List[Dict[str, Any]]:
+    """parse_addresses() of a running container from what nerdctl noted of it for the hosts files of its peers."""
+    if "addresses" not in container.memo:
+        folder, note = hosts_folder(container), None
+        if container.running and folder:
+            note = read_json_file(os.path.join(folder, "meta.json"))
+        container.memo["addresses"] = parse_hosts_note(note, network_names(container)) if isinstance(note, dict) else []
+    return container.memo["addresses"]
+
+
+def field_of(body: Dict[str, Any], path: str) -> Any:
+    """The value at `HostConfig.Memory`; None when it is not there."""
+    for key in path.split("."):
+        body = typed(body, dict, "the body").get(key)
+        if body is None:
+            return None
+    return body
+
+
+def hostname_args(body: Dict[str, Any]) -> List[str]:
+    """Words for the host name: what is asked for or, since nerdctl has no network aliases and its containers find each
+    other by host name, the alias that a compose service has for its name."""
+    name = typed(body.get("Hostname"), str, "Hostname")
+    mode = typed(field_of(body, "HostConfig.NetworkMode"), str, "NetworkMode")
+    if not name and not mode.startswith(("host", "container:")):
+        endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
+        aliases = [each for endpoint in endpoints.values() for each in string_list(typed(endpoint, dict, "EndpointsConfig").get("Aliases"), "Aliases")]
+        service = typed(body.get("Labels"), dict, "Labels").get("com.docker.compose.service")
+        wanted = service if service in aliases else next(iter(aliases), "")
+        name = wanted if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62})", wanted or "") else ""
+    return [f"--hostname={name}"] if name else []
+
+
+HOST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
+
+
+def wanted_names(container: Container) -> Tuple[Dict[str, List[str]], Dict[str, List[str]]]:
+    """The names by which a container asked to be found in each network and that nerdctl does not give it, and those by which it
+    asked to find others: container -> names."""
+    if "names" not in container.memo:
+        asked, aliases, links = container.request, {}, {}
+        known = {container.name, str(asked.get("Hostname") or ""), *(each.partition("=")[2] for each in hostname_args(asked))}
+        told = list(container.host_config.get("Links") or [])
+        for network, one in (field_of(asked, "NetworkingConfig.EndpointsConfig") or {}).items():
+            aliases[network] = [each for each in one.get("Aliases") or [] if HOST_NAME.fullmatch(each) and each not in known]
+            told += one.get("Links") or []
+        for each in told:
+            other, _, alias = each.strip("/").partition(":")
+            if HOST_NAME.fullmatch(alias or other):
+                links.setdefault(other, []).append(alias or other)
+        container.memo["names"] = aliases, links
+    return container.memo["names"]
+
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Context that holds the lock of a folder, as nerdctl takes it; OSError when somebody keeps it for two seconds."""
+    descriptor, until = os.open(folder, os.O_RDONLY), time.monotonic() + 2.0
     try:
-        reference = parse_reference(name)
-    except BadParameter:
-        return name
-    if re.fullmatch(r"(sha256:)?[0-9a-f]{12,64}", name):
-        return name
-    return familiar(reference.name)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Hosts:
+    """Network aliases and links, which nerdctl has not: lines in the hosts files that it keeps for containers. What stands there
+    outside of its own part it leaves alone, except for comments, so that a name marks the lines that are ours."""
+
+    MARK = "alias.nerdctld"
+    # The container can write to its file, and make it as large as it likes.
+    MOST = 1 << 20
+
+    def __init__(self, engine: "Engine"):
+        self.engine = engine
+        self.lock = threading.Lock()
+        self.used = False
+        self.due = threading.Event()
+
+    def on_event(self, event: Optional[ContainerdEvent]) -> None:
+        """After a start or an end that others have caused, do it again."""
+        if self.used and event is not None and event.topic in ("/tasks/start", "/tasks/exit") and not self.due.is_set():
+            self.due.set()
+            threading.Thread(target=self._again, name="hosts", daemon=True).start()
+
+    def _again(self) -> None:
+        # What comes together is done together.
+        time.sleep(0.05)
+        self.due.clear()
+        with contextlib.suppress(ApiError):
+            self.refresh()
+
+    def refresh(self, starting: Optional[Container] = None) -> None:
+        """Write to the files of running containers, or to that of one which is about to start, how it finds the others."""
+        running = [each for each in self.engine.inventory.containers().values() if each.running]
+        named = [each for each in [*running, *([starting] if starting else [])] if any(map(any, (each.values() for each in wanted_names(each))))]
+        if not named and not self.used:
+            return
+        with self.lock, contextlib.suppress(OSError, ValueError):
+            self.used = bool(named)
+            places = [(each, dict(zip((name for name in network_names(each) if not name.startswith("container:")), noted_addresses(each)))) for each in running]
+            for store, group in itertools.groupby([starting] if starting else running, lambda each: os.path.dirname(hosts_folder(each))):
+                with locked(store):
+                    for each in group:
+                        self._write(each, self._lines(each, places))
+
+    def _lines(self, container: Container, places: List[Tuple[Container, Dict[str, Dict[str, Any]]]]) -> List[str]:
+        mine, links, lines = set(network_names(container)), wanted_names(container)[1], []
+        for other, addresses in places:
+            linked = [name for key in (other.name, other.id, other.id[:12]) for name in links.get(key, ())]
+            for network in mine.intersection(addresses):
+                names = wanted_names(other)[0].get("default" if network == "bridge" else network, []) + linked
+                ips = [addresses[network].get(key) for key in ("ip", "ip6")] if names else []
+                lines += [" ".join([ip, *dict.fromkeys(names), self.MARK]) for ip in ips if ip]
+        return sorted(lines)
+
+    def _write(self, container: Container, lines: List[str]) -> None:
+        # In place, since it is mounted into the container.
+        with contextlib.suppress(OSError), open(os.path.join(hosts_folder(container), "hosts"), "r+", encoding="utf-8", errors="surrogateescape") as file:
+            if os.fstat(file.fileno()).st_size > self.MOST:
+                return
+            before = file.read().splitlines()
+            after = [each for each in before if not each.rstrip().endswith(self.MARK)] + lines
+            if after != before:
+                file.seek(0)
+                file.write("".join(each + "\n" for each in after))
+                file.truncate()
 
 
 ###############################################################################
@@ -4729,6 +5006,8 @@ class Engine:
 # System
 ###############################################################################
 
+NO_SWARM = ('This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" to connect this node to swarm and try again.')
+
 
 @route("GET", "/_ping")
 def system_ping(engine: Engine, request: Request) -> Response:
@@ -4780,9 +5059,6 @@ def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
         "BuildTime": "",
     }
     return answer
-
-
-GO_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
 
 
 @route("GET", "/version")
@@ -5284,10 +5560,539 @@ def image_history(engine: Engine, request: Request, name: str) -> Response:
     return Response(200, docker_history(group, list(reversed(group.content.layer_sizes))))
 
 
+def delete_conflict(group: ImageGroup, name: str, users: List[Container], by_name: bool, force: bool) -> None:
+    """409 with dockerd's words where an image may not be removed."""
+    short = group.id[7:19]
+    if not by_name and max(len(group.repo_tags), len(group.repo_digests)) > 1 and not force:
+        raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is referenced in multiple repositories")
+    for container in users:
+        if container.running and (force or not by_name):
+            raise Conflict(f"conflict: unable to delete {short} (cannot be forced) - image is being used by running container {container.id[:12]}")
+        if not force:
+            if by_name:
+                raise Conflict(f'conflict: unable to remove repository reference "{name}" (must force) - container {container.id[:12]} '
+                               f"is using its referenced image {short}")
+            raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is being used by stopped container {container.id[:12]}")
+
+
+def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: bool) -> List[Dict[str, str]]:
+    """Remove names of an image, with one nerdctl; what was untagged and, with the last name, deleted."""
+    with engine.changing_images(names, "untag"):
+        engine.nerdctl.remove_images(names, force)
+    left = engine.inventory.images.get().get(group.id)
+    named = [name for name in names if not IMPORTED.match(name) and not name.startswith(("moby-dangling@", WORKING_NAME))]
+    told = [{"Untagged": familiar(name)} for name in named]
+    for name in names:
+        engine.journal.emit("image", "untag", group.id, {"name": familiar(name)})
+    if left is None or not left.names:
+        told.append({"Deleted": group.id})
+        engine.journal.emit("image", "delete", group.id, {"name": group.id})
+    return told
+
+
+def referenced_names(group: ImageGroup, name: str) -> List[str]:
+    """Those of an image's names that a reference stands for: one, or with a digest all of its repository. [] for an id."""
+    try:
+        reference = parse_reference(name)
+    except BadParameter:
+        return []
+    named = reference._replace(digest="").name
+    begins = (named + "@",) if reference.tag else (named + ":", named + "@")
+    found = [each for each in group.names if each == reference.name]
+    if reference.digest and not found:
+        found = [each for each in group.names if each == named or each.startswith(begins)]
+        if not found:
+            raise NotFound(f"No such image: {with_tag(name)}")
+    return found
+
+
+@route("DELETE", "/images/{image}")
+def image_delete(engine: Engine, request: Request, name: str) -> Response:
+    """Remove a name of an image, with a digest all names of its repository, or by its id all of them; 409 while a container
+    needs it, 501 for the content of some `platforms` only."""
+    platforms = [platform_words(each) for each in request.values("platforms")]
+    group, force = engine.inventory.image(name), request.flag("force")
+    if platforms:
+        raise NotImplementedHere(f"nerdctl cannot remove the content of one platform ({', '.join(platforms)}) from an image")
+    names = referenced_names(group, name)
+    users = [each for each in engine.inventory.containers().values() if each.image in (names or group.names)]
+    if not names or len(names) == len(group.names):
+        delete_conflict(group, name, users, bool(names), force)
+    return Response(200, remove_image(engine, group, names or list(group.names), force or bool(users)))
+
+
+@route("POST", "/images/prune")
+def image_prune(engine: Engine, request: Request) -> Response:
+    """Remove images that no container uses: those without a name unless dangling=false. Filters until, label, label!."""
+    filters = request.filters("dangling", "until", "label", "label!")
+    if flag_filter(filters, "dangling", True) is False:
+        filters.pop("dangling")
+    else:
+        filters["dangling"] = ["true"]
+    users = image_users(engine)
+    deleted, reclaimed = [], 0
+    for group in filter_images(engine, list(engine.inventory.images.get().values()), filters):
+        if group.id not in users:
+            with contextlib.suppress(ApiError):
+                told = remove_image(engine, group, list(group.names), False)
+                deleted += told
+                reclaimed += image_size(group) if any("Deleted" in each for each in told) else 0
+    engine.journal.emit("image", "prune", "", {"reclaimed": str(reclaimed)})
+    return Response(200, {"ImagesDeleted": deleted or None, "SpaceReclaimed": reclaimed})
+
+
+@route("POST", "/images/{image}/tag")
+def image_tag(engine: Engine, request: Request, name: str) -> Response:
+    """Give an image another name; 201, also when it has it already."""
+    group = engine.inventory.image(name)
+    repository, tag = request.value("repo"), request.value("tag")
+    target = parse_reference(f"{repository}:{tag}" if tag else repository)
+    if target.digest:
+        raise BadParameter("refusing to create a tag with a digest reference")
+    with engine.changing_images([target.name]):
+        engine.nerdctl.tag(group.names[0], target.name)
+    engine.journal.emit("image", "tag", group.id, {"name": familiar(target.name)})
+    return Response(201)
+
+
+@route("GET", "/images/{image}/attestations")
+def image_attestations(engine: Engine, request: Request, name: str) -> Response:
+    """Attestations of an image: nerdctl keeps the content of none, so there are none to show."""
+    engine.inventory.image(name)
+    return Response(200, [])
+
+
+ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+def decimal_size(size: float) -> str:
+    """`12.5MB`: four digits at most, in units of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.4g}{unit}"
+        size /= 1000
+    return f"{size:.4g}TB"
+
+
+def message_line(message: Dict[str, Any]) -> bytes:
+    """One message of a progress stream, as dockerd separates them."""
+    return json_bytes(message) + b"\r\n"
+
+
+def error_line(text: str) -> bytes:
+    """The last message of a progress stream that failed."""
+    return message_line({"errorDetail": {"message": text}, "error": text})
+
+
+def as_error_detail(chunks: Iterator[bytes], begun: bool = False) -> Iterator[bytes]:
+    """A progress stream whose error, once it has `begun`, is its last message."""
+    try:
+        for chunk in chunks:
+            begun = True
+            yield chunk
+    except ApiError as error:
+        if not begun:
+            raise
+        yield error_line(str(error))
+    finally:
+        chunks.close()
+
+
+def wanted_platforms(request: Request, limit: int = 0) -> List[str]:
+    """Each `platform` of a request, once; 501 for more than `limit` of them (0: as many as there are)."""
+    wanted = list(dict.fromkeys(platform_words(each) for each in request.values("platform") if each))
+    if limit and len(wanted) > limit:
+        raise NotImplementedHere(f"nerdctl can do this for one platform only, not for {', '.join(wanted)}")
+    return wanted
+
+
+def platform_words(text: str) -> str:
+    """`linux/arm64` from a `platform` parameter, which is JSON or already so; 400 otherwise."""
+    if text.startswith("{"):
+        told = typed(parse_json(text.encode()), dict, "platform")
+        text = "/".join(typed(told.get(key), str, key) for key in ("os", "architecture", "variant") if told.get(key))
+    if not re.fullmatch(r"[A-Za-z0-9_]+(/[A-Za-z0-9_.]+){0,2}", text):
+        raise BadParameter(f"invalid platform {text!r}")
+    return text
+
+
+###############################################################################
+# Image archives
+###############################################################################
+
+
+def remove_extra_names(engine: Engine, extra: List[str]) -> None:
+    """Take away names that nerdctl's load and import leave beside the ones asked for."""
+    if extra:
+        with engine.changing_images(extra, "untag"):
+            with contextlib.suppress(ApiError):
+                engine.nerdctl.remove_images(extra)
+
+
+def parse_loaded(text: str) -> List[str]:
+    """The names that `nerdctl load`, or ctr's import, says it loaded, each once. nerdctl 2.3 sometimes leaves out the last
+    of its `Loaded image:` lines (3 of 25 times on a busy machine), but names it in its progress."""
+    saved = re.findall(r"^(\S+)[ \t]+saved[ \t]*$", ANSI.sub("", text), re.M)
+    told = re.findall(r"^(?:Loaded image:|unpacking) (\S+)", text, re.M)
+    return list(dict.fromkeys([*told, *(each for each in saved if ":" in each[1:-1])]))
+
+
+class ImageArchive:
+    """What an archive of images says of itself, noted from its tar as the bytes pass by: `whole` once its end was there,
+    and the `names` that containerd gives to what is in it. Of what is packed it knows nothing."""
+
+    # containerd reads no more of a JSON file.
+    LIMIT = 20 << 20
+    FILES = ("oci-layout", "index.json", "manifest.json")
+
+    def __init__(self) -> None:
+        self.files: Dict[str, bytes] = {}
+        self.zeros = 0
+        self.broken = False
+        # How many of the next bytes are of an entry that is not looked at.
+        self.opaque = 0
+        self._checksum = sha256()
+        self._entry: Any = None
+        self._buffer, self._wanted = bytearray(), 512
+        self._long_size = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the end of the tar came, where a header would stand, after the files that an archive of images has."""
+        return self.zeros == 2 and "index.json" in self.files
+
+    @property
+    def index(self) -> str:
+        """The name that nerdctl gives to the archive's index, "" for an archive without one."""
+        return f"import@sha256:{sha256(self.files.get('index.json', b'')).hexdigest()}" if "oci-layout" in self.files else ""
+
+    @property
+    def state(self) -> Tuple[bytes, int, bytes]:
+        """Where in the tar this is: the same for another one that is the same up to here. The names of blobs are in it."""
+        return self._checksum.digest(), self.opaque, bytes(self._buffer)
+
+    def feed(self, data: Any) -> None:
+        """The next bytes of the tar; they may be Piped within `opaque`."""
+        if isinstance(data, Piped):
+            self.opaque -= data.size
+            return
+        view = memoryview(data)
+        while view and not self.broken and self.zeros < 2:
+            if self.opaque:
+                passed = min(self.opaque, len(view))
+                self.opaque -= passed
+            else:
+                passed = min(self._wanted - len(self._buffer), len(view))
+                self._buffer += view[:passed]
+                if len(self._buffer) == self._wanted:
+                    self._next(bytes(self._buffer))
+            view = view[passed:]
+
+    def _next(self, data: bytes) -> None:
+        """A header, or the content of an entry that is looked at, has come whole."""
+        self._checksum.update(data)
+        entry, self._entry = self._entry, None
+        self._buffer, self._wanted = bytearray(), 512
+        if entry is None:
+            self.zeros = 0 if any(data) else self.zeros + 1
+            if not self.zeros:
+                self._header(data)
+        elif entry.isreg():
+            self.files[os.path.normpath(entry.name)] = data[:entry.size]
+        else:
+            found = re.search(rb"(?:^|\n)\d+ size=(\d{1,18})\n", data)
+            self._long_size = int(found.group(1)) if found else 0
+
+    def _header(self, data: bytes) -> None:
+        # Not at the top: only archives need it, and it costs memory.
+        import tarfile
+
+        try:
+            entry = tarfile.TarInfo.frombuf(data, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            self.broken = True
+            return
+        without = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
+        size = 0 if entry.type in without else self._long_size or entry.size
+        self._long_size = 0
+        blocks = -(-size // 512) * 512
+        known = entry.type == tarfile.XHDTYPE or (entry.isreg() and os.path.normpath(entry.name) in self.FILES)
+        if size < 0:
+            self.broken = True
+        elif known and 0 < size <= self.LIMIT:
+            self._entry, self._wanted = entry, blocks
+        else:
+            self.opaque = blocks
+
+    @property
+    def names(self) -> List[str]:
+        """The names in the archive, in its order, as containerd takes them: the index's where it has one. Tags alone are
+        none."""
+        found: List[Any] = []
+        # Whatever this JSON is not is for nerdctl to complain of.
+        with contextlib.suppress(ApiError, AttributeError, KeyError, TypeError):
+            if "oci-layout" in self.files:
+                for each in parse_json(self.files["index.json"])["manifests"]:
+                    told = each.get("annotations") or {}
+                    found.append(told.get("io.containerd.image.name") or told.get("org.opencontainers.image.ref.name"))
+            else:
+                for each in parse_json(self.files["manifest.json"]):
+                    found += [parse_reference(name).name for name in each.get("RepoTags") or ()]
+        return list(dict.fromkeys(each for each in found if isinstance(each, str) and re.search("[/:@]", each)))
+
+
+@route("POST", "/images/load")
+def image_load(engine: Engine, request: Request) -> Response:
+    """Load an archive; a stream with `Loaded image: …` for each name in it, and with the bytes read where `quiet` is off."""
+    platforms, quiet = wanted_platforms(request, 1), request.flag("quiet", True)
+
+    def chunks() -> Iterator[bytes]:
+        before = list(engine.inventory.images.names.get())
+        archive, names = ImageArchive(), []
+        with engine.changing_images(names):
+            # Not ended when the client leaves: that is seen when the body breaks off, and what has come whole is loaded.
+            with engine.nerdctl.load(platforms) as process:
+                taken, told = 0, time.monotonic()
+                try:
+                    for block in plain_blocks(request.body):
+                        archive.feed(block)
+                        if not process.write(block):
+                            break
+                        taken += len(block)
+                        if not quiet and time.monotonic() - told > 0.5:
+                            told = time.monotonic()
+                            yield message_line({"status": "Loading layer", "id": "archive", "progressDetail": {"current": taken, "total": taken},
+                                                "progress": decimal_size(taken)})
+                except BaseException:
+                    process.spoil()
+                    raise
+                names += archive.names
+                process.close_stdin()
+                text = b"".join(iter(process.read, b"")).decode(errors="replace")
+                process.check()
+        loaded = parse_loaded(text)
+        groups = {name: group for group in engine.inventory.images.get().values() for name in group.names}
+        nameless = [each for each in loaded if IMPORTED.match(each)]
+        # The index is an image of containerd too, and the first that nerdctl tells of.
+        index = archive.index or "".join([each for each in nameless if each.startswith("import@")][:1])
+        remove_extra_names(engine, [index] if index in groups and index not in before else [])
+        for name in [each for each in names if each in groups] or [each for each in loaded if each not in nameless]:
+            yield message_line({"stream": f"Loaded image: {familiar(name)}\n"})
+            engine.journal.emit("image", "load", groups[name].id if name in groups else name, {"name": familiar(name)})
+        for name in nameless:
+            if name != index:
+                identity = name.partition("@")[2]
+                yield message_line({"stream": f"Loaded image ID: {identity}\n"})
+                engine.journal.emit("image", "load", identity, {"name": identity})
+
+    return Response(200, Stream(as_error_detail(chunks(), begun=True), primed=True), "application/json")
+
+
+def change_lines(values: List[str]) -> List[str]:
+    """The Dockerfile instructions of a `changes` parameter; 400 for one that may not be there."""
+    lines = [line.strip() for value in values for line in value.split("\n") if line.strip()]
+    for line in lines:
+        word = line.split(None, 1)[0].upper()
+        if word not in ("CMD", "ENTRYPOINT", "ENV", "EXPOSE", "HEALTHCHECK", "LABEL", "MAINTAINER", "ONBUILD", "STOPSIGNAL", "USER",
+                        "VOLUME", "WORKDIR", "SHELL"):
+            raise BadParameter(f"{word} is not a valid change command")
+    return lines
+
+
+def apply_changes(engine: Engine, source: str, target: str, lines: List[str]) -> None:
+    """Make `target` of the image `source` with Dockerfile instructions. nerdctl's import and commit take none of them (or
+    only two), so BuildKit does it; 503 where there is none."""
+    with engine.workspace.temporary("changes") as folder:
+        with open(os.path.join(folder, "Dockerfile"), "w", encoding="utf-8") as file:
+            file.write("\n".join([f"FROM {source}", *lines]) + "\n")
+        engine.nerdctl.run("build", "--progress=plain", "--provenance=false", f"--tag={target}", "--", folder, timeout=600, waits=True)
+
+
+def image_import(engine: Engine, request: Request) -> Response:
+    """Import a tar of a root file system (the body, or a URL) as an image; its id as the one message."""
+    source, repository, tag = request.value("fromSrc"), request.value("repo"), request.value("tag")
+    target = parse_reference(f"{repository}:{tag}" if tag and repository else repository) if repository else None
+    if target and target.digest:
+        raise BadParameter("cannot import digest reference")
+    if source != "-" and not re.match(r"https?://", source):
+        source = "http://" + source
+    lines = change_lines(request.values("changes"))
+    # nerdctl 1.7 has no --message.
+    arguments = ["import", *([f"--message={request.value('message')}"] if request.value("message") else [])]
+    arguments += [f"--platform={each}" for each in wanted_platforms(request, 1)]
+
+    def chunks() -> Iterator[bytes]:
+        before = list(engine.inventory.images.names.get())
+        working = target.name if target and not lines else f"{WORKING_NAME}import:{os.urandom(8).hex()}"
+        with engine.changing_images([working]):
+            with engine.nerdctl.start(*arguments, "--", source, working, stdin=subprocess.PIPE, client=request.client) as process:
+                if source == "-":
+                    blocks = request.body.blocks()
+                    first = next(blocks, None)
+                    if first is None:
+                        process.kill()
+                        raise BadParameter("invalid archive: it is empty")
+                    process.write(first)
+                    for block in blocks:
+                        if not process.write(block):
+                            break
+                process.close_stdin()
+                for _ in iter(process.read, b""):
+                    pass
+                process.check()
+        remove_extra_names(engine, [name for name in engine.inventory.images.names.get()
+                                    if name not in before and name.startswith(working + "@sha256:")])
+        if lines:
+            with engine.changing_images([target.name] if target else []):
+                try:
+                    apply_changes(engine, working, target.name if target else working, lines)
+                finally:
+                    if target:
+                        engine.nerdctl.output("rmi", "--force", "--", working)
+        group = engine.inventory.image((target.name if target else working))
+        engine.journal.emit("image", "import", group.id, {"name": familiar(target.name) if target else group.id})
+        yield message_line({"status": group.id})
+
+    return Response(200, Stream(as_error_detail(chunks()), primed=True), "application/json")
+
+
+def expand_names(engine: Engine, name: str) -> List[str]:
+    """containerd's names for an image named in a save or push: a repository without tag stands for all of its tags."""
+    with contextlib.suppress(BadParameter):
+        reference = parse_reference(name, "")
+        if not reference.tag and not reference.digest and not re.fullmatch(r"(sha256:)?[0-9a-f]{12,64}", name):
+            found = [each for group in engine.inventory.images.get().values() for each in group.names
+                     if each.startswith(reference.repository + ":") and "@" not in each]
+            if found:
+                return found
+        full = parse_reference(name).name
+        if any(full in group.names for group in engine.inventory.images.get().values()):
+            return [full]
+    return engine.inventory.image(name).names[:1]
+
+
+SAVE_ATTEMPTS = 4
+
+
+def whole_archive(engine: Engine, request: Request, names: List[str], platforms: List[str]) -> Iterator[Any]:
+    """The tar that `nerdctl save` writes, to its end. nerdctl 2.3 sometimes ends, with status 0, before it has written all
+    of it (26 of 400 times): then it is run again for the rest, which is the same each time."""
+    sent, state = 0, None
+    for _ in range(SAVE_ATTEMPTS):
+        with engine.nerdctl.save(names, platforms, request.client) as process:
+            archive, seen = ImageArchive(), 0
+            for block in process.pieces(lambda: archive.opaque if seen >= sent else 0):
+                if seen < sent:
+                    known = min(len(block), sent - seen)
+                    archive.feed(block[:known])
+                    block, seen = block[known:], seen + known
+                    if seen == sent and archive.state != state:
+                        raise ApiError("nerdctl did not write the same archive again")
+                if block:
+                    archive.feed(block)
+                    sent = seen = seen + (block.size if isinstance(block, Piped) else len(block))
+                    yield block
+            process.check()
+        if archive.whole:
+            return
+        if seen == sent:
+            state = archive.state
+    raise ApiError("nerdctl did not write the whole archive")
+
+
+def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
+    """Stream the archive of images, all looked up before the first byte."""
+    if not names:
+        raise BadParameter("no images given")
+    wanted = list(dict.fromkeys(each for name in names for each in expand_names(engine, name)))
+    for platform in request.values("platform"):
+        for name in wanted:
+            check_platform(engine.inventory.image(name), platform, name)
+    platforms = wanted_platforms(request)
+
+    def chunks() -> Iterator[bytes]:
+        yield from whole_archive(engine, request, wanted, platforms)
+        for name in wanted:
+            # Too late for an error: somebody may have removed it meanwhile.
+            with contextlib.suppress(ApiError):
+                engine.journal.emit("image", "save", engine.inventory.image(name).id, {"name": familiar(name)})
+
+    return Response(200, Stream(chunks(), primed=True), "application/x-tar")
+
+
+@route("GET", "/images/get")
+def image_save_many(engine: Engine, request: Request) -> Response:
+    """The archive of the images in `names`."""
+    return save_images(engine, request, [name for value in request.values("names") for name in value.split(",") if name])
+
+
+@route("GET", "/images/{image}/get")
+def image_save(engine: Engine, request: Request, name: str) -> Response:
+    """The archive of one image."""
+    return save_images(engine, request, [name])
+
+
+@route("POST", "/commit")
+def image_commit(engine: Engine, request: Request) -> Response:
+    """Make an image of a container; 201 with its id. Changes beyond CMD and ENTRYPOINT need BuildKit."""
+    container = engine.inventory.container(request.value("container"))
+    config = request.json()
+    repository, tag = request.value("repo"), request.value("tag")
+    target = parse_reference(f"{repository}:{tag}" if tag and repository else repository).name if repository else ""
+    lines = change_lines(request.values("changes")) + config_changes(config)
+    if container.state.kind == "created":
+        raise NotImplementedHere("nerdctl can only commit a container that was started once")
+    own = [line for line in lines if re.match(r"(CMD|ENTRYPOINT)\s*\[", line, re.I)]
+    working = target or f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
+    arguments = [f"--message={request.value('comment')}", f"--author={request.value('author')}",
+                 f"--pause={'true' if request.flag('pause', True) else 'false'}"]
+    with engine.changing_images([working]):
+        if len(own) == len(lines):
+            engine.nerdctl.run("commit", *arguments, *(f"--change={line}" for line in lines), "--", container.real, working, timeout=600, waits=True)
+        else:
+            before = f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
+            engine.nerdctl.run("commit", *arguments, "--", container.real, before, timeout=600, waits=True)
+            try:
+                apply_changes(engine, before, working, lines)
+            finally:
+                engine.nerdctl.output("rmi", "--force", "--", before)
+    group = engine.inventory.image(working)
+    engine.tell(container, "commit", comment=request.value("comment"), imageID=group.id, imageRef=familiar(target))
+    return Response(201, {"Id": group.id})
+
+
+def dockerfile_word(text: str) -> str:
+    """A word of a Dockerfile in which BuildKit finds this text again: no JSON, and no variables."""
+    return '"' + re.sub(r'[\\"$]', r"\\\g<0>", text) + '"'
+
+
+def config_changes(config: Dict[str, Any]) -> List[str]:
+    """The Dockerfile instructions for the fields of a container config in the body of a commit."""
+    lines = []
+    for key, word in (("Cmd", "CMD"), ("Entrypoint", "ENTRYPOINT")):
+        if config.get(key):
+            lines.append(f"{word} {json.dumps(string_list(config[key], key), ensure_ascii=False)}")
+    pairs = [("ENV", *each.partition("=")[::2]) for each in string_list(config.get("Env"), "Env")]
+    pairs += [("LABEL", *each) for each in string_map(config.get("Labels"), "Labels").items()]
+    lines += [f"{word} {dockerfile_word(key)}={dockerfile_word(value)}" for word, key, value in pairs]
+    lines += [f"EXPOSE {dockerfile_word(each)}" for each in typed(config.get("ExposedPorts"), dict, "ExposedPorts")]
+    # Variables are looked for in what the JSON says.
+    lines += [f"VOLUME {json.dumps([dockerfile_word(each)], ensure_ascii=False)}" for each in typed(config.get("Volumes"), dict, "Volumes")]
+    for key, word in (("User", "USER"), ("WorkingDir", "WORKDIR"), ("StopSignal", "STOPSIGNAL")):
+        if config.get(key):
+            lines.append(f"{word} {dockerfile_word(typed(config[key], str, key))}")
+    if any("\n" in line or "\r" in line for line in lines):
+        raise BadParameter("invalid config: it has a line break")
+    return lines
+
+
+###############################################################################
+# Registries
+###############################################################################
+
 PROGRESS_LINE = re.compile(
     r"(?P<kind>manifest|config|layer|index|attestation)-(?P<digest>sha256:[0-9a-f]+):?\s+(?P<state>[a-z ]+?)\s*"
     r"(?:\|.*\|\s*(?:(?P<current>[\d.]+ ?[KMGT]?i?B)/(?P<total>[\d.]+ ?[KMGT]?i?B))?\s*)?$")
-ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 PULL_WORDS = {"waiting": "Waiting", "downloading": "Downloading", "extracting": "Extracting", "resolving": "Waiting", "resolved": "Waiting",
               "complete": "Pull complete", "done": "Pull complete", "already exists": "Already exists", "exists": "Already exists"}
 PUSH_WORDS = {"waiting": "Waiting", "uploading": "Pushing", "done": "Pushed", "complete": "Pushed", "already exists": "Layer already exists",
@@ -5339,25 +6144,6 @@ def progress_bar(current: int, total: int) -> str:
     return f"[{'=' * filled}{'>' if filled < 50 else ''}{' ' * (49 - filled)}]  {decimal_size(current):>8}/{decimal_size(total)}"
 
 
-def decimal_size(size: float) -> str:
-    """`12.5MB`: four digits at most, in units of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.4g}{unit}"
-        size /= 1000
-    return f"{size:.4g}TB"
-
-
-def message_line(message: Dict[str, Any]) -> bytes:
-    """One message of a progress stream, as dockerd separates them."""
-    return json_bytes(message) + b"\r\n"
-
-
-def error_line(text: str) -> bytes:
-    """The last message of a progress stream that failed."""
-    return message_line({"errorDetail": {"message": text}, "error": text})
-
-
 def follow_progress(process: Process, table: ProgressTable) -> Iterator[bytes]:
     """The progress messages of a running pull or push, until nerdctl has closed its stdout."""
     for line in process.lines():
@@ -5380,13 +6166,6 @@ def run_progress(running: ContextManager[Process], table: ProgressTable, begin: 
             yield message_line(begin)
         for message in table.finish():
             yield message_line(message)
-
-
-def fits_machine(platform: str) -> bool:
-    """Whether a platform is that of this machine."""
-    words = platform.split("/")
-    machine = GO_ARCHITECTURES.get(os.uname().machine, os.uname().machine)
-    return words[0] == "linux" and (len(words) == 1 or words[1] in (machine, os.uname().machine))
 
 
 def registry_path(reference: Reference) -> str:
@@ -5605,343 +6384,6 @@ def image_create(engine: Engine, request: Request) -> Response:
     return Response(200, Stream(chunks(), primed=True), "application/json")
 
 
-def remove_extra_names(engine: Engine, extra: List[str]) -> None:
-    """Take away names that nerdctl's load and import leave beside the ones asked for."""
-    if extra:
-        with engine.changing_images(extra, "untag"):
-            with contextlib.suppress(ApiError):
-                engine.nerdctl.remove_images(extra)
-
-
-def parse_loaded(text: str) -> List[str]:
-    """The names that `nerdctl load`, or ctr's import, says it loaded, each once. nerdctl 2.3 sometimes leaves out the last
-    of its `Loaded image:` lines (3 of 25 times on a busy machine), but names it in its progress."""
-    saved = re.findall(r"^(\S+)[ \t]+saved[ \t]*$", ANSI.sub("", text), re.M)
-    told = re.findall(r"^(?:Loaded image:|unpacking) (\S+)", text, re.M)
-    return list(dict.fromkeys([*told, *(each for each in saved if ":" in each[1:-1])]))
-
-
-class ImageArchive:
-    """What an archive of images says of itself, noted from its tar as the bytes pass by: `whole` once its end was there,
-    and the `names` that containerd gives to what is in it. Of what is packed it knows nothing."""
-
-    # containerd reads no more of a JSON file.
-    LIMIT = 20 << 20
-    FILES = ("oci-layout", "index.json", "manifest.json")
-
-    def __init__(self) -> None:
-        self.files: Dict[str, bytes] = {}
-        self.zeros = 0
-        self.broken = False
-        # How many of the next bytes are of an entry that is not looked at.
-        self.opaque = 0
-        self._checksum = sha256()
-        self._entry: Any = None
-        self._buffer, self._wanted = bytearray(), 512
-        self._long_size = 0
-
-    @property
-    def whole(self) -> bool:
-        """Whether the end of the tar came, where a header would stand, after the files that an archive of images has."""
-        return self.zeros == 2 and "index.json" in self.files
-
-    @property
-    def index(self) -> str:
-        """The name that nerdctl gives to the archive's index, "" for an archive without one."""
-        return f"import@sha256:{sha256(self.files.get('index.json', b'')).hexdigest()}" if "oci-layout" in self.files else ""
-
-    @property
-    def state(self) -> Tuple[bytes, int, bytes]:
-        """Where in the tar this is: the same for another one that is the same up to here. The names of blobs are in it."""
-        return self._checksum.digest(), self.opaque, bytes(self._buffer)
-
-    def feed(self, data: Any) -> None:
-        """The next bytes of the tar; they may be Piped within `opaque`."""
-        if isinstance(data, Piped):
-            self.opaque -= data.size
-            return
-        view = memoryview(data)
-        while view and not self.broken and self.zeros < 2:
-            if self.opaque:
-                passed = min(self.opaque, len(view))
-                self.opaque -= passed
-            else:
-                passed = min(self._wanted - len(self._buffer), len(view))
-                self._buffer += view[:passed]
-                if len(self._buffer) == self._wanted:
-                    self._next(bytes(self._buffer))
-            view = view[passed:]
-
-    def _next(self, data: bytes) -> None:
-        """A header, or the content of an entry that is looked at, has come whole."""
-        self._checksum.update(data)
-        entry, self._entry = self._entry, None
-        self._buffer, self._wanted = bytearray(), 512
-        if entry is None:
-            self.zeros = 0 if any(data) else self.zeros + 1
-            if not self.zeros:
-                self._header(data)
-        elif entry.isreg():
-            self.files[os.path.normpath(entry.name)] = data[:entry.size]
-        else:
-            found = re.search(rb"(?:^|\n)\d+ size=(\d{1,18})\n", data)
-            self._long_size = int(found.group(1)) if found else 0
-
-    def _header(self, data: bytes) -> None:
-        # Not at the top: only archives need it, and it costs memory.
-        import tarfile
-
-        try:
-            entry = tarfile.TarInfo.frombuf(data, "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            self.broken = True
-            return
-        without = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
-        size = 0 if entry.type in without else self._long_size or entry.size
-        self._long_size = 0
-        blocks = -(-size // 512) * 512
-        known = entry.type == tarfile.XHDTYPE or (entry.isreg() and os.path.normpath(entry.name) in self.FILES)
-        if size < 0:
-            self.broken = True
-        elif known and 0 < size <= self.LIMIT:
-            self._entry, self._wanted = entry, blocks
-        else:
-            self.opaque = blocks
-
-    @property
-    def names(self) -> List[str]:
-        """The names in the archive, in its order, as containerd takes them: the index's where it has one. Tags alone are
-        none."""
-        found: List[Any] = []
-        # Whatever this JSON is not is for nerdctl to complain of.
-        with contextlib.suppress(ApiError, AttributeError, KeyError, TypeError):
-            if "oci-layout" in self.files:
-                for each in parse_json(self.files["index.json"])["manifests"]:
-                    told = each.get("annotations") or {}
-                    found.append(told.get("io.containerd.image.name") or told.get("org.opencontainers.image.ref.name"))
-            else:
-                for each in parse_json(self.files["manifest.json"]):
-                    found += [parse_reference(name).name for name in each.get("RepoTags") or ()]
-        return list(dict.fromkeys(each for each in found if isinstance(each, str) and re.search("[/:@]", each)))
-
-
-@route("POST", "/images/load")
-def image_load(engine: Engine, request: Request) -> Response:
-    """Load an archive; a stream with `Loaded image: …` for each name in it, and with the bytes read where `quiet` is off."""
-    platforms, quiet = wanted_platforms(request, 1), request.flag("quiet", True)
-
-    def chunks() -> Iterator[bytes]:
-        before = list(engine.inventory.images.names.get())
-        archive, names = ImageArchive(), []
-        with engine.changing_images(names):
-            # Not ended when the client leaves: that is seen when the body breaks off, and what has come whole is loaded.
-            with engine.nerdctl.load(platforms) as process:
-                taken, told = 0, time.monotonic()
-                try:
-                    for block in plain_blocks(request.body):
-                        archive.feed(block)
-                        if not process.write(block):
-                            break
-                        taken += len(block)
-                        if not quiet and time.monotonic() - told > 0.5:
-                            told = time.monotonic()
-                            yield message_line({"status": "Loading layer", "id": "archive", "progressDetail": {"current": taken, "total": taken},
-                                                "progress": decimal_size(taken)})
-                except BaseException:
-                    process.spoil()
-                    raise
-                names += archive.names
-                process.close_stdin()
-                text = b"".join(iter(process.read, b"")).decode(errors="replace")
-                process.check()
-        loaded = parse_loaded(text)
-        groups = {name: group for group in engine.inventory.images.get().values() for name in group.names}
-        nameless = [each for each in loaded if IMPORTED.match(each)]
-        # The index is an image of containerd too, and the first that nerdctl tells of.
-        index = archive.index or "".join([each for each in nameless if each.startswith("import@")][:1])
-        remove_extra_names(engine, [index] if index in groups and index not in before else [])
-        for name in [each for each in names if each in groups] or [each for each in loaded if each not in nameless]:
-            yield message_line({"stream": f"Loaded image: {familiar(name)}\n"})
-            engine.journal.emit("image", "load", groups[name].id if name in groups else name, {"name": familiar(name)})
-        for name in nameless:
-            if name != index:
-                identity = name.partition("@")[2]
-                yield message_line({"stream": f"Loaded image ID: {identity}\n"})
-                engine.journal.emit("image", "load", identity, {"name": identity})
-
-    return Response(200, Stream(as_error_detail(chunks(), begun=True), primed=True), "application/json")
-
-
-def as_error_detail(chunks: Iterator[bytes], begun: bool = False) -> Iterator[bytes]:
-    """A progress stream whose error, once it has `begun`, is its last message."""
-    try:
-        for chunk in chunks:
-            begun = True
-            yield chunk
-    except ApiError as error:
-        if not begun:
-            raise
-        yield error_line(str(error))
-    finally:
-        chunks.close()
-
-
-def wanted_platforms(request: Request, limit: int = 0) -> List[str]:
-    """Each `platform` of a request, once; 501 for more than `limit` of them (0: as many as there are)."""
-    wanted = list(dict.fromkeys(platform_words(each) for each in request.values("platform") if each))
-    if limit and len(wanted) > limit:
-        raise NotImplementedHere(f"nerdctl can do this for one platform only, not for {', '.join(wanted)}")
-    return wanted
-
-
-def platform_words(text: str) -> str:
-    """`linux/arm64` from a `platform` parameter, which is JSON or already so; 400 otherwise."""
-    if text.startswith("{"):
-        told = typed(parse_json(text.encode()), dict, "platform")
-        text = "/".join(typed(told.get(key), str, key) for key in ("os", "architecture", "variant") if told.get(key))
-    if not re.fullmatch(r"[A-Za-z0-9_]+(/[A-Za-z0-9_.]+){0,2}", text):
-        raise BadParameter(f"invalid platform {text!r}")
-    return text
-
-
-def change_lines(values: List[str]) -> List[str]:
-    """The Dockerfile instructions of a `changes` parameter; 400 for one that may not be there."""
-    lines = [line.strip() for value in values for line in value.split("\n") if line.strip()]
-    for line in lines:
-        word = line.split(None, 1)[0].upper()
-        if word not in ("CMD", "ENTRYPOINT", "ENV", "EXPOSE", "HEALTHCHECK", "LABEL", "MAINTAINER", "ONBUILD", "STOPSIGNAL", "USER",
-                        "VOLUME", "WORKDIR", "SHELL"):
-            raise BadParameter(f"{word} is not a valid change command")
-    return lines
-
-
-def apply_changes(engine: Engine, source: str, target: str, lines: List[str]) -> None:
-    """Make `target` of the image `source` with Dockerfile instructions. nerdctl's import and commit take none of them (or
-    only two), so BuildKit does it; 503 where there is none."""
-    with engine.workspace.temporary("changes") as folder:
-        with open(os.path.join(folder, "Dockerfile"), "w", encoding="utf-8") as file:
-            file.write("\n".join([f"FROM {source}", *lines]) + "\n")
-        engine.nerdctl.run("build", "--progress=plain", "--provenance=false", f"--tag={target}", "--", folder, timeout=600, waits=True)
-
-
-def image_import(engine: Engine, request: Request) -> Response:
-    """Import a tar of a root file system (the body, or a URL) as an image; its id as the one message."""
-    source, repository, tag = request.value("fromSrc"), request.value("repo"), request.value("tag")
-    target = parse_reference(f"{repository}:{tag}" if tag and repository else repository) if repository else None
-    if target and target.digest:
-        raise BadParameter("cannot import digest reference")
-    if source != "-" and not re.match(r"https?://", source):
-        source = "http://" + source
-    lines = change_lines(request.values("changes"))
-    # nerdctl 1.7 has no --message.
-    arguments = ["import", *([f"--message={request.value('message')}"] if request.value("message") else [])]
-    arguments += [f"--platform={each}" for each in wanted_platforms(request, 1)]
-
-    def chunks() -> Iterator[bytes]:
-        before = list(engine.inventory.images.names.get())
-        working = target.name if target and not lines else f"{WORKING_NAME}import:{os.urandom(8).hex()}"
-        with engine.changing_images([working]):
-            with engine.nerdctl.start(*arguments, "--", source, working, stdin=subprocess.PIPE, client=request.client) as process:
-                if source == "-":
-                    blocks = request.body.blocks()
-                    first = next(blocks, None)
-                    if first is None:
-                        process.kill()
-                        raise BadParameter("invalid archive: it is empty")
-                    process.write(first)
-                    for block in blocks:
-                        if not process.write(block):
-                            break
-                process.close_stdin()
-                for _ in iter(process.read, b""):
-                    pass
-                process.check()
-        remove_extra_names(engine, [name for name in engine.inventory.images.names.get()
-                                    if name not in before and name.startswith(working + "@sha256:")])
-        if lines:
-            with engine.changing_images([target.name] if target else []):
-                try:
-                    apply_changes(engine, working, target.name if target else working, lines)
-                finally:
-                    if target:
-                        engine.nerdctl.output("rmi", "--force", "--", working)
-        group = engine.inventory.image((target.name if target else working))
-        engine.journal.emit("image", "import", group.id, {"name": familiar(target.name) if target else group.id})
-        yield message_line({"status": group.id})
-
-    return Response(200, Stream(as_error_detail(chunks()), primed=True), "application/json")
-
-
-def expand_names(engine: Engine, name: str) -> List[str]:
-    """containerd's names for an image named in a save or push: a repository without tag stands for all of its tags."""
-    with contextlib.suppress(BadParameter):
-        reference = parse_reference(name, "")
-        if not reference.tag and not reference.digest and not re.fullmatch(r"(sha256:)?[0-9a-f]{12,64}", name):
-            found = [each for group in engine.inventory.images.get().values() for each in group.names
-                     if each.startswith(reference.repository + ":") and "@" not in each]
-            if found:
-                return found
-        full = parse_reference(name).name
-        if any(full in group.names for group in engine.inventory.images.get().values()):
-            return [full]
-    return engine.inventory.image(name).names[:1]
-
-
-SAVE_ATTEMPTS = 4
-
-
-def whole_archive(engine: Engine, request: Request, names: List[str], platforms: List[str]) -> Iterator[Any]:
-    """The tar that `nerdctl save` writes, to its end. nerdctl 2.3 sometimes ends, with status 0, before it has written all
-    of it (26 of 400 times): then it is run again for the rest, which is the same each time."""
-    sent, state = 0, None
-    for _ in range(SAVE_ATTEMPTS):
-        with engine.nerdctl.save(names, platforms, request.client) as process:
-            archive, seen = ImageArchive(), 0
-            for block in process.pieces(lambda: archive.opaque if seen >= sent else 0):
-                if seen < sent:
-                    known = min(len(block), sent - seen)
-                    archive.feed(block[:known])
-                    block, seen = block[known:], seen + known
-                    if seen == sent and archive.state != state:
-                        raise ApiError("nerdctl did not write the same archive again")
-                if block:
-                    archive.feed(block)
-                    sent = seen = seen + (block.size if isinstance(block, Piped) else len(block))
-                    yield block
-            process.check()
-        if archive.whole:
-            return
-        if seen == sent:
-            state = archive.state
-    raise ApiError("nerdctl did not write the whole archive")
-
-
-def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
-    """Stream the archive of images, all looked up before the first byte."""
-    if not names:
-        raise BadParameter("no images given")
-    wanted = list(dict.fromkeys(each for name in names for each in expand_names(engine, name)))
-    for platform in request.values("platform"):
-        for name in wanted:
-            check_platform(engine.inventory.image(name), platform, name)
-    platforms = wanted_platforms(request)
-
-    def chunks() -> Iterator[bytes]:
-        yield from whole_archive(engine, request, wanted, platforms)
-        for name in wanted:
-            # Too late for an error: somebody may have removed it meanwhile.
-            with contextlib.suppress(ApiError):
-                engine.journal.emit("image", "save", engine.inventory.image(name).id, {"name": familiar(name)})
-
-    return Response(200, Stream(chunks(), primed=True), "application/x-tar")
-
-
-@route("GET", "/images/get")
-def image_save_many(engine: Engine, request: Request) -> Response:
-    """The archive of the images in `names`."""
-    return save_images(engine, request, [name for value in request.values("names") for name in value.split(",") if name])
-
-
 @route("GET", "/images/search")
 def image_search(engine: Engine, request: Request) -> Response:
     """Search the registry, as nerdctl does it."""
@@ -5959,101 +6401,6 @@ def image_search(engine: Engine, request: Request) -> Response:
         "name": row.get("Name") or "", "description": row.get("Description") or "", "star_count": int(row.get("StarCount") or row.get("Stars") or 0),
         "is_official": str(row.get("IsOfficial") or row.get("Official") or "").lower() in ("true", "[ok]"), "is_automated": False,
     } for row in rows])
-
-
-def delete_conflict(group: ImageGroup, name: str, users: List[Container], by_name: bool, force: bool) -> None:
-    """409 with dockerd's words where an image may not be removed."""
-    short = group.id[7:19]
-    if not by_name and max(len(group.repo_tags), len(group.repo_digests)) > 1 and not force:
-        raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is referenced in multiple repositories")
-    for container in users:
-        if container.running and (force or not by_name):
-            raise Conflict(f"conflict: unable to delete {short} (cannot be forced) - image is being used by running container {container.id[:12]}")
-        if not force:
-            if by_name:
-                raise Conflict(f'conflict: unable to remove repository reference "{name}" (must force) - container {container.id[:12]} '
-                               f"is using its referenced image {short}")
-            raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is being used by stopped container {container.id[:12]}")
-
-
-def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: bool) -> List[Dict[str, str]]:
-    """Remove names of an image, with one nerdctl; what was untagged and, with the last name, deleted."""
-    with engine.changing_images(names, "untag"):
-        engine.nerdctl.remove_images(names, force)
-    left = engine.inventory.images.get().get(group.id)
-    named = [name for name in names if not IMPORTED.match(name) and not name.startswith(("moby-dangling@", WORKING_NAME))]
-    told = [{"Untagged": familiar(name)} for name in named]
-    for name in names:
-        engine.journal.emit("image", "untag", group.id, {"name": familiar(name)})
-    if left is None or not left.names:
-        told.append({"Deleted": group.id})
-        engine.journal.emit("image", "delete", group.id, {"name": group.id})
-    return told
-
-
-def referenced_names(group: ImageGroup, name: str) -> List[str]:
-    """Those of an image's names that a reference stands for: one, or with a digest all of its repository. [] for an id."""
-    try:
-        reference = parse_reference(name)
-    except BadParameter:
-        return []
-    named = reference._replace(digest="").name
-    begins = (named + "@",) if reference.tag else (named + ":", named + "@")
-    found = [each for each in group.names if each == reference.name]
-    if reference.digest and not found:
-        found = [each for each in group.names if each == named or each.startswith(begins)]
-        if not found:
-            raise NotFound(f"No such image: {with_tag(name)}")
-    return found
-
-
-@route("DELETE", "/images/{image}")
-def image_delete(engine: Engine, request: Request, name: str) -> Response:
-    """Remove a name of an image, with a digest all names of its repository, or by its id all of them; 409 while a container
-    needs it, 501 for the content of some `platforms` only."""
-    platforms = [platform_words(each) for each in request.values("platforms")]
-    group, force = engine.inventory.image(name), request.flag("force")
-    if platforms:
-        raise NotImplementedHere(f"nerdctl cannot remove the content of one platform ({', '.join(platforms)}) from an image")
-    names = referenced_names(group, name)
-    users = [each for each in engine.inventory.containers().values() if each.image in (names or group.names)]
-    if not names or len(names) == len(group.names):
-        delete_conflict(group, name, users, bool(names), force)
-    return Response(200, remove_image(engine, group, names or list(group.names), force or bool(users)))
-
-
-@route("POST", "/images/prune")
-def image_prune(engine: Engine, request: Request) -> Response:
-    """Remove images that no container uses: those without a name unless dangling=false. Filters until, label, label!."""
-    filters = request.filters("dangling", "until", "label", "label!")
-    if flag_filter(filters, "dangling", True) is False:
-        filters.pop("dangling")
-    else:
-        filters["dangling"] = ["true"]
-    users = image_users(engine)
-    deleted, reclaimed = [], 0
-    for group in filter_images(engine, list(engine.inventory.images.get().values()), filters):
-        if group.id not in users:
-            with contextlib.suppress(ApiError):
-                told = remove_image(engine, group, list(group.names), False)
-                deleted += told
-                reclaimed += image_size(group) if any("Deleted" in each for each in told) else 0
-    engine.journal.emit("image", "prune", "", {"reclaimed": str(reclaimed)})
-    return Response(200, {"ImagesDeleted": deleted or None, "SpaceReclaimed": reclaimed})
-
-
-@route("POST", "/images/{image}/tag")
-def image_tag(engine: Engine, request: Request, name: str) -> Response:
-    """Give an image another name; 201, also when it has it already."""
-    group = engine.inventory.image(name)
-    repository, tag = request.value("repo"), request.value("tag")
-    target = parse_reference(f"{repository}:{tag}" if tag else repository)
-    if target.digest:
-        raise BadParameter("refusing to create a tag with a digest reference")
-    with engine.changing_images([target.name]):
-        engine.nerdctl.tag(group.names[0], target.name)
-    engine.journal.emit("image", "tag", group.id, {"name": familiar(target.name)})
-    return Response(201)
 
 
 @route("POST", "/images/{image}/push")
@@ -6091,73 +6438,6 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
                 engine.journal.emit("image", "push", familiar(each), {"name": familiar(each)})
 
     return Response(200, Stream(as_error_detail(chunks())), "application/json")
-
-
-@route("GET", "/images/{image}/get")
-def image_save(engine: Engine, request: Request, name: str) -> Response:
-    """The archive of one image."""
-    return save_images(engine, request, [name])
-
-
-@route("POST", "/commit")
-def image_commit(engine: Engine, request: Request) -> Response:
-    """Make an image of a container; 201 with its id. Changes beyond CMD and ENTRYPOINT need BuildKit."""
-    container = engine.inventory.container(request.value("container"))
-    config = request.json()
-    repository, tag = request.value("repo"), request.value("tag")
-    target = parse_reference(f"{repository}:{tag}" if tag and repository else repository).name if repository else ""
-    lines = change_lines(request.values("changes")) + config_changes(config)
-    if container.state.kind == "created":
-        raise NotImplementedHere("nerdctl can only commit a container that was started once")
-    own = [line for line in lines if re.match(r"(CMD|ENTRYPOINT)\s*\[", line, re.I)]
-    working = target or f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
-    arguments = [f"--message={request.value('comment')}", f"--author={request.value('author')}",
-                 f"--pause={'true' if request.flag('pause', True) else 'false'}"]
-    with engine.changing_images([working]):
-        if len(own) == len(lines):
-            engine.nerdctl.run("commit", *arguments, *(f"--change={line}" for line in lines), "--", container.real, working, timeout=600, waits=True)
-        else:
-            before = f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
-            engine.nerdctl.run("commit", *arguments, "--", container.real, before, timeout=600, waits=True)
-            try:
-                apply_changes(engine, before, working, lines)
-            finally:
-                engine.nerdctl.output("rmi", "--force", "--", before)
-    group = engine.inventory.image(working)
-    engine.tell(container, "commit", comment=request.value("comment"), imageID=group.id, imageRef=familiar(target))
-    return Response(201, {"Id": group.id})
-
-
-def dockerfile_word(text: str) -> str:
-    """A word of a Dockerfile in which BuildKit finds this text again: no JSON, and no variables."""
-    return '"' + re.sub(r'[\\"$]', r"\\\g<0>", text) + '"'
-
-
-def config_changes(config: Dict[str, Any]) -> List[str]:
-    """The Dockerfile instructions for the fields of a container config in the body of a commit."""
-    lines = []
-    for key, word in (("Cmd", "CMD"), ("Entrypoint", "ENTRYPOINT")):
-        if config.get(key):
-            lines.append(f"{word} {json.dumps(string_list(config[key], key), ensure_ascii=False)}")
-    pairs = [("ENV", *each.partition("=")[::2]) for each in string_list(config.get("Env"), "Env")]
-    pairs += [("LABEL", *each) for each in string_map(config.get("Labels"), "Labels").items()]
-    lines += [f"{word} {dockerfile_word(key)}={dockerfile_word(value)}" for word, key, value in pairs]
-    lines += [f"EXPOSE {dockerfile_word(each)}" for each in typed(config.get("ExposedPorts"), dict, "ExposedPorts")]
-    # Variables are looked for in what the JSON says.
-    lines += [f"VOLUME {json.dumps([dockerfile_word(each)], ensure_ascii=False)}" for each in typed(config.get("Volumes"), dict, "Volumes")]
-    for key, word in (("User", "USER"), ("WorkingDir", "WORKDIR"), ("StopSignal", "STOPSIGNAL")):
-        if config.get(key):
-            lines.append(f"{word} {dockerfile_word(typed(config[key], str, key))}")
-    if any("\n" in line or "\r" in line for line in lines):
-        raise BadParameter("invalid config: it has a line break")
-    return lines
-
-
-@route("GET", "/images/{image}/attestations")
-def image_attestations(engine: Engine, request: Request, name: str) -> Response:
-    """Attestations of an image: nerdctl keeps the content of none, so there are none to show."""
-    engine.inventory.image(name)
-    return Response(200, [])
 
 
 ###############################################################################
@@ -6549,23 +6829,6 @@ def docker_mounts(container: Container) -> List[Dict[str, Any]]:
     return mounts
 
 
-def network_names(container: Container) -> List[str]:
-    """The names of the networks a container was given, in the order of its interfaces."""
-    if "network names" not in container.memo:
-        names = None
-        with contextlib.suppress(ValueError):
-            names = json.loads(container.labels.get("nerdctl/networks") or "[]")
-        container.memo["network names"] = [str(each) for each in names] if isinstance(names, list) else []
-    return container.memo["network names"]
-
-
-def network_mode(container: Container) -> str:
-    """Docker's NetworkMode: the name of the first network, host, none or container:ID."""
-    asked = str(container.host_config.get("NetworkMode"))
-    names = network_names(container)
-    return asked if asked.startswith("container:") else names[0] if names else "bridge"
-
-
 def request_labels(body: Dict[str, Any]) -> Dict[str, str]:
     """The create request as labels that fit nerdctl's 4096 bytes each."""
     text = json.dumps(body, separators=(",", ":"), ensure_ascii=True)
@@ -6590,23 +6853,6 @@ def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, A
     }
 
 
-def parse_addresses(task: Optional[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """The addresses of a task's interfaces (native inspect) but the loopback, in order: ip, prefix, ip6, prefix6, mac."""
-    found = []
-    for interface in ((task or {}).get("NetNS") or {}).get("Interfaces") or []:
-        if interface.get("Name") == "lo" or "loopback" in (interface.get("Flags") or []) or not re.match(r"eth\d", interface.get("Name") or ""):
-            continue
-        entry: Dict[str, Any] = {"mac": interface.get("HardwareAddr") or ""}
-        for text in interface.get("Addrs") or []:
-            address, _, prefix = text.partition("/")
-            if ":" not in address:
-                entry.update({"ip": address, "prefix": int(prefix or 0)})
-            elif not address.lower().startswith("fe80"):
-                entry.update({"ip6": address, "prefix6": int(prefix or 0)})
-        found.append(entry)
-    return found
-
-
 def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
     """NetworkSettings.Networks: the container's networks by name, with the addresses of its interfaces in turn."""
     addresses = noted_addresses(container)
@@ -6620,35 +6866,6 @@ def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -
         wanted = asked.get(name) or asked.get(network.get("Id")) or (asked.get("default") if name == "bridge" else None) or {}
         found[network.get("Name") or name] = endpoint(container, network, address, wanted)
     return found
-
-
-def parse_hosts_note(note: Dict[str, Any], names: List[str]) -> List[Dict[str, Any]]:
-    """parse_addresses() of what nerdctl noted of a running container for the hosts files of its peers: CNI's results, by
-    the names of networks."""
-    found = []
-    for result in filter(None, map((note.get("Networks") or {}).get, names)):
-        mac = next((each.get("mac") for each in result.get("interfaces") or [] if each.get("sandbox")), "")
-        interface = {"Name": "eth0", "HardwareAddr": mac, "Addrs": [each.get("address") or "" for each in result.get("ips") or []]}
-        found += parse_addresses({"NetNS": {"Interfaces": [interface]}})
-    return found
-
-
-def hosts_folder(container: Container) -> str:
-    """Where nerdctl keeps a container's hosts file and notes its addresses, "" where that is not known."""
-    if container.folder.count("/") < 3:
-        return ""
-    containers, namespace, name = container.folder.rsplit("/", 2)
-    return os.path.join(os.path.dirname(containers), "etchosts", namespace, name)
-
-
-def noted_addresses(container: Container) -> List[Dict[str, Any]]:
-    """parse_addresses() of a running container from what nerdctl noted of it for the hosts files of its peers."""
-    if "addresses" not in container.memo:
-        folder, note = hosts_folder(container), None
-        if container.running and folder:
-            note = read_json_file(os.path.join(folder, "meta.json"))
-        container.memo["addresses"] = parse_hosts_note(note, network_names(container)) if isinstance(note, dict) else []
-    return container.memo["addresses"]
 
 
 # Init processes that need no libc of the image.
@@ -6986,6 +7203,11 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
     return found
 
 
+def was_started(container: Container) -> bool:
+    """Whether a container has run before."""
+    return container.state.kind != "created" or bool(container.state.error)
+
+
 def docker_state(state: State, out_of_memory: bool, health: Optional[Dict[str, Any]]) -> Dict[str, Any]:
     """State, with times of RFC 3339."""
     found = {
@@ -7093,7 +7315,7 @@ def container_inspect(engine: Engine, request: Request, name: str) -> Response:
 
 
 ###############################################################################
-# Container create
+# Create options
 ###############################################################################
 
 
@@ -7153,15 +7375,6 @@ CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str, str], List[str]]], ...] 
 )
 # Accepted by dockerd and without a counterpart in nerdctl.
 IGNORED_FIELDS = ("DeviceCgroupRules", "StorageOpt", "CpuCount", "CpuPercent", "IOMaximumIOps", "IOMaximumBandwidth", "Cgroup")
-
-
-def field_of(body: Dict[str, Any], path: str) -> Any:
-    """The value at `HostConfig.Memory`; None when it is not there."""
-    for key in path.split("."):
-        body = typed(body, dict, "the body").get(key)
-        if body is None:
-            return None
-    return body
 
 
 def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callable[[str], int]] = None) -> List[str]:
@@ -7469,20 +7682,6 @@ def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]], find
     return words
 
 
-def hostname_args(body: Dict[str, Any]) -> List[str]:
-    """Words for the host name: what is asked for or, since nerdctl has no network aliases and its containers find each
-    other by host name, the alias that a compose service has for its name."""
-    name = typed(body.get("Hostname"), str, "Hostname")
-    mode = typed(field_of(body, "HostConfig.NetworkMode"), str, "NetworkMode")
-    if not name and not mode.startswith(("host", "container:")):
-        endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
-        aliases = [each for endpoint in endpoints.values() for each in string_list(typed(endpoint, dict, "EndpointsConfig").get("Aliases"), "Aliases")]
-        service = typed(body.get("Labels"), dict, "Labels").get("com.docker.compose.service")
-        wanted = service if service in aliases else next(iter(aliases), "")
-        name = wanted if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62})", wanted or "") else ""
-    return [f"--hostname={name}"] if name else []
-
-
 def other_container(find: Callable[[str], Container], name: str) -> Container:
     """A container that a request names; 400 and not 404 when there is none, which clients take for a missing image."""
     try:
@@ -7637,6 +7836,10 @@ def create_warnings(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     found += [f"the variable {each} of the image is empty and not gone: nerdctl cannot take one away" for each in unset_variables(body, image)]
     return found
 
+
+###############################################################################
+# Container create
+###############################################################################
 
 CONTAINER_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 
@@ -8396,6 +8599,11 @@ def may_run(engine: Engine, container: Container) -> bool:
 ###############################################################################
 
 
+def auto_removed(container: Container) -> bool:
+    """Whether it is to be removed at its end."""
+    return bool((container.request.get("HostConfig") or {}).get("AutoRemove"))
+
+
 def is_terminal(engine: Engine, container: Container) -> bool:
     """Whether a container has a pseudo-terminal."""
     asked = container.request
@@ -8407,11 +8615,6 @@ def is_terminal(engine: Engine, container: Container) -> bool:
 def has_stdin(container: Container) -> bool:
     """Whether a container was made with stdin open."""
     return bool(container.request.get("OpenStdin"))
-
-
-def was_started(container: Container) -> bool:
-    """Whether a container has run before."""
-    return container.state.kind != "created" or bool(container.state.error)
 
 
 def wait_started(engine: Engine, session: Session, real: Callable[[], str]) -> None:
@@ -8907,11 +9110,16 @@ def container_prune(engine: Engine, request: Request) -> Response:
     return Response(200, {"ContainersDeleted": deleted or None, "SpaceReclaimed": reclaimed})
 
 
+###############################################################################
+# Supervision
+###############################################################################
+
+
 class Caretaker:
     """Carries out what nerdctl leaves to somebody: `--rm` of a container that was made by `create`, and health checks
     where no systemd runs their timers. It holds the event feed as long as there is something to care for."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: "Engine"):
         self.engine = engine
         self.lock = threading.Lock()
         self.cared: Dict[str, Any] = {}
@@ -9045,11 +9253,6 @@ def check_pause(check: Dict[str, Any], age: float, starting: bool) -> float:
     if starting and age < (check.get("StartPeriod") or 0) / 1e9:
         return (check.get("StartInterval") or 5 * 10**9) / 1e9
     return (check.get("Interval") or 30 * 10**9) / 1e9
-
-
-def auto_removed(container: Container) -> bool:
-    """Whether it is to be removed at its end."""
-    return bool((container.request.get("HostConfig") or {}).get("AutoRemove"))
 
 
 def needs_checks(container: Container) -> bool:
@@ -9803,72 +10006,6 @@ def archive_get(engine: Engine, request: Request, name: str) -> Response:
     return Response(200, Stream(tar), "application/x-tar", stat_header(found))
 
 
-def decompressor(head: bytes) -> Optional[Callable[[], Any]]:
-    """What makes decompressors for a body that begins so; None for one that is not packed."""
-    if head.startswith(b"\x1f\x8b"):
-        return lambda: zlib.decompressobj(31)
-    if head.startswith(b"BZh"):
-        import bz2
-
-        return bz2.BZ2Decompressor
-    if head.startswith(b"\xfd7zXZ"):
-        import lzma
-
-        return lzma.LZMADecompressor
-    return None
-
-
-def inflated(unpack: Any, data: bytes) -> Iterator[bytes]:
-    """What a decompressor makes of some data, at most BLOCK bytes at a time."""
-    while True:
-        plain = unpack.decompress(data, BLOCK)
-        if plain:
-            yield plain
-        # zlib gives back what it has not taken; the others keep it.
-        data = getattr(unpack, "unconsumed_tail", b"")
-        if unpack.eof or not (data or len(plain) == BLOCK or not getattr(unpack, "needs_input", True)):
-            return
-
-
-def unpacked(blocks: Iterable[Any], begin: Callable[[], Any]) -> Iterator[bytes]:
-    """The content of compressed blocks, of one stream or of several in a row, which also zeros may stand between; 400 for
-    one that breaks off."""
-    unpack = begin()
-    for block in blocks:
-        data = bytes(block)
-        while data:
-            if unpack.eof:
-                data = data.lstrip(b"\0")
-                if not data:
-                    break
-                unpack = begin()
-            yield from inflated(unpack, data)
-            data = unpack.unused_data
-    if not unpack.eof:
-        raise BadParameter("invalid archive: its compressed data breaks off")
-
-
-def plain_blocks(body: Any) -> Iterator[Any]:
-    """The blocks of a tar body, unpacked where it came as gzip, bzip2 or xz; 400 for a broken one."""
-    blocks, first = body.blocks(), b""
-    for block in blocks:
-        first += bytes(block)
-        if len(first) >= 6:
-            break
-    begin = decompressor(first)
-    if not begin:
-        yield from itertools.chain([first] if first else [], blocks)
-        return
-    try:
-        yield from unpacked(itertools.chain([first], blocks), begin)
-    except (zlib.error, OSError, ValueError, EOFError) as error:
-        raise BadParameter(f"invalid archive: {error}") from None
-    except Exception as error:
-        if type(error).__name__ != "LZMAError":
-            raise
-        raise BadParameter(f"invalid archive: {error}") from None
-
-
 def runs_as_user(engine: Engine, container: Container) -> bool:
     """Whether a user is named for a container, by its request or its image."""
     image = image_of(engine, container)
@@ -10147,7 +10284,6 @@ def container_top(engine: Engine, request: Request, name: str) -> Response:
 # Networks
 ###############################################################################
 
-
 NETWORK_FILTERS = ("dangling", "driver", "id", "label", "name", "scope", "type", "partial-match")
 
 
@@ -10339,109 +10475,6 @@ def rewire(engine: Engine, network: Dict[str, Any], container: Container, settin
     body.update({"HostConfig": host, "NetworkingConfig": {"EndpointsConfig": endpoints}})
     plan = plan_container(engine, body)._replace(image=container.image)
     make_anew(engine, container, plan, [LABEL_LATER] if LABEL_LATER in container.labels else [])
-
-
-HOST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
-
-
-def wanted_names(container: Container) -> Tuple[Dict[str, List[str]], Dict[str, List[str]]]:
-    """The names by which a container asked to be found in each network and that nerdctl does not give it, and those by which it
-    asked to find others: container -> names."""
-    if "names" not in container.memo:
-        asked, aliases, links = container.request, {}, {}
-        known = {container.name, str(asked.get("Hostname") or ""), *(each.partition("=")[2] for each in hostname_args(asked))}
-        told = list(container.host_config.get("Links") or [])
-        for network, one in (field_of(asked, "NetworkingConfig.EndpointsConfig") or {}).items():
-            aliases[network] = [each for each in one.get("Aliases") or [] if HOST_NAME.fullmatch(each) and each not in known]
-            told += one.get("Links") or []
-        for each in told:
-            other, _, alias = each.strip("/").partition(":")
-            if HOST_NAME.fullmatch(alias or other):
-                links.setdefault(other, []).append(alias or other)
-        container.memo["names"] = aliases, links
-    return container.memo["names"]
-
-
-@contextlib.contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """Context that holds the lock of a folder, as nerdctl takes it; OSError when somebody keeps it for two seconds."""
-    descriptor, until = os.open(folder, os.O_RDONLY), time.monotonic() + 2.0
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.01)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-class Hosts:
-    """Network aliases and links, which nerdctl has not: lines in the hosts files that it keeps for containers. What stands there
-    outside of its own part it leaves alone, except for comments, so that a name marks the lines that are ours."""
-
-    MARK = "alias.nerdctld"
-    # The container can write to its file, and make it as large as it likes.
-    MOST = 1 << 20
-
-    def __init__(self, engine: Engine):
-        self.engine = engine
-        self.lock = threading.Lock()
-        self.used = False
-        self.due = threading.Event()
-
-    def on_event(self, event: Optional[ContainerdEvent]) -> None:
-        """After a start or an end that others have caused, do it again."""
-        if self.used and event is not None and event.topic in ("/tasks/start", "/tasks/exit") and not self.due.is_set():
-            self.due.set()
-            threading.Thread(target=self._again, name="hosts", daemon=True).start()
-
-    def _again(self) -> None:
-        # What comes together is done together.
-        time.sleep(0.05)
-        self.due.clear()
-        with contextlib.suppress(ApiError):
-            self.refresh()
-
-    def refresh(self, starting: Optional[Container] = None) -> None:
-        """Write to the files of running containers, or to that of one which is about to start, how it finds the others."""
-        running = [each for each in self.engine.inventory.containers().values() if each.running]
-        named = [each for each in [*running, *([starting] if starting else [])] if any(map(any, (each.values() for each in wanted_names(each))))]
-        if not named and not self.used:
-            return
-        with self.lock, contextlib.suppress(OSError, ValueError):
-            self.used = bool(named)
-            places = [(each, dict(zip((name for name in network_names(each) if not name.startswith("container:")), noted_addresses(each)))) for each in running]
-            for store, group in itertools.groupby([starting] if starting else running, lambda each: os.path.dirname(hosts_folder(each))):
-                with locked(store):
-                    for each in group:
-                        self._write(each, self._lines(each, places))
-
-    def _lines(self, container: Container, places: List[Tuple[Container, Dict[str, Dict[str, Any]]]]) -> List[str]:
-        mine, links, lines = set(network_names(container)), wanted_names(container)[1], []
-        for other, addresses in places:
-            linked = [name for key in (other.name, other.id, other.id[:12]) for name in links.get(key, ())]
-            for network in mine.intersection(addresses):
-                names = wanted_names(other)[0].get("default" if network == "bridge" else network, []) + linked
-                ips = [addresses[network].get(key) for key in ("ip", "ip6")] if names else []
-                lines += [" ".join([ip, *dict.fromkeys(names), self.MARK]) for ip in ips if ip]
-        return sorted(lines)
-
-    def _write(self, container: Container, lines: List[str]) -> None:
-        # In place, since it is mounted into the container.
-        with contextlib.suppress(OSError), open(os.path.join(hosts_folder(container), "hosts"), "r+", encoding="utf-8", errors="surrogateescape") as file:
-            if os.fstat(file.fileno()).st_size > self.MOST:
-                return
-            before = file.read().splitlines()
-            after = [each for each in before if not each.rstrip().endswith(self.MARK)] + lines
-            if after != before:
-                file.seek(0)
-                file.write("".join(each + "\n" for each in after))
-                file.truncate()
 
 
 @route("POST", "/networks/{id}/connect")
@@ -10682,8 +10715,6 @@ def usage_summaries(answer: Dict[str, Any]) -> Dict[str, Any]:
 ###############################################################################
 # Swarm and plugins
 ###############################################################################
-
-NO_SWARM = ('This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" to connect this node to swarm and try again.')
 
 
 def swarm_refused(engine: Engine, request: Request, name: str = "") -> Response:
