@@ -5939,8 +5939,8 @@ class TestContainerLifecycle:
         attachment = nerdctld.Attachment(True, True, True, True)
         willing.add_waiting(real, attachment)
         assert ask(willing, "POST", f"/containers/{name}/start").status == 204
-        calls = [each["argv"] for each in scripted.calls() if each["argv"][0] in ("start", "run")]
-        assert calls == [["start", "--attach", "--", real]] and attachment.done.wait(10)
+        assert attachment.done.wait(10)
+        assert [each["argv"] for each in scripted.calls() if each["argv"][0] in ("start", "run")] == [["start", "--attach", "--", real]]
         # No way leads to its input: it finds the end of it.
         assert fake.asked["Tasks/CloseIO"][1] == real.encode()
 
@@ -6047,7 +6047,7 @@ class TestContainerLifecycle:
     def test_a_stop_that_takes_its_time(self, willing, scripted, word):
         """Nobody waits for it."""
         willing.tasks.LATE = willing.tasks.DYING = 0.02
-        gate = threading.Event()
+        gate, real = threading.Event(), identity(willing, "tstweb")
         # Neither of the others makes it end.
         scripted.on("stop")
         scripted.on("kill")
@@ -6058,7 +6058,7 @@ class TestContainerLifecycle:
         for path, status in (("POST /start", 304), ("GET /json", 200), ("POST /kill", 204), ("POST /stop?t=0", 204), ("DELETE ?", 409),
                              ("POST /rename?name=other", 204), ("POST /pause", 204), ("DELETE ?force=1", 204)):
             method, _, path = path.partition(" ")
-            assert ask(willing, method, "/containers/tstweb" + path).status == status and thread.is_alive(), path
+            assert ask(willing, method, f"/containers/{real}" + path).status == status and thread.is_alive(), path
         gate.set()
         thread.join(20)
 
@@ -6149,7 +6149,7 @@ class TestContainerLifecycle:
         with pytest.raises(nerdctld.ApiError):
             nerdctld.start_container(willing, container)
         assert nerdctld.held_policy(container) == now
-        scripted.on("start")
+        scripted.on("start", does=functools.partial(carry_out, fake))
         nerdctld.start_container(willing, container)
         words = [each["argv"][1] for each in scripted.calls("update")]
         assert words == [f"--restart={each}" for each in ("unless-stopped", now, "unless-stopped", now)] and scripted.argv("update")[-1] == real
