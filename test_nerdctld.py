@@ -5768,55 +5768,6 @@ def identity(engine, name):
     return engine.inventory.container(name).id
 
 
-class FakeTasks:
-    """A containerd of which only these answer: method -> message, or function that makes one; it hangs up on all others. Those of
-    other services than Tasks go with its name (`Containers/Get`). `nerdctl` is one that has its address."""
-
-    def __init__(self, path, answers, namespace="ns"):
-        self.answers, self.calls, self.namespace = answers, [], namespace.encode()
-        self.nerdctl = nerdctld.Nerdctl(["nerdctl"], "ns", str(path))
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(str(path))
-        self.listener.listen()
-        self.thread = threading.Thread(target=self.serve)
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.thread.join(10)
-        self.listener.close()
-
-    def serve(self):
-        """Answer one connection after the other, a call on each."""
-        with contextlib.suppress(OSError):
-            while True:
-                with self.listener.accept()[0] as sock:
-                    self.answer(sock)
-
-    def answer(self, sock):
-        """One call."""
-        connection, body, method, ended = nerdctld.Http2Connection(client=False), b"", "", False
-        while not ended:
-            data = sock.recv(65536)
-            if not data:
-                return
-            for kind, _, value, ended in connection.feed(data):
-                if kind == HEADERS:
-                    headers = dict(value)
-                    assert headers["containerd-namespace"] == "ns"
-                    service, _, method = headers[":path"].rpartition("/")
-                    assert service == "/containerd.services.tasks.v1.Tasks"
-                elif kind == DATA:
-                    body += value
-        self.calls.append((method, body[5:]))
-        if method in self.answers:
-            FakeGrpcServer.answering(self.answers[method])(connection)
-            connection.out.send(sock)
-
-
 def at_once(ask, *calls, pause=0.0):
     """The answers to requests (method, path) that are sent at the same time, or each one `pause` seconds after the other."""
     answers, barrier = [None] * len(calls), threading.Barrier(len(calls))
