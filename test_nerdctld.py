@@ -5756,56 +5756,7 @@ NAMES = ("start", "stop", "restart", "kill", "pause", "unpause", "rename", "upda
 
 def identity(engine, name):
     """The id of one of the recorded containers."""
-    return engine.snapshot.container(name).id
-
-
-class FakeTasks:
-    """A containerd of which only these answer: method -> message, or function that makes one; it hangs up on all others. Those of
-    other services than Tasks go with its name (`Containers/Get`). `nerdctl` is one that has its address."""
-
-    def __init__(self, path, answers, namespace="ns"):
-        self.answers, self.calls, self.namespace = answers, [], namespace.encode()
-        self.nerdctl = nerdctld.Nerdctl(["nerdctl"], "ns", str(path))
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(str(path))
-        self.listener.listen()
-        self.thread = threading.Thread(target=self.serve)
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.thread.join(10)
-        self.listener.close()
-
-    def serve(self):
-        """Answer one connection after the other, a call on each."""
-        with contextlib.suppress(OSError):
-            while True:
-                with self.listener.accept()[0] as sock:
-                    self.answer(sock)
-
-    def answer(self, sock):
-        """One call."""
-        connection, body, method, ended = nerdctld.Http2Connection(client=False), b"", "", False
-        while not ended:
-            data = sock.recv(65536)
-            if not data:
-                return
-            for kind, _, value, ended in connection.feed(data):
-                if kind == HEADERS:
-                    headers = dict(value)
-                    assert headers["containerd-namespace"] == "ns"
-                    service, _, method = headers[":path"].rpartition("/")
-                    assert service == "/containerd.services.tasks.v1.Tasks"
-                elif kind == DATA:
-                    body += value
-        self.calls.append((method, body[5:]))
-        if method in self.answers:
-            FakeGrpcServer.answering(self.answers[method])(connection)
-            connection.out.send(sock)
+    return engine.inventory.container(name).id
 
 
 def at_once(ask, *calls, pause=0.0):
@@ -5825,14 +5776,33 @@ def at_once(ask, *calls, pause=0.0):
     return answers
 
 
+def carry_out(fake, words):
+    """Do to a fake containerd what a command of nerdctl does to a container."""
+    word, real = words[0], words[-1]
+    if word == "rename":
+        fake.label(words[-2], **{"nerdctl/name": real})
+    elif word == "update":
+        for each in words:
+            if each.startswith("--restart="):
+                fake.label(real, **{"containerd.io/restart.policy": each.partition("=")[2]})
+    elif word == "start":
+        fake.start(real)
+    elif word in ("pause", "unpause"):
+        fake.pause(real, word == "pause")
+    elif word == "stop" or word == "kill" and "--signal=SIGKILL" in words or word == "rm" and "--force" in words:
+        if fake.tasks.get(real, nerdctld.TaskRecord(0, "stopped", 0, 0, "")).status != "stopped":
+            fake.exit(real, 0 if word == "stop" else 137)
+    if word == "rm":
+        fake.delete(real)
+
+
 @pytest.fixture
-def willing(furnished, scripted):
-    """The recorded containers, over a nerdctl that does as it is told."""
+def willing(furnished, scripted, fake):
+    """The recorded containers, over a nerdctl that does as it is told; events are followed."""
     with scripted.together():
         for name in NAMES:
-            scripted.on(name)
-    # No events come of what is only scripted.
-    furnished.tasks.LATE = furnished.tasks.DYING = 0.02
+            scripted.on(name, does=functools.partial(carry_out, fake))
+    follow(furnished, fake)
     return furnished
 
 
@@ -5850,78 +5820,82 @@ class TestContainerLifecycle:
         for each in threads:
             each.join(20)
 
-    def test_who_is_started_by_others_is_cared_for(self, furnished, monkeypatch):
-        checked = {"nerdctl/healthcheck": json.dumps({"Test": ["CMD", "true"], "Interval": 10**12})}
-        monkeypatch.setattr(nerdctld.os.path, "isdir", lambda path: False)
-        table = furnished.snapshot.containers
-        container, other = (nerdctld.Container({"ID": digit * 64, "Names": digit, "Status": "Up"}, labels) for digit, labels in (("1", checked), ("2", {})))
-        monkeypatch.setattr(table, "known", lambda: {each.real: each for each in (container, other)})
-        caretaker = nerdctld.Caretaker(furnished)
+    def test_who_is_started_by_others_is_cared_for(self, willing, fake, monkeypatch):
+        isdir = os.path.isdir
+        monkeypatch.setattr(nerdctld.os.path, "isdir", lambda path: path != "/run/systemd/system" and isdir(path))
+        checked, other = "1" * 64, "2" * 64
+        willing.caretaker = nerdctld.Caretaker(willing)
+        fake.create(checked, {"nerdctl/name": "1", "nerdctl/healthcheck": json.dumps({"Test": ["CMD", "true"], "Interval": 10**12})})
+        fake.create(other, {"nerdctl/name": "2"})
         try:
-            for each in (container, other):
-                caretaker.on_event(TestEvents.event_of("/tasks/start", each.real))
-            assert until(lambda: set(caretaker.cared) == {container.id})
+            for each in (checked, other):
+                fake.start(each, os.getpid())
+            assert until(lambda: set(willing.caretaker.cared) == {checked})
         finally:
-            caretaker.release(container.id)
+            willing.caretaker.release(checked)
 
-    @pytest.mark.parametrize("answers", [True, False])
-    def test_input_is_ended_by_containerd(self, tmp_path, answers):
-        with FakeTasks(tmp_path / "c.sock", {"CloseIO": b""} if answers else {}) as fake:
-            nerdctld.end_input(fake.nerdctl, "a" * 64)
-        assert fake.calls == [("CloseIO", b"\x0a\x40" + b"a" * 64 + b"\x18\x01")]
+    def test_input_is_ended_by_containerd(self, engine, fake, tmp_path):
+        fake.create(ID)
+        fake.start(ID)
+        nerdctld.end_input(engine, ID)
+        assert fake.asked["Tasks/CloseIO"] == {1: ID.encode(), 3: 1}
+        # It is no fault when that cannot be done: there is no task, containerd hangs up, or it is not there.
+        fake.delete(ID)
+        nerdctld.end_input(engine, ID)
 
-    def test_input_by_the_pipe_of_containerd(self, tmp_path):
+        def hang_up():
+            raise HangUp
+        fake.before["Tasks/CloseIO"] = hang_up
+        nerdctld.end_input(engine, ID)
+        assert fake.calls["Tasks/CloseIO"] == 3
+        engine.containerd.given_address = str(tmp_path / "nosuch.sock")
+        nerdctld.end_input(engine, ID)
+
+    def test_input_by_the_pipe_of_containerd(self, engine, fake, tmp_path):
         os.mkfifo(tmp_path / "stdin")
-        told = nerdctld.encode_field(1, b"\x18\x07" + nerdctld.encode_field(5, str(tmp_path / "stdin").encode()))
-        container = nerdctld.Container({"ID": "a" * 64}, nerdctld.request_labels({"OpenStdin": True, "StdinOnce": False}))
-        with FakeTasks(tmp_path / "c.sock", {"Get": told, "CloseIO": b""}) as fake:
-            engine = types.SimpleNamespace(nerdctl=fake.nerdctl)
-            # Nobody reads there.
-            assert nerdctld.open_input(engine, container) is None
-            reader = os.open(tmp_path / "stdin", os.O_RDONLY | os.O_NONBLOCK)
-            found = nerdctld.open_input(engine, container)
-            assert found.write(b"some") and os.read(reader, 9) == b"some"
-            # Open for more clients than this one.
-            found.close_stdin()
-            assert found.write(b"more") and os.read(reader, 9) == b"more" and [each for each, _ in fake.calls] == ["Get", "Get"]
-            found.close_stdin(force=True)
-            assert not found.write(b"late") and os.read(reader, 9) == b"" and [each for each, _ in fake.calls] == ["Get", "Get", "CloseIO"]
-            assert not found.close()
-            os.close(reader)
-            fake.answers["Get"] = nerdctld.encode_field(1, b"\x18\x07")
-            assert nerdctld.open_input(engine, container) is None
-        assert nerdctld.open_input(engine, container) is None and not nerdctld.reaches_input(fake.nerdctl)
+        fake.create(ID, {"nerdctl/name": "x", **nerdctld.request_labels({"OpenStdin": True, "StdinOnce": False})})
+        container = engine.inventory.container("x")
+        assert nerdctld.open_input(engine, container) is None
+        fake.start(ID, stdin=str(tmp_path / "stdin"))
+        # Nobody reads there.
+        assert nerdctld.open_input(engine, container) is None
+        reader = os.open(tmp_path / "stdin", os.O_RDONLY | os.O_NONBLOCK)
+        found = nerdctld.open_input(engine, container)
+        assert found.write(b"some") and os.read(reader, 9) == b"some"
+        # Open for more clients than this one.
+        found.close_stdin()
+        assert found.write(b"more") and os.read(reader, 9) == b"more" and not fake.calls["Tasks/CloseIO"]
+        found.close_stdin(force=True)
+        assert not found.write(b"late") and os.read(reader, 9) == b"" and fake.calls["Tasks/CloseIO"] == 1
+        assert not found.close()
+        os.close(reader)
+        fake.start(ID)
+        assert nerdctld.open_input(engine, container) is None
+        engine.containerd.given_address = str(tmp_path / "nosuch.sock")
+        assert nerdctld.open_input(engine, container) is None
 
-    @pytest.mark.parametrize("name, reached, status, words", [
-        ("tstdone", True, 204, "start --attach -- {id}"), ("tstnew", True, 204, "start --attach -- {id}"), ("tstnew", False, 500, "run --pull=never"),
-        ("tstdone", False, 501, "")])
-    def test_start_with_stdin(self, willing, scripted, monkeypatch, name, reached, status, words):
-        monkeypatch.setattr(nerdctld.Container, "request", property(lambda self: {"Image": BASE, "OpenStdin": True}))
-        monkeypatch.setattr(nerdctld, "was_started", lambda container: name == "tstdone")
-        monkeypatch.setattr(nerdctld, "reaches_input", lambda nerdctl: reached)
-        opened = []
-        monkeypatch.setattr(nerdctld, "open_input", lambda engine, container: opened.append(container.name))
+    @pytest.mark.parametrize("name", ["tstdone", "tstnew"])
+    def test_start_with_stdin(self, willing, scripted, fake, name):
         real = identity(willing, name)
+        fake.label(real, **nerdctld.request_labels({"Image": BASE, "OpenStdin": True}))
         attachment = nerdctld.Attachment(True, True, True, True)
         willing.add_waiting(real, attachment)
-        assert ask(willing, "POST", f"/containers/{name}/start").status == status
-        calls = [" ".join(each["argv"]) for each in scripted.calls() if each["argv"][0] in ("start", "run")]
-        assert len(calls) == bool(words) and all(each.startswith(words.format(id=real)) for each in calls)
-        assert opened == ([name] if reached else []) and attachment.done.wait(10)
+        assert ask(willing, "POST", f"/containers/{name}/start").status == 204
+        assert attachment.done.wait(10)
+        assert [each["argv"] for each in scripted.calls() if each["argv"][0] in ("start", "run")] == [["start", "--attach", "--", real]]
+        # No way leads to its input: it finds the end of it.
+        assert fake.asked["Tasks/CloseIO"][1] == real.encode()
 
     def test_signals_by_their_numbers(self):
         assert [nerdctld.signal_number(nerdctld.check_signal(each)) for each in ("9", "kill", "37", "RTMAX-1")] == [9, 9, signal.SIGRTMIN + 3, signal.SIGRTMAX - 1]
-        stops = lambda word: nerdctld.ends_by(nerdctld.Container({"ID": ID}, {"io.containerd.image.config.stop-signal": word} if word else {}))
+        stops = lambda word: nerdctld.ends_by(container_of({"io.containerd.image.config.stop-signal": word} if word else {}))
         assert [stops(each) for each in ("", "FOO", "SIGRTMIN+3", "3")] == ["SIGTERM", "", "SIGRTMIN+3", "SIGQUIT"]
-
-    def test_input_of_a_containerd_that_is_not_there(self, tmp_path):
-        nerdctld.end_input(nerdctld.Nerdctl(["nerdctl"], "ns", str(tmp_path / "nosuch.sock")), "a" * 64)
 
     @pytest.mark.parametrize("asked, query, words, seconds", [
         ({"StopTimeout": 0}, {}, ["--time=0"], 0), ({"StopTimeout": 300}, {}, ["--time=300"], 300), ({"StopTimeout": 300}, {"t": ["1"]}, ["--time=1"], 1),
         ({"StopTimeout": -1}, {}, ["--time=1000000"], 86400), ({}, {}, [], 0), ({"StopTimeout": None}, {"t": ["-1"]}, ["--time=1000000"], 86400)])
     def test_time_of_a_stop(self, asked, query, words, seconds):
-        container = nerdctld.Container({"ID": "1" * 64}, nerdctld.request_labels(asked))
+        container = container_of(nerdctld.request_labels(asked))
         assert nerdctld.stop_args(nerdctld.Request("POST", "/", query=query), container) == (words, nerdctld.SHORT_CALL + seconds)
 
     @pytest.mark.parametrize("method, path, status, words", [
@@ -5965,11 +5939,12 @@ class TestContainerLifecycle:
         assert ask(willing, "POST", "/containers/tstnew/start").status == status
 
     @pytest.mark.parametrize("method, path, told", [
-        ("POST", "stop", ["kill 15", "stop"]), ("POST", "stop?signal=INT", ["kill 2", "stop"]), ("POST", "restart", ["kill 15", "stop", "restart"]), ("POST", "kill", ["kill 9"]),
-        ("POST", "kill?signal=HUP", ["kill 1"]), ("DELETE", "?force=1", ["kill 9"]), ("GET", "top", ["top"])])
+        ("POST", "stop", ["kill 15", "die", "stop"]), ("POST", "stop?signal=INT", ["kill 2", "die", "stop"]), ("POST", "restart", ["kill 15", "die", "stop", "start", "restart"]),
+        ("POST", "kill", ["kill 9", "die"]), ("POST", "kill?signal=HUP", ["kill 1"]), ("DELETE", "?force=1", ["kill 9", "die", "destroy"]), ("GET", "top", ["top"])])
     def test_events(self, willing, scripted, method, path, told):
         scripted.on("top", stdout="PID CMD\n1 sh\n")
         assert ask(willing, method, "/containers/tstweb" + ("" if path.startswith("?") else "/") + path).status < 300
+        willing.settle()
         assert [(each["Action"] + " " + each["Actor"]["Attributes"].get("signal", "")).strip() for each in willing.journal.history] == told
 
     @pytest.mark.parametrize("kind, first, second, statuses, words", [
@@ -5982,12 +5957,11 @@ class TestContainerLifecycle:
         ("rm", "DELETE tstdone", "POST tstdone/rename?name=x", (204, 404), ["rm"]),
         ("pause", "POST tstweb/pause", "POST tstweb/pause", (204, 409), ["pause"]),
         ("unpause", "POST tstpaused/unpause", "POST tstpaused/unpause", (204, 409), ["unpause"])])
-    def test_one_change_at_a_time(self, willing, scripted, kind, first, second, statuses, words):
+    def test_one_change_at_a_time(self, willing, scripted, fake, kind, first, second, statuses, words):
         """The second one finds what the first one has made of the container."""
-        settle_feed(willing)
-        scripted.on(kind, stays=0.7)
+        scripted.on(kind, does=lambda words: (time.sleep(0.2), carry_out(fake, words)))
         send = lambda method, path: ask(willing, method, "/containers/" + path)
-        answers = at_once(send, first.split(), second.split(), pause=0.0 if first == second else 0.2)
+        answers = at_once(send, first.split(), second.split(), pause=0.0 if first == second else 0.1)
         found = [each.status for each in answers]
         assert (sorted(found) if first == second else found) == list(statuses)
         assert [each["argv"][0] for each in scripted.calls() if each["argv"][0] in NAMES] == words
@@ -5998,63 +5972,59 @@ class TestContainerLifecycle:
 
     @pytest.mark.parametrize("path, message", [
         ("DELETE tstdone", "removal of container tstdone is already in progress"), ("POST tstdone/start", "container is marked for removal and cannot be started")])
-    def test_words_during_a_removal(self, willing, scripted, path, message):
-        settle_feed(willing)
-        scripted.on("rm", stays=1.0)
-        began = time.monotonic()
+    def test_words_during_a_removal(self, willing, scripted, fake, path, message):
+        gate = threading.Event()
+        scripted.on("rm", does=lambda words: (gate.wait(10), carry_out(fake, words)))
         thread = threading.Thread(target=ask, args=(willing, "DELETE", "/containers/tstdone"))
         thread.start()
         assert until(lambda: scripted.calls("rm"))
         method, _, path = path.partition(" ")
         assert ask(willing, method, "/containers/" + path).message == message
         # There is nothing to wait for.
-        assert thread.is_alive() and time.monotonic() - began < 5
+        assert thread.is_alive()
+        gate.set()
         thread.join(10)
 
     @pytest.mark.parametrize("word", ["stop", "restart"])
     def test_a_stop_that_takes_its_time(self, willing, scripted, word):
         """Nobody waits for it."""
-        settle_feed(willing)
-        scripted.on(["stop", "--time=60"], stays=5)
+        willing.tasks.LATE = willing.tasks.DYING = 0.02
+        gate, real = threading.Event(), identity(willing, "tstweb")
+        # Neither of the others makes it end.
+        scripted.on("stop")
+        scripted.on("kill")
+        scripted.on(["stop", "--time=60"], does=lambda words: gate.wait(10))
         thread = threading.Thread(target=ask, args=(willing, "POST", f"/containers/tstweb/{word}?t=60"))
         thread.start()
         assert until(lambda: scripted.calls("stop"))
         for path, status in (("POST /start", 304), ("GET /json", 200), ("POST /kill", 204), ("POST /stop?t=0", 204), ("DELETE ?", 409),
                              ("POST /rename?name=other", 204), ("POST /pause", 204), ("DELETE ?force=1", 204)):
             method, _, path = path.partition(" ")
-            assert ask(willing, method, "/containers/tstweb" + path).status == status and thread.is_alive(), path
+            assert ask(willing, method, f"/containers/{real}" + path).status == status and thread.is_alive(), path
+        gate.set()
         thread.join(20)
 
-    def test_a_stop_of_what_ends_by_another_hand(self, willing, scripted):
-        settle_feed(willing)
+    def test_a_stop_of_what_ends_by_another_hand(self, willing, scripted, fake):
         scripted.on("stop", stderr=fatal("process already finished: not found"), status=1)
         assert ask(willing, "POST", "/containers/tstweb/stop").status == 500
-        scripted.on("stop", stderr=fatal("process already finished: not found"), status=1, stays=0.5)
-        real = identity(willing, "tstweb")
-        found, thread = self.waiting(willing, "/containers/tstweb/stop")
-        assert until(lambda: len(scripted.calls("stop")) == 2)
-        scripted.on("ps", stdout="")
-        self.tell(willing, "/tasks/exit", real, exit_status=0)
-        thread.join(10)
-        assert found[0].status == 204
+        scripted.on("stop", stderr=fatal("process already finished: not found"), status=1, does=lambda words: fake.exit(words[-1]))
+        assert ask(willing, "POST", "/containers/tstweb/stop").status == 204
 
-    def test_a_stop_is_told_after_the_end(self, willing, scripted):
-        willing.tasks.LATE = 5.0
-        settle_feed(willing)
+    def test_a_stop_is_told_after_the_end(self, willing, scripted, fake):
+        scripted.on("stop")
         real = identity(willing, "tstweb")
         found, thread = self.waiting(willing, "/containers/tstweb/restart")
         assert until(lambda: scripted.calls("stop"))
-        time.sleep(0.3)
-        self.tell(willing, "/tasks/exit", real, exit_status=0)
-        assert until(lambda: scripted.calls("start"))
-        self.tell(willing, "/tasks/start", real)
+        time.sleep(0.1)
+        assert not scripted.calls("start")
+        fake.exit(real)
         thread.join(10)
+        willing.settle()
         assert found[0].status == 204
         assert [each["Action"] for each in willing.journal.history] == ["kill", "die", "stop", "start", "restart"]
 
     def test_a_forced_removal_that_removed_nothing(self, willing, scripted):
         """With --force nerdctl 2.3.5 ends with 0 whatever comes of it."""
-        settle_feed(willing)
         real = identity(willing, "tstweb")
         scripted.on("rm", stderr=level("error", f"1 errors:\ncannot delete running task {real}: failed precondition"))
         answer = ask(willing, "DELETE", "/containers/tstweb?force=1")
@@ -6068,25 +6038,23 @@ class TestContainerLifecycle:
     @pytest.mark.parametrize("message, status, removed", [
         ("executable file not found in $PATH", 400, True), ("failed to create shim task: odd", 500, True),
         ('cannot access containerd socket \\"/nosuch\\"', 503, False)])
-    def test_who_is_removed_when_a_start_fails(self, willing, scripted, monkeypatch, message, status, removed):
+    def test_who_is_removed_when_a_start_fails(self, willing, scripted, fake, message, status, removed):
         """Nobody whom nerdctl could not start for its own reasons; and whoever waits for the removal of that one is told."""
-        monkeypatch.setattr(nerdctld.Container, "request", property(lambda self: {"Image": BASE, "HostConfig": {"AutoRemove": True}}))
-        scripted.on("start", stderr=fatal(message), status=1, stays=0.5)
         real = identity(willing, "tstnew")
+        fake.label(real, **nerdctld.request_labels({"Image": BASE, "HostConfig": {"AutoRemove": True}}))
+        scripted.on("start", stderr=fatal(message), status=1, does=lambda words: time.sleep(0.2))
         found, thread = self.waiting(willing, "/containers/tstnew/wait?condition=removed")
         assert ask(willing, "POST", "/containers/tstnew/start").status == status
         # Without --force: what runs, whoever has started it, is not removed.
         assert [each["argv"] for each in scripted.calls("rm")] == ([["rm", "--volumes", "--", real]] if removed else [])
-        if not removed:
-            thread.join(10)
-            assert found[0].json["StatusCode"] > 0
+        thread.join(10)
+        assert found[0].json["StatusCode"] > 0
 
-    def begin(self, engine, policy, labels):
+    def begin(self, engine, fake, policy, labels):
         """tstweb as one that was made with this restart policy, or for None by others; its id."""
         asked = nerdctld.request_labels({"Image": "x", "HostConfig": {"RestartPolicy": policy}}) if policy else {}
         real = identity(engine, "tstweb")
-        engine.snapshot.containers.patch(real, "", {**engine.snapshot.container("tstweb").labels, "nerdctl/name": "tstweb", **labels, **asked})
-        engine.snapshot.containers.changed.clear()
+        fake.label(real, **{"nerdctl/state-dir": "/nosuch", **labels, **asked})
         return real
 
     @pytest.mark.parametrize("policy, now, path, held", [
@@ -6094,58 +6062,53 @@ class TestContainerLifecycle:
         ({"Name": "always"}, "always", "kill?signal=HUP", False), ({"Name": "on-failure", "MaximumRetryCount": 3}, "on-failure:3", "stop", True),
         ({"Name": "on-failure"}, "on-failure", "stop", True), ({"Name": "unless-stopped"}, "unless-stopped", "stop", False), ({}, "no", "stop", False),
         (None, "always", "stop", True), (None, "on-failure:3", "stop", False)])
-    def test_what_is_stopped_stays_so(self, willing, scripted, policy, now, path, held):
-        settle_feed(willing)
-        real = self.begin(willing, policy, {"containerd.io/restart.policy": now})
+    def test_what_is_stopped_stays_so(self, willing, scripted, fake, policy, now, path, held):
+        real = self.begin(willing, fake, policy, {"containerd.io/restart.policy": now})
         assert ask(willing, "POST", "/containers/tstweb/" + path).status == 204
         assert [each["argv"] for each in scripted.calls("update")] == ([["update", "--restart=unless-stopped", "--", real]] if held else [])
 
     @pytest.mark.parametrize("policy, now, stopped, words", [
         ({"Name": "on-failure", "MaximumRetryCount": 3}, "unless-stopped", "true", "on-failure:3"), ({"Name": "always"}, "unless-stopped", "true", "always"),
         ({"Name": "always"}, "unless-stopped", "false", ""), ({"Name": "unless-stopped"}, "unless-stopped", "true", ""), ({"Name": "always"}, "no", "true", ""), (None, "unless-stopped", "true", "")])
-    def test_a_start_gives_the_policy_back(self, willing, scripted, policy, now, stopped, words):
-        settle_feed(willing)
-        real = self.begin(willing, policy, {"containerd.io/restart.policy": now, "containerd.io/restart.explicitly-stopped": stopped})
-        container = willing.snapshot.container("tstweb")
+    def test_a_start_gives_the_policy_back(self, willing, scripted, fake, policy, now, stopped, words):
+        real = self.begin(willing, fake, policy, {"containerd.io/restart.policy": now, "containerd.io/restart.explicitly-stopped": stopped})
+        container = willing.inventory.container("tstweb")
         assert nerdctld.restart_policy(container)["Name"] == (words or now).partition(":")[0]
         nerdctld.start_container(willing, container)
         assert [each["argv"] for each in scripted.calls("update")] == ([["update", f"--restart={words}", "--", real]] if words else [])
 
     @pytest.mark.parametrize("policy, now", [(None, "on-failure:3"), ({"Name": "no"}, "always"), ({"Name": "always"}, "on-failure"), (None, "always")])
-    def test_what_was_held_is_noted(self, willing, scripted, tmp_path, policy, now):
+    def test_what_was_held_is_noted(self, willing, scripted, fake, tmp_path, policy, now):
         """The policy that a container had when it was stopped is given back, not the one it was made with."""
-        settle_feed(willing)
         labels = {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.explicitly-stopped": "true"}
-        real = self.begin(willing, policy, {**labels, "containerd.io/restart.policy": now})
+        real = self.begin(willing, fake, policy, {**labels, "containerd.io/restart.policy": now})
         assert ask(willing, "POST", "/containers/tstweb/stop").status == 204
         assert (tmp_path / "nerdctld.restart").read_text() == now
-        self.begin(willing, policy, {**labels, "containerd.io/restart.policy": "unless-stopped"})
-        container = willing.snapshot.container("tstweb")
+        self.begin(willing, fake, policy, {**labels, "containerd.io/restart.policy": "unless-stopped"})
+        container = willing.inventory.container("tstweb")
         assert nerdctld.held_policy(container) == now
         scripted.on("start", stderr=fatal("no"), status=1)
         with pytest.raises(nerdctld.ApiError):
             nerdctld.start_container(willing, container)
         assert nerdctld.held_policy(container) == now
-        scripted.on("start")
+        scripted.on("start", does=functools.partial(carry_out, fake))
         nerdctld.start_container(willing, container)
         words = [each["argv"][1] for each in scripted.calls("update")]
         assert words == [f"--restart={each}" for each in ("unless-stopped", now, "unless-stopped", now)] and scripted.argv("update")[-1] == real
         assert nerdctld.held_policy(container) == "" and not (tmp_path / "nerdctld.restart").exists()
 
-    def test_a_policy_given_while_it_is_held(self, willing, scripted, tmp_path):
-        settle_feed(willing)
-        self.begin(willing, {"Name": "always"}, {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.policy": "unless-stopped",
+    def test_a_policy_given_while_it_is_held(self, willing, scripted, fake, tmp_path):
+        self.begin(willing, fake, {"Name": "always"}, {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.policy": "unless-stopped",
                                                  "containerd.io/restart.explicitly-stopped": "true"})
         (tmp_path / "nerdctld.restart").write_text("always")
         assert ask(willing, "POST", "/containers/tstweb/update", {"RestartPolicy": {"Name": "unless-stopped"}}).status == 200
-        assert nerdctld.held_policy(willing.snapshot.container("tstweb")) == ""
+        assert nerdctld.held_policy(willing.inventory.container("tstweb")) == ""
         # Nothing but a policy is given back.
         (tmp_path / "nerdctld.restart").write_text("always --cpus 1")
-        assert nerdctld.held_policy(willing.snapshot.container("tstweb")) == ""
+        assert nerdctld.held_policy(willing.inventory.container("tstweb")) == ""
 
-    def test_a_policy_that_cannot_be_held(self, willing, scripted, tmp_path):
-        settle_feed(willing)
-        self.begin(willing, None, {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.policy": "always"})
+    def test_a_policy_that_cannot_be_held(self, willing, scripted, fake, tmp_path):
+        self.begin(willing, fake, None, {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.policy": "always"})
         scripted.on("update", stderr=fatal("no"), status=1)
         assert ask(willing, "POST", "/containers/tstweb/stop").status == 204 and not list(tmp_path.glob("nerdctld.restart"))
 
@@ -6155,9 +6118,6 @@ class TestContainerLifecycle:
         assert (answer.status, answer.json) == (200, {"Warnings": None})
         assert scripted.argv("update") == ["update", "--memory=67108864", "--cpu-period=100000", "--cpu-quota=50000", "--restart=no", "--", real]
         assert ask(willing, "POST", "/containers/tstweb/update", {"RestartPolicy": {"Name": "odd"}}).status == 400
-
-    def tell(self, engine, topic, real, **payload):
-        engine.feed._tell(nerdctld.parse_event(json.dumps({"Timestamp": "2026-11-24T03:57:09.7Z", "Namespace": "default", "Topic": topic, "Event": json.dumps({"container_id": real, "id": real, **payload})}), "default"))
 
     def waiting(self, engine, target):
         """The answer of a wait that is under way, in a list; and its thread."""
@@ -6173,14 +6133,14 @@ class TestContainerLifecycle:
         assert nerdctld.check_pause(check, age, starting) == pause
 
     @pytest.mark.parametrize("query", ["", "?condition=not-running", "?condition=next-exit"])
-    def test_wait_for_the_end(self, willing, query):
+    def test_wait_for_the_end(self, willing, fake, query):
         real = identity(willing, "tstweb")
         found, thread = self.waiting(willing, "/containers/tstweb/wait" + query)
         time.sleep(0.1)
-        self.tell(willing, "/tasks/exit", real, id="anexec", exit_status=1)
+        fake.exit(real, 1, "anexec")
         time.sleep(0.1)
         assert not found
-        self.tell(willing, "/tasks/exit", real, exit_status=9)
+        fake.exit(real, 9)
         thread.join(10)
         assert (found[0].status, found[0].json) == (200, {"StatusCode": 9})
 
@@ -6188,49 +6148,49 @@ class TestContainerLifecycle:
         assert ask(willing, "POST", "/containers/tstdone/wait").json == {"StatusCode": 3}
         assert ask(willing, "POST", "/containers/tstnew/wait", {"condition": ""}).json == {"StatusCode": 0}
 
-    def test_wait_for_an_end_that_was_told_costs_no_process(self, willing, scripted):
-        settle_feed(willing)
+    def test_wait_for_an_end_that_was_told_costs_nothing(self, willing, scripted, fake):
         real = identity(willing, "tstpaused")
-        self.tell(willing, "/tasks/exit", real, exit_status=7)
-        calls = len(scripted.calls())
+        fake.exit(real, 7)
+        ask(willing, "GET", "/containers/tstpaused/json")
+        calls = sum(fake.calls.values())
         assert ask(willing, "POST", "/containers/tstpaused/wait").json == {"StatusCode": 7}
-        assert len(scripted.calls()) == calls
+        assert sum(fake.calls.values()) == calls and not scripted.calls()
         # Started again, and so to be waited for again.
-        self.tell(willing, "/tasks/start", real)
+        fake.start(real)
         found, thread = self.waiting(willing, "/containers/tstpaused/wait")
-        time.sleep(0.2)
+        time.sleep(0.1)
         assert not found
-        self.tell(willing, "/tasks/exit", real, exit_status=8)
+        fake.exit(real, 8)
         thread.join(10)
         assert found[0].json == {"StatusCode": 8}
-        # When events may have been missed it is looked up, and nerdctl says that it runs.
-        calls = len(scripted.calls())
-        willing.feed._tell(None)
+        # When events may have been missed it is looked up, and containerd says that it runs.
+        fake.tasks[real] = fake.tasks[real]._replace(status="running")
+        willing.handle(None)
+        calls = fake.calls["Tasks/List"]
         found, thread = self.waiting(willing, "/containers/tstpaused/wait")
-        assert until(lambda: len(scripted.calls()) > calls) and not found
-        self.tell(willing, "/tasks/exit", real, exit_status=9)
+        assert until(lambda: fake.calls["Tasks/List"] > calls) and not found
+        fake.exit(real, 9)
         thread.join(10)
         assert found[0].json == {"StatusCode": 9}
 
-    def test_next_exit_of_one_that_was_never_started(self, willing):
+    def test_next_exit_of_one_that_was_never_started(self, willing, fake):
         real = identity(willing, "tstnew")
         found, thread = self.waiting(willing, "/containers/tstnew/wait?condition=next-exit")
-        time.sleep(0.2)
+        time.sleep(0.1)
         assert not found
-        self.tell(willing, "/tasks/exit", real, exit_status=2)
+        fake.start(real)
+        fake.exit(real, 2)
         thread.join(10)
         assert found[0].json == {"StatusCode": 2}
 
-    def test_wait_for_the_removal(self, willing, scripted):
+    def test_wait_for_the_removal(self, willing, fake):
         real = identity(willing, "tstweb")
         found, thread = self.waiting(willing, "/containers/tstweb/wait?condition=removed")
         time.sleep(0.1)
-        self.tell(willing, "/tasks/exit", real, exit_status=5)
+        fake.exit(real, 5)
         time.sleep(0.1)
         assert not found
-        scripted.on("ps")
-        willing.snapshot.containers.remove(real)
-        self.tell(willing, "/containers/delete", real)
+        fake.delete(real)
         thread.join(10)
         assert found[0].json == {"StatusCode": 5}
 
@@ -6249,19 +6209,10 @@ class TestContainerLifecycle:
     def test_prune_refuses(self, willing, filters):
         assert ask(willing, "POST", "/containers/prune?filters=" + filters).status == 400
 
-    def test_listing_while_a_container_goes(self, willing, scripted):
+    def test_a_container_that_goes_is_not_found(self):
         gone = f'container "{ID}" in namespace "default": not found'
         with pytest.raises(nerdctld.NotFound, match="No such container: " + ID):
             raise nerdctld.nerdctl_error(fatal(gone))
-        answers = [nerdctld.NotFound("No such container: x"), [1]]
-
-        def read():
-            answer = answers.pop(0)
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
-
-        assert nerdctld.steadily(read) == [1]
 
 
 ###############################################################################
@@ -6319,7 +6270,7 @@ class TestStreams:
 
     def test_details(self):
         request = {"Image": "x", "Env": ["E=1"], "HostConfig": {"LogConfig": {"Config": {"labels": "a,none", "env": "E"}}}}
-        container = nerdctld.Container({"ID": "1" * 64}, {"a": "b c", **nerdctld.request_labels(request)})
+        container = container_of({"a": "b c", **nerdctld.request_labels(request)})
         assert nerdctld.log_details(container) == b"E=1,a=b%20c "
 
     @pytest.mark.parametrize("path, status", [("tstpaused/attach?stream=1", 409), ("nosuch/attach?stream=1", 404), ("tstpaused/attach/ws?stream=1", 400), ("tstweb/attach/ws", 400), ("tstweb/resize?h=a&w=1", 400),
@@ -6327,9 +6278,9 @@ class TestStreams:
     def test_answers(self, furnished, path, status):
         assert ask(furnished, "GET" if "/ws" in path else "POST", "/containers/" + path).status == status
 
-    @pytest.mark.parametrize("status, held, refused", [("Up", False, True), ("Up", True, False), ("Exited (0) 1 second ago", False, False), ("Created", False, False)])
-    def test_input_out_of_reach(self, status, held, refused):
-        container = nerdctld.Container({"ID": "1" * 64, "Status": status}, nerdctld.request_labels({"OpenStdin": True}))
+    @pytest.mark.parametrize("task, held, refused", [("running", False, True), ("running", True, False), ("stopped", False, False), (None, False, False)])
+    def test_input_out_of_reach(self, task, held, refused):
+        container = container_of(nerdctld.request_labels({"OpenStdin": True}), task)
         if refused:
             with pytest.raises(nerdctld.NotImplementedHere):
                 nerdctld.check_attach(container, True, held)
@@ -6340,7 +6291,7 @@ class TestStreams:
     def test_logs_of_one_attached_before_the_start_come_first(self, logged):
         request = nerdctld.Request("POST", "/", query={"stream": ["1"], "logs": ["1"], "stdout": ["1"]})
         attachment, serve, _, _ = nerdctld.attach(logged, request, "tstdone", framed=True)
-        assert logged.take_waiting(logged.snapshot.find("tstdone").id) == [attachment]
+        assert logged.take_waiting(identity(logged, "tstdone")) == [attachment]
         connection, far = pair()
         starter = threading.Thread(target=lambda: (attachment.put(1, b"new"), attachment.finish()))
         starter.start()
@@ -6407,7 +6358,7 @@ class TestExec:
         ({}, []), ({"AttachStdin": True, "Tty": True}, ["--interactive", "--tty"]), ({"User": "1", "WorkingDir": "/w"}, ["--user=1", "--workdir=/w"]), ({"Privileged": True}, ["--privileged"]),
         ({"Env": ["A=b", "PATH"]}, ["--env=A=b"])])
     def test_argv(self, furnished, config, words):
-        instance = nerdctld.Exec(furnished.snapshot.container("tstweb"), {"Cmd": ["a", "--b"], **config})
+        instance = nerdctld.Exec(furnished.inventory.container("tstweb"), {"Cmd": ["a", "--b"], **config})
         assert nerdctld.exec_args(instance) == ["exec", *words, "--", ID, "a", "--b"]
 
     @pytest.mark.parametrize("config, name, status, message", [
@@ -6469,13 +6420,11 @@ class TestExec:
     def test_exit_status(self, message, code, told):
         assert nerdctld.exec_failure(message) == (code, message if told else "")
 
-    def test_user_that_is_not_there(self, furnished, monkeypatch):
-        furnished.snapshot.detail(furnished.snapshot.container("tstweb"))
-        monkeypatch.setattr(furnished.snapshot, "detail", lambda container: {"Task": {"Pid": os.getpid()}})
-        nerdctld.check_user(furnished, None, "root")
-        nerdctld.check_user(furnished, None, "12345:6")
-        with pytest.raises(nerdctld.BadParameter, match="unable to find user nosuchuser: no matching entries in passwd file"):
-            nerdctld.check_user(furnished, None, "nosuchuser:x")
+    def test_user_that_is_not_there(self, furnished, fake):
+        fake.tasks[ID] = fake.tasks[ID]._replace(pid=os.getpid())
+        assert [self.create(furnished, {"Cmd": ["a"], "User": each}).status for each in ("root", "12345:6")] == [201, 201]
+        answer = self.create(furnished, {"Cmd": ["a"], "User": "nosuchuser:x"})
+        assert (answer.status, answer.message) == (400, "unable to find user nosuchuser: no matching entries in passwd file")
 
     @pytest.mark.parametrize("make, known", [
         (lambda etc: (etc / "passwd").write_text("root:x:0\nuser:x:1\n"), True), (lambda etc: (etc / "passwd").write_text("users:x:1\n"), False),
@@ -6486,12 +6435,11 @@ class TestExec:
         make(tmp_path / "etc")
         opened = nerdctld.opened_below
         monkeypatch.setattr(nerdctld, "opened_below", lambda root, *rest, **more: opened(str(tmp_path), *rest, **more))
-        monkeypatch.setattr(nerdctld.Snapshot, "detail", lambda *_: {"Task": {"Pid": 1}})
+        answer = self.create(furnished, {"Cmd": ["a"], "User": "user"})
         if known is False:
-            with pytest.raises(nerdctld.BadParameter, match="unable to find user user"):
-                nerdctld.check_user(furnished, None, "user")
+            assert answer.status == 400 and "unable to find user user" in answer.message
         else:
-            nerdctld.check_user(furnished, None, "user")
+            assert answer.status == 201
 
     def test_stdin_of_an_exec_is_open_once_somebody_reads(self, tmp_path):
         fifo = tmp_path / "exec-1-stdin"
