@@ -3901,22 +3901,30 @@ class TestSystem:
         assert re.fullmatch(r"\d+\.\d+\.\d+", told["Version"]) and tuple(map(int, told["Version"].split("."))) >= (29, 0, 0)
         assert info["Labels"] == [f"nerdctld={nerdctld.VERSION}", "nerdctl=v2.3.5"]
 
-    def test_version_without_nerdctl(self, tmp_path):
-        engine = nerdctld.Engine(nerdctld.Nerdctl([str(tmp_path / "none")]))
+    def test_version_without_nerdctl(self, tmp_path, fake):
+        engine = nerdctld.Engine(nerdctld.Nerdctl([str(tmp_path / "none")]), nerdctld.Containerd(fake.path))
         answer = ask(engine, "GET", "/version")
         assert answer.status == 200 and "--nerdctl" in answer.json["Platform"]["Name"]
         assert ask(engine, "GET", "/_ping").status == 200
-        for path in ("/info", "/containers/json", "/images/json", "/networks", "/volumes", "/system/df"):
-            answer = ask(engine, "GET", path)
+        for method, path in (("GET", "/info"), ("POST", "/images/create?fromImage=tst:a"), ("POST", "/volumes/create"), ("POST", "/networks/create")):
+            answer = ask(engine, method, path, {"Name": "some"})
             assert answer.status == 503 and "install nerdctl" in answer.message, path
+        # What is only read needs no nerdctl.
+        for path in ("/containers/json", "/images/json", "/networks", "/volumes"):
+            assert ask(engine, "GET", path).status == 200, path
         engine.close()
 
-    def test_containerd_down(self, engine, scripted):
+    def test_containerd_down(self, engine, scripted, fake):
         for command in ("version", "info", "ps", "images"):
             scripted.on(command, stderr=FAILURES[0][1], status=1)
         assert ask(engine, "GET", "/version").status == 200
         answer = ask(engine, "GET", "/info")
         assert answer.status == 503 and "systemctl start containerd" in answer.message
+        fake.stop_serving()
+        for path in ("/containers/json", "/images/json", "/system/df"):
+            answer = ask(engine, "GET", path)
+            assert answer.status == 503 and "containerd" in answer.message, path
+        fake.start_serving()
 
     def test_info(self, furnished):
         told = ask(furnished, "GET", "/info").json
@@ -3992,8 +4000,9 @@ class TestSystem:
         images = {each["Id"]: each["Containers"] for each in old["Images"]}
         assert images[BB] == 4
 
-    def test_events_that_nobody_reads(self, furnished):
-        furnished.feed.SETTLE, furnished.journal.BEHIND = 0.0, 3
+    def test_events_that_nobody_reads(self, furnished, fake):
+        follow(furnished, fake)
+        furnished.journal.BEHIND = 3
         chunks = nerdctld.dispatch(furnished, nerdctld.Request("GET", "/events")).body.chunks
         assert next(chunks) == b""
         for number in range(5):
@@ -4376,11 +4385,11 @@ class TestImages:
         """What comes of runs that end after so many bytes, or write other bytes."""
         left = list(runs)
 
-        def start(*arguments, client):
+        def save(names, platforms, client):
             (tmp_path / "archive").write_bytes(self.LAYERED[:left[0]] if isinstance(left[0], int) else left[0])
             left.pop(0)
             return nerdctld.Nerdctl(["sh", "-c", f"head -c 100 {tmp_path}/archive; sleep 0.01; tail -c +101 {tmp_path}/archive"]).start()
-        engine = types.SimpleNamespace(nerdctl=types.SimpleNamespace(start=start))
+        engine = types.SimpleNamespace(nerdctl=types.SimpleNamespace(save=save))
         found = b""
         for each in nerdctld.whole_archive(engine, nerdctld.Request("GET", "/"), ["x"], []):
             found += os.read(each.descriptor, each.size) if isinstance(each, nerdctld.Piped) else each
@@ -4786,13 +4795,12 @@ class TestBuild:
             assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/%C3%A9").status == 400
         assert ask(furnished, "POST", f"/build?t=tst:a&remote={base}/context.tar").status == 400
 
-    def test_remote_by_tls(self, scripted, tmp_path):
+    def test_remote_by_tls(self, scripted, fake, tmp_path):
         # In a process of its own: this one has loaded http.client with OpenSSL.
-        furnish(scripted)
         context = certificate(tmp_path, "IP:127.0.0.1")
         with self.files(tmp_path / "web", context) as base, self.files(tmp_path / "web", moved=base) as moved:
             for trusted, status in ((str(tmp_path / "crt"), 200), ("/nowhere", 400)):
-                daemon = Daemon(tmp_path, "--nerdctl", str(scripted.program), environment={"SSL_CERT_FILE": trusted, "SSL_CERT_DIR": "/nowhere"})
+                daemon = Daemon(tmp_path, "--nerdctl", str(scripted.program), "--address", fake.path, environment={"SSL_CERT_FILE": trusted, "SSL_CERT_DIR": "/nowhere"})
                 try:
                     for url in (base + "/context.tar", base + "/Dockerfile.txt", moved + "/context.tar"):
                         answer = daemon.ask("POST", "/build?t=tst:a&remote=" + url)
@@ -8497,11 +8505,13 @@ def shared(tmp_path_factory):
     """One daemon over recorded output for all tests that do not end it."""
     folder = tmp_path_factory.mktemp("http")
     (folder / "scripted").mkdir()
-    scripted = furnish(Scripted(folder / "scripted"))
-    found = Daemon(folder, "--nerdctl", str(scripted.program), "--debug")
+    scripted, fake = Scripted(folder / "scripted"), FakeContainerd(folder)
+    furnish(scripted, fake, folder)
+    found = Daemon(folder, "--nerdctl", str(scripted.program), "--address", fake.path, "--debug")
     found.scripted = scripted
     yield found
     found.end()
+    fake.stop_serving()
 
 
 class TestHTTPServer:
@@ -8790,8 +8800,8 @@ class TestSockets:
         done = subprocess.run([sys.executable, compiled(), "-H", address], capture_output=True, text=True, timeout=20)
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 
-    def test_running_requests_end(self, daemon, scripted):
-        furnish(scripted)
+    def test_running_requests_end(self, daemon, scripted, fake, tmp_path):
+        furnish(scripted, fake, tmp_path)
         scripted.on("save", stdout=ARCHIVE.decode(), stays=0.3)
         answers = []
         thread = threading.Thread(target=lambda: answers.append(daemon.ask("GET", "/images/tst:a/get")))
