@@ -6195,8 +6195,11 @@ def open_url(url: str, headers: Optional[Dict[str, str]] = None, redirects: bool
     import urllib.request
 
     class NoRedirects(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, *_: Any) -> None:
+        # Before redirect_request, which comes only once the location has been read.
+        def http_error_302(self, *_: Any) -> None:
             return None
+
+        http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
     handlers = [] if redirects else [NoRedirects]
     if is_loopback(urllib.parse.urlsplit(url).netloc):
