@@ -4130,7 +4130,7 @@ def parse_network(native: Dict[str, Any], written: int) -> Dict[str, Any]:
     making but that at which its file was written, in nanoseconds since 1970."""
     name, plugin = native.get("name") or "", (native.get("plugins") or [{}])[0]
     driver = {"host": "host", "none": "null"}.get(name) or plugin.get("type") or "bridge"
-    labels = native.get("nerdctlLabels") or {}
+    labels, identity = native.get("nerdctlLabels") or {}, native.get("nerdctlID")
     config = []
     for each in itertools.chain.from_iterable((plugin.get("ipam") or {}).get("ranges") or []):
         entry = {"Subnet": each.get("subnet") or "", "Gateway": each.get("gateway") or "", "IPRange": labels.get("nerdctld/ip-range") or ""}
@@ -4141,7 +4141,7 @@ def parse_network(native: Dict[str, Any], written: int) -> Dict[str, Any]:
     if name == "bridge":
         options = {"com.docker.network.bridge.default_bridge": "true", "com.docker.network.bridge.name": plugin.get("bridge") or "nerdctl0"}
     return {
-        "Name": name, "Id": native.get("nerdctlID") or made_up_id(name), "Created": whole_seconds(written), "Scope": "local",
+        "Name": name, "Id": identity if isinstance(identity, str) and identity else made_up_id(name), "Created": whole_seconds(written), "Scope": "local",
         "Driver": driver, "EnableIPv4": True, "EnableIPv6": any(":" in each.get("Subnet", "") for each in config),
         "IPAM": {"Driver": "default", "Options": None if name in ("bridge", "host", "none") else {}, "Config": config or None},
         "Internal": driver == "bridge" and not plugin.get("isGateway"), "Attachable": False, "Ingress": False,
