@@ -3870,8 +3870,9 @@ class Container:
             found = kept.get("portMappings") if isinstance(kept, dict) else None
         with contextlib.suppress(ValueError):
             found = found or json.loads(self.labels.get("nerdctl/ports") or "[]")
+        found = [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
         return [{"IP": each.get("HostIP") or "0.0.0.0", "PrivatePort": each.get("ContainerPort") or 0,
-                 "PublicPort": each.get("HostPort") or 0, "Type": each.get("Protocol") or "tcp"} for each in (found if isinstance(found, list) else []) if isinstance(each, dict)]
+                 "PublicPort": each.get("HostPort") or 0, "Type": each.get("Protocol") or "tcp"} for each in found]
 
     @property
     def request(self) -> Dict[str, Any]:
@@ -4129,9 +4130,9 @@ def made_up_id(name: str) -> str:
 def parse_network(native: Dict[str, Any], written: int) -> Dict[str, Any]:
     """A CNI configuration list that nerdctl wrote as Docker shows a network, without its members. It has no time of
     making but that at which its file was written, in nanoseconds since 1970."""
-    name, plugin, identity = native.get("name") or "", (native.get("plugins") or [{}])[0], native.get("nerdctlID")
+    name, plugin = native.get("name") or "", (native.get("plugins") or [{}])[0]
     driver = {"host": "host", "none": "null"}.get(name) or plugin.get("type") or "bridge"
-    labels = native.get("nerdctlLabels") or {}
+    labels, identity = native.get("nerdctlLabels") or {}, native.get("nerdctlID")
     config = []
     for each in itertools.chain.from_iterable((plugin.get("ipam") or {}).get("ranges") or []):
         entry = {"Subnet": each.get("subnet") or "", "Gateway": each.get("gateway") or "", "IPRange": labels.get("nerdctld/ip-range") or ""}
@@ -4454,9 +4455,10 @@ def hostname_args(body: Dict[str, Any]) -> List[str]:
     other by host name, the alias that a compose service has for its name."""
     name = typed(body.get("Hostname"), str, "Hostname")
     mode = typed(field_of(body, "HostConfig.NetworkMode"), str, "NetworkMode")
+    endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
+    aliases = [each for one in endpoints.values()
+               for each in string_list(typed(one, dict, "EndpointsConfig").get("Aliases"), "Aliases")]
     if not name and not mode.startswith(("host", "container:")):
-        endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
-        aliases = [each for endpoint in endpoints.values() for each in string_list(typed(endpoint, dict, "EndpointsConfig").get("Aliases"), "Aliases")]
         service = typed(body.get("Labels"), dict, "Labels").get("com.docker.compose.service")
         wanted = service if service in aliases else next(iter(aliases), "")
         name = wanted if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62})", wanted or "") else ""
@@ -6197,8 +6199,11 @@ def open_url(url: str, headers: Optional[Dict[str, str]] = None, redirects: bool
     import urllib.request
 
     class NoRedirects(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, *_: Any) -> None:
+        # Before redirect_request, which comes only once the location has been read.
+        def http_error_302(self, *_: Any) -> None:
             return None
+
+        http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
     handlers = [] if redirects else [NoRedirects]
     if is_loopback(urllib.parse.urlsplit(url).netloc):
@@ -6879,18 +6884,16 @@ def has_init(container: Container) -> bool:
     return bool(container.host_config.get("Init"))
 
 
-def quoted_command(command: str, container: Container) -> str:
-    """The command of `ps` as Docker words it: words with spaces in quotes, as far as the request tells which those are."""
-    quoted = lambda words: " ".join(f"'{each}'" if " " in each else each for each in words)
-    asked = container.request
-    if has_init(container):
-        command = re.sub("^(?:" + "|".join(map(" ".join, INIT_WORDS)) + ") ", "", command)
-    head, tail = (string_list(asked.get(key), key) if isinstance(asked.get(key), list) else [] for key in ("Entrypoint", "Cmd"))
-    if tail and command.endswith(" ".join(tail)):
-        command = command[:len(command) - len(" ".join(tail))] + quoted(tail)
-    if head and command.startswith(" ".join(head)):
-        command = quoted(head) + command[len(" ".join(head)):]
-    return command
+def own_arguments(container: Container) -> List[str]:
+    """The words of its command line without the init process that was asked for."""
+    words = container.arguments
+    return words[2:] if has_init(container) and words[:2] in INIT_WORDS else words
+
+
+def quoted_command(container: Container) -> str:
+    """Its command line as `docker ps` words it: arguments with spaces in quotes, the program as it is."""
+    words = own_arguments(container)
+    return " ".join(words[:1] + [f"'{each}'" if " " in each else each for each in words[1:]])
 
 
 def open_ports(container: Container) -> List[Dict[str, Any]]:
@@ -6911,7 +6914,7 @@ def lasting_row(container: Container) -> Dict[str, Any]:
     if "row" not in container.memo:
         container.memo["row"] = {
             "Id": container.id, "Names": ["/" + container.name], "Image": shown_image(container), "ImageID": "",
-            "Command": quoted_command(" ".join(container.arguments), container),
+            "Command": quoted_command(container),
             "Created": container.created // 10**9, "Ports": open_ports(container), "Labels": container.visible_labels,
             "State": container.state.kind, "Status": "", "HostConfig": {"NetworkMode": network_mode(container)},
             "NetworkSettings": {}, "Mounts": docker_mounts(container),
@@ -7223,10 +7226,8 @@ def docker_state(state: State, out_of_memory: bool, health: Optional[Dict[str, A
 
 def docker_container(engine: Engine, container: Container, image: Optional[ImageGroup], version: Tuple[int, int]) -> Dict[str, Any]:
     """A container as `/containers/{id}/json` shows it."""
-    spec, arguments = container.spec, container.arguments or [""]
+    spec, arguments = container.spec, own_arguments(container) or [""]
     config = docker_config(container, spec, (image.config.get("config") or {}) if image else {})
-    if has_init(container) and arguments[:2] in INIT_WORDS:
-        arguments = arguments[2:]
     hosts = next((each["source"] for each in spec.get("mounts") or [] if each.get("destination") == "/etc/hosts"), "")
     driver = container.record.snapshotter or "overlayfs"
     found = {
@@ -7829,8 +7830,6 @@ def create_warnings(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
     if len(endpoints) > 1 and any((typed(each, dict, "EndpointsConfig").get("IPAMConfig") or {}).get("IPv4Address") for each in endpoints.values()):
         found.append("addresses are not carried out for several networks: nerdctl sets one for a single network")
-    for each in endpoints.values():
-        string_list(typed(each, dict, "EndpointsConfig").get("Aliases"), "Aliases")
     found += [f"the option {key} of network {network} is not carried out: nerdctl has none for one container" for network, one in endpoints.items()
               for key in typed(typed(one, dict, "EndpointsConfig").get("DriverOpts"), dict, "DriverOpts")]
     found += [f"the variable {each} of the image is empty and not gone: nerdctl cannot take one away" for each in unset_variables(body, image)]
@@ -8016,6 +8015,8 @@ def container_create(engine: Engine, request: Request) -> Response:
     for each in string_list(field_of(body, "HostConfig.Links"), "Links"):
         if not each.strip("/"):
             raise BadParameter(f"invalid link: {each!r}")
+    for each in typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig").values():
+        string_list(typed(each, dict, "EndpointsConfig").get("Links"), "Links")
     warnings = create_warnings(body, {"Env": list(plan.environment)})
     return Response(201, {"Id": create_container(engine, plan, name).id, "Warnings": warnings})
 

@@ -362,7 +362,7 @@ class FakeContainerd:
         self.path, self.namespace = str(folder / "containerd.sock"), namespace
         # By id and by id; by name; by digest; (snapshotter, key) -> the key below and bytes.
         self.containers, self.tasks, self.images, self.content, self.snapshots = {}, {}, {}, {}, {}
-        # (snapshotter, key) -> type, source and options of each mount.
+        # (snapshotter, key) -> its mounts: type, source and options of each.
         self.mounts = {}
         self.version, self.uuid = ("v2.3.1", ""), "16f7ae04-a9a5-49b1-9999-0f05f4c7cfab"
         self.before, self.after = {}, {}
@@ -383,8 +383,6 @@ class FakeContainerd:
 
     def stop_serving(self):
         """End like a containerd that is stopped: nobody listens, and connections break."""
-        if self.listener.fileno() < 0:
-            return
         self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
         with self.lock:
@@ -448,8 +446,8 @@ class FakeContainerd:
         if method in ("Version/Version", "Introspection/Server"):
             return [message(*enumerate(self.version, 1)) if method == "Version/Version" else message((1, self.uuid))]
         if method == "Snapshots/Mounts":
-            found = self.known(self.mounts, (text[1], text[2]), f"snapshot {text[2]} does not exist: not found")
-            return [message(*((1, message((1, kind), (2, source), *((4, option) for option in options))) for kind, source, options in found))]
+            mounts = self.known(self.mounts, (text[1], text[2]), f"snapshot {text[2]} does not exist: not found")
+            return [b"".join(message((1, message((1, kind), (2, source), *((4, each) for each in options)))) for kind, source, options in mounts)]
         if method.startswith("Snapshots/"):
             below, size = self.known(self.snapshots, (text[1], text[2]), f"snapshot {text[2]} does not exist: not found")
             return [message((1, size), (2, 1)) if method == "Snapshots/Usage" else message((1, message((1, text[2]), (2, below), (3, 3))))]
@@ -579,12 +577,11 @@ class InProcess(nerdctld.Nerdctl):
         """What the script says, noted as a call."""
         self.argv(arguments)
         rule = self.scripted.rule(arguments)
-        if self.command != [str(self.scripted.program)]:
+        if rule and rule["stays"] or self.command != [str(self.scripted.program)]:
             return super().output(*arguments, data=data, timeout=timeout, environment=environment, waits=waits)
         self.scripted.note(list(arguments), data, environment or {})
         if rule is None:
             return nerdctld.Output(1, b"", fatal("not in the script: " + " ".join(arguments)))
-        time.sleep(rule["stays"])
         self.scripted.do(arguments)
         return nerdctld.Output(rule["status"], rule["stdout"].encode(), rule["stderr"])
 
@@ -684,7 +681,7 @@ def follow(engine, fake):
 
 def away(folder):
     """Where nothing is of what this machine's own nerdctl keeps: networks, and below `data_root` all else."""
-    settings = pathlib.Path(f"{folder}.toml")
+    settings = pathlib.Path(folder) / "nerdctl.toml"
     if not settings.exists():
         settings.write_text(f'data_root = "{folder}/data"\n')
     return {"NETCONFPATH": f"{folder}/networks", "NERDCTL_TOML": str(settings)}
@@ -710,6 +707,10 @@ def frozen():
 @functools.lru_cache(maxsize=None)
 def compiled():
     """The daemon's file as bytecode, which starts several times faster."""
+    # The import has left it, unless Python was told not to.
+    with contextlib.suppress(OSError, TypeError):
+        if os.path.getmtime(nerdctld.__cached__) >= os.path.getmtime(nerdctld.__file__):
+            return nerdctld.__cached__
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
     return py_compile.compile(str(HERE / "nerdctld.py"), os.path.join(folder, "nerdctld.pyc"), doraise=True)
@@ -1284,8 +1285,7 @@ class TestShape:
                 names.update(each.name.partition(".")[0] for each in node.names)
             elif isinstance(node, ast.ImportFrom):
                 names.add(node.module.partition(".")[0])
-        # The one of these that the Python at hand does not have is not loaded.
-        assert names - {"_sha2", "_sha256"} <= set(getattr(sys, "stdlib_module_names", names))
+        assert names <= set(getattr(sys, "stdlib_module_names", names))
 
     def test_parses_as_python_3_9(self):
         assert tree().body
@@ -1767,21 +1767,14 @@ class TestErrors:
 
 
 class TestNerdctlProcess:
-    @pytest.fixture
-    def engine(self, scripted, fake):
-        """An engine whose calls are processes."""
-        found = nerdctld.Engine(nerdctld.Nerdctl([str(scripted.program)]), nerdctld.Containerd(fake.path))
-        yield found
-        found.close()
-
-    def test_argv(self, scripted):
+    def test_argv(self):
         nerdctl = nerdctld.Nerdctl(["lima", "nerdctl"], "k8s.io", "/run/c.sock", "native")
         assert nerdctl.argv(["ps"]) == ["lima", "nerdctl", "--namespace=k8s.io", "--address=/run/c.sock", "--snapshotter=native", "ps"]
 
     @pytest.mark.parametrize("word", ["a\0b", "x" * 200000])
-    def test_words_no_process_can_be_given(self, engine, word):
+    def test_words_no_process_can_be_given(self, scripted, word):
         with pytest.raises(nerdctld.BadParameter):
-            engine.nerdctl.run("ps", "--", word)
+            nerdctld.Nerdctl([str(scripted.program)]).run("ps", "--", word)
 
     def test_no_shell(self, engine, scripted):
         scripted.on("ps")
@@ -1857,8 +1850,12 @@ class TestNerdctlProcess:
         (tree / "closed" / "link").symlink_to(beside / "file")
         (tree / "closed" / "folder").symlink_to(beside)
         (tree / "closed").chmod(0o500)
+        code = tmp_path / "code"
+        code.mkdir(mode=0o755)
+        shutil.copy(compiled(), code / "nerdctld.pyc")
+        (code / "nerdctld.pyc").chmod(0o644)
         script = "import sys, nerdctld; nerdctld.remove_tree(sys.argv[1])"
-        command = [sys.executable, "-c", script, str(tree)]
+        command = [sys.executable, "-S", "-c", script, str(tree)]
         if os.geteuid() == 0:
             for each in (tmp_path, *list(tmp_path.parents)[:2], tree, tree / "closed"):
                 each.chmod(each.stat().st_mode | 0o055)
@@ -1868,9 +1865,9 @@ class TestNerdctlProcess:
             before = modes()
             # As an ordinary user, where one can get here.
             user = ["setpriv", "--reuid", "65534", "--clear-groups"]
-            probe = [*user, sys.executable, "-c", "import os, sys, nerdctld; os.listdir(sys.argv[1])", str(tree)]
-            command = command if subprocess.run(probe, capture_output=True, cwd=HERE, timeout=20).returncode else [*user, *command]
-        subprocess.run(command, cwd=HERE, check=True, timeout=20, capture_output=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+            probe = [*user, sys.executable, "-S", "-c", "import os, sys; open('nerdctld.pyc').close(); os.listdir(sys.argv[1])", str(tree)]
+            command = command if subprocess.run(probe, capture_output=True, cwd=code, timeout=20).returncode else [*user, *command]
+        subprocess.run(command, cwd=code, check=True, timeout=20, capture_output=True)
         assert modes() == before and (os.geteuid() == 0 or not tree.exists()) and (beside / "file").read_text() == "x"
 
     def test_timeout_ends_the_group(self, tmp_path):
@@ -1903,17 +1900,19 @@ class TestNerdctlProcess:
             assert process.read(2) == b"y\n"
         assert (tmp_path / "told").read_text() == "unmounted\n" and process.popen.returncode == 0
 
-    def test_places_are_given_back(self, engine, scripted):
+    def test_places_are_given_back(self, scripted):
+        nerdctl = nerdctld.Nerdctl([str(scripted.program)])
         for _ in range(20):
             with pytest.raises(nerdctld.ApiError):
-                engine.nerdctl.run("nothing")
-        assert engine.nerdctl.places._value == engine.nerdctl.places._initial_value
+                nerdctl.run("nothing")
+        assert nerdctl.places._value == nerdctl.places._initial_value
 
-    def test_too_many(self, engine):
-        for _ in range(engine.nerdctl.places._initial_value):
-            engine.nerdctl.places.acquire()
+    def test_too_many(self, scripted):
+        nerdctl = nerdctld.Nerdctl([str(scripted.program)])
+        for _ in range(nerdctl.places._initial_value):
+            nerdctl.places.acquire()
         with pytest.raises(nerdctld.Unavailable, match="too many"):
-            engine.nerdctl.run("ps", timeout=0.05)
+            nerdctl.run("ps", timeout=0.05)
 
     def test_input(self, engine, scripted):
         scripted.on("login", reads=True)
@@ -1960,6 +1959,8 @@ class TestNerdctlProcess:
         assert not os.path.exists(folder)
 
     def test_a_workspace_that_was_removed_is_made_anew(self, tmp_path, monkeypatch):
+        tmp_path = tmp_path / "temporary"
+        tmp_path.mkdir()
         monkeypatch.setattr(nerdctld.tempfile, "tempdir", str(tmp_path))
         workspace = nerdctld.Workspace()
         first = workspace.folder()
@@ -1976,6 +1977,8 @@ class TestNerdctlProcess:
         assert os.listdir(tmp_path) == [os.path.basename(second)]
 
     def test_sweep_removes_what_a_killed_daemon_left(self, tmp_path, monkeypatch):
+        tmp_path = tmp_path / "temporary"
+        tmp_path.mkdir()
         monkeypatch.setattr(nerdctld.tempfile, "tempdir", str(tmp_path))
         (tmp_path / "nerdctld-999999999-abc").mkdir()
         (tmp_path / f"nerdctld-{os.getpid()}-abc").mkdir()
@@ -3855,7 +3858,9 @@ class TestState:
         read, usage = fake.calls["Content/Read"], fake.calls["Snapshots/Usage"]
         fake.tag("docker.io/library/new:b", BB)
         assert "new:b" in str(ask(furnished, "GET", "/images/json").json)
-        assert (fake.calls["Content/Read"], fake.calls["Snapshots/Usage"], fake.calls["Images/List"]) == (read, usage, 1)
+        furnished.settle()
+        # The name is asked for once for the list, and once for what clients are told of it.
+        assert (fake.calls["Content/Read"], fake.calls["Snapshots/Usage"], fake.calls["Images/List"], fake.calls["Images/Get"]) == (read, usage, 1, 2)
 
     def test_content_of_images_that_are_gone_is_given_up(self, engine, fake):
         follow(engine, fake)
@@ -3968,24 +3973,30 @@ class TestSystem:
         assert re.fullmatch(r"\d+\.\d+\.\d+", told["Version"]) and tuple(map(int, told["Version"].split("."))) >= (29, 0, 0)
         assert info["Labels"] == [f"nerdctld={nerdctld.VERSION}", "nerdctl=v2.3.5"]
 
-    def test_without_nerdctl(self, furnished, tmp_path):
-        """What containerd and files tell is told; what only nerdctl knows, and does, is 503."""
-        furnished.nerdctl.command = [str(tmp_path / "none")]
-        answer = ask(furnished, "GET", "/version")
+    def test_version_without_nerdctl(self, tmp_path, fake):
+        engine = nerdctld.Engine(nerdctld.Nerdctl([str(tmp_path / "none")]), nerdctld.Containerd(fake.path))
+        answer = ask(engine, "GET", "/version")
         assert answer.status == 200 and "--nerdctl" in answer.json["Platform"]["Name"]
-        for path in ("/_ping", "/containers/json?all=1", "/containers/tstweb/json", "/images/json", "/networks", "/volumes", "/system/df"):
-            assert ask(furnished, "GET", path).status == 200, path
-        for method, path, body in (("GET", "/info", b""), ("POST", "/containers/create", BODY), ("POST", "/images/tst:a/tag?repo=x", b""), ("POST", "/volumes/create", {"Name": "some"})):
-            answer = ask(furnished, method, path, body)
+        assert ask(engine, "GET", "/_ping").status == 200
+        for method, path in (("GET", "/info"), ("POST", "/images/create?fromImage=tst:a"), ("POST", "/volumes/create"), ("POST", "/networks/create")):
+            answer = ask(engine, method, path, {"Name": "some"})
             assert answer.status == 503 and "install nerdctl" in answer.message, path
+        # What is only read needs no nerdctl.
+        for path in ("/containers/json", "/images/json", "/networks", "/volumes"):
+            assert ask(engine, "GET", path).status == 200, path
+        engine.close()
 
     def test_containerd_down(self, engine, scripted, fake):
         for command in ("version", "info"):
             scripted.on(command, stderr=FAILURES[0][1], status=1)
-        fake.stop_serving()
         assert ask(engine, "GET", "/version").status == 200
         answer = ask(engine, "GET", "/info")
         assert answer.status == 503 and "systemctl start containerd" in answer.message
+        fake.stop_serving()
+        for path in ("/containers/json", "/images/json", "/system/df"):
+            answer = ask(engine, "GET", path)
+            assert answer.status == 503 and "containerd" in answer.message, path
+        fake.start_serving()
 
     def test_info(self, furnished):
         told = ask(furnished, "GET", "/info").json
@@ -4061,8 +4072,9 @@ class TestSystem:
         images = {each["Id"]: each["Containers"] for each in old["Images"]}
         assert images[BB] == 4
 
-    def test_events_that_nobody_reads(self, furnished):
-        furnished.feed.SETTLE, furnished.journal.BEHIND = 0.0, 3
+    def test_events_that_nobody_reads(self, furnished, fake):
+        follow(furnished, fake)
+        furnished.journal.BEHIND = 3
         chunks = nerdctld.dispatch(furnished, nerdctld.Request("GET", "/events")).body.chunks
         assert next(chunks) == b""
         for number in range(5):
@@ -4087,7 +4099,7 @@ class TestSystem:
     def test_df_of_a_type(self, furnished, scripted):
         assert list(ask(furnished, "GET", "/v1.51/system/df?type=volume").json) == ["Volumes"]
         assert ask(furnished, "GET", "/system/df?type=nothing").status == 400
-        assert scripted.calls("ps --size") == []
+        assert scripted.calls() == []
 
 
 ###############################################################################
@@ -4344,7 +4356,7 @@ class TestImages:
         ask(furnished, "POST", "/images/load", b"x")
         assert [each["argv"][-1].partition("@")[0] for each in scripted.calls("rmi")] == ["import"]
 
-    @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress], ids=["plain", "gzip", "bzip2", "xz"])
+    @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, functools.partial(lzma.compress, preset=0)], ids=["plain", "gzip", "bzip2", "xz"])
     @pytest.mark.parametrize("files", [("oci-layout", "index.json"), ("oci-layout", "index.json", "manifest.json"), ("manifest.json",)])
     @pytest.mark.parametrize("told", ["", "Loaded image: docker.io/library/tst:a\n", V17_LOAD.stdout])
     def test_load_tells_the_names_in_the_archive_in_its_order(self, furnished, scripted, pack, files, told):
@@ -4445,11 +4457,11 @@ class TestImages:
         """What comes of runs that end after so many bytes, or write other bytes."""
         left = list(runs)
 
-        def start(*arguments, client):
+        def save(names, platforms, client):
             (tmp_path / "archive").write_bytes(self.LAYERED[:left[0]] if isinstance(left[0], int) else left[0])
             left.pop(0)
             return nerdctld.Nerdctl(["sh", "-c", f"head -c 100 {tmp_path}/archive; sleep 0.01; tail -c +101 {tmp_path}/archive"]).start()
-        engine = types.SimpleNamespace(nerdctl=types.SimpleNamespace(start=start))
+        engine = types.SimpleNamespace(nerdctl=types.SimpleNamespace(save=save))
         found = b""
         for each in nerdctld.whole_archive(engine, nerdctld.Request("GET", "/"), ["x"], []):
             found += os.read(each.descriptor, each.size) if isinstance(each, nerdctld.Piped) else each
@@ -4576,7 +4588,7 @@ def certificate(folder, *names):
     """A server's TLS context with a new certificate for these names, which is `crt` in the folder."""
     if not shutil.which("openssl"):
         pytest.skip("no openssl to make a certificate with")
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(folder / "key"), "-out", str(folder / "crt"), "-days", "2",
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(folder / "key"), "-out", str(folder / "crt"), "-days", "2",
                     "-subj", "/CN=localhost", "-addext", "subjectAltName=" + ",".join(names)], check=True, capture_output=True, timeout=60)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "crt", folder / "key")
@@ -4857,18 +4869,19 @@ class TestBuild:
 
     def test_remote_by_tls(self, scripted, fake, tmp_path):
         # In a process of its own: this one has loaded http.client with OpenSSL.
-        furnish(scripted, fake, tmp_path)
-        context = certificate(tmp_path, "IP:127.0.0.1")
-        with self.files(tmp_path / "web", context) as base, self.files(tmp_path / "web", moved=base) as moved:
-            for trusted, status in ((str(tmp_path / "crt"), 200), ("/nowhere", 400)):
-                daemon = Daemon(tmp_path, "--nerdctl", str(scripted.program), "--address", fake.path, environment={"SSL_CERT_FILE": trusted, "SSL_CERT_DIR": "/nowhere"})
-                try:
+        (tmp_path / "unknown").mkdir()
+        contexts = [certificate(folder, "IP:127.0.0.1") for folder in (tmp_path, tmp_path / "unknown")]
+        daemon = Daemon(tmp_path, "--nerdctl", str(scripted.program), "--address", fake.path,
+                        environment={"SSL_CERT_FILE": str(tmp_path / "crt"), "SSL_CERT_DIR": "/nowhere"})
+        try:
+            for context, status in zip(contexts, (200, 400)):
+                with self.files(tmp_path / "web", context) as base, self.files(tmp_path / "web", moved=base) as moved:
                     for url in (base + "/context.tar", base + "/Dockerfile.txt", moved + "/context.tar"):
                         answer = daemon.ask("POST", "/build?t=tst:a&remote=" + url)
                         assert answer.status == status, url
                         assert status == 200 or "certificate verify failed" in answer.message
-                finally:
-                    daemon.end()
+        finally:
+            daemon.end()
 
     def buildctl(self, furnished, monkeypatch, tmp_path, script):
         folder = tmp_path / "bin"
@@ -4926,16 +4939,20 @@ class TestContainers:
         {"HostConfig": [1]}, {"HostConfig": {"RestartPolicy": "x", "NetworkMode": 5, "Links": [1, "a:b"], "Mounts": [{"Target": []}, 1], "Binds": 7, "LogConfig": {"Config": [1]}}},
         {"NetworkingConfig": [1]}, {"NetworkingConfig": {"EndpointsConfig": {"tstnet": {"Aliases": 5, "Links": [{}]}, "x": 1}}}, {"Labels": [1], "ExposedPorts": ["80/tcp"]},
         {"ExposedPorts": {"\u00b2/tcp": {}, "80": {}}, "Env": [1], "Healthcheck": 1, "Volumes": []}], ids=str)
-    def test_a_request_that_somebody_else_wrote(self, request_):
-        labels = {**nerdctld.request_labels(request_), "nerdctl/networks": '["tstnet"]', "containerd.io/restart.policy": "on-failure:x", "containerd.io/restart.count": "\u00b2"}
-        container = container_of(labels, "running")
-        row = nerdctld.docker_container_row(container, "", nerdctld.docker_networks(container, {}), 0.0, (1, 51))
+    def test_a_request_that_somebody_else_wrote(self, engine, fake, request_):
+        labels = {"nerdctl/name": "x", **nerdctld.request_labels(request_), "nerdctl/networks": '["tstnet"]', "containerd.io/restart.policy": "on-failure:x", "containerd.io/restart.count": "\u00b2"}
+        fake.create(ID, labels)
+        fake.start(ID)
+        row, = ask(engine, "GET", "/v1.51/containers/json").json
         assert row["State"] == "running" and {each["PrivatePort"] for each in row["Ports"]} <= {80}
-        assert nerdctld.docker_host_config(container, {})["RestartPolicy"] == {"Name": "on-failure", "MaximumRetryCount": 0}
+        assert ask(engine, "GET", "/containers/x/json").status == 200
+        fake.exit(ID, 1)
+        assert ask(engine, "GET", "/containers/x/json").json["State"]["Status"] in ("exited", "restarting")
+        container = engine.inventory.container("x")
         aliases, links = nerdctld.wanted_names(container)
         assert not any(aliases.values()) and set(links) <= {"a"} and nerdctld.held_policy(container) == "" and not nerdctld.auto_removed(container)
 
-    def test_addresses_are_those_that_nerdctl_noted(self, tmp_path):
+    def test_addresses_in_the_list_need_no_process(self, tmp_path):
         note = {"ID": ID, "Networks": {
             "back": {"interfaces": [{"mac": "1", "name": "br0"}, {"mac": "2", "name": "eth1", "sandbox": "/proc/1/ns/net"}],
                      "ips": [{"address": "10.5.0.7/24", "gateway": "10.5.0.1"}, {"address": "fd00::7/64"}]},
@@ -4963,8 +4980,7 @@ class TestContainers:
         (tmp_path / "lifecycle.json").write_text(json.dumps({"started_at": started} if started else {}))
         asked = {"Image": "x", "HostConfig": {"NetworkMode": "net"}, "NetworkingConfig": {"EndpointsConfig": {"net": {"MacAddress": "02:42:ac:11:00:02"}}}}
         labels = {"nerdctl/networks": '["net"]', "nerdctl/state-dir": str(tmp_path), **nerdctld.request_labels(asked)}
-        container = container_of(labels, task)
-        assert nerdctld.docker_networks(container, {"net": {"Id": "1", "Name": "net"}})["net"]["MacAddress"] == told
+        assert nerdctld.docker_networks(container_of(labels, task), {"net": {"Id": "1", "Name": "net"}})["net"]["MacAddress"] == told
 
     def test_newest_first(self, reading):
         assert self.names(reading, "all=1") == ["/tstpaused", "/tstnew", "/tstdone", "/tstweb"]
@@ -4992,7 +5008,7 @@ class TestContainers:
 
     def test_size(self, reading):
         rows = ask(reading, "GET", "/containers/json?all=1&size=1").json
-        assert rows[-1]["SizeRw"] == 28672 and rows[-1]["SizeRootFs"] == 28672 + 2019328
+        assert rows[-1]["SizeRw"] == 28672 and rows[-1]["SizeRootFs"] == 2019328 + 28672
 
     def test_inspect_of_a_running_one(self, furnished):
         assert "IPAddress" not in ask(furnished, "GET", "/v1.51/containers/tstweb/json").json["NetworkSettings"]
@@ -5027,22 +5043,23 @@ class TestContainers:
         assert (answer.status, answer.message) == (404, "No such container: nosuch")
         assert ask(reading, "GET", "/containers/-x/json").status == 404
 
-    def of_request(self, request, mounts=(), ports=(), task="running", arguments=()):
-        """A container that was made with this request."""
+    def of_request(self, request, task="running", mounts=(), ports=(), **fields):
+        """A container that was made with this request; `ports` are pairs of the host's and its own."""
         labels = {f"nerdctl/mounts.{number}": json.dumps(each) for number, each in enumerate(mounts)}
-        labels["nerdctl/ports"] = json.dumps([{"HostPort": there, "ContainerPort": here, "Protocol": "tcp", "HostIP": "0.0.0.0"} for there, here in ports])
-        return container_of({**nerdctld.request_labels(nerdctld.slim(request)), **labels}, task, spec={"process": {"args": list(arguments)}})
+        labels["nerdctl/ports"] = json.dumps([{"HostPort": outer, "ContainerPort": inner, "Protocol": "tcp", "HostIP": "0.0.0.0"} for outer, inner in ports])
+        return container_of({**nerdctld.request_labels(nerdctld.slim(request)), **labels}, task, **fields)
 
     def test_labels_without_a_value_are_there(self):
         assert self.of_request({"Image": "x", "Labels": {"a": "", "b": "c"}}).visible_labels == {"a": ""}
 
     @pytest.mark.parametrize("told, request_, shown", [
-        (["sh", "-c", "sleep 30"], {"Cmd": ["sh", "-c", "sleep 30"]}, "sh -c 'sleep 30'"), (["sleep", "30"], {}, "sleep 30"),
-        (["a b", "c d"], {"Entrypoint": ["a b"], "Cmd": ["c d"]}, "'a b' 'c d'"),
+        (["sh", "-c", "sleep 30"], {"Cmd": ["sh", "-c", "sleep 30"]}, "sh -c 'sleep 30'"), (["sh", "-c", "sleep 30"], {}, "sh -c 'sleep 30'"),
+        (["sleep", "30"], {}, "sleep 30"), (["a b", "c d", "", "e"], {"Entrypoint": ["a b"], "Cmd": ["c d", "", "e"]}, "a b 'c d'  e"),
         *(([f"/sbin/{program}", "--", "sleep", "5"], {"Cmd": ["sleep", "5"], "HostConfig": {"Init": True}}, "sleep 5") for program in ("tini", "docker-init", "tini-static")),
-        (["/sbin/tini", "--", "x"], {"Cmd": ["/sbin/tini", "--", "x"]}, "/sbin/tini -- x"), (["other"], {"Cmd": ["a b"]}, "other")])
+        (["/sbin/tini", "--", "x"], {"Cmd": ["/sbin/tini", "--", "x"]}, "/sbin/tini -- x"),
+        (["other"], {"Cmd": ["a b"]}, "other"), ([], {}, "")], ids=str)
     def test_command_of_a_row(self, told, request_, shown):
-        assert nerdctld.lasting_row(self.of_request({"Image": "x", **request_}, arguments=told))["Command"] == shown
+        assert nerdctld.lasting_row(self.of_request({"Image": "x", **request_}, spec={"process": {"args": told}}))["Command"] == shown
 
     def test_mounts_in_memory_are_shown_where_they_were_mounts(self):
         mounts = [{"Type": "tmpfs", "Source": "tmpfs", "Destination": "/a", "Mode": "x"}, {"Type": "tmpfs", "Source": "tmpfs", "Destination": "/b", "Mode": "x"},
@@ -5057,8 +5074,8 @@ class TestContainers:
 
     def test_ports_that_are_only_exposed(self):
         request = {"Image": "x", "ExposedPorts": {"8080/tcp": {}, "443": {}, "80/tcp": {}, "53/udp": {}}}
-        shown = lambda asked=(), **more: [(each.get("PublicPort"), each["PrivatePort"], each["Type"]) for each in nerdctld.lasting_row(
-            self.of_request({**request, **dict(asked)}, **more))["Ports"]]
+        shown = lambda asked=(), **how: [(each.get("PublicPort"), each["PrivatePort"], each["Type"]) for each in nerdctld.lasting_row(
+            self.of_request({**request, **dict(asked)}, **how))["Ports"]]
         assert shown(ports=[(8000, 80)]) == [(8000, 80, "tcp"), (None, 53, "udp"), (None, 443, "tcp"), (None, 8080, "tcp")]
         assert shown(ports=[(8000, 80)], task="stopped") == []
         assert shown(host(NetworkMode="container:x")) == []
@@ -5074,10 +5091,10 @@ class TestContainers:
         assert shown(self.of_request({"Image": "x", "HostConfig": {"Mounts": [{"Type": "bind", "Source": "/s", "Target": "/c"}]}}, mounts=mounts)) is None
         assert shown(container_of({"nerdctl/mounts.0": json.dumps(mounts[0])}, "running")) == ["/s:/c:ro"]
 
-    def test_command_without_the_init_process(self, reading):
-        for program in ("tini", "docker-init", "tini-static"):
-            container = self.of_request({"Image": "x", "HostConfig": {"Init": True}}, arguments=[f"/sbin/{program}", "--", "sleep", "5"])
-            found = nerdctld.docker_container(reading, container, None, (1, 50))
+    def test_command_without_the_init_process(self, engine, fake):
+        for number, program in enumerate(("tini", "docker-init", "tini-static")):
+            fake.create(f"{number:064x}", nerdctld.request_labels({"Image": "x", "HostConfig": {"Init": True}}), spec={"process": {"args": [f"/sbin/{program}", "--", "sleep", "5"]}})
+            found = ask(engine, "GET", f"/containers/{number:064x}/json").json
             assert (found["Path"], found["Args"]) == ("sleep", ["5"])
 
     def test_limits_are_those_of_now(self):
@@ -5086,8 +5103,8 @@ class TestContainers:
         assert [found[key] for key in ("NanoCpus", "CpuQuota", "CpuPeriod", "Memory")] == [500000000, 0, 0, 1 << 27]
 
     def test_logs_that_are_not_kept(self, furnished, fake):
-        fake.label(ID, **nerdctld.request_labels(host(LogConfig={"Type": "none"})))
-        answer = ask(furnished, "GET", "/containers/tstweb/logs?stdout=1")
+        fake.label(ID, **nerdctld.request_labels({"HostConfig": {"LogConfig": {"Type": "none"}}}))
+        answer = ask(furnished, "GET", f"/containers/{ID}/logs?stdout=1")
         assert (answer.status, answer.message) == (501, "configured logging driver does not support reading")
 
     def test_a_request_is_kept_whole(self):
@@ -5116,28 +5133,24 @@ def words_of(body, image=None, networks=NETWORKS):
     def find(name):
         if name != "other":
             raise nerdctld.NotFound(f"No such container: {name}")
-        return container_of({nerdctld.LABEL_ID: "e" * 64}, id="f" * 64)
+        return container_of({"nerdctl/name": "other", nerdctld.LABEL_ID: "e" * 64}, id="f" * 64)
 
     words, _ = nerdctld.create_args({**BODY, **body}, image or {}, networks, find)
     return [each for each in words if each != "--network=bridge"]
 
 
-def creates(scripted, fake, *identities):
-    """Let nerdctl create containers of these ids, one after the other; the last of them again and again."""
-    left = list(identities)
-
-    def create(words):
-        identity = left.pop(0) if len(left) > 1 else left[0]
-        named = lambda flag: [each.partition("=")[2] for each in words if each.startswith(flag + "=")]
-        labels = dict(each.partition("=")[::2] for each in named("--label"))
-        ports = [{"HostPort": int(each.split(":")[-2]), "ContainerPort": int(each.rpartition(":")[2].partition("/")[0])} for each in named("--publish")]
-        fake.create(identity, {**labels, "nerdctl/name": (named("--name") or [identity[:12]])[0], "nerdctl/networks": json.dumps(named("--network")), "nerdctl/ports": json.dumps(ports)})
-    scripted.on("create", stdout=identities[0] + "\n", does=create)
-
-
 def host(**fields):
     """A create request with these fields in HostConfig."""
     return {"HostConfig": fields}
+
+
+def creates(scripted, fake, real=ID):
+    """From now on nerdctl's create makes a container of this id, with the name, networks and labels that it is given."""
+    def make(words):
+        given = lambda flag: [each.partition("=")[2] for each in words[:words.index("--")] if each.startswith(flag + "=")]
+        fake.create(real, {"nerdctl/name": (given("--name") or [real[:12]])[-1], "nerdctl/networks": json.dumps(given("--network")),
+                           **dict(each.partition("=")[::2] for each in given("--label"))})
+    scripted.on("create", stdout=real + "\n", does=make)
 
 
 class TestContainerCreate:
@@ -5213,9 +5226,9 @@ class TestContainerCreate:
     def test_ports_that_nobody_else_was_given(self, furnished, scripted, fake, monkeypatch):
         ports = iter([18080, 4000, 4000, 4000, 4001])
         monkeypatch.setattr(nerdctld, "unused_port", lambda kind: next(ports))
-        creates(scripted, fake, "9" * 64)
         given = []
-        for _ in range(2):
+        for number in range(2):
+            creates(scripted, fake, f"{number:064x}")
             assert ask(furnished, "POST", "/containers/create", {**BODY, **host(PortBindings={"80/tcp": [{"HostPort": ""}]})}).status == 201
             given += [each for each in scripted.argv("create") if each.startswith("--publish=")]
         # The first is that of a container that runs.
@@ -5224,12 +5237,12 @@ class TestContainerCreate:
     @pytest.mark.parametrize("mode, names", [("tstnet", ["tstnet"]), ("default", ["bridge"]), ("none", ["none"])])
     def test_the_networks_of_a_new_one(self, furnished, scripted, fake, mode, names):
         creates(scripted, fake, "9" * 64)
-        plan = nerdctld.plan_container(furnished, {**BODY, **host(NetworkMode=mode)})
-        assert nerdctld.network_names(nerdctld.make_container(furnished, plan, "")) == names
+        assert ask(furnished, "POST", "/containers/create?name=new", {**BODY, **host(NetworkMode=mode)}).status == 201
+        assert list(ask(furnished, "GET", "/containers/new/json").json["NetworkSettings"]["Networks"]) == names
 
     def test_what_is_kept_of_a_request(self, furnished):
         found = nerdctld.kept_request(furnished, {"Image": BASE, "ExposedPorts": {"81/tcp": {}}, **host(IpcMode="container:tstweb", NetworkMode="host")}, {"ExposedPorts": {"80/tcp": {}}})
-        assert found == {"Image": BASE, "ExposedPorts": {"80/tcp": {}, "81/tcp": {}}, "HostConfig": {"IpcMode": "container:" + identity(furnished, "tstweb"), "NetworkMode": "host"}}
+        assert found == {"Image": BASE, "ExposedPorts": {"80/tcp": {}, "81/tcp": {}}, "HostConfig": {"IpcMode": "container:" + ID, "NetworkMode": "host"}}
 
     @pytest.mark.parametrize("modes, there, later", [
         ({"NetworkMode": "container:other"}, ["--network=none"], ["--network=container:{}"]), ({"IpcMode": "container:other", "NetworkMode": "host"}, ["--network=host"], ["--network=host", "--ipc=container:{}"]),
@@ -5237,7 +5250,6 @@ class TestContainerCreate:
     def test_namespaces_of_one_that_does_not_run_yet(self, furnished, scripted, fake, modes, there, later):
         words = lambda: [each for each in scripted.argv("create") if each.startswith(("--network", "--ipc", "--pid="))]
         other, mine = "5" * 64, "9" * 64
-
         fake.create(other, {"nerdctl/name": "other"})
         creates(scripted, fake, mine)
         assert ask(furnished, "POST", "/containers/create?name=mine", {**BODY, **host(**modes)}).status == 201
@@ -5245,11 +5257,13 @@ class TestContainerCreate:
         answer = ask(furnished, "POST", "/containers/mine/start")
         assert answer.status == 409 and f"of a non running container: {other}" in answer.message
         fake.start(other)
-        for name in ("rename", "rm", "start"):
-            scripted.on(name)
+        scripted.on("rename", does=lambda call: fake.label(call[-2], **{"nerdctl/name": call[-1]}))
+        scripted.on("rm", does=lambda call: fake.delete(call[-1]))
+        scripted.on("start", does=lambda call: fake.start(call[-1]))
         creates(scripted, fake, "8" * 64)
-        ask(furnished, "POST", "/containers/mine/start")
+        assert ask(furnished, "POST", "/containers/mine/start").status == 204
         assert words() == [each.format(other) for each in later] and f"--label=nerdctld/id={mine}" in scripted.argv("create")
+        assert ask(furnished, "GET", "/containers/mine/json").json["Id"] == mine and mine not in fake.containers
 
     def test_seccomp_profile_is_a_file_for_nerdctl(self, furnished, scripted, fake):
         creates(scripted, fake, "9" * 64)
@@ -5262,10 +5276,10 @@ class TestContainerCreate:
         assert words_of(host(MaskedPaths=[], ReadonlyPaths=[])) == ["--security-opt=systempaths=unconfined"]
         assert words_of(host(MaskedPaths=None, ReadonlyPaths=None)) == words_of(host(MaskedPaths=["/proc/x"], ReadonlyPaths=[])) == []
 
-    def test_mounts_of_others(self, furnished):
+    def test_mounts_of_others(self):
         mounts = [{"Type": "bind", "Source": "/s", "Destination": "/a", "RW": True}, {"Type": "volume", "Name": "vol", "Source": "/var/x", "Destination": "/b", "RW": False},
                   {"Type": "tmpfs", "Source": "tmpfs", "Destination": "/c"}]
-        other = container_of({f"nerdctl/mounts.{number}": json.dumps(each) for number, each in enumerate(mounts)}, "running")
+        other = container_of({f"nerdctl/mounts.{number}": json.dumps(each) for number, each in enumerate(mounts)})
         words = lambda *names: nerdctld.volumes_from_args({"VolumesFrom": list(names)}, lambda name: other)
         assert words("x") == [f"--volumes-from={ID}"]
         assert words("x:ro") == ["--volume=/s:/a:ro", "--volume=vol:/b:ro"] and words("x:rw") == ["--volume=/s:/a", "--volume=vol:/b:ro"]
@@ -5437,9 +5451,10 @@ class TestContainerCreate:
         answer = ask(furnished, "POST", "/containers/create" + target, body)
         assert answer.status == status and message in answer.message
 
-    def test_no_command(self, furnished, monkeypatch):
-        group = furnished.inventory.image(BASE)
-        monkeypatch.setitem(group.config["config"], "Cmd", None)
+    def test_no_command(self, furnished, fake):
+        config = json.loads(fake.content[BB_CONFIG])
+        config["config"]["Cmd"] = None
+        fake.content[BB_CONFIG] = json.dumps(config).encode()
         answer = ask(furnished, "POST", "/containers/create", {"Image": BASE})
         assert (answer.status, answer.message) == (400, "no command specified")
 
@@ -5457,11 +5472,11 @@ class TestContainerCreate:
         found, = nerdctld.create_warnings(body, {})
         assert words in found
 
-    def test_aliases_and_links_have_an_effect(self):
-        body = {"HostConfig": {"Links": ["a:b"]}, "NetworkingConfig": {"EndpointsConfig": {"one": {"Aliases": ["x", "y"]}}}}
-        assert nerdctld.create_warnings(body, {}) == []
+    def test_names_that_are_given_are_no_warning(self):
+        assert nerdctld.create_warnings({"HostConfig": {"Links": ["a:b"]}, "NetworkingConfig": {"EndpointsConfig": {"one": {"Aliases": ["first", "second"]}}}}, {}) == []
 
     @pytest.mark.parametrize("body", [{"ExposedPorts": ["80/tcp"]}, {"ExposedPorts": {"\u00b2/tcp": {}}}, {"ExposedPorts": {"80/icmp": {}}}, host(Links=[1]), host(Links=["/"]),
+                                      {"NetworkingConfig": {"EndpointsConfig": {"tstnet": {"Links": [1]}}}}, {**host(NetworkMode="host"), "NetworkingConfig": {"EndpointsConfig": {"host": {"Aliases": [1]}}}},
                                       {"Hostname": "h", "NetworkingConfig": {"EndpointsConfig": {"tstnet": {"Aliases": [1]}}}}, host(SecurityOpt=["seccomp=/etc/passwd"])], ids=str)
     def test_nothing_is_made_of_a_bad_request(self, furnished, scripted, body):
         scripted.on("create", stdout=ID + "\n")
@@ -5815,55 +5830,6 @@ def identity(engine, name):
     return engine.inventory.container(name).id
 
 
-class FakeTasks:
-    """A containerd of which only these answer: method -> message, or function that makes one; it hangs up on all others. Those of
-    other services than Tasks go with its name (`Containers/Get`). `nerdctl` is one that has its address."""
-
-    def __init__(self, path, answers, namespace="ns"):
-        self.answers, self.calls, self.namespace = answers, [], namespace.encode()
-        self.nerdctl = nerdctld.Nerdctl(["nerdctl"], "ns", str(path))
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(str(path))
-        self.listener.listen()
-        self.thread = threading.Thread(target=self.serve)
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.thread.join(10)
-        self.listener.close()
-
-    def serve(self):
-        """Answer one connection after the other, a call on each."""
-        with contextlib.suppress(OSError):
-            while True:
-                with self.listener.accept()[0] as sock:
-                    self.answer(sock)
-
-    def answer(self, sock):
-        """One call."""
-        connection, body, method, ended = nerdctld.Http2Connection(client=False), b"", "", False
-        while not ended:
-            data = sock.recv(65536)
-            if not data:
-                return
-            for kind, _, value, ended in connection.feed(data):
-                if kind == HEADERS:
-                    headers = dict(value)
-                    assert headers["containerd-namespace"] == "ns"
-                    service, _, method = headers[":path"].rpartition("/")
-                    assert service == "/containerd.services.tasks.v1.Tasks"
-                elif kind == DATA:
-                    body += value
-        self.calls.append((method, body[5:]))
-        if method in self.answers:
-            FakeGrpcServer.answering(self.answers[method])(connection)
-            connection.out.send(sock)
-
-
 def at_once(ask, *calls, pause=0.0):
     """The answers to requests (method, path) that are sent at the same time, or each one `pause` seconds after the other."""
     answers, barrier = [None] * len(calls), threading.Barrier(len(calls))
@@ -5881,14 +5847,32 @@ def at_once(ask, *calls, pause=0.0):
     return answers
 
 
+def carry_out(fake, words):
+    """Do to a fake containerd what a command of nerdctl does to a container."""
+    word, real = words[0], words[-1]
+    if word == "rename":
+        fake.label(words[-2], **{"nerdctl/name": real})
+    elif word == "update":
+        for each in words:
+            if each.startswith("--restart="):
+                fake.label(real, **{"containerd.io/restart.policy": each.partition("=")[2]})
+    elif word == "start":
+        fake.start(real)
+    elif word in ("pause", "unpause"):
+        fake.pause(real, word == "pause")
+    elif word == "stop" or word == "kill" and "--signal=SIGKILL" in words or word == "rm" and "--force" in words:
+        if fake.tasks.get(real, nerdctld.TaskRecord(0, "stopped", 0, 0, "")).status != "stopped":
+            fake.exit(real, 0 if word == "stop" else 137)
+    if word == "rm":
+        fake.delete(real)
+
+
 @pytest.fixture
 def willing(furnished, scripted, fake):
-    """The recorded containers, over a nerdctl that says that it does as it is told."""
+    """The recorded containers, over a nerdctl that does as it is told; events are followed."""
     with scripted.together():
         for name in NAMES:
-            scripted.on(name)
-    # No events come of what is only scripted.
-    furnished.tasks.LATE = furnished.tasks.DYING = 0.02
+            scripted.on(name, does=functools.partial(carry_out, fake))
     follow(furnished, fake)
     return furnished
 
@@ -5907,29 +5891,42 @@ class TestContainerLifecycle:
         for each in threads:
             each.join(20)
 
-    def test_who_is_started_by_others_is_cared_for(self, furnished, fake, monkeypatch):
-        checked = {"nerdctl/healthcheck": json.dumps({"Test": ["CMD", "true"], "Interval": 10**12})}
-        monkeypatch.setattr(nerdctld.os.path, "isdir", lambda path: False)
-        follow(furnished, fake)
-        furnished.caretaker = caretaker = nerdctld.Caretaker(furnished)
+    def test_who_is_started_by_others_is_cared_for(self, willing, fake, monkeypatch):
+        isdir = os.path.isdir
+        monkeypatch.setattr(nerdctld.os.path, "isdir", lambda path: path != "/run/systemd/system" and isdir(path))
+        checked, other = "1" * 64, "2" * 64
+        willing.caretaker = nerdctld.Caretaker(willing)
+        fake.create(checked, {"nerdctl/name": "1", "nerdctl/healthcheck": json.dumps({"Test": ["CMD", "true"], "Interval": 10**12})})
+        fake.create(other, {"nerdctl/name": "2"})
         try:
-            for digit, labels in (("1", checked), ("2", {})):
-                fake.create(digit * 64, labels)
-                fake.start(digit * 64)
-            assert until(lambda: set(caretaker.cared) == {"1" * 64})
+            for each in (checked, other):
+                fake.start(each, os.getpid())
+            assert until(lambda: set(willing.caretaker.cared) == {checked})
         finally:
-            caretaker.release("1" * 64)
+            willing.caretaker.release(checked)
 
-    @pytest.mark.parametrize("answers", [True, False])
-    def test_input_is_ended_by_containerd(self, engine, fake, answers):
-        if answers:
-            fake.start("a" * 64)
-        nerdctld.end_input(engine, "a" * 64)
-        assert fake.calls["Tasks/CloseIO"] == 1 and fake.asked["Tasks/CloseIO"] == {1: b"a" * 64, 3: 1}
+    def test_input_is_ended_by_containerd(self, engine, fake, tmp_path):
+        fake.create(ID)
+        fake.start(ID)
+        nerdctld.end_input(engine, ID)
+        assert fake.asked["Tasks/CloseIO"] == {1: ID.encode(), 3: 1}
+        # It is no fault when that cannot be done: there is no task, containerd hangs up, or it is not there.
+        fake.delete(ID)
+        nerdctld.end_input(engine, ID)
+
+        def hang_up():
+            raise HangUp
+        fake.before["Tasks/CloseIO"] = hang_up
+        nerdctld.end_input(engine, ID)
+        assert fake.calls["Tasks/CloseIO"] == 3
+        engine.containerd.given_address = str(tmp_path / "nosuch.sock")
+        nerdctld.end_input(engine, ID)
 
     def test_input_by_the_pipe_of_containerd(self, engine, fake, tmp_path):
         os.mkfifo(tmp_path / "stdin")
-        container = container_of(nerdctld.request_labels({"OpenStdin": True, "StdinOnce": False}))
+        fake.create(ID, {"nerdctl/name": "x", **nerdctld.request_labels({"OpenStdin": True, "StdinOnce": False})})
+        container = engine.inventory.container("x")
+        assert nerdctld.open_input(engine, container) is None
         fake.start(ID, stdin=str(tmp_path / "stdin"))
         # Nobody reads there.
         assert nerdctld.open_input(engine, container) is None
@@ -5945,31 +5942,25 @@ class TestContainerLifecycle:
         os.close(reader)
         fake.start(ID)
         assert nerdctld.open_input(engine, container) is None
-        fake.stop_serving()
+        engine.containerd.given_address = str(tmp_path / "nosuch.sock")
         assert nerdctld.open_input(engine, container) is None
 
     @pytest.mark.parametrize("name", ["tstdone", "tstnew"])
-    def test_start_with_stdin(self, willing, scripted, fake, monkeypatch, name):
-        monkeypatch.setattr(nerdctld.Container, "request", property(lambda self: {"Image": BASE, "OpenStdin": True}))
-        monkeypatch.setattr(nerdctld, "was_started", lambda container: name == "tstdone")
-        opened, real = [], identity(willing, name)
-        monkeypatch.setattr(nerdctld, "open_input", lambda engine, container: opened.append(container.name))
+    def test_start_with_stdin(self, willing, scripted, fake, name):
+        real = identity(willing, name)
+        fake.label(real, **nerdctld.request_labels({"Image": BASE, "OpenStdin": True}))
         attachment = nerdctld.Attachment(True, True, True, True)
         willing.add_waiting(real, attachment)
-        scripted.on("start", does=lambda words: fake.start(real))
         assert ask(willing, "POST", f"/containers/{name}/start").status == 204
+        assert attachment.done.wait(10)
         assert [each["argv"] for each in scripted.calls() if each["argv"][0] in ("start", "run")] == [["start", "--attach", "--", real]]
-        # Nobody could be found to take input, so there is an end to it.
-        assert opened == [name] and attachment.done.wait(10) and fake.calls["Tasks/CloseIO"] == 1
+        # No way leads to its input: it finds the end of it.
+        assert fake.asked["Tasks/CloseIO"][1] == real.encode()
 
     def test_signals_by_their_numbers(self):
         assert [nerdctld.signal_number(nerdctld.check_signal(each)) for each in ("9", "kill", "37", "RTMAX-1")] == [9, 9, signal.SIGRTMIN + 3, signal.SIGRTMAX - 1]
         stops = lambda word: nerdctld.ends_by(container_of({"io.containerd.image.config.stop-signal": word} if word else {}))
         assert [stops(each) for each in ("", "FOO", "SIGRTMIN+3", "3")] == ["SIGTERM", "", "SIGRTMIN+3", "SIGQUIT"]
-
-    def test_input_of_a_containerd_that_is_not_there(self, engine, fake):
-        fake.stop_serving()
-        nerdctld.end_input(engine, "a" * 64)
 
     @pytest.mark.parametrize("asked, query, words, seconds", [
         ({"StopTimeout": 0}, {}, ["--time=0"], 0), ({"StopTimeout": 300}, {}, ["--time=300"], 300), ({"StopTimeout": 300}, {"t": ["1"]}, ["--time=1"], 1),
@@ -6019,8 +6010,8 @@ class TestContainerLifecycle:
         assert ask(willing, "POST", "/containers/tstnew/start").status == status
 
     @pytest.mark.parametrize("method, path, told", [
-        ("POST", "stop", ["kill 15", "stop"]), ("POST", "stop?signal=INT", ["kill 2", "stop"]), ("POST", "restart", ["kill 15", "stop", "restart"]), ("POST", "kill", ["kill 9"]),
-        ("POST", "kill?signal=HUP", ["kill 1"]), ("DELETE", "?force=1", ["kill 9"]), ("GET", "top", ["top"])])
+        ("POST", "stop", ["kill 15", "die", "stop"]), ("POST", "stop?signal=INT", ["kill 2", "die", "stop"]), ("POST", "restart", ["kill 15", "die", "stop", "start", "restart"]),
+        ("POST", "kill", ["kill 9", "die"]), ("POST", "kill?signal=HUP", ["kill 1"]), ("DELETE", "?force=1", ["kill 9", "die", "destroy"]), ("GET", "top", ["top"])])
     def test_events(self, willing, scripted, method, path, told):
         scripted.on("top", stdout="PID CMD\n1 sh\n")
         assert ask(willing, method, "/containers/tstweb" + ("" if path.startswith("?") else "/") + path).status < 300
@@ -6039,10 +6030,9 @@ class TestContainerLifecycle:
         ("unpause", "POST tstpaused/unpause", "POST tstpaused/unpause", (204, 409), ["unpause"])])
     def test_one_change_at_a_time(self, willing, scripted, fake, kind, first, second, statuses, words):
         """The second one finds what the first one has made of the container."""
-        for name, change in (("start", fake.start), ("rm", fake.delete), ("kill", fake.exit), ("pause", fake.pause), ("unpause", lambda real: fake.pause(real, False))):
-            scripted.on(name, stays=0.7 if name == kind else 0, does=lambda words, change=change: change(words[-1]))
+        scripted.on(kind, does=lambda words: (time.sleep(0.2), carry_out(fake, words)))
         send = lambda method, path: ask(willing, method, "/containers/" + path)
-        answers = at_once(send, first.split(), second.split(), pause=0.0 if first == second else 0.2)
+        answers = at_once(send, first.split(), second.split(), pause=0.0 if first == second else 0.1)
         found = [each.status for each in answers]
         assert (sorted(found) if first == second else found) == list(statuses)
         assert [each["argv"][0] for each in scripted.calls() if each["argv"][0] in NAMES] == words
@@ -6053,52 +6043,54 @@ class TestContainerLifecycle:
 
     @pytest.mark.parametrize("path, message", [
         ("DELETE tstdone", "removal of container tstdone is already in progress"), ("POST tstdone/start", "container is marked for removal and cannot be started")])
-    def test_words_during_a_removal(self, willing, scripted, path, message):
-        scripted.on("rm", stays=1.0)
-        began = time.monotonic()
+    def test_words_during_a_removal(self, willing, scripted, fake, path, message):
+        gate = threading.Event()
+        scripted.on("rm", does=lambda words: (gate.wait(10), carry_out(fake, words)))
         thread = threading.Thread(target=ask, args=(willing, "DELETE", "/containers/tstdone"))
         thread.start()
         assert until(lambda: scripted.calls("rm"))
         method, _, path = path.partition(" ")
         assert ask(willing, method, "/containers/" + path).message == message
         # There is nothing to wait for.
-        assert thread.is_alive() and time.monotonic() - began < 5
+        assert thread.is_alive()
+        gate.set()
         thread.join(10)
 
     @pytest.mark.parametrize("word", ["stop", "restart"])
     def test_a_stop_that_takes_its_time(self, willing, scripted, word):
         """Nobody waits for it."""
-        scripted.on(["stop", "--time=60"], stays=2)
+        willing.tasks.LATE = willing.tasks.DYING = 0.02
+        gate, real = threading.Event(), identity(willing, "tstweb")
+        # Neither of the others makes it end.
+        scripted.on("stop")
+        scripted.on("kill")
+        scripted.on(["stop", "--time=60"], does=lambda words: gate.wait(10))
         thread = threading.Thread(target=ask, args=(willing, "POST", f"/containers/tstweb/{word}?t=60"))
         thread.start()
         assert until(lambda: scripted.calls("stop"))
         for path, status in (("POST /start", 304), ("GET /json", 200), ("POST /kill", 204), ("POST /stop?t=0", 204), ("DELETE ?", 409),
                              ("POST /rename?name=other", 204), ("POST /pause", 204), ("DELETE ?force=1", 204)):
             method, _, path = path.partition(" ")
-            assert ask(willing, method, "/containers/tstweb" + path).status == status and thread.is_alive(), path
+            assert ask(willing, method, f"/containers/{real}" + path).status == status and thread.is_alive(), path
+        gate.set()
         thread.join(20)
 
     def test_a_stop_of_what_ends_by_another_hand(self, willing, scripted, fake):
         scripted.on("stop", stderr=fatal("process already finished: not found"), status=1)
         assert ask(willing, "POST", "/containers/tstweb/stop").status == 500
-        scripted.on("stop", stderr=fatal("process already finished: not found"), status=1, stays=0.5)
-        real = identity(willing, "tstweb")
-        found, thread = self.waiting(willing, "/containers/tstweb/stop")
-        assert until(lambda: len(scripted.calls("stop")) == 2)
-        fake.exit(real, 0)
-        thread.join(10)
-        assert found[0].status == 204
+        scripted.on("stop", stderr=fatal("process already finished: not found"), status=1, does=lambda words: fake.exit(words[-1]))
+        assert ask(willing, "POST", "/containers/tstweb/stop").status == 204
 
     def test_a_stop_is_told_after_the_end(self, willing, scripted, fake):
-        willing.tasks.LATE = 5.0
+        scripted.on("stop")
         real = identity(willing, "tstweb")
         found, thread = self.waiting(willing, "/containers/tstweb/restart")
         assert until(lambda: scripted.calls("stop"))
-        time.sleep(0.3)
-        fake.exit(real, 0)
-        assert until(lambda: scripted.calls("start"))
-        fake.start(real)
+        time.sleep(0.1)
+        assert not scripted.calls("start")
+        fake.exit(real)
         thread.join(10)
+        willing.settle()
         assert found[0].status == 204
         assert [each["Action"] for each in willing.journal.history] == ["kill", "die", "stop", "start", "restart"]
 
@@ -6117,24 +6109,24 @@ class TestContainerLifecycle:
     @pytest.mark.parametrize("message, status, removed", [
         ("executable file not found in $PATH", 400, True), ("failed to create shim task: odd", 500, True),
         ('cannot access containerd socket \\"/nosuch\\"', 503, False)])
-    def test_who_is_removed_when_a_start_fails(self, willing, scripted, monkeypatch, message, status, removed):
+    def test_who_is_removed_when_a_start_fails(self, willing, scripted, fake, message, status, removed):
         """Nobody whom nerdctl could not start for its own reasons; and whoever waits for the removal of that one is told."""
-        monkeypatch.setattr(nerdctld.Container, "request", property(lambda self: {"Image": BASE, "HostConfig": {"AutoRemove": True}}))
-        scripted.on("start", stderr=fatal(message), status=1, stays=0.5)
         real = identity(willing, "tstnew")
+        fake.label(real, **nerdctld.request_labels({"Image": BASE, "HostConfig": {"AutoRemove": True}}))
+        scripted.on("start", stderr=fatal(message), status=1, does=lambda words: time.sleep(0.2))
         found, thread = self.waiting(willing, "/containers/tstnew/wait?condition=removed")
         assert ask(willing, "POST", "/containers/tstnew/start").status == status
         # Without --force: what runs, whoever has started it, is not removed.
         assert [each["argv"] for each in scripted.calls("rm")] == ([["rm", "--volumes", "--", real]] if removed else [])
-        if not removed:
-            thread.join(10)
-            assert found[0].json["StatusCode"] > 0
+        thread.join(10)
+        assert found[0].json["StatusCode"] > 0
 
-    def begin(self, fake, policy, labels):
+    def begin(self, engine, fake, policy, labels):
         """tstweb as one that was made with this restart policy, or for None by others; its id."""
-        labels = {"nerdctl/state-dir": "/nowhere", **labels}
-        fake.label(ID, **(nerdctld.request_labels({"Image": "x", "HostConfig": {"RestartPolicy": policy}}) if policy else {}), **labels)
-        return ID
+        asked = nerdctld.request_labels({"Image": "x", "HostConfig": {"RestartPolicy": policy}}) if policy else {}
+        real = identity(engine, "tstweb")
+        fake.label(real, **{"nerdctl/state-dir": "/nosuch", **labels, **asked})
+        return real
 
     @pytest.mark.parametrize("policy, now, path, held", [
         ({"Name": "always"}, "always", "stop", True), ({"Name": "always"}, "always", "kill", True), ({"Name": "always"}, "always", "kill?signal=TERM", True),
@@ -6142,7 +6134,7 @@ class TestContainerLifecycle:
         ({"Name": "on-failure"}, "on-failure", "stop", True), ({"Name": "unless-stopped"}, "unless-stopped", "stop", False), ({}, "no", "stop", False),
         (None, "always", "stop", True), (None, "on-failure:3", "stop", False)])
     def test_what_is_stopped_stays_so(self, willing, scripted, fake, policy, now, path, held):
-        real = self.begin(fake, policy, {"containerd.io/restart.policy": now})
+        real = self.begin(willing, fake, policy, {"containerd.io/restart.policy": now})
         assert ask(willing, "POST", "/containers/tstweb/" + path).status == 204
         assert [each["argv"] for each in scripted.calls("update")] == ([["update", "--restart=unless-stopped", "--", real]] if held else [])
 
@@ -6150,7 +6142,7 @@ class TestContainerLifecycle:
         ({"Name": "on-failure", "MaximumRetryCount": 3}, "unless-stopped", "true", "on-failure:3"), ({"Name": "always"}, "unless-stopped", "true", "always"),
         ({"Name": "always"}, "unless-stopped", "false", ""), ({"Name": "unless-stopped"}, "unless-stopped", "true", ""), ({"Name": "always"}, "no", "true", ""), (None, "unless-stopped", "true", "")])
     def test_a_start_gives_the_policy_back(self, willing, scripted, fake, policy, now, stopped, words):
-        real = self.begin(fake, policy, {"containerd.io/restart.policy": now, "containerd.io/restart.explicitly-stopped": stopped})
+        real = self.begin(willing, fake, policy, {"containerd.io/restart.policy": now, "containerd.io/restart.explicitly-stopped": stopped})
         container = willing.inventory.container("tstweb")
         assert nerdctld.restart_policy(container)["Name"] == (words or now).partition(":")[0]
         nerdctld.start_container(willing, container)
@@ -6160,24 +6152,24 @@ class TestContainerLifecycle:
     def test_what_was_held_is_noted(self, willing, scripted, fake, tmp_path, policy, now):
         """The policy that a container had when it was stopped is given back, not the one it was made with."""
         labels = {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.explicitly-stopped": "true"}
-        real = self.begin(fake, policy, {**labels, "containerd.io/restart.policy": now})
+        real = self.begin(willing, fake, policy, {**labels, "containerd.io/restart.policy": now})
         assert ask(willing, "POST", "/containers/tstweb/stop").status == 204
         assert (tmp_path / "nerdctld.restart").read_text() == now
-        self.begin(fake, policy, {**labels, "containerd.io/restart.policy": "unless-stopped"})
+        self.begin(willing, fake, policy, {**labels, "containerd.io/restart.policy": "unless-stopped"})
         container = willing.inventory.container("tstweb")
         assert nerdctld.held_policy(container) == now
         scripted.on("start", stderr=fatal("no"), status=1)
         with pytest.raises(nerdctld.ApiError):
             nerdctld.start_container(willing, container)
         assert nerdctld.held_policy(container) == now
-        scripted.on("start")
+        scripted.on("start", does=functools.partial(carry_out, fake))
         nerdctld.start_container(willing, container)
         words = [each["argv"][1] for each in scripted.calls("update")]
         assert words == [f"--restart={each}" for each in ("unless-stopped", now, "unless-stopped", now)] and scripted.argv("update")[-1] == real
         assert nerdctld.held_policy(container) == "" and not (tmp_path / "nerdctld.restart").exists()
 
     def test_a_policy_given_while_it_is_held(self, willing, scripted, fake, tmp_path):
-        self.begin(fake, {"Name": "always"}, {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.policy": "unless-stopped",
+        self.begin(willing, fake, {"Name": "always"}, {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.policy": "unless-stopped",
                                                  "containerd.io/restart.explicitly-stopped": "true"})
         (tmp_path / "nerdctld.restart").write_text("always")
         assert ask(willing, "POST", "/containers/tstweb/update", {"RestartPolicy": {"Name": "unless-stopped"}}).status == 200
@@ -6187,7 +6179,7 @@ class TestContainerLifecycle:
         assert nerdctld.held_policy(willing.inventory.container("tstweb")) == ""
 
     def test_a_policy_that_cannot_be_held(self, willing, scripted, fake, tmp_path):
-        self.begin(fake, None, {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.policy": "always"})
+        self.begin(willing, fake, None, {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.policy": "always"})
         scripted.on("update", stderr=fatal("no"), status=1)
         assert ask(willing, "POST", "/containers/tstweb/stop").status == 204 and not list(tmp_path.glob("nerdctld.restart"))
 
@@ -6216,7 +6208,7 @@ class TestContainerLifecycle:
         real = identity(willing, "tstweb")
         found, thread = self.waiting(willing, "/containers/tstweb/wait" + query)
         time.sleep(0.1)
-        fake.exit(real, 1, process="anexec")
+        fake.exit(real, 1, "anexec")
         time.sleep(0.1)
         assert not found
         fake.exit(real, 9)
@@ -6227,27 +6219,27 @@ class TestContainerLifecycle:
         assert ask(willing, "POST", "/containers/tstdone/wait").json == {"StatusCode": 3}
         assert ask(willing, "POST", "/containers/tstnew/wait", {"condition": ""}).json == {"StatusCode": 0}
 
-    def test_wait_for_an_end_that_was_told_costs_no_call(self, willing, scripted, fake):
+    def test_wait_for_an_end_that_was_told_costs_nothing(self, willing, scripted, fake):
         real = identity(willing, "tstpaused")
         fake.exit(real, 7)
-        willing.settle()
+        ask(willing, "GET", "/containers/tstpaused/json")
         calls = sum(fake.calls.values())
         assert ask(willing, "POST", "/containers/tstpaused/wait").json == {"StatusCode": 7}
-        assert sum(fake.calls.values()) == calls
+        assert sum(fake.calls.values()) == calls and not scripted.calls()
         # Started again, and so to be waited for again.
         fake.start(real)
         found, thread = self.waiting(willing, "/containers/tstpaused/wait")
-        time.sleep(0.2)
+        time.sleep(0.1)
         assert not found
         fake.exit(real, 8)
         thread.join(10)
         assert found[0].json == {"StatusCode": 8}
         # When events may have been missed it is looked up, and containerd says that it runs.
-        fake.start(real)
-        listed = fake.calls["Containers/List"]
+        fake.tasks[real] = fake.tasks[real]._replace(status="running")
         willing.handle(None)
+        calls = fake.calls["Tasks/List"]
         found, thread = self.waiting(willing, "/containers/tstpaused/wait")
-        assert until(lambda: fake.calls["Containers/List"] > listed) and not found
+        assert until(lambda: fake.calls["Tasks/List"] > calls) and not found
         fake.exit(real, 9)
         thread.join(10)
         assert found[0].json == {"StatusCode": 9}
@@ -6255,13 +6247,14 @@ class TestContainerLifecycle:
     def test_next_exit_of_one_that_was_never_started(self, willing, fake):
         real = identity(willing, "tstnew")
         found, thread = self.waiting(willing, "/containers/tstnew/wait?condition=next-exit")
-        time.sleep(0.2)
+        time.sleep(0.1)
         assert not found
+        fake.start(real)
         fake.exit(real, 2)
         thread.join(10)
         assert found[0].json == {"StatusCode": 2}
 
-    def test_wait_for_the_removal(self, willing, scripted, fake):
+    def test_wait_for_the_removal(self, willing, fake):
         real = identity(willing, "tstweb")
         found, thread = self.waiting(willing, "/containers/tstweb/wait?condition=removed")
         time.sleep(0.1)
@@ -6287,6 +6280,10 @@ class TestContainerLifecycle:
     def test_prune_refuses(self, willing, filters):
         assert ask(willing, "POST", "/containers/prune?filters=" + filters).status == 400
 
+    def test_a_container_that_goes_is_not_found(self):
+        gone = f'container "{ID}" in namespace "default": not found'
+        with pytest.raises(nerdctld.NotFound, match="No such container: " + ID):
+            raise nerdctld.nerdctl_error(fatal(gone))
 
 
 ###############################################################################
@@ -6495,9 +6492,8 @@ class TestExec:
         assert nerdctld.exec_failure(message) == (code, message if told else "")
 
     def test_user_that_is_not_there(self, furnished, fake):
-        fake.start(ID, pid=os.getpid())
-        for user in ("root", "12345:6"):
-            assert self.create(furnished, {"Cmd": ["a"], "User": user}).status == 201
+        fake.tasks[ID] = fake.tasks[ID]._replace(pid=os.getpid())
+        assert [self.create(furnished, {"Cmd": ["a"], "User": each}).status for each in ("root", "12345:6")] == [201, 201]
         answer = self.create(furnished, {"Cmd": ["a"], "User": "nosuchuser:x"})
         assert (answer.status, answer.message) == (400, "unable to find user nosuchuser: no matching entries in passwd file")
 
@@ -6511,7 +6507,10 @@ class TestExec:
         opened = nerdctld.opened_below
         monkeypatch.setattr(nerdctld, "opened_below", lambda root, *rest, **more: opened(str(tmp_path), *rest, **more))
         answer = self.create(furnished, {"Cmd": ["a"], "User": "user"})
-        assert answer.status == (400 if known is False else 201) and ("unable to find user user" in answer.body.decode()) == (known is False)
+        if known is False:
+            assert answer.status == 400 and "unable to find user user" in answer.message
+        else:
+            assert answer.status == 201
 
     def test_stdin_of_an_exec_is_open_once_somebody_reads(self, tmp_path):
         fifo = tmp_path / "exec-1-stdin"
@@ -6587,15 +6586,17 @@ def rooted(furnished, tmp_path, monkeypatch):
 
 @pytest.fixture
 def reached(rooted, fake, tmp_path):
-    """The same where tstdone, which does not run, has that folder for its tree; `spec` is the OCI spec of all."""
+    """The same for tstdone, which does not run; its OCI spec is what `spec` is at the moment."""
     need_mounts()
-    rooted.spec, rooted.root = {"process": {"user": {"uid": 7, "gid": 8}}, "root": {}, "mounts": []}, tmp_path / "root"
+    rooted.root, rooted.real = tmp_path / "root", rooted.inventory.container("tstdone").real
+    rooted.spec = {"process": {"user": {"uid": 7, "gid": 8}}, "root": {}, "mounts": []}
+    record = fake.containers[rooted.real]
+    fake.mounts[record.snapshotter, record.snapshot_key] = [("bind", str(rooted.root), ("rbind", "rw"))]
 
-    def respecified():
-        for identity, record in fake.containers.items():
-            fake.containers[identity] = record._replace(spec=json.dumps(rooted.spec).encode())
-            fake.mounts[record.snapshotter, record.snapshot_key] = [("bind", str(rooted.root), ["rbind", "rw"])]
-    fake.before.update({"Containers/List": respecified, "Containers/Get": respecified})
+    def put_spec():
+        fake.containers[rooted.real] = record._replace(spec=json.dumps(rooted.spec).encode())
+
+    fake.before.update({"Containers/List": put_spec, "Containers/Get": put_spec})
     return rooted
 
 
@@ -6659,8 +6660,7 @@ class TestArchive:
     def test_put(self, reached, pack):
         assert ask(reached, "PUT", "/containers/tstdone/archive?path=/abs/sub", pack(tar_with("some-name"))).status == 200
         assert (reached.root / "etc/sub/some-name").read_bytes() == b"some-name"
-        reached.settle()
-        assert [each["Action"] for each in reached.journal.history] == ["extract-to-dir"] and len(reached.touched) == 1
+        assert until(lambda: [each["Action"] for each in reached.journal.history] == ["extract-to-dir"]) and len(reached.touched) == 1
 
     def test_options_of_put(self, reached, monkeypatch):
         put = lambda query, data: ask(reached, "PUT", "/containers/tstdone/archive?path=/" + query, data)
@@ -6680,28 +6680,30 @@ class TestArchive:
         reached.spec["mounts"] = [{"type": "bind", "source": str(tmp_path / source), "destination": target, "options": ["rbind", mode]} for source, target, mode in (
             ("volume", "/abs/sub", "rw"), ("fixed", "/new/fixed", "ro"), ("hosts", "/etc/hosts", "rw"), ("none", "/none", "rw"))]
         put = lambda path, name: ask(reached, "PUT", "/containers/tstdone/archive?path=" + path, tar_with(name))
+        refused = lambda path, name: (lambda answer: (answer.status, answer.message))(put(path, name))
         assert put("/", "etc/up/file").status == 200 and (tmp_path / "volume/file").exists() and not os.listdir(reached.root / "etc/sub")
-        assert (put("/new/fixed", "x").status, put("/new/fixed", "x").message) == (400, "mounted volume is marked read-only")
-        assert (put("/etc", "hosts").status, put("/etc", "hosts").message) == (500, "unlinkat /etc/hosts: device or resource busy")
+        assert refused("/new/fixed", "x") == (400, "mounted volume is marked read-only")
+        assert refused("/etc", "hosts") == (500, "unlinkat /etc/hosts: device or resource busy")
         reached.spec["root"]["readonly"] = True
-        assert (put("/etc", "x").status, put("/etc", "x").message) == (400, "container rootfs is marked read-only")
+        assert refused("/etc", "x") == (400, "container rootfs is marked read-only")
         assert put("/etc/sub", "y").status == 200 and (tmp_path / "volume/y").exists() and (tmp_path / "hosts").read_text() == "kept"
         assert str(reached.root) not in pathlib.Path("/proc/self/mounts").read_text() and not os.listdir(reached.workspace.folder())
 
-    def test_the_hosts_proc_leads_nowhere(self, reached, tmp_path):
+    @pytest.mark.parametrize("path", ["/hostproc/1/root", f"/hostproc/{os.getpid()}/root", f"/hostproc/{os.getpid()}/cwd", "/hostproc/self/root"],
+                             ids=["first", "ours", "folder", "self"])
+    def test_the_hosts_proc_leads_nowhere(self, reached, tmp_path, path):
         # A chroot alone does not hold these back: they are no paths.
         reached.spec["mounts"] = [{"type": "bind", "source": "/proc", "destination": "/hostproc", "options": ["rbind", "ro"]}]
         target = tmp_path / "secret"
-        for path in ("/hostproc/1/root", f"/hostproc/{os.getpid()}/root", f"/hostproc/{os.getpid()}/cwd", "/hostproc/self/root"):
-            ask(reached, "PUT", "/containers/tstdone/archive?path=/", tar_with(path + str(tmp_path / "evil")))
-            ask(reached, "PUT", "/containers/tstdone/archive?path=" + path + str(tmp_path), tar_with("evil"))
-            ask(reached, "PUT", "/containers/tstdone/archive?path=/", entries(("got", "1", path + str(target))))
-            assert b"outside" not in ask(reached, "GET", "/containers/tstdone/archive?path=" + path + str(target)).body
-            assert not (tmp_path / "evil").exists() and not (reached.root / "got").exists() and target.stat().st_nlink == 1
+        ask(reached, "PUT", "/containers/tstdone/archive?path=/", tar_with(path + str(tmp_path / "evil")))
+        ask(reached, "PUT", "/containers/tstdone/archive?path=" + path + str(tmp_path), tar_with("evil"))
+        ask(reached, "PUT", "/containers/tstdone/archive?path=/", entries(("got", "1", path + str(target))))
+        assert b"outside" not in ask(reached, "GET", "/containers/tstdone/archive?path=" + path + str(target)).body
+        assert not (tmp_path / "evil").exists() and not (reached.root / "got").exists() and target.stat().st_nlink == 1
 
     def test_a_process_that_is_another_by_now(self, reached, fake):
-        pids = itertools.cycle([os.getpid(), 1])
-        fake.before["Tasks/Get"] = lambda: fake.tasks.update({ID: nerdctld.TaskRecord(next(pids), "running", 0, 0, "")})
+        pids, real = itertools.cycle([os.getpid(), 1]), reached.inventory.container("tstweb").real
+        fake.before["Tasks/Get"] = lambda: fake.start(real, next(pids))
         for method, body in (("PUT", tar_with("tmp/evil")), ("GET", b"")):
             answer = ask(reached, method, "/containers/tstweb/archive?path=/", body)
             assert (answer.status, answer.message) == (409, "container tstweb has just ended")
@@ -6719,13 +6721,13 @@ class TestArchive:
     @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
     @pytest.mark.parametrize("size", [5000, 1 << 18])
     def test_bombs(self, pack, size):
-        whole = pack(bytes(30 << 20) + b"end")
+        whole = pack(bytes(3 << 20) + b"end")
         body = types.SimpleNamespace(blocks=lambda: (memoryview(whole[at:at + size]) for at in range(0, len(whole), size)))
         sizes, last = 0, b""
         for last in nerdctld.plain_blocks(body):
             assert len(last) <= nerdctld.BLOCK
             sizes += len(last)
-        assert sizes == (30 << 20) + 3 and last.endswith(b"end")
+        assert sizes == (3 << 20) + 3 and last.endswith(b"end")
 
     @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
     def test_put_of_what_breaks_off(self, reached, pack):
@@ -6735,8 +6737,7 @@ class TestArchive:
             answer = ask(reached, "PUT", "/containers/tstdone/archive?path=/etc", body)
             assert answer.status == 400 and answer.message.startswith("invalid archive: "), body
         # What came before that is there, and a container that was made anew would be without.
-        reached.settle()
-        assert list(reached.journal.history) == [] and reached.touched == {identity(reached, "tstdone")}
+        assert list(reached.journal.history) == [] and reached.touched == {reached.real}
 
     @pytest.mark.parametrize("body", [b"", gzip.compress(b"")], ids=["plain", "packed"])
     def test_put_of_nothing(self, reached, body):
@@ -6763,7 +6764,7 @@ class TestArchive:
     def test_export(self, furnished, scripted):
         scripted.on("export", stdout="a tar")
         assert ask(furnished, "GET", "/containers/tstdone/export").body == b"a tar"
-        assert scripted.argv("export") == ["export", "--output=/dev/stdout", "--", identity(furnished, "tstdone")]
+        assert scripted.argv("export") == ["export", "--output=/dev/stdout", "--", furnished.inventory.container("tstdone").real]
 
 
 ###############################################################################
@@ -6845,7 +6846,7 @@ class TestHosts:
         """`world(name, ip, aliases, …)` is a container that runs and has a file; `world.lines(name)` what stands in it; `world.hosts`."""
         table = {}
 
-        def make(name, ip, aliases=(), links=(), task="running", network="net", **request):
+        def make(name, ip, aliases=(), links=(), running=True, network="net", **request):
             identity = hashlib.sha256(name.encode()).hexdigest()
             folder = tmp_path / "etchosts" / "default" / identity
             folder.mkdir(parents=True)
@@ -6853,7 +6854,8 @@ class TestHosts:
             (folder / "meta.json").write_text(json.dumps({"Networks": {network: {"ips": [{"address": ip + "/24"}], "interfaces": [{"mac": "1", "sandbox": "/x"}]}}}))
             asked = {"Hostname": name, **request, "NetworkingConfig": {"EndpointsConfig": {network: {"Aliases": list(aliases), "Links": list(links)}}}}
             labels = {**nerdctld.request_labels(asked), "nerdctl/state-dir": f"{tmp_path}/containers/default/{identity}", "nerdctl/networks": json.dumps([network])}
-            table[name] = container_of({**labels, "nerdctl/name": name}, task, id=identity)
+            record = nerdctld.ContainerRecord(identity, {"nerdctl/name": name, **labels}, BASE, "io.containerd.runc.v2", b"{}", "overlayfs", identity, 0)
+            table[name] = nerdctld.Container(record, nerdctld.TaskRecord(4242, "running", 0, 0, "") if running else None)
             return table[name]
         make.table, make.folder = table, tmp_path / "etchosts" / "default"
         make.path = lambda name: make.folder / hashlib.sha256(name.encode()).hexdigest() / "hosts"
@@ -6880,14 +6882,14 @@ class TestHosts:
         world("web", "10.0.0.3")
         world.hosts.refresh()
         assert world.lines("web") == ["10.0.0.2 primary alias.nerdctld"]
-        world.table["db"] = nerdctld.Container(db.record, nerdctld.TaskRecord(0, "stopped", 0, 1, ""))
-        world.hosts.on_event(TestEvents.event_of("/tasks/exit", db.real))
+        world.table["db"] = nerdctld.Container(db.record, db.task._replace(status="stopped"))
+        world.hosts.on_event(nerdctld.ContainerdEvent("/tasks/exit", 0, {"container_id": db.real}))
         assert until(lambda: not world.lines("web")) and until(lambda: not world.hosts.used)
         assert world.path("web").read_text() == "# <nerdctl>\n10.0.0.3 web\n# </nerdctl>\n"
 
     def test_who_starts_finds_the_others_at_once(self, world):
         world("db", "10.0.0.2", ["primary"])
-        web = world("web", "10.0.0.3", task=None)
+        web = world("web", "10.0.0.3", running=False)
         world.hosts.refresh(web)
         assert world.lines("web") == ["10.0.0.2 primary alias.nerdctld"] and world.lines("db") == []
 
@@ -6904,13 +6906,12 @@ class TestHosts:
         world.hosts.refresh()
         assert os.stat(world.path("db")).st_size == 3 << 30
 
-    def test_nobody_is_looked_for_without_need(self, world):
-        world.hosts.on_event(TestEvents.event_of("/tasks/start", ID))
-        world("db", "10.0.0.2", ["primary"])
+    def test_events_that_change_no_address(self, world):
+        db = world("db", "10.0.0.2", ["primary"])
         world.hosts.refresh()
-        for event in (None, TestEvents.event_of("/tasks/paused", ID)):
+        for event in (None, nerdctld.ContainerdEvent("/tasks/oom", 0, {"container_id": db.real})):
             world.hosts.on_event(event)
-        assert not world.hosts.due.is_set()
+            assert not world.hosts.due.is_set()
 
     def test_the_lock_of_nerdctl(self, world):
         world("db", "10.0.0.2", ["primary"])
@@ -6960,8 +6961,7 @@ class TestNetworkChanges:
         answer = ask(furnished, "DELETE", "/networks/tstnet")
         assert answer.status == 403 and 'has active endpoints (name:"tstweb"' in answer.message
         assert ask(furnished, "DELETE", "/networks/nosuch").status == 404
-        for identity in list(fake.containers):
-            fake.delete(identity)
+        fake.containers.clear()
         scripted.on("network rm")
         assert ask(furnished, "DELETE", "/networks/tstnet").status == 204
         assert scripted.argv("network rm") == ["network", "rm", "--", "tstnet"]
@@ -6969,8 +6969,7 @@ class TestNetworkChanges:
     def test_prune(self, furnished, scripted, fake):
         scripted.on("network rm")
         assert ask(furnished, "POST", "/networks/prune").json == {"NetworksDeleted": None}
-        for identity in list(fake.containers):
-            fake.delete(identity)
+        fake.containers.clear()
         assert ask(furnished, "POST", '/networks/prune?filters={"label":["x"]}').json == {"NetworksDeleted": None}
         assert ask(furnished, "POST", "/networks/prune").json == {"NetworksDeleted": ["tstnet"]}
 
@@ -6983,10 +6982,10 @@ class TestNetworkChanges:
     def test_one_that_ended_leaves_a_network(self, furnished, scripted, fake):
         scripted.on("network rm")
         scripted.on("start")
+        fake.containers.clear()
         fake.create("5" * 64, {"nerdctl/name": "mine", "nerdctl/networks": '["tstnet"]'})
         fake.start("5" * 64)
         fake.exit("5" * 64)
-        fake.delete(ID)
         path = {word: f"/networks/tstnet/{word}" for word in ("connect", "disconnect")}
         assert ask(furnished, "POST", path["disconnect"], {"Container": "mine"}).status == 200
         answer = ask(furnished, "POST", "/containers/mine/start")
@@ -6998,11 +6997,10 @@ class TestNetworkChanges:
 
     def test_connect_makes_a_new_container(self, furnished, scripted, fake):
         request = {"Image": BASE, "Cmd": ["true"], "HostConfig": {"NetworkMode": "bridge"}, "NetworkingConfig": {"EndpointsConfig": {"bridge": {}}}}
-        labels = {"nerdctl/networks": '["bridge"]', **nerdctld.request_labels(request)}
-        fake.create("5" * 64, {"nerdctl/name": "mine", **labels})
+        fake.create("5" * 64, {"nerdctl/name": "mine", "nerdctl/networks": '["bridge"]', **nerdctld.request_labels(request)})
         scripted.on("rm", does=lambda words: fake.delete(words[-1]))
-        scripted.on("rename", does=lambda words: fake.label(words[-2], **{"nerdctl/name": words[-1]}))
-        creates(scripted, fake, "6" * 64)
+        scripted.on("rename", does=lambda words: fake.label(words[1], **{"nerdctl/name": words[2]}))
+        scripted.on("create", stdout="6" * 64 + "\n", does=lambda words: fake.create("6" * 64, {"nerdctl/name": "mine"}))
         assert ask(furnished, "POST", "/networks/tstnet/connect", {"Container": "mine", "EndpointConfig": {"Aliases": ["other"]}}).status == 200
         words = scripted.argv("create")
         assert [each for each in words if each.startswith(("--network", "--name", "--hostname", "--label=nerdctld/id"))] == [
@@ -7035,8 +7033,7 @@ class TestVolumeChanges:
         assert (answer.status, answer.message) == (409, f"remove tstvol: volume is in use - [{ID}]")
         assert ask(furnished, "DELETE", "/volumes/nosuch").status == 404
         assert ask(furnished, "DELETE", "/volumes/nosuch?force=1").status == 204
-        for identity in list(fake.containers):
-            fake.delete(identity)
+        fake.containers.clear()
         scripted.on("volume rm")
         assert ask(furnished, "DELETE", "/volumes/tstvol").status == 204
         assert scripted.argv("volume rm") == ["volume", "rm", "--", "tstvol"]
@@ -7046,8 +7043,7 @@ class TestVolumeChanges:
     def test_prune(self, furnished, scripted, fake, target, deleted):
         scripted.on("volume rm")
         assert ask(furnished, "POST", target).json["VolumesDeleted"] is None
-        for identity in list(fake.containers):
-            fake.delete(identity)
+        fake.containers.clear()
         assert ask(furnished, "POST", target).json["VolumesDeleted"] == deleted
 
 
@@ -7057,13 +7053,15 @@ class TestVolumeChanges:
 
 
 class TestNetworks:
-    def test_list(self, reading):
-        rows = {each["Name"]: each for each in ask(reading, "GET", "/networks").json}
+    def test_list(self, furnished, scripted, tmp_path):
+        rows = {each["Name"]: each for each in ask(furnished, "GET", "/networks").json}
         assert sorted(rows) == ["bridge", "host", "none", "tstnet"]
         assert rows["tstnet"]["IPAM"]["Config"] == [{"Subnet": "10.77.0.0/24", "Gateway": "10.77.0.1"}]
         assert [rows[name]["Driver"] for name in sorted(rows)] == ["bridge", "host", "null", "bridge"]
         assert all(re.fullmatch("[0-9a-f]{64}", each["Id"]) for each in rows.values())
         assert rows["bridge"]["Labels"] == {}
+        written = (tmp_path / "networks/default/nerdctl-tstnet.conflist").stat().st_mtime_ns
+        assert abs(nerdctld.nanoseconds_of(rows["tstnet"]["Created"]) - written) < 10**9 and not scripted.calls()
 
     @pytest.mark.parametrize("filters, names", [
         ({"name": ["tst"]}, "tstnet"), ({"name": ["^b.*e$", "o(s|n)"]}, "bridge host none"), ({"name": ["bridge("]}, ""), ({"id": ["^6cbb[^x]+$"]}, "tstnet"),
@@ -7081,31 +7079,31 @@ class TestNetworks:
         told = ask(reading, "GET", "/networks/" + name).json
         assert told["Containers"][ID]["IPv4Address"] == "10.77.0.2/24" and told["Containers"][ID]["Name"] == "tstweb"
 
-    def test_read_where_nerdctl_keeps_them(self, furnished, scripted, tmp_path):
-        listed = lambda: {each["Name"]: each for each in ask(furnished, "GET", "/networks").json}
-        path = tmp_path / "networks" / "default" / "nerdctl-tstnet.conflist"
-        os.utime(path, (1700000000, 1700000000))
-        assert listed()["tstnet"]["Created"] == "2023-11-14T22:13:20Z"
-        (tmp_path / "networks" / "other").mkdir()
-        (tmp_path / "networks" / "readme.txt").write_text("{")
-        (path.parent / "one.json").write_text(json.dumps({"name": "one", "nerdctlID": 5, "nerdctlLabels": {"a": "b"}, "plugins": [{"type": "macvlan"}]}))
-        one = listed()["one"]
+    def test_what_changes_where_nerdctl_keeps_them(self, furnished, tmp_path):
+        folder = tmp_path / "networks"
+        (folder / "other").mkdir()
+        (folder / "readme.txt").write_text("{")
+        write_json(folder / "default/one.json", {"name": "one", "nerdctlID": 5, "nerdctlLabels": {"a": "b"}, "plugins": [{"type": "macvlan"}]})
+        one = ask(furnished, "GET", "/networks/one").json
         assert (one["Driver"], one["Labels"], len(one["Id"])) == ("macvlan", {"a": "b"}, 64)
-        path.unlink()
-        assert sorted(listed()) == ["bridge", "host", "none", "one"] and not scripted.calls()
+        write_json(folder / "default/one.json", {"name": "one", "plugins": [{"type": "ipvlan"}]})
+        assert ask(furnished, "GET", "/networks/one").json["Driver"] == "ipvlan"
+        (folder / "default/nerdctl-tstnet.conflist").unlink()
+        assert [each["Name"] for each in ask(furnished, "GET", "/networks").json] == ["bridge", "host", "none", "one"]
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "x", "type": "bridge"}', '{"plugins": []}', '{"name": 1, "plugins": []}'])
-    def test_files_not_understood(self, furnished, tmp_path, text):
-        (tmp_path / "networks" / "default" / "nerdctl-tstnet.conflist").write_text(text)
-        assert [each["Name"] for each in ask(furnished, "GET", "/networks").json] == ["bridge", "host", "none"]
+    def test_files_that_are_none_of_networks(self, furnished, tmp_path, text):
+        (tmp_path / "networks/default/odd.conflist").write_text(text)
+        assert [each["Name"] for each in ask(furnished, "GET", "/networks").json] == ["bridge", "host", "none", "tstnet"]
 
-    def test_a_member_that_goes_meanwhile(self, furnished, fake):
-        fake.before["Tasks/List"] = lambda: fake.delete(ID)
-        assert ask(furnished, "GET", "/networks/tstnet").status == 200
+    def test_a_member_whose_addresses_are_not_known(self, furnished, fake, tmp_path):
+        (store_of(fake, tmp_path) / "etchosts/default" / ID / "meta.json").unlink()
         answer = ask(furnished, "GET", "/networks/tstnet")
-        assert (answer.status, answer.json["Name"], answer.json["Containers"]) == (200, "tstnet", {})
+        told = answer.json["Containers"][ID]
+        assert (answer.status, told["Name"], told["IPv4Address"], told["MacAddress"]) == (200, "tstweb", "", "")
         fake.stop_serving()
         assert ask(furnished, "GET", "/networks/tstnet").status == 503
+        fake.start_serving()
 
     def test_none(self, reading):
         answer = ask(reading, "GET", "/networks/nosuch")
@@ -7120,13 +7118,12 @@ class TestNetworks:
 
 class TestVolumes:
     def test_list(self, reading):
-        mountpoint = pathlib.Path(reading.inventory.store) / "volumes/default/tstvol/_data"
-        os.utime(mountpoint.parent / "volume.json", (1700000000, 1700000000))
         told = ask(reading, "GET", "/volumes").json
-        assert told["Warnings"] is None and mountpoint.is_dir()
+        assert told["Warnings"] is None
+        folder = pathlib.Path(reading.inventory.store) / "volumes/default/tstvol"
+        written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime((folder / "volume.json").stat().st_mtime))
         assert told["Volumes"][0] == {
-            "CreatedAt": "2023-11-14T22:13:20Z", "Driver": "local", "Labels": None, "Mountpoint": str(mountpoint),
-            "Name": "tstvol", "Options": None, "Scope": "local"}
+            "CreatedAt": written, "Driver": "local", "Labels": None, "Mountpoint": f"{folder}/_data", "Name": "tstvol", "Options": None, "Scope": "local"}
 
     @pytest.mark.parametrize("filters, count", [({"name": ["vol"]}, 1), ({"name": ["x"]}, 0), ({"name": ["^tst.ol$"]}, 1), ({"name": ["vol("]}, 0), ({"driver": ["local"]}, 1), ({"driver": ["x"]}, 0),
                                                 ({"label": ["x"]}, 0), ({"dangling": ["true"]}, 0), ({"dangling": ["false"]}, 1)])
@@ -7803,11 +7800,10 @@ class TestBuildKit:
         """Of a context that nobody takes only so much is read as may wait."""
         with self.relayed(self.BRIDGES["session"]) as (near, far, _):
             near.setblocking(False)
-            sent, began = 0, time.monotonic()
-            while time.monotonic() - began < 1.0:
-                with contextlib.suppress(BlockingIOError):
-                    sent += near.send(b"x" * 65536)
-            assert sent < 3 << 20
+            sent = 0
+            while select.select([], [near], [], 0.4)[1]:
+                sent += near.send(b"x" * 65536)
+                assert sent < 3 << 20
 
     @pytest.mark.parametrize("bridge", BRIDGES)
     def test_relay_ends_with_the_client(self, bridge):
@@ -7835,7 +7831,7 @@ class TestBuildKit:
             client.open(1, b"x" * 5_000_000)
             far.sendall(frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 1 << 30)))
             far.sendall(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 30)))
-            deadline = time.monotonic() + 1
+            deadline = time.monotonic() + 0.4
             self.drive([(near, client)], lambda: time.monotonic() > deadline)
             far.close()
             client.open(3, STATUS)
@@ -7921,28 +7917,34 @@ class TestBuildKit:
                 nerdctld.list_workers("unix://" + path, 0.5)
             assert time.monotonic() - began < 5
 
-    def engine(self, path, namespace="ns"):
-        """An Engine whose nerdctl knows its containerd and nothing else."""
-        fake = FakeContainerd(pathlib.Path(path).parent, namespace)
-        fake.uuid = "u"
-        fake.tag("docker.io/library/x:latest", "sha256:old")
-        return nerdctld.Engine(nerdctld.Nerdctl(["false"], namespace, buildkit_host="unix://" + path), nerdctld.Containerd(fake.path, namespace))
+    @pytest.fixture
+    def buildkit(self, tmp_path):
+        """Where the engine looks for a buildkitd."""
+        return str(tmp_path / "b.sock")
 
-    def test_wrong_worker_is_refused(self, tmp_path):
-        path = str(tmp_path / "b.sock")
+    @pytest.fixture
+    def engine(self, buildkit, fake):
+        """An engine that knows buildkitd and containerd, and has no nerdctl."""
+        fake.uuid = "u"
+        found = nerdctld.Engine(nerdctld.Nerdctl(["false"], fake.namespace, buildkit_host="unix://" + buildkit), nerdctld.Containerd(fake.path))
+        yield found
+        found.close()
+
+    def test_wrong_worker_is_refused(self, engine, buildkit):
+        path = buildkit
         with self.fake_buildkitd(path, {nerdctld.WORKER_LABEL + "namespace": "buildkit"}):
             with pytest.raises(nerdctld.Conflict) as caught:
-                nerdctld.prepare_solve(self.engine(path), "unix://" + path, SOLVE_TAGGED[5:])
+                nerdctld.prepare_solve(engine, "unix://" + path, SOLVE_TAGGED[5:])
         assert "'buildkit'" in str(caught.value)
         # What leaves no image is not looked at.
-        assert nerdctld.prepare_solve(self.engine(path), "unix://" + path, SOLVE_LOCAL[5:]) == (SOLVE_LOCAL[5:], None)
+        assert nerdctld.prepare_solve(engine, "unix://" + path, SOLVE_LOCAL[5:]) == (SOLVE_LOCAL[5:], None)
 
-    def test_image_events(self, tmp_path):
+    def test_image_events(self, engine, buildkit, fake):
         """A name that is taken over is told as untag and tag; one that is new is left to containerd's own event."""
-        path = str(tmp_path / "b.sock")
-        engine = self.engine(path)
+        path = buildkit
+        fake.tag("docker.io/library/x:latest", "sha256:old")
         request = solve(exporter("moby", name="x,new"))
-        with self.fake_buildkitd(path, {nerdctld.WORKER_LABEL + "namespace": "ns", nerdctld.WORKER_LABEL + "uuid": "u"}):
+        with self.fake_buildkitd(path, {nerdctld.WORKER_LABEL + "namespace": fake.namespace, nerdctld.WORKER_LABEL + "uuid": "u"}):
             with engine.journal.subscribe() as (_, queue):
                 _, answered = nerdctld.prepare_solve(engine, "unix://" + path, request)
                 answered(map_entry(1, "containerimage.digest", "sha256:new"))
@@ -7967,9 +7969,9 @@ class TestBuildKit:
             assert json.loads(response.read()) == {"message": message} if message else response.headers["Upgrade"] == "h2c"
 
     @pytest.mark.parametrize("path", ["/grpc", "/session"])
-    def test_endpoints_answer_101_without_buildkitd(self, path, tmp_path):
+    def test_endpoints_answer_101_without_buildkitd(self, path, engine):
         """Anything else would make clients set up a builder of their own."""
-        response = nerdctld.dispatch(self.engine(str(tmp_path / "none.sock")), nerdctld.Request("POST", path, headers={"Upgrade": "h2c"}))
+        response = nerdctld.dispatch(engine, nerdctld.Request("POST", path, headers={"Upgrade": "h2c"}))
         assert response.status == 101 and response.body.protocol == "h2c" and not response.media_type
         near, far = socket.socketpair()
         thread = threading.Thread(target=response.body.serve, args=(nerdctld.Connection(near),), daemon=True)
@@ -7987,10 +7989,9 @@ class TestBuildKit:
         assert not thread.is_alive()
         near.close()
 
-
-    def test_http2_with_prior_knowledge(self, scripted, tmp_path):
+    def test_http2_with_prior_knowledge(self, scripted, fake, tmp_path):
         """buildctl and the remote driver of buildx begin with HTTP/2 at once, whole or in pieces."""
-        daemon = Daemon(tmp_path, "--nerdctl", str(scripted.program), "--buildkit-host", f"unix://{tmp_path}/none.sock")
+        daemon = Daemon(tmp_path, "--nerdctl", str(scripted.program), "--address", fake.path, "--buildkit-host", f"unix://{tmp_path}/none.sock")
         try:
             for size in (1, 16, 1000):
                 client = Peer(False)
@@ -8577,13 +8578,12 @@ class TestHTTPServer:
     def test_a_load_is_answered_when_it_has_something_to_tell(self, shared):
         shared.scripted.on("load", LOAD, reads=True)
         with shared.connect() as sock:
-            sock.sendall(b"POST /images/load HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(ARCHIVE), ARCHIVE[:-1]))
+            sock.sendall(b"POST /images/load HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(ARCHIVE), ARCHIVE[:-1]))
             sock.settimeout(0.5)
             with pytest.raises(socket.timeout):
                 sock.recv(1)
             sock.sendall(ARCHIVE[-1:])
-            sock.settimeout(20)
-            assert b"Loaded image: tst:a" in sock.recv(65536)
+            assert b"Loaded image: tst:a" in receive(sock)
 
     @pytest.mark.parametrize("data", [
         b"\r\n\r\n\r\n", b"garbage\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1 x\r\n\r\n", b"GET /\xff\xfe HTTP/1.1\r\n\r\n", b"\x00\x01\x02\r\n\r\n",
@@ -8596,7 +8596,7 @@ class TestHTTPServer:
         b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n", b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nab\r\n0\r\n\r\n",
         b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n", b"GET /v1.1/info HTTP/1.1\r\n\r\n", b"GET /v9999.9999/info HTTP/1.1\r\n\r\n",
         b"POST /auth HTTP/1.1\r\nContent-Length: 3\r\n\r\n{,}", b"BREW /coffee HTTP/1.1\r\n\r\n", b"GET /images/json?filters=%7B HTTP/1.1\r\n\r\n",
-        b"GET /images/json?" + b"&a=" * 1500 + b" HTTP/1.1\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\n\r\n"])
+        b"GET /images/json?" + b"&a=" * 1500 + b" HTTP/1.1\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\n\r\n", b"PRI * HTTP/1.1\r\n\r\nSM\r\n\r\n"])
     def test_malformed(self, shared, data):
         answer = send(shared, data)
         statuses = re.findall(rb"HTTP/1.1 (\d+)", answer)
@@ -8731,9 +8731,9 @@ class TestSockets:
     def hand_over(self, path, kind="stream", count="1", pid="own", options=()):
         return [sys.executable, "-c", HAND_OVER, kind, count, pid, str(path), compiled(), *options]
 
-    def test_socket_of_systemd(self, tmp_path, scripted, fake):
+    def test_socket_of_systemd(self, tmp_path, scripted):
         scripted.on("version", VERSION_TOLD)
-        found = Daemon(tmp_path, command=self.hand_over(tmp_path / "nd.sock", options=["--nerdctl", str(scripted.program), "--address", fake.path, "--idle-timeout", "600"]))
+        found = Daemon(tmp_path, command=self.hand_over(tmp_path / "nd.sock", options=["--nerdctl", str(scripted.program), "--idle-timeout", "600"]))
         assert found.ask("GET", "/_ping").body == b"OK"
         assert found.end() == 0
         assert (tmp_path / "nd.sock").exists(), "it is not ours to remove"
@@ -8803,12 +8803,23 @@ class TestSockets:
             assert daemon.end() == 0
             assert time.monotonic() - began < 5
 
-    def test_children_end_with_it(self, engine, scripted):
-        scripted.on("save", stdout="x", stays=600)
-        process, folder = engine.nerdctl.start("save"), engine.workspace.folder()
-        assert process.read() == b"x"
-        engine.close()
-        assert until(lambda: not os.path.exists(f"/proc/{process.popen.pid}") or process.popen.poll() is not None) and not os.path.exists(folder)
+    def test_children_end_with_it(self, tmp_path, scripted, fake):
+        found = Daemon(tmp_path, "--nerdctl", str(scripted.program), "--address", fake.path, environment={"TMPDIR": str(tmp_path)})
+        furnish(scripted, fake, tmp_path)
+        # A pull that nobody waits for any more when the daemon ends.
+        scripted.on("pull", stdout="x\n", stays=600)
+        sock = found.connect()
+        sock.sendall(b"POST /images/create?fromImage=localhost:5000/x&tag=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert until(lambda: scripted.calls("pull"))
+        children = []
+        for task in pathlib.Path(f"/proc/{found.process.pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                children += [int(pid) for pid in (task / "children").read_text().split()]
+        assert children
+        sock.close()
+        found.end()
+        assert until(lambda: not [pid for pid in children if os.path.exists(f"/proc/{pid}")])
+        assert not [each for each in os.listdir(tmp_path) if each.startswith("nerdctld-")]
 
     def test_notify(self, tmp_path):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
@@ -9556,7 +9567,7 @@ class TestCommandLine:
         assert (found.nerdctl, found.namespace, found.address, found.buildkit_host) == ("lima nerdctl", "x", "/a", "unix:///b")
 
     def test_settings_of_nerdctl(self, monkeypatch, tmp_path):
-        pathlib.Path(os.environ["NERDCTL_TOML"]).write_text(
+        (tmp_path / "nerdctl.toml").write_text(
             "# namespace = \"no\"\ndebug = true\nnamespace = \"k8s.io\"  # Kubernetes\n\taddress='unix:///run/k3s/containerd.sock'\n"
             "hosts_dir = [\"/a\"]\ndata_root = \"/data\"\ncni_netconfpath=\"/nets\"\n")
         for name in ("CONTAINERD_NAMESPACE", "CONTAINERD_ADDRESS", "NETCONFPATH"):
@@ -9569,8 +9580,9 @@ class TestCommandLine:
         assert nerdctld.parse_args([]).namespace == "mine" and nerdctld.parse_args(["--namespace", "x"]).namespace == "x"
         assert nerdctld.cni_folder() == "/others"
 
-    def test_settings_that_cannot_be_read(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("NERDCTL_TOML", str(tmp_path))
+    def test_settings_that_cannot_be_read(self, tmp_path):
+        (tmp_path / "nerdctl.toml").unlink()
+        (tmp_path / "nerdctl.toml").mkdir()
         assert nerdctld.nerdctl_settings() == {}
 
     @pytest.mark.parametrize("argv", [["--nothing"], ["x"], ["--namespace", "-a"], ["--namespace", "a/b"], ["--namespace", ""], ["--nerdctl", " "], ["--idle-timeout", "x"]])
@@ -9580,7 +9592,8 @@ class TestCommandLine:
         assert caught.value.code == 2 and "usage:" in capsys.readouterr().err
 
     def test_version(self):
-        done = subprocess.run([str(HERE / "nerdctld.py"), "--version"], capture_output=True, text=True, timeout=20)
+        assert os.access(HERE / "nerdctld.py", os.X_OK) and SOURCE.startswith("#!/usr/bin/env python3\n")
+        done = subprocess.run([sys.executable, compiled(), "--version"], capture_output=True, text=True, timeout=20)
         assert (done.returncode, done.stdout) == (0, f"nerdctld {nerdctld.VERSION}\n")
 
     @pytest.mark.parametrize("euid, path", [(0, "/var/run/nerdctl.sock"), (1000, "/run/user/1/nerdctl.sock")])
@@ -9622,15 +9635,14 @@ class TestUnits:
         words = self.command(tmp_path)
         assert nerdctld.parse_args(words[words.index("-c") + 2:]).idle_timeout == 600
 
-    def test_socket_activation(self, tmp_path, scripted):
+    def test_socket_activation(self, tmp_path, scripted, fake):
         if not shutil.which("systemd-socket-activate"):
             pytest.skip("no systemd-socket-activate")
         found = Daemon(tmp_path, command=["systemd-socket-activate", "-l", str(tmp_path / "nd.sock"), "-E", "PATH", *self.command(tmp_path),
-                                          "--nerdctl", str(scripted.program)])
+                                          "--nerdctl", str(scripted.program), "--address", fake.path])
         assert found.ask("GET", "/_ping").body == b"OK"
-        # What the next start takes, and what is not loaded for an idle daemon.
+        # What the next start takes.
         assert list((tmp_path / "nerdctld").rglob("nerdctld.*.pyc"))
-        assert not re.search(r"lib(ssl|crypto)\.", pathlib.Path(f"/proc/{found.process.pid}/maps").read_text())
         assert found.end() == 0
 
 
@@ -12648,11 +12660,11 @@ def fuzz_run(path, count, seed, names, ours, folder="", warm=500):
     return found, before, after
 
 
-def fuzzed_daemon(folder):
-    """A daemon over a scripted nerdctl that does most of what it is told."""
+def fuzzed_daemon(folder, fake):
+    """A daemon over a fake containerd, and a scripted nerdctl that does most of what it is told."""
     (folder / "scripted").mkdir()
     (folder / "tmp").mkdir()
-    scripted, fake = Scripted(folder / "scripted"), FakeContainerd(folder)
+    scripted = Scripted(folder / "scripted")
     furnish(scripted, fake, folder)
     # What waits for an event that never comes is not in the script.
     for name in (*(set(NAMES) - {"kill", "start", "stop"}), "exec", "logs", "network create", "network rm", "volume create", "volume rm", "tag", "rmi", "cp", "build"):
@@ -12667,17 +12679,19 @@ FUZZ_NAMES = ("tstweb", "tstdone", "tstnew", "tstpaused", "tstvol", "tstnet", ID
 
 
 # Why a 500 is not the daemon's own: the script said so (a line break in a name cuts its words), the registry is not there,
-# or nerdctl was ended because the client had left.
-OUTSIDE = re.compile(r'not in the script|no upgrade proto in request|protocol .* not supported|"\\"not"|cannot ask [^ ]*: \[Errno|nerdctl failed without a word')
+# nerdctl was ended because the client had left, or dockerd answers so, too.
+OUTSIDE = re.compile(r'no upgrade proto in request|not in the script|"\\"not"|cannot ask [^ ]*: \[Errno|nerdctl failed without a word')
 
 
-def fuzz_scripted(folder, count, seed):
+def fuzz_scripted(folder, count, seed, warm=500):
     """Throw at a daemon over a scripted nerdctl; as fuzz_run, with the tracebacks in its log among the problems."""
-    daemon = fuzzed_daemon(folder)
+    fake = FakeContainerd(folder)
+    daemon = fuzzed_daemon(folder, fake)
     try:
-        found = fuzz_run(daemon.socket, count, seed, FUZZ_NAMES, lambda words: not OUTSIDE.search(words), folder / "tmp")
+        found = fuzz_run(daemon.socket, count, seed, FUZZ_NAMES, lambda words: not OUTSIDE.search(words), folder / "tmp", warm)
     finally:
         status = daemon.end()
+        fake.stop_serving()
     log = daemon.log.read_text(errors="replace")
     found[0].problems += ["traceback" + each.partition("\nnerdctld: ")[0][:3000] for each in log.split("Traceback (most recent call last)")[1:6]]
     if status:
@@ -12732,7 +12746,7 @@ class TestEndurance:
         assert ask(furnished, "POST", "/networks/create", {"Name": "brief"}).status == 404
 
     def test_malformed_requests(self, tmp_path):
-        found, _, _ = fuzz_scripted(tmp_path, 500, 20261124)
+        found, _, _ = fuzz_scripted(tmp_path, 200, 20261124, 100)
         assert not found.problems, "\n".join(found.problems[:5])
         # Most parts of the daemon were reached.
         assert {101, 200, 400, 404, 500, 501, 503} <= set(found.statuses), found.statuses
