@@ -33,7 +33,6 @@ import marshal
 import os
 import pathlib
 import py_compile
-import queue
 import re
 import shlex
 import shutil
