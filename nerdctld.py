@@ -30,7 +30,8 @@ import os
 import re
 import stat
 import sys
-from typing import Any, Callable, ContextManager, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Type
+from typing import (
+    Any, Callable, ContextManager, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Type)
 
 # A process in a container's tree ends with the section Tree: what else is imported would take most of its time.
 TREE = __name__ == "__main__" and sys.argv[1:2] == ["tree"]
@@ -811,7 +812,8 @@ if TREE:
 ###############################################################################
 
 ZERO_TIME = "0001-01-01T00:00:00Z"
-TIMESTAMP = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9})\d*)?)?\s*(Z|UTC|[+-]\d\d:?\d\d)?(?: [A-Z]{1,5})?")
+TIMESTAMP = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9})\d*)?)?"
+                       r"\s*(Z|UTC|[+-]\d\d:?\d\d)?(?: [A-Z]{1,5})?")
 SIZE_UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1024, "mi": 1024**2,
               "gi": 1024**3, "ti": 1024**4}
 
@@ -1747,7 +1749,8 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
      r"could not connect to buildkit|listing workers)", Unavailable,
      "buildkitd does not answer: start it with a containerd worker, or say where it is with --buildkit-host"),
     (r"no image was built", ApiError,
-     "no image was built where nerdctl looks for it: buildkitd's first worker has to be a containerd worker in nerdctl's namespace (buildkitd.toml)"),
+     "no image was built where nerdctl looks for it: buildkitd's first worker has to be a containerd worker in "
+     "nerdctl's namespace (buildkitd.toml)"),
     (r"executable file not found in \$PATH", BadParameter, ""),
     (r"exec: \"[^\"]*\": (?:permission denied|stat \S+: no such file or directory)|permission denied: unknown",
      BadParameter, ""),
@@ -2108,7 +2111,8 @@ class Nerdctl:
         if self.debug:
             took = (time.monotonic() - process.began) * 1000
             said = process.error_text() if process.popen.returncode > 0 else ""
-            log(f"{shlex.join(process.argv)} -> {process.popen.returncode} in {took:.0f} ms{' ' + nerdctl_message(said) if said else ''}")
+            reason = " " + nerdctl_message(said) if said else ""
+            log(f"{shlex.join(process.argv)} -> {process.popen.returncode} in {took:.0f} ms{reason}")
 
     def start(self, *arguments: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE, stderr: Any = None,
               environment: Optional[Dict[str, str]] = None, client: Client = Client(), lasting: bool = False,
@@ -3255,7 +3259,8 @@ class Containerd:
             with open(f"{runtime}/containerd-rootless/child_pid", encoding="ascii") as file:
                 return int(file.read())
         except (OSError, ValueError):
-            raise Unavailable("rootless containerd is not running: containerd-rootless-setuptool.sh install sets it up") from None
+            raise Unavailable("rootless containerd is not running: containerd-rootless-setuptool.sh install sets it "
+                              "up") from None
 
     def dial(self, timeout: float = 5.0) -> socket.socket:
         """A connection to containerd; 503 where nobody answers."""
@@ -3267,8 +3272,8 @@ class Containerd:
         except OSError as error:
             sock.close()
             if error.errno in (errno.EACCES, errno.EPERM):
-                raise Unavailable(f"containerd's socket {self.address} may not be used by this user: run nerdctld as root, "
-                                  "or set up rootless containerd") from None
+                raise Unavailable(f"containerd's socket {self.address} may not be used by this user: run nerdctld as "
+                                  "root, or set up rootless containerd") from None
             raise Unavailable(f"containerd is not running at {self.address}: start it (systemctl start containerd), "
                               "or say where it is with --address") from None
         except BaseException:
@@ -3290,7 +3295,8 @@ class Containerd:
                     14: Unavailable}.get(error.code, ApiError)
             raise kind(error.message) from None
         except (OSError, ValueError) as error:
-            raise Unavailable(f"containerd does not answer at {self.address} ({error}): see systemctl status containerd") from None
+            raise Unavailable(f"containerd does not answer at {self.address} ({error}): see systemctl status "
+                              "containerd") from None
 
     def call(self, method: str, message: bytes = b"", timeout: float = 10.0) -> bytes:
         """The answer to a call of `Service/Method` below containerd.services."""
@@ -3603,7 +3609,8 @@ class Reference(NamedTuple):
 
 
 REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
-DOMAIN = re.compile(r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])(?:\.[a-zA-Z0-9-]+)*(?::\d+)?|\[[0-9a-fA-F:]+\](?::\d+)?")
+DOMAIN = re.compile(r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])(?:\.[a-zA-Z0-9-]+)*(?::\d+)?"
+                    r"|\[[0-9a-fA-F:]+\](?::\d+)?")
 TAG = re.compile(r"[\w][\w.-]{0,127}", re.ASCII)
 DIGEST = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:[-_+.][A-Za-z][A-Za-z0-9]*)*:[0-9a-fA-F]{32,}")
 
@@ -3923,9 +3930,8 @@ class Container:
     def request(self) -> Dict[str, Any]:
         """The create request that it was made with, {} for one that others made."""
         if "request" not in self.memo:
-            parts = itertools.takewhile(lambda part: part is not None,
-                                        (self.labels.get(f"{LABEL_REQUEST}.{number}") for number in itertools.count())) \
-                if LABEL_REQUEST + ".0" in self.labels else ()
+            labels = (self.labels.get(f"{LABEL_REQUEST}.{number}") for number in itertools.count())
+            parts = itertools.takewhile(lambda part: part is not None, labels)
             found = None
             with contextlib.suppress(ValueError):
                 found = json.loads("".join(parts) or "{}")
@@ -4100,7 +4106,8 @@ class ImageStore:
             group.content = self._read_content(group.target, present)
         self._forget(groups.values())
         hollow = any(group.content is NO_CONTENT for group in groups.values())
-        self.groups, self.grouped, self.until = groups, names, time.monotonic() + self.ABSENT if hollow else float("inf")
+        self.groups, self.grouped = groups, names
+        self.until = time.monotonic() + self.ABSENT if hollow else float("inf")
 
     def _forget(self, groups: Iterable[ImageGroup]) -> None:
         """Keep only what is behind images that there are."""
@@ -4461,8 +4468,8 @@ def parse_addresses(task: Optional[Dict[str, Any]]) -> List[Dict[str, Any]]:
     mac."""
     found = []
     for interface in ((task or {}).get("NetNS") or {}).get("Interfaces") or []:
-        if interface.get("Name") == "lo" or "loopback" in (interface.get("Flags") or []) or not re.match(r"eth\d",
-                                                                                                         interface.get("Name") or ""):
+        name = interface.get("Name") or ""
+        if "loopback" in (interface.get("Flags") or []) or not re.match(r"eth\d", name):
             continue
         entry: Dict[str, Any] = {"mac": interface.get("HardwareAddr") or ""}
         for text in interface.get("Addrs") or []:
@@ -4879,8 +4886,8 @@ class Engine:
 
     def busy(self) -> bool:
         """Whether something depends on the daemon although no request is running."""
-        return bool(self.sessions) or any(each.running for each in list(self.execs.values())) or bool(self.caretaker
-                                                                                                      and self.caretaker.cared)
+        return (bool(self.sessions) or any(each.running for each in list(self.execs.values()))
+                or bool(self.caretaker and self.caretaker.cared))
 
     def leave_session(self, identity: str, session: Any) -> None:
         """A session holds a container's streams no more; one that came after it stays."""
@@ -5060,8 +5067,8 @@ class Engine:
         if action is None or (action == "die" and not event.ends_container):
             return
         identity, attributes = self._actor_of(event.container, gone=action == "destroy")
-        if (action == "destroy" and self.hidden.pop(event.container, self) is None) or (action == "create"
-                                                                                        and identity != event.container):
+        if (action == "destroy" and self.hidden.pop(event.container, self) is None
+                or action == "create" and identity != event.container):
             return
         if action == "start":
             self.begun[event.container] = event.time
@@ -5091,7 +5098,8 @@ class Engine:
 # System
 ###############################################################################
 
-NO_SWARM = ('This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" to connect this node to swarm and try again.')
+NO_SWARM = ('This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" to connect this node to '
+            "swarm and try again.")
 
 
 @route("GET", "/_ping")
@@ -5647,8 +5655,8 @@ def check_platform(group: ImageGroup, text: str, name: str) -> None:
     else:
         system, architecture, variant = (text.split("/") + ["", ""])[:3]
     have = docker_platform(group)
-    if (system or "linux") != have["os"] or architecture != have["architecture"] or (variant
-                                                                                     and variant != have.get("variant", variant)):
+    if ((system or "linux") != have["os"] or architecture != have["architecture"]
+            or variant and variant != have.get("variant", variant)):
         asked = "/".join(each for each in (system or "linux", architecture, variant) if each)
         raise NotFound(f"image with reference {name} was found but does not provide the specified platform ({asked})")
 
@@ -5691,15 +5699,18 @@ def delete_conflict(group: ImageGroup, name: str, users: List[Container], by_nam
     """409 with dockerd's words where an image may not be removed."""
     short = group.id[7:19]
     if not by_name and max(len(group.repo_tags), len(group.repo_digests)) > 1 and not force:
-        raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is referenced in multiple repositories")
+        raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is referenced in multiple "
+                       "repositories")
     for container in users:
         if container.running and (force or not by_name):
-            raise Conflict(f"conflict: unable to delete {short} (cannot be forced) - image is being used by running container {container.id[:12]}")
+            raise Conflict(f"conflict: unable to delete {short} (cannot be forced) - image is being used by running "
+                           f"container {container.id[:12]}")
         if not force:
             if by_name:
-                raise Conflict(f'conflict: unable to remove repository reference "{name}" (must force) - container {container.id[:12]} '
-                               f"is using its referenced image {short}")
-            raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is being used by stopped container {container.id[:12]}")
+                raise Conflict(f'conflict: unable to remove repository reference "{name}" (must force) - container '
+                               f"{container.id[:12]} is using its referenced image {short}")
+            raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is being used by stopped "
+                           f"container {container.id[:12]}")
 
 
 def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: bool) -> List[Dict[str, str]]:
@@ -5742,7 +5753,8 @@ def image_delete(engine: Engine, request: Request, name: str) -> Response:
     platforms = [platform_words(each) for each in request.values("platforms")]
     group, force = engine.inventory.image(name), request.flag("force")
     if platforms:
-        raise NotImplementedHere(f"nerdctl cannot remove the content of one platform ({', '.join(platforms)}) from an image")
+        raise NotImplementedHere("nerdctl cannot remove the content of one platform "
+                                 f"({', '.join(platforms)}) from an image")
     names = referenced_names(group, name)
     users = [each for each in engine.inventory.containers().values() if each.image in (names or group.names)]
     if not names or len(names) == len(group.names):
@@ -5895,7 +5907,8 @@ class ImageArchive:
     @property
     def index(self) -> str:
         """The name that nerdctl gives to the archive's index, "" for an archive without one."""
-        return f"import@sha256:{sha256(self.files.get('index.json', b'')).hexdigest()}" if "oci-layout" in self.files else ""
+        digest = sha256(self.files.get("index.json", b"")).hexdigest()
+        return f"import@sha256:{digest}" if "oci-layout" in self.files else ""
 
     @property
     def state(self) -> Tuple[bytes, int, bytes]:
@@ -6287,7 +6300,8 @@ class ProgressTable:
 def progress_bar(current: int, total: int) -> str:
     """`[====>   ]  1.5MB/3MB`, as clients older than API 1.48 print it."""
     filled = min(50, current * 50 // total) if total else 0
-    return f"[{'=' * filled}{'>' if filled < 50 else ''}{' ' * (49 - filled)}]  {decimal_size(current):>8}/{decimal_size(total)}"
+    bar = "=" * filled + (">" if filled < 50 else "") + " " * (49 - filled)
+    return f"[{bar}]  {decimal_size(current):>8}/{decimal_size(total)}"
 
 
 def follow_progress(process: Process, table: ProgressTable) -> Iterator[bytes]:
@@ -6437,8 +6451,8 @@ class Registry:
         told = parse_json(body)
         return f"Bearer {told.get('token') or told.get('access_token') or ''}" if isinstance(told, dict) else ""
 
-    def _send(self, host: str, path: str, authorization: str, plain: Optional[bool] = None) -> Tuple[int,
-                                                                                                     Dict[str, str], bytes]:
+    def _send(self, host: str, path: str, authorization: str,
+              plain: Optional[bool] = None) -> Tuple[int, Dict[str, str], bytes]:
         """GET, along a few redirects: blobs are often elsewhere. Nobody but `host` sees the authorization, or may ask
         for one."""
         if plain is None:
@@ -6592,7 +6606,8 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
                     pushed = engine.nerdctl.pushed_digest(process)
                 group, short = groups[each], each.rpartition(":")[2]
                 digest = pushed or group.id
-                size = docker_descriptor(group)["size"] if digest == group.id else group.content.descriptor.get("size") or 0
+                descriptor = docker_descriptor(group) if digest == group.id else group.content.descriptor
+                size = descriptor.get("size") or 0
                 yield message_line({"status": f"{short}: digest: {digest} size: {size}"})
                 yield message_line({"progressDetail": {}, "aux": {"Tag": short, "Digest": digest, "Size": size}})
                 engine.journal.emit("image", "push", familiar(each), {"name": familiar(each)})
@@ -6634,7 +6649,8 @@ def unpack_context(body: Any, root: str) -> None:
             except tarfile.ReadError as error:
                 # `docker build -f -` leaves out what fills the last block. That the body is whole HTTP tells.
                 stream = archive.fileobj
-                if str(error) != "unexpected end of data" or member is None or stream.comptype != "tar" or stream.pos < member.offset_data + member.size:
+                if (str(error) != "unexpected end of data" or member is None or stream.comptype != "tar"
+                        or stream.pos < member.offset_data + member.size):
                     raise
     except tarfile.TarError as error:
         raise BadParameter(f"invalid build context: {error}") from None
@@ -6917,11 +6933,13 @@ def build_prune(engine: Engine, request: Request) -> Response:
     for key, values in filters.items():
         for value in values:
             if key in ("until", "unused-for"):
-                arguments.append(f"--keep-duration={max(0, round((time.time_ns() - (until_limit([value]) or 0)) / 1e9))}s")
+                age = (time.time_ns() - (until_limit([value]) or 0)) / 1e9
+                arguments.append(f"--keep-duration={max(0, round(age))}s")
             else:
                 arguments.append(f"--filter={key}=={value}" if key not in ("inuse", "private", "shared")
                                  else f"--filter={key}")
-    reserved, limit = request.integer("reserved-space") or request.integer("keep-storage"), request.integer("max-used-space")
+    reserved = request.integer("reserved-space") or request.integer("keep-storage")
+    limit = request.integer("max-used-space")
     for flag, size in (("keep-storage", limit or reserved), ("keep-storage-min", reserved if limit else 0),
                        ("free-storage", request.integer("min-free-space"))):
         if size:
@@ -7263,7 +7281,8 @@ DEFAULT_RUNTIME = {"io.containerd.runc.v2": "runc"}
 def held_policy(container: Container) -> str:
     """The restart policy of a container that hold_down() has given another one, "" for any other."""
     labels = container.labels
-    if labels.get("containerd.io/restart.policy") != "unless-stopped" or labels.get("containerd.io/restart.explicitly-stopped") != "true":
+    if (labels.get("containerd.io/restart.policy") != "unless-stopped"
+            or labels.get("containerd.io/restart.explicitly-stopped") != "true"):
         return ""
     if os.path.isdir(container.folder):
         with contextlib.suppress(OSError):
@@ -7341,8 +7360,8 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         "PidsLimit": (resources.get("pids") or {}).get("limit") or None, "PortBindings": port_bindings(container),
         "Privileged": labels.get("nerdctl/privileged") == "true",
         "ReadonlyRootfs": bool((spec.get("root") or {}).get("readonly")),
-        "RestartPolicy": restart_policy(container), "Runtime": DEFAULT_RUNTIME.get(container.runtime,
-                                                                                   container.runtime) or found["Runtime"],
+        "RestartPolicy": restart_policy(container),
+        "Runtime": DEFAULT_RUNTIME.get(container.runtime, container.runtime) or found["Runtime"],
         "Binds": [f"{mount['Source']}:{mount['Destination']}" + ("" if mount["RW"] else ":ro")
                   for mount in parse_mounts(labels) if mount["Type"] == "bind" and not container.request] or None,
         "CgroupnsMode": "private" if any(each.get("type") == "cgroup" for each in linux.get("namespaces") or [])
@@ -7661,7 +7680,8 @@ def mount_word(mount: Dict[str, Any]) -> str:
     if not target:
         raise BadParameter(f"invalid mount config for type \"{kind}\": field Target must not be empty")
     if not target.startswith("/"):
-        raise BadParameter(f"invalid mount config for type \"{kind}\": invalid mount path: '{target}' mount path must be absolute")
+        raise BadParameter(f"invalid mount config for type \"{kind}\": invalid mount path: '{target}' mount path must "
+                           "be absolute")
     words = [f"type={kind}", f"target={target}"]
     if kind == "bind":
         options = typed(mount.get("BindOptions"), dict, "BindOptions")
@@ -7687,9 +7707,11 @@ def mount_word(mount: Dict[str, Any]) -> str:
 def check_volume_name(name: str) -> None:
     """400 for what no volume can be called."""
     if len(name) == 1:
-        raise BadParameter(f"create {name}: volume name is too short, names should be at least two alphanumeric characters")
+        raise BadParameter(f"create {name}: volume name is too short, names should be at least two alphanumeric "
+                           "characters")
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", name):
-        raise BadParameter(f'create {name}: "{name}" includes invalid characters for a local volume name, only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. '
+        raise BadParameter(f'create {name}: "{name}" includes invalid characters for a local volume name, only '
+                           '"[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. '
                            "If you intended to pass a host directory, use absolute path")
 
 
@@ -7697,7 +7719,8 @@ def created_bind(mount: Dict[str, Any]) -> str:
     """The word for a bind whose source is to be made, as only `--volume` does it; "" for any other mount."""
     mount_word(mount)
     options, source = typed(mount.get("BindOptions"), dict, "BindOptions"), mount.get("Source") or ""
-    if mount.get("Type") != "bind" or not options.get("CreateMountpoint") or os.path.lexists(source) or ":" in source + mount["Target"]:
+    if (mount.get("Type") != "bind" or not options.get("CreateMountpoint") or os.path.lexists(source)
+            or ":" in source + mount["Target"]):
         return ""
     kept = [each for each in ("ro" if mount.get("ReadOnly") else "", options.get("Propagation") or "") if each]
     return "--volume=" + ":".join([source, mount["Target"], *([",".join(kept)] if kept else [])])
@@ -7737,8 +7760,8 @@ def mount_args(body: Dict[str, Any]) -> List[str]:
     words += [created_bind(each) or f"--mount={mount_word(each)}" for each in mounts]
     for path, options in string_map(host.get("Tmpfs"), "Tmpfs").items():
         words.append(f"--tmpfs={path}:{options}" if options else f"--tmpfs={path}")
-    taken = {(each.split(":") + [""])[1] or each for each in string_list(host.get("Binds"),
-                                                                         "Binds")} | {each.get("Target") for each in mounts}
+    taken = {(each.split(":") + [""])[1] or each for each in string_list(host.get("Binds"), "Binds")}
+    taken.update(each.get("Target") for each in mounts)
     for path in typed(body.get("Volumes"), dict, "Volumes"):
         if path not in taken:
             if not path.startswith("/"):
@@ -7776,9 +7799,10 @@ def health_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
 
 
 CAPABILITIES = frozenset(
-    "ALL AUDIT_CONTROL AUDIT_READ AUDIT_WRITE BLOCK_SUSPEND BPF CHECKPOINT_RESTORE CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID IPC_LOCK IPC_OWNER KILL "
-    "LEASE LINUX_IMMUTABLE MAC_ADMIN MAC_OVERRIDE MKNOD NET_ADMIN NET_BIND_SERVICE NET_BROADCAST NET_RAW PERFMON SETFCAP SETGID SETPCAP SETUID SYSLOG SYS_ADMIN "
-    "SYS_BOOT SYS_CHROOT SYS_MODULE SYS_NICE SYS_PACCT SYS_PTRACE SYS_RAWIO SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG WAKE_ALARM".split())
+    "ALL AUDIT_CONTROL AUDIT_READ AUDIT_WRITE BLOCK_SUSPEND BPF CHECKPOINT_RESTORE CHOWN DAC_OVERRIDE DAC_READ_SEARCH "
+    "FOWNER FSETID IPC_LOCK IPC_OWNER KILL LEASE LINUX_IMMUTABLE MAC_ADMIN MAC_OVERRIDE MKNOD NET_ADMIN "
+    "NET_BIND_SERVICE NET_BROADCAST NET_RAW PERFMON SETFCAP SETGID SETPCAP SETUID SYSLOG SYS_ADMIN SYS_BOOT SYS_CHROOT "
+    "SYS_MODULE SYS_NICE SYS_PACCT SYS_PTRACE SYS_RAWIO SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG WAKE_ALARM".split())
 SECURITY_OPTIONS = ("apparmor", "label", "no-new-privileges", "privileged-without-host-devices", "seccomp",
                     "systempaths", "writable-cgroups")
 
@@ -7838,7 +7862,8 @@ def restart_args(host: Dict[str, Any]) -> List[str]:
             raise BadParameter("invalid restart policy: maximum retry count cannot be used with 'no'")
         return []
     if name not in ("always", "unless-stopped", "on-failure"):
-        raise BadParameter(f"invalid restart policy: unknown policy '{name}'; use one of 'no', 'always', 'on-failure', or 'unless-stopped'")
+        raise BadParameter(f"invalid restart policy: unknown policy '{name}'; use one of 'no', 'always', 'on-failure', "
+                           "or 'unless-stopped'")
     if count and name != "on-failure":
         raise BadParameter("invalid restart policy: maximum retry count can only be used with 'on-failure'")
     if typed(host.get("AutoRemove"), bool, "AutoRemove"):
@@ -8051,10 +8076,9 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     labels = string_map(body.get("Labels"), "Labels")
     if any(key.startswith(HIDDEN_LABELS[:2]) for key in labels):
         raise BadParameter("invalid label: names that begin with nerdctl/ are nerdctl's own")
-    words += environment_args(body, image) + hostname_args(body) + port_args(body, image,
-                                                                             pick) + mount_args(body) + health_args(body, image)
-    words += restart_args(host) + device_args(host) + network_args(body, networks, find) + namespace_args(host,
-                                                                                                          find) + log_args(host)
+    words += environment_args(body, image) + hostname_args(body) + port_args(body, image, pick)
+    words += mount_args(body) + health_args(body, image) + restart_args(host) + device_args(host)
+    words += network_args(body, networks, find) + namespace_args(host, find) + log_args(host)
     words += init_args(host) + volumes_from_args(host, find) + security_args(host)
     words += [f"--label={key}={value}" for key, value in labels.items()]
     flags, command = command_words(body, image)
@@ -8151,13 +8175,13 @@ def kept_request(engine: Engine, body: Dict[str, Any], image: Dict[str, Any]) ->
         found["ExposedPorts"] = {**image["ExposedPorts"], **exposed}
     others = shared_namespaces(engine, body)
     if others:
-        found["HostConfig"] = {**slim(body.get("HostConfig")),
-                               **{key: f"container:{others[flag].id}" for key, flag in SHARED_NAMESPACES if flag in others}}
+        shared = {key: f"container:{others[flag].id}" for key, flag in SHARED_NAMESPACES if flag in others}
+        found["HostConfig"] = {**slim(body.get("HostConfig")), **shared}
     endpoints = field_of(found, "NetworkingConfig.EndpointsConfig")
     if isinstance(endpoints, dict):
         by_id = {each["Id"]: name for name, each in engine.inventory.networks().items()}
-        found["NetworkingConfig"] = {**found["NetworkingConfig"],
-                                     "EndpointsConfig": {by_id.get(name, name): each for name, each in endpoints.items()}}
+        named = {by_id.get(name, name): each for name, each in endpoints.items()}
+        found["NetworkingConfig"] = {**found["NetworkingConfig"], "EndpointsConfig": named}
     return found
 
 
@@ -8232,8 +8256,8 @@ def create_container(engine: Engine, plan: Plan, name: str, *more: str) -> Conta
     absent = [flag for flag, other in shared_namespaces(engine, plan.request).items() if not other.running]
     if absent:
         kept = [each for each in plan.words if not each.startswith(tuple(f"{flag}=container:" for flag in absent))]
-        plan, more = plan._replace(words=kept + ["--network=none"] * ("--network" in absent)), (*more,
-                                                                                                f"--label={LABEL_LATER}=1")
+        plan = plan._replace(words=kept + ["--network=none"] * ("--network" in absent))
+        more = (*more, f"--label={LABEL_LATER}=1")
     if f"--label={LABEL_LATER}=1" not in more:
         try:
             return make_container(engine, plan, name, *more)
@@ -8299,7 +8323,8 @@ TRAILING_SIGNAL_LINES = re.compile(rb"(?:" + SIGNAL_LINE + rb")+\Z")
 
 # What nerdctl warns of while it makes a container, before anything else is on its stderr.
 LEADING_WARNINGS = re.compile(
-    rb'(?:time="[^"\n]*" level=warning msg="(?:volume \\"[^"\n]*\\" already exists|kernel support for cgroup |cgroup manager is set to |Limiting oom_score_adj |'
+    rb'(?:time="[^"\n]*" level=warning msg="(?:volume \\"[^"\n]*\\" already exists|kernel support for cgroup |'
+    rb'cgroup manager is set to |Limiting oom_score_adj |'
     rb'Disabling the OOM killer |unknown security-opt|Label \\"|multiple images are found )[^\n]*\n)+')
 
 
@@ -8889,8 +8914,8 @@ def wait_started(engine: Engine, session: Session, real: Callable[[], str]) -> N
         if engine.tasks.started_since(real(), session.begun):
             return
         if session.ended.wait(0.0 if session.ended.is_set() else 0.05):
-            if not session.status or session.message.strip() == "1 errors:" or engine.tasks.started_since(real(),
-                                                                                                          session.begun, engine.tasks.LATE / 4):
+            if (not session.status or session.message.strip() == "1 errors:"
+                    or engine.tasks.started_since(real(), session.begun, engine.tasks.LATE / 4)):
                 return
             if session.message:
                 raise nerdctl_error(f'time="" level=fatal msg={json.dumps(session.message)}')
@@ -8905,7 +8930,8 @@ def start_container(engine: Engine, container: Container) -> None:
     """Start a container that does not run, held by a session where clients wait on its streams or may come for its
     stdin."""
     if container.id in engine.apart:
-        raise NotImplementedHere(f"this container was disconnected from {', '.join(sorted(engine.apart[container.id]))} after it ran, and nerdctl can only "
+        networks = ", ".join(sorted(engine.apart[container.id]))
+        raise NotImplementedHere(f"this container was disconnected from {networks} after it ran, and nerdctl can only "
                                  "start it with all its networks: create it anew")
     before = container.real
     waiting = engine.take_waiting(container.id)
@@ -8951,8 +8977,9 @@ def made_whole(engine: Engine, container: Container) -> Container:
     """The container that takes the place of one that was made without its ports or namespaces; 500 where others still
     have the ports."""
     if container.id in engine.touched:
-        raise NotImplementedHere("files were copied into this container, and its ports were taken, or the container whose namespaces it has did not "
-                                 "run, when it was created: nerdctl cannot add them later")
+        raise NotImplementedHere("files were copied into this container, and its ports were taken, or the container "
+                                 "whose namespaces it has did not run, when it was created: nerdctl cannot add them "
+                                 "later")
     plan = plan_container(engine, container.request)._replace(image=container.image)
     made: List[Container] = []
     with making_anew(engine, container, lambda: made[0].real if made else ""):
@@ -9466,8 +9493,8 @@ class Caretaker:
         for container in [table[real]] if real in table else list(table.values()) if not real else []:
             if container.running:
                 self.hold(container)
-            if container.running or container.state.kind in ("restarting",
-                                                             "created") or container.id in self.engine.inventory.replaced:
+            if (container.running or container.state.kind in ("restarting", "created")
+                    or container.id in self.engine.inventory.replaced):
                 continue
             if auto_removed(container) and container.id not in self.engine.restarts:
                 session = self.engine.sessions.get(container.id)
@@ -9657,8 +9684,8 @@ def rfc3339_full(nanoseconds: int) -> str:
 def check_attach(container: Container, stdin: bool, held: bool) -> None:
     """501 with a reason where a client's input could not reach a running container."""
     if stdin and has_stdin(container) and container.running and not held:
-        raise NotImplementedHere("this container's stdin cannot be reached: nerdctl itself started it, or another run of nerdctld had its terminal: "
-                                 "attach with --no-stdin, or use exec")
+        raise NotImplementedHere("this container's stdin cannot be reached: nerdctl itself started it, or another run "
+                                 "of nerdctld had its terminal: attach with --no-stdin, or use exec")
 
 
 class WebSocket(Connection):
@@ -9796,8 +9823,8 @@ def serve_attachment(engine: Engine, request: Request, container: Container, att
             attachment.done.wait()
 
 
-def attach(engine: Engine, request: Request, name: str, framed: bool) -> Tuple[Attachment,
-                                                                               Callable[[Connection], None], Callable[[], None], str]:
+def attach(engine: Engine, request: Request, name: str,
+           framed: bool) -> Tuple[Attachment, Callable[[Connection], None], Callable[[], None], str]:
     """What the two ways to attach share: the client, how it is served, what is done where it has left before that, and
     the media type. From here on it is waited for, so that a start that comes right behind loses nothing."""
     container, tty, keys = prepare_attach(engine, request, name)
@@ -10441,8 +10468,8 @@ def cpu_stats(folders: Dict[str, str]) -> Dict[str, Any]:
         scale = 10**9 // os.sysconf("SC_CLK_TCK")
         user, system = ticks.get("user", 0) * scale, ticks.get("system", 0) * scale
         throttled = read_table(folders.get("cpu", folders["cpuacct"]) + "/cpu.stat")
-        waited, more = throttled.get("throttled_time", 0), {"percpu_usage": [int(each)
-                                                                             for each in read_file(folders["cpuacct"] + "/cpuacct.usage_percpu").split()]}
+        waited = throttled.get("throttled_time", 0)
+        more = {"percpu_usage": list(map(int, read_file(folders["cpuacct"] + "/cpuacct.usage_percpu").split()))}
     else:
         told = throttled = read_table(folders.get("", "") + "/cpu.stat")
         total, user, system = told.get("usage_usec", 0) * 1000, told.get("user_usec",
@@ -10753,7 +10780,8 @@ def remove_network(engine: Engine, network: Dict[str, Any]) -> None:
     users = network_users(engine, network["Name"])
     if any(each.running for each in users):
         names = ", ".join(f'name:"{each.name}" endpoint:"{each.id[:12]}"' for each in users if each.running)
-        raise Forbidden(f"error while removing network: network {network['Name']} id {network['Id']} has active endpoints ({names})")
+        raise Forbidden(f"error while removing network: network {network['Name']} id {network['Id']} has active "
+                        f"endpoints ({names})")
     engine.nerdctl.run("network", "rm", "--", network["Name"])
     engine.journal.emit("network", "destroy", network["Id"], {"name": network["Name"], "type": network["Driver"]})
 
@@ -10789,10 +10817,11 @@ def rewire(engine: Engine, network: Dict[str, Any], container: Container, settin
     name = network["Name"]
     word = "connect" if settings is not None else "disconnect"
     if was_started(container) or not container.request:
-        raise NotImplementedHere(f"nerdctl cannot {word} a container that was started (or made by others) and a network: give it its networks "
-                                 "when it is created")
+        raise NotImplementedHere(f"nerdctl cannot {word} a container that was started (or made by others) and a "
+                                 "network: give it its networks when it is created")
     if container.id in engine.touched:
-        raise NotImplementedHere(f"files were copied into this container, and nerdctl cannot {word} it without making it anew: {word} it first")
+        raise NotImplementedHere(f"files were copied into this container, and nerdctl cannot {word} it without making "
+                                 f"it anew: {word} it first")
     body = dict(container.request)
     endpoints = dict(typed(typed(body.get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig"), dict,
                            "EndpointsConfig"))
@@ -11016,7 +11045,8 @@ def system_df(engine: Engine, request: Request) -> Response:
 
 def disk_usage_containers(engine: Engine, request: Request) -> List[Dict[str, Any]]:
     """Every container as the list shows it, with its sizes."""
-    containers, images, networks = engine.inventory.containers(), engine.inventory.images.names.get(), engine.inventory.networks()
+    inventory = engine.inventory
+    containers, images, networks = inventory.containers(), inventory.images.names.get(), inventory.networks()
     sizes, rows = container_sizes(engine, containers.values()), []
     for container in containers.values():
         image_id = images[container.image].target.digest if container.image in images else ""
@@ -11912,7 +11942,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                 response = error_response(ApiError("internal error: see the log of nerdctld"))
             status = self.respond(response, body)
         if server.engine.nerdctl.debug:
-            log(f"{self.command} {self.path.partition('?')[0]} -> {status} in {(time.monotonic() - began) * 1000:.1f} ms")
+            took = (time.monotonic() - began) * 1000
+            log(f"{self.command} {self.path.partition('?')[0]} -> {status} in {took:.1f} ms")
         if not self.close_connection:
             self.connection.settimeout(self.timeout)
 
@@ -12213,7 +12244,8 @@ def own_socket(path: str) -> socket.socket:
             except (ConnectionRefusedError, FileNotFoundError):
                 pass
             except OSError as error:
-                raise StartError(f"cannot listen on {path}: {error.strerror or 'another daemon is listening there'}") from None
+                reason = error.strerror or "another daemon is listening there"
+                raise StartError(f"cannot listen on {path}: {reason}") from None
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # Made under another name and moved into place: nobody can connect before the mode is right, and of two daemons that
     # start at once one is left.

@@ -22,6 +22,7 @@ import struct
 import select
 import random
 import base64
+import bisect
 import contextlib
 import hashlib
 import http.client
@@ -1270,6 +1271,19 @@ def tree():
     return ast.parse(SOURCE, feature_version=(3, 9))
 
 
+@functools.lru_cache(maxsize=None)
+def sections():
+    """The line at which each section of the daemon's file begins, and its name."""
+    return [(SOURCE.count("\n", 0, found.start()) + 1, found.group(1)) for found in re.finditer(r"^#{79}\n# (.+)\n#{79}$", SOURCE, re.M)]
+
+
+def section_lines(name):
+    """The lines of a section."""
+    number = next(number for number, each in sections() if each == name)
+    end = next((after for after, _ in sections() if after > number), None)
+    return SOURCE.splitlines()[number - 1:end and end - 1]
+
+
 class TestShape:
     def test_stdlib_only(self):
         names = set()
@@ -1316,6 +1330,37 @@ class TestShape:
         banners = re.findall(r"^#{79}\n# (.+)\n#{79}$", SOURCE, re.M)
         listed = re.search(r"stands above it:\n\n(.*?)\n\n", nerdctld.__doc__, re.S).group(1)
         assert banners == [each.strip() for each in re.split(r"\s*·\s*", " ".join(listed.split())) if each.strip()]
+
+    def test_lines_and_sections_are_short(self):
+        lines = SOURCE.splitlines()
+        assert [number for number, line in enumerate(lines, 1) if len(line) > 120] == []
+        begins = [number for number, name in sections()]
+        assert [name for (number, name), end in zip(sections(), [*begins[1:], len(lines)]) if end - number > 700] == []
+
+    def test_sections_use_only_what_stands_above(self):
+        """Annotations aside. A name of a later section is a layer that leaks."""
+        begins = [number for number, _ in sections()]
+        place = lambda node: bisect.bisect(begins, node.lineno)
+        made = {}
+        for node in tree().body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            names = [each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
+            made.update({name: place(node) for name in (names or [getattr(node, "name", "")])})
+        found = set()
+        for node in tree().body:
+            local = {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
+            local |= {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+            notes = [each.annotation for each in ast.walk(node) if isinstance(each, (ast.arg, ast.AnnAssign)) and each.annotation]
+            notes += [each.returns for each in ast.walk(node) if isinstance(each, ast.FunctionDef) and each.returns]
+            noted = {id(each) for note in notes for each in ast.walk(note)}
+            found |= {(each.id, each.lineno) for each in ast.walk(node) if isinstance(each, ast.Name) and id(each) not in noted
+                      and each.id not in local and made.get(each.id, 0) > place(node)}
+        assert found == set()
+
+    def test_processes_are_started_in_one_section(self):
+        where = [name for number, name in sections() for line in section_lines(name) if re.search(r"subprocess\.(Popen|run)\(", line)]
+        # What mounts a snapshot of FUSE runs in the process that has a container's tree.
+        assert set(where) == {"nerdctl process", "Tree"} and where.count("Tree") == 1
 
     def test_each_route_matches_its_own_sample_only(self):
         for each in nerdctld.ROUTES:
