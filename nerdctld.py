@@ -30,7 +30,8 @@ import os
 import re
 import stat
 import sys
-from typing import Any, Callable, ContextManager, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Type
+from typing import (
+    Any, Callable, ContextManager, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Type)
 
 # A process in a container's tree ends with the section Tree: what else is imported would take most of its time.
 TREE = __name__ == "__main__" and sys.argv[1:2] == ["tree"]
@@ -811,13 +812,15 @@ if TREE:
 ###############################################################################
 
 ZERO_TIME = "0001-01-01T00:00:00Z"
-TIMESTAMP = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9})\d*)?)?\s*(Z|UTC|[+-]\d\d:?\d\d)?(?: [A-Z]{1,5})?")
-SIZE_UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
+TIMESTAMP = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9})\d*)?)?"
+                       r"\s*(Z|UTC|[+-]\d\d:?\d\d)?(?: [A-Z]{1,5})?")
+SIZE_UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1024, "mi": 1024**2,
+              "gi": 1024**3, "ti": 1024**4}
 
 
 def nanoseconds_of(text: str) -> Optional[int]:
-    """Nanoseconds since 1970 of seconds (`1700000000.5`), RFC 3339 or Go's `2026-11-23 19:00:00.1 +0000 UTC`; None for what
-    is none of these."""
+    """Nanoseconds since 1970 of seconds (`1700000000.5`), RFC 3339 or Go's `2026-11-23 19:00:00.1 +0000 UTC`; None for
+    what is none of these."""
     seconds_only = re.fullmatch(r"(-?)(\d{1,15})(?:\.(\d{1,9})\d{0,9})?", text.strip())
     if seconds_only:
         sign, whole, fraction = seconds_only.groups()
@@ -873,7 +876,8 @@ def human_duration(seconds: float) -> str:
     hours = int(seconds / 3600 + 0.5)
     if hours == 1:
         return "About an hour"
-    for limit, unit, name in ((48, 1, "hours"), (24 * 7 * 2, 24, "days"), (24 * 30 * 2, 24 * 7, "weeks"), (24 * 365 * 2, 24 * 30, "months")):
+    for limit, unit, name in ((48, 1, "hours"), (24 * 7 * 2, 24, "days"), (24 * 30 * 2, 24 * 7, "weeks"),
+                              (24 * 365 * 2, 24 * 30, "months")):
         if hours < limit:
             return f"{hours // unit} {name}"
     return f"{hours // 24 // 365} years"
@@ -889,8 +893,8 @@ def match_labels(labels: Dict[str, str], wanted: Iterable[str]) -> bool:
 
 
 def until_limit(values: List[str]) -> Optional[int]:
-    """The moment that an `until` filter names, in nanoseconds since 1970: a timestamp, a date or a duration before now. None
-    without one, 400 for what is none."""
+    """The moment that an `until` filter names, in nanoseconds since 1970: a timestamp, a date or a duration before now.
+    None without one, 400 for what is none."""
     if not values:
         return None
     if len(values) > 1:
@@ -1344,8 +1348,8 @@ class Client:
 
     def when_gone(self, callback: Callable[[], Any], half: bool = True):
         """Context in which `callback` is called, from another thread, once the client has left; with `half` also when
-        it only stops sending, which is an end for everything but a hijacked connection. A client that cannot be watched is
-        taken to stay."""
+        it only stops sending, which is an end for everything but a hijacked connection. A client that cannot be watched
+        is taken to stay."""
         return contextlib.nullcontext()
 
 
@@ -1371,7 +1375,8 @@ class Request:
     """One request. `version` is a pair such as (1, 44); `query` maps each name to its list of values; `body` has
     `read(n)` and `readinto(view)`; `headers` compares names without case."""
 
-    def __init__(self, method: str, path: str, version: Tuple[int, int] = API_NEWEST, query: Optional[Dict[str, List[str]]] = None,
+    def __init__(self, method: str, path: str, version: Tuple[int, int] = API_NEWEST,
+                 query: Optional[Dict[str, List[str]]] = None,
                  headers: Any = None, body: Any = None, client: Optional[Client] = None):
         self.method, self.path, self.version = method, path, version
         self.query = {} if query is None else query
@@ -1508,8 +1513,8 @@ def inflated(unpack: Any, data: bytes) -> Iterator[bytes]:
 
 
 def unpacked(blocks: Iterable[Any], begin: Callable[[], Any]) -> Iterator[bytes]:
-    """The content of compressed blocks, of one stream or of several in a row, which also zeros may stand between; 400 for
-    one that breaks off."""
+    """The content of compressed blocks, of one stream or of several in a row, which also zeros may stand between; 400
+    for one that breaks off."""
     unpack = begin()
     for block in blocks:
         data = bytes(block)
@@ -1547,7 +1552,8 @@ def plain_blocks(body: Any) -> Iterator[Any]:
 
 
 class Piped(NamedTuple):
-    """A piece of a stream that is still in a pipe: `size` bytes, all there, which the kernel moves on without a copy."""
+    """A piece of a stream that is still in a pipe: `size` bytes, all there, which the kernel moves on without a
+    copy."""
 
     descriptor: int
     size: int
@@ -1564,10 +1570,10 @@ class Piped(NamedTuple):
 class Stream:
     """A body that is made while it is sent.
 
-    `chunks` yields bytes, and Piped of pipes that it goes on with afterwards; a generator is closed in any case, so its own
-    `finally` does the cleaning up, and while it waits for something else than the client it stands in `request.client.when_gone()`. A `primed` stream yields its
-    first chunk before the headers go out: an ApiError raised until then is an ordinary error response, later it can only
-    break the stream off."""
+    `chunks` yields bytes, and Piped of pipes that it goes on with afterwards; a generator is closed in any case, so its
+    own `finally` does the cleaning up, and while it waits for something else than the client it stands in
+    `request.client.when_gone()`. A `primed` stream yields its first chunk before the headers go out: an ApiError raised
+    until then is an ordinary error response, later it can only break the stream off."""
 
     def __init__(self, chunks: Iterable[bytes], primed: bool = False):
         self.chunks = iter(chunks)
@@ -1584,7 +1590,8 @@ class Hijack:
     """A body that takes the connection over: `serve(connection)` is called after the 101 (or, where the client asked
     for no upgrade, the 200), and the connection ends with it. `protocol` is what the Upgrade header answers."""
 
-    def __init__(self, serve: Callable[["Connection"], None], protocol: str = "tcp", abandon: Callable[[], None] = lambda: None):
+    def __init__(self, serve: Callable[["Connection"], None], protocol: str = "tcp",
+                 abandon: Callable[[], None] = lambda: None):
         self.serve = serve
         self.protocol = protocol
         # Called instead of serve where the client has left already.
@@ -1628,7 +1635,8 @@ class Response:
     """Status, body and headers. A dict or list is sent as JSON, bytes as they are, a Stream chunked, a Hijack takes
     the connection; None has no body."""
 
-    def __init__(self, status: int = 200, body: Any = None, media_type: str = "", headers: Optional[Dict[str, str]] = None):
+    def __init__(self, status: int = 200, body: Any = None, media_type: str = "",
+                 headers: Optional[Dict[str, str]] = None):
         self.status = status
         self.body = body
         self.headers = dict(headers or {})
@@ -1644,8 +1652,8 @@ class Response:
 
 
 class Route(NamedTuple):
-    """A line of the route table: the paths that begin with `prefix` and match `pattern`, which is compiled when it is first
-    needed. All at once took a tenth of the way to the first answer."""
+    """A line of the route table: the paths that begin with `prefix` and match `pattern`, which is compiled when it is
+    first needed. All at once took a tenth of the way to the first answer."""
 
     method: str
     prefix: str
@@ -1730,7 +1738,8 @@ def error_response(error: ApiError) -> Response:
 NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
     (r"cannot access containerd socket \"?([^\"\s:]+)", Unavailable,
      "containerd is not running at {0}: start it (systemctl start containerd), or say where it is with --address"),
-    (r"(?:connection error|failed to dial|connection refused|error reading server preface).{0,400}?(containerd\.sock)", Unavailable,
+    (r"(?:connection error|failed to dial|connection refused|error reading server preface).{0,400}?(containerd\.sock)",
+     Unavailable,
      "containerd does not answer: see systemctl status containerd"),
     (r"connection error: desc = \"transport: Error while dialing: dial unix (?!\S*buildkit)(\S+): ", Unavailable,
      "containerd does not answer at {0}: see systemctl status containerd"),
@@ -1740,9 +1749,11 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
      r"could not connect to buildkit|listing workers)", Unavailable,
      "buildkitd does not answer: start it with a containerd worker, or say where it is with --buildkit-host"),
     (r"no image was built", ApiError,
-     "no image was built where nerdctl looks for it: buildkitd's first worker has to be a containerd worker in nerdctl's namespace (buildkitd.toml)"),
+     "no image was built where nerdctl looks for it: buildkitd's first worker has to be a containerd worker in "
+     "nerdctl's namespace (buildkitd.toml)"),
     (r"executable file not found in \$PATH", BadParameter, ""),
-    (r"exec: \"[^\"]*\": (?:permission denied|stat \S+: no such file or directory)|permission denied: unknown", BadParameter, ""),
+    (r"exec: \"[^\"]*\": (?:permission denied|stat \S+: no such file or directory)|permission denied: unknown",
+     BadParameter, ""),
     (r"(?:no such container:? |no container found for: |no running task found for container |container not found: )"
      r"\"?([^\s\"]+)", NotFound, "No such container: {0}"),
     (r"container \"([0-9a-f]{64})\" in namespace \"[^\"]*\": not found", NotFound, "No such container: {0}"),
@@ -1752,7 +1763,8 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
     (r"no such object:? ([^\s\]]+)", NotFound, "No such object: {0}"),
     (r"unauthorized|no basic auth credentials|authorization failed|401 Unauthorized", Unauthorized, ""),
     (r"(?:access denied|insufficient_scope|403 Forbidden)", NotFound, ""),
-    (r"failed to resolve (?:image|reference):? \"?([^\s\"]+?)\"?:(?: \S+:)? not found", NotFound, 'failed to resolve reference "{0}": {0}: not found'),
+    (r"failed to resolve (?:image|reference):? \"?([^\s\"]+?)\"?:(?: \S+:)? not found", NotFound,
+     'failed to resolve reference "{0}": {0}: not found'),
     (r"no network found matching: (\S+)", NotFound, "network {0} not found"),
     (r"no such network: [\\\\\"]*([^\\\\\"\s]+)", NotFound, "network {0} not found"),
     (r"volume \"?([^\"\s/]+)\"? is in use", Conflict, "remove {0}: volume is in use"),
@@ -1769,7 +1781,8 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
     (r"bind for :?(\S+) failed: port is already allocated", ApiError, "Bind for {0} failed: port is already allocated"),
     (r"source does not exist|no such file or directory: unknown", NotFound, ""),
     (r"multiple IDs found with provided prefix", BadParameter, ""),
-    (r"identifier \"[^\"]*\" must match pattern|invalid filter|invalid reference format|unknown (?:shorthand )?flag", BadParameter, ""),
+    (r"identifier \"[^\"]*\" must match pattern|invalid filter|invalid reference format|unknown (?:shorthand )?flag",
+     BadParameter, ""),
     (r"no space left on device", ApiError, ""),
 ]
 LOGRUS = re.compile(r'^time="[^"]*" level=(\w+) msg=(?:"((?:[^"\\]|\\.)*)"|(\S+))(?: error="((?:[^"\\]|\\.)*)")?')
@@ -1813,7 +1826,8 @@ def nerdctl_message(stderr: str) -> str:
 
 def nerdctl_error(stderr: str) -> ApiError:
     """The ApiError for what nerdctl wrote on stderr before it ended with a status other than 0."""
-    message = re.sub("^(?=failed to create shim task)", "failed to create task for container: ", nerdctl_message(stderr))
+    message = re.sub("^(?=failed to create shim task)", "failed to create task for container: ",
+                     nerdctl_message(stderr))
     # Some fatal lines only say that there was an error, and the lines before say which.
     for text in (message, "\n".join(parse_logrus(line)[1] for line in stderr[-4096:].splitlines())):
         for pattern, kind, words in NERDCTL_ERRORS:
@@ -1838,7 +1852,8 @@ class Process:
     # How long it may take to end when it is asked to, in seconds.
     GRACE = 2.0
 
-    def __init__(self, runner: "Nerdctl", argv: List[str], environment: Dict[str, str], stdin: Any, stdout: Any, stderr: Any,
+    def __init__(self, runner: "Nerdctl", argv: List[str], environment: Dict[str, str], stdin: Any, stdout: Any,
+                 stderr: Any,
                  client: Client, lasting: bool = False, mounts: bool = False, descriptors: Tuple[int, ...] = ()):
         self.runner = runner
         self.argv = argv
@@ -1875,7 +1890,8 @@ class Process:
         stopped by a broken pipe, nor its container by a full one. A plain pipe where there is no such tee."""
         if not find_tee():
             return subprocess.PIPE
-        self.relays.append(subprocess.Popen([find_tee(), "-p", "/dev/null"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        self.relays.append(subprocess.Popen([find_tee(), "-p", "/dev/null"], stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE,
                                             stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True))
         return self.relays[-1].stdin
 
@@ -1915,19 +1931,23 @@ class Process:
         return os.read(self.stdout.fileno(), size)
 
     def pieces(self, unread: Callable[[], int] = lambda: sys.maxsize) -> Iterator[Any]:
-        """Stdout to its end as bytes, and as Piped what is not worth to be read here: at most the next `unread()` bytes."""
+        """Stdout to its end as bytes, and as Piped what is not worth to be read here: at most the next `unread()`
+        bytes."""
         descriptor = self.stdout.fileno()
         with contextlib.suppress(OSError):
-            # The two processes at its ends change places less often. fcntl has the name F_SETPIPE_SZ from Python 3.10 on.
+            # The two processes at its ends change places less often. fcntl has the name F_SETPIPE_SZ from Python 3.10
+            # on.
             fcntl.fcntl(descriptor, 1031, 1 << 20)
         pause, total = 0.0005, 0
         while True:
             if total > 1 << 20 and waiting_bytes(descriptor) < Piped.WORTH:
-                # nerdctl writes 32 KiB at a time or less: to be woken by each would cost both of us more than they are worth.
+                # nerdctl writes 32 KiB at a time or less: to be woken by each would cost both of us more than they are
+                # worth.
                 poll_readable(descriptor, None)
                 time.sleep(pause)
                 found = waiting_bytes(descriptor)
-                pause = min(2 * pause, 0.004) if found < BLOCK else max(pause / 2, 0.00025) if found > 2 * BLOCK else pause
+                pause = min(2 * pause, 0.004) if found < BLOCK else max(pause / 2,
+                                                                        0.00025) if found > 2 * BLOCK else pause
             waiting = min(waiting_bytes(descriptor), unread())
             if waiting >= Piped.WORTH and hasattr(os, "splice"):
                 total += waiting
@@ -2028,7 +2048,8 @@ class Process:
 
 
 def poll_readable(descriptor: int, timeout: Optional[float]) -> bool:
-    """Whether a descriptor becomes readable (or ends) within `timeout` seconds. No limit on its number, unlike select."""
+    """Whether a descriptor becomes readable (or ends) within `timeout` seconds. No limit on its number, unlike
+    select."""
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
     return bool(poller.poll(None if timeout is None else max(0, int(timeout * 1000))))
@@ -2040,8 +2061,8 @@ def waiting_bytes(descriptor: int) -> int:
 
 
 class Nerdctl:
-    """Runs nerdctl: the only place that starts a process. `command` is the argv in front, of one word or more. Short calls
-    wait in a queue for one of a few places; streams have places of their own."""
+    """Runs nerdctl: the only place that starts a process. `command` is the argv in front, of one word or more. Short
+    calls wait in a queue for one of a few places; streams have places of their own."""
 
     def __init__(self, command: List[str], namespace: str = "", address: str = "", snapshotter: str = "",
                  buildkit_host: str = "", debug: bool = False):
@@ -2055,7 +2076,8 @@ class Nerdctl:
             self.options.append(f"--address={address}")
         if snapshotter:
             self.options.append(f"--snapshotter={snapshotter}")
-        self.environment = {key: value for key, value in os.environ.items() if not key.startswith(("LISTEN_", "NOTIFY_SOCKET"))}
+        self.environment = {key: value for key, value in os.environ.items()
+                            if not key.startswith(("LISTEN_", "NOTIFY_SOCKET"))}
         if buildkit_host:
             self.environment["BUILDKIT_HOST"] = buildkit_host
         # A listing is one question to containerd after the other: on one thread it costs nerdctl a fifth less.
@@ -2089,14 +2111,15 @@ class Nerdctl:
         if self.debug:
             took = (time.monotonic() - process.began) * 1000
             said = process.error_text() if process.popen.returncode > 0 else ""
-            log(f"{shlex.join(process.argv)} -> {process.popen.returncode} in {took:.0f} ms{' ' + nerdctl_message(said) if said else ''}")
+            reason = " " + nerdctl_message(said) if said else ""
+            log(f"{shlex.join(process.argv)} -> {process.popen.returncode} in {took:.0f} ms{reason}")
 
     def start(self, *arguments: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE, stderr: Any = None,
               environment: Optional[Dict[str, str]] = None, client: Client = Client(), lasting: bool = False,
               mounts: bool = False) -> Process:
         """A running process for a stream. stderr None keeps it in memory for check(). It is killed when `client`
-        leaves; a `lasting` one goes on when the daemon ends. One that `mounts` a container's files would leave them mounted
-        if it was killed: it finds its pipes closed, and has a while to end by itself."""
+        leaves; a `lasting` one goes on when the daemon ends. One that `mounts` a container's files would leave them
+        mounted if it was killed: it finds its pipes closed, and has a while to end by itself."""
         merged = {**self.environment, **environment} if environment else self.environment
         return Process(self, self.argv(arguments), merged, stdin, stdout, stderr, client, lasting, mounts)
 
@@ -2110,8 +2133,8 @@ class Nerdctl:
 
     def output(self, *arguments: str, data: bytes = b"", timeout: float = SHORT_CALL,
                environment: Optional[Dict[str, str]] = None, waits: bool = False) -> Output:
-        """Run to the end, whatever its status. 503 when no place becomes free or it does not end within `timeout`. One that
-        mostly `waits` takes no place of those that work."""
+        """Run to the end, whatever its status. 503 when no place becomes free or it does not end within `timeout`. One
+        that mostly `waits` takes no place of those that work."""
         places = self.waiting_places if waits else self.places
         if not places.acquire(timeout=timeout):
             raise Unavailable("too many nerdctl processes are running")
@@ -2224,18 +2247,21 @@ class Nerdctl:
         if self.environment.get("BUILDKIT_HOST"):
             return [self.environment["BUILDKIT_HOST"]]
         base = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
-        return [f"unix://{base}/{name}/buildkitd.sock" for name in (f"buildkit-{self.namespace}", "buildkit-default", "buildkit")]
+        return [f"unix://{base}/{name}/buildkitd.sock" for name in (f"buildkit-{self.namespace}", "buildkit-default",
+                                                                    "buildkit")]
 
     def buildctl(self) -> "Nerdctl":
         """What runs BuildKit's own client, which nerdctl needs for builds anyway."""
         address = next((each for each in self.buildkit_addresses()
-                        if not each.startswith("unix://") or os.path.exists(each[len("unix://"):])), self.buildkit_addresses()[-1])
+                        if not each.startswith("unix://") or os.path.exists(each[len("unix://"):])),
+                        self.buildkit_addresses()[-1])
         other = Nerdctl(["buildctl", f"--addr={address}"])
         other.options, other.places, other.processes, other.debug = [], self.places, self.processes, self.debug
         return other
 
     def end_all(self) -> None:
-        """End every process that is still running, but for those that hold a container or will find their pipes closed."""
+        """End every process that is still running, but for those that hold a container or will find their pipes
+        closed."""
         ending = [process for process in list(self.processes) if not (process.lasting or process.mounts)]
         for process in ending:
             process.kill(signal.SIGTERM)
@@ -2340,8 +2366,8 @@ class Workspace:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a folder with everything in it, also where a build context has folders that may not be written. Nothing outside
-    of it is touched, wherever links lead, and it may be gone."""
+    """Remove a folder with everything in it, also where a build context has folders that may not be written. Nothing
+    outside of it is touched, wherever links lead, and it may be gone."""
     def make_writable(function, name, _):
         with contextlib.suppress(OSError):
             for each in (os.path.dirname(name), name):
@@ -3058,7 +3084,8 @@ CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 TASK_STATES = {1: "created", 2: "running", 3: "stopped", 4: "paused", 5: "pausing"}
 # Topic -> the fields of its event by number; those with a time or a list are not needed.
 EVENT_FIELDS: Dict[str, Dict[int, str]] = {
-    "/containers/create": {1: "id", 2: "image"}, "/containers/update": {1: "id", 2: "image"}, "/containers/delete": {1: "id"},
+    "/containers/create": {1: "id", 2: "image"}, "/containers/update": {1: "id", 2: "image"},
+    "/containers/delete": {1: "id"},
     "/tasks/create": {1: "container_id", 6: "pid"}, "/tasks/start": {1: "container_id", 2: "pid"},
     "/tasks/delete": {1: "container_id", 2: "pid", 3: "exit_status", 5: "id"},
     "/tasks/exit": {1: "container_id", 2: "id", 3: "pid", 4: "exit_status"}, "/tasks/oom": {1: "container_id"},
@@ -3079,7 +3106,8 @@ class Descriptor(NamedTuple):
 
 
 class ContainerRecord(NamedTuple):
-    """containerd's own record of a container: `spec` is the OCI spec as JSON text, `created_at` nanoseconds since 1970."""
+    """containerd's own record of a container: `spec` is the OCI spec as JSON text, `created_at` nanoseconds since
+    1970."""
 
     id: str
     labels: Dict[str, str]
@@ -3113,7 +3141,8 @@ class ImageRecord(NamedTuple):
 
 
 class ContainerdEvent(NamedTuple):
-    """One event of containerd in our namespace; `time` in nanoseconds since 1970, `payload` the fields of EVENT_FIELDS."""
+    """One event of containerd in our namespace; `time` in nanoseconds since 1970, `payload` the fields of
+    EVENT_FIELDS."""
 
     topic: str
     time: int
@@ -3158,14 +3187,16 @@ def parse_container(message: Any) -> ContainerRecord:
             found[each.number] = each.value
     return ContainerRecord(
         read_text(found, 1), labels, read_text(found, 3), read_text(read_message(found.get(4, b"")), 1),
-        bytes(read_message(found.get(5, b"")).get(2, b"")), read_text(found, 6), read_text(found, 7), read_timestamp(found.get(8)))
+        bytes(read_message(found.get(5, b"")).get(2, b"")), read_text(found, 6), read_text(found, 7),
+        read_timestamp(found.get(8)))
 
 
 def parse_task(message: Any) -> Tuple[str, TaskRecord]:
     """A types.task.Process: the container's id and its task."""
     found = read_message(message)
     return read_text(found, 2), TaskRecord(
-        found.get(3, 0), TASK_STATES.get(found.get(4, 0), "unknown"), found.get(9, 0), read_timestamp(found.get(10)), read_text(found, 5))
+        found.get(3, 0), TASK_STATES.get(found.get(4, 0), "unknown"), found.get(9, 0), read_timestamp(found.get(10)),
+        read_text(found, 5))
 
 
 def parse_image(message: Any) -> ImageRecord:
@@ -3185,8 +3216,8 @@ def encode_image(image: ImageRecord) -> bytes:
 
 
 def parse_event(message: Any, namespace: str) -> Optional[ContainerdEvent]:
-    """An envelope of the events service; None for other namespaces, for topics that nobody needs, and for the steps of a
-    build that is under way."""
+    """An envelope of the events service; None for other namespaces, for topics that nobody needs, and for the steps of
+    a build that is under way."""
     found = read_message(message)
     topic = read_text(found, 3)
     if read_text(found, 2) != namespace or topic not in EVENT_FIELDS:
@@ -3200,8 +3231,8 @@ def parse_event(message: Any, namespace: str) -> Optional[ContainerdEvent]:
 
 
 class Containerd:
-    """containerd's services for one namespace, called over its own socket. Every call has a connection of its own, so that
-    calls of several threads do not wait for each other. Methods raise NotFound, Conflict or another ApiError for
+    """containerd's services for one namespace, called over its own socket. Every call has a connection of its own, so
+    that calls of several threads do not wait for each other. Methods raise NotFound, Conflict or another ApiError for
     containerd's own errors, and Unavailable where it cannot be reached."""
 
     def __init__(self, address: str = "", namespace: str = "default"):
@@ -3228,7 +3259,8 @@ class Containerd:
             with open(f"{runtime}/containerd-rootless/child_pid", encoding="ascii") as file:
                 return int(file.read())
         except (OSError, ValueError):
-            raise Unavailable("rootless containerd is not running: containerd-rootless-setuptool.sh install sets it up") from None
+            raise Unavailable("rootless containerd is not running: containerd-rootless-setuptool.sh install sets it "
+                              "up") from None
 
     def dial(self, timeout: float = 5.0) -> socket.socket:
         """A connection to containerd; 503 where nobody answers."""
@@ -3240,8 +3272,8 @@ class Containerd:
         except OSError as error:
             sock.close()
             if error.errno in (errno.EACCES, errno.EPERM):
-                raise Unavailable(f"containerd's socket {self.address} may not be used by this user: run nerdctld as root, "
-                                  "or set up rootless containerd") from None
+                raise Unavailable(f"containerd's socket {self.address} may not be used by this user: run nerdctld as "
+                                  "root, or set up rootless containerd") from None
             raise Unavailable(f"containerd is not running at {self.address}: start it (systemctl start containerd), "
                               "or say where it is with --address") from None
         except BaseException:
@@ -3259,10 +3291,12 @@ class Containerd:
         try:
             yield
         except GrpcError as error:
-            kind = {3: BadParameter, 5: NotFound, 6: Conflict, 9: Conflict, 12: NotImplementedHere, 14: Unavailable}.get(error.code, ApiError)
+            kind = {3: BadParameter, 5: NotFound, 6: Conflict, 9: Conflict, 12: NotImplementedHere,
+                    14: Unavailable}.get(error.code, ApiError)
             raise kind(error.message) from None
         except (OSError, ValueError) as error:
-            raise Unavailable(f"containerd does not answer at {self.address} ({error}): see systemctl status containerd") from None
+            raise Unavailable(f"containerd does not answer at {self.address} ({error}): see systemctl status "
+                              "containerd") from None
 
     def call(self, method: str, message: bytes = b"", timeout: float = 10.0) -> bytes:
         """The answer to a call of `Service/Method` below containerd.services."""
@@ -3271,15 +3305,18 @@ class Containerd:
 
     def list_containers(self) -> List[ContainerRecord]:
         """All containers of the namespace."""
-        return [parse_container(each.value) for each in decode_fields(memoryview(self.call("containers.v1.Containers/List")))]
+        return [parse_container(each.value)
+                for each in decode_fields(memoryview(self.call("containers.v1.Containers/List")))]
 
     def get_container(self, identity: str) -> ContainerRecord:
         """One container."""
-        return parse_container(read_message(self.call("containers.v1.Containers/Get", encode_field(1, identity))).get(1, b""))
+        return parse_container(read_message(self.call("containers.v1.Containers/Get",
+                                                      encode_field(1, identity))).get(1, b""))
 
     def list_tasks(self) -> Dict[str, TaskRecord]:
         """The tasks of the namespace by their containers' ids."""
-        return dict(parse_task(each.value) for each in decode_fields(self.call("tasks.v1.Tasks/List")) if each.number == 1)
+        return dict(parse_task(each.value) for each in decode_fields(self.call("tasks.v1.Tasks/List"))
+                    if each.number == 1)
 
     def get_task(self, identity: str) -> Optional[TaskRecord]:
         """The task of a container, None where it has none."""
@@ -3295,7 +3332,8 @@ class Containerd:
 
     def list_images(self) -> Dict[str, ImageRecord]:
         """All names of images, by name."""
-        found = (parse_image(each.value) for each in decode_fields(self.call("images.v1.Images/List")) if each.number == 1)
+        found = (parse_image(each.value) for each in decode_fields(self.call("images.v1.Images/List"))
+                 if each.number == 1)
         return {image.name: image for image in sorted(found)}
 
     def get_image(self, name: str) -> ImageRecord:
@@ -3318,7 +3356,8 @@ class Containerd:
         """The digests of all content there is."""
         with self.dial() as sock, self.errors():
             return {read_text(read_message(info.value), 1)
-                    for message in grpc_stream(sock, "/containerd.services.content.v1.Content/List", b"", self.headers, 10.0)
+                    for message in grpc_stream(sock, "/containerd.services.content.v1.Content/List", b"", self.headers,
+                                               10.0)
                     for info in decode_fields(message) if info.number == 1}
 
     def read_content(self, digest: str) -> bytes:
@@ -3333,7 +3372,8 @@ class Containerd:
 
     def snapshot_parent(self, snapshotter: str, key: str) -> str:
         """The key of the snapshot below a snapshot, "" for the lowest."""
-        return read_text(read_message(read_message(self.call("snapshots.v1.Snapshots/Stat", self._snapshot(snapshotter, key))).get(1, b"")), 2)
+        return read_text(read_message(read_message(self.call("snapshots.v1.Snapshots/Stat",
+                                                             self._snapshot(snapshotter, key))).get(1, b"")), 2)
 
     def snapshot_mounts(self, snapshotter: str, key: str) -> List[Dict[str, Any]]:
         """How a snapshot is mounted: `type`, `source` and `options` of each mount."""
@@ -3407,11 +3447,12 @@ class EventSocket:
 
 
 class EventFeed:
-    """The subscription to containerd's events, renewed for as long as the daemon lives. `handle` is called in its thread
-    with each ContainerdEvent, and with None when the subscription begins or breaks, which means that anything may have
-    happened; it must not wait for anything."""
+    """The subscription to containerd's events, renewed for as long as the daemon lives. `handle` is called in its
+    thread with each ContainerdEvent, and with None when the subscription begins or breaks, which means that anything
+    may have happened; it must not wait for anything."""
 
-    # containerd says nothing when it has subscribed us. Until this many seconds have passed, nothing is believed to be covered.
+    # containerd says nothing when it has subscribed us. Until this many seconds have passed, nothing is believed to be
+    # covered.
     SETTLE = 0.5
 
     def __init__(self, containerd: Containerd, handle: Callable[[Optional[ContainerdEvent]], None]):
@@ -3499,8 +3540,10 @@ class Journal:
         self.history: collections.deque = collections.deque(maxlen=self.KEPT)
         self.queues: List[queue.Queue] = []
 
-    def emit(self, kind: str, action: str, identity: str, attributes: Dict[str, str], when: Optional[int] = None) -> None:
-        """Tell an event: `kind` is container, image, network, volume, builder or daemon; `when` nanoseconds since 1970."""
+    def emit(self, kind: str, action: str, identity: str, attributes: Dict[str, str],
+             when: Optional[int] = None) -> None:
+        """Tell an event: `kind` is container, image, network, volume, builder or daemon; `when` nanoseconds since
+        1970."""
         when = when or time.time_ns()
         event = {
             "Type": kind, "Action": action, "Actor": {"ID": identity, "Attributes": dict(attributes)},
@@ -3517,8 +3560,8 @@ class Journal:
 
     @contextlib.contextmanager
     def subscribe(self) -> Iterator[Tuple[List[dict], queue.Queue]]:
-        """What is kept, oldest first, and a queue of everything after it. None in the queue means the end, an ApiError that
-        it has an end here because nobody read it."""
+        """What is kept, oldest first, and a queue of everything after it. None in the queue means the end, an ApiError
+        that it has an end here because nobody read it."""
         mine: queue.Queue = queue.Queue()
         with self.lock:
             self.queues.append(mine)
@@ -3566,7 +3609,8 @@ class Reference(NamedTuple):
 
 
 REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
-DOMAIN = re.compile(r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])(?:\.[a-zA-Z0-9-]+)*(?::\d+)?|\[[0-9a-fA-F:]+\](?::\d+)?")
+DOMAIN = re.compile(r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])(?:\.[a-zA-Z0-9-]+)*(?::\d+)?"
+                    r"|\[[0-9a-fA-F:]+\](?::\d+)?")
 TAG = re.compile(r"[\w][\w.-]{0,127}", re.ASCII)
 DIGEST = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:[-_+.][A-Za-z][A-Za-z0-9]*)*:[0-9a-fA-F]{32,}")
 
@@ -3598,8 +3642,8 @@ def parse_reference(text: str, default_tag: str = "latest") -> Reference:
 
 
 # Names that stand for none: of nerdctl's load and of ctr's (`import-2026-11-24@sha256:…`), of BuildKit, of Kubernetes
-# (`sha256:…`, the digest of the configuration), and our own for imports and commits without one. containerd keeps no image
-# without a name.
+# (`sha256:…`, the digest of the configuration), and our own for imports and commits without one. containerd keeps no
+# image without a name.
 WORKING_NAME = "nerdctld.invalid/"
 # The beginning of the name that load gives to an image without one: nerdctl's and ctr's.
 IMPORTED = re.compile(r"import(-\d{4}-\d\d-\d\d)?@")
@@ -3631,8 +3675,8 @@ def with_tag(name: str) -> str:
 # containerd's (a container that was made anew); the create request, in parts of less than 4096 bytes.
 LABEL_ID = "nerdctld/id"
 LABEL_REQUEST = "nerdctld/request"
-# Made without its ports, since another container had them, or without the namespaces of another one that did not run: it
-# gets them at its first start.
+# Made without its ports, since another container had them, or without the namespaces of another one that did not run:
+# it gets them at its first start.
 LABEL_LATER = "nerdctld/later"
 # In front of the name of a container while another one takes its place.
 ASIDE = "nerdctld-aside."
@@ -3640,19 +3684,23 @@ HIDDEN_LABELS = ("nerdctl/", "nerdctld/", "containerd.io/restart.", "io.containe
 
 
 def sound(request: Dict[str, Any]) -> Dict[str, Any]:
-    """A kept create request without what is not of its type, since anybody can write a label: one container must not spoil the
-    list of all."""
+    """A kept create request without what is not of its type, since anybody can write a label: one container must not
+    spoil the list of all."""
     def keep(where: Any, **kinds: type) -> Dict[str, Any]:
         for key in [key for key, kind in kinds.items() if not isinstance(where.get(key), kind)]:
             where.pop(key, None)
         for key in [key for key, kind in kinds.items() if kind is list and key in where]:
-            where[key] = [each for each in where[key] if isinstance(each, (dict, int) if key in ("Mounts", "ConsoleSize") else str)]
+            where[key] = [each for each in where[key] if isinstance(each, (dict, int)
+                                                                    if key in ("Mounts", "ConsoleSize") else str)]
         return where
 
-    keep(request, HostConfig=dict, NetworkingConfig=dict, Labels=dict, ExposedPorts=dict, Healthcheck=dict, Volumes=dict, Env=list)
-    host = keep(request.get("HostConfig") or {}, RestartPolicy=dict, LogConfig=dict, Mounts=list, Binds=list, Links=list, NetworkMode=str, ConsoleSize=list)
+    keep(request, HostConfig=dict, NetworkingConfig=dict, Labels=dict, ExposedPorts=dict, Healthcheck=dict,
+         Volumes=dict, Env=list)
+    host = keep(request.get("HostConfig") or {}, RestartPolicy=dict, LogConfig=dict, Mounts=list, Binds=list,
+                Links=list, NetworkMode=str, ConsoleSize=list)
     keep(host.get("LogConfig") or {}, Config=dict)
-    host.update({"Mounts": [each for each in host["Mounts"] if isinstance(each, dict) and isinstance(each.get("Target"), str)]} if "Mounts" in host else {})
+    host.update({"Mounts": [each for each in host["Mounts"] if isinstance(each, dict)
+                            and isinstance(each.get("Target"), str)]} if "Mounts" in host else {})
     endpoints = keep(request.get("NetworkingConfig") or {}, EndpointsConfig=dict).get("EndpointsConfig") or {}
     for name in [name for name, each in endpoints.items() if not isinstance(each, dict)]:
         endpoints[name] = {}
@@ -3662,8 +3710,8 @@ def sound(request: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class Mirror:
-    """Objects of containerd by their names, each kept until an event tells of it. While events are not followed nothing is
-    kept. One thread reads at a time (single flight); those who came before it began share what it reads."""
+    """Objects of containerd by their names, each kept until an event tells of it. While events are not followed nothing
+    is kept. One thread reads at a time (single flight); those who came before it began share what it reads."""
 
     # From so many changed objects on, all of them are read, which is one call.
     FEW = 8
@@ -3738,9 +3786,9 @@ class Mirror:
 
 
 class State(NamedTuple):
-    """What a container is doing. `kind` is Docker's word: created, running, paused, restarting, exited or dead; `pid` 0 unless
-    it runs; `exit_code` None before its first end; times in nanoseconds since 1970, None where there is none; `health`
-    starting, healthy, unhealthy or "" for none; `error` why it could not be started, "" for none."""
+    """What a container is doing. `kind` is Docker's word: created, running, paused, restarting, exited or dead; `pid` 0
+    unless it runs; `exit_code` None before its first end; times in nanoseconds since 1970, None where there is none;
+    `health` starting, healthy, unhealthy or "" for none; `error` why it could not be started, "" for none."""
 
     kind: str
     pid: int = 0
@@ -3761,20 +3809,22 @@ def restarts_again(labels: Dict[str, str], exit_code: int) -> bool:
     name, _, most = (labels.get("containerd.io/restart.policy") or "always").partition(":")
     count, limit = int_or_zero(labels.get("containerd.io/restart.count") or ""), int_or_zero(most)
     return labels.get("containerd.io/restart.status") == "running" and (
-        name == "always" or name == "unless-stopped" and labels.get("containerd.io/restart.explicitly-stopped") != "true"
+        name == "always" or name == "unless-stopped"
+        and labels.get("containerd.io/restart.explicitly-stopped") != "true"
         or name == "on-failure" and exit_code != 0 and (not limit or count < limit))
 
 
 def refused_code(error: str) -> int:
     """The exit code that Docker gives a container whose start failed with these words."""
-    return 127 if re.search("executable file not found|no such file or directory", error) else 126 if "denied" in error else 128
+    return 127 if re.search("executable file not found|no such file or directory",
+                            error) else 126 if "denied" in error else 128
 
 
 def container_state(labels: Dict[str, str], task: Optional[TaskRecord], started_at: Optional[int]) -> State:
     """The state of a container from its labels, its task and when nerdctl noted that it was started."""
     if task is None:
-        # nerdctl never takes an error back: only one of this time counts. Without an error the task went with a restart of the
-        # machine, and containerd remembers no more.
+        # nerdctl never takes an error back: only one of this time counts. Without an error the task went with a restart
+        # of the machine, and containerd remembers no more.
         booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         error = labels.get("nerdctl/error") or "" if started_at and started_at / 1e9 > booted else ""
         if error:
@@ -3783,17 +3833,20 @@ def container_state(labels: Dict[str, str], task: Optional[TaskRecord], started_
     if task.status == "stopped":
         kind = "restarting" if restarts_again(labels, task.exit_status) else "exited"
         return State(kind, exit_code=task.exit_status, started_at=started_at, finished_at=task.exited_at or None)
-    kind = {"created": "created", "running": "running", "paused": "paused", "pausing": "paused"}.get(task.status, "dead")
+    kind = {"created": "created", "running": "running", "paused": "paused", "pausing": "paused"}.get(task.status,
+                                                                                                     "dead")
     if kind not in ("running", "paused"):
         return State(kind)
     health = ""
     with contextlib.suppress(ValueError, AttributeError):
         health = json.loads(labels.get("nerdctl/healthstate") or "{}").get("Status") or ""
-    return State(kind, task.pid, started_at=started_at or process_start(task.pid), health=health if health != "none" else "")
+    return State(kind, task.pid, started_at=started_at or process_start(task.pid), health=health if health != "none"
+                 else "")
 
 
 def process_start(pid: int) -> Optional[int]:
-    """When a process was started, in nanoseconds since 1970, to a hundredth of a second; None where it cannot be seen."""
+    """When a process was started, in nanoseconds since 1970, to a hundredth of a second; None where it cannot be
+    seen."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             ticks = int(file.read().rpartition(b")")[2].split()[19])
@@ -3878,8 +3931,8 @@ class Container:
     def request(self) -> Dict[str, Any]:
         """The create request that it was made with, {} for one that others made."""
         if "request" not in self.memo:
-            parts = itertools.takewhile(lambda part: part is not None, (self.labels.get(f"{LABEL_REQUEST}.{number}") for number in itertools.count())) \
-                if LABEL_REQUEST + ".0" in self.labels else ()
+            labels = (self.labels.get(f"{LABEL_REQUEST}.{number}") for number in itertools.count())
+            parts = itertools.takewhile(lambda part: part is not None, labels)
             found = None
             with contextlib.suppress(ValueError):
                 found = json.loads("".join(parts) or "{}")
@@ -3920,8 +3973,9 @@ def fits_machine(platform: str) -> bool:
 
 
 class ImageContent(NamedTuple):
-    """What is behind an image's target: the manifest of the platform that is here with its descriptor, the configuration,
-    and the bytes that each of its layers takes unpacked, the lowest first; 0 for one that is not unpacked."""
+    """What is behind an image's target: the manifest of the platform that is here with its descriptor, the
+    configuration, and the bytes that each of its layers takes unpacked, the lowest first; 0 for one that is not
+    unpacked."""
 
     descriptor: Dict[str, Any]
     manifest: Dict[str, Any]
@@ -3950,8 +4004,8 @@ def with_health_check(config_file: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class ImageGroup:
-    """All names of one image. `id` is the digest of its target (an index or a manifest), as in dockerd's containerd store;
-    `content` NO_CONTENT where it is not at hand."""
+    """All names of one image. `id` is the digest of its target (an index or a manifest), as in dockerd's containerd
+    store; `content` NO_CONTENT where it is not at hand."""
 
     __slots__ = ("id", "target", "names", "updated_at", "content")
 
@@ -4053,7 +4107,8 @@ class ImageStore:
             group.content = self._read_content(group.target, present)
         self._forget(groups.values())
         hollow = any(group.content is NO_CONTENT for group in groups.values())
-        self.groups, self.grouped, self.until = groups, names, time.monotonic() + self.ABSENT if hollow else float("inf")
+        self.groups, self.grouped = groups, names
+        self.until = time.monotonic() + self.ABSENT if hollow else float("inf")
 
     def _forget(self, groups: Iterable[ImageGroup]) -> None:
         """Keep only what is behind images that there are."""
@@ -4135,17 +4190,22 @@ def parse_network(native: Dict[str, Any], written: int) -> Dict[str, Any]:
     labels, identity = native.get("nerdctlLabels") or {}, native.get("nerdctlID")
     config = []
     for each in itertools.chain.from_iterable((plugin.get("ipam") or {}).get("ranges") or []):
-        entry = {"Subnet": each.get("subnet") or "", "Gateway": each.get("gateway") or "", "IPRange": labels.get("nerdctld/ip-range") or ""}
-        config.append({key: value for key, value in entry.items() if value and (key != "IPRange" or ":" not in entry["Subnet"])})
+        entry = {"Subnet": each.get("subnet") or "", "Gateway": each.get("gateway") or "",
+                 "IPRange": labels.get("nerdctld/ip-range") or ""}
+        config.append({key: value for key, value in entry.items() if value
+                       and (key != "IPRange" or ":" not in entry["Subnet"])})
     options = {}
     with contextlib.suppress(ValueError):
         options = json.loads(labels.get("nerdctld/options") or "{}")
     if name == "bridge":
-        options = {"com.docker.network.bridge.default_bridge": "true", "com.docker.network.bridge.name": plugin.get("bridge") or "nerdctl0"}
+        options = {"com.docker.network.bridge.default_bridge": "true",
+                   "com.docker.network.bridge.name": plugin.get("bridge") or "nerdctl0"}
     return {
-        "Name": name, "Id": identity if isinstance(identity, str) and identity else made_up_id(name), "Created": whole_seconds(written), "Scope": "local",
+        "Name": name, "Id": identity if isinstance(identity, str) and identity else made_up_id(name),
+        "Created": whole_seconds(written), "Scope": "local",
         "Driver": driver, "EnableIPv4": True, "EnableIPv6": any(":" in each.get("Subnet", "") for each in config),
-        "IPAM": {"Driver": "default", "Options": None if name in ("bridge", "host", "none") else {}, "Config": config or None},
+        "IPAM": {"Driver": "default", "Options": None if name in ("bridge", "host", "none") else {}, "Config": config
+                 or None},
         "Internal": driver == "bridge" and not plugin.get("isGateway"), "Attachable": False, "Ingress": False,
         "ConfigFrom": {"Network": ""}, "ConfigOnly": False, "Options": options,
         "Labels": {key: value for key, value in labels.items() if not key.startswith(HIDDEN_LABELS)},
@@ -4156,8 +4216,8 @@ ANONYMOUS = "com.docker.volume.anonymous"
 
 
 def parse_volume(name: str, config: Any, mountpoint: str, written: int) -> Dict[str, Any]:
-    """A volume as Docker shows it, from the volume.json that nerdctl wrote, and when. Those that nerdctl made for a container
-    carry no label, but a name that nobody would type."""
+    """A volume as Docker shows it, from the volume.json that nerdctl wrote, and when. Those that nerdctl made for a
+    container carry no label, but a name that nobody would type."""
     labels, options = (config.get("labels") if isinstance(config, dict) else None) or {}, None
     if not labels and re.fullmatch(r"[0-9a-f]{64}", name):
         labels = {ANONYMOUS: ""}
@@ -4165,7 +4225,8 @@ def parse_volume(name: str, config: Any, mountpoint: str, written: int) -> Dict[
         options = json.loads(labels.get("nerdctld/options") or "null")
     return {
         "CreatedAt": whole_seconds(written), "Driver": "local",
-        "Labels": {key: value for key, value in labels.items() if not key.startswith(HIDDEN_LABELS)} or None, "Mountpoint": mountpoint,
+        "Labels": {key: value for key, value in labels.items() if not key.startswith(HIDDEN_LABELS)} or None,
+        "Mountpoint": mountpoint,
         "Name": name, "Options": options, "Scope": "local",
     }
 
@@ -4183,12 +4244,14 @@ def config_folder(name: str) -> str:
 
 @functools.lru_cache(maxsize=None)
 def nerdctl_settings() -> Dict[str, str]:
-    """The texts that nerdctl's own configuration file sets: address, namespace, data_root, cni_netconfpath and others. {}
-    where there is none; one that nerdctl cannot read it complains of itself."""
+    """The texts that nerdctl's own configuration file sets: address, namespace, data_root, cni_netconfpath and others.
+    {} where there is none; one that nerdctl cannot read it complains of itself."""
     found = {}
     with contextlib.suppress(OSError):
-        with open(os.environ.get("NERDCTL_TOML") or os.path.join(config_folder("nerdctl"), "nerdctl.toml"), encoding="utf-8", errors="replace") as file:
-            for key, _, value in re.findall(r"""^\s*(\w+)\s*=\s*(["'])([^"'\\]*)\2\s*(?:#.*)?$""", file.read(), re.MULTILINE):
+        with open(os.environ.get("NERDCTL_TOML") or os.path.join(config_folder("nerdctl"), "nerdctl.toml"),
+                  encoding="utf-8", errors="replace") as file:
+            for key, _, value in re.findall(r"""^\s*(\w+)\s*=\s*(["'])([^"'\\]*)\2\s*(?:#.*)?$""", file.read(),
+                                            re.MULTILINE):
                 found[key] = value
     return found
 
@@ -4229,7 +4292,8 @@ class JsonFiles:
         self.known: Dict[str, Tuple[Tuple[int, ...], Any]] = {}
 
     def get(self, path: str) -> Tuple[Any, int]:
-        """The value of a file and when it was written, in nanoseconds since 1970. OSError or ValueError where it has none."""
+        """The value of a file and when it was written, in nanoseconds since 1970. OSError or ValueError where it has
+        none."""
         found = os.stat(path)
         stamp = (found.st_mtime_ns, found.st_ino, found.st_size)
         known = self.known.get(path)
@@ -4242,8 +4306,8 @@ class JsonFiles:
 
 
 class Inventory:
-    """What there is: containers and images as containerd tells them, networks and volumes as nerdctl's files do. Each answer
-    is what is so when it is asked for."""
+    """What there is: containers and images as containerd tells them, networks and volumes as nerdctl's files do. Each
+    answer is what is so when it is asked for."""
 
     def __init__(self, nerdctl: Nerdctl, containerd: Containerd, feed: EventFeed):
         self.nerdctl, self.containerd = nerdctl, containerd
@@ -4255,12 +4319,14 @@ class Inventory:
         self.machine = Kept(nerdctl.info, 30.0)
         # Containers whose last run ended for want of memory.
         self.out_of_memory: set = set()
-        # By the ids that clients know: containers that are being made anew, shown as they were as long as there is no other.
+        # By the ids that clients know: containers that are being made anew, shown as they were as long as there is no
+        # other.
         self.replaced: Dict[str, Container] = {}
 
     def _read_containers(self) -> Dict[str, Container]:
         records, tasks = self.containerd.list_containers(), self.containerd.list_tasks()
-        return {record.id: Container(record, tasks.get(record.id)) for record in records if not self._is_build_step(record)}
+        return {record.id: Container(record, tasks.get(record.id)) for record in records
+                if not self._is_build_step(record)}
 
     def _read_container(self, real: str) -> Container:
         record = self.containerd.get_container(real)
@@ -4278,7 +4344,8 @@ class Inventory:
             self.images.names.invalidate()
         elif event.topic.startswith("/images/"):
             self.images.names.invalidate(event.payload.get("name") or "")
-        elif event.container and not event.topic.startswith("/tasks/exec-") and (event.topic != "/tasks/exit" or event.ends_container):
+        elif event.container and not event.topic.startswith("/tasks/exec-") and (event.topic != "/tasks/exit"
+                                                                                 or event.ends_container):
             if event.topic == "/tasks/oom":
                 self.out_of_memory.add(event.container)
             elif event.topic in ("/tasks/start", "/containers/delete"):
@@ -4328,7 +4395,8 @@ class Inventory:
                     return group
         prefix = name.partition(":")[2] if name.startswith("sha256:") else name
         if re.fullmatch(r"[0-9a-f]{1,64}", prefix):
-            found = [group for group in groups.values() if any(each.startswith("sha256:" + prefix) for each in group.digests)]
+            found = [group for group in groups.values() if any(each.startswith("sha256:" + prefix)
+                                                               for each in group.digests)]
             exact = [group for group in found if group.id.startswith("sha256:" + prefix)] or found
             if len(exact) == 1:
                 return exact[0]
@@ -4344,7 +4412,8 @@ class Inventory:
     def networks(self) -> Dict[str, Dict[str, Any]]:
         """Networks as Docker shows them, by name; bridge, host and none are always among them."""
         found = {}
-        for row in self._network_files(cni_folder()) + self._network_files(os.path.join(cni_folder(), self.nerdctl.namespace)):
+        for row in self._network_files(cni_folder()) + self._network_files(os.path.join(cni_folder(),
+                                                                                        self.nerdctl.namespace)):
             found[row["Name"]] = row
         for name in ("bridge", "host", "none"):
             found.setdefault(name, parse_network({"name": name}, 0))
@@ -4358,7 +4427,8 @@ class Inventory:
                     # Anybody may have written it: one that makes no sense must not spoil the list of all.
                     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
                         config, written = self.files.get(os.path.join(folder, name))
-                        if isinstance(config, dict) and isinstance(config.get("name"), str) and isinstance(config.get("plugins"), list):
+                        if isinstance(config, dict) and isinstance(config.get("name"),
+                                                                   str) and isinstance(config.get("plugins"), list):
                             rows.append(parse_network(config, written))
         return rows
 
@@ -4396,10 +4466,12 @@ def network_mode(container: Container) -> str:
 
 
 def parse_addresses(task: Optional[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """The addresses of a task's interfaces (native inspect) but the loopback, in order: ip, prefix, ip6, prefix6, mac."""
+    """The addresses of a task's interfaces (native inspect) but the loopback, in order: ip, prefix, ip6, prefix6,
+    mac."""
     found = []
     for interface in ((task or {}).get("NetNS") or {}).get("Interfaces") or []:
-        if interface.get("Name") == "lo" or "loopback" in (interface.get("Flags") or []) or not re.match(r"eth\d", interface.get("Name") or ""):
+        name = interface.get("Name") or ""
+        if "loopback" in (interface.get("Flags") or []) or not re.match(r"eth\d", name):
             continue
         entry: Dict[str, Any] = {"mac": interface.get("HardwareAddr") or ""}
         for text in interface.get("Addrs") or []:
@@ -4413,12 +4485,13 @@ def parse_addresses(task: Optional[Dict[str, Any]]) -> List[Dict[str, Any]]:
 
 
 def parse_hosts_note(note: Dict[str, Any], names: List[str]) -> List[Dict[str, Any]]:
-    """parse_addresses() of what nerdctl noted of a running container for the hosts files of its peers: CNI's results, by
-    the names of networks."""
+    """parse_addresses() of what nerdctl noted of a running container for the hosts files of its peers: CNI's results,
+    by the names of networks."""
     found = []
     for result in filter(None, map((note.get("Networks") or {}).get, names)):
         mac = next((each.get("mac") for each in result.get("interfaces") or [] if each.get("sandbox")), "")
-        interface = {"Name": "eth0", "HardwareAddr": mac, "Addrs": [each.get("address") or "" for each in result.get("ips") or []]}
+        interface = {"Name": "eth0", "HardwareAddr": mac, "Addrs": [each.get("address") or ""
+                                                                    for each in result.get("ips") or []]}
         found += parse_addresses({"NetNS": {"Interfaces": [interface]}})
     return found
 
@@ -4469,14 +4542,16 @@ HOST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
 
 
 def wanted_names(container: Container) -> Tuple[Dict[str, List[str]], Dict[str, List[str]]]:
-    """The names by which a container asked to be found in each network and that nerdctl does not give it, and those by which it
-    asked to find others: container -> names."""
+    """The names by which a container asked to be found in each network and that nerdctl does not give it, and those by
+    which it asked to find others: container -> names."""
     if "names" not in container.memo:
         asked, aliases, links = container.request, {}, {}
-        known = {container.name, str(asked.get("Hostname") or ""), *(each.partition("=")[2] for each in hostname_args(asked))}
+        known = {container.name, str(asked.get("Hostname") or ""),
+                 *(each.partition("=")[2] for each in hostname_args(asked))}
         told = list(container.host_config.get("Links") or [])
         for network, one in (field_of(asked, "NetworkingConfig.EndpointsConfig") or {}).items():
-            aliases[network] = [each for each in one.get("Aliases") or [] if HOST_NAME.fullmatch(each) and each not in known]
+            aliases[network] = [each for each in one.get("Aliases") or [] if HOST_NAME.fullmatch(each)
+                                and each not in known]
             told += one.get("Links") or []
         for each in told:
             other, _, alias = each.strip("/").partition(":")
@@ -4505,8 +4580,9 @@ def locked(folder: str) -> Iterator[None]:
 
 
 class Hosts:
-    """Network aliases and links, which nerdctl has not: lines in the hosts files that it keeps for containers. What stands there
-    outside of its own part it leaves alone, except for comments, so that a name marks the lines that are ours."""
+    """Network aliases and links, which nerdctl has not: lines in the hosts files that it keeps for containers. What
+    stands there outside of its own part it leaves alone, except for comments, so that a name marks the lines that are
+    ours."""
 
     MARK = "alias.nerdctld"
     # The container can write to its file, and make it as large as it likes.
@@ -4532,15 +4608,19 @@ class Hosts:
             self.refresh()
 
     def refresh(self, starting: Optional[Container] = None) -> None:
-        """Write to the files of running containers, or to that of one which is about to start, how it finds the others."""
+        """Write to the files of running containers, or to that of one which is about to start, how it finds the
+        others."""
         running = [each for each in self.engine.inventory.containers().values() if each.running]
-        named = [each for each in [*running, *([starting] if starting else [])] if any(map(any, (each.values() for each in wanted_names(each))))]
+        named = [each for each in [*running, *([starting] if starting else [])]
+                 if any(map(any, (each.values() for each in wanted_names(each))))]
         if not named and not self.used:
             return
         with self.lock, contextlib.suppress(OSError, ValueError):
             self.used = bool(named)
-            places = [(each, dict(zip((name for name in network_names(each) if not name.startswith("container:")), noted_addresses(each)))) for each in running]
-            for store, group in itertools.groupby([starting] if starting else running, lambda each: os.path.dirname(hosts_folder(each))):
+            places = [(each, dict(zip((name for name in network_names(each) if not name.startswith("container:")),
+                                      noted_addresses(each)))) for each in running]
+            for store, group in itertools.groupby([starting] if starting else running,
+                                                  lambda each: os.path.dirname(hosts_folder(each))):
                 with locked(store):
                     for each in group:
                         self._write(each, self._lines(each, places))
@@ -4557,7 +4637,8 @@ class Hosts:
 
     def _write(self, container: Container, lines: List[str]) -> None:
         # In place, since it is mounted into the container.
-        with contextlib.suppress(OSError), open(os.path.join(hosts_folder(container), "hosts"), "r+", encoding="utf-8", errors="surrogateescape") as file:
+        with contextlib.suppress(OSError), open(os.path.join(hosts_folder(container), "hosts"), "r+", encoding="utf-8",
+                                                errors="surrogateescape") as file:
             if os.fstat(file.fileno()).st_size > self.MOST:
                 return
             before = file.read().splitlines()
@@ -4589,7 +4670,8 @@ class Tasks:
         self.execs: Dict[str, int] = {}
         self.ends: Dict[str, Tuple[int, int]] = {}
         self.reals: Dict[str, str] = {}
-        # Containers that are to be removed at their end and whose failed start left them: nobody is to wait for their removal.
+        # Containers that are to be removed at their end and whose failed start left them: nobody is to wait for their
+        # removal.
         self.spared: Dict[str, int] = {}
         # The count when something may have happened that no event told of.
         self.missed = 0
@@ -4619,8 +4701,8 @@ class Tasks:
             self.condition.notify_all()
 
     def failed(self, real: str, status: int, spared: bool = False) -> None:
-        """A container could not be started, or its end was not told: for those who wait, it ended with this status. One that
-        is `spared` stays although it was to be removed at its end: for them, it was removed."""
+        """A container could not be started, or its end was not told: for those who wait, it ended with this status. One
+        that is `spared` stays although it was to be removed at its end: for them, it was removed."""
         with self.condition:
             self.count += 1
             self._note(self.ends, real, (self.count, status))
@@ -4685,7 +4767,8 @@ class Tasks:
         last = max((end for end in ends if end[0] > since), default=None)
         if last is None and condition == "not-running" and "containerd.io/restart.policy" not in container.labels:
             # It has ended already, and was not started again.
-            begun = max(self.missed, *(self.starts.get(real, 0) for real in (container.real, self.reals.get(container.id, ""))))
+            begun = max(self.missed, *(self.starts.get(real, 0)
+                                       for real in (container.real, self.reals.get(container.id, ""))))
             last = max((end for end in ends if end[0] > begun), default=None)
         return last
 
@@ -4707,7 +4790,8 @@ class Tasks:
 
 
 class Turn:
-    """The lock of one container; `users` hold it or wait for it. `removing` is set while its holder removes the container."""
+    """The lock of one container; `users` hold it or wait for it. `removing` is set while its holder removes the
+    container."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -4749,7 +4833,8 @@ class Engine:
         self.hosts = Hosts(self)
         # Changes of our own to images that are under way: which event each makes of which names.
         self.quiet: Dict[object, Tuple[str, List[str]]] = {}
-        # containerd's id -> id and attributes in events, as last seen, of containers there are and of those that were removed.
+        # containerd's id -> id and attributes in events, as last seen, of containers there are and of those that were
+        # removed.
         self.actors: Dict[str, Tuple[str, Dict[str, str]]] = {}
         self.begun: Dict[str, int] = {}
         # Containers behind an id that clients know by another: their making and going is no event.
@@ -4763,8 +4848,8 @@ class Engine:
         threading.Thread(target=self._do_later, name="later", daemon=True).start()
 
     def handle(self, event: Optional[ContainerdEvent]) -> None:
-        """An event of containerd, or None where some may have been missed. Always in this order: what is known is given up,
-        auto-removal, health checks and Docker's events are put in line, and who waits looks again."""
+        """An event of containerd, or None where some may have been missed. Always in this order: what is known is given
+        up, auto-removal, health checks and Docker's events are put in line, and who waits looks again."""
         if event is not None and event.topic == "/tasks/create" and event.container in self.on_task_created:
             self.on_task_created[event.container](event.payload.get("pid") or 0)
         # The event of a name that is gone does not say what the name stood for.
@@ -4805,7 +4890,8 @@ class Engine:
 
     def busy(self) -> bool:
         """Whether something depends on the daemon although no request is running."""
-        return bool(self.sessions) or any(each.running for each in list(self.execs.values())) or bool(self.caretaker and self.caretaker.cared)
+        return (bool(self.sessions) or any(each.running for each in list(self.execs.values()))
+                or bool(self.caretaker and self.caretaker.cared))
 
     def leave_session(self, identity: str, session: Any) -> None:
         """A session holds a container's streams no more; one that came after it stays."""
@@ -4834,8 +4920,8 @@ class Engine:
 
     @contextlib.contextmanager
     def changing_images(self, names: List[str], action: str = "tag") -> Iterator[None]:
-        """Context of our own change to images: what containerd says of this `action` on these names is told by the handler in
-        Docker's words; names may be added as they become known."""
+        """Context of our own change to images: what containerd says of this `action` on these names is told by the
+        handler in Docker's words; names may be added as they become known."""
         change = object()
         self.quiet[change] = action, names
         try:
@@ -4848,7 +4934,8 @@ class Engine:
 
     def _is_own(self, action: str, name: str) -> bool:
         """Whether a change of ours makes this event. nerdctl's imports also set `name@digest`."""
-        return any(action == own and (name in names or name.partition("@")[0] in names) for own, names in list(self.quiet.values()))
+        return any(action == own and (name in names or name.partition("@")[0] in names) for own,
+                   names in list(self.quiet.values()))
 
     def _count(self, counter: collections.Counter, key: str, more: int) -> None:
         """Change a count that several threads change; what is 0 is not in it."""
@@ -4859,9 +4946,10 @@ class Engine:
 
     @contextlib.contextmanager
     def owning(self, name: str, gone: Optional[ApiError] = None) -> Iterator[Container]:
-        """Context in which nobody else changes a container, which is looked up anew when its turn has come. 404 when there is none. `gone` is raised at once while the one before removes it, and when
-        it has done so; without it that is a 404, too. 503 when the turn does not come. Whoever waits for a client, or for a
-        container to end, does so outside, since others may want to kill it."""
+        """Context in which nobody else changes a container, which is looked up anew when its turn has come. 404 when
+        there is none. `gone` is raised at once while the one before removes it, and when it has done so; without it
+        that is a 404, too. 503 when the turn does not come. Whoever waits for a client, or for a container to end, does
+        so outside, since others may want to kill it."""
         identity = self.inventory.container(name).id
         with self.lock:
             turn = self.turns.setdefault(identity, Turn())
@@ -4913,7 +5001,8 @@ class Engine:
 
     @contextlib.contextmanager
     def replacing(self, container: Container) -> Iterator[None]:
-        """Context in which a container is made anew under the id that clients know: for them it is there all the time."""
+        """Context in which a container is made anew under the id that clients know: for them it is there all the
+        time."""
         self.inventory.replaced[container.id] = container
         self.hidden[container.real] = None
         try:
@@ -4950,7 +5039,8 @@ class Engine:
     def tell(self, container: Container, action: str, **more: str) -> None:
         """Tell an event of a container, after those that have happened before."""
         identity, attributes = self.actor(container)
-        self.later.put(functools.partial(self.journal.emit, "container", action, identity, {**attributes, **more}, time.time_ns()))
+        self.later.put(functools.partial(self.journal.emit, "container", action, identity, {**attributes, **more},
+                                         time.time_ns()))
 
     @contextlib.contextmanager
     def being_stopped(self, container: Container, number: int) -> Iterator[None]:
@@ -4963,7 +5053,8 @@ class Engine:
             self._count(self.stopping, container.real, -1)
 
     def _image_event(self, event: ContainerdEvent, identity: str) -> None:
-        action, name = {"/images/create": "tag", "/images/delete": "untag"}.get(event.topic), event.payload.get("name") or ""
+        action, name = {"/images/create": "tag",
+                        "/images/delete": "untag"}.get(event.topic), event.payload.get("name") or ""
         if action is None or self._is_own(action, name) or is_nameless(name):
             return
         if action == "tag":
@@ -4979,13 +5070,15 @@ class Engine:
         if action is None or (action == "die" and not event.ends_container):
             return
         identity, attributes = self._actor_of(event.container, gone=action == "destroy")
-        if (action == "destroy" and self.hidden.pop(event.container, self) is None) or (action == "create" and identity != event.container):
+        if (action == "destroy" and self.hidden.pop(event.container, self) is None
+                or action == "create" and identity != event.container):
             return
         if action == "start":
             self.begun[event.container] = event.time
         elif action == "die":
             if event.container in self.stopping and event.payload.get("exit_status") == 128 + signal.SIGKILL:
-                self.journal.emit("container", "kill", identity, {**attributes, "signal": str(int(signal.SIGKILL))}, event.time)
+                self.journal.emit("container", "kill", identity, {**attributes, "signal": str(int(signal.SIGKILL))},
+                                  event.time)
             began = self.begun.pop(event.container, event.time)
             attributes = {**attributes, "exitCode": str(event.payload.get("exit_status") or 0),
                           "execDuration": str(max(0, event.time - began) // 10**9)}
@@ -5008,7 +5101,8 @@ class Engine:
 # System
 ###############################################################################
 
-NO_SWARM = ('This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" to connect this node to swarm and try again.')
+NO_SWARM = ('This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" to connect this node to '
+            "swarm and try again.")
 
 
 @route("GET", "/_ping")
@@ -5042,22 +5136,27 @@ def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
     client, server = told.get("Client") or {}, told.get("Server") or {}
     details = {
         "ApiVersion": "%d.%d" % API_NEWEST, "MinAPIVersion": "%d.%d" % API_OLDEST, "Os": "linux", "Arch": architecture,
-        "KernelVersion": machine.release, "Experimental": "false", "GitCommit": "", "GoVersion": client.get("GoVersion") or "",
+        "KernelVersion": machine.release, "Experimental": "false", "GitCommit": "",
+        "GoVersion": client.get("GoVersion") or "",
         "BuildTime": "",
     }
     components = [{"Name": "Engine", "Version": ENGINE_VERSION, "Details": details},
                   {"Name": "nerdctld", "Version": VERSION, "Details": {"GitCommit": ""}}]
     if client.get("Version"):
-        components.append({"Name": "nerdctl", "Version": client["Version"], "Details": {"GitCommit": client.get("GitCommit") or ""}})
+        components.append({"Name": "nerdctl", "Version": client["Version"],
+                           "Details": {"GitCommit": client.get("GitCommit") or ""}})
     for each in (server.get("Components") or []) + (client.get("Components") or []):
         components.append({
             "Name": each.get("Name") or "", "Version": each.get("Version") or "",
             "Details": {"GitCommit": "", **(each.get("Details") or {})},
         })
     answer = {
-        "Platform": {"Name": platform_name(components) + (f" ({problem})" if problem else "")}, "Components": components,
-        "Version": ENGINE_VERSION, "ApiVersion": "%d.%d" % API_NEWEST, "MinAPIVersion": "%d.%d" % API_OLDEST, "GitCommit": "",
-        "GoVersion": client.get("GoVersion") or "", "Os": "linux", "Arch": architecture, "KernelVersion": machine.release,
+        "Platform": {"Name": platform_name(components) + (f" ({problem})" if problem else "")},
+        "Components": components,
+        "Version": ENGINE_VERSION, "ApiVersion": "%d.%d" % API_NEWEST, "MinAPIVersion": "%d.%d" % API_OLDEST,
+        "GitCommit": "",
+        "GoVersion": client.get("GoVersion") or "", "Os": "linux", "Arch": architecture,
+        "KernelVersion": machine.release,
         "BuildTime": "",
     }
     return answer
@@ -5065,8 +5164,8 @@ def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
 
 @route("GET", "/version")
 def system_version(engine: Engine, request: Request) -> Response:
-    """The version of Docker with the same API, and those of this daemon and of nerdctl, containerd, runc and buildctl, as
-    far as they are there."""
+    """The version of Docker with the same API, and those of this daemon and of nerdctl, containerd, runc and buildctl,
+    as far as they are there."""
     told, problem = {}, ""
     try:
         told = engine.inventory.tools.get()
@@ -5087,15 +5186,20 @@ def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
     """Docker's info from nerdctl's, without what is counted or of this process."""
     info = {
         "Driver": "overlayfs", "DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]],
-        "Plugins": {}, "MemoryLimit": False, "SwapLimit": False, "CpuCfsPeriod": False, "CpuCfsQuota": False, "CPUShares": False,
-        "CPUSet": False, "PidsLimit": False, "IPv4Forwarding": False, "OomKillDisable": False, "LoggingDriver": "json-file",
-        "CgroupDriver": "", "CgroupVersion": "", "KernelVersion": os.uname().release, "OperatingSystem": "", "OSVersion": "",
-        "OSType": "linux", "Architecture": os.uname().machine, "NCPU": os.cpu_count() or 1, "MemTotal": 0, "Name": os.uname().nodename,
+        "Plugins": {}, "MemoryLimit": False, "SwapLimit": False, "CpuCfsPeriod": False, "CpuCfsQuota": False,
+        "CPUShares": False,
+        "CPUSet": False, "PidsLimit": False, "IPv4Forwarding": False, "OomKillDisable": False,
+        "LoggingDriver": "json-file",
+        "CgroupDriver": "", "CgroupVersion": "", "KernelVersion": os.uname().release, "OperatingSystem": "",
+        "OSVersion": "",
+        "OSType": "linux", "Architecture": os.uname().machine, "NCPU": os.cpu_count() or 1, "MemTotal": 0,
+        "Name": os.uname().nodename,
         "ID": "", "SecurityOptions": [], "Warnings": [],
     }
     info.update({key: value for key, value in told.items() if value is not None})
     logs = (info["Plugins"] or {}).get("Log") or []
-    info["Plugins"] = {"Volume": ["local"], "Network": ["bridge", "host", "ipvlan", "macvlan", "null"], "Authorization": None, "Log": logs}
+    info["Plugins"] = {"Volume": ["local"], "Network": ["bridge", "host", "ipvlan", "macvlan", "null"],
+                       "Authorization": None, "Log": logs}
     for extra in ("BridgeNfIptables", "BridgeNfIp6tables", "CPURealtime"):
         info.pop(extra, None)
     with contextlib.suppress(OSError):
@@ -5108,11 +5212,15 @@ def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
         "HttpProxy": "", "HttpsProxy": "", "NoProxy": "", "IndexServerAddress": "https://index.docker.io/v1/",
         "RegistryConfig": {
             "InsecureRegistryCIDRs": ["127.0.0.0/8", "::1/128"],
-            "IndexConfigs": {"docker.io": {"Name": "docker.io", "Mirrors": [], "Secure": True, "Official": True}}, "Mirrors": [],
+            "IndexConfigs": {"docker.io": {"Name": "docker.io", "Mirrors": [], "Secure": True, "Official": True}},
+            "Mirrors": [],
         },
-        "ServerVersion": ENGINE_VERSION, "Runtimes": {"io.containerd.runc.v2": runtime, "runc": runtime}, "DefaultRuntime": "runc",
-        "Swarm": {"NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": False, "Error": "", "RemoteManagers": None},
-        "LiveRestoreEnabled": True, "Isolation": "", "InitBinary": "tini", "ContainerdCommit": {"ID": told.get("ServerVersion") or ""},
+        "ServerVersion": ENGINE_VERSION, "Runtimes": {"io.containerd.runc.v2": runtime, "runc": runtime},
+        "DefaultRuntime": "runc",
+        "Swarm": {"NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": False, "Error": "",
+                  "RemoteManagers": None},
+        "LiveRestoreEnabled": True, "Isolation": "", "InitBinary": "tini",
+        "ContainerdCommit": {"ID": told.get("ServerVersion") or ""},
         "RuncCommit": {"ID": ""}, "InitCommit": {"ID": ""}, "CDISpecDirs": [], "ProductLicense": "",
         "Containerd": {"Address": "", "Namespaces": {"Containers": "default", "Plugins": "default"}},
     })
@@ -5122,20 +5230,25 @@ def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
 
 @route("GET", "/info")
 def system_info(engine: Engine, request: Request) -> Response:
-    """The state of the engine as nerdctl tells it, with the numbers of containers and images; 503 without containerd."""
+    """The state of the engine as nerdctl tells it, with the numbers of containers and images; 503 without
+    containerd."""
     # 503 where there is no containerd, whatever was known of the machine.
     version, _ = engine.containerd.version()
     machine, tools = engine.inventory.machine.get(), engine.inventory.tools.get()
-    info = docker_info({**machine, "ServerVersion": version, "ID": engine.containerd.uuid()}, (tools.get("Client") or {}).get("Version") or "")
+    info = docker_info({**machine, "ServerVersion": version, "ID": engine.containerd.uuid()},
+                       (tools.get("Client") or {}).get("Version") or "")
     info.update(count_states(engine.inventory.containers().values()))
     server = tools.get("Server") or {}
     for each in server.get("Components") or []:
         if each.get("Name") == "runc":
             info["RuncCommit"] = {"ID": each.get("Version") or ""}
     info.update({
-        "Images": len(engine.inventory.images.get()), "SystemTime": rfc3339(time.time_ns()), "Debug": engine.nerdctl.debug,
-        "NFd": len(os.listdir("/proc/self/fd")), "NGoroutines": threading.active_count(), "NEventsListener": len(engine.journal.queues),
-        "DockerRootDir": data_root(), "HttpProxy": os.environ.get("HTTP_PROXY", ""), "HttpsProxy": os.environ.get("HTTPS_PROXY", ""),
+        "Images": len(engine.inventory.images.get()), "SystemTime": rfc3339(time.time_ns()),
+        "Debug": engine.nerdctl.debug,
+        "NFd": len(os.listdir("/proc/self/fd")), "NGoroutines": threading.active_count(),
+        "NEventsListener": len(engine.journal.queues),
+        "DockerRootDir": data_root(), "HttpProxy": os.environ.get("HTTP_PROXY", ""),
+        "HttpsProxy": os.environ.get("HTTPS_PROXY", ""),
         "NoProxy": os.environ.get("NO_PROXY", ""),
     })
     info["Containerd"]["Address"] = engine.containerd.address
@@ -5154,14 +5267,16 @@ def decode_auth(text: str) -> Dict[str, str]:
         value = parse_json(base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4)))
     except (ValueError, BadParameter):
         raise BadParameter("invalid X-Registry-Auth header: it is not base64url of JSON") from None
-    return string_map({key: each for key, each in typed(value, dict, "X-Registry-Auth").items() if isinstance(each, str)}, "X-Registry-Auth")
+    return string_map({key: each for key, each in typed(value, dict, "X-Registry-Auth").items()
+                       if isinstance(each, str)}, "X-Registry-Auth")
 
 
 def registry_auths(credentials: Dict[str, str], registry: str) -> Dict[str, Dict[str, str]]:
     """The `auths` of a Docker config for one registry; {} where there are no credentials."""
     entry: Dict[str, str] = {}
     if credentials.get("identitytoken"):
-        entry = {"identitytoken": credentials["identitytoken"], "auth": base64.b64encode(b"00000000-0000-0000-0000-000000000000:").decode()}
+        entry = {"identitytoken": credentials["identitytoken"],
+                 "auth": base64.b64encode(b"00000000-0000-0000-0000-000000000000:").decode()}
     elif credentials.get("username"):
         pair = f"{credentials['username']}:{credentials.get('password', '')}"
         entry = {"auth": base64.b64encode(pair.encode()).decode()}
@@ -5187,7 +5302,8 @@ def credentials_for(engine: Engine, request: Request, registry: str) -> Iterator
 
 @route("POST", "/auth")
 def system_auth(engine: Engine, request: Request) -> Response:
-    """Check credentials against the registry: 200 when it takes them, 401 when it refuses, 500 when it does not answer."""
+    """Check credentials against the registry: 200 when it takes them, 401 when it refuses, 500 when it does not
+    answer."""
     body = request.json(required=True)
     address = typed(body.get("serveraddress"), str, "serveraddress") or INDEX_SERVER
     user, password = typed(body.get("username"), str, "username"), typed(body.get("password"), str, "password")
@@ -5206,7 +5322,8 @@ def system_auth(engine: Engine, request: Request) -> Response:
 
 
 def match_event(event: Dict[str, Any], filters: Dict[str, List[str]]) -> bool:
-    """Whether an event passes the filters of `/events`; those of one name are alternatives, but labels must all match."""
+    """Whether an event passes the filters of `/events`; those of one name are alternatives, but labels must all
+    match."""
     attributes = event["Actor"]["Attributes"]
     kind, identity, name = event["Type"], event["Actor"]["ID"], attributes.get("name", "")
     for key, wanted in filters.items():
@@ -5224,7 +5341,8 @@ def match_event(event: Dict[str, Any], filters: Dict[str, List[str]]) -> bool:
                 return False
         elif key == "image":
             told = [identity, name] if kind == "image" else [attributes.get("image", "")]
-            if not any(each == text or re.fullmatch(re.escape(each) + r":[^:/]+", text) for each in wanted for text in told):
+            if not any(each == text or re.fullmatch(re.escape(each) + r":[^:/]+", text) for each in wanted
+                       for text in told):
                 return False
         elif kind != key or not any(each in (identity, name) or identity.startswith(each) for each in wanted):
             return False
@@ -5243,14 +5361,15 @@ def docker_event(event: Dict[str, Any], version: Tuple[int, int]) -> Dict[str, A
     return dict(sorted(old.items()))
 
 
-EVENT_FILTERS = ("config", "container", "daemon", "event", "action", "image", "label", "network", "node", "plugin", "scope", "secret",
+EVENT_FILTERS = ("config", "container", "daemon", "event", "action", "image", "label", "network", "node", "plugin",
+                 "scope", "secret",
                  "service", "type", "volume")
 
 
 @route("GET", "/events")
 def system_events(engine: Engine, request: Request) -> Response:
-    """A stream of events: the kept ones since `since`, then new ones until `until` or until the client leaves. It breaks off
-    when the client does not read it."""
+    """A stream of events: the kept ones since `since`, then new ones until `until` or until the client leaves. It
+    breaks off when the client does not read it."""
     filters = request.filters(*EVENT_FILTERS)
     since, until = request.timestamp("since"), request.timestamp("until")
     if since is not None and until is not None and until < since:
@@ -5261,7 +5380,8 @@ def system_events(engine: Engine, request: Request) -> Response:
     elif sequence:
         media_type = "application/json-seq"
     else:
-        media_type = "application/x-ndjson" if "x-ndjson" in (request.headers.get("Accept") or "") else "application/jsonl"
+        media_type = "application/x-ndjson" if "x-ndjson" in (request.headers.get("Accept")
+                                                              or "") else "application/jsonl"
     lead = b"\x1e" if media_type == "application/json-seq" else b""
 
     def chunks() -> Iterator[bytes]:
@@ -5302,12 +5422,14 @@ def seconds_or_zero(text: str) -> int:
 
 def docker_descriptor(group: ImageGroup) -> Dict[str, Any]:
     """The OCI descriptor of an image's target."""
-    return {"mediaType": group.target.media_type or "application/vnd.oci.image.manifest.v1+json", "digest": group.id, "size": group.target.size}
+    return {"mediaType": group.target.media_type or "application/vnd.oci.image.manifest.v1+json", "digest": group.id,
+            "size": group.target.size}
 
 
 def content_size(group: ImageGroup) -> int:
     """Bytes of an image's compressed layers, configuration and manifest."""
-    return sum(each.get("size") or 0 for each in [*group.content.layers, group.content.manifest.get("config") or {}, group.content.descriptor])
+    return sum(each.get("size") or 0 for each in [*group.content.layers, group.content.manifest.get("config") or {},
+                                                  group.content.descriptor])
 
 
 def image_size(group: ImageGroup) -> int:
@@ -5329,7 +5451,8 @@ def docker_manifests(group: ImageGroup, containers: List[str]) -> List[Dict[str,
     manifest = group.content.descriptor
     if not manifest:
         return []
-    descriptor = {"mediaType": manifest.get("mediaType") or "", "digest": manifest.get("digest") or "", "size": manifest.get("size") or 0}
+    descriptor = {"mediaType": manifest.get("mediaType") or "", "digest": manifest.get("digest") or "",
+                  "size": manifest.get("size") or 0}
     unpacked, content = group.unpacked_size, content_size(group)
     return [{
         "ID": descriptor["digest"], "Descriptor": descriptor, "Available": True, "Kind": "image",
@@ -5338,7 +5461,8 @@ def docker_manifests(group: ImageGroup, containers: List[str]) -> List[Dict[str,
     }]
 
 
-def docker_image_row(group: ImageGroup, version: Tuple[int, int], containers: int = -1, shared: int = -1) -> Dict[str, Any]:
+def docker_image_row(group: ImageGroup, version: Tuple[int, int], containers: int = -1, shared: int = -1) -> Dict[str,
+                                                                                                                  Any]:
     """An image as `/images/json` lists it; -1 for what was not asked for."""
     tags, digests = group.repo_tags, group.repo_digests
     if version < (1, 43) and not tags:
@@ -5410,8 +5534,10 @@ def match_reference(names: List[str], patterns: List[Pattern]) -> List[str]:
 def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[str, List[str]]) -> List[ImageGroup]:
     """The images that pass the filters of list and prune."""
     dangling = flag_filter(filters, "dangling")
-    before = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "") for each in filters.get("before") or []]
-    since = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "") for each in filters.get("since") or []]
+    before = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "")
+              for each in filters.get("before") or []]
+    since = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "") for each in filters.get("since")
+             or []]
     common, references = PruneFilter(filters), reference_patterns(filters.get("reference") or [])
     found = []
     for group in groups:
@@ -5431,7 +5557,8 @@ def shared_sizes(groups: Iterable[ImageGroup]) -> Dict[str, int]:
     layers = {group.id: {each["digest"]: each.get("size") or 0 for each in group.content.layers} for group in groups}
     for each in layers.values():
         uses.update(each.keys())
-    return {identity: sum(size for digest, size in each.items() if uses[digest] > 1) for identity, each in layers.items()}
+    return {identity: sum(size for digest, size in each.items() if uses[digest] > 1) for identity,
+            each in layers.items()}
 
 
 def image_users(engine: Engine) -> Dict[str, List[str]]:
@@ -5460,7 +5587,8 @@ def image_list(engine: Engine, request: Request) -> Response:
     references = reference_patterns(filters.get("reference") or [])
     rows = []
     for group in groups:
-        row = docker_image_row(group, request.version, len(users.get(group.id, [])) if users else -1, shared.get(group.id, -1))
+        row = docker_image_row(group, request.version, len(users.get(group.id, [])) if users else -1,
+                               shared.get(group.id, -1))
         for key in ("RepoTags", "RepoDigests") if references else ():
             row[key] = match_reference(row[key], references)
         if request.flag("manifests") and request.version >= (1, 47):
@@ -5472,15 +5600,18 @@ def image_list(engine: Engine, request: Request) -> Response:
 def docker_image_config(config: Dict[str, Any], version: Tuple[int, int]) -> Dict[str, Any]:
     """The `Config` of an image with the fields every client expects."""
     found = {
-        "User": config.get("User") or "", "Env": config.get("Env"), "Cmd": config.get("Cmd"), "Volumes": config.get("Volumes"),
-        "WorkingDir": config.get("WorkingDir") or "", "Entrypoint": config.get("Entrypoint"), "OnBuild": config.get("OnBuild"),
+        "User": config.get("User") or "", "Env": config.get("Env"), "Cmd": config.get("Cmd"),
+        "Volumes": config.get("Volumes"),
+        "WorkingDir": config.get("WorkingDir") or "", "Entrypoint": config.get("Entrypoint"),
+        "OnBuild": config.get("OnBuild"),
         "Labels": config.get("Labels"),
     }
     for key in ("ExposedPorts", "Healthcheck", "StopSignal", "Shell", "ArgsEscaped"):
         if config.get(key):
             found[key] = config[key]
     if version < (1, 50):
-        found.update({"Hostname": "", "Domainname": "", "AttachStdin": False, "AttachStdout": False, "AttachStderr": False,
+        found.update({"Hostname": "", "Domainname": "", "AttachStdin": False, "AttachStdout": False,
+                      "AttachStderr": False,
                       "Tty": False, "OpenStdin": False, "StdinOnce": False, "Image": ""})
     return found
 
@@ -5494,7 +5625,8 @@ def docker_image(group: ImageGroup, version: Tuple[int, int]) -> Dict[str, Any]:
         "Id": group.id, "RepoTags": group.repo_tags, "RepoDigests": group.repo_digests, "Parent": "",
         "Comment": next((each.get("comment") or "" for each in reversed(history)), ""),
         "Created": config.get("created") or ZERO_TIME, "DockerVersion": "", "Author": config.get("author") or "",
-        "Config": docker_image_config(config.get("config") or {}, version), "Architecture": config.get("architecture") or "",
+        "Config": docker_image_config(config.get("config") or {}, version), "Architecture": config.get("architecture")
+        or "",
         "Os": config.get("os") or "", "Size": size,
         "GraphDriver": {"Data": None, "Name": "overlayfs"},
         "RootFS": {"Type": "layers", "Layers": (config.get("rootfs") or {}).get("diff_ids") or []},
@@ -5510,12 +5642,14 @@ def docker_image(group: ImageGroup, version: Tuple[int, int]) -> Dict[str, Any]:
         # From here on dockerd leaves out what is empty, and the driver where containerd has the images.
         del image["GraphDriver"]
         image["Config"] = {key: value for key, value in image["Config"].items() if value}
-        image = {key: value for key, value in image.items() if value or key not in ("Parent", "Comment", "DockerVersion", "Author")}
+        image = {key: value for key, value in image.items() if value
+                 or key not in ("Parent", "Comment", "DockerVersion", "Author")}
     return image
 
 
 def check_platform(group: ImageGroup, text: str, name: str) -> None:
-    """404 with the name that the client used, unless the image is here for the platform of a `platform` parameter (JSON, or os/architecture)."""
+    """404 with the name that the client used, unless the image is here for the platform of a `platform` parameter
+    (JSON, or os/architecture)."""
     if not text:
         return
     if text.startswith("{"):
@@ -5524,7 +5658,8 @@ def check_platform(group: ImageGroup, text: str, name: str) -> None:
     else:
         system, architecture, variant = (text.split("/") + ["", ""])[:3]
     have = docker_platform(group)
-    if (system or "linux") != have["os"] or architecture != have["architecture"] or (variant and variant != have.get("variant", variant)):
+    if ((system or "linux") != have["os"] or architecture != have["architecture"]
+            or variant and variant != have.get("variant", variant)):
         asked = "/".join(each for each in (system or "linux", architecture, variant) if each)
         raise NotFound(f"image with reference {name} was found but does not provide the specified platform ({asked})")
 
@@ -5546,7 +5681,8 @@ def docker_history(group: ImageGroup, sizes: List[int]) -> List[Dict[str, Any]]:
     left = list(sizes)
     for each in reversed(group.config.get("history") or []):
         rows.append({
-            "Comment": each.get("comment") or "", "Created": seconds_or_zero(each.get("created") or ""), "CreatedBy": each.get("created_by") or "",
+            "Comment": each.get("comment") or "", "Created": seconds_or_zero(each.get("created") or ""),
+            "CreatedBy": each.get("created_by") or "",
             "Id": "<missing>", "Size": 0 if each.get("empty_layer") or not left else left.pop(0), "Tags": None,
         })
     if rows:
@@ -5566,15 +5702,18 @@ def delete_conflict(group: ImageGroup, name: str, users: List[Container], by_nam
     """409 with dockerd's words where an image may not be removed."""
     short = group.id[7:19]
     if not by_name and max(len(group.repo_tags), len(group.repo_digests)) > 1 and not force:
-        raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is referenced in multiple repositories")
+        raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is referenced in multiple "
+                       "repositories")
     for container in users:
         if container.running and (force or not by_name):
-            raise Conflict(f"conflict: unable to delete {short} (cannot be forced) - image is being used by running container {container.id[:12]}")
+            raise Conflict(f"conflict: unable to delete {short} (cannot be forced) - image is being used by running "
+                           f"container {container.id[:12]}")
         if not force:
             if by_name:
-                raise Conflict(f'conflict: unable to remove repository reference "{name}" (must force) - container {container.id[:12]} '
-                               f"is using its referenced image {short}")
-            raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is being used by stopped container {container.id[:12]}")
+                raise Conflict(f'conflict: unable to remove repository reference "{name}" (must force) - container '
+                               f"{container.id[:12]} is using its referenced image {short}")
+            raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is being used by stopped "
+                           f"container {container.id[:12]}")
 
 
 def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: bool) -> List[Dict[str, str]]:
@@ -5582,7 +5721,8 @@ def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: boo
     with engine.changing_images(names, "untag"):
         engine.nerdctl.remove_images(names, force)
     left = engine.inventory.images.get().get(group.id)
-    named = [name for name in names if not IMPORTED.match(name) and not name.startswith(("moby-dangling@", WORKING_NAME))]
+    named = [name for name in names if not IMPORTED.match(name)
+             and not name.startswith(("moby-dangling@", WORKING_NAME))]
     told = [{"Untagged": familiar(name)} for name in named]
     for name in names:
         engine.journal.emit("image", "untag", group.id, {"name": familiar(name)})
@@ -5593,7 +5733,8 @@ def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: boo
 
 
 def referenced_names(group: ImageGroup, name: str) -> List[str]:
-    """Those of an image's names that a reference stands for: one, or with a digest all of its repository. [] for an id."""
+    """Those of an image's names that a reference stands for: one, or with a digest all of its repository. [] for an
+    id."""
     try:
         reference = parse_reference(name)
     except BadParameter:
@@ -5610,12 +5751,13 @@ def referenced_names(group: ImageGroup, name: str) -> List[str]:
 
 @route("DELETE", "/images/{image}")
 def image_delete(engine: Engine, request: Request, name: str) -> Response:
-    """Remove a name of an image, with a digest all names of its repository, or by its id all of them; 409 while a container
-    needs it, 501 for the content of some `platforms` only."""
+    """Remove a name of an image, with a digest all names of its repository, or by its id all of them; 409 while a
+    container needs it, 501 for the content of some `platforms` only."""
     platforms = [platform_words(each) for each in request.values("platforms")]
     group, force = engine.inventory.image(name), request.flag("force")
     if platforms:
-        raise NotImplementedHere(f"nerdctl cannot remove the content of one platform ({', '.join(platforms)}) from an image")
+        raise NotImplementedHere("nerdctl cannot remove the content of one platform "
+                                 f"({', '.join(platforms)}) from an image")
     names = referenced_names(group, name)
     users = [each for each in engine.inventory.containers().values() if each.image in (names or group.names)]
     if not names or len(names) == len(group.names):
@@ -5625,7 +5767,8 @@ def image_delete(engine: Engine, request: Request, name: str) -> Response:
 
 @route("POST", "/images/prune")
 def image_prune(engine: Engine, request: Request) -> Response:
-    """Remove images that no container uses: those without a name unless dangling=false. Filters until, label, label!."""
+    """Remove images that no container uses: those without a name unless dangling=false. Filters until, label,
+    label!."""
     filters = request.filters("dangling", "until", "label", "label!")
     if flag_filter(filters, "dangling", True) is False:
         filters.pop("dangling")
@@ -5732,16 +5875,16 @@ def remove_extra_names(engine: Engine, extra: List[str]) -> None:
 
 
 def parse_loaded(text: str) -> List[str]:
-    """The names that `nerdctl load`, or ctr's import, says it loaded, each once. nerdctl 2.3 sometimes leaves out the last
-    of its `Loaded image:` lines (3 of 25 times on a busy machine), but names it in its progress."""
+    """The names that `nerdctl load`, or ctr's import, says it loaded, each once. nerdctl 2.3 sometimes leaves out the
+    last of its `Loaded image:` lines (3 of 25 times on a busy machine), but names it in its progress."""
     saved = re.findall(r"^(\S+)[ \t]+saved[ \t]*$", ANSI.sub("", text), re.M)
     told = re.findall(r"^(?:Loaded image:|unpacking) (\S+)", text, re.M)
     return list(dict.fromkeys([*told, *(each for each in saved if ":" in each[1:-1])]))
 
 
 class ImageArchive:
-    """What an archive of images says of itself, noted from its tar as the bytes pass by: `whole` once its end was there,
-    and the `names` that containerd gives to what is in it. Of what is packed it knows nothing."""
+    """What an archive of images says of itself, noted from its tar as the bytes pass by: `whole` once its end was
+    there, and the `names` that containerd gives to what is in it. Of what is packed it knows nothing."""
 
     # containerd reads no more of a JSON file.
     LIMIT = 20 << 20
@@ -5760,17 +5903,20 @@ class ImageArchive:
 
     @property
     def whole(self) -> bool:
-        """Whether the end of the tar came, where a header would stand, after the files that an archive of images has."""
+        """Whether the end of the tar came, where a header would stand, after the files that an archive of images
+        has."""
         return self.zeros == 2 and "index.json" in self.files
 
     @property
     def index(self) -> str:
         """The name that nerdctl gives to the archive's index, "" for an archive without one."""
-        return f"import@sha256:{sha256(self.files.get('index.json', b'')).hexdigest()}" if "oci-layout" in self.files else ""
+        digest = sha256(self.files.get("index.json", b"")).hexdigest()
+        return f"import@sha256:{digest}" if "oci-layout" in self.files else ""
 
     @property
     def state(self) -> Tuple[bytes, int, bytes]:
-        """Where in the tar this is: the same for another one that is the same up to here. The names of blobs are in it."""
+        """Where in the tar this is: the same for another one that is the same up to here. The names of blobs are in
+        it."""
         return self._checksum.digest(), self.opaque, bytes(self._buffer)
 
     def feed(self, data: Any) -> None:
@@ -5814,7 +5960,8 @@ class ImageArchive:
         except tarfile.HeaderError:
             self.broken = True
             return
-        without = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
+        without = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE,
+                   tarfile.FIFOTYPE)
         size = 0 if entry.type in without else self._long_size or entry.size
         self._long_size = 0
         blocks = -(-size // 512) * 512
@@ -5828,8 +5975,8 @@ class ImageArchive:
 
     @property
     def names(self) -> List[str]:
-        """The names in the archive, in its order, as containerd takes them: the index's where it has one. Tags alone are
-        none."""
+        """The names in the archive, in its order, as containerd takes them: the index's where it has one. Tags alone
+        are none."""
         found: List[Any] = []
         # Whatever this JSON is not is for nerdctl to complain of.
         with contextlib.suppress(ApiError, AttributeError, KeyError, TypeError):
@@ -5845,14 +5992,16 @@ class ImageArchive:
 
 @route("POST", "/images/load")
 def image_load(engine: Engine, request: Request) -> Response:
-    """Load an archive; a stream with `Loaded image: …` for each name in it, and with the bytes read where `quiet` is off."""
+    """Load an archive; a stream with `Loaded image: …` for each name in it, and with the bytes read where `quiet` is
+    off."""
     platforms, quiet = wanted_platforms(request, 1), request.flag("quiet", True)
 
     def chunks() -> Iterator[bytes]:
         before = list(engine.inventory.images.names.get())
         archive, names = ImageArchive(), []
         with engine.changing_images(names):
-            # Not ended when the client leaves: that is seen when the body breaks off, and what has come whole is loaded.
+            # Not ended when the client leaves: that is seen when the body breaks off, and what has come whole is
+            # loaded.
             with engine.nerdctl.load(platforms) as process:
                 taken, told = 0, time.monotonic()
                 try:
@@ -5863,7 +6012,8 @@ def image_load(engine: Engine, request: Request) -> Response:
                         taken += len(block)
                         if not quiet and time.monotonic() - told > 0.5:
                             told = time.monotonic()
-                            yield message_line({"status": "Loading layer", "id": "archive", "progressDetail": {"current": taken, "total": taken},
+                            yield message_line({"status": "Loading layer", "id": "archive",
+                                                "progressDetail": {"current": taken, "total": taken},
                                                 "progress": decimal_size(taken)})
                 except BaseException:
                     process.spoil()
@@ -5895,19 +6045,21 @@ def change_lines(values: List[str]) -> List[str]:
     lines = [line.strip() for value in values for line in value.split("\n") if line.strip()]
     for line in lines:
         word = line.split(None, 1)[0].upper()
-        if word not in ("CMD", "ENTRYPOINT", "ENV", "EXPOSE", "HEALTHCHECK", "LABEL", "MAINTAINER", "ONBUILD", "STOPSIGNAL", "USER",
+        if word not in ("CMD", "ENTRYPOINT", "ENV", "EXPOSE", "HEALTHCHECK", "LABEL", "MAINTAINER", "ONBUILD",
+                        "STOPSIGNAL", "USER",
                         "VOLUME", "WORKDIR", "SHELL"):
             raise BadParameter(f"{word} is not a valid change command")
     return lines
 
 
 def apply_changes(engine: Engine, source: str, target: str, lines: List[str]) -> None:
-    """Make `target` of the image `source` with Dockerfile instructions. nerdctl's import and commit take none of them (or
-    only two), so BuildKit does it; 503 where there is none."""
+    """Make `target` of the image `source` with Dockerfile instructions. nerdctl's import and commit take none of them
+    (or only two), so BuildKit does it; 503 where there is none."""
     with engine.workspace.temporary("changes") as folder:
         with open(os.path.join(folder, "Dockerfile"), "w", encoding="utf-8") as file:
             file.write("\n".join([f"FROM {source}", *lines]) + "\n")
-        engine.nerdctl.run("build", "--progress=plain", "--provenance=false", f"--tag={target}", "--", folder, timeout=600, waits=True)
+        engine.nerdctl.run("build", "--progress=plain", "--provenance=false", f"--tag={target}", "--", folder,
+                           timeout=600, waits=True)
 
 
 def image_import(engine: Engine, request: Request) -> Response:
@@ -5927,7 +6079,8 @@ def image_import(engine: Engine, request: Request) -> Response:
         before = list(engine.inventory.images.names.get())
         working = target.name if target and not lines else f"{WORKING_NAME}import:{os.urandom(8).hex()}"
         with engine.changing_images([working]):
-            with engine.nerdctl.start(*arguments, "--", source, working, stdin=subprocess.PIPE, client=request.client) as process:
+            with engine.nerdctl.start(*arguments, "--", source, working, stdin=subprocess.PIPE,
+                                      client=request.client) as process:
                 if source == "-":
                     blocks = request.body.blocks()
                     first = next(blocks, None)
@@ -5977,8 +6130,8 @@ SAVE_ATTEMPTS = 4
 
 
 def whole_archive(engine: Engine, request: Request, names: List[str], platforms: List[str]) -> Iterator[Any]:
-    """The tar that `nerdctl save` writes, to its end. nerdctl 2.3 sometimes ends, with status 0, before it has written all
-    of it (26 of 400 times): then it is run again for the rest, which is the same each time."""
+    """The tar that `nerdctl save` writes, to its end. nerdctl 2.3 sometimes ends, with status 0, before it has written
+    all of it (26 of 400 times): then it is run again for the rest, which is the same each time."""
     sent, state = 0, None
     for _ in range(SAVE_ATTEMPTS):
         with engine.nerdctl.save(names, platforms, request.client) as process:
@@ -6025,7 +6178,8 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
 @route("GET", "/images/get")
 def image_save_many(engine: Engine, request: Request) -> Response:
     """The archive of the images in `names`."""
-    return save_images(engine, request, [name for value in request.values("names") for name in value.split(",") if name])
+    return save_images(engine, request, [name for value in request.values("names") for name in value.split(",")
+                                         if name])
 
 
 @route("GET", "/images/{image}/get")
@@ -6050,7 +6204,8 @@ def image_commit(engine: Engine, request: Request) -> Response:
                  f"--pause={'true' if request.flag('pause', True) else 'false'}"]
     with engine.changing_images([working]):
         if len(own) == len(lines):
-            engine.nerdctl.run("commit", *arguments, *(f"--change={line}" for line in lines), "--", container.real, working, timeout=600, waits=True)
+            engine.nerdctl.run("commit", *arguments, *(f"--change={line}" for line in lines), "--", container.real,
+                               working, timeout=600, waits=True)
         else:
             before = f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
             engine.nerdctl.run("commit", *arguments, "--", container.real, before, timeout=600, waits=True)
@@ -6079,7 +6234,8 @@ def config_changes(config: Dict[str, Any]) -> List[str]:
     lines += [f"{word} {dockerfile_word(key)}={dockerfile_word(value)}" for word, key, value in pairs]
     lines += [f"EXPOSE {dockerfile_word(each)}" for each in typed(config.get("ExposedPorts"), dict, "ExposedPorts")]
     # Variables are looked for in what the JSON says.
-    lines += [f"VOLUME {json.dumps([dockerfile_word(each)], ensure_ascii=False)}" for each in typed(config.get("Volumes"), dict, "Volumes")]
+    lines += [f"VOLUME {json.dumps([dockerfile_word(each)], ensure_ascii=False)}"
+              for each in typed(config.get("Volumes"), dict, "Volumes")]
     for key, word in (("User", "USER"), ("WorkingDir", "WORKDIR"), ("StopSignal", "STOPSIGNAL")):
         if config.get(key):
             lines.append(f"{word} {dockerfile_word(typed(config[key], str, key))}")
@@ -6095,9 +6251,12 @@ def config_changes(config: Dict[str, Any]) -> List[str]:
 PROGRESS_LINE = re.compile(
     r"(?P<kind>manifest|config|layer|index|attestation)-(?P<digest>sha256:[0-9a-f]+):?\s+(?P<state>[a-z ]+?)\s*"
     r"(?:\|.*\|\s*(?:(?P<current>[\d.]+ ?[KMGT]?i?B)/(?P<total>[\d.]+ ?[KMGT]?i?B))?\s*)?$")
-PULL_WORDS = {"waiting": "Waiting", "downloading": "Downloading", "extracting": "Extracting", "resolving": "Waiting", "resolved": "Waiting",
-              "complete": "Pull complete", "done": "Pull complete", "already exists": "Already exists", "exists": "Already exists"}
-PUSH_WORDS = {"waiting": "Waiting", "uploading": "Pushing", "done": "Pushed", "complete": "Pushed", "already exists": "Layer already exists",
+PULL_WORDS = {"waiting": "Waiting", "downloading": "Downloading", "extracting": "Extracting", "resolving": "Waiting",
+              "resolved": "Waiting",
+              "complete": "Pull complete", "done": "Pull complete", "already exists": "Already exists",
+              "exists": "Already exists"}
+PUSH_WORDS = {"waiting": "Waiting", "uploading": "Pushing", "done": "Pushed", "complete": "Pushed",
+              "already exists": "Layer already exists",
               "exists": "Layer already exists"}
 
 
@@ -6137,13 +6296,15 @@ class ProgressTable:
     def finish(self) -> List[Dict[str, Any]]:
         """The messages that complete every layer begun: nerdctl's last redraw may come before its last change."""
         last = "Pushed" if self.words is PUSH_WORDS else "Pull complete"
-        return [{"status": last, "progressDetail": {}, "id": identity} for identity in self.told if identity not in self.done]
+        return [{"status": last, "progressDetail": {}, "id": identity} for identity in self.told
+                if identity not in self.done]
 
 
 def progress_bar(current: int, total: int) -> str:
     """`[====>   ]  1.5MB/3MB`, as clients older than API 1.48 print it."""
     filled = min(50, current * 50 // total) if total else 0
-    return f"[{'=' * filled}{'>' if filled < 50 else ''}{' ' * (49 - filled)}]  {decimal_size(current):>8}/{decimal_size(total)}"
+    bar = "=" * filled + (">" if filled < 50 else "") + " " * (49 - filled)
+    return f"[{bar}]  {decimal_size(current):>8}/{decimal_size(total)}"
 
 
 def follow_progress(process: Process, table: ProgressTable) -> Iterator[bytes]:
@@ -6178,7 +6339,8 @@ def registry_path(reference: Reference) -> str:
 def pull_image(engine: Engine, request: Request, reference: Reference, platform: str,
                environment: Optional[Dict[str, str]]) -> Iterator[bytes]:
     """Pull one reference; yields Docker's messages."""
-    before = {name: group.id for group in engine.inventory.images.get().values() for name in group.names}.get(reference.name)
+    before = {name: group.id for group in engine.inventory.images.get().values()
+              for name in group.names}.get(reference.name)
     begin = {"status": f"Pulling from {registry_path(reference)}", "id": reference.tag or reference.digest}
     with engine.changing_images([reference.name]):
         running = engine.nerdctl.pull(reference.name, platform, fits_machine(platform), environment, request.client)
@@ -6192,8 +6354,8 @@ def pull_image(engine: Engine, request: Request, reference: Reference, platform:
 
 
 def open_url(url: str, headers: Optional[Dict[str, str]] = None, redirects: bool = True) -> Any:
-    """The answer to a GET through the proxies of the environment, of whatever status; without `redirects` they are answers
-    too. OSError, ValueError or HTTPException where there is none."""
+    """The answer to a GET through the proxies of the environment, of whatever status; without `redirects` they are
+    answers too. OSError, ValueError or HTTPException where there is none."""
     # Not at the top: few need it, and it costs memory.
     import urllib.error
     import urllib.request
@@ -6210,7 +6372,8 @@ def open_url(url: str, headers: Optional[Dict[str, str]] = None, redirects: bool
         # As with Go, a proxy is never asked for this machine itself.
         handlers.append(urllib.request.ProxyHandler({}))
     try:
-        return urllib.request.build_opener(*handlers).open(urllib.request.Request(url, headers=headers or {}), timeout=60)
+        return urllib.request.build_opener(*handlers).open(urllib.request.Request(url, headers=headers or {}),
+                                                           timeout=60)
     except urllib.error.HTTPError as error:
         return error
 
@@ -6291,8 +6454,10 @@ class Registry:
         told = parse_json(body)
         return f"Bearer {told.get('token') or told.get('access_token') or ''}" if isinstance(told, dict) else ""
 
-    def _send(self, host: str, path: str, authorization: str, plain: Optional[bool] = None) -> Tuple[int, Dict[str, str], bytes]:
-        """GET, along a few redirects: blobs are often elsewhere. Nobody but `host` sees the authorization, or may ask for one."""
+    def _send(self, host: str, path: str, authorization: str,
+              plain: Optional[bool] = None) -> Tuple[int, Dict[str, str], bytes]:
+        """GET, along a few redirects: blobs are often elsewhere. Nobody but `host` sees the authorization, or may ask
+        for one."""
         if plain is None:
             plain = is_loopback(host)
         url, first = f"http{'' if plain else 's'}://{host}{path}", True
@@ -6313,17 +6478,20 @@ class Registry:
         scheme, host = urllib.parse.urlsplit(url)[:2]
         if scheme not in ("http", "https") or not host:
             raise ApiError(f"cannot ask {host or 'a registry'}: {scheme!r} is not http")
-        headers = {"Accept": self.TYPES, "User-Agent": f"nerdctld/{VERSION}", **({"Authorization": authorization} if authorization else {})}
+        headers = {"Accept": self.TYPES, "User-Agent": f"nerdctld/{VERSION}",
+                   **({"Authorization": authorization} if authorization else {})}
         try:
             with open_url(url, headers, redirects=False) as response:
-                return response.status, {key.lower(): value for key, value in response.headers.items()}, response.read(self.LIMIT)
+                return response.status, {key.lower(): value for key,
+                                         value in response.headers.items()}, response.read(self.LIMIT)
         except (OSError, ValueError, http.client.HTTPException) as error:
             # The ValueError is of a URL that is not ASCII.
             raise ApiError(f"cannot ask {host}: {getattr(error, 'reason', None) or error}") from None
 
 
 def next_query(link: str) -> str:
-    """The query of the next page in a Link header, "" where there is none. The rest of the link is that of this page."""
+    """The query of the next page in a Link header, "" where there is none. The rest of the link is that of this
+    page."""
     for target, attributes in re.findall(r"<([^<>]*)>([^,<]*)", link):
         if re.search(r';\s*rel="?next\b', attributes, re.I):
             return target.partition("#")[0].partition("?")[2]
@@ -6351,7 +6519,8 @@ def image_distribution(engine: Engine, request: Request, name: str) -> Response:
         _, config = registry.ask(f"blobs/{(manifest.get('config') or {}).get('digest')}")
         told = typed(parse_json(config), dict, "config")
         platforms = [{key: told[key] for key in ("architecture", "os", "variant") if told.get(key)}]
-    return Response(200, {"Descriptor": {"mediaType": media_type, "digest": digest, "size": len(body)}, "Platforms": platforms})
+    return Response(200, {"Descriptor": {"mediaType": media_type, "digest": digest, "size": len(body)},
+                          "Platforms": platforms})
 
 
 @route("POST", "/images/create")
@@ -6403,14 +6572,17 @@ def image_search(engine: Engine, request: Request) -> Response:
         arguments += [f"--filter={name}={value}" for value in values]
     rows = engine.nerdctl.rows(*arguments, "--", term, timeout=60)
     return Response(200, [{
-        "name": row.get("Name") or "", "description": row.get("Description") or "", "star_count": int(row.get("StarCount") or row.get("Stars") or 0),
-        "is_official": str(row.get("IsOfficial") or row.get("Official") or "").lower() in ("true", "[ok]"), "is_automated": False,
+        "name": row.get("Name") or "", "description": row.get("Description") or "",
+        "star_count": int(row.get("StarCount") or row.get("Stars") or 0),
+        "is_official": str(row.get("IsOfficial") or row.get("Official") or "").lower() in ("true", "[ok]"),
+        "is_automated": False,
     } for row in rows])
 
 
 @route("POST", "/images/{image}/push")
 def image_push(engine: Engine, request: Request, name: str) -> Response:
-    """Push one tag, or all tags of a repository, as a progress stream with the digest in `aux`; 404 for no such image."""
+    """Push one tag, or all tags of a repository, as a progress stream with the digest in `aux`; 404 for no such
+    image."""
     tag = request.value("tag")
     reference = parse_reference(name, "")
     if tag:
@@ -6437,7 +6609,8 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
                     pushed = engine.nerdctl.pushed_digest(process)
                 group, short = groups[each], each.rpartition(":")[2]
                 digest = pushed or group.id
-                size = docker_descriptor(group)["size"] if digest == group.id else group.content.descriptor.get("size") or 0
+                descriptor = docker_descriptor(group) if digest == group.id else group.content.descriptor
+                size = descriptor.get("size") or 0
                 yield message_line({"status": f"{short}: digest: {digest} size: {size}"})
                 yield message_line({"progressDetail": {}, "aux": {"Tag": short, "Digest": digest, "Size": size}})
                 engine.journal.emit("image", "push", familiar(each), {"name": familiar(each)})
@@ -6479,7 +6652,8 @@ def unpack_context(body: Any, root: str) -> None:
             except tarfile.ReadError as error:
                 # `docker build -f -` leaves out what fills the last block. That the body is whole HTTP tells.
                 stream = archive.fileobj
-                if str(error) != "unexpected end of data" or member is None or stream.comptype != "tar" or stream.pos < member.offset_data + member.size:
+                if (str(error) != "unexpected end of data" or member is None or stream.comptype != "tar"
+                        or stream.pos < member.offset_data + member.size):
                     raise
     except tarfile.TarError as error:
         raise BadParameter(f"invalid build context: {error}") from None
@@ -6562,7 +6736,8 @@ def build_args(request: Request) -> Tuple[List[str], List[str]]:
             arguments.append(f"--build-arg={key}={typed(value, str, 'buildargs')}")
     for key, value in string_map(json_parameter(request, "labels", dict), "labels").items():
         arguments.append(f"--label={key}={value}")
-    arguments += [f"--cache-from={each}" for each in string_list(json_parameter(request, "cachefrom", list), "cachefrom")]
+    arguments += [f"--cache-from={each}" for each in string_list(json_parameter(request, "cachefrom", list),
+                                                                 "cachefrom")]
     arguments += [f"--add-host={each}" for value in request.values("extrahosts") for each in value.split(",") if each]
     for name, flag in (("nocache", "--no-cache"), ("pull", "--pull")):
         if request.flag(name):
@@ -6581,7 +6756,8 @@ def build_args(request: Request) -> Tuple[List[str], List[str]]:
         raise NotImplementedHere("nerdctl cannot squash an image")
     if request.value("outputs") not in ("", "[]", "null"):
         raise NotImplementedHere("outputs are for BuildKit builds: use docker buildx")
-    for name in ("memory", "memswap", "cpushares", "cpusetcpus", "cpuperiod", "cpuquota", "shmsize", "ulimits", "cgroupparent"):
+    for name in ("memory", "memswap", "cpushares", "cpusetcpus", "cpuperiod", "cpuquota", "shmsize", "ulimits",
+                 "cgroupparent"):
         if request.value(name) not in ("", "0", "[]", "null"):
             warnings.append(f"[Warning] {name} is not carried out: nerdctl cannot limit a build")
     return arguments, warnings
@@ -6600,7 +6776,8 @@ def registry_config(request: Request) -> Dict[str, Dict[str, str]]:
     auths: Dict[str, Dict[str, str]] = {}
     for registry, entry in typed(entries.get("auths", entries), dict, "X-Registry-Config").items():
         host = re.sub(r"^https?://", "", registry).partition("/")[0]
-        auths.update(registry_auths({key: each for key, each in typed(entry, dict, registry).items() if isinstance(each, str)}, host))
+        auths.update(registry_auths({key: each for key, each in typed(entry, dict, registry).items()
+                                     if isinstance(each, str)}, host))
     return auths
 
 
@@ -6722,9 +6899,12 @@ def raise_unavailable(lines: Iterable[str]) -> None:
 def docker_cache(record: Dict[str, Any]) -> Dict[str, Any]:
     """A record of BuildKit's cache as Docker shows it."""
     return {
-        "ID": record.get("id") or "", "Parents": record.get("parents") or None, "Type": record.get("recordType") or record.get("type") or "regular",
-        "Description": record.get("description") or "", "InUse": bool(record.get("inUse")), "Shared": bool(record.get("shared")),
-        "Size": record.get("size") or 0, "CreatedAt": record.get("createdAt") or ZERO_TIME, "LastUsedAt": record.get("lastUsedAt"),
+        "ID": record.get("id") or "", "Parents": record.get("parents") or None, "Type": record.get("recordType")
+        or record.get("type") or "regular",
+        "Description": record.get("description") or "", "InUse": bool(record.get("inUse")),
+        "Shared": bool(record.get("shared")),
+        "Size": record.get("size") or 0, "CreatedAt": record.get("createdAt") or ZERO_TIME,
+        "LastUsedAt": record.get("lastUsedAt"),
         "UsageCount": record.get("usageCount") or 0,
     }
 
@@ -6749,16 +6929,20 @@ PRUNE_FILTERS = ("description", "id", "inuse", "label", "parent", "private", "sh
 
 @route("POST", "/build/prune")
 def build_prune(engine: Engine, request: Request) -> Response:
-    """Remove build cache, by BuildKit's own filters and `until`; 503 where there is no buildctl or no buildkitd answers."""
+    """Remove build cache, by BuildKit's own filters and `until`; 503 where there is no buildctl or no buildkitd
+    answers."""
     filters = request.filters(*PRUNE_FILTERS)
     arguments = ["prune", "--format", "{{json .}}", *(["--all"] if request.flag("all") else [])]
     for key, values in filters.items():
         for value in values:
             if key in ("until", "unused-for"):
-                arguments.append(f"--keep-duration={max(0, round((time.time_ns() - (until_limit([value]) or 0)) / 1e9))}s")
+                age = (time.time_ns() - (until_limit([value]) or 0)) / 1e9
+                arguments.append(f"--keep-duration={max(0, round(age))}s")
             else:
-                arguments.append(f"--filter={key}=={value}" if key not in ("inuse", "private", "shared") else f"--filter={key}")
-    reserved, limit = request.integer("reserved-space") or request.integer("keep-storage"), request.integer("max-used-space")
+                arguments.append(f"--filter={key}=={value}" if key not in ("inuse", "private", "shared")
+                                 else f"--filter={key}")
+    reserved = request.integer("reserved-space") or request.integer("keep-storage")
+    limit = request.integer("max-used-space")
     for flag, size in (("keep-storage", limit or reserved), ("keep-storage-min", reserved if limit else 0),
                        ("free-storage", request.integer("min-free-space"))):
         if size:
@@ -6769,7 +6953,8 @@ def build_prune(engine: Engine, request: Request) -> Response:
             "buildkitd does not answer: start it with a containerd worker, or say where it is with --buildkit-host")
     rows = [each for row in parse_rows(output.stdout) for each in (row if isinstance(row, list) else [row])]
     engine.journal.emit("builder", "prune", "", {"reclaimed": str(sum(row.get("size") or 0 for row in rows))})
-    return Response(200, {"CachesDeleted": [row.get("id") for row in rows] or None, "SpaceReclaimed": sum(row.get("size") or 0 for row in rows)})
+    return Response(200, {"CachesDeleted": [row.get("id") for row in rows] or None,
+                          "SpaceReclaimed": sum(row.get("size") or 0 for row in rows)})
 
 
 ###############################################################################
@@ -6812,7 +6997,8 @@ def parse_mounts(labels: Dict[str, str]) -> List[Dict[str, Any]]:
         mount.update({"Source": each.get("Source") or "", "Destination": each.get("Destination") or ""})
         if mount["Type"] == "volume":
             mount["Driver"] = each.get("Driver") or "local"
-        mount.update({"Mode": each.get("Mode") or "", "RW": bool(each.get("RW", True)), "Propagation": each.get("Propagation") or ""})
+        mount.update({"Mode": each.get("Mode") or "", "RW": bool(each.get("RW", True)),
+                      "Propagation": each.get("Propagation") or ""})
         mounts.append(mount)
     return mounts
 
@@ -6821,7 +7007,8 @@ def docker_mounts(container: Container) -> List[Dict[str, Any]]:
     """The mounts of a container as Docker shows them: of those in memory only what was asked for as a mount."""
     host = container.host_config
     shown = {each["Target"] for each in host.get("Mounts") or []}
-    modes = {parts[1]: parts[2] if len(parts) > 2 else "" for parts in (each.split(":") for each in host.get("Binds") or []) if len(parts) > 1}
+    modes = {parts[1]: parts[2] if len(parts) > 2 else "" for parts in (each.split(":") for each in host.get("Binds")
+                                                                        or []) if len(parts) > 1}
     mounts = []
     for each in parse_mounts(container.labels):
         if each["Type"] == "bind":
@@ -6841,18 +7028,22 @@ def request_labels(body: Dict[str, Any]) -> Dict[str, str]:
     return {f"{LABEL_REQUEST}.{number}": part for number, part in enumerate(parts)}
 
 
-def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, Any], asked: Dict[str, Any]) -> Dict[str, Any]:
+def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, Any],
+             asked: Dict[str, Any]) -> Dict[str, Any]:
     """One entry of NetworkSettings.Networks. `network` is the snapshot's, `address` of its interface, `asked` the
     request's EndpointSettings."""
     running = bool(address)
     identity = network.get("Id") or ""
-    config = next((each for each in (network.get("IPAM") or {}).get("Config") or [] if ":" not in (each.get("Subnet") or ":")), {})
+    config = next((each for each in (network.get("IPAM") or {}).get("Config") or []
+                   if ":" not in (each.get("Subnet") or ":")), {})
     return {
-        "IPAMConfig": asked.get("IPAMConfig"), "Links": asked.get("Links"), "Aliases": asked.get("Aliases"), "DriverOpts": asked.get("DriverOpts"),
+        "IPAMConfig": asked.get("IPAMConfig"), "Links": asked.get("Links"), "Aliases": asked.get("Aliases"),
+        "DriverOpts": asked.get("DriverOpts"),
         "GwPriority": 0, "NetworkID": identity,
         "EndpointID": sha256(f"{container.id}/{identity}".encode()).hexdigest() if running else "",
         "Gateway": config.get("Gateway") or "" if running else "", "IPAddress": address.get("ip") or "",
-        "MacAddress": (address if running else {} if was_started(container) else {"mac": asked.get("MacAddress")}).get("mac") or "",
+        "MacAddress": (address if running else {} if was_started(container)
+                       else {"mac": asked.get("MacAddress")}).get("mac") or "",
         "IPPrefixLen": address.get("prefix") or 0, "IPv6Gateway": "", "GlobalIPv6Address": address.get("ip6") or "",
         "GlobalIPv6PrefixLen": address.get("prefix6") or 0, "DNSNames": None,
     }
@@ -6868,7 +7059,8 @@ def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -
     for number, name in enumerate(each for each in network_names(container) if not each.startswith("container:")):
         network = networks.get(name) or {}
         address = addresses[number] if number < len(addresses) else {}
-        wanted = asked.get(name) or asked.get(network.get("Id")) or (asked.get("default") if name == "bridge" else None) or {}
+        wanted = asked.get(name) or asked.get(network.get("Id")) or (asked.get("default") if name == "bridge"
+                                                                     else None) or {}
         found[network.get("Name") or name] = endpoint(container, network, address, wanted)
     return found
 
@@ -6897,7 +7089,8 @@ def quoted_command(container: Container) -> str:
 
 
 def open_ports(container: Container) -> List[Dict[str, Any]]:
-    """The ports of a running container: those published, and those that are only exposed, without a port of the host."""
+    """The ports of a running container: those published, and those that are only exposed, without a port of the
+    host."""
     if not container.running:
         return []
     ports = container.ports
@@ -6905,7 +7098,8 @@ def open_ports(container: Container) -> List[Dict[str, Any]]:
     if network_mode(container) in ("host", "none") or network_mode(container).startswith("container:"):
         return ports
     exposed = (each.partition("/") for each in container.request.get("ExposedPorts") or {})
-    rest = sorted({(int_or_zero(number), kind or "tcp") for number, _, kind in exposed if int_or_zero(number)} - published)
+    rest = sorted({(int_or_zero(number), kind or "tcp") for number, _, kind in exposed
+                   if int_or_zero(number)} - published)
     return ports + [{"PrivatePort": number, "Type": kind} for number, kind in rest]
 
 
@@ -6922,9 +7116,11 @@ def lasting_row(container: Container) -> Dict[str, Any]:
     return container.memo["row"]
 
 
-def docker_container_row(container: Container, image_id: str, networks: Dict[str, Any], now: float, version: Tuple[int, int]) -> Dict[str, Any]:
+def docker_container_row(container: Container, image_id: str, networks: Dict[str, Any], now: float,
+                         version: Tuple[int, int]) -> Dict[str, Any]:
     """A container as `/containers/json` lists it."""
-    row = {**lasting_row(container), "ImageID": image_id, "Status": status_text(container.state, now), "NetworkSettings": {"Networks": networks}}
+    row = {**lasting_row(container), "ImageID": image_id, "Status": status_text(container.state, now),
+           "NetworkSettings": {"Networks": networks}}
     if version >= (1, 52):
         row["Health"] = {"Status": container.state.health or "none", "FailingStreak": 0}
     return row
@@ -6935,7 +7131,8 @@ def shown_image(container: Container) -> str:
     return container.request.get("Image") or familiar(container.image)
 
 
-CONTAINER_FILTERS = ("ancestor", "before", "expose", "exited", "health", "id", "isolation", "is-task", "label", "name", "network", "publish",
+CONTAINER_FILTERS = ("ancestor", "before", "expose", "exited", "health", "id", "isolation", "is-task", "label", "name",
+                     "network", "publish",
                      "since", "status", "volume")
 STATES = ("created", "running", "paused", "restarting", "removing", "exited", "dead")
 
@@ -6979,7 +7176,8 @@ def match_container(engine: Engine, container: Container, filters: Dict[str, Lis
         "exited": lambda wanted: state.kind == "exited" and str(state.exit_code) in wanted,
         "health": lambda wanted: (state.health or "none") in wanted,
         "network": lambda wanted: any(each in networks or any(
-            (engine.inventory.networks().get(name) or {}).get("Id", "").startswith(each) for name in networks) for each in wanted),
+            (engine.inventory.networks().get(name) or {}).get("Id", "").startswith(each) for name in networks)
+            for each in wanted),
         "volume": lambda wanted: any(each in (mount.get("Name"), mount["Destination"], mount["Source"])
                                      for each in wanted for mount in parse_mounts(container.labels)),
         "publish": lambda wanted: match_port(container.ports, "PublicPort", wanted),
@@ -7018,7 +7216,8 @@ def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: b
 
 
 def container_sizes(engine: Engine, containers: Iterable[Container]) -> Dict[str, Tuple[int, int]]:
-    """containerd's id -> bytes written and bytes in all of these containers; read anew, since no event tells of them."""
+    """containerd's id -> bytes written and bytes in all of these containers; read anew, since no event tells of
+    them."""
     found, below = {}, {}
     for container in containers:
         snapshotter, key = container.record.snapshotter, container.record.snapshot_key
@@ -7056,16 +7255,24 @@ def container_list(engine: Engine, request: Request) -> Response:
 
 
 HOST_CONFIG: Dict[str, Any] = {
-    "AutoRemove": False, "Binds": None, "BlkioDeviceReadBps": None, "BlkioDeviceReadIOps": None, "BlkioDeviceWriteBps": None,
-    "BlkioDeviceWriteIOps": None, "BlkioWeight": 0, "BlkioWeightDevice": [], "CapAdd": None, "CapDrop": None, "Cgroup": "",
-    "CgroupParent": "", "CgroupnsMode": "private", "ConsoleSize": [0, 0], "ContainerIDFile": "", "CpuCount": 0, "CpuPercent": 0, "CpuPeriod": 0,
+    "AutoRemove": False, "Binds": None, "BlkioDeviceReadBps": None, "BlkioDeviceReadIOps": None,
+    "BlkioDeviceWriteBps": None,
+    "BlkioDeviceWriteIOps": None, "BlkioWeight": 0, "BlkioWeightDevice": [], "CapAdd": None, "CapDrop": None,
+    "Cgroup": "",
+    "CgroupParent": "", "CgroupnsMode": "private", "ConsoleSize": [0, 0], "ContainerIDFile": "", "CpuCount": 0,
+    "CpuPercent": 0, "CpuPeriod": 0,
     "CpuQuota": 0, "CpuRealtimePeriod": 0, "CpuRealtimeRuntime": 0, "CpuShares": 0, "CpusetCpus": "", "CpusetMems": "",
-    "DeviceCgroupRules": None, "DeviceRequests": None, "Devices": [], "Dns": [], "DnsOptions": [], "DnsSearch": [], "ExtraHosts": None,
+    "DeviceCgroupRules": None, "DeviceRequests": None, "Devices": [], "Dns": [], "DnsOptions": [], "DnsSearch": [],
+    "ExtraHosts": None,
     "GroupAdd": None, "IOMaximumBandwidth": 0, "IOMaximumIOps": 0, "IpcMode": "private", "Isolation": "", "Links": None,
-    "LogConfig": {"Config": {}, "Type": "json-file"}, "MaskedPaths": [], "Memory": 0, "MemoryReservation": 0, "MemorySwap": 0,
-    "MemorySwappiness": None, "NanoCpus": 0, "NetworkMode": "bridge", "OomKillDisable": False, "OomScoreAdj": 0, "PidMode": "",
-    "PidsLimit": None, "PortBindings": {}, "Privileged": False, "PublishAllPorts": False, "ReadonlyPaths": [], "ReadonlyRootfs": False,
-    "RestartPolicy": {"MaximumRetryCount": 0, "Name": "no"}, "Runtime": "runc", "SecurityOpt": None, "ShmSize": 67108864,
+    "LogConfig": {"Config": {}, "Type": "json-file"}, "MaskedPaths": [], "Memory": 0, "MemoryReservation": 0,
+    "MemorySwap": 0,
+    "MemorySwappiness": None, "NanoCpus": 0, "NetworkMode": "bridge", "OomKillDisable": False, "OomScoreAdj": 0,
+    "PidMode": "",
+    "PidsLimit": None, "PortBindings": {}, "Privileged": False, "PublishAllPorts": False, "ReadonlyPaths": [],
+    "ReadonlyRootfs": False,
+    "RestartPolicy": {"MaximumRetryCount": 0, "Name": "no"}, "Runtime": "runc", "SecurityOpt": None,
+    "ShmSize": 67108864,
     "UTSMode": "", "Ulimits": [], "UsernsMode": "", "VolumeDriver": "", "VolumesFrom": None,
 }
 
@@ -7077,7 +7284,8 @@ DEFAULT_RUNTIME = {"io.containerd.runc.v2": "runc"}
 def held_policy(container: Container) -> str:
     """The restart policy of a container that hold_down() has given another one, "" for any other."""
     labels = container.labels
-    if labels.get("containerd.io/restart.policy") != "unless-stopped" or labels.get("containerd.io/restart.explicitly-stopped") != "true":
+    if (labels.get("containerd.io/restart.policy") != "unless-stopped"
+            or labels.get("containerd.io/restart.explicitly-stopped") != "true"):
         return ""
     if os.path.isdir(container.folder):
         with contextlib.suppress(OSError):
@@ -7092,12 +7300,14 @@ def held_policy(container: Container) -> str:
 
 
 def hold_note(container: Container) -> str:
-    """Where the policy of a container that is held down is noted: beside what nerdctl keeps of it, and gone with that."""
+    """Where the policy of a container that is held down is noted: beside what nerdctl keeps of it, and gone with
+    that."""
     return os.path.join(container.folder, "nerdctld.restart")
 
 
 def note_policy(container: Container, policy: str) -> None:
-    """Note the policy that a start is to give back, or with "" that there is none, where nerdctl's folder is within reach."""
+    """Note the policy that a start is to give back, or with "" that there is none, where nerdctl's folder is within
+    reach."""
     if not container.folder:
         return
     with contextlib.suppress(OSError):
@@ -7110,7 +7320,8 @@ def note_policy(container: Container, policy: str) -> None:
 
 def restart_policy(container: Container) -> Dict[str, Any]:
     """Docker's RestartPolicy from containerd's label."""
-    name, _, count = (held_policy(container) or container.labels.get("containerd.io/restart.policy") or "no").partition(":")
+    name, _, count = (held_policy(container) or container.labels.get("containerd.io/restart.policy")
+                      or "no").partition(":")
     return {"Name": name, "MaximumRetryCount": int(count) if count.isdigit() else 0}
 
 
@@ -7118,11 +7329,13 @@ def port_bindings(container: Container) -> Dict[str, Any]:
     """Docker's port map of what is published."""
     found: Dict[str, Any] = {}
     for port in container.ports:
-        found.setdefault(f"{port['PrivatePort']}/{port['Type']}", []).append({"HostIp": port["IP"], "HostPort": str(port["PublicPort"])})
+        found.setdefault(f"{port['PrivatePort']}/{port['Type']}",
+                         []).append({"HostIp": port["IP"], "HostPort": str(port["PublicPort"])})
     return found
 
 
-UPDATED_FIELDS = ("NanoCpus", "CpuShares", "CpusetCpus", "CpusetMems", "Memory", "MemoryReservation", "MemorySwap", "PidsLimit")
+UPDATED_FIELDS = ("NanoCpus", "CpuShares", "CpusetCpus", "CpusetMems", "Memory", "MemoryReservation", "MemorySwap",
+                  "PidsLimit")
 
 
 def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, Any]:
@@ -7138,18 +7351,24 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
     with contextlib.suppress(ValueError):
         ipc = json.loads(labels.get("nerdctl/ipc") or "{}")
     found.update({
-        "AutoRemove": labels.get("nerdctl/auto-remove") == "true", "CpuPeriod": cpu.get("period") or 0, "CpuQuota": cpu.get("quota") or 0,
+        "AutoRemove": labels.get("nerdctl/auto-remove") == "true", "CpuPeriod": cpu.get("period") or 0,
+        "CpuQuota": cpu.get("quota") or 0,
         "CpuShares": cpu.get("shares") or 0, "CpusetCpus": cpu.get("cpus") or "", "CpusetMems": cpu.get("mems") or "",
-        "IpcMode": ipc.get("mode") or "private", "LogConfig": {"Type": log.get("driver") or "json-file", "Config": log.get("opts") or {}},
+        "IpcMode": ipc.get("mode") or "private", "LogConfig": {"Type": log.get("driver") or "json-file",
+                                                               "Config": log.get("opts") or {}},
         "MaskedPaths": linux.get("maskedPaths") or [], "ReadonlyPaths": linux.get("readonlyPaths") or [],
-        "Memory": memory.get("limit") or 0, "MemoryReservation": memory.get("reservation") or 0, "MemorySwap": memory.get("swap") or 0,
+        "Memory": memory.get("limit") or 0, "MemoryReservation": memory.get("reservation") or 0,
+        "MemorySwap": memory.get("swap") or 0,
         "NetworkMode": network_mode(container), "OomScoreAdj": (spec.get("process") or {}).get("oomScoreAdj") or 0,
         "PidsLimit": (resources.get("pids") or {}).get("limit") or None, "PortBindings": port_bindings(container),
-        "Privileged": labels.get("nerdctl/privileged") == "true", "ReadonlyRootfs": bool((spec.get("root") or {}).get("readonly")),
-        "RestartPolicy": restart_policy(container), "Runtime": DEFAULT_RUNTIME.get(container.runtime, container.runtime) or found["Runtime"],
+        "Privileged": labels.get("nerdctl/privileged") == "true",
+        "ReadonlyRootfs": bool((spec.get("root") or {}).get("readonly")),
+        "RestartPolicy": restart_policy(container),
+        "Runtime": DEFAULT_RUNTIME.get(container.runtime, container.runtime) or found["Runtime"],
         "Binds": [f"{mount['Source']}:{mount['Destination']}" + ("" if mount["RW"] else ":ro")
                   for mount in parse_mounts(labels) if mount["Type"] == "bind" and not container.request] or None,
-        "CgroupnsMode": "private" if any(each.get("type") == "cgroup" for each in linux.get("namespaces") or []) else "host",
+        "CgroupnsMode": "private" if any(each.get("type") == "cgroup" for each in linux.get("namespaces") or [])
+        else "host",
     })
     asked = container.host_config
     if found["CpuQuota"] > 0 and found["CpuPeriod"] and not (asked.get("CpuPeriod") or asked.get("CpuQuota")):
@@ -7159,7 +7378,8 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
             # `docker update` changes it later, and what nerdctl tells follows.
             continue
         if key == "PortBindings" and isinstance(value, dict):
-            value = {port if "/" in port else port + "/tcp": [{"HostIp": "", "HostPort": "", **each} for each in places or []]
+            value = {port if "/" in port else port + "/tcp": [{"HostIp": "", "HostPort": "", **each} for each in places
+                                                              or []]
                      for port, places in value.items()}
         if key == "LogConfig" and isinstance(value, dict):
             value = {**value, "Type": value.get("Type") or found[key]["Type"], "Config": value.get("Config") or {}}
@@ -7184,9 +7404,12 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
         entrypoint = asked["Entrypoint"] if asked.get("Entrypoint") is not None else image.get("Entrypoint")
         command = asked.get("Cmd") or (None if asked.get("Entrypoint") is not None else image.get("Cmd"))
     found = {
-        "Hostname": container.labels.get("nerdctl/hostname") or spec.get("hostname") or "", "Domainname": container.labels.get("nerdctl/domainname") or "",
-        "User": container.labels.get("nerdctl/user") or image.get("User") or "", "AttachStdin": bool(asked.get("AttachStdin")),
-        "AttachStdout": bool(asked.get("AttachStdout", not asked)), "AttachStderr": bool(asked.get("AttachStderr", not asked)),
+        "Hostname": container.labels.get("nerdctl/hostname") or spec.get("hostname") or "",
+        "Domainname": container.labels.get("nerdctl/domainname") or "",
+        "User": container.labels.get("nerdctl/user") or image.get("User") or "",
+        "AttachStdin": bool(asked.get("AttachStdin")),
+        "AttachStdout": bool(asked.get("AttachStdout", not asked)),
+        "AttachStderr": bool(asked.get("AttachStderr", not asked)),
         "Tty": bool(asked.get("Tty", process.get("terminal", False))), "OpenStdin": bool(asked.get("OpenStdin", False)),
         "StdinOnce": bool(asked.get("StdinOnce", False)),
         # What has no value is no variable, and dockerd keeps it nevertheless.
@@ -7215,7 +7438,8 @@ def docker_state(state: State, out_of_memory: bool, health: Optional[Dict[str, A
     """State, with times of RFC 3339."""
     found = {
         "Status": state.kind, "Running": state.running or state.kind == "restarting", "Paused": state.kind == "paused",
-        "Restarting": state.kind == "restarting", "OOMKilled": out_of_memory, "Dead": state.kind == "dead", "Pid": state.pid,
+        "Restarting": state.kind == "restarting", "OOMKilled": out_of_memory, "Dead": state.kind == "dead",
+        "Pid": state.pid,
         "ExitCode": state.exit_code or 0, "Error": state.error,
         "StartedAt": rfc3339(state.started_at), "FinishedAt": rfc3339(state.finished_at),
     }
@@ -7224,7 +7448,8 @@ def docker_state(state: State, out_of_memory: bool, health: Optional[Dict[str, A
     return found
 
 
-def docker_container(engine: Engine, container: Container, image: Optional[ImageGroup], version: Tuple[int, int]) -> Dict[str, Any]:
+def docker_container(engine: Engine, container: Container, image: Optional[ImageGroup],
+                     version: Tuple[int, int]) -> Dict[str, Any]:
     """A container as `/containers/{id}/json` shows it."""
     spec, arguments = container.spec, own_arguments(container) or [""]
     config = docker_config(container, spec, (image.config.get("config") or {}) if image else {})
@@ -7232,17 +7457,21 @@ def docker_container(engine: Engine, container: Container, image: Optional[Image
     driver = container.record.snapshotter or "overlayfs"
     found = {
         "Id": container.id, "Created": rfc3339(container.created), "Path": arguments[0], "Args": arguments[1:],
-        "State": docker_state(container.state, container.real in engine.inventory.out_of_memory, container_health(container)),
+        "State": docker_state(container.state, container.real in engine.inventory.out_of_memory,
+                              container_health(container)),
         "Image": image.id if image else "",
         "ResolvConfPath": os.path.join(container.folder, "resolv.conf") if container.folder else "",
         "HostnamePath": os.path.join(container.folder, "hostname") if container.folder else "", "HostsPath": hosts,
-        "LogPath": log_path(container), "Name": "/" + container.name, "RestartCount": int_or_zero(container.labels.get("containerd.io/restart.count") or ""),
+        "LogPath": log_path(container), "Name": "/" + container.name,
+        "RestartCount": int_or_zero(container.labels.get("containerd.io/restart.count") or ""),
         "Driver": driver, "Platform": "linux", "MountLabel": "", "ProcessLabel": "",
         "AppArmorProfile": (spec.get("process") or {}).get("apparmorProfile") or "",
-        "ExecIDs": [each.id for each in list(engine.execs.values()) if each.running and each.container.id == container.id] or None,
+        "ExecIDs": [each.id for each in list(engine.execs.values()) if each.running
+                    and each.container.id == container.id] or None,
         "HostConfig": docker_host_config(container, spec), "GraphDriver": {"Data": None, "Name": driver},
         "Mounts": docker_mounts(container), "Config": config,
-        "NetworkSettings": network_settings(container, config, docker_networks(container, engine.inventory.networks()), version),
+        "NetworkSettings": network_settings(container, config, docker_networks(container, engine.inventory.networks()),
+                                            version),
     }
     if version >= (1, 52):
         found["Storage"] = {"RootFS": {"Snapshot": {"Name": found.pop("GraphDriver")["Name"]}}}
@@ -7251,16 +7480,19 @@ def docker_container(engine: Engine, container: Container, image: Optional[Image
     return found
 
 
-def network_settings(container: Container, config: Dict[str, Any], attached: Dict[str, Any], version: Tuple[int, int]) -> Dict[str, Any]:
+def network_settings(container: Container, config: Dict[str, Any], attached: Dict[str, Any],
+                     version: Tuple[int, int]) -> Dict[str, Any]:
     """NetworkSettings, before API 1.51 with the fields of the first network once more."""
     ports: Dict[str, Any] = {key: None for key in config.get("ExposedPorts") or {}}
     ports.update(port_bindings(container) if container.running else {})
     settings = {
-        "SandboxID": sha256(container.id.encode()).hexdigest() if container.running else "", "SandboxKey": "", "Ports": ports, "Networks": attached,
+        "SandboxID": sha256(container.id.encode()).hexdigest() if container.running else "", "SandboxKey": "",
+        "Ports": ports, "Networks": attached,
     }
     if version < (1, 51):
         first = next(iter(attached.values()), {})
-        for key, empty in (("EndpointID", ""), ("Gateway", ""), ("GlobalIPv6Address", ""), ("GlobalIPv6PrefixLen", 0), ("IPAddress", ""),
+        for key, empty in (("EndpointID", ""), ("Gateway", ""), ("GlobalIPv6Address", ""), ("GlobalIPv6PrefixLen", 0),
+                           ("IPAddress", ""),
                            ("IPPrefixLen", 0), ("IPv6Gateway", ""), ("MacAddress", "")):
             settings[key] = first.get(key, empty)
     return settings
@@ -7281,8 +7513,8 @@ HEALTH_RESULTS = 5
 
 
 def container_health(container: Container) -> Optional[Dict[str, Any]]:
-    """State.Health of a container with a health check, None without and before its first start. nerdctl keeps the status in
-    a label, and one result a line in a file."""
+    """State.Health of a container with a health check, None without and before its first start. nerdctl keeps the
+    status in a label, and one result a line in a file."""
     if not container.labels.get("nerdctl/healthcheck") or not was_started(container):
         return None
     found: Any = None
@@ -7294,7 +7526,8 @@ def container_health(container: Container) -> Optional[Dict[str, Any]]:
         for line in file:
             with contextlib.suppress(ValueError):
                 results.append(json.loads(line))
-    return {"Status": found.get("Status") or "starting", "FailingStreak": found.get("FailingStreak") or 0, "Log": list(results)[::-1]}
+    return {"Status": found.get("Status") or "starting", "FailingStreak": found.get("FailingStreak") or 0,
+            "Log": list(results)[::-1]}
 
 
 def image_of(engine: Engine, container: Container) -> Optional[ImageGroup]:
@@ -7352,15 +7585,17 @@ def _pairs(value: Any, flag: str, what: str) -> List[str]:
     return [f"{flag}={key}={each}" for key, each in string_map(value, what).items()]
 
 
-# Field of the create request -> flag of nerdctl create, and how its value becomes words. What needs more than that is in
-# the functions below.
+# Field of the create request -> flag of nerdctl create, and how its value becomes words. What needs more than that is
+# in the functions below.
 CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str, str], List[str]]], ...] = (
     ("Domainname", "--domainname", _text), ("User", "--user", _text), ("Tty", "--tty", _switch),
     ("OpenStdin", "--interactive", _switch), ("StopSignal", "--stop-signal", _text), ("WorkingDir", "--workdir", _text),
     ("HostConfig.CapAdd", "--cap-add", _listed),
-    ("HostConfig.CapDrop", "--cap-drop", _listed), ("HostConfig.CgroupnsMode", "--cgroupns", _text), ("HostConfig.Dns", "--dns", _listed),
+    ("HostConfig.CapDrop", "--cap-drop", _listed), ("HostConfig.CgroupnsMode", "--cgroupns", _text),
+    ("HostConfig.Dns", "--dns", _listed),
     ("HostConfig.DnsOptions", "--dns-option", _listed), ("HostConfig.DnsSearch", "--dns-search", _listed),
-    ("HostConfig.ExtraHosts", "--add-host", _listed), ("HostConfig.GroupAdd", "--group-add", _listed), ("HostConfig.UTSMode", "--uts", _text),
+    ("HostConfig.ExtraHosts", "--add-host", _listed), ("HostConfig.GroupAdd", "--group-add", _listed),
+    ("HostConfig.UTSMode", "--uts", _text),
     ("HostConfig.OomScoreAdj", "--oom-score-adj", _number), ("HostConfig.Privileged", "--privileged", _switch),
     ("HostConfig.ReadonlyRootfs", "--read-only", _switch), ("HostConfig.Runtime", "--runtime", _text),
     ("HostConfig.UsernsMode", "--userns", _text),
@@ -7370,17 +7605,20 @@ CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str, str], List[str]]], ...] 
     ("HostConfig.CpuQuota", "--cpu-quota", _number), ("HostConfig.CpuRealtimePeriod", "--cpu-rt-period", _number),
     ("HostConfig.CpuRealtimeRuntime", "--cpu-rt-runtime", _number), ("HostConfig.CpusetCpus", "--cpuset-cpus", _text),
     ("HostConfig.CpusetMems", "--cpuset-mems", _text), ("HostConfig.Memory", "--memory", _number),
-    ("HostConfig.MemoryReservation", "--memory-reservation", _number), ("HostConfig.MemorySwap", "--memory-swap", _number),
-    ("HostConfig.KernelMemory", "--kernel-memory", _number), ("HostConfig.OomKillDisable", "--oom-kill-disable", _switch),
+    ("HostConfig.MemoryReservation", "--memory-reservation", _number),
+    ("HostConfig.MemorySwap", "--memory-swap", _number),
+    ("HostConfig.KernelMemory", "--kernel-memory", _number),
+    ("HostConfig.OomKillDisable", "--oom-kill-disable", _switch),
     ("HostConfig.PidsLimit", "--pids-limit", _number), ("HostConfig.BlkioWeight", "--blkio-weight", _number),
 )
 # Accepted by dockerd and without a counterpart in nerdctl.
-IGNORED_FIELDS = ("DeviceCgroupRules", "StorageOpt", "CpuCount", "CpuPercent", "IOMaximumIOps", "IOMaximumBandwidth", "Cgroup")
+IGNORED_FIELDS = ("DeviceCgroupRules", "StorageOpt", "CpuCount", "CpuPercent", "IOMaximumIOps", "IOMaximumBandwidth",
+                  "Cgroup")
 
 
 def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callable[[str], int]] = None) -> List[str]:
-    """`--publish` words for PortBindings and, with PublishAllPorts, for every exposed port; `pick` finds a port of the host
-    where none is asked for. 400 for what is no port."""
+    """`--publish` words for PortBindings and, with PublishAllPorts, for every exposed port; `pick` finds a port of the
+    host where none is asked for. 400 for what is no port."""
     host = typed(body.get("HostConfig"), dict, "HostConfig")
     for each in typed(body.get("ExposedPorts"), dict, "ExposedPorts"):
         if not re.fullmatch(r"[0-9]{1,5}(-[0-9]{1,5})?(/(tcp|udp|sctp))?", each):
@@ -7403,7 +7641,8 @@ def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callab
                 # A rootless nerdctl picks no port by itself.
                 number = str((pick or free_port)(found.group(2) or "tcp"))
             number = "" if number == "0" else number
-            place_words = [f"[{address}]" if ":" in address else address, number] if address else [number] if number else []
+            place_words = [f"[{address}]" if ":" in address else address,
+                           number] if address else [number] if number else []
             words.append("--publish=" + ":".join([*place_words, found.group(1)]) + "/" + (found.group(2) or "tcp"))
     return list(dict.fromkeys(words))
 
@@ -7425,8 +7664,8 @@ def unused_port(kind: str) -> int:
 
 
 def pick_port(engine: Engine, kind: str) -> int:
-    """A free port of the host for a container. nerdctl's own choice leaves out what runs, so that two containers that are
-    created one after the other, and then started, would get the same."""
+    """A free port of the host for a container. nerdctl's own choice leaves out what runs, so that two containers that
+    are created one after the other, and then started, would get the same."""
     taken = {port["PublicPort"] for each in engine.inventory.containers().values() for port in each.ports}
     with engine.lock:
         engine.picked.append(free_port(kind, taken.union(engine.picked)))
@@ -7444,7 +7683,8 @@ def mount_word(mount: Dict[str, Any]) -> str:
     if not target:
         raise BadParameter(f"invalid mount config for type \"{kind}\": field Target must not be empty")
     if not target.startswith("/"):
-        raise BadParameter(f"invalid mount config for type \"{kind}\": invalid mount path: '{target}' mount path must be absolute")
+        raise BadParameter(f"invalid mount config for type \"{kind}\": invalid mount path: '{target}' mount path must "
+                           "be absolute")
     words = [f"type={kind}", f"target={target}"]
     if kind == "bind":
         options = typed(mount.get("BindOptions"), dict, "BindOptions")
@@ -7470,9 +7710,11 @@ def mount_word(mount: Dict[str, Any]) -> str:
 def check_volume_name(name: str) -> None:
     """400 for what no volume can be called."""
     if len(name) == 1:
-        raise BadParameter(f"create {name}: volume name is too short, names should be at least two alphanumeric characters")
+        raise BadParameter(f"create {name}: volume name is too short, names should be at least two alphanumeric "
+                           "characters")
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", name):
-        raise BadParameter(f'create {name}: "{name}" includes invalid characters for a local volume name, only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. '
+        raise BadParameter(f'create {name}: "{name}" includes invalid characters for a local volume name, only '
+                           '"[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. '
                            "If you intended to pass a host directory, use absolute path")
 
 
@@ -7480,7 +7722,8 @@ def created_bind(mount: Dict[str, Any]) -> str:
     """The word for a bind whose source is to be made, as only `--volume` does it; "" for any other mount."""
     mount_word(mount)
     options, source = typed(mount.get("BindOptions"), dict, "BindOptions"), mount.get("Source") or ""
-    if mount.get("Type") != "bind" or not options.get("CreateMountpoint") or os.path.lexists(source) or ":" in source + mount["Target"]:
+    if (mount.get("Type") != "bind" or not options.get("CreateMountpoint") or os.path.lexists(source)
+            or ":" in source + mount["Target"]):
         return ""
     kept = [each for each in ("ro" if mount.get("ReadOnly") else "", options.get("Propagation") or "") if each]
     return "--volume=" + ":".join([source, mount["Target"], *([",".join(kept)] if kept else [])])
@@ -7501,7 +7744,8 @@ def bind_word(text: str) -> str:
     if len(parts) == 3:
         if not all(BIND_MODE.fullmatch(each) for each in parts[2].split(",")):
             raise BadParameter(f"invalid mode: {parts[2]}")
-        kept = [each for each in parts[2].split(",") if each and each not in ("nocopy", "cached", "delegated", "consistent")]
+        kept = [each for each in parts[2].split(",") if each
+                and each not in ("nocopy", "cached", "delegated", "consistent")]
         parts[2:] = [",".join(kept)] if kept else []
     return ":".join(parts)
 
@@ -7511,14 +7755,16 @@ def mount_args(body: Dict[str, Any]) -> List[str]:
     host = typed(body.get("HostConfig"), dict, "HostConfig")
     words = [f"--volume={bind_word(each)}" for each in string_list(host.get("Binds"), "Binds")]
     mounts = [typed(each, dict, "Mounts") for each in typed(host.get("Mounts"), list, "Mounts")]
-    targets = [os.path.normpath((each.split(":") + [""])[1] or each) for each in string_list(host.get("Binds"), "Binds")]
+    targets = [os.path.normpath((each.split(":") + [""])[1] or each)
+               for each in string_list(host.get("Binds"), "Binds")]
     targets += [os.path.normpath(str(each.get("Target"))) for each in mounts]
     for target in [each for each in targets if targets.count(each) > 1]:
         raise BadParameter(f"Duplicate mount point: {target}")
     words += [created_bind(each) or f"--mount={mount_word(each)}" for each in mounts]
     for path, options in string_map(host.get("Tmpfs"), "Tmpfs").items():
         words.append(f"--tmpfs={path}:{options}" if options else f"--tmpfs={path}")
-    taken = {(each.split(":") + [""])[1] or each for each in string_list(host.get("Binds"), "Binds")} | {each.get("Target") for each in mounts}
+    taken = {(each.split(":") + [""])[1] or each for each in string_list(host.get("Binds"), "Binds")}
+    taken.update(each.get("Target") for each in mounts)
     for path in typed(body.get("Volumes"), dict, "Volumes"):
         if path not in taken:
             if not path.startswith("/"):
@@ -7544,7 +7790,8 @@ def health_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     if test[0] not in ("CMD", "CMD-SHELL"):
         raise BadParameter(f"unknown health check type: {test[0]!r}")
     words = ["--health-cmd=" + (" ".join(test[1:]) if test[0] == "CMD-SHELL" else shlex.join(test[1:]))]
-    for key, flag in (("Interval", "--health-interval"), ("Timeout", "--health-timeout"), ("StartPeriod", "--health-start-period")):
+    for key, flag in (("Interval", "--health-interval"), ("Timeout", "--health-timeout"),
+                      ("StartPeriod", "--health-start-period")):
         duration = typed(check.get(key), int, key)
         if duration and duration < 10**6:
             raise BadParameter(f"{key} in Healthcheck cannot be less than 1ms")
@@ -7555,10 +7802,12 @@ def health_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
 
 
 CAPABILITIES = frozenset(
-    "ALL AUDIT_CONTROL AUDIT_READ AUDIT_WRITE BLOCK_SUSPEND BPF CHECKPOINT_RESTORE CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID IPC_LOCK IPC_OWNER KILL "
-    "LEASE LINUX_IMMUTABLE MAC_ADMIN MAC_OVERRIDE MKNOD NET_ADMIN NET_BIND_SERVICE NET_BROADCAST NET_RAW PERFMON SETFCAP SETGID SETPCAP SETUID SYSLOG SYS_ADMIN "
-    "SYS_BOOT SYS_CHROOT SYS_MODULE SYS_NICE SYS_PACCT SYS_PTRACE SYS_RAWIO SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG WAKE_ALARM".split())
-SECURITY_OPTIONS = ("apparmor", "label", "no-new-privileges", "privileged-without-host-devices", "seccomp", "systempaths", "writable-cgroups")
+    "ALL AUDIT_CONTROL AUDIT_READ AUDIT_WRITE BLOCK_SUSPEND BPF CHECKPOINT_RESTORE CHOWN DAC_OVERRIDE DAC_READ_SEARCH "
+    "FOWNER FSETID IPC_LOCK IPC_OWNER KILL LEASE LINUX_IMMUTABLE MAC_ADMIN MAC_OVERRIDE MKNOD NET_ADMIN "
+    "NET_BIND_SERVICE NET_BROADCAST NET_RAW PERFMON SETFCAP SETGID SETPCAP SETUID SYSLOG SYS_ADMIN SYS_BOOT SYS_CHROOT "
+    "SYS_MODULE SYS_NICE SYS_PACCT SYS_PTRACE SYS_RAWIO SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG WAKE_ALARM".split())
+SECURITY_OPTIONS = ("apparmor", "label", "no-new-privileges", "privileged-without-host-devices", "seccomp",
+                    "systempaths", "writable-cgroups")
 
 
 def check_privileges(host: Dict[str, Any]) -> None:
@@ -7575,9 +7824,11 @@ def security_args(host: Dict[str, Any]) -> List[str]:
     nerdctl would drop in silence."""
     words = []
     for each in string_list(host.get("SecurityOpt"), "SecurityOpt"):
-        name, sign, value = re.fullmatch("(?s)([^=:]*)([=:]?)(.*)", "label=disable" if each == "disable" else each).groups()
+        name, sign, value = re.fullmatch("(?s)([^=:]*)([=:]?)(.*)", "label=disable" if each == "disable"
+                                         else each).groups()
         known = name in SECURITY_OPTIONS and (sign or name not in ("apparmor", "label", "seccomp"))
-        if not known or name == "no-new-privileges" and sign and value.lower() not in ("1", "t", "true", "0", "f", "false"):
+        if not known or name == "no-new-privileges" and sign and value.lower() not in ("1", "t", "true", "0", "f",
+                                                                                       "false"):
             raise BadParameter(f'invalid --security-opt 2: "{each}"')
         if name == "seccomp":
             value = value.strip()
@@ -7591,7 +7842,8 @@ def security_args(host: Dict[str, Any]) -> List[str]:
 
 @contextlib.contextmanager
 def profile_files(engine: Engine, words: List[str]) -> Iterator[List[str]]:
-    """Context in which a seccomp profile, which clients send as its text, is the path of a file, as nerdctl takes it."""
+    """Context in which a seccomp profile, which clients send as its text, is the path of a file, as nerdctl takes
+    it."""
     start = "--security-opt=seccomp="
     if not any(each.startswith(start + "{") for each in words):
         yield words
@@ -7606,13 +7858,15 @@ def profile_files(engine: Engine, words: List[str]) -> Iterator[List[str]]:
 def restart_args(host: Dict[str, Any]) -> List[str]:
     """Words for the restart policy; 400 with dockerd's words where it cannot be."""
     policy = typed(host.get("RestartPolicy"), dict, "RestartPolicy")
-    name, count = typed(policy.get("Name"), str, "RestartPolicy.Name"), typed(policy.get("MaximumRetryCount"), int, "MaximumRetryCount")
+    name, count = typed(policy.get("Name"), str, "RestartPolicy.Name"), typed(policy.get("MaximumRetryCount"), int,
+                                                                              "MaximumRetryCount")
     if name in ("", "no"):
         if count and name:
             raise BadParameter("invalid restart policy: maximum retry count cannot be used with 'no'")
         return []
     if name not in ("always", "unless-stopped", "on-failure"):
-        raise BadParameter(f"invalid restart policy: unknown policy '{name}'; use one of 'no', 'always', 'on-failure', or 'unless-stopped'")
+        raise BadParameter(f"invalid restart policy: unknown policy '{name}'; use one of 'no', 'always', 'on-failure', "
+                           "or 'unless-stopped'")
     if count and name != "on-failure":
         raise BadParameter("invalid restart policy: maximum retry count can only be used with 'on-failure'")
     if typed(host.get("AutoRemove"), bool, "AutoRemove"):
@@ -7634,9 +7888,12 @@ def device_args(host: Dict[str, Any]) -> List[str]:
             continue
         names = string_list(request.get("DeviceIDs"), "DeviceIDs")
         words.append("--gpus=" + (csv_word("device=" + ",".join(names)) if names else
-                                  "all" if request.get("Count") in (-1, None) else str(typed(request.get("Count"), int, "Count"))))
-    for key, flag, value in (("BlkioWeightDevice", "--blkio-weight-device", "Weight"), ("BlkioDeviceReadBps", "--device-read-bps", "Rate"),
-                             ("BlkioDeviceWriteBps", "--device-write-bps", "Rate"), ("BlkioDeviceReadIOps", "--device-read-iops", "Rate"),
+                                  "all" if request.get("Count") in (-1, None)
+                                  else str(typed(request.get("Count"), int, "Count"))))
+    for key, flag, value in (("BlkioWeightDevice", "--blkio-weight-device", "Weight"),
+                             ("BlkioDeviceReadBps", "--device-read-bps", "Rate"),
+                             ("BlkioDeviceWriteBps", "--device-write-bps", "Rate"),
+                             ("BlkioDeviceReadIOps", "--device-read-iops", "Rate"),
                              ("BlkioDeviceWriteIOps", "--device-write-iops", "Rate")):
         for each in typed(host.get(key), list, key):
             words.append(f"{flag}={typed(each, dict, key).get('Path')}:{typed(each.get(value), int, value)}")
@@ -7649,12 +7906,14 @@ def device_args(host: Dict[str, Any]) -> List[str]:
     return words
 
 
-def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]], find: Callable[[str], Container]) -> List[str]:
-    """Words for the networks: the mode first, then what else EndpointsConfig names. `networks` by name; `find` looks up a
-    container, for `container:NAME`."""
+def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]],
+                 find: Callable[[str], Container]) -> List[str]:
+    """Words for the networks: the mode first, then what else EndpointsConfig names. `networks` by name; `find` looks up
+    a container, for `container:NAME`."""
     host = typed(body.get("HostConfig"), dict, "HostConfig")
     mode = typed(host.get("NetworkMode"), str, "NetworkMode")
-    endpoints = typed(typed(body.get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig"), dict, "EndpointsConfig")
+    endpoints = typed(typed(body.get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig"), dict,
+                      "EndpointsConfig")
     if body.get("NetworkDisabled"):
         mode = "none"
     if mode.startswith("container:"):
@@ -7678,7 +7937,8 @@ def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]], find
     words = [f"--network={csv_word(name)}" for name in names]
     if len(names) == 1:
         address = typed(first.get("IPAMConfig"), dict, "IPAMConfig")
-        words += _text(address.get("IPv4Address"), "--ip", "IPv4Address") + _text(address.get("IPv6Address"), "--ip6", "IPv6Address")
+        words += _text(address.get("IPv4Address"), "--ip", "IPv4Address") + _text(address.get("IPv6Address"), "--ip6",
+                                                                                  "IPv6Address")
         words += _text(first.get("MacAddress") or body.get("MacAddress"), "--mac-address", "MacAddress")
     return words
 
@@ -7692,7 +7952,8 @@ def other_container(find: Callable[[str], Container], name: str) -> Container:
 
 
 def namespace_args(host: Dict[str, Any], find: Callable[[str], Container]) -> List[str]:
-    """Words for the IPC and PID namespaces, in which a container is named by its real id, and for what of /proc is hidden."""
+    """Words for the IPC and PID namespaces, in which a container is named by its real id, and for what of /proc is
+    hidden."""
     words = []
     for key, flag in (("IpcMode", "--ipc"), ("PidMode", "--pid")):
         mode = typed(host.get(key), str, key)
@@ -7714,7 +7975,8 @@ def init_args(host: Dict[str, Any]) -> List[str]:
 
 
 def volumes_from_args(host: Dict[str, Any], find: Callable[[str], Container]) -> List[str]:
-    """Words for the mounts of other containers, with `:ro` or `:rw` behind their names, which nerdctl's flag does not know."""
+    """Words for the mounts of other containers, with `:ro` or `:rw` behind their names, which nerdctl's flag does not
+    know."""
     words = []
     for each in string_list(host.get("VolumesFrom"), "VolumesFrom"):
         name, _, mode = each.partition(":")
@@ -7727,7 +7989,8 @@ def volumes_from_args(host: Dict[str, Any], find: Callable[[str], Container]) ->
         for mount in parse_mounts(container.labels):
             if mount.get("Type") in ("bind", "volume"):
                 source = mount.get("Name") or mount.get("Source") or ""
-                words.append(f"--volume={source}:{mount['Destination']}" + (":ro" if mode == "ro" or not mount.get("RW", True) else ""))
+                words.append(f"--volume={source}:{mount['Destination']}"
+                             + (":ro" if mode == "ro" or not mount.get("RW", True) else ""))
     return words
 
 
@@ -7745,7 +8008,8 @@ def unset_variables(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     """Variables of the image that the request wants to be gone: it has their names without a value."""
     asked = string_list(body.get("Env"), "Env")
     given = {each.partition("=")[0] for each in asked if "=" in each}
-    return [name for name in (each.partition("=")[0] for each in image.get("Env") or []) if name in asked and name not in given]
+    return [name for name in (each.partition("=")[0] for each in image.get("Env") or []) if name in asked
+            and name not in given]
 
 
 def environment_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
@@ -7770,12 +8034,14 @@ def command_words(body: Dict[str, Any], image: Dict[str, Any]) -> Tuple[List[str
 def check_limits(host: Dict[str, Any], update: bool = False) -> None:
     """400 with dockerd's words for limits that cannot be, of a create request's HostConfig or of an update."""
     memory, swap, reservation, cpus, period, quota, shm, oom, swappiness = (typed(host.get(key), int, key) for key in (
-        "Memory", "MemorySwap", "MemoryReservation", "NanoCpus", "CpuPeriod", "CpuQuota", "ShmSize", "OomScoreAdj", "MemorySwappiness"))
+        "Memory", "MemorySwap", "MemoryReservation", "NanoCpus", "CpuPeriod", "CpuQuota", "ShmSize", "OomScoreAdj",
+        "MemorySwappiness"))
     least, processors = 6 << 20, os.cpu_count() or 1
     for wrong, message in (
         (memory and memory < least, "Minimum memory limit allowed is 6MB"),
         (0 < swap < memory, "Minimum memoryswap limit should be larger than memory limit, see usage"),
-        (swap > 0 and not memory and not update, "You should always set the Memory limit when using Memoryswap limit, see usage"),
+        (swap > 0 and not memory and not update,
+         "You should always set the Memory limit when using Memoryswap limit, see usage"),
         (not -1 <= swappiness <= 100, f"Invalid value: {swappiness}, valid memory swappiness range is 0-100"),
         (reservation and reservation < least, "Minimum memory reservation allowed is 6MB"),
         (0 < memory < reservation, "Minimum memory limit can not be less than memory reservation limit, see usage"),
@@ -7783,7 +8049,8 @@ def check_limits(host: Dict[str, Any], update: bool = False) -> None:
         (cpus and quota, "Conflicting options: Nano CPUs and CPU Quota cannot both be set"),
         (not 0 <= cpus <= processors * 10**9,
          f"Range of CPUs is from 0.01 to {processors}.00, as there are only {processors} CPUs available"),
-        (period and not 1000 <= period <= 10**6, "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)"),
+        (period and not 1000 <= period <= 10**6,
+         "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)"),
         (0 < quota < 1000, "CPU cfs quota can not be less than 1ms (i.e. 1000)"),
         (shm < 0, "SHM size can not be less than 0"),
         (not -1000 <= oom <= 1000, f"Invalid value {oom}, range for oom score adj is [-1000, 1000]"),
@@ -7792,10 +8059,11 @@ def check_limits(host: Dict[str, Any], update: bool = False) -> None:
             raise BadParameter(message)
 
 
-def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str, Dict[str, Any]], find: Callable[[str], Container],
+def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str, Dict[str, Any]],
+                find: Callable[[str], Container],
                 pick: Optional[Callable[[str], int]] = None) -> Tuple[List[str], List[str]]:
-    """argv between `create` and the image's name, and the words after it, of a create request; `image` is the image's own
-    configuration, `pick` finds ports. 400 for bad values."""
+    """argv between `create` and the image's name, and the words after it, of a create request; `image` is the image's
+    own configuration, `pick` finds ports. 400 for bad values."""
     host = typed(body.get("HostConfig"), dict, "HostConfig")
     check_limits(host)
     check_privileges(host)
@@ -7811,8 +8079,9 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     labels = string_map(body.get("Labels"), "Labels")
     if any(key.startswith(HIDDEN_LABELS[:2]) for key in labels):
         raise BadParameter("invalid label: names that begin with nerdctl/ are nerdctl's own")
-    words += environment_args(body, image) + hostname_args(body) + port_args(body, image, pick) + mount_args(body) + health_args(body, image)
-    words += restart_args(host) + device_args(host) + network_args(body, networks, find) + namespace_args(host, find) + log_args(host)
+    words += environment_args(body, image) + hostname_args(body) + port_args(body, image, pick)
+    words += mount_args(body) + health_args(body, image) + restart_args(host) + device_args(host)
+    words += network_args(body, networks, find) + namespace_args(host, find) + log_args(host)
     words += init_args(host) + volumes_from_args(host, find) + security_args(host)
     words += [f"--label={key}={value}" for key, value in labels.items()]
     flags, command = command_words(body, image)
@@ -7825,14 +8094,18 @@ def create_warnings(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     found = [f"{key} is not carried out: nerdctl has no such option" for key in IGNORED_FIELDS if host.get(key)]
     if typed(host.get("LogConfig"), dict, "LogConfig").get("Type") == "local":
         found.append("the log driver local is not available: json-file is used")
-    if typed(body.get("Healthcheck"), dict, "Healthcheck").get("StartInterval") and os.path.isdir("/run/systemd/system"):
+    if typed(body.get("Healthcheck"), dict,
+             "Healthcheck").get("StartInterval") and os.path.isdir("/run/systemd/system"):
         found.append("StartInterval of the health check is not carried out: nerdctl has none")
     endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
-    if len(endpoints) > 1 and any((typed(each, dict, "EndpointsConfig").get("IPAMConfig") or {}).get("IPv4Address") for each in endpoints.values()):
+    if len(endpoints) > 1 and any((typed(each, dict, "EndpointsConfig").get("IPAMConfig") or {}).get("IPv4Address")
+                                  for each in endpoints.values()):
         found.append("addresses are not carried out for several networks: nerdctl sets one for a single network")
-    found += [f"the option {key} of network {network} is not carried out: nerdctl has none for one container" for network, one in endpoints.items()
+    found += [f"the option {key} of network {network} is not carried out: nerdctl has none for one container"
+              for network, one in endpoints.items()
               for key in typed(typed(one, dict, "EndpointsConfig").get("DriverOpts"), dict, "DriverOpts")]
-    found += [f"the variable {each} of the image is empty and not gone: nerdctl cannot take one away" for each in unset_variables(body, image)]
+    found += [f"the variable {each} of the image is empty and not gone: nerdctl cannot take one away"
+              for each in unset_variables(body, image)]
     return found
 
 
@@ -7856,7 +8129,8 @@ def check_name(engine: Engine, name: str) -> str:
 
 
 # Objects of a create request whose keys are users' words, and mean something without a value too.
-NAMED_FIELDS = {"Annotations", "Config", "DriverOpts", "EndpointsConfig", "ExposedPorts", "Labels", "Options", "PortBindings", "StorageOpt", "Sysctls",
+NAMED_FIELDS = {"Annotations", "Config", "DriverOpts", "EndpointsConfig", "ExposedPorts", "Labels", "Options",
+                "PortBindings", "StorageOpt", "Sysctls",
                 "Tmpfs", "Volumes"}
 # Fields in which nothing is said by None, and something by 0 or an empty list.
 TELLING_FIELDS = {"Entrypoint", "MemorySwappiness", "StopTimeout"}
@@ -7867,12 +8141,14 @@ def slim(value: Any, named: bool = False) -> Any:
     if not isinstance(value, dict):
         return value
     found = {key: slim(each, key in NAMED_FIELDS) for key, each in value.items()}
-    return found if named else {key: each for key, each in found.items() if each not in (None, "", 0, False, {}) or key in TELLING_FIELDS and each is not None}
+    return found if named else {key: each for key, each in found.items() if each not in (None, "", 0, False, {})
+                                or key in TELLING_FIELDS and each is not None}
 
 
 class Plan(NamedTuple):
-    """What a container is made of: `words` between the command and the image, `image` its name, `command` the words after
-    it, `request` what is kept of the request, `health` the health check if there is one, `environment` the image's."""
+    """What a container is made of: `words` between the command and the image, `image` its name, `command` the words
+    after it, `request` what is kept of the request, `health` the health check if there is one, `environment` the
+    image's."""
 
     words: List[str]
     image: str
@@ -7889,23 +8165,26 @@ def shared_namespaces(engine: Engine, request: Dict[str, Any]) -> Dict[str, Cont
     """The containers whose namespaces a create request wants to have, by nerdctl's flags."""
     host = typed(request.get("HostConfig"), dict, "HostConfig")
     modes = ((flag, typed(host.get(key), str, key)) for key, flag in SHARED_NAMESPACES)
-    return {flag: other_container(engine.inventory.container, mode.partition(":")[2]) for flag, mode in modes if mode.startswith("container:")}
+    return {flag: other_container(engine.inventory.container, mode.partition(":")[2]) for flag, mode in modes
+            if mode.startswith("container:")}
 
 
 def kept_request(engine: Engine, body: Dict[str, Any], image: Dict[str, Any]) -> Dict[str, Any]:
-    """What is kept of a create request: with the ports that the image exposes, and with ids for the names of containers, which
-    may change."""
+    """What is kept of a create request: with the ports that the image exposes, and with ids for the names of
+    containers, which may change."""
     found = slim(body)
     exposed = typed(body.get("ExposedPorts"), dict, "ExposedPorts")
     if image.get("ExposedPorts"):
         found["ExposedPorts"] = {**image["ExposedPorts"], **exposed}
     others = shared_namespaces(engine, body)
     if others:
-        found["HostConfig"] = {**slim(body.get("HostConfig")), **{key: f"container:{others[flag].id}" for key, flag in SHARED_NAMESPACES if flag in others}}
+        shared = {key: f"container:{others[flag].id}" for key, flag in SHARED_NAMESPACES if flag in others}
+        found["HostConfig"] = {**slim(body.get("HostConfig")), **shared}
     endpoints = field_of(found, "NetworkingConfig.EndpointsConfig")
     if isinstance(endpoints, dict):
         by_id = {each["Id"]: name for name, each in engine.inventory.networks().items()}
-        found["NetworkingConfig"] = {**found["NetworkingConfig"], "EndpointsConfig": {by_id.get(name, name): each for name, each in endpoints.items()}}
+        named = {by_id.get(name, name): each for name, each in endpoints.items()}
+        found["NetworkingConfig"] = {**found["NetworkingConfig"], "EndpointsConfig": named}
     return found
 
 
@@ -7926,7 +8205,8 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
         raise BadParameter("no command specified")
     if platform:
         words.append(f"--platform={platform_words(platform)}")
-    return Plan(words, full if full in group.names else group.names[0], command, kept_request(engine, body, image), health_check(body, image),
+    return Plan(words, full if full in group.names else group.names[0], command, kept_request(engine, body, image),
+                health_check(body, image),
                 tuple(image.get("Env") or ()))
 
 
@@ -7935,7 +8215,8 @@ def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Contain
     labels = [f"--label={key}={value}" for key, value in request_labels(plan.request).items()]
     names = [f"--name={name}"] if name else []
     with profile_files(engine, plan.words) as words:
-        output = engine.nerdctl.run("create", "--pull=never", *names, *more, *words, *labels, "--", plan.image, *plan.command)
+        output = engine.nerdctl.run("create", "--pull=never", *names, *more, *words, *labels, "--", plan.image,
+                                    *plan.command)
     real = output.stdout.decode().strip().rpartition("\n")[2]
     if not re.fullmatch(r"[0-9a-f]{64}", real):
         raise ApiError(f"nerdctl created a container and printed no id: {real[:100]!r}")
@@ -7967,17 +8248,19 @@ def make_anew(engine: Engine, container: Container, plan: Plan, marks: Iterable[
     """Put a new container by a plan in the place of one that was never started; `marks` are labels it gets."""
     made: List[Container] = []
     with making_anew(engine, container, lambda: made[0].real if made else ""):
-        made.append(create_container(engine, plan, container.name, f"--label={LABEL_ID}={container.id}", *(f"--label={each}=1" for each in marks)))
+        made.append(create_container(engine, plan, container.name, f"--label={LABEL_ID}={container.id}",
+                                     *(f"--label={each}=1" for each in marks)))
     return made[0]
 
 
 def create_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
-    """Create a container; where others have its ports now, or where it is to have the namespaces of one that does not run,
-    for the time being without them: nerdctl looks for these at once, and Docker at the start."""
+    """Create a container; where others have its ports now, or where it is to have the namespaces of one that does not
+    run, for the time being without them: nerdctl looks for these at once, and Docker at the start."""
     absent = [flag for flag, other in shared_namespaces(engine, plan.request).items() if not other.running]
     if absent:
         kept = [each for each in plan.words if not each.startswith(tuple(f"{flag}=container:" for flag in absent))]
-        plan, more = plan._replace(words=kept + ["--network=none"] * ("--network" in absent)), (*more, f"--label={LABEL_LATER}=1")
+        plan = plan._replace(words=kept + ["--network=none"] * ("--network" in absent))
+        more = (*more, f"--label={LABEL_LATER}=1")
     if f"--label={LABEL_LATER}=1" not in more:
         try:
             return make_container(engine, plan, name, *more)
@@ -7985,12 +8268,13 @@ def create_container(engine: Engine, plan: Plan, name: str, *more: str) -> Conta
             if "port is already allocated" not in str(error):
                 raise
         more = (*more, f"--label={LABEL_LATER}=1")
-    return make_container(engine, plan._replace(words=[each for each in plan.words if not each.startswith("--publish=")]), name, *more)
+    return make_container(engine, plan._replace(words=[each for each in plan.words
+                                                       if not each.startswith("--publish=")]), name, *more)
 
 
 def settle_aside(engine: Engine, container: Container) -> None:
-    """For the start of the daemon: what a killed one had put aside goes where its place was taken, and comes back where not.
-    A `nerdctl run` that outlived that daemon may still be about to take it."""
+    """For the start of the daemon: what a killed one had put aside goes where its place was taken, and comes back where
+    not. A `nerdctl run` that outlived that daemon may still be about to take it."""
     for pause in (0.5, 2.0, 0.0):
         try:
             if any(each.id == container.id for each in engine.inventory.containers().values()):
@@ -8005,8 +8289,8 @@ def settle_aside(engine: Engine, container: Container) -> None:
 
 @route("POST", "/containers/create")
 def container_create(engine: Engine, request: Request) -> Response:
-    """Create a container; 201 with its id and warnings. 404 for no such image, 409 for a name in use, 400 for bad values.
-    Query options other than name and platform, which some clients repeat there, are ignored."""
+    """Create a container; 201 with its id and warnings. 404 for no such image, 409 for a name in use, 400 for bad
+    values. Query options other than name and platform, which some clients repeat there, are ignored."""
     body = request.json(required=True)
     if not body:
         raise BadParameter("config cannot be empty in order to create a container")
@@ -8025,8 +8309,8 @@ def container_create(engine: Engine, request: Request) -> Response:
 # Sessions
 ###############################################################################
 
-# A container that is started with a client on its streams is held by one nerdctl process: `start -a`, `start -a -i` on a
-# pseudo-terminal or, since `start` has no stdin without one, `run -i` with the same request. All others are started
+# A container that is started with a client on its streams is held by one nerdctl process: `start -a`, `start -a -i` on
+# a pseudo-terminal or, since `start` has no stdin without one, `run -i` with the same request. All others are started
 # detached, and their output is read from the log file.
 STDOUT, STDERR = 1, 2
 # What stands before a piece of output: its stream and its length.
@@ -8042,13 +8326,14 @@ TRAILING_SIGNAL_LINES = re.compile(rb"(?:" + SIGNAL_LINE + rb")+\Z")
 
 # What nerdctl warns of while it makes a container, before anything else is on its stderr.
 LEADING_WARNINGS = re.compile(
-    rb'(?:time="[^"\n]*" level=warning msg="(?:volume \\"[^"\n]*\\" already exists|kernel support for cgroup |cgroup manager is set to |Limiting oom_score_adj |'
+    rb'(?:time="[^"\n]*" level=warning msg="(?:volume \\"[^"\n]*\\" already exists|kernel support for cgroup |'
+    rb'cgroup manager is set to |Limiting oom_score_adj |'
     rb'Disabling the OOM killer |unknown security-opt|Label \\"|multiple images are found )[^\n]*\n)+')
 
 
 class TrailingError:
-    """Keeps nerdctl's own lines out of a stream of stderr that it shares with a process: its warnings at the beginning, and
-    its last lines. What may be those is held back until more comes or the stream has ended."""
+    """Keeps nerdctl's own lines out of a stream of stderr that it shares with a process: its warnings at the beginning,
+    and its last lines. What may be those is held back until more comes or the stream has ended."""
 
     MARK = b'time="'
     LEVELS = (b'" level=fatal msg=', b'" level=error msg="forward signal ')
@@ -8068,7 +8353,8 @@ class TrailingError:
         start = data.rfind(self.MARK)
         if start < 0 and len(data) >= select.PIPE_BUF:
             # nerdctl writes its line at once, so that only the end of a full buffer can part it.
-            start = next((len(data) - size for size in range(len(self.MARK) - 1, 0, -1) if data.endswith(self.MARK[:size])), -1)
+            start = next((len(data) - size for size in range(len(self.MARK) - 1, 0, -1)
+                          if data.endswith(self.MARK[:size])), -1)
         if start >= 0 and len(data) - start < self.LIMIT and self._possible(data[start:]):
             before = TRAILING_SIGNAL_LINES.search(data, max(0, len(data) - self.LIMIT), start)
             start = before.start() if before else start
@@ -8086,8 +8372,8 @@ class TrailingError:
         return any(rest.startswith(level) or level.startswith(rest) for level in self.LEVELS)
 
     def finish(self, failed: bool) -> Tuple[bytes, str]:
-        """At the end of the stream: what is still to be passed on, and nerdctl's own message, "" for none. `failed` says
-        whether nerdctl ended with a status other than 0, and so has said something."""
+        """At the end of the stream: what is still to be passed on, and nerdctl's own message, "" for none. `failed`
+        says whether nerdctl ended with a status other than 0, and so has said something."""
         held, self.held = self.held, b""
         last = held[SIGNAL_LINES.match(held).end():]
         if failed and FATAL_LINE.match(last):
@@ -8233,8 +8519,8 @@ class Terminal:
 
 
 class Input:
-    """The way to a process's stdin: `file` is where it is written to, `once` whether it ends with the first client's input,
-    `on_end` is called after its end."""
+    """The way to a process's stdin: `file` is where it is written to, `once` whether it ends with the first client's
+    input, `on_end` is called after its end."""
 
     def __init__(self, file: Any, once: bool = True, on_end: Callable[[], None] = lambda: None):
         self.lock = threading.Lock()
@@ -8295,11 +8581,13 @@ class Session:
         self.taking = threading.Event()
 
     def run(self, nerdctl: Nerdctl, arguments: List[str], stdin: bool, lasting: bool, held: bool = False) -> None:
-        """Start nerdctl with these arguments. A `lasting` one outlives the daemon. Input for one that is `held` waits for
-        `taking`: nerdctl 2.3 forgets an end of file that it reads before its process runs, which then waits for it for ever."""
+        """Start nerdctl with these arguments. A `lasting` one outlives the daemon. Input for one that is `held` waits
+        for `taking`: nerdctl 2.3 forgets an end of file that it reads before its process runs, which then waits for it
+        for ever."""
         if self.terminal:
             try:
-                self.process = nerdctl.start(*arguments, stdin=self.terminal.slave, stdout=self.terminal.slave, lasting=lasting)
+                self.process = nerdctl.start(*arguments, stdin=self.terminal.slave, stdout=self.terminal.slave,
+                                             lasting=lasting)
             except ApiError:
                 self.terminal.close()
                 os.close(self.terminal.slave)
@@ -8308,7 +8596,8 @@ class Session:
             self.input = Input(open(self.terminal.master, "wb", buffering=0, closefd=False), False) if stdin else None
             self.outputs = {self.terminal.master: STDOUT}
         else:
-            self.process = nerdctl.start(*arguments, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, stderr=subprocess.PIPE, lasting=lasting)
+            self.process = nerdctl.start(*arguments, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+                                         stderr=subprocess.PIPE, lasting=lasting)
             self.input = Input(self.process.stdin, self.once) if stdin else None
             self.outputs = {self.process.stdout.fileno(): STDOUT, self.process.stderr.fileno(): STDERR}
         if not held:
@@ -8429,7 +8718,8 @@ def pump_stdin(attachment: Attachment, session: Any, keys: Optional[DetachKeys])
 
 
 class LogLine(NamedTuple):
-    """A line of a container's log: when it was written, as the log has it; STDOUT or STDERR; and what was written, as bytes."""
+    """A line of a container's log: when it was written, as the log has it; STDOUT or STDERR; and what was written, as
+    bytes."""
 
     stamp: str
     kind: int
@@ -8448,7 +8738,8 @@ def parse_log_lines(lines: List[bytes]) -> List[LogLine]:
     """The lines of a json-file log, without what is none."""
     try:
         # One text for all of them is read in a third of the time.
-        return [LogLine(row["time"], STDERR if row["stream"] == "stderr" else STDOUT, row["log"].encode("utf-8", "surrogatepass"))
+        return [LogLine(row["time"], STDERR if row["stream"] == "stderr" else STDOUT,
+                        row["log"].encode("utf-8", "surrogatepass"))
                 for row in json.loads(b"[" + b",".join(lines) + b"]")]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         if len(lines) < 2:
@@ -8548,7 +8839,8 @@ class LogFile:
 
 
 def log_is_complete(container: Container) -> bool:
-    """Whether nobody writes to a container's log: its logging process holds a lock while the container's output is open."""
+    """Whether nobody writes to a container's log: its logging process holds a lock while the container's output is
+    open."""
     try:
         descriptor = os.open(os.path.join(container.folder, "logger-lock"), os.O_RDONLY)
     except OSError:
@@ -8562,7 +8854,8 @@ def log_is_complete(container: Container) -> bool:
         os.close(descriptor)
 
 
-def follow_log(engine: Engine, container: Container, file: LogFile, follow: bool, stop: Callable[[], bool]) -> Iterator[LogLine]:
+def follow_log(engine: Engine, container: Container, file: LogFile, follow: bool,
+               stop: Callable[[], bool]) -> Iterator[LogLine]:
     """The lines of a log from where `file` stands; with `follow` until the container has ended and all is read, or
     `stop()`. Yields a line without text now and then, for the caller to look around."""
     pause = 0.002
@@ -8624,7 +8917,8 @@ def wait_started(engine: Engine, session: Session, real: Callable[[], str]) -> N
         if engine.tasks.started_since(real(), session.begun):
             return
         if session.ended.wait(0.0 if session.ended.is_set() else 0.05):
-            if not session.status or session.message.strip() == "1 errors:" or engine.tasks.started_since(real(), session.begun, engine.tasks.LATE / 4):
+            if (not session.status or session.message.strip() == "1 errors:"
+                    or engine.tasks.started_since(real(), session.begun, engine.tasks.LATE / 4)):
                 return
             if session.message:
                 raise nerdctl_error(f'time="" level=fatal msg={json.dumps(session.message)}')
@@ -8636,9 +8930,11 @@ def wait_started(engine: Engine, session: Session, real: Callable[[], str]) -> N
 
 
 def start_container(engine: Engine, container: Container) -> None:
-    """Start a container that does not run, held by a session where clients wait on its streams or may come for its stdin."""
+    """Start a container that does not run, held by a session where clients wait on its streams or may come for its
+    stdin."""
     if container.id in engine.apart:
-        raise NotImplementedHere(f"this container was disconnected from {', '.join(sorted(engine.apart[container.id]))} after it ran, and nerdctl can only "
+        networks = ", ".join(sorted(engine.apart[container.id]))
+        raise NotImplementedHere(f"this container was disconnected from {networks} after it ran, and nerdctl can only "
                                  "start it with all its networks: create it anew")
     before = container.real
     waiting = engine.take_waiting(container.id)
@@ -8681,11 +8977,12 @@ def check_shared(engine: Engine, container: Container) -> None:
 
 
 def made_whole(engine: Engine, container: Container) -> Container:
-    """The container that takes the place of one that was made without its ports or namespaces; 500 where others still have
-    the ports."""
+    """The container that takes the place of one that was made without its ports or namespaces; 500 where others still
+    have the ports."""
     if container.id in engine.touched:
-        raise NotImplementedHere("files were copied into this container, and its ports were taken, or the container whose namespaces it has did not "
-                                 "run, when it was created: nerdctl cannot add them later")
+        raise NotImplementedHere("files were copied into this container, and its ports were taken, or the container "
+                                 "whose namespaces it has did not run, when it was created: nerdctl cannot add them "
+                                 "later")
     plan = plan_container(engine, container.request)._replace(image=container.image)
     made: List[Container] = []
     with making_anew(engine, container, lambda: made[0].real if made else ""):
@@ -8702,8 +8999,8 @@ def new_terminal(container: Container) -> Terminal:
 
 @contextlib.contextmanager
 def sized_early(engine: Engine, real: str, terminal: Optional[Terminal]) -> Iterator[None]:
-    """Context in which a container gets the size of its terminal between its creation by the runtime and its start: nerdctl
-    tells it after the start, when a program that asks at once has seen none."""
+    """Context in which a container gets the size of its terminal between its creation by the runtime and its start:
+    nerdctl tells it after the start, when a program that asks at once has seen none."""
     if terminal is None:
         yield
         return
@@ -8715,8 +9012,8 @@ def sized_early(engine: Engine, real: str, terminal: Optional[Terminal]) -> Iter
 
 
 def end_input(engine: Engine, real: str) -> None:
-    """Tell containerd that a container gets no more input. `nerdctl start --attach` gives it a stdin that nobody ends, and a
-    program that reads it would wait for ever; no command of nerdctl's closes it."""
+    """Tell containerd that a container gets no more input. `nerdctl start --attach` gives it a stdin that nobody ends,
+    and a program that reads it would wait for ever; no command of nerdctl's closes it."""
     try:
         engine.containerd.close_stdin(real)
     except ApiError as error:
@@ -8725,8 +9022,8 @@ def end_input(engine: Engine, real: str) -> None:
 
 
 def open_input(engine: Engine, container: Container) -> Optional[Input]:
-    """The way to the stdin of a container that was started by `nerdctl start --attach`, which makes the named pipe and writes
-    nothing to it; None where it has none or is out of reach."""
+    """The way to the stdin of a container that was started by `nerdctl start --attach`, which makes the named pipe and
+    writes nothing to it; None where it has none or is out of reach."""
     try:
         task = engine.containerd.get_task(container.real)
         if task is None or not task.stdin.startswith("/"):
@@ -8744,9 +9041,11 @@ def open_input(engine: Engine, container: Container) -> Optional[Input]:
 
 def start_attached(engine: Engine, container: Container, waiting: List[Attachment], tty: bool, stdin: bool) -> None:
     """Start a container with clients on its streams, or with a stdin that they may come for."""
-    session = Session(waiting, new_terminal(container) if tty else None, on_end=lambda *_: engine.leave_session(container.id, session))
+    session = Session(waiting, new_terminal(container) if tty else None,
+                      on_end=lambda *_: engine.leave_session(container.id, session))
     session.begun = engine.tasks.now()
-    arguments = ["start", "--attach", *(["--interactive"] if tty and stdin else []), *([NO_DETACH_KEYS] if tty else []), "--", container.real]
+    arguments = ["start", "--attach", *(["--interactive"] if tty and stdin else []),
+                 *([NO_DETACH_KEYS] if tty else []), "--", container.real]
     engine.sessions[container.id] = session
     with sized_early(engine, container.real, session.terminal):
         try:
@@ -8765,8 +9064,8 @@ def start_attached(engine: Engine, container: Container, waiting: List[Attachmen
 
 
 def start_refused(engine: Engine, container: Container, error: ApiError) -> None:
-    """After a start that failed: a container that was to be removed at its end is removed now, unless it runs, by another
-    hand, or it was nerdctl that could not be run for it."""
+    """After a start that failed: a container that was to be removed at its end is removed now, unless it runs, by
+    another hand, or it was nerdctl that could not be run for it."""
     spared = isinstance(error, (Unavailable, NotImplementedHere))
     if auto_removed(container) and not spared:
         with contextlib.suppress(ApiError):
@@ -8816,7 +9115,8 @@ def stop_args(request: Request, container: Container) -> Tuple[List[str], float]
 
 def stop_signal(request: Request, container: Container) -> int:
     """The number of the signal that a container is asked to end with."""
-    return signal_number(check_signal(request.value("signal") or container.labels.get("io.containerd.image.config.stop-signal") or "TERM"))
+    return signal_number(check_signal(request.value("signal")
+                                      or container.labels.get("io.containerd.image.config.stop-signal") or "TERM"))
 
 
 def check_signal(text: str) -> str:
@@ -8833,11 +9133,13 @@ def check_signal(text: str) -> str:
 
 
 def hold_down(engine: Engine, container: Container) -> None:
-    """Before somebody ends a container: give it the one restart policy under which containerd heeds that. Under `always` and,
-    with an exit status, `on-failure` it would start it again some seconds later. start_container() takes that back."""
+    """Before somebody ends a container: give it the one restart policy under which containerd heeds that. Under
+    `always` and, with an exit status, `on-failure` it would start it again some seconds later. start_container() takes
+    that back."""
     now = container.labels.get("containerd.io/restart.policy") or ""
     asked = restart_args(container.host_config)
-    if now == "always" or now.startswith("on-failure") and (asked == [f"--restart={now}"] or os.path.isdir(container.folder)):
+    if now == "always" or now.startswith("on-failure") and (asked == [f"--restart={now}"]
+                                                            or os.path.isdir(container.folder)):
         note_policy(container, now)
         try:
             engine.nerdctl.run("update", "--restart=unless-stopped", "--", container.real)
@@ -8848,8 +9150,8 @@ def hold_down(engine: Engine, container: Container) -> None:
 
 
 def named_signal(number: int) -> str:
-    """The name of a signal's number, which nerdctl needs: `kill --signal=9` is "invalid signal: SIG9" to it. The number itself
-    for those two that have none."""
+    """The name of a signal's number, which nerdctl needs: `kill --signal=9` is "invalid signal: SIG9" to it. The number
+    itself for those two that have none."""
     with contextlib.suppress(ValueError):
         return signal.Signals(number).name
     if number < signal.SIGRTMIN:
@@ -8866,8 +9168,8 @@ def runs(engine: Engine, container: Container) -> bool:
 
 
 def stop_container(engine: Engine, request: Request, container: Container) -> None:
-    """Stop a container that runs, as a request says. It may take its time to end, and others may want it to end sooner: this
-    owns it no more."""
+    """Stop a container that runs, as a request says. It may take its time to end, and others may want it to end sooner:
+    this owns it no more."""
     arguments, longest = stop_args(request, container)
     count = engine.tasks.now()
     with engine.changing(container), engine.being_stopped(container, stop_signal(request, container)):
@@ -8999,8 +9301,10 @@ def container_rename(engine: Engine, request: Request, name: str) -> Response:
 
 
 UPDATE_FLAGS = tuple((path.partition(".")[2], flag, render) for path, flag, render in CREATE_FLAGS
-                     if flag in ("--cpu-shares", "--cpu-period", "--cpu-quota", "--cpuset-cpus", "--cpuset-mems", "--memory",
-                                 "--memory-reservation", "--memory-swap", "--pids-limit", "--blkio-weight", "--kernel-memory"))
+                     if flag in ("--cpu-shares", "--cpu-period", "--cpu-quota", "--cpuset-cpus", "--cpuset-mems",
+                                 "--memory",
+                                 "--memory-reservation", "--memory-swap", "--pids-limit", "--blkio-weight",
+                                 "--kernel-memory"))
 
 
 @route("POST", "/containers/{id}/update")
@@ -9029,7 +9333,8 @@ def container_update(engine: Engine, request: Request, name: str) -> Response:
 
 @route("POST", "/containers/{id}/wait")
 def container_wait(engine: Engine, request: Request, name: str) -> Response:
-    """Wait for `condition` (not-running, next-exit, removed); the head goes out at once, the exit status when it is so."""
+    """Wait for `condition` (not-running, next-exit, removed); the head goes out at once, the exit status when it is
+    so."""
     read_limited(request.body, JSON_LIMIT)
     condition = request.value("condition") or "not-running"
     if condition not in ("not-running", "next-exit", "removed"):
@@ -9150,7 +9455,8 @@ class Caretaker:
             if checked:
                 stop = threading.Event()
                 stack.callback(stop.set)
-                threading.Thread(target=self._watch_health, args=(container.id, stop), name="health", daemon=True).start()
+                threading.Thread(target=self._watch_health, args=(container.id, stop), name="health",
+                                 daemon=True).start()
 
     def release(self, identity: str) -> None:
         """A container needs no care any more."""
@@ -9164,7 +9470,8 @@ class Caretaker:
         if event is None:
             if self.cared:
                 self.changed.put("")
-        elif event.topic in ("/tasks/exit", "/containers/delete") and event.payload.get("id") in (None, "", event.container):
+        elif event.topic in ("/tasks/exit", "/containers/delete") and event.payload.get("id") in (None, "",
+                                                                                                  event.container):
             self.changed.put(event.container)
         elif event.topic == "/tasks/start":
             # By a restart policy, or by somebody else; whom we start is cared for already.
@@ -9181,15 +9488,16 @@ class Caretaker:
                 log(traceback.format_exc())
 
     def _settle(self, real: str) -> None:
-        """After the end of a container (any, for ""): remove it if it is to be, and stop caring for what does not run. After
-        its start: care for it."""
+        """After the end of a container (any, for ""): remove it if it is to be, and stop caring for what does not run.
+        After its start: care for it."""
         if not real and not self.cared:
             return
         table = self.engine.inventory.containers()
         for container in [table[real]] if real in table else list(table.values()) if not real else []:
             if container.running:
                 self.hold(container)
-            if container.running or container.state.kind in ("restarting", "created") or container.id in self.engine.inventory.replaced:
+            if (container.running or container.state.kind in ("restarting", "created")
+                    or container.id in self.engine.inventory.replaced):
                 continue
             if auto_removed(container) and container.id not in self.engine.restarts:
                 session = self.engine.sessions.get(container.id)
@@ -9206,7 +9514,8 @@ class Caretaker:
                     remove_container(self.engine, now, force=True, volumes=True)
             self.release(container.id)
         known = {each.id for each in self.engine.inventory.containers().values()}
-        for identity in [each for each in self.cared if each not in known and each not in self.engine.inventory.replaced]:
+        for identity in [each for each in self.cared if each not in known
+                         and each not in self.engine.inventory.replaced]:
             self.release(identity)
 
     def _watch_health(self, identity: str, stop: threading.Event) -> None:
@@ -9226,7 +9535,8 @@ class Caretaker:
         if not container.running:
             return 1.0
         check = json.loads(container.labels.get("nerdctl/healthcheck") or "{}")
-        check.setdefault("StartInterval", typed(container.request.get("Healthcheck"), dict, "Healthcheck").get("StartInterval"))
+        check.setdefault("StartInterval", typed(container.request.get("Healthcheck"), dict,
+                                                "Healthcheck").get("StartInterval"))
         began = container.state.started_at
         age = time.time() - began / 1e9 if began else 0.0
         before = container.state.health or "starting"
@@ -9236,7 +9546,8 @@ class Caretaker:
         if began and age < interval - 0.02:
             # The first check comes an interval after the start.
             return interval - age
-        output = self.engine.nerdctl.output("container", "healthcheck", container.real, timeout=interval + 600, waits=True)
+        output = self.engine.nerdctl.output("container", "healthcheck", container.real, timeout=interval + 600,
+                                            waits=True)
         if output.status and self.engine.nerdctl.debug:
             log(f"health check of {identity[:12]}: {nerdctl_message(output.stderr)}")
         self.engine.inventory.records.invalidate(container.real)
@@ -9249,8 +9560,8 @@ class Caretaker:
 
 
 def check_pause(check: Dict[str, Any], age: float, starting: bool) -> float:
-    """Seconds between two health checks: as dockerd has it, StartInterval (or 5) as long as the start period lasts and the
-    container is starting."""
+    """Seconds between two health checks: as dockerd has it, StartInterval (or 5) as long as the start period lasts and
+    the container is starting."""
     if starting and age < (check.get("StartPeriod") or 0) / 1e9:
         return (check.get("StartInterval") or 5 * 10**9) / 1e9
     return (check.get("Interval") or 30 * 10**9) / 1e9
@@ -9304,9 +9615,11 @@ def log_lines(engine: Engine, request: Request, container: Container) -> Iterato
                 yield line
 
 
-def nerdctl_log(engine: Engine, request: Request, container: Container, follow: bool, tail: Optional[int]) -> Iterator[LogLine]:
+def nerdctl_log(engine: Engine, request: Request, container: Container, follow: bool,
+                tail: Optional[int]) -> Iterator[LogLine]:
     """The same where the log is no file that can be read from here. nerdctl prints both streams as they were."""
-    arguments = ["logs", "--timestamps", *(["--follow"] if follow else []), *([f"--tail={tail}"] if tail is not None else [])]
+    arguments = ["logs", "--timestamps", *(["--follow"] if follow else []),
+                 *([f"--tail={tail}"] if tail is not None else [])]
     with engine.nerdctl.start(*arguments, "--", container.real, client=request.client) as process:
         for text in process.lines():
             moment, _, rest = text.partition(" ")
@@ -9326,9 +9639,11 @@ def log_details(container: Container) -> bytes:
     """What `details` puts before each line: the labels and variables that the log options name."""
     options = typed(container.host_config.get("LogConfig"), dict, "LogConfig").get("Config") or {}
     environment = dict(each.partition("=")[::2] for each in string_list(container.request.get("Env"), "Env"))
-    found = {key: container.visible_labels[key] for key in str(options.get("labels") or "").split(",") if key in container.visible_labels}
+    found = {key: container.visible_labels[key] for key in str(options.get("labels") or "").split(",")
+             if key in container.visible_labels}
     found.update({key: environment[key] for key in str(options.get("env") or "").split(",") if key in environment})
-    return ",".join(f"{urllib.parse.quote(key)}={urllib.parse.quote(value)}" for key, value in sorted(found.items())).encode() + b" "
+    return ",".join(f"{urllib.parse.quote(key)}={urllib.parse.quote(value)}" for key,
+                    value in sorted(found.items())).encode() + b" "
 
 
 @route("GET", "/containers/{id}/logs")
@@ -9372,8 +9687,8 @@ def rfc3339_full(nanoseconds: int) -> str:
 def check_attach(container: Container, stdin: bool, held: bool) -> None:
     """501 with a reason where a client's input could not reach a running container."""
     if stdin and has_stdin(container) and container.running and not held:
-        raise NotImplementedHere("this container's stdin cannot be reached: nerdctl itself started it, or another run of nerdctld had its terminal: "
-                                 "attach with --no-stdin, or use exec")
+        raise NotImplementedHere("this container's stdin cannot be reached: nerdctl itself started it, or another run "
+                                 "of nerdctld had its terminal: attach with --no-stdin, or use exec")
 
 
 class WebSocket(Connection):
@@ -9423,7 +9738,8 @@ class WebSocket(Connection):
 
     def _frame(self, kind: int, data: bytes) -> None:
         size = len(data)
-        head = bytes([0x80 | kind]) + (bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big") if size < 65536
+        head = bytes([0x80 | kind]) + (bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big")
+                                       if size < 65536
                                        else b"\x7f" + size.to_bytes(8, "big"))
         with self.lock:
             super().send(head, data)
@@ -9444,7 +9760,8 @@ class WebSocket(Connection):
                 self._frame(8, (1000).to_bytes(2, "big"))
 
 
-def follow_attached(engine: Engine, container: Container, attachment: Attachment, file: LogFile, follow: bool = True) -> None:
+def follow_attached(engine: Engine, container: Container, attachment: Attachment, file: LogFile,
+                    follow: bool = True) -> None:
     """Send an attached client what is written to a container's log, to its end."""
     try:
         with contextlib.closing(file):
@@ -9509,12 +9826,14 @@ def serve_attachment(engine: Engine, request: Request, container: Container, att
             attachment.done.wait()
 
 
-def attach(engine: Engine, request: Request, name: str, framed: bool) -> Tuple[Attachment, Callable[[Connection], None], Callable[[], None], str]:
-    """What the two ways to attach share: the client, how it is served, what is done where it has left before that, and the
-    media type. From here on it is waited for, so that a start that comes right behind loses nothing."""
+def attach(engine: Engine, request: Request, name: str,
+           framed: bool) -> Tuple[Attachment, Callable[[Connection], None], Callable[[], None], str]:
+    """What the two ways to attach share: the client, how it is served, what is done where it has left before that, and
+    the media type. From here on it is waited for, so that a start that comes right behind loses nothing."""
     container, tty, keys = prepare_attach(engine, request, name)
     stream, logs = request.flag("stream"), request.flag("logs")
-    attachment = Attachment(request.flag("stdout"), request.flag("stderr"), framed and not tty, request.flag("stdin") and stream and has_stdin(container))
+    attachment = Attachment(request.flag("stdout"), request.flag("stderr"), framed and not tty, request.flag("stdin")
+                            and stream and has_stdin(container))
     waits, began = stream and not container.running, time.time_ns()
     if waits:
         engine.add_waiting(container.id, attachment)
@@ -9540,8 +9859,8 @@ def attach(engine: Engine, request: Request, name: str, framed: bool) -> Tuple[A
 
 
 def prepare_attach(engine: Engine, request: Request, name: str) -> Tuple[Container, bool, Optional[DetachKeys]]:
-    """The container of an attach, whether it has a terminal, and the keys that detach from it; 404, 409 and 501 where it
-    cannot be."""
+    """The container of an attach, whether it has a terminal, and the keys that detach from it; 404, 409 and 501 where
+    it cannot be."""
     container = engine.inventory.container(name)
     if container.state.kind == "paused":
         raise Conflict("container is paused, unpause the container before attach")
@@ -9595,11 +9914,13 @@ def container_attach_websocket(engine: Engine, request: Request, name: str) -> R
         sock = WebSocket(connection)
         if not attachment.stdin:
             # Somebody has to answer pings and notice the closing.
-            threading.Thread(target=lambda: (sock.drop_input(), attachment.leave()), name="websocket", daemon=True).start()
+            threading.Thread(target=lambda: (sock.drop_input(), attachment.leave()), name="websocket",
+                             daemon=True).start()
         serve(sock)
         sock.close()
 
-    return Response(101, Hijack(serve_frames, protocol="websocket", abandon=abandon), "", {"Sec-WebSocket-Accept": accept})
+    return Response(101, Hijack(serve_frames, protocol="websocket", abandon=abandon), "",
+                    {"Sec-WebSocket-Accept": accept})
 
 
 @route("POST", "/containers/{id}/resize")
@@ -9653,14 +9974,16 @@ def exec_args(instance: Exec) -> List[str]:
     """argv of nerdctl exec."""
     config = instance.config
     words = ["exec"]
-    words += _switch(config.get("AttachStdin"), "--interactive", "AttachStdin") + _switch(config.get("Tty"), "--tty", "Tty")
+    words += _switch(config.get("AttachStdin"), "--interactive", "AttachStdin") + _switch(config.get("Tty"), "--tty",
+                                                                                          "Tty")
     words += _text(config.get("User"), "--user", "User") + _text(config.get("WorkingDir"), "--workdir", "WorkingDir")
     words += _switch(config.get("Privileged"), "--privileged", "Privileged") + environment_args(config, {})
     return [*words, "--", instance.container.real, *string_list(config.get("Cmd"), "Cmd")]
 
 
 def exec_failure(message: str) -> Tuple[int, str]:
-    """The exit status of a command from nerdctl's last words, and the error for the client where it never ran, "" else."""
+    """The exit status of a command from nerdctl's last words, and the error for the client where it never ran, ""
+    else."""
     found = re.search(r"exec failed with exit code (\d+)", message)
     if found:
         return int(found.group(1)), ""
@@ -9674,7 +9997,8 @@ def exec_failure(message: str) -> Tuple[int, str]:
 def docker_exec(instance: Exec) -> Dict[str, Any]:
     """An exec as `/exec/{id}/json` shows it."""
     config, command = instance.config, string_list(instance.config.get("Cmd"), "Cmd")
-    process = {"tty": instance.tty, "entrypoint": command[0], "arguments": command[1:], "privileged": bool(config.get("Privileged"))}
+    process = {"tty": instance.tty, "entrypoint": command[0], "arguments": command[1:],
+               "privileged": bool(config.get("Privileged"))}
     if config.get("User"):
         process["user"] = config["User"]
     return {
@@ -9706,7 +10030,8 @@ def check_user(engine: Engine, container: Container, user: str) -> None:
 
 @route("POST", "/containers/{id}/exec")
 def exec_create(engine: Engine, request: Request, name: str) -> Response:
-    """Prepare a command; 201 with its id. 409 when the container does not run, 400 for no command or an unknown user."""
+    """Prepare a command; 201 with its id. 409 when the container does not run, 400 for no command or an unknown
+    user."""
     config = request.json(required=True)
     container = engine.inventory.container(name)
     if not string_list(config.get("Cmd"), "Cmd"):
@@ -9720,7 +10045,8 @@ def exec_create(engine: Engine, request: Request, name: str) -> Response:
     check_user(engine, container, typed(config.get("User"), str, "User"))
     with engine.lock:
         engine.execs[instance.id] = instance
-        for old in [each for each in engine.execs.values() if each.started and not each.running][:max(0, len(engine.execs) - EXECS_KEPT)]:
+        for old in [each for each in engine.execs.values() if each.started
+                    and not each.running][:max(0, len(engine.execs) - EXECS_KEPT)]:
             engine.execs.pop(old.id, None)
     engine.tell(container, "exec_create: " + " ".join(string_list(config["Cmd"], "Cmd")), execID=instance.id)
     return Response(201, {"Id": instance.id})
@@ -9748,10 +10074,13 @@ def begin_exec(engine: Engine, instance: Exec, attachments: List[Attachment]) ->
             raise Conflict(f"exec command {instance.id} is already running" if instance.running
                            else f"exec command {instance.id} has already run")
         instance.started = instance.running = True
-    engine.tell(instance.container, "exec_start: " + " ".join(string_list(instance.config["Cmd"], "Cmd")), execID=instance.id)
+    engine.tell(instance.container, "exec_start: " + " ".join(string_list(instance.config["Cmd"], "Cmd")),
+                execID=instance.id)
     try:
-        session = instance.session = Session(attachments, Terminal(*instance.size) if instance.tty else None, on_end=ended)
-        session.run(engine.nerdctl, exec_args(instance), stdin=bool(instance.config.get("AttachStdin")), lasting=not attachments, held=not instance.tty)
+        session = instance.session = Session(attachments, Terminal(*instance.size) if instance.tty else None,
+                                             on_end=ended)
+        session.run(engine.nerdctl, exec_args(instance), stdin=bool(instance.config.get("AttachStdin")),
+                    lasting=not attachments, held=not instance.tty)
     except BaseException:
         instance.running, instance.code = False, 126
         raise
@@ -9759,8 +10088,8 @@ def begin_exec(engine: Engine, instance: Exec, attachments: List[Attachment]) ->
 
 
 def has_opened_stdin(pid: int) -> bool:
-    """Whether a nerdctl writes to the FIFO of an exec's stdin (`…/exec-ID-stdin`): it can when the shim reads there, which it
-    does once the command runs."""
+    """Whether a nerdctl writes to the FIFO of an exec's stdin (`…/exec-ID-stdin`): it can when the shim reads there,
+    which it does once the command runs."""
     with contextlib.suppress(OSError):
         for each in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError, AttributeError):
@@ -9796,8 +10125,8 @@ def exec_begun(engine: Engine, instance: Exec, session: Session, since: int) -> 
 
 @route("POST", "/exec/{id}/start")
 def exec_start(engine: Engine, request: Request, name: str) -> Response:
-    """Run it: with its streams on this connection, or detached (200 once it runs). 409 when it has run, or the container
-    stopped."""
+    """Run it: with its streams on this connection, or detached (200 once it runs). 409 when it has run, or the
+    container stopped."""
     options = request.json()
     instance = find_exec(engine, name)
     container = engine.inventory.container(instance.container.id)
@@ -9811,16 +10140,19 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
         exec_begun(engine, instance, begin_exec(engine, instance, []), since)
         return Response(200, b"")
     if instance.started:
-        raise Conflict(f"exec command {instance.id} is already running" if instance.running else f"exec command {instance.id} has already run")
+        raise Conflict(f"exec command {instance.id} is already running" if instance.running
+                       else f"exec command {instance.id} has already run")
 
     # As with dockerd, this request says how the output is packed, whether or not the command has a terminal.
     raw = typed(options.get("Tty"), bool, "Tty")
 
     def serve(connection: Connection) -> None:
         config = instance.config
-        attachment = Attachment(bool(config.get("AttachStdout")), bool(config.get("AttachStderr")) and not raw, not raw, bool(config.get("AttachStdin")))
+        attachment = Attachment(bool(config.get("AttachStdout")), bool(config.get("AttachStderr")) and not raw,
+                                not raw, bool(config.get("AttachStdin")))
         attachment.connect(connection)
-        keys = DetachKeys(typed(config.get("DetachKeys"), str, "DetachKeys")) if instance.tty and attachment.stdin else None
+        keys = DetachKeys(typed(config.get("DetachKeys"), str,
+                                "DetachKeys")) if instance.tty and attachment.stdin else None
         with contextlib.ExitStack() as stack:
             stack.enter_context(request.client.when_gone(attachment.leave, half=False))
             since = engine.tasks.now()
@@ -9885,10 +10217,12 @@ def stat_header(found: PathStat) -> Dict[str, str]:
 def find_tree(engine: Engine, container: Container) -> Dict[str, Any]:
     """Where the tree of a container is, as enter_tree() is told; `owner` is the user that it runs as."""
     mounts, user = container.spec.get("mounts") or [], (container.spec.get("process") or {}).get("user") or {}
-    binds = [each for each in mounts if each.get("type") == "bind" or {"bind", "rbind"} & set(each.get("options") or ())]
+    binds = [each for each in mounts if each.get("type") == "bind"
+             or {"bind", "rbind"} & set(each.get("options") or ())]
     found = {"pid": running_pid(engine, container), "owner": [user.get("uid", 0), user.get("gid", 0)],
              "made_up": [each["destination"] for each in mounts if each.get("type") in KERNEL_MOUNTS],
-             "binds": [(each["source"], each["destination"], bool({"ro", "rro"} & set(each.get("options") or ()))) for each in binds]}
+             "binds": [(each["source"], each["destination"], bool({"ro", "rro"} & set(each.get("options") or ())))
+                       for each in binds]}
     if not found["pid"]:
         found["mounts"] = engine.containerd.snapshot_mounts(container.record.snapshotter, container.record.snapshot_key)
         found["read_only"] = bool((container.spec.get("root") or {}).get("readonly"))
@@ -9921,9 +10255,10 @@ def tree_error(process: Process, missing: ApiError) -> ApiError:
 
 
 @contextlib.contextmanager
-def opened_tree(engine: Engine, container: Container, missing: ApiError, order: Dict[str, Any]) -> Iterator[Tuple[Process, List[Any], bytes]]:
-    """A process in a container's tree that carries out an order: it, its answer, and what it wrote after that. `missing` is raised
-    where the path is not there."""
+def opened_tree(engine: Engine, container: Container, missing: ApiError,
+                order: Dict[str, Any]) -> Iterator[Tuple[Process, List[Any], bytes]]:
+    """A process in a container's tree that carries out an order: it, its answer, and what it wrote after that.
+    `missing` is raised where the path is not there."""
     found = find_tree(engine, container)
     with contextlib.ExitStack() as stack:
         if not found["pid"]:
@@ -10015,8 +10350,8 @@ def runs_as_user(engine: Engine, container: Container) -> bool:
 
 @route("PUT", "/containers/{id}/archive")
 def archive_put(engine: Engine, request: Request, name: str) -> Response:
-    """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none or read-only, and for
-    an archive that is broken, breaks off or leads outside: what came before that is unpacked."""
+    """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none or
+    read-only, and for an archive that is broken, breaks off or leads outside: what came before that is unpacked."""
     container = engine.inventory.container(name)
     path = check_path(request.value("path"))
     order = {"do": "unpack", "path": path, "keep": request.flag("noOverwriteDirNonDir")}
@@ -10043,7 +10378,8 @@ def container_export(engine: Engine, request: Request, name: str) -> Response:
     container = engine.inventory.container(name)
 
     def chunks() -> Iterator[bytes]:
-        # Go ends a program that finds its stdout closed; the same pipe by another number is an error to it, and it unmounts.
+        # Go ends a program that finds its stdout closed; the same pipe by another number is an error to it, and it
+        # unmounts.
         output = ["--output=/dev/stdout"]
         with engine.nerdctl.start("export", *output, "--", container.real, mounts=True) as process:
             yield from process.pieces()
@@ -10108,7 +10444,8 @@ def read_number(path: str) -> int:
 
 def read_table(path: str) -> Dict[str, int]:
     """The `name number` lines of a file."""
-    return {name: int(value) for name, _, value in (line.partition(" ") for line in read_file(path).splitlines()) if value.isdigit()}
+    return {name: int(value) for name, _, value in (line.partition(" ") for line in read_file(path).splitlines())
+            if value.isdigit()}
 
 
 def cgroup_folders(pid: int) -> Dict[str, str]:
@@ -10134,16 +10471,20 @@ def cpu_stats(folders: Dict[str, str]) -> Dict[str, Any]:
         scale = 10**9 // os.sysconf("SC_CLK_TCK")
         user, system = ticks.get("user", 0) * scale, ticks.get("system", 0) * scale
         throttled = read_table(folders.get("cpu", folders["cpuacct"]) + "/cpu.stat")
-        waited, more = throttled.get("throttled_time", 0), {"percpu_usage": [int(each) for each in read_file(folders["cpuacct"] + "/cpuacct.usage_percpu").split()]}
+        waited = throttled.get("throttled_time", 0)
+        more = {"percpu_usage": list(map(int, read_file(folders["cpuacct"] + "/cpuacct.usage_percpu").split()))}
     else:
         told = throttled = read_table(folders.get("", "") + "/cpu.stat")
-        total, user, system = told.get("usage_usec", 0) * 1000, told.get("user_usec", 0) * 1000, told.get("system_usec", 0) * 1000
+        total, user, system = told.get("usage_usec", 0) * 1000, told.get("user_usec",
+                                                                         0) * 1000, told.get("system_usec", 0) * 1000
         waited, more = told.get("throttled_usec", 0) * 1000, {}
     machine = read_file("/proc/stat").partition("\n")[0].split()[1:8]
     return {
         "cpu_usage": {"total_usage": total, "usage_in_kernelmode": system, "usage_in_usermode": user, **more},
-        "system_cpu_usage": sum(map(int, machine)) * (10**9 // os.sysconf("SC_CLK_TCK")), "online_cpus": os.cpu_count() or 1,
-        "throttling_data": {"periods": throttled.get("nr_periods", 0), "throttled_periods": throttled.get("nr_throttled", 0), "throttled_time": waited},
+        "system_cpu_usage": sum(map(int, machine)) * (10**9 // os.sysconf("SC_CLK_TCK")), "online_cpus": os.cpu_count()
+        or 1,
+        "throttling_data": {"periods": throttled.get("nr_periods", 0),
+                            "throttled_periods": throttled.get("nr_throttled", 0), "throttled_time": waited},
     }
 
 
@@ -10159,12 +10500,15 @@ def memory_stats(folders: Dict[str, str]) -> Dict[str, Any]:
     if "memory" in folders:
         folder = folders["memory"]
         limit = read_number(folder + "/memory.limit_in_bytes")
-        found = {"usage": read_number(folder + "/memory.usage_in_bytes"), "max_usage": read_number(folder + "/memory.max_usage_in_bytes"),
-                 "stats": read_table(folder + "/memory.stat"), "failcnt": read_number(folder + "/memory.failcnt"), "limit": min(limit, total) or total}
+        found = {"usage": read_number(folder + "/memory.usage_in_bytes"),
+                 "max_usage": read_number(folder + "/memory.max_usage_in_bytes"),
+                 "stats": read_table(folder + "/memory.stat"), "failcnt": read_number(folder + "/memory.failcnt"),
+                 "limit": min(limit, total) or total}
         return {key: value for key, value in found.items() if value or key != "failcnt"}
     folder = folders.get("", "")
     limit = read_number(folder + "/memory.max")
-    return {"usage": read_number(folder + "/memory.current"), "stats": read_table(folder + "/memory.stat"), "limit": min(limit, total) or total}
+    return {"usage": read_number(folder + "/memory.current"), "stats": read_table(folder + "/memory.stat"),
+            "limit": min(limit, total) or total}
 
 
 def pids_stats(folders: Dict[str, str]) -> Dict[str, int]:
@@ -10180,8 +10524,10 @@ def blkio_stats(folders: Dict[str, str]) -> Dict[str, Any]:
     rows: List[Dict[str, Any]] = []
     operations: List[Dict[str, Any]] = []
     if "blkio" in folders:
-        for name, target in (("blkio.throttle.io_service_bytes_recursive", rows), ("blkio.throttle.io_serviced_recursive", operations)):
-            for major, minor, word, value in re.findall(r"^(\d+):(\d+) (Read|Write) (\d+)$", read_file(f"{folders['blkio']}/{name}"), re.M):
+        for name, target in (("blkio.throttle.io_service_bytes_recursive", rows),
+                             ("blkio.throttle.io_serviced_recursive", operations)):
+            for major, minor, word, value in re.findall(r"^(\d+):(\d+) (Read|Write) (\d+)$",
+                                                        read_file(f"{folders['blkio']}/{name}"), re.M):
                 target.append({"major": int(major), "minor": int(minor), "op": word.lower(), "value": int(value)})
     else:
         for major, minor, rest in re.findall(r"^(\d+):(\d+) (.*)$", read_file(folders.get("", "") + "/io.stat"), re.M):
@@ -10189,12 +10535,14 @@ def blkio_stats(folders: Dict[str, str]) -> Dict[str, Any]:
             for target, keys in ((rows, ("rbytes", "wbytes")), (operations, ("rios", "wios"))):
                 target += [{"major": int(major), "minor": int(minor), "op": word, "value": int(told.get(key, 0))}
                            for word, key in zip(("read", "write"), keys)]
-    empty = {key: None for key in ("io_queue_recursive", "io_service_time_recursive", "io_wait_time_recursive", "io_merged_recursive",
+    empty = {key: None for key in ("io_queue_recursive", "io_service_time_recursive", "io_wait_time_recursive",
+                                   "io_merged_recursive",
                                    "io_time_recursive", "sectors_recursive")}
     return {"io_service_bytes_recursive": rows or None, "io_serviced_recursive": operations or None, **empty}
 
 
-NETWORK_FIELDS = ("rx_bytes", "rx_packets", "rx_errors", "rx_dropped", None, None, None, None, "tx_bytes", "tx_packets", "tx_errors", "tx_dropped")
+NETWORK_FIELDS = ("rx_bytes", "rx_packets", "rx_errors", "rx_dropped", None, None, None, None, "tx_bytes",
+                  "tx_packets", "tx_errors", "tx_dropped")
 
 
 def network_stats(pid: int) -> Dict[str, Dict[str, int]]:
@@ -10215,7 +10563,8 @@ def docker_stats(container: Container, pid: int, before: Dict[str, Any]) -> Dict
     not run only zeros, as dockerd has it."""
     folders = cgroup_folders(pid) if pid else {}
     found: Dict[str, Any] = {
-        "name": "/" + container.name, "id": container.id, "os_type": "linux", "read": rfc3339(time.time_ns()) if pid else ZERO_TIME,
+        "name": "/" + container.name, "id": container.id, "os_type": "linux", "read": rfc3339(time.time_ns()) if pid
+        else ZERO_TIME,
         "preread": before.get("read") or ZERO_TIME, "num_procs": 0, "storage_stats": {},
         "pids_stats": pids_stats(folders) if pid else {}, "blkio_stats": blkio_stats(folders),
         "cpu_stats": cpu_stats(folders) if pid else EMPTY_CPU, "precpu_stats": before.get("cpu_stats") or EMPTY_CPU,
@@ -10228,7 +10577,8 @@ def docker_stats(container: Container, pid: int, before: Dict[str, Any]) -> Dict
 
 @route("GET", "/containers/{id}/stats")
 def container_stats(engine: Engine, request: Request, name: str) -> Response:
-    """Its use of the machine, a sample a second; with stream=0 one, with one-shot=1 one without the sample before it."""
+    """Its use of the machine, a sample a second; with stream=0 one, with one-shot=1 one without the sample before
+    it."""
     container = engine.inventory.container(name)
     stream, one_shot = request.flag("stream", True), request.flag("one-shot")
     if stream and one_shot:
@@ -10309,7 +10659,8 @@ def match_network(network: Dict[str, Any], used: set, filters: Dict[str, List[st
 def network_list(engine: Engine, request: Request) -> Response:
     """Networks; bridge, host and none are always there."""
     filters = request.filters(*NETWORK_FILTERS)
-    used = {name for each in engine.inventory.containers().values() for name in network_names(each)} if "dangling" in filters else set()
+    used = {name for each in engine.inventory.containers().values()
+            for name in network_names(each)} if "dangling" in filters else set()
     named, known = NameFilter(filters.get("name") or []), NameFilter(filters.get("id") or [])
     return Response(200, [each for each in engine.inventory.networks().values()
                           if match_network(each, used, filters, named, known)])
@@ -10341,9 +10692,11 @@ def network_inspect(engine: Engine, request: Request, name: str) -> Response:
         if container.running and network["Name"] in network_names(container):
             told = docker_networks(container, engine.inventory.networks()).get(network["Name"]) or {}
             members[container.id] = {
-                "Name": container.name, "EndpointID": told.get("EndpointID") or "", "MacAddress": told.get("MacAddress") or "",
+                "Name": container.name, "EndpointID": told.get("EndpointID") or "",
+                "MacAddress": told.get("MacAddress") or "",
                 "IPv4Address": f"{told['IPAddress']}/{told['IPPrefixLen']}" if told.get("IPAddress") else "",
-                "IPv6Address": f"{told['GlobalIPv6Address']}/{told['GlobalIPv6PrefixLen']}" if told.get("GlobalIPv6Address") else "",
+                "IPv6Address": f"{told['GlobalIPv6Address']}/{told['GlobalIPv6PrefixLen']}"
+                if told.get("GlobalIPv6Address") else "",
             }
     return Response(200, {**network, "Containers": members})
 
@@ -10353,7 +10706,8 @@ def network_create_args(body: Dict[str, Any], name: str) -> List[str]:
     driver = typed(body.get("Driver"), str, "Driver") or "bridge"
     if driver not in ("bridge", "macvlan", "ipvlan"):
         raise NotFound(f'plugin "{driver}" not found')
-    if body.get("ConfigOnly") or (typed(body.get("ConfigFrom"), dict, "ConfigFrom").get("Network")) or body.get("Ingress"):
+    if body.get("ConfigOnly") or (typed(body.get("ConfigFrom"), dict,
+                                        "ConfigFrom").get("Network")) or body.get("Ingress"):
         raise NotImplementedHere("nerdctl has neither config-only nor ingress networks")
     words = ["network", "create", f"--driver={driver}"]
     ipam = typed(body.get("IPAM"), dict, "IPAM")
@@ -10367,7 +10721,8 @@ def network_create_args(body: Dict[str, Any], name: str) -> List[str]:
         ranges += [config["IPRange"]] if config.get("IPRange") else []
     if ipam.get("Driver") == "dhcp":
         words.append("--ipam-driver=dhcp")
-    words += _switch(body.get("Internal"), "--internal", "Internal") + _switch(body.get("EnableIPv6"), "--ipv6", "EnableIPv6")
+    words += _switch(body.get("Internal"), "--internal", "Internal") + _switch(body.get("EnableIPv6"), "--ipv6",
+                                                                               "EnableIPv6")
     options = string_map(body.get("Options"), "Options")
     words += network_options(options)
     labels = string_map(body.get("Labels"), "Labels")
@@ -10379,7 +10734,8 @@ def network_create_args(body: Dict[str, Any], name: str) -> List[str]:
 
 # Docker's driver options that the CNI plugins know, under the plugins' names.
 DRIVER_OPTIONS = {"com.docker.network.driver.mtu": "mtu", "com.docker.network.bridge.enable_ip_masquerade": "ip-masq",
-                  "com.docker.network.bridge.enable_icc": "icc", "parent": "parent", "macvlan_mode": "macvlan_mode", "ipvlan_mode": "ipvlan_mode",
+                  "com.docker.network.bridge.enable_icc": "icc", "parent": "parent", "macvlan_mode": "macvlan_mode",
+                  "ipvlan_mode": "ipvlan_mode",
                   "mtu": "mtu"}
 
 
@@ -10394,7 +10750,8 @@ def network_create(engine: Engine, request: Request) -> Response:
     body = request.json(required=True)
     name = typed(body.get("Name"), str, "Name")
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*", name):
-        raise BadParameter(f'invalid network name: "{name}": only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed' if name else "name is required")
+        raise BadParameter(f'invalid network name: "{name}": only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed' if name
+                           else "name is required")
     if name in ("bridge", "host", "none", "default"):
         raise Forbidden(f"operation is not permitted on predefined {name} network")
     if name in engine.inventory.networks():
@@ -10408,8 +10765,10 @@ def network_create(engine: Engine, request: Request) -> Response:
         raise
     network = find_network(engine, name)
     engine.journal.emit("network", "create", network["Id"], {"name": name, "type": network["Driver"]})
-    spare = any(typed(each, dict, "IPAM.Config").get("AuxiliaryAddresses") for each in typed(field_of(body, "IPAM.Config"), list, "IPAM.Config"))
-    return Response(201, {"Id": network["Id"], "Warning": "auxiliary addresses are not carried out: nerdctl has none" if spare else ""})
+    spare = any(typed(each, dict, "IPAM.Config").get("AuxiliaryAddresses")
+                for each in typed(field_of(body, "IPAM.Config"), list, "IPAM.Config"))
+    return Response(201, {"Id": network["Id"], "Warning": "auxiliary addresses are not carried out: nerdctl has none"
+                          if spare else ""})
 
 
 def network_users(engine: Engine, name: str) -> List[Container]:
@@ -10424,7 +10783,8 @@ def remove_network(engine: Engine, network: Dict[str, Any]) -> None:
     users = network_users(engine, network["Name"])
     if any(each.running for each in users):
         names = ", ".join(f'name:"{each.name}" endpoint:"{each.id[:12]}"' for each in users if each.running)
-        raise Forbidden(f"error while removing network: network {network['Name']} id {network['Id']} has active endpoints ({names})")
+        raise Forbidden(f"error while removing network: network {network['Name']} id {network['Id']} has active "
+                        f"endpoints ({names})")
     engine.nerdctl.run("network", "rm", "--", network["Name"])
     engine.journal.emit("network", "destroy", network["Id"], {"name": network["Name"], "type": network["Driver"]})
 
@@ -10442,7 +10802,8 @@ def network_prune(engine: Engine, request: Request) -> Response:
     filters = request.filters("until", "label", "label!")
     common, deleted = PruneFilter(filters), []
     for network in list(engine.inventory.networks().values()):
-        if (network["Name"] in ("bridge", "host", "none") or not network["Id"] or network["Id"] == made_up_id(network["Name"])
+        if (network["Name"] in ("bridge", "host", "none") or not network["Id"]
+            or network["Id"] == made_up_id(network["Name"])
                 or network_users(engine, network["Name"])
                 or not common.passes(network["Labels"], nanoseconds_of(network["Created"]) or 0)):
             continue
@@ -10454,17 +10815,19 @@ def network_prune(engine: Engine, request: Request) -> Response:
 
 
 def rewire(engine: Engine, network: Dict[str, Any], container: Container, settings: Optional[Dict[str, Any]]) -> None:
-    """Put a container that was never started into a network (with these EndpointSettings) or out of it (None), by making
-    it anew: nerdctl has no other way. 501 for one that was started."""
+    """Put a container that was never started into a network (with these EndpointSettings) or out of it (None), by
+    making it anew: nerdctl has no other way. 501 for one that was started."""
     name = network["Name"]
     word = "connect" if settings is not None else "disconnect"
     if was_started(container) or not container.request:
-        raise NotImplementedHere(f"nerdctl cannot {word} a container that was started (or made by others) and a network: give it its networks "
-                                 "when it is created")
+        raise NotImplementedHere(f"nerdctl cannot {word} a container that was started (or made by others) and a "
+                                 "network: give it its networks when it is created")
     if container.id in engine.touched:
-        raise NotImplementedHere(f"files were copied into this container, and nerdctl cannot {word} it without making it anew: {word} it first")
+        raise NotImplementedHere(f"files were copied into this container, and nerdctl cannot {word} it without making "
+                                 f"it anew: {word} it first")
     body = dict(container.request)
-    endpoints = dict(typed(typed(body.get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig"), dict, "EndpointsConfig"))
+    endpoints = dict(typed(typed(body.get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig"), dict,
+                           "EndpointsConfig"))
     host = dict(typed(body.get("HostConfig"), dict, "HostConfig"))
     # The networks it has now, by name.
     endpoints = {each: endpoints.get(each) or endpoints.get("default") or {} for each in network_names(container)}
@@ -10492,14 +10855,15 @@ def network_connect(engine: Engine, request: Request, name: str) -> Response:
         if network["Name"] in network_names(container):
             raise Forbidden(f"endpoint with name {container.name} already exists in network {network['Name']}")
         rewire(engine, network, container, typed(body.get("EndpointConfig"), dict, "EndpointConfig"))
-    engine.journal.emit("network", "connect", network["Id"], {"container": container.id, "name": network["Name"], "type": network["Driver"]})
+    engine.journal.emit("network", "connect", network["Id"],
+                        {"container": container.id, "name": network["Name"], "type": network["Driver"]})
     return Response(200)
 
 
 @route("POST", "/networks/{id}/disconnect")
 def network_disconnect(engine: Engine, request: Request, name: str) -> Response:
-    """Take a container out of a network; 501 for one that runs, 403 for one that is not in it. One that ran before cannot be
-    started any more."""
+    """Take a container out of a network; 501 for one that runs, 403 for one that is not in it. One that ran before
+    cannot be started any more."""
     body = request.json(required=True)
     network = find_network(engine, name)
     with engine.owning(typed(body.get("Container"), str, "Container")) as container:
@@ -10509,7 +10873,8 @@ def network_disconnect(engine: Engine, request: Request, name: str) -> Response:
             engine.apart.setdefault(container.id, set()).add(network["Name"])
         else:
             rewire(engine, network, container, None)
-    engine.journal.emit("network", "disconnect", network["Id"], {"container": container.id, "name": network["Name"], "type": network["Driver"]})
+    engine.journal.emit("network", "disconnect", network["Id"],
+                        {"container": container.id, "name": network["Name"], "type": network["Driver"]})
     return Response(200)
 
 
@@ -10585,7 +10950,8 @@ def volume_create(engine: Engine, request: Request) -> Response:
 
 def remove_volume(engine: Engine, name: str) -> None:
     """Remove a volume; 409 with dockerd's words while a container has it."""
-    users = [each.id for each in engine.inventory.containers().values() if any(mount.get("Name") == name for mount in parse_mounts(each.labels))]
+    users = [each.id for each in engine.inventory.containers().values()
+             if any(mount.get("Name") == name for mount in parse_mounts(each.labels))]
     if users:
         raise Conflict(f"remove {name}: volume is in use - [{', '.join(users)}]")
     engine.nerdctl.run("volume", "rm", "--", name)
@@ -10646,13 +11012,14 @@ def folder_size(path: str) -> int:
 
 def docker_usage(items: List[Dict[str, Any]], active: int, total: int, reclaimable: int) -> Dict[str, Any]:
     """One of the summaries that API 1.52 added to `/system/df`."""
-    return {"ActiveCount": active, "TotalCount": len(items), "TotalSize": total, "Reclaimable": reclaimable, "Items": items}
+    return {"ActiveCount": active, "TotalCount": len(items), "TotalSize": total, "Reclaimable": reclaimable,
+            "Items": items}
 
 
 @route("GET", "/system/df")
 def system_df(engine: Engine, request: Request) -> Response:
-    """What images, containers, volumes and build cache take; `type` restricts it. Sizes are read anew, no event tells of
-    them."""
+    """What images, containers, volumes and build cache take; `type` restricts it. Sizes are read anew, no event tells
+    of them."""
     kinds = [each for each in request.values("type") if each]
     for each in kinds:
         if each not in ("container", "image", "volume", "build-cache"):
@@ -10664,7 +11031,8 @@ def system_df(engine: Engine, request: Request) -> Response:
         answer["LayersSize"] = sum({each["digest"]: each.get("size") or 0 for group in groups
                                     for each in group.content.layers}.values()) + sum(
             group.unpacked_size for group in groups)
-        answer["Images"] = [docker_image_row(group, request.version, len(users.get(group.id, [])), shared.get(group.id, 0)) for group in groups]
+        answer["Images"] = [docker_image_row(group, request.version, len(users.get(group.id, [])),
+                                             shared.get(group.id, 0)) for group in groups]
     if everything or "container" in kinds:
         answer["Containers"] = disk_usage_containers(engine, request)
     if everything or "volume" in kinds:
@@ -10680,11 +11048,13 @@ def system_df(engine: Engine, request: Request) -> Response:
 
 def disk_usage_containers(engine: Engine, request: Request) -> List[Dict[str, Any]]:
     """Every container as the list shows it, with its sizes."""
-    containers, images, networks = engine.inventory.containers(), engine.inventory.images.names.get(), engine.inventory.networks()
+    inventory = engine.inventory
+    containers, images, networks = inventory.containers(), inventory.images.names.get(), inventory.networks()
     sizes, rows = container_sizes(engine, containers.values()), []
     for container in containers.values():
         image_id = images[container.image].target.digest if container.image in images else ""
-        row = docker_container_row(container, image_id, docker_networks(container, networks), time.time(), request.version)
+        row = docker_container_row(container, image_id, docker_networks(container, networks), time.time(),
+                                   request.version)
         row["SizeRw"], row["SizeRootFs"] = sizes.get(container.real, (0, 0))
         rows.append(row)
     return rows
@@ -10699,16 +11069,20 @@ def usage_summaries(answer: Dict[str, Any]) -> Dict[str, Any]:
                                            sum(row["Size"] for row in rows if not row["Containers"]))
     if "Containers" in answer:
         rows = answer["Containers"]
-        found["ContainerUsage"] = docker_usage(rows, sum(row["State"] in ("running", "paused") for row in rows), sum(row["SizeRw"] for row in rows),
-                                               sum(row["SizeRw"] for row in rows if row["State"] not in ("running", "paused")))
+        found["ContainerUsage"] = docker_usage(rows, sum(row["State"] in ("running", "paused") for row in rows),
+                                               sum(row["SizeRw"] for row in rows),
+                                               sum(row["SizeRw"] for row in rows
+                                                   if row["State"] not in ("running", "paused")))
     if "Volumes" in answer:
         rows = answer["Volumes"]
         found["VolumeUsage"] = docker_usage(rows, sum(row["UsageData"]["RefCount"] > 0 for row in rows),
                                             sum(row["UsageData"]["Size"] for row in rows),
-                                            sum(row["UsageData"]["Size"] for row in rows if not row["UsageData"]["RefCount"]))
+                                            sum(row["UsageData"]["Size"] for row in rows
+                                                if not row["UsageData"]["RefCount"]))
     if "BuildCache" in answer:
         rows = answer["BuildCache"]
-        found["BuildCacheUsage"] = docker_usage(rows, sum(row["InUse"] for row in rows), sum(row["Size"] for row in rows),
+        found["BuildCacheUsage"] = docker_usage(rows, sum(row["InUse"] for row in rows),
+                                                sum(row["Size"] for row in rows),
                                                 sum(row["Size"] for row in rows if not row["InUse"]))
     return found
 
@@ -10753,16 +11127,21 @@ def plugin_refused(engine: Engine, request: Request, name: str = "") -> Response
 # Handler -> what it is for: the methods and the path of each.
 REFUSED = {
     swarm_refused: (
-        "GET /swarm", "POST /swarm/update", "GET /swarm/unlockkey", "POST /swarm/unlock", "GET /nodes", "GET /nodes/{id}", "DELETE /nodes/{id}",
-        "POST /nodes/{id}/update", "GET /services", "POST /services/create", "GET /services/{id}", "DELETE /services/{id}",
-        "POST /services/{id}/update", "GET /services/{id}/logs", "GET /tasks", "GET /tasks/{id}", "GET /tasks/{id}/logs", "GET /secrets",
-        "POST /secrets/create", "GET /secrets/{id}", "DELETE /secrets/{id}", "POST /secrets/{id}/update", "GET /configs",
+        "GET /swarm", "POST /swarm/update", "GET /swarm/unlockkey", "POST /swarm/unlock", "GET /nodes",
+        "GET /nodes/{id}", "DELETE /nodes/{id}",
+        "POST /nodes/{id}/update", "GET /services", "POST /services/create", "GET /services/{id}",
+        "DELETE /services/{id}",
+        "POST /services/{id}/update", "GET /services/{id}/logs", "GET /tasks", "GET /tasks/{id}",
+        "GET /tasks/{id}/logs", "GET /secrets",
+        "POST /secrets/create", "GET /secrets/{id}", "DELETE /secrets/{id}", "POST /secrets/{id}/update",
+        "GET /configs",
         "POST /configs/create", "GET /configs/{id}", "DELETE /configs/{id}", "POST /configs/{id}/update"),
     swarm_leave: ("POST /swarm/leave",), swarm_unavailable: ("POST /swarm/init", "POST /swarm/join"),
     plugin_missing: ("GET /plugins/{image}/json", "DELETE /plugins/{image}"),
     plugin_refused: (
         "GET /plugins/privileges", "POST /plugins/pull", "POST /plugins/create", "POST /plugins/{image}/enable",
-        "POST /plugins/{image}/disable", "POST /plugins/{image}/upgrade", "POST /plugins/{image}/push", "POST /plugins/{image}/set"),
+        "POST /plugins/{image}/disable", "POST /plugins/{image}/upgrade", "POST /plugins/{image}/push",
+        "POST /plugins/{image}/set"),
 }
 for _handler, _routes in REFUSED.items():
     for _route in _routes:
@@ -11286,8 +11665,8 @@ def grpc_hijack(engine: Engine) -> Hijack:
 
 @route("POST", "/grpc")
 def buildkit_grpc(engine: Engine, request: Request) -> Response:
-    """101, then buildkitd. 101 also without one: after anything else clients would set up a builder of their own. 500, as
-    dockerd has it here, without an upgrade to h2c."""
+    """101, then buildkitd. 101 also without one: after anything else clients would set up a builder of their own. 500,
+    as dockerd has it here, without an upgrade to h2c."""
     check_upgrade(request, ApiError)
     return Response(101, grpc_hijack(engine))
 
@@ -11533,7 +11912,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         self.requestline = getattr(self, "requestline", "")
         self.request_version = "HTTP/1.1"
         status = 400 if code in (501, 505) else code
-        self.send_whole(error_response(type("HeadError", (ApiError,), {"status": status})(message or "malformed request")))
+        self.send_whole(error_response(type("HeadError", (ApiError,), {"status": status})(message
+                                                                                          or "malformed request")))
 
     def serve_grpc(self) -> None:
         """HTTP/2 with prior knowledge, as of buildctl and of buildx's remote driver: BuildKit's gRPC."""
@@ -11565,7 +11945,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                 response = error_response(ApiError("internal error: see the log of nerdctld"))
             status = self.respond(response, body)
         if server.engine.nerdctl.debug:
-            log(f"{self.command} {self.path.partition('?')[0]} -> {status} in {(time.monotonic() - began) * 1000:.1f} ms")
+            took = (time.monotonic() - began) * 1000
+            log(f"{self.command} {self.path.partition('?')[0]} -> {status} in {took:.1f} ms")
         if not self.close_connection:
             self.connection.settimeout(self.timeout)
 
@@ -11733,7 +12114,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             lines.append(f"Content-Type: {response.media_type if upgraded else 'application/vnd.docker.raw-stream'}")
         if upgraded:
             lines += ["Connection: Upgrade", f"Upgrade: {response.body.protocol}"]
-        told = {"Api-Version": "%d.%d" % API_NEWEST, "Docker-Experimental": "false", "Ostype": "linux", "Server": self.version_string(),
+        told = {"Api-Version": "%d.%d" % API_NEWEST, "Docker-Experimental": "false", "Ostype": "linux",
+                "Server": self.version_string(),
                 **response.headers}
         lines += [f"{name}: {value}" for name, value in told.items()]
         try:
@@ -11865,7 +12247,8 @@ def own_socket(path: str) -> socket.socket:
             except (ConnectionRefusedError, FileNotFoundError):
                 pass
             except OSError as error:
-                raise StartError(f"cannot listen on {path}: {error.strerror or 'another daemon is listening there'}") from None
+                reason = error.strerror or "another daemon is listening there"
+                raise StartError(f"cannot listen on {path}: {reason}") from None
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # Made under another name and moved into place: nobody can connect before the mode is right, and of two daemons that
     # start at once one is left.
@@ -12150,10 +12533,13 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
                         help=f"socket to listen on (default: the one systemd hands over, else {default_socket_path()})")
     parser.add_argument("--nerdctl", metavar="COMMAND", default=environment("NERDCTL") or "",
                         help="nerdctl to run, or a ctr (default: $NERDCTL, nerdctl, or without that containerd's ctr)")
-    parser.add_argument("--namespace", default=environment("CONTAINERD_NAMESPACE") or settings.get("namespace") or "default",
+    parser.add_argument("--namespace", default=environment("CONTAINERD_NAMESPACE") or settings.get("namespace")
+                        or "default",
                         help="containerd namespace (default: %(default)s)")
-    parser.add_argument("--address", default=environment("CONTAINERD_ADDRESS") or settings.get("address") or "", help="containerd's socket")
-    parser.add_argument("--snapshotter", default=environment("CONTAINERD_SNAPSHOTTER") or "", help="containerd snapshotter")
+    parser.add_argument("--address", default=environment("CONTAINERD_ADDRESS") or settings.get("address") or "",
+                        help="containerd's socket")
+    parser.add_argument("--snapshotter", default=environment("CONTAINERD_SNAPSHOTTER") or "",
+                        help="containerd snapshotter")
     parser.add_argument("--buildkit-host", default=environment("BUILDKIT_HOST") or "", help="buildkitd's address")
     parser.add_argument("--idle-timeout", metavar="SECONDS", type=float, default=0.0,
                         help="end after so long without use, when started by a socket unit")
@@ -12193,7 +12579,8 @@ def watch_signals() -> int:
 def serve_until_told(server: Server, idle_timeout: float, signals: int) -> None:
     """Serve until a signal or, with a timeout, until idle for so long; then let running requests end, for a bounded
     time."""
-    # serve_forever() looks every so often whether it is to end: an idle daemon would never sleep, and its end would wait.
+    # serve_forever() looks every so often whether it is to end: an idle daemon would never sleep, and its end would
+    # wait.
     poller = select.poll()
     for each in (server.fileno(), signals):
         poller.register(each, select.POLLIN)

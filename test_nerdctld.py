@@ -22,6 +22,7 @@ import struct
 import select
 import random
 import base64
+import bisect
 import contextlib
 import hashlib
 import http.client
@@ -33,7 +34,6 @@ import marshal
 import os
 import pathlib
 import py_compile
-import queue
 import re
 import shlex
 import shutil
@@ -1272,9 +1272,16 @@ def tree():
 
 
 @functools.lru_cache(maxsize=None)
-def banners():
-    """Line and title of each section."""
-    return [(0, ""), *((SOURCE[:each.start()].count("\n") + 1, each.group(1)) for each in re.finditer(r"^#{79}\n# (.+)\n#{79}$", SOURCE, re.M))]
+def sections():
+    """The line at which each section of the daemon's file begins, and its name."""
+    return [(SOURCE.count("\n", 0, found.start()) + 1, found.group(1)) for found in re.finditer(r"^#{79}\n# (.+)\n#{79}$", SOURCE, re.M)]
+
+
+def section_lines(name):
+    """The lines of a section."""
+    number = next(number for number, each in sections() if each == name)
+    end = next((after for after, _ in sections() if after > number), None)
+    return SOURCE.splitlines()[number - 1:end and end - 1]
 
 
 class TestShape:
@@ -1324,51 +1331,36 @@ class TestShape:
         listed = re.search(r"stands above it:\n\n(.*?)\n\n", nerdctld.__doc__, re.S).group(1)
         assert banners == [each.strip() for each in re.split(r"\s*·\s*", " ".join(listed.split())) if each.strip()]
 
-    # Names of a later section that stand in a function; a list that may only become shorter. What is used when the file is
-    # read would not start at all.
-    FORWARD = set()
+    def test_lines_and_sections_are_short(self):
+        lines = SOURCE.splitlines()
+        assert [number for number, line in enumerate(lines, 1) if len(line) > 120] == []
+        begins = [number for number, name in sections()]
+        assert [name for (number, name), end in zip(sections(), [*begins[1:], len(lines)]) if end - number > 700] == []
 
-    @staticmethod
-    def section_of(line):
-        """The section that a line of the file is in."""
-        return max((each for each in banners() if each[0] <= line), key=lambda each: each[0])
-
-    def forward(self):
-        """(section, name of a later one that it uses) of all of the file but its annotations."""
-        defined, sections = {}, {}
+    def test_sections_use_only_what_stands_above(self):
+        """Annotations aside. A name of a later section is a layer that leaks."""
+        begins = [number for number, _ in sections()]
+        place = lambda node: bisect.bisect(begins, node.lineno)
+        made = {}
         for node in tree().body:
-            names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [
-                each.id for target in getattr(node, "targets", [getattr(node, "target", None)]) for each in ast.walk(target or ast.Pass()) if isinstance(each, ast.Name)]
-            defined.update((name, self.section_of(node.lineno)) for name in names)
-        for node in tree().body:
-            sections.setdefault(self.section_of(node.lineno), []).append(node)
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            names = [each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
+            made.update({name: place(node) for name in (names or [getattr(node, "name", "")])})
         found = set()
-        for here, nodes in sections.items():
-            for name in set().union(*map(self.used, nodes)):
-                if defined.get(name, (0, ""))[0] > here[0]:
-                    found.add((here[1], name))
-        return found
-
-    def used(self, node):
-        """The names that code uses, without those in annotations and those of its own variables."""
-        names, own, left = set(), set(), [node]
-        while left:
-            each = left.pop()
-            if isinstance(each, (ast.Name, ast.arg)):
-                name = each.id if isinstance(each, ast.Name) else each.arg
-                (names if isinstance(getattr(each, "ctx", None), ast.Load) else own).add(name)
-            left += [child for key, value in ast.iter_fields(each) if key not in ("annotation", "returns")
-                     for child in (value if isinstance(value, list) else [value]) if isinstance(child, ast.AST)]
-        return names - own
-
-    def test_each_section_uses_what_stands_above_it(self):
-        assert self.forward() == self.FORWARD
+        for node in tree().body:
+            local = {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
+            local |= {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+            notes = [each.annotation for each in ast.walk(node) if isinstance(each, (ast.arg, ast.AnnAssign)) and each.annotation]
+            notes += [each.returns for each in ast.walk(node) if isinstance(each, ast.FunctionDef) and each.returns]
+            noted = {id(each) for note in notes for each in ast.walk(note)}
+            found |= {(each.id, each.lineno) for each in ast.walk(node) if isinstance(each, ast.Name) and id(each) not in noted
+                      and each.id not in local and made.get(each.id, 0) > place(node)}
+        assert found == set()
 
     def test_processes_are_started_in_one_section(self):
-        starts = {self.section_of(node.lineno)[1] for node in ast.walk(tree()) if isinstance(node, ast.Call) and re.fullmatch(
-            r"subprocess\.(Popen|run|call|check_call|check_output)|os\.(fork|forkpty|spawn\w+|posix_spawnp?|system|popen)|pty\.fork", ast.unparse(node.func))}
-        # In a container's tree a process of its own enters namespaces, which takes a child of it.
-        assert starts == {"nerdctl process", "Tree"}
+        where = [name for number, name in sections() for line in section_lines(name) if re.search(r"subprocess\.(Popen|run)\(", line)]
+        # What mounts a snapshot of FUSE runs in the process that has a container's tree.
+        assert set(where) == {"nerdctl process", "Tree"} and where.count("Tree") == 1
 
     def test_each_route_matches_its_own_sample_only(self):
         for each in nerdctld.ROUTES:
@@ -3720,7 +3712,8 @@ class TestState:
 
     @pytest.mark.parametrize("files, label, ports", [
         ({"network-config.json": '{"portMappings":[{"HostPort":1,"ContainerPort":2,"Protocol":"udp","HostIP":"::1"}]}'}, "", [("::1", 2, 1, "udp")]),
-        ({"network-config.json": "{}"}, "", []), ({"network-config.json": "{"}, '[{"HostPort":1,"ContainerPort":2}]', [("0.0.0.0", 2, 1, "tcp")]), ({}, "", []), ({}, "{", []), ({}, "5", []), ({}, '[5]', []), ({"network-config.json": "[5]"}, "", []), ({"network-config.json": '{"portMappings":{"a":1}}'}, "", []),
+        ({"network-config.json": "{}"}, "", []), ({"network-config.json": "{"}, '[{"HostPort":1,"ContainerPort":2}]', [("0.0.0.0", 2, 1, "tcp")]), ({}, "", []), ({}, "{", []),
+        ({}, "5", []), ({}, '[5]', []), ({"network-config.json": "[5]"}, "", []), ({"network-config.json": '{"portMappings":{"a":1}}'}, "", []),
         ({}, '[{"HostPort":1,"ContainerPort":2,"Protocol":"tcp","HostIP":"0.0.0.0"}]', [("0.0.0.0", 2, 1, "tcp")])])
     def test_ports(self, tmp_path, files, label, ports):
         for name, text in files.items():
