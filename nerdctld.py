@@ -3762,10 +3762,12 @@ class Mirror:
         self.began, self.stale, self.failure = time.monotonic(), False, None
         self.dirty.clear()
         try:
-            self.values = self.read_all()
+            found = self.read_all()
         except BaseException as error:
             self.stale, self.failure = True, error
             raise
+        if found != self.values:
+            self.values = found
 
     def _read_dirty(self) -> None:
         values = dict(self.values)
@@ -4064,6 +4066,8 @@ class ImageStore:
     def __init__(self, containerd: Containerd, feed: EventFeed, snapshotter: str):
         self.containerd, self.snapshotter = containerd, snapshotter
         self.names = Mirror(feed, self._read_names, self._read_name)
+        # Whether events tell of every image, None where that is not known yet.
+        self.told: Optional[bool] = None
         self.lock = threading.Lock()
         self.blobs: Dict[str, Any] = {}
         self.sizes: Dict[str, int] = {}
@@ -4074,13 +4078,32 @@ class ImageStore:
 
     def get(self) -> Dict[str, ImageGroup]:
         """All images by id."""
-        names = self.names.get()
+        names = self.records()
         if self.grouped is names and time.monotonic() < self.until:
             return self.groups
         with self.lock:
             if self.grouped is not names or time.monotonic() >= self.until:
                 self._group(names)
             return self.groups
+
+    def records(self) -> Dict[str, ImageRecord]:
+        """All images by name; the same dict as before where nothing has changed."""
+        if not self._all_are_told():
+            self.names.invalidate()
+        return self.names.get()
+
+    def invalidate(self, name: str = "") -> None:
+        """An image is no longer as it was, or with "" any may be, of another containerd too."""
+        self.names.invalidate(name)
+        if not name:
+            self.told = None
+
+    def _all_are_told(self) -> bool:
+        """Whether events tell of every image. In containerd 1.7 the transfer service, by which nerdctl 2.3 pulls, loads
+        and tags, makes them without one."""
+        if self.told is None:
+            self.told = not self.containerd.version()[0].lstrip("v").startswith("1.")
+        return self.told
 
     def _read_names(self) -> Dict[str, ImageRecord]:
         return {name: image for name, image in self.containerd.list_images().items() if not name.endswith(REDUCED)}
@@ -4341,9 +4364,9 @@ class Inventory:
         """Heed an event: what it names is read anew when it is next asked for."""
         if event is None:
             self.records.invalidate()
-            self.images.names.invalidate()
+            self.images.invalidate()
         elif event.topic.startswith("/images/"):
-            self.images.names.invalidate(event.payload.get("name") or "")
+            self.images.invalidate(event.payload.get("name") or "")
         elif event.container and not event.topic.startswith("/tasks/exec-") and (event.topic != "/tasks/exit"
                                                                                  or event.ends_container):
             if event.topic == "/tasks/oom":
@@ -5997,7 +6020,7 @@ def image_load(engine: Engine, request: Request) -> Response:
     platforms, quiet = wanted_platforms(request, 1), request.flag("quiet", True)
 
     def chunks() -> Iterator[bytes]:
-        before = list(engine.inventory.images.names.get())
+        before = list(engine.inventory.images.records())
         archive, names = ImageArchive(), []
         with engine.changing_images(names):
             # Not ended when the client leaves: that is seen when the body breaks off, and what has come whole is
@@ -6076,7 +6099,7 @@ def image_import(engine: Engine, request: Request) -> Response:
     arguments += [f"--platform={each}" for each in wanted_platforms(request, 1)]
 
     def chunks() -> Iterator[bytes]:
-        before = list(engine.inventory.images.names.get())
+        before = list(engine.inventory.images.records())
         working = target.name if target and not lines else f"{WORKING_NAME}import:{os.urandom(8).hex()}"
         with engine.changing_images([working]):
             with engine.nerdctl.start(*arguments, "--", source, working, stdin=subprocess.PIPE,
@@ -6095,7 +6118,7 @@ def image_import(engine: Engine, request: Request) -> Response:
                 for _ in iter(process.read, b""):
                     pass
                 process.check()
-        remove_extra_names(engine, [name for name in engine.inventory.images.names.get()
+        remove_extra_names(engine, [name for name in engine.inventory.images.records()
                                     if name not in before and name.startswith(working + "@sha256:")])
         if lines:
             with engine.changing_images([target.name] if target else []):
@@ -7243,7 +7266,7 @@ def container_list(engine: Engine, request: Request) -> Response:
     limit = request.integer("limit", -1)
     found = list_containers(engine, filters, request.flag("all"), limit)
     sizes = container_sizes(engine, found) if request.flag("size") else {}
-    images, networks = (engine.inventory.images.names.get(), engine.inventory.networks()) if found else ({}, {})
+    images, networks = (engine.inventory.images.records(), engine.inventory.networks()) if found else ({}, {})
     rows, now = [], time.time()
     for container in found:
         image_id = images[container.image].target.digest if container.image in images else ""
@@ -11049,7 +11072,7 @@ def system_df(engine: Engine, request: Request) -> Response:
 def disk_usage_containers(engine: Engine, request: Request) -> List[Dict[str, Any]]:
     """Every container as the list shows it, with its sizes."""
     inventory = engine.inventory
-    containers, images, networks = inventory.containers(), inventory.images.names.get(), inventory.networks()
+    containers, images, networks = inventory.containers(), inventory.images.records(), inventory.networks()
     sizes, rows = container_sizes(engine, containers.values()), []
     for container in containers.values():
         image_id = images[container.image].target.digest if container.image in images else ""
@@ -11603,7 +11626,7 @@ def solved_digest(answer: bytes) -> str:
 def replaced_images(engine: Engine, names: List[str]) -> Dict[str, str]:
     """The ids of the images that have these names now."""
     with contextlib.suppress(ApiError):
-        images = engine.inventory.images.names.get()
+        images = engine.inventory.images.records()
         return {name: images[name].target.digest for name in names if name in images}
     return {}
 

@@ -3862,12 +3862,25 @@ class TestState:
         fake.untag("docker.io/library/many:1")
         assert engine.inventory.images.get() == {} and not engine.inventory.images.blobs and not engine.inventory.images.sizes
 
+    @pytest.mark.parametrize("version, lists", [("v1.7.28", True), ("1.6.20~ds1", True), ("v2.3.1", False)])
+    def test_images_that_no_event_tells_of(self, furnished, fake, version, lists):
+        fake.version = (version, "")
+        follow(furnished, fake)
+        before = furnished.inventory.images.records()
+        assert furnished.inventory.images.records() is before
+        # As containerd 1.7's transfer service makes them.
+        silent = "docker.io/library/silent:1"
+        fake.images[silent] = fake.images[BASE]._replace(name=silent)
+        names = {tag for each in ask(furnished, "GET", "/images/json").json for tag in each["RepoTags"]}
+        assert ("silent:1" in names) == lists
+        assert ask(furnished, "GET", "/images/silent:1/json").status == (200 if lists else 404)
+
     def test_what_a_push_makes_for_itself_is_not_there(self, furnished, fake):
         follow(furnished, fake)
         before = ask(furnished, "GET", "/images/json").json
         fake.tag(BASE + nerdctld.REDUCED, BB)
         assert ask(furnished, "GET", "/images/json").json == before and fake.calls["Images/Get"] == 0
-        furnished.inventory.images.names.invalidate()
+        furnished.inventory.images.invalidate()
         assert ask(furnished, "GET", "/images/json").json == before
 
     def test_files_that_nerdctl_did_not_write(self, furnished, tmp_path, fake):
