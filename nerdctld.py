@@ -3831,6 +3831,12 @@ def container_state(labels: Dict[str, str], task: Optional[TaskRecord], started_
         error = labels.get("nerdctl/error") or "" if started_at and started_at / 1e9 > booted else ""
         if error:
             return State("created", exit_code=refused_code(error), error=error)
+    if int_or_zero(labels.get("containerd.io/restart.count") or "") and (
+            restarts_again(labels, 1) if task is None else
+            task.status == "created" and labels.get("containerd.io/restart.status") == "running"):
+        # containerd counts, takes the task that ended away and makes another: it is neither new nor over meanwhile.
+        return State("restarting", started_at=started_at)
+    if task is None:
         return State("exited", exit_code=0, started_at=started_at) if started_at else State("created")
     if task.status == "stopped":
         kind = "restarting" if restarts_again(labels, task.exit_status) else "exited"

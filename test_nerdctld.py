@@ -3862,6 +3862,16 @@ class TestState:
         fake.untag("docker.io/library/many:1")
         assert engine.inventory.images.get() == {} and not engine.inventory.images.blobs and not engine.inventory.images.sizes
 
+    @pytest.mark.parametrize("policy, count, status, between, new", [
+        # While containerd starts it again: its task is away, or made and not started.
+        ("always", "1", "running", "restarting", "restarting"), ("on-failure:3", "2", "running", "restarting", "restarting"),
+        # The last time that it may; a first start; one that is to stay as it is.
+        ("on-failure:3", "3", "running", "exited", "restarting"), ("always", "", "running", "exited", "created"), ("always", "1", "stopped", "exited", "created")])
+    def test_between_two_tasks(self, policy, count, status, between, new):
+        labels = {"containerd.io/restart.policy": policy, "containerd.io/restart.count": count, "containerd.io/restart.status": status}
+        task = nerdctld.TaskRecord(1, "created", 0, 0, "")
+        assert [nerdctld.container_state(labels, each, 10**18).kind for each in (None, task)] == [between, new]
+
     @pytest.mark.parametrize("version, lists", [("v1.7.28", True), ("1.6.20~ds1", True), ("v2.3.1", False)])
     def test_images_that_no_event_tells_of(self, furnished, fake, version, lists):
         fake.version = (version, "")
