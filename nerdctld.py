@@ -3832,7 +3832,7 @@ def container_state(labels: Dict[str, str], task: Optional[TaskRecord], started_
         if error:
             return State("created", exit_code=refused_code(error), error=error)
     if int_or_zero(labels.get("containerd.io/restart.count") or "") and (
-            restarts_again(labels, 1) if task is None else
+            started_at and restarts_again(labels, 1) if task is None else
             task.status == "created" and labels.get("containerd.io/restart.status") == "running"):
         # containerd counts, takes the task that ended away and makes another: it is neither new nor over meanwhile.
         return State("restarting", started_at=started_at)
