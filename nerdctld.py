@@ -3825,8 +3825,7 @@ def refused_code(error: str) -> int:
 def container_state(labels: Dict[str, str], task: Optional[TaskRecord], started_at: Optional[int]) -> State:
     """The state of a container from its labels, its task and when nerdctl noted that it was started."""
     if task is None:
-        # nerdctl never takes an error back: only one of this time counts. Without an error the task went with a restart
-        # of the machine, and containerd remembers no more.
+        # nerdctl never takes an error back: only one of this time counts.
         booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         error = labels.get("nerdctl/error") or "" if started_at and started_at / 1e9 > booted else ""
         if error:
@@ -3837,6 +3836,7 @@ def container_state(labels: Dict[str, str], task: Optional[TaskRecord], started_
         # containerd counts, takes the task that ended away and makes another: it is neither new nor over meanwhile.
         return State("restarting", started_at=started_at)
     if task is None:
+        # It went with a restart of the machine, and containerd remembers no more.
         return State("exited", exit_code=0, started_at=started_at) if started_at else State("created")
     if task.status == "stopped":
         kind = "restarting" if restarts_again(labels, task.exit_status) else "exited"

@@ -3355,6 +3355,17 @@ class TestState:
             return world[name]
         return nerdctld.Mirror(feed or Told(), lambda: reads.append("") or dict(world), read_one), reads
 
+    def joined(self, mirror, gate, count):
+        """What one reader of a mirror gets, and what `count` others do that come before the gate is opened for its reading."""
+        first, found = together(1, mirror.get)
+        assert until(lambda: mirror.lock.locked())
+        others, more = together(count, mirror.get)
+        time.sleep(0.05)
+        gate.set()
+        for each in first + others:
+            each.join(5)
+        return found, more
+
     def test_a_mirror_reads_what_was_told_of(self):
         world = {"a": 1, "b": 2}
         mirror, reads = self.mirror(world)
@@ -3410,13 +3421,7 @@ class TestState:
             reads.append(gate.wait(5))
             return {"a": len(reads)}
         mirror = nerdctld.Mirror(feed, read, None)
-        first, found = together(1, mirror.get)
-        assert until(lambda: mirror.lock.locked())
-        others, more = together(8, mirror.get)
-        time.sleep(0.05)
-        gate.set()
-        for each in first + others:
-            each.join(5)
+        found, more = self.joined(mirror, gate, 8)
         # Those who came while it was under way may not take what was read before they came.
         assert len(reads) == (1 if covers else 2) and found == [{"a": 1}] and more == [{"a": len(reads)}] * 8
 
@@ -3482,13 +3487,7 @@ class TestState:
             gate.wait(5)
             raise nerdctld.Unavailable("down")
         mirror = nerdctld.Mirror(feed, fail, None)
-        threads, found = together(1, mirror.get)
-        assert until(lambda: mirror.lock.locked())
-        others, more = together(4, mirror.get)
-        time.sleep(0.05)
-        gate.set()
-        for each in threads + others:
-            each.join(5)
+        found, more = self.joined(mirror, gate, 4)
         assert [type(each) for each in found + more] == [nerdctld.Unavailable] * 5
         mirror.read_all = lambda: dict(world)
         assert mirror.get() == world
