@@ -3066,7 +3066,7 @@ def grpc_stream(sock: socket.socket, method: str, message: bytes, headers: Itera
 
 
 def grpc_call(sock: socket.socket, method: str, message: bytes, headers: Iterable[Tuple[str, str]] = (),
-              timeout: float = 10.0) -> bytes:
+              timeout: Optional[float] = 10.0) -> bytes:
     """Call a method that answers with one message, on a new connection. GrpcError for a status other than 0, OSError
     when the connection breaks or `timeout` seconds are over."""
     messages = list(grpc_stream(sock, method, message, headers, timeout))
@@ -3093,6 +3093,8 @@ EVENT_FIELDS: Dict[str, Dict[int, str]] = {
     "/tasks/paused": {1: "container_id"}, "/tasks/resumed": {1: "container_id"},
     "/images/create": {1: "name"}, "/images/update": {1: "name"}, "/images/delete": {1: "name"},
 }
+# What stands before the name of an OCI type where a message has one.
+SPEC_URL = "types.containerd.io/opencontainers/runtime-spec/1/"
 # What BuildKit calls the container of a step; nobody else gives such ids.
 BUILD_STEP = re.compile(r"[0-9a-z]{25}")
 
@@ -3120,14 +3122,25 @@ class ContainerRecord(NamedTuple):
 
 
 class TaskRecord(NamedTuple):
-    """containerd's record of a container's task: `status` is one of TASK_STATES, `stdin` the path of a FIFO or "",
-    `exited_at` nanoseconds since 1970, 0 while it runs."""
+    """containerd's record of a container's task: `status` is one of TASK_STATES, `stdin` and `stdout` paths of FIFOs or
+    "" (`stdout` also the URI of a logging program), `exited_at` nanoseconds since 1970, 0 while it runs."""
 
     pid: int
     status: str
     exit_status: int
     exited_at: int
     stdin: str
+    stdout: str = ""
+
+
+class TaskStreams(NamedTuple):
+    """Where a process has its standard streams: paths of FIFOs, "" for none, or as stdout and stderr the URI of a
+    logging program. A process with a `terminal` has no stderr of its own."""
+
+    stdin: str = ""
+    stdout: str = ""
+    stderr: str = ""
+    terminal: bool = False
 
 
 class ImageRecord(NamedTuple):
@@ -3196,7 +3209,7 @@ def parse_task(message: Any) -> Tuple[str, TaskRecord]:
     found = read_message(message)
     return read_text(found, 2), TaskRecord(
         found.get(3, 0), TASK_STATES.get(found.get(4, 0), "unknown"), found.get(9, 0), read_timestamp(found.get(10)),
-        read_text(found, 5))
+        read_text(found, 5), read_text(found, 6))
 
 
 def parse_image(message: Any) -> ImageRecord:
@@ -3298,8 +3311,9 @@ class Containerd:
             raise Unavailable(f"containerd does not answer at {self.address} ({error}): see systemctl status "
                               "containerd") from None
 
-    def call(self, method: str, message: bytes = b"", timeout: float = 10.0) -> bytes:
-        """The answer to a call of `Service/Method` below containerd.services."""
+    def call(self, method: str, message: bytes = b"", timeout: Optional[float] = 10.0) -> bytes:
+        """The answer to a call of `Service/Method` below containerd.services; 503 when there is none within `timeout`
+        seconds."""
         with self.dial() as sock, self.errors():
             return grpc_call(sock, "/containerd.services." + method, message, self.headers, timeout)
 
@@ -3326,9 +3340,73 @@ class Containerd:
             return None
         return parse_task(read_message(answer).get(1, b""))[1]
 
-    def close_stdin(self, identity: str) -> None:
-        """Let a container's process find the end of its standard input."""
-        self.call("tasks.v1.Tasks/CloseIO", encode_field(1, identity) + encode_field(3, True), 5.0)
+    def update_container(self, identity: str, labels: Dict[str, str], spec: Optional[bytes] = None) -> None:
+        """Set these labels of a container, of which "" takes one away, and with `spec` its OCI spec as JSON text; what
+        is not named stays."""
+        paths, fields = ["labels." + key for key in labels], [encode_map_entry(2, *each) for each in labels.items()]
+        if spec is not None:
+            paths.append("spec")
+            fields.append(encode_field(5, encode_field(1, SPEC_URL + "Spec") + encode_field(2, spec)))
+        mask = b"".join(encode_field(1, path) for path in paths)
+        self.call("containers.v1.Containers/Update",
+                  encode_field(1, encode_field(1, identity) + b"".join(fields)) + encode_field(2, mask))
+
+    def create_task(self, record: ContainerRecord, streams: TaskStreams, timeout: float = SHORT_CALL) -> int:
+        """Have the runtime make a container's process, with its snapshot for root, and not start it yet; its process
+        id."""
+        mounts = b"".join(encode_field(3, each) for each in self._mounts(record.snapshotter, record.snapshot_key))
+        answer = self.call("tasks.v1.Tasks/Create", encode_field(1, record.id) + mounts
+                           + b"".join(itertools.starmap(encode_field, enumerate(streams, 4))), timeout)
+        return read_message(answer).get(2, 0)
+
+    def start_task(self, identity: str, exec_id: str = "", timeout: float = SHORT_CALL) -> int:
+        """Start a container's process that was made, or a command in it; its process id."""
+        return read_message(self.call("tasks.v1.Tasks/Start", self._process(identity, exec_id), timeout)).get(1, 0)
+
+    def delete_task(self, identity: str) -> None:
+        """Take a task away that has ended, or was never started."""
+        self.call("tasks.v1.Tasks/Delete", encode_field(1, identity), SHORT_CALL)
+
+    def kill_task(self, identity: str, number: int, exec_id: str = "") -> None:
+        """Send a signal to a container's process, or to a command in it."""
+        self.call("tasks.v1.Tasks/Kill", self._process(identity, exec_id) + encode_field(3, number))
+
+    def pause_task(self, identity: str) -> None:
+        """Freeze a container."""
+        self.call("tasks.v1.Tasks/Pause", encode_field(1, identity))
+
+    def resume_task(self, identity: str) -> None:
+        """Let a container that is frozen go on."""
+        self.call("tasks.v1.Tasks/Resume", encode_field(1, identity))
+
+    def resize_terminal(self, identity: str, height: int, width: int, exec_id: str = "") -> None:
+        """Set the size of a process's terminal in characters."""
+        self.call("tasks.v1.Tasks/ResizePty",
+                  self._process(identity, exec_id) + encode_field(3, width) + encode_field(4, height))
+
+    def close_stdin(self, identity: str, exec_id: str = "") -> None:
+        """Let a process find the end of its standard input when it has read what is in its FIFO."""
+        self.call("tasks.v1.Tasks/CloseIO", self._process(identity, exec_id) + encode_field(3, True), 5.0)
+
+    def add_exec(self, identity: str, exec_id: str, process: Dict[str, Any], streams: TaskStreams) -> None:
+        """Prepare a command in a running container, with the `process` of an OCI spec."""
+        spec = encode_field(1, SPEC_URL + "Process") + encode_field(2, json.dumps(process))
+        self.call("tasks.v1.Tasks/Exec", encode_field(1, identity)
+                  + b"".join(itertools.starmap(encode_field, enumerate(streams, 2))) + encode_field(6, spec)
+                  + encode_field(7, exec_id), SHORT_CALL)
+
+    def wait_process(self, identity: str, exec_id: str = "", timeout: Optional[float] = None) -> int:
+        """Wait for the end of a process; its exit status."""
+        return read_message(self.call("tasks.v1.Tasks/Wait", self._process(identity, exec_id), timeout)).get(1, 0)
+
+    def delete_exec(self, identity: str, exec_id: str) -> int:
+        """Take a command away that has ended; its exit status."""
+        answer = self.call("tasks.v1.Tasks/DeleteProcess", self._process(identity, exec_id))
+        return read_message(answer).get(3, 0)
+
+    @staticmethod
+    def _process(identity: str, exec_id: str) -> bytes:
+        return encode_field(1, identity) + (encode_field(2, exec_id) if exec_id else b"")
 
     def list_images(self) -> Dict[str, ImageRecord]:
         """All names of images, by name."""
@@ -3378,9 +3456,9 @@ class Containerd:
     def snapshot_mounts(self, snapshotter: str, key: str) -> List[Dict[str, Any]]:
         """How a snapshot is mounted: `type`, `source` and `options` of each mount."""
         found = []
-        for message in decode_fields(self.call("snapshots.v1.Snapshots/Mounts", self._snapshot(snapshotter, key))):
+        for message in self._mounts(snapshotter, key):
             each = {"type": "", "source": "", "options": []}
-            for field in decode_fields(message.value):
+            for field in decode_fields(message):
                 text = bytes(field.value).decode("utf-8", "surrogateescape")
                 if field.number == 4:
                     each["options"].append(text)
@@ -3388,6 +3466,10 @@ class Containerd:
                     each["type" if field.number == 1 else "source"] = text
             found.append(each)
         return found
+
+    def _mounts(self, snapshotter: str, key: str) -> List[bytes]:
+        return [each.value for each in decode_fields(self.call("snapshots.v1.Snapshots/Mounts",
+                                                               self._snapshot(snapshotter, key)))]
 
     def _snapshot(self, snapshotter: str, key: str) -> bytes:
         return encode_field(1, snapshotter) + encode_field(2, key)
