@@ -9,9 +9,9 @@ The way of a request, in one direction only:
 Sections, each using only what stands above it:
 
     Errors · Tree · Conversions · Patterns · Requests, responses · Routes · nerdctl process · gRPC ·
-    containerd · Events · References · State · Inventory · Hosts files · Engine · System · Images ·
-    Image archives · Registries · Build · Containers · Create options · Container create · Sessions ·
-    Container lifecycle · Supervision · Streams · Exec · Archive · Statistics · Networks · Volumes ·
+    containerd · Events · References · State · Inventory · Hosts files · CNI · Engine · System · Images ·
+    Image archives · Registries · Build · Containers · Create options · Container create · Process streams ·
+    Container lifecycle · Streams · Exec · Supervision · Archive · Statistics · Networks · Volumes ·
     Swarm and plugins · Relay · BuildKit · HTTP server · Sockets · ctr · Command line
 
 To add an endpoint:
@@ -40,11 +40,13 @@ if not TREE:
     import base64
     import bisect
     import calendar
+    import codecs
     import collections
     import functools
     import http.client
     import http.server
     import io
+    import ipaddress
     import pty
     import queue
     import select
@@ -164,6 +166,7 @@ class ClientGone(Exception):
 # opened by itself, and links are read as text.
 CLONE_NEWNS = 0x20000
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
+MNT_DETACH = 2
 MOUNT_FLAGS = {"ro": MS_RDONLY, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "noatime": 1024, "nodiratime": 2048,
                "relatime": 1 << 21, "bind": MS_BIND, "rbind": MS_BIND | MS_REC, "rw": 0, "defaults": 0}
 XATTR = "SCHILY.xattr."
@@ -1620,6 +1623,18 @@ class Connection:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RD)
 
+    def send_now(self, *parts: bytes) -> bytes:
+        """Send as much of the parts as the client takes now; the rest. ClientGone when nobody is there any more."""
+        try:
+            # No more than the kernel takes in one call.
+            data = parts if len(parts) < 1000 else (b"".join(parts),)
+            sent = self.sock.sendmsg(data, (), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            raise ClientGone() from None
+        return b"".join(parts)[sent:] if sent < sum(map(len, parts)) else b""
+
     def send(self, *parts: bytes) -> None:
         """Send all parts in order; ClientGone when nobody is there any more."""
         try:
@@ -1854,46 +1869,25 @@ class Process:
 
     def __init__(self, runner: "Nerdctl", argv: List[str], environment: Dict[str, str], stdin: Any, stdout: Any,
                  stderr: Any,
-                 client: Client, lasting: bool = False, mounts: bool = False, descriptors: Tuple[int, ...] = ()):
+                 client: Client, mounts: bool = False, descriptors: Tuple[int, ...] = ()):
         self.runner = runner
         self.argv = argv
-        self.lasting, self.mounts = lasting, mounts
+        self.mounts = mounts
         self.began = time.monotonic()
         self.messages = None
         if stderr is None:
             self.messages = stderr = os.memfd_create("stderr")
-        self.relays: List[subprocess.Popen] = []
         try:
-            pipes = [self._relay() if lasting and each == subprocess.PIPE else each for each in (stdout, stderr)]
-            self.popen = subprocess.Popen(
-                argv, stdin=stdin, stdout=pipes[0], stderr=pipes[1], env=environment, bufsize=0, start_new_session=True,
-                pass_fds=descriptors
-            )
+            self.popen = subprocess.Popen(argv, stdin=stdin, stdout=stdout, stderr=stderr, env=environment, bufsize=0,
+                                          start_new_session=True, pass_fds=descriptors)
         except OSError as error:
             self.popen = None
             self._release()
             raise runner.missing(error) from None
-        finally:
-            for relay in self.relays:
-                with contextlib.suppress(OSError):
-                    relay.stdin.close()
-        self.stdin = self.popen.stdin
-        self.stdout, self.stderr = self.popen.stdout, self.popen.stderr
-        if self.relays:
-            self.stdout, self.stderr = (relay.stdout for relay in self.relays)
+        self.stdin, self.stdout, self.stderr = self.popen.stdin, self.popen.stdout, self.popen.stderr
         runner.processes.add(self)
         self.watch = contextlib.nullcontext() if mounts else client.when_gone(self.kill)
         self.watch.__enter__()
-
-    def _relay(self) -> Any:
-        """The input of a process that passes everything on to us and, once we are gone, drops it: nerdctl must not be
-        stopped by a broken pipe, nor its container by a full one. A plain pipe where there is no such tee."""
-        if not find_tee():
-            return subprocess.PIPE
-        self.relays.append(subprocess.Popen([find_tee(), "-p", "/dev/null"], stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE,
-                                            stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True))
-        return self.relays[-1].stdin
 
     def __enter__(self) -> "Process":
         return self
@@ -1934,10 +1928,7 @@ class Process:
         """Stdout to its end as bytes, and as Piped what is not worth to be read here: at most the next `unread()`
         bytes."""
         descriptor = self.stdout.fileno()
-        with contextlib.suppress(OSError):
-            # The two processes at its ends change places less often. fcntl has the name F_SETPIPE_SZ from Python 3.10
-            # on.
-            fcntl.fcntl(descriptor, 1031, 1 << 20)
+        enlarge_pipe(descriptor)
         pause, total = 0.0005, 0
         while True:
             if total > 1 << 20 and waiting_bytes(descriptor) < Piped.WORTH:
@@ -2031,20 +2022,17 @@ class Process:
                     each.close()
 
     def _release(self) -> None:
-        """Reap the relays and let the memory of stderr go."""
-        for relay in self.relays:
-            with contextlib.suppress(OSError):
-                relay.stdin.close()
-                relay.stdout.close()
-            # Nobody writes to it any more but a descendant of nerdctl that kept the pipe.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                relay.wait(2.0)
-                continue
-            relay.kill()
-            relay.wait()
+        """Let the memory of stderr go."""
         if self.messages is not None:
             os.close(self.messages)
             self.messages = None
+
+
+def enlarge_pipe(descriptor: int) -> None:
+    """Let a pipe hold a megabyte, so that the two processes at its ends change places less often."""
+    with contextlib.suppress(OSError):
+        # fcntl has the name F_SETPIPE_SZ from Python 3.10 on.
+        fcntl.fcntl(descriptor, 1031, 1 << 20)
 
 
 def poll_readable(descriptor: int, timeout: Optional[float]) -> bool:
@@ -2115,13 +2103,12 @@ class Nerdctl:
             log(f"{shlex.join(process.argv)} -> {process.popen.returncode} in {took:.0f} ms{reason}")
 
     def start(self, *arguments: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE, stderr: Any = None,
-              environment: Optional[Dict[str, str]] = None, client: Client = Client(), lasting: bool = False,
-              mounts: bool = False) -> Process:
+              environment: Optional[Dict[str, str]] = None, client: Client = Client(), mounts: bool = False) -> Process:
         """A running process for a stream. stderr None keeps it in memory for check(). It is killed when `client`
-        leaves; a `lasting` one goes on when the daemon ends. One that `mounts` a container's files would leave them
+        leaves. One that `mounts` a container's files would leave them
         mounted if it was killed: it finds its pipes closed, and has a while to end by itself."""
         merged = {**self.environment, **environment} if environment else self.environment
-        return Process(self, self.argv(arguments), merged, stdin, stdout, stderr, client, lasting, mounts)
+        return Process(self, self.argv(arguments), merged, stdin, stdout, stderr, client, mounts)
 
     def start_own(self, command: str, before: Iterable[str] = (), client: Client = Client()) -> Process:
         """This file as a process of its own, `nerdctld.py COMMAND`, with its standard streams as pipes and errors in
@@ -2130,6 +2117,16 @@ class Nerdctl:
         argv = [*before, sys.executable, "-IS", f"/proc/self/fd/{code}", command]
         pipe = subprocess.PIPE
         return Process(self, argv, self.environment, pipe, pipe, None, client, descriptors=(code,))
+
+    def start_logger(self, uri: str, identity: str) -> "LoggingProgram":
+        """The logging program that a container's label names, to be given its output here."""
+        found = urllib.parse.urlsplit(uri)
+        words = [word for each in urllib.parse.parse_qsl(found.query, keep_blank_values=True) for word in each if word]
+        environment = {**self.environment, "CONTAINER_ID": identity, "CONTAINER_NAMESPACE": self.namespace}
+        try:
+            return LoggingProgram([found.path, *words], environment)
+        except OSError as error:
+            raise ApiError(f"failed to initialize logging driver: {found.path}: {error.strerror}") from None
 
     def output(self, *arguments: str, data: bytes = b"", timeout: float = SHORT_CALL,
                environment: Optional[Dict[str, str]] = None, waits: bool = False) -> Output:
@@ -2164,7 +2161,8 @@ class Nerdctl:
                 parts.append(part)
             status = process.wait(max(0.0, deadline - time.monotonic()))
             if status is None:
-                raise Unavailable(f"nerdctl {arguments[0]} did not end within {timeout:.0f} seconds")
+                what = f"nerdctl {arguments[0]}" if arguments else self.command[-1]
+                raise Unavailable(f"{what} did not end within {timeout:.0f} seconds")
             return Output(status, b"".join(parts), process.error_text())
 
     def run(self, *arguments: str, data: bytes = b"", timeout: float = SHORT_CALL,
@@ -2255,20 +2253,62 @@ class Nerdctl:
         address = next((each for each in self.buildkit_addresses()
                         if not each.startswith("unix://") or os.path.exists(each[len("unix://"):])),
                         self.buildkit_addresses()[-1])
-        other = Nerdctl(["buildctl", f"--addr={address}"])
+        return self.program("buildctl", f"--addr={address}")
+
+    def program(self, *command: str) -> "Nerdctl":
+        """What runs another program in the same way."""
+        other = Nerdctl(list(command))
         other.options, other.places, other.processes, other.debug = [], self.places, self.processes, self.debug
         return other
 
     def end_all(self) -> None:
-        """End every process that is still running, but for those that hold a container or will find their pipes
-        closed."""
-        ending = [process for process in list(self.processes) if not (process.lasting or process.mounts)]
+        """End every process that is still running, but for those that will find their pipes closed."""
+        ending = [process for process in list(self.processes) if not process.mounts]
         for process in ending:
             process.kill(signal.SIGTERM)
         deadline = time.monotonic() + 2.0
         for process in ending:
             if process.wait(max(0.0, deadline - time.monotonic())) is None:
                 process.kill()
+
+
+class LoggingProgram:
+    """A logging program as containerd runs it: stdout and stderr of a container are its descriptors 3 and 4, and it
+    closes 5 when it is ready. It is called with the number of a stream and its bytes."""
+
+    def __init__(self, argv: List[str], environment: Dict[str, str]):
+        pipes = [os.pipe() for _ in range(3)]
+        ends = [pipes[0][0], pipes[1][0], pipes[2][1]]
+        try:
+            # Numbers of their own first, so that none of the three is overwritten by another.
+            spare = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, 10) for each in ends]
+            actions = [(os.POSIX_SPAWN_DUP2, each, number) for number, each in enumerate(spare, 3)]
+            try:
+                self.pid = os.posix_spawn(argv[0], argv, environment, file_actions=actions, setpgroup=0)
+            finally:
+                for each in spare:
+                    os.close(each)
+        except OSError:
+            for each in (pipes[0][1], pipes[1][1]):
+                os.close(each)
+            raise
+        finally:
+            for each in (*ends, pipes[2][0]):
+                os.close(each)
+        self.inputs = {1: pipes[0][1], 2: pipes[1][1]}
+
+    def __call__(self, kind: int, data: bytes) -> None:
+        """Write some output; nothing when the program has ended."""
+        with contextlib.suppress(OSError):
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self.inputs[kind], view):]
+
+    def close(self) -> None:
+        """Let it find the end of both, and end."""
+        for each in self.inputs.values():
+            os.close(each)
+        threading.Thread(target=os.waitpid, args=(self.pid, 0), name="logger", daemon=True).start()
 
 
 @functools.lru_cache(maxsize=None)
@@ -2281,17 +2321,6 @@ def own_bytecode() -> int:
     compiled = os.memfd_create("nerdctld.pyc")
     os.write(compiled, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(__loader__.get_code(__name__)))
     return compiled
-
-
-@functools.lru_cache(maxsize=None)
-def find_tee() -> str:
-    """A tee that goes on when its reader has left (GNU's -p), "" where there is none."""
-    path = shutil.which("tee") or ""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        if path and subprocess.run([path, "-p", "/dev/null"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, timeout=5).returncode == 0:
-            return path
-    return ""
 
 
 def parse_rows(data: bytes) -> List[Any]:
@@ -3371,6 +3400,11 @@ class Containerd:
         """Send a signal to a container's process, or to a command in it."""
         self.call("tasks.v1.Tasks/Kill", self._process(identity, exec_id) + encode_field(3, number))
 
+    def list_pids(self, identity: str) -> Set[int]:
+        """The process ids of all processes in a container."""
+        answer = self.call("tasks.v1.Tasks/ListPids", encode_field(1, identity))
+        return {read_message(each.value).get(1, 0) for each in decode_fields(answer)}
+
     def pause_task(self, identity: str) -> None:
         """Freeze a container."""
         self.call("tasks.v1.Tasks/Pause", encode_field(1, identity))
@@ -3557,7 +3591,10 @@ class EventFeed:
     def settle(self) -> bool:
         """Wait until what containerd has told by now has been handled; False where not everything is told."""
         sock = self.socket
-        return self.live and sock is not None and sock.settle(1.0)
+        # Its socket has no number any more when the subscription has just broken.
+        with contextlib.suppress(ValueError):
+            return self.live and sock is not None and sock.settle(1.0)
+        return False
 
     def wait_live(self, timeout: float = 5.0) -> bool:
         """Wait until the feed covers what happens from now on; whether it does."""
@@ -3753,15 +3790,15 @@ def with_tag(name: str) -> str:
 # State
 ###############################################################################
 
-# Labels of ours on a container: never shown to clients. The id that clients know a container by, where that is not
-# containerd's (a container that was made anew); the create request, in parts of less than 4096 bytes.
-LABEL_ID = "nerdctld/id"
+# Labels of ours on a container: never shown to clients. The create request, in parts of less than 4096 bytes.
 LABEL_REQUEST = "nerdctld/request"
-# Made without its ports, since another container had them, or without the namespaces of another one that did not run:
-# it gets them at its first start.
+# Of a container that `nerdctl create` made without its ports, or without the namespaces of others, until it has them.
 LABEL_LATER = "nerdctld/later"
-# In front of the name of a container while another one takes its place.
-ASIDE = "nerdctld-aside."
+# It was taken out of its last network, so that it has not even none: for nerdctl that is the same.
+LABEL_ALONE = "nerdctld/alone"
+# In front of the name of a network that the daemon attached a running container to, and has to detach it from: nerdctl
+# does so for those only that it was started with.
+LABEL_ATTACHED = "nerdctld/attached."
 HIDDEN_LABELS = ("nerdctl/", "nerdctld/", "containerd.io/restart.", "io.containerd.image.config.")
 
 
@@ -3872,7 +3909,8 @@ class Mirror:
 class State(NamedTuple):
     """What a container is doing. `kind` is Docker's word: created, running, paused, restarting, exited or dead; `pid` 0
     unless it runs; `exit_code` None before its first end; times in nanoseconds since 1970, None where there is none;
-    `health` starting, healthy, unhealthy or "" for none; `error` why it could not be started, "" for none."""
+    `health` starting, healthy, unhealthy or "" for none, and `failing` how many checks of it have failed one after the
+    other; `error` why it could not be started, "" for none."""
 
     kind: str
     pid: int = 0
@@ -3880,6 +3918,7 @@ class State(NamedTuple):
     started_at: Optional[int] = None
     finished_at: Optional[int] = None
     health: str = ""
+    failing: int = 0
     error: str = ""
 
     @property
@@ -3927,11 +3966,29 @@ def container_state(labels: Dict[str, str], task: Optional[TaskRecord], started_
                                                                                                      "dead")
     if kind not in ("running", "paused"):
         return State(kind)
-    health = ""
-    with contextlib.suppress(ValueError, AttributeError):
-        health = json.loads(labels.get("nerdctl/healthstate") or "{}").get("Status") or ""
-    return State(kind, task.pid, started_at=started_at or process_start(task.pid), health=health if health != "none"
-                 else "")
+    return State(kind, task.pid, started_at=started_at or process_start(task.pid))
+
+
+def label_fields(labels: Dict[str, str], key: str) -> Dict[str, Any]:
+    """The JSON object in a label, {} where there is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(labels.get(key) or "{}")
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def container_health(labels: Dict[str, str], state: State) -> Tuple[str, int]:
+    """`health` and `failing` of a container with health checks that has been started. nerdctl keeps them in a label;
+    `Pid` is ours and tells of which process, since a container may be started again by others."""
+    found = label_fields(labels, "nerdctl/healthstate")
+    failing = found.get("FailingStreak")
+    failing = failing if isinstance(failing, int) else 0
+    if state.kind != "running":
+        # As with dockerd, what is not being checked is not healthy.
+        return "unhealthy", failing
+    if found.get("Pid", state.pid) != state.pid or found.get("Status") not in ("healthy", "unhealthy"):
+        return "starting", failing if found.get("Pid", state.pid) == state.pid else 0
+    return found["Status"], failing
 
 
 def process_start(pid: int) -> Optional[int]:
@@ -3969,13 +4026,12 @@ def kubernetes_name(labels: Dict[str, str]) -> str:
 
 
 class Container:
-    """A container as containerd and nerdctl's files tell it. `id` is what clients know it by, `real` containerd's id;
-    `created` in nanoseconds since 1970; `labels` all of them, nerdctl's own too."""
+    """A container as containerd and nerdctl's files tell it: `created` in nanoseconds since 1970; `labels` all of them,
+    nerdctl's own too."""
 
     def __init__(self, record: ContainerRecord, task: Optional[TaskRecord] = None):
         self.record, self.task = record, task
-        self.real, self.labels = record.id, record.labels
-        self.id = self.labels.get(LABEL_ID) or self.real
+        self.id, self.labels = record.id, record.labels
         self.name = self.labels.get("nerdctl/name") or kubernetes_name(self.labels)
         self.image, self.runtime, self.created = record.image, record.runtime, record.created_at
         # What handlers worked out from it; gone with it.
@@ -3983,8 +4039,22 @@ class Container:
 
     @functools.cached_property
     def state(self) -> State:
-        """What it is doing."""
-        return container_state(self.labels, self.task, noted_start(self.folder))
+        """What it is doing, and how it is."""
+        state = container_state(self.labels, self.task, noted_start(self.folder))
+        if state.kind == "created" or not self.health_check:
+            return state
+        health, failing = container_health(self.labels, state)
+        return state._replace(health=health, failing=failing)
+
+    @functools.cached_property
+    def health_check(self) -> Dict[str, Any]:
+        """How its health is checked, {} where it is not."""
+        check = {**label_fields(self.labels, "nerdctl/healthcheck"), **(self.request.get("Healthcheck") or {})}
+        test = check.get("Test")
+        if not (isinstance(test, list) and test[:1] in (["CMD"], ["CMD-SHELL"])
+                and all(isinstance(each, str) for each in test)):
+            return {}
+        return {"Test": test, **{key: value for key, value in check.items() if isinstance(value, int) and value > 0}}
 
     @property
     def running(self) -> bool:
@@ -4430,9 +4500,6 @@ class Inventory:
         self.machine = Kept(nerdctl.info, 30.0)
         # Containers whose last run ended for want of memory.
         self.out_of_memory: set = set()
-        # By the ids that clients know: containers that are being made anew, shown as they were as long as there is no
-        # other.
-        self.replaced: Dict[str, Container] = {}
 
     def _read_containers(self) -> Dict[str, Container]:
         records, tasks = self.containerd.list_containers(), self.containerd.list_tasks()
@@ -4464,17 +4531,8 @@ class Inventory:
             self.records.invalidate(event.container)
 
     def containers(self) -> Dict[str, Container]:
-        """All containers by containerd's id."""
-        table = self.records.get()
-        if self.replaced or any(each.name.startswith(ASIDE) for each in table.values()):
-            table = {real: each for real, each in table.items() if not each.name.startswith(ASIDE)}
-            there = {each.id for each in table.values()}
-            table.update({each.real: each for each in list(self.replaced.values()) if each.id not in there})
-        return table
-
-    def asides(self) -> List[Container]:
-        """Containers whose place another one takes, or has taken: shown to nobody."""
-        return [each for each in self.records.get().values() if each.name.startswith(ASIDE)]
+        """All containers by id."""
+        return self.records.get()
 
     def container(self, name: str) -> Container:
         """The container of an id, a name, `/name` or the beginning of an id; 404 and 400 with dockerd's words."""
@@ -4483,7 +4541,7 @@ class Inventory:
             raise BadParameter("invalid container name or ID: value is empty")
         prefixed = []
         for each in self.containers().values():
-            if wanted in (each.id, each.name, each.real):
+            if wanted in (each.id, each.name):
                 return each
             if each.id.startswith(wanted):
                 prefixed.append(each)
@@ -4522,26 +4580,32 @@ class Inventory:
 
     def networks(self) -> Dict[str, Dict[str, Any]]:
         """Networks as Docker shows them, by name; bridge, host and none are always among them."""
-        found = {}
-        for row in self._network_files(cni_folder()) + self._network_files(os.path.join(cni_folder(),
-                                                                                        self.nerdctl.namespace)):
-            found[row["Name"]] = row
+        found = {name: parse_network(*each) for name, each in self._network_files().items()}
         for name in ("bridge", "host", "none"):
             found.setdefault(name, parse_network({"name": name}, 0))
         return {name: found[name] for name in sorted(found)}
 
-    def _network_files(self, folder: str) -> List[Dict[str, Any]]:
-        rows = []
-        with contextlib.suppress(OSError):
-            for name in sorted(os.listdir(folder)):
+    def cni_network(self, name: str) -> Dict[str, Any]:
+        """The CNI configuration list of a network, with the plugins that carry it out; 404 where there is none."""
+        found = self._network_files().get(name)
+        if found is None:
+            raise NotFound(f"network {name} not found")
+        return found[0]
+
+    def _network_files(self) -> Dict[str, Tuple[Dict[str, Any], int]]:
+        """By name each network's configuration list and when it was written."""
+        found = {}
+        for folder in (cni_folder(), os.path.join(cni_folder(), self.nerdctl.namespace)):
+            for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
                 if name.endswith((".conf", ".conflist", ".json")):
                     # Anybody may have written it: one that makes no sense must not spoil the list of all.
                     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
                         config, written = self.files.get(os.path.join(folder, name))
                         if isinstance(config, dict) and isinstance(config.get("name"),
                                                                    str) and isinstance(config.get("plugins"), list):
-                            rows.append(parse_network(config, written))
-        return rows
+                            parse_network(config, written)
+                            found[config["name"]] = config, written
+        return found
 
     def volumes(self) -> Dict[str, Dict[str, Any]]:
         """Volumes as Docker shows them, by name."""
@@ -4565,45 +4629,34 @@ def network_names(container: Container) -> List[str]:
         names = None
         with contextlib.suppress(ValueError):
             names = json.loads(container.labels.get("nerdctl/networks") or "[]")
-        container.memo["network names"] = [str(each) for each in names] if isinstance(names, list) else []
+        known = isinstance(names, list) and LABEL_ALONE not in container.labels
+        container.memo["network names"] = [str(each) for each in names] if known else []
     return container.memo["network names"]
 
 
 def network_mode(container: Container) -> str:
-    """Docker's NetworkMode: the name of the first network, host, none or container:ID."""
-    asked = str(container.host_config.get("NetworkMode"))
-    names = network_names(container)
-    return asked if asked.startswith("container:") else names[0] if names else "bridge"
+    """Docker's NetworkMode: what was asked for, whatever became of it, or the name of the first network, host or
+    none."""
+    asked = container.host_config.get("NetworkMode") or "default"
+    return asked if asked != "default" else next(iter(network_names(container)), "bridge")
 
 
-def parse_addresses(task: Optional[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """The addresses of a task's interfaces (native inspect) but the loopback, in order: ip, prefix, ip6, prefix6,
-    mac."""
-    found = []
-    for interface in ((task or {}).get("NetNS") or {}).get("Interfaces") or []:
-        name = interface.get("Name") or ""
-        if "loopback" in (interface.get("Flags") or []) or not re.match(r"eth\d", name):
-            continue
-        entry: Dict[str, Any] = {"mac": interface.get("HardwareAddr") or ""}
-        for text in interface.get("Addrs") or []:
-            address, _, prefix = text.partition("/")
-            if ":" not in address:
-                entry.update({"ip": address, "prefix": int(prefix or 0)})
-            elif not address.lower().startswith("fe80"):
-                entry.update({"ip6": address, "prefix6": int(prefix or 0)})
-        found.append(entry)
-    return found
+def asked_endpoint(container: Container, name: str, identity: str = "") -> Dict[str, Any]:
+    """The EndpointSettings that a client gave for a network of a container, {} for none."""
+    asked = (container.request.get("NetworkingConfig") or {}).get("EndpointsConfig") or {}
+    return asked.get(name) or asked.get(identity) or (asked.get("default") if name == "bridge" else None) or {}
 
 
-def parse_hosts_note(note: Dict[str, Any], names: List[str]) -> List[Dict[str, Any]]:
-    """parse_addresses() of what nerdctl noted of a running container for the hosts files of its peers: CNI's results,
-    by the names of networks."""
-    found = []
-    for result in filter(None, map((note.get("Networks") or {}).get, names)):
-        mac = next((each.get("mac") for each in result.get("interfaces") or [] if each.get("sandbox")), "")
-        interface = {"Name": "eth0", "HardwareAddr": mac, "Addrs": [each.get("address") or ""
-                                                                    for each in result.get("ips") or []]}
-        found += parse_addresses({"NetNS": {"Interfaces": [interface]}})
+def parse_result(result: Dict[str, Any]) -> Dict[str, Any]:
+    """The addresses of a container's interface from the result of CNI's plugins: ip, prefix, ip6, prefix6, mac."""
+    inside = (each for each in result.get("interfaces") or [] if each.get("sandbox"))
+    found: Dict[str, Any] = {"mac": next(inside, {}).get("mac") or ""}
+    for each in result.get("ips") or []:
+        address, _, prefix = (each.get("address") or "").partition("/")
+        if ":" not in address:
+            found.update({"ip": address, "prefix": int(prefix or 0)})
+        elif not address.lower().startswith("fe80"):
+            found.update({"ip6": address, "prefix6": int(prefix or 0)})
     return found
 
 
@@ -4615,14 +4668,22 @@ def hosts_folder(container: Container) -> str:
     return os.path.join(os.path.dirname(containers), "etchosts", namespace, name)
 
 
-def noted_addresses(container: Container) -> List[Dict[str, Any]]:
-    """parse_addresses() of a running container from what nerdctl noted of it for the hosts files of its peers."""
-    if "addresses" not in container.memo:
+def noted_results(container: Container) -> Dict[str, Dict[str, Any]]:
+    """By the names of its networks CNI's results of a running container, which nerdctl notes for the hosts files of its
+    peers."""
+    if "results" not in container.memo:
         folder, note = hosts_folder(container), None
         if container.running and folder:
             note = read_json_file(os.path.join(folder, "meta.json"))
-        container.memo["addresses"] = parse_hosts_note(note, network_names(container)) if isinstance(note, dict) else []
-    return container.memo["addresses"]
+        noted = note.get("Networks") if isinstance(note, dict) else None
+        container.memo["results"] = {name: noted[name] for name in network_names(container)
+                                     if isinstance(noted, dict) and isinstance(noted.get(name), dict)}
+    return container.memo["results"]
+
+
+def noted_addresses(container: Container) -> Dict[str, Dict[str, Any]]:
+    """parse_result() of each network of a running container."""
+    return {name: parse_result(result) for name, result in noted_results(container).items()}
 
 
 def field_of(body: Dict[str, Any], path: str) -> Any:
@@ -4657,8 +4718,7 @@ def wanted_names(container: Container) -> Tuple[Dict[str, List[str]], Dict[str, 
     which it asked to find others: container -> names."""
     if "names" not in container.memo:
         asked, aliases, links = container.request, {}, {}
-        known = {container.name, str(asked.get("Hostname") or ""),
-                 *(each.partition("=")[2] for each in hostname_args(asked))}
+        known = {container.name, str(asked.get("Hostname") or ""), container.labels.get("nerdctl/hostname")}
         told = list(container.host_config.get("Links") or [])
         for network, one in (field_of(asked, "NetworkingConfig.EndpointsConfig") or {}).items():
             aliases[network] = [each for each in one.get("Aliases") or [] if HOST_NAME.fullmatch(each)
@@ -4673,9 +4733,10 @@ def wanted_names(container: Container) -> Tuple[Dict[str, List[str]], Dict[str, 
 
 
 @contextlib.contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """Context that holds the lock of a folder, as nerdctl takes it; OSError when somebody keeps it for two seconds."""
-    descriptor, until = os.open(folder, os.O_RDONLY), time.monotonic() + 2.0
+def locked(path: str, seconds: float = 2.0) -> Iterator[None]:
+    """Context that holds the lock of a folder or file, as nerdctl takes it; OSError when somebody keeps it for so
+    long."""
+    descriptor, until = os.open(path, os.O_RDONLY), time.monotonic() + seconds
     try:
         while True:
             try:
@@ -4690,14 +4751,78 @@ def locked(folder: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+# A container can write to its file, and make it as large as it likes.
+LARGEST_HOSTS = 1 << 20
+
+
+def rewrite_hosts(folder: str, change: Callable[[List[str]], List[str]]) -> None:
+    """Change the lines of the hosts file in a folder, if it can be read: in place, since it is mounted into a
+    container."""
+    with contextlib.suppress(OSError), open(os.path.join(folder, "hosts"), "r+", encoding="utf-8",
+                                            errors="surrogateescape") as file:
+        if os.fstat(file.fileno()).st_size > LARGEST_HOSTS:
+            return
+        before = file.read().splitlines()
+        after = change(before)
+        if after != before:
+            file.seek(0)
+            file.write("".join(each + "\n" for each in after))
+            file.truncate()
+
+
+def nerdctl_lines(note: Dict[str, Any], notes: List[Dict[str, Any]]) -> List[str]:
+    """nerdctl's own part of the hosts file of a container by what it `note`d of it and of all that run."""
+    lines = ["# <nerdctl>", "127.0.0.1\tlocalhost localhost.localdomain", "::1\t\tlocalhost localhost.localdomain"]
+    lines += [f"{ip:15} {name}" for name, ip in (note.get("ExtraHosts") or {}).items()]
+    for other in notes:
+        for network in sorted((note.get("Networks") or {}).keys() & (other.get("Networks") or {}).keys()):
+            names = [f"{other['Hostname']}.{other['Domainname']}"] if other.get("Domainname") else []
+            for name in filter(None, (other.get("Hostname"), other.get("Name"))):
+                names += [name] if network == "bridge" else [name, f"{name}.{network}"]
+            address = parse_result(other["Networks"][network] or {})
+            lines += [f"{address[key]:15} {' '.join(names)}" for key in ("ip", "ip6") if address.get(key)]
+    return [*lines, "# </nerdctl>"]
+
+
+def renote(container: Container, network: str, result: Optional[Dict[str, Any]]) -> None:
+    """Note, as nerdctl does when a container starts or ends, CNI's result of a container that was put into a network,
+    or None of one that was taken out, and let the hosts files follow."""
+    folder = hosts_folder(container)
+    if not os.path.isdir(folder):
+        return
+    with locked(os.path.dirname(folder)):
+        path = os.path.join(folder, "meta.json")
+        note = read_json_file(path) if os.path.exists(path) or result is None else {
+            "ID": container.id, "Name": container.name, "Hostname": container.labels.get("nerdctl/hostname") or ""}
+        if not isinstance(note, dict):
+            return
+        noted = {name: each for name, each in (note.get("Networks") or {}).items() if name != network}
+        note["Networks"] = {**noted, network: result} if result else noted
+        with open(path + ".nerdctld", "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), 0o600)
+            json.dump(note, file)
+        os.replace(file.name, path)
+        store = os.path.dirname(folder)
+        notes = {each: read_json_file(os.path.join(store, each, "meta.json")) for each in sorted(os.listdir(store))}
+        notes = {each: found for each, found in notes.items() if isinstance(found, dict)}
+        for each, found in notes.items():
+            own = nerdctl_lines(found, list(notes.values()))
+            rewrite_hosts(os.path.join(store, each), functools.partial(with_own_part, own))
+
+
+def with_own_part(own: List[str], lines: List[str]) -> List[str]:
+    """The lines of a hosts file with another part of nerdctl's own."""
+    if own[0] not in lines or own[-1] not in lines:
+        return [*own, *lines]
+    return lines[:lines.index(own[0])] + own + lines[lines.index(own[-1]) + 1:]
+
+
 class Hosts:
     """Network aliases and links, which nerdctl has not: lines in the hosts files that it keeps for containers. What
     stands there outside of its own part it leaves alone, except for comments, so that a name marks the lines that are
     ours."""
 
     MARK = "alias.nerdctld"
-    # The container can write to its file, and make it as large as it likes.
-    MOST = 1 << 20
 
     def __init__(self, engine: "Engine"):
         self.engine = engine
@@ -4728,13 +4853,16 @@ class Hosts:
             return
         with self.lock, contextlib.suppress(OSError, ValueError):
             self.used = bool(named)
-            places = [(each, dict(zip((name for name in network_names(each) if not name.startswith("container:")),
-                                      noted_addresses(each)))) for each in running]
+            places = [(each, noted_addresses(each)) for each in running]
             for store, group in itertools.groupby([starting] if starting else running,
                                                   lambda each: os.path.dirname(hosts_folder(each))):
                 with locked(store):
                     for each in group:
-                        self._write(each, self._lines(each, places))
+                        lines = self._lines(each, places)
+                        rewrite_hosts(hosts_folder(each), functools.partial(self._with, lines))
+
+    def _with(self, own: List[str], lines: List[str]) -> List[str]:
+        return [each for each in lines if not each.rstrip().endswith(self.MARK)] + own
 
     def _lines(self, container: Container, places: List[Tuple[Container, Dict[str, Dict[str, Any]]]]) -> List[str]:
         mine, links, lines = set(network_names(container)), wanted_names(container)[1], []
@@ -4746,18 +4874,257 @@ class Hosts:
                 lines += [" ".join([ip, *dict.fromkeys(names), self.MARK]) for ip in ips if ip]
         return sorted(lines)
 
-    def _write(self, container: Container, lines: List[str]) -> None:
-        # In place, since it is mounted into the container.
-        with contextlib.suppress(OSError), open(os.path.join(hosts_folder(container), "hosts"), "r+", encoding="utf-8",
-                                                errors="surrogateescape") as file:
-            if os.fstat(file.fileno()).st_size > self.MOST:
-                return
-            before = file.read().splitlines()
-            after = [each for each in before if not each.rstrip().endswith(self.MARK)] + lines
-            if after != before:
-                file.seek(0)
-                file.write("".join(each + "\n" for each in after))
-                file.truncate()
+
+###############################################################################
+# CNI
+###############################################################################
+
+# A container gets its networks from nerdctl's OCI hooks when its task is made, and from the daemon while it runs: both
+# run the plugins of CNI (github.com/containernetworking/cni, SPEC.md), one after the other.
+CNI_FOLDERS = ("/opt/cni/bin", "/usr/local/libexec/cni", "/usr/local/lib/cni", "/usr/libexec/cni", "/usr/lib/cni")
+
+
+class Interface(NamedTuple):
+    """An interface of a container as plugins are told of it, in the network namespace of a process, and what they have
+    made: CNI's result."""
+
+    name: str
+    pid: int = 0
+    arguments: str = ""
+    addresses: List[str] = []
+    result: Dict[str, Any] = {}
+
+
+def attached_networks(container: Container) -> Dict[str, Interface]:
+    """By the names of networks what the daemon has attached a container to. Anybody can write a label."""
+    found = {}
+    for key, text in container.labels.items():
+        if key.startswith(LABEL_ATTACHED):
+            with contextlib.suppress(ValueError, TypeError):
+                made = Interface(**json.loads(text))
+                if [type(each) for each in made] == [str, int, str, list, dict]:
+                    found[key[len(LABEL_ATTACHED):]] = made
+    return found
+
+
+def interface_label(network: str, made: Interface) -> Dict[str, str]:
+    """The label that keeps it, without a result that would be too long for containerd."""
+    text = json.dumps(made._asdict(), separators=(",", ":"))
+    if len(text) > 3800:
+        text = json.dumps({**made._asdict(), "result": {}})
+    return {LABEL_ATTACHED + network: text}
+
+
+def plugins_argv(engine: "Engine") -> List[str]:
+    """argv in front of a plugin: a user's own containerd has namespaces of its own."""
+    pid = engine.containerd.rootless_pid()
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+    apart = os.path.join(runtime, "containerd-rootless/netns")
+    return ["nsenter", "-U", "--preserve-credentials", "-m", f"-n{apart}" if os.path.exists(apart) else "-n", "-t",
+            str(pid), "--"] if pid else []
+
+
+def system_path() -> Dict[str, str]:
+    """The environment of programs that need those of the system's administration, such as iptables."""
+    return {"PATH": (os.environ.get("PATH") or "/usr/local/bin:/usr/bin:/bin") + ":/usr/sbin:/sbin"}
+
+
+def plugins_folder(engine: "Engine") -> str:
+    """Where the plugins are."""
+    home = ("opt/cni/bin", ".local/libexec/cni", ".local/lib/cni") if engine.containerd.rootless_pid() else ()
+    folders = [*(os.path.join(os.path.expanduser("~"), each) for each in home), *CNI_FOLDERS]
+    return os.environ.get("CNI_PATH") or nerdctl_settings().get("cni_path") or next(
+        (each for each in folders if os.path.isdir(engine.containerd.root() + each)), CNI_FOLDERS[0])
+
+
+def port_mappings(engine: "Engine", container: Container) -> List[Dict[str, Any]]:
+    """The published ports as plugins know them. Those of a user's own containerd are RootlessKit's; within its
+    namespaces there is none of the host's addresses."""
+    return [{"hostPort": each["PublicPort"], "containerPort": each["PrivatePort"], "protocol": each["Type"],
+             "hostIP": "" if engine.containerd.rootless_pid() else each["IP"]} for each in container.ports]
+
+
+def run_plugin(engine: "Engine", config: Dict[str, Any], environment: Dict[str, str]) -> Dict[str, Any]:
+    """The result of one plugin; 500 with its own words where it fails."""
+    kind, command = config.get("type") or "", environment["CNI_COMMAND"]
+    path = os.path.join(environment["CNI_PATH"], kind)
+    if "/" in kind or not os.path.isfile(engine.containerd.root() + path):
+        raise ApiError(f'failed to find plugin "{kind}" in path [{environment["CNI_PATH"]}]')
+    output = engine.nerdctl.program(*plugins_argv(engine), path).output(data=json_bytes(config),
+                                                                        environment=environment)
+    told: Any = {}
+    with contextlib.suppress(ValueError):
+        told = json.loads(output.stdout or b"{}")
+    told = told if isinstance(told, dict) else {}
+    if output.status:
+        words = ": ".join(filter(None, map(told.get, ("msg", "details")))) or output.stderr.strip()[-500:]
+        raise ApiError(f'plugin type="{kind}" failed ({command.lower()}): {words}')
+    return told
+
+
+def run_plugins(engine: "Engine", container: Container, network: str, made: Interface, command: str, pid: int,
+                dropped: Tuple[str, ...] = ()) -> Tuple[Dict[str, Any], Optional[ApiError]]:
+    """Let the plugins of a network ADD an interface to the network namespace of a process as far as none fails, without
+    routes to what is `dropped`, or DEL it, in the other order and as far as they can; with pid 0 the namespace is gone.
+    The result and the first error."""
+    found, result, failed = engine.inventory.cni_network(network), made.result, None
+    version = found.get("cniVersion") or "1.0.0"
+    environment = {
+        "CNI_COMMAND": command, "CNI_CONTAINERID": f"{engine.nerdctl.namespace}-{container.id}",
+        "CNI_NETNS": f"/proc/{pid}/ns/net" if pid else "", "CNI_IFNAME": made.name, "CNI_ARGS": made.arguments,
+        "CNI_PATH": plugins_folder(engine), **system_path()}
+    given = {"portMappings": port_mappings(engine, container), "ips": made.addresses}
+    lock = os.path.join(cni_folder(), ".cni-concurrency.lock")
+    with contextlib.suppress(OSError), open(lock, "a", encoding="ascii"):
+        pass
+    # nerdctl's hooks hold it as well: plugins get into each other's way.
+    with locked(lock if os.path.exists(lock) else cni_folder(), 60.0):
+        for plugin in found["plugins"] if command == "ADD" else reversed(found["plugins"]):
+            able = plugin.get("capabilities") or {}
+            # What nerdctl noted has the newest version, which plugins of the network's own do not read.
+            more = {"runtimeConfig": {key: value for key, value in given.items() if value and able.get(key)},
+                    "prevResult": {**result, "cniVersion": version} if result else None}
+            config = {**plugin, "name": network, "cniVersion": version,
+                      **{key: value for key, value in more.items() if value}}
+            if dropped and (plugin.get("ipam") or {}).get("routes"):
+                routes = [each for each in plugin["ipam"]["routes"] if each.get("dst") not in dropped]
+                config["ipam"] = {**plugin["ipam"], "routes": routes}
+            try:
+                told = run_plugin(engine, config, environment)
+                result = told or result if command == "ADD" else result
+            except ApiError as error:
+                failed = failed or error
+                if command == "ADD":
+                    break
+    return result, failed
+
+
+def attach_network(engine: "Engine", container: Container, network: str, asked: Dict[str, Any],
+                   pid: int) -> Dict[str, str]:
+    """Give a container whose process is `pid` an interface in a network, with these EndpointSettings; the label that
+    has to be kept of it. Nothing is left where a plugin fails."""
+    addresses = asked.get("IPAMConfig") or {}
+    with open(f"/proc/{pid}/net/dev", encoding="ascii", errors="replace") as file:
+        taken = {line.partition(":")[0].strip() for line in file} | {
+            each.name for each in attached_networks(container).values() if each.pid == pid}
+    arguments = {"IgnoreUnknown": "1", "NERDCTL_CNI_DHCP_HOSTNAME": container.labels.get("nerdctl/hostname"),
+                 "IP": addresses.get("IPv4Address"), "MAC": asked.get("MacAddress")}
+    made = Interface(next(name for name in map("eth{}".format, itertools.count()) if name not in taken), pid,
+                     ";".join(f"{key}={value}" for key, value in arguments.items() if value),
+                     [addresses["IPv6Address"]] if addresses.get("IPv6Address") else [])
+    # The way out stays that of the networks it has, unless this one comes before them.
+    others = (asked_endpoint(container, each).get("GwPriority") or 0 for each in network_names(container))
+    stays = has_way_out(pid) and (asked.get("GwPriority") or 0) <= max(others, default=0)
+    # A daemon that is killed meanwhile leaves what the next one can detach.
+    engine.containerd.update_container(container.id, interface_label(network, made))
+    try:
+        result, failed = run_plugins(engine, container, network, made, "ADD", pid,
+                                     ("0.0.0.0/0", "::/0") if stays else ())
+        made = made._replace(result=result)
+        if failed:
+            raise failed
+        renote(container, network, made.result)
+    except BaseException:
+        with contextlib.suppress(ApiError, OSError):
+            run_plugins(engine, container, network, made, "DEL", pid)
+        with contextlib.suppress(ApiError):
+            engine.containerd.update_container(container.id, {LABEL_ATTACHED + network: ""})
+        raise
+    return interface_label(network, made)
+
+
+def detach_network(engine: "Engine", container: Container, network: str) -> Dict[str, str]:
+    """Take a running container's interface in a network away, whoever made it; the label that is no longer needed."""
+    pid, result = container.task.pid if container.task else 0, noted_results(container).get(network) or {}
+    made = attached_networks(container).get(network)
+    if made is None or made.pid != pid:
+        inside = next((each.get("name") for each in result.get("interfaces") or [] if each.get("sandbox")), "")
+        made = Interface(inside or f"eth{network_names(container).index(network)}", pid)
+    _, failed = run_plugins(engine, container, network, made._replace(result=result or made.result), "DEL", pid)
+    if failed:
+        raise failed
+    # What nerdctl's hook would read at the end of the container: the address may be another one's by then.
+    kept = f"{network}-{engine.nerdctl.namespace}-{container.id}-{made.name}"
+    with contextlib.suppress(OSError):
+        os.unlink(engine.containerd.root() + os.path.join("/var/lib/cni/results", kept))
+    renote(container, network, None)
+    restore_route(engine, container, pid, network)
+    return {LABEL_ATTACHED + network: ""}
+
+
+def has_way_out(pid: int) -> bool:
+    """Whether the network namespace of a process has a default route, or cannot be seen."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/net/route", encoding="ascii") as file:
+        return any(line.split()[1:2] == ["00000000"] for line in file)
+    return True
+
+
+def restore_route(engine: "Engine", container: Container, pid: int, left: str) -> None:
+    """Let a container that lost its default route with a network have that of the next one, where there is a tool to
+    set it."""
+    networks = engine.inventory.networks()
+    for name, result in noted_results(container).items():
+        gateways = [each["gateway"] for each in result.get("ips") or [] if "." in (each.get("gateway") or "")]
+        if name != left and gateways and not networks.get(name, {"Internal": True})["Internal"]:
+            if not has_way_out(pid):
+                with contextlib.suppress(ApiError):
+                    engine.nerdctl.program(*plugins_argv(engine), "nsenter", "-n", "-t", str(pid), "--", "ip").run(
+                        "route", "replace", "default", "via", gateways[0], environment=system_path())
+            return
+
+
+def attach_networks(engine: "Engine", container: Container, pid: int) -> None:
+    """Attach a container whose process `pid` has been made, and best not started yet, to those of its networks to which
+    neither nerdctl's hook has nor the daemon."""
+    there, labels = json.loads((container.spec.get("annotations") or {}).get("nerdctl/networks") or "[]"), {}
+    there += [name for name, each in attached_networks(container).items() if each.pid == pid]
+    for network in network_names(container):
+        if there and network not in there:
+            labels.update(attach_network(engine, container, network, asked_endpoint(
+                container, network, engine.inventory.networks().get(network, {}).get("Id") or ""), pid))
+    if labels:
+        with engine.changing(container):
+            engine.containerd.update_container(container.id, labels)
+
+
+def stop_masquerading(engine: "Engine", container: Container, network: str) -> None:
+    """Remove the rules by which a container went out of a network. The bridge plugin leaves them where the network
+    namespace is gone, and marks them by a comment."""
+    comment = f'name: "{network}" id: "{engine.nerdctl.namespace}-{container.id}"'
+    for name in ("iptables", "ip6tables"):
+        tool = engine.nerdctl.program(*plugins_argv(engine), name, "-w", "-t", "nat")
+        run = functools.partial(tool.run, environment=system_path())
+        with contextlib.suppress(ApiError, ValueError):
+            rules = [shlex.split(line)[1:] for line in run("-S", "POSTROUTING").stdout.decode().splitlines()]
+            rules = [each for each in rules if comment in each]
+            for words in [["-D", *each] for each in rules] + [[flag, chain] for chain in {each[-1] for each in rules}
+                                                              for flag in ("-F", "-X")]:
+                run(*words)
+
+
+def release_networks(engine: "Engine", container: Container) -> None:
+    """Give back what a container has of networks that the daemon attached it to: addresses and rules of the firewall.
+    To be called after its end, and before its task is taken away: by nerdctl's hook an address becomes free for others,
+    whose rules are the same. What fails is logged."""
+    made, pid = attached_networks(container), container.task.pid if container.running and container.task else 0
+    for network, each in made.items():
+        # Started again meanwhile, it may have the same interface from nerdctl's hook, which gave the old one back.
+        if not pid or pid == each.pid or each.name not in [f"eth{number}" for number, name in enumerate(
+                network_names(container)) if name == network]:
+            try:
+                _, failed = run_plugins(engine, container, network, each, "DEL", pid if pid == each.pid else 0)
+            except (ApiError, OSError) as error:
+                failed = error
+            if pid != each.pid:
+                stop_masquerading(engine, container, network)
+            if failed:
+                log(f"network {network} of container {container.id}: {failed}")
+        if not pid or pid == each.pid:
+            with contextlib.suppress(OSError):
+                renote(container, network, None)
+    if made:
+        with contextlib.suppress(NotFound), engine.changing(container):
+            engine.containerd.update_container(container.id, {LABEL_ATTACHED + network: "" for network in made})
 
 
 ###############################################################################
@@ -4778,9 +5145,7 @@ class Tasks:
         self.condition = threading.Condition()
         self.count = 1
         self.starts: Dict[str, int] = {}
-        self.execs: Dict[str, int] = {}
         self.ends: Dict[str, Tuple[int, int]] = {}
-        self.reals: Dict[str, str] = {}
         # Containers that are to be removed at their end and whose failed start left them: nobody is to wait for their
         # removal.
         self.spared: Dict[str, int] = {}
@@ -4805,8 +5170,6 @@ class Tasks:
                 self.missed = self.count
             elif event.topic == "/tasks/start":
                 self._note(self.starts, event.container, self.count)
-            elif event.topic == "/tasks/exec-started":
-                self._note(self.execs, event.container, self.count)
             elif event.ends_container:
                 self._note(self.ends, event.container, (self.count, event.payload.get("exit_status") or 0))
             self.condition.notify_all()
@@ -4821,14 +5184,6 @@ class Tasks:
                 self._note(self.spared, real, self.count)
             self.condition.notify_all()
 
-    def rename(self, identity: str, real: str) -> None:
-        """The container that clients know by an id is another one now."""
-        with self.condition:
-            if self.reals.get(identity) != real:
-                self._note(self.reals, identity, real)
-                self.count += 1
-                self.condition.notify_all()
-
     def _note(self, table: Dict[str, Any], key: str, value: Any) -> None:
         table.pop(key, None)
         table[key] = value
@@ -4840,14 +5195,21 @@ class Tasks:
         with self.condition:
             return bool(self.condition.wait_for(lambda: self.starts.get(real, 0) > count, wait))
 
-    def ended_since(self, real: str, count: int, wait: float = 0.0) -> bool:
+    def ended_since(self, identity: str, count: int, wait: float = 0.0) -> bool:
         """Whether a container has ended after the count stood so, or does within `wait` seconds."""
+        until = time.monotonic() + wait
         with self.condition:
-            return bool(self.condition.wait_for(lambda: self.ends.get(real, (0, 0))[0] > count, wait))
-
-    def exec_since(self, real: str, count: int) -> bool:
-        """Whether a command in a container was started after the count stood so."""
-        return self.execs.get(real, 0) > count
+            while self.ends.get(identity, (0, 0))[0] <= count:
+                # Without the feed somebody has to look.
+                pause = until - time.monotonic() if self.feed.live else min(0.2, until - time.monotonic())
+                if pause <= 0:
+                    return False
+                if not self.condition.wait(pause) and not self.feed.live:
+                    self.inventory.records.invalidate(identity)
+                    now = self.inventory.containers().get(identity)
+                    if now is None or not now.running:
+                        return True
+            return True
 
     def wait(self, container: Container, condition: str, since: int, gone: Callable[[], bool]) -> Optional[int]:
         """Wait as `POST /containers/{id}/wait` says; the exit status, None when there is nobody to be told."""
@@ -4874,21 +5236,19 @@ class Tasks:
 
     def _last_end(self, container: Container, condition: str, since: int) -> Optional[Tuple[int, int]]:
         """The end that events have told of and that meets the condition: its place in the count and the exit status."""
-        ends = [self.ends[real] for real in (container.real, self.reals.get(container.id, "")) if real in self.ends]
-        last = max((end for end in ends if end[0] > since), default=None)
-        if last is None and condition == "not-running" and "containerd.io/restart.policy" not in container.labels:
+        last = self.ends.get(container.id)
+        if last and last[0] <= since:
             # It has ended already, and was not started again.
-            begun = max(self.missed, *(self.starts.get(real, 0)
-                                       for real in (container.real, self.reals.get(container.id, ""))))
-            last = max((end for end in ends if end[0] > begun), default=None)
+            again = condition != "not-running" or "containerd.io/restart.policy" in container.labels
+            last = None if again or last[0] <= max(self.missed, self.starts.get(container.id, 0)) else last
         return last
 
     def _status(self, container: Container, condition: str, since: int, began: int) -> Optional[int]:
         """The exit status if the condition is met."""
         last = self._last_end(container, condition, since)
-        if last and (condition != "removed" or last[0] == self.spared.get(container.real)):
+        if last and (condition != "removed" or last[0] == self.spared.get(container.id)):
             return last[1]
-        now = next((each for each in self.inventory.containers().values() if each.id == container.id), None)
+        now = self.inventory.containers().get(container.id)
         if now is None:
             last = self._last_end(container, condition, since)
             return last[1] if last else 0
@@ -4900,14 +5260,17 @@ class Tasks:
         return None
 
 
-class Turn:
-    """The lock of one container; `users` hold it or wait for it. `removing` is set while its holder removes the
-    container."""
+class ContainerOwner:
+    """What the daemon has of one container: the lock that whoever changes it holds, the streams of its process, if they
+    are FIFOs of ours, and the clients that wait for its start. `removing` is set while it is being removed,
+    `restarting` counts those who restart it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.users = 0
         self.removing = False
+        self.restarting = 0
+        self.streams: Any = None
+        self.waiting: List[Any] = []
 
 
 class Engine:
@@ -4926,34 +5289,18 @@ class Engine:
         self.lock = threading.Lock()
         self.closing = threading.Event()
         self.tasks = Tasks(self.feed, self.inventory)
-        # By the ids that clients know: what holds a container's streams, and who waits for its start.
-        self.sessions: Dict[str, Any] = {}
-        self.waiting: Dict[str, List[Any]] = {}
+        # By the ids of containers, and of execs.
+        self.owners: Dict[str, ContainerOwner] = {}
         self.execs: Dict[str, Any] = {}
-        # Containers that are being changed; others have none.
-        self.turns: Dict[str, Turn] = {}
-        # Containers that files were copied into before their first start, by the ids that clients know.
-        self.touched: set = set()
-        # Containers that ended and were taken out of networks then, and which these are.
-        self.apart: Dict[str, set] = {}
         # Ports of the host that were given to containers lately: what was just created may not be listed yet.
         self.picked: collections.deque = collections.deque(maxlen=256)
-        # Ids that clients know of containers that are being restarted.
-        self.restarts: collections.Counter = collections.Counter()
         self.caretaker: Any = None
         self.hosts = Hosts(self)
         # Changes of our own to images that are under way: which event each makes of which names.
         self.quiet: Dict[object, Tuple[str, List[str]]] = {}
-        # containerd's id -> id and attributes in events, as last seen, of containers there are and of those that were
-        # removed.
-        self.actors: Dict[str, Tuple[str, Dict[str, str]]] = {}
+        # The attributes of containers in events, as last seen, also of those that were removed.
+        self.actors: Dict[str, Dict[str, str]] = {}
         self.begun: Dict[str, int] = {}
-        # Containers behind an id that clients know by another: their making and going is no event.
-        self.hidden: Dict[str, None] = {}
-        # containerd's ids of containers that are being stopped.
-        self.stopping: collections.Counter = collections.Counter()
-        # By containerd's id: what is to be done as soon as a container's task has been made, with its process id.
-        self.on_task_created: Dict[str, Callable[[int], None]] = {}
         # What follows an event and may take its time, one after the other.
         self.later: queue.Queue = queue.Queue()
         threading.Thread(target=self._do_later, name="later", daemon=True).start()
@@ -4961,13 +5308,15 @@ class Engine:
     def handle(self, event: Optional[ContainerdEvent]) -> None:
         """An event of containerd, or None where some may have been missed. Always in this order: what is known is given
         up, auto-removal, health checks and Docker's events are put in line, and who waits looks again."""
-        if event is not None and event.topic == "/tasks/create" and event.container in self.on_task_created:
-            self.on_task_created[event.container](event.payload.get("pid") or 0)
         # The event of a name that is gone does not say what the name stood for.
         known = self.inventory.images.names.values.get(event.payload.get("name") or "") if event else None
         self.inventory.note(event)
         self.later.put(functools.partial(self._follow_up, event, known.target.digest if known else ""))
         self.tasks.note(event)
+        if event is not None and event.ends_container:
+            streams = self.owner(event.container).streams
+            if streams:
+                streams.exited()
 
     def _do_later(self) -> None:
         while True:
@@ -4999,27 +5348,32 @@ class Engine:
         elif event.container:
             self._container_event(event)
 
+    def owner(self, identity: str) -> ContainerOwner:
+        """What the daemon has of a container."""
+        with self.lock:
+            return self.owners.setdefault(identity, ContainerOwner())
+
     def busy(self) -> bool:
         """Whether something depends on the daemon although no request is running."""
-        return (bool(self.sessions) or any(each.running for each in list(self.execs.values()))
+        return (any(each.streams for each in list(self.owners.values()))
+                or any(each.running for each in list(self.execs.values()))
                 or bool(self.caretaker and self.caretaker.cared))
 
-    def leave_session(self, identity: str, session: Any) -> None:
-        """A session holds a container's streams no more; one that came after it stays."""
+    def leave_streams(self, identity: str, streams: Any) -> None:
+        """The streams of a container's process have ended; those of a later one stay."""
         with self.lock:
-            if self.sessions.get(identity) is session:
-                del self.sessions[identity]
+            owner = self.owners.get(identity)
+            if owner and owner.streams is streams:
+                owner.streams = None
 
     def hang_up(self) -> None:
         """The daemon is about to end: those who only follow something are let go."""
         self.closing.set()
         self.journal.close()
         self.tasks.wake()
-        with self.lock:
-            clients = [each for waiting in self.waiting.values() for each in waiting]
-            clients += [each for session in self.sessions.values() for each in session.attachments]
-        for each in clients:
-            each.leave()
+        for owner in list(self.owners.values()):
+            for each in [*owner.waiting, *(owner.streams.attachments if owner.streams else [])]:
+                each.leave()
 
     def close(self) -> None:
         """End everything that was started and remove every temporary file."""
@@ -5048,13 +5402,6 @@ class Engine:
         return any(action == own and (name in names or name.partition("@")[0] in names) for own,
                    names in list(self.quiet.values()))
 
-    def _count(self, counter: collections.Counter, key: str, more: int) -> None:
-        """Change a count that several threads change; what is 0 is not in it."""
-        with self.lock:
-            counter[key] += more
-            if not counter[key]:
-                del counter[key]
-
     @contextlib.contextmanager
     def owning(self, name: str, gone: Optional[ApiError] = None) -> Iterator[Container]:
         """Context in which nobody else changes a container, which is looked up anew when its turn has come. 404 when
@@ -5062,28 +5409,20 @@ class Engine:
         that is a 404, too. 503 when the turn does not come. Whoever waits for a client, or for a container to end, does
         so outside, since others may want to kill it."""
         identity = self.inventory.container(name).id
-        with self.lock:
-            turn = self.turns.setdefault(identity, Turn())
-            if gone and turn.removing:
-                raise gone
-            turn.users += 1
+        owner = self.owner(identity)
+        if gone and owner.removing:
+            raise gone
+        if not owner.lock.acquire(timeout=self.PATIENCE):
+            raise Unavailable(f"container {identity} is being changed, which does not come to an end")
         try:
-            if not turn.lock.acquire(timeout=self.PATIENCE):
-                raise Unavailable(f"container {identity} is being changed, which does not come to an end")
             try:
-                try:
-                    container = self.inventory.container(identity)
-                except NotFound:
-                    raise gone or NotFound(f"No such container: {name.lstrip('/')}") from None
-                yield container
-            finally:
-                turn.removing = False
-                turn.lock.release()
+                container = self.inventory.container(identity)
+            except NotFound:
+                raise gone or NotFound(f"No such container: {name.lstrip('/')}") from None
+            yield container
         finally:
-            with self.lock:
-                turn.users -= 1
-                if not turn.users:
-                    del self.turns[identity]
+            owner.removing = False
+            owner.lock.release()
 
     @contextlib.contextmanager
     def changing(self, container: Container) -> Iterator[None]:
@@ -5091,44 +5430,37 @@ class Engine:
         try:
             yield
         finally:
-            self.inventory.records.invalidate(container.real)
+            self.inventory.records.invalidate(container.id)
 
     def add_waiting(self, identity: str, attachment: Any) -> None:
         """A client waits for the start of a container."""
         with self.lock:
-            self.waiting.setdefault(identity, []).append(attachment)
+            self.owners.setdefault(identity, ContainerOwner()).waiting.append(attachment)
 
     def leave_waiting(self, identity: str, attachment: Any) -> None:
         """It waits no more."""
+        owner = self.owner(identity)
         with self.lock:
-            left = [each for each in self.waiting.pop(identity, []) if each is not attachment]
-            if left:
-                self.waiting[identity] = left
+            owner.waiting = [each for each in owner.waiting if each is not attachment]
 
     def take_waiting(self, identity: str) -> List[Any]:
         """Those who wait for the start of a container and are still there, for the one who starts it."""
+        owner = self.owner(identity)
         with self.lock:
-            return [each for each in self.waiting.pop(identity, []) if not each.gone]
-
-    @contextlib.contextmanager
-    def replacing(self, container: Container) -> Iterator[None]:
-        """Context in which a container is made anew under the id that clients know: for them it is there all the
-        time."""
-        self.inventory.replaced[container.id] = container
-        self.hidden[container.real] = None
-        try:
-            yield
-        finally:
-            self.inventory.replaced.pop(container.id, None)
+            waiting, owner.waiting = owner.waiting, []
+        return [each for each in waiting if not each.gone]
 
     @contextlib.contextmanager
     def restarting(self, container: Container) -> Iterator[None]:
         """Context of a restart, in which the end of a container is not the end of it."""
-        self._count(self.restarts, container.id, 1)
+        owner = self.owner(container.id)
+        with self.lock:
+            owner.restarting += 1
         try:
             yield
         finally:
-            self._count(self.restarts, container.id, -1)
+            with self.lock:
+                owner.restarting -= 1
 
     def hold_if_needed(self, container: Container) -> None:
         """A container is about to start: somebody has to look after it."""
@@ -5137,31 +5469,18 @@ class Engine:
 
     def forget(self, container: Container) -> None:
         """A container was removed."""
-        self.touched.discard(container.id)
-        self.apart.pop(container.id, None)
         with self.lock:
             for identity in [each.id for each in self.execs.values() if each.container.id == container.id]:
                 self.execs.pop(identity, None)
 
-    def actor(self, container: Container) -> Tuple[str, Dict[str, str]]:
-        """Id and attributes of a container in an event: its labels, image and name."""
-        return container.id, {**container.visible_labels, "image": container.image, "name": container.name}
+    def actor(self, container: Container) -> Dict[str, str]:
+        """The attributes of a container in an event: its labels, image and name."""
+        return {**container.visible_labels, "image": container.image, "name": container.name}
 
     def tell(self, container: Container, action: str, **more: str) -> None:
         """Tell an event of a container, after those that have happened before."""
-        identity, attributes = self.actor(container)
-        self.later.put(functools.partial(self.journal.emit, "container", action, identity, {**attributes, **more},
-                                         time.time_ns()))
-
-    @contextlib.contextmanager
-    def being_stopped(self, container: Container, number: int) -> Iterator[None]:
-        """Context in which a container is sent a signal, and another one if it goes on."""
-        self.tell(container, "kill", signal=str(number))
-        self._count(self.stopping, container.real, 1)
-        try:
-            yield
-        finally:
-            self._count(self.stopping, container.real, -1)
+        self.later.put(functools.partial(self.journal.emit, "container", action, container.id,
+                                         {**self.actor(container), **more}, time.time_ns()))
 
     def _image_event(self, event: ContainerdEvent, identity: str) -> None:
         action, name = {"/images/create": "tag",
@@ -5180,32 +5499,28 @@ class Engine:
         }.get(event.topic)
         if action is None or (action == "die" and not event.ends_container):
             return
-        identity, attributes = self._actor_of(event.container, gone=action == "destroy")
-        if (action == "destroy" and self.hidden.pop(event.container, self) is None
-                or action == "create" and identity != event.container):
-            return
+        identity, attributes = event.container, self._actor_of(event.container, gone=action == "destroy")
         if action == "start":
-            self.begun[event.container] = event.time
+            self.begun[identity] = event.time
         elif action == "die":
-            if event.container in self.stopping and event.payload.get("exit_status") == 128 + signal.SIGKILL:
-                self.journal.emit("container", "kill", identity, {**attributes, "signal": str(int(signal.SIGKILL))},
-                                  event.time)
-            began = self.begun.pop(event.container, event.time)
+            began = self.begun.pop(identity, event.time)
             attributes = {**attributes, "exitCode": str(event.payload.get("exit_status") or 0),
                           "execDuration": str(max(0, event.time - began) // 10**9)}
+        elif action == "destroy":
+            self.owners.pop(identity, None)
         self.journal.emit("container", action, identity, attributes, event.time)
 
-    def _actor_of(self, real: str, gone: bool) -> Tuple[str, Dict[str, str]]:
-        """Id and attributes of a container that an event names, as they were last known where it is gone."""
+    def _actor_of(self, identity: str, gone: bool) -> Dict[str, str]:
+        """The attributes of a container that an event names, as they were last known where it is gone."""
         if not gone:
             with contextlib.suppress(ApiError):
-                container = self.inventory.containers().get(real)
+                container = self.inventory.containers().get(identity)
                 if container:
-                    self.actors.pop(real, None)
-                    self.actors[real] = self.actor(container)
+                    self.actors.pop(identity, None)
+                    self.actors[identity] = self.actor(container)
                     for old in list(self.actors)[:-4 * Journal.KEPT]:
                         del self.actors[old]
-        return self.actors.get(real, (real, {}))
+        return self.actors.get(identity, {})
 
 
 ###############################################################################
@@ -6315,11 +6630,11 @@ def image_commit(engine: Engine, request: Request) -> Response:
                  f"--pause={'true' if request.flag('pause', True) else 'false'}"]
     with engine.changing_images([working]):
         if len(own) == len(lines):
-            engine.nerdctl.run("commit", *arguments, *(f"--change={line}" for line in lines), "--", container.real,
+            engine.nerdctl.run("commit", *arguments, *(f"--change={line}" for line in lines), "--", container.id,
                                working, timeout=600, waits=True)
         else:
             before = f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
-            engine.nerdctl.run("commit", *arguments, "--", container.real, before, timeout=600, waits=True)
+            engine.nerdctl.run("commit", *arguments, "--", container.id, before, timeout=600, waits=True)
             try:
                 apply_changes(engine, before, working, lines)
             finally:
@@ -7150,7 +7465,7 @@ def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, A
     return {
         "IPAMConfig": asked.get("IPAMConfig"), "Links": asked.get("Links"), "Aliases": asked.get("Aliases"),
         "DriverOpts": asked.get("DriverOpts"),
-        "GwPriority": 0, "NetworkID": identity,
+        "GwPriority": asked.get("GwPriority") or 0, "NetworkID": identity,
         "EndpointID": sha256(f"{container.id}/{identity}".encode()).hexdigest() if running else "",
         "Gateway": config.get("Gateway") or "" if running else "", "IPAddress": address.get("ip") or "",
         "MacAddress": (address if running else {} if was_started(container)
@@ -7161,19 +7476,39 @@ def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, A
 
 
 def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
-    """NetworkSettings.Networks: the container's networks by name, with the addresses of its interfaces in turn."""
-    addresses = noted_addresses(container)
-    asked = typed(container.request.get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig") or {}
-    found = {}
-    if network_mode(container).startswith("container:"):
-        return found
-    for number, name in enumerate(each for each in network_names(container) if not each.startswith("container:")):
-        network = networks.get(name) or {}
-        address = addresses[number] if number < len(addresses) else {}
-        wanted = asked.get(name) or asked.get(network.get("Id")) or (asked.get("default") if name == "bridge"
-                                                                     else None) or {}
-        found[network.get("Name") or name] = endpoint(container, network, address, wanted)
+    """NetworkSettings.Networks: the container's networks by name, with the addresses of its interfaces."""
+    addresses, found = noted_addresses(container), {}
+    for name in network_names(container):
+        if not network_mode(container).startswith("container:"):
+            network = networks.get(name) or {}
+            found[network.get("Name") or name] = endpoint(container, network, addresses.get(name, {}), asked_endpoint(
+                container, name, network.get("Id") or ""))
     return found
+
+
+def keep_networks(engine: Engine, container: Container, endpoints: Dict[str, Dict[str, Any]],
+                  more: Dict[str, str]) -> None:
+    """Keep which networks a container has, with their EndpointSettings by name, and `more` labels. nerdctl's hook gives
+    all networks the same address, so that it is told of the first one only where one has an address of its own:
+    attach_networks() does what is left."""
+    names, request = list(endpoints), container.request
+    fixed = any(each.get("MacAddress") or any((each.get("IPAMConfig") or {}).values()) for each in endpoints.values())
+    hooked = names[:1] if fixed else names
+    only = endpoints[names[0]] if len(hooked) == 1 else {}
+    address = only.get("IPAMConfig") or {}
+    mac = only.get("MacAddress") or (request.get("MacAddress") if len(hooked) == 1 else "")
+    told = {"nerdctl/networks": json.dumps(hooked or ["none"]), "nerdctl/ip": address.get("IPv4Address") or "",
+            "nerdctl/ip6": address.get("IPv6Address") or "", "nerdctl/mac-address": mac or ""}
+    labels = {**told, "nerdctl/networks": json.dumps(names or ["none"]), LABEL_ALONE: "" if names else "true", **more}
+    if request:
+        host = {**container.host_config, "NetworkMode": network_mode(container)}
+        kept = request_labels({**request, "HostConfig": host, "NetworkingConfig": {"EndpointsConfig": endpoints}})
+        labels.update({**{key: "" for key in container.labels if key.startswith(LABEL_REQUEST + ".")}, **kept})
+    annotations = {**(container.spec.get("annotations") or {}), **told}
+    annotations = {key: value for key, value in annotations.items() if value or key not in told}
+    with engine.changing(container):
+        engine.containerd.update_container(container.id, labels,
+                                           json_bytes({**container.spec, "annotations": annotations}))
 
 
 # Init processes that need no libc of the image.
@@ -7206,7 +7541,7 @@ def open_ports(container: Container) -> List[Dict[str, Any]]:
         return []
     ports = container.ports
     published = {(each["PrivatePort"], each["Type"]) for each in ports}
-    if network_mode(container) in ("host", "none") or network_mode(container).startswith("container:"):
+    if {"host", "none"} & set(network_names(container)) or network_mode(container).startswith("container:"):
         return ports
     exposed = (each.partition("/") for each in container.request.get("ExposedPorts") or {})
     rest = sorted({(int_or_zero(number), kind or "tcp") for number, _, kind in exposed
@@ -7233,7 +7568,7 @@ def docker_container_row(container: Container, image_id: str, networks: Dict[str
     row = {**lasting_row(container), "ImageID": image_id, "Status": status_text(container.state, now),
            "NetworkSettings": {"Networks": networks}}
     if version >= (1, 52):
-        row["Health"] = {"Status": container.state.health or "none", "FailingStreak": 0}
+        row["Health"] = {"Status": container.state.health or "none", "FailingStreak": container.state.failing}
     return row
 
 
@@ -7335,7 +7670,7 @@ def container_sizes(engine: Engine, containers: Iterable[Container]) -> Dict[str
         with contextlib.suppress(NotFound):
             written = engine.containerd.snapshot_usage(snapshotter, key)
             parent = engine.containerd.snapshot_parent(snapshotter, key)
-            found[container.real] = (written, written + layers_size(engine, snapshotter, parent, below))
+            found[container.id] = (written, written + layers_size(engine, snapshotter, parent, below))
     return found
 
 
@@ -7359,8 +7694,8 @@ def container_list(engine: Engine, request: Request) -> Response:
     for container in found:
         image_id = images[container.image].target.digest if container.image in images else ""
         row = docker_container_row(container, image_id, docker_networks(container, networks), now, request.version)
-        if container.real in sizes:
-            row["SizeRw"], row["SizeRootFs"] = sizes[container.real]
+        if container.id in sizes:
+            row["SizeRw"], row["SizeRootFs"] = sizes[container.id]
         rows.append(row)
     return Response(200, rows)
 
@@ -7392,47 +7727,9 @@ HOST_CONFIG: Dict[str, Any] = {
 DEFAULT_RUNTIME = {"io.containerd.runc.v2": "runc"}
 
 
-def held_policy(container: Container) -> str:
-    """The restart policy of a container that hold_down() has given another one, "" for any other."""
-    labels = container.labels
-    if (labels.get("containerd.io/restart.policy") != "unless-stopped"
-            or labels.get("containerd.io/restart.explicitly-stopped") != "true"):
-        return ""
-    if os.path.isdir(container.folder):
-        with contextlib.suppress(OSError):
-            with open(hold_note(container), encoding="ascii", errors="replace") as file:
-                text = file.read(64)
-                return text if re.fullmatch(r"always|on-failure(:\d+)?", text) else ""
-        return ""
-    asked = container.host_config.get("RestartPolicy") or {}
-    if asked.get("Name") not in ("always", "on-failure"):
-        return ""
-    return asked["Name"] + (f":{asked['MaximumRetryCount']}" if asked.get("MaximumRetryCount") else "")
-
-
-def hold_note(container: Container) -> str:
-    """Where the policy of a container that is held down is noted: beside what nerdctl keeps of it, and gone with
-    that."""
-    return os.path.join(container.folder, "nerdctld.restart")
-
-
-def note_policy(container: Container, policy: str) -> None:
-    """Note the policy that a start is to give back, or with "" that there is none, where nerdctl's folder is within
-    reach."""
-    if not container.folder:
-        return
-    with contextlib.suppress(OSError):
-        if policy:
-            with open(hold_note(container), "w", encoding="ascii") as file:
-                file.write(policy)
-        else:
-            os.unlink(hold_note(container))
-
-
 def restart_policy(container: Container) -> Dict[str, Any]:
     """Docker's RestartPolicy from containerd's label."""
-    name, _, count = (held_policy(container) or container.labels.get("containerd.io/restart.policy")
-                      or "no").partition(":")
+    name, _, count = (container.labels.get("containerd.io/restart.policy") or "no").partition(":")
     return {"Name": name, "MaximumRetryCount": int(count) if count.isdigit() else 0}
 
 
@@ -7449,6 +7746,15 @@ UPDATED_FIELDS = ("NanoCpus", "CpuShares", "CpusetCpus", "CpusetMems", "Memory",
                   "PidsLimit")
 
 
+def ipc_settings(container: Container) -> Dict[str, Any]:
+    """What nerdctl notes of a container's IPC namespace: its mode and the container that it shares it with, or the
+    folder of its /dev/shm."""
+    found = None
+    with contextlib.suppress(ValueError):
+        found = json.loads(container.labels.get("nerdctl/ipc") or "{}")
+    return found if isinstance(found, dict) else {}
+
+
 def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, Any]:
     """HostConfig: what the OCI spec and nerdctl's labels tell, under what the client asked for."""
     labels, linux = container.labels, spec.get("linux") or {}
@@ -7458,15 +7764,12 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
     log = {}
     with contextlib.suppress(ValueError):
         log = json.loads(labels.get("nerdctl/log-config") or "{}")
-    ipc = {}
-    with contextlib.suppress(ValueError):
-        ipc = json.loads(labels.get("nerdctl/ipc") or "{}")
     found.update({
         "AutoRemove": labels.get("nerdctl/auto-remove") == "true", "CpuPeriod": cpu.get("period") or 0,
         "CpuQuota": cpu.get("quota") or 0,
         "CpuShares": cpu.get("shares") or 0, "CpusetCpus": cpu.get("cpus") or "", "CpusetMems": cpu.get("mems") or "",
-        "IpcMode": ipc.get("mode") or "private", "LogConfig": {"Type": log.get("driver") or "json-file",
-                                                               "Config": log.get("opts") or {}},
+        "IpcMode": ipc_settings(container).get("mode") or "private",
+        "LogConfig": {"Type": log.get("driver") or "json-file", "Config": log.get("opts") or {}},
         "MaskedPaths": linux.get("maskedPaths") or [], "ReadonlyPaths": linux.get("readonlyPaths") or [],
         "Memory": memory.get("limit") or 0, "MemoryReservation": memory.get("reservation") or 0,
         "MemorySwap": memory.get("swap") or 0,
@@ -7537,6 +7840,8 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
     for key in ("Healthcheck", "StopSignal", "StopTimeout", "Shell", "MacAddress", "NetworkDisabled", "OnBuild"):
         if asked.get(key) or image.get(key) or key == "StopTimeout" and asked.get(key) is not None:
             found[key] = asked.get(key) or image.get(key) or asked[key]
+    if not asked and container.health_check:
+        found["Healthcheck"] = container.health_check
     return found
 
 
@@ -7568,8 +7873,8 @@ def docker_container(engine: Engine, container: Container, image: Optional[Image
     driver = container.record.snapshotter or "overlayfs"
     found = {
         "Id": container.id, "Created": rfc3339(container.created), "Path": arguments[0], "Args": arguments[1:],
-        "State": docker_state(container.state, container.real in engine.inventory.out_of_memory,
-                              container_health(container)),
+        "State": docker_state(container.state, container.id in engine.inventory.out_of_memory,
+                              docker_health(container)),
         "Image": image.id if image else "",
         "ResolvConfPath": os.path.join(container.folder, "resolv.conf") if container.folder else "",
         "HostnamePath": os.path.join(container.folder, "hostname") if container.folder else "", "HostsPath": hosts,
@@ -7614,31 +7919,44 @@ def log_path(container: Container) -> str:
     driver = "json-file"
     with contextlib.suppress(ValueError):
         driver = json.loads(container.labels.get("nerdctl/log-config") or "{}").get("driver") or driver
-    if driver != "json-file" or not container.folder:
+    if driver != "json-file" or not container.folder or container.labels.get("nerdctl/log-uri") == "none":
         return ""
-    return os.path.join(container.folder, container.real + "-json.log")
+    return os.path.join(container.folder, container.id + "-json.log")
 
 
-# As many results of health checks as Docker shows, and as nerdctl does.
-HEALTH_RESULTS = 5
+# As many results of health checks as Docker shows, and as much of the output of each. nerdctl keeps more.
+HEALTH_RESULTS, HEALTH_OUTPUT = 5, 4096
 
 
-def container_health(container: Container) -> Optional[Dict[str, Any]]:
-    """State.Health of a container with a health check, None without and before its first start. nerdctl keeps the
-    status in a label, and one result a line in a file."""
-    if not container.labels.get("nerdctl/healthcheck") or not was_started(container):
-        return None
-    found: Any = None
-    with contextlib.suppress(ValueError):
-        found = json.loads(container.labels.get("nerdctl/healthstate") or "{}")
-    found = found if isinstance(found, dict) else {}
-    results: Deque[Any] = collections.deque(maxlen=HEALTH_RESULTS)
+def health_results(container: Container) -> List[Dict[str, Any]]:
+    """The last results of a container's health checks, oldest first. nerdctl keeps one a line in a file."""
+    found: List[Dict[str, Any]] = []
     with contextlib.suppress(OSError), open(os.path.join(container.folder, "health.json"), "rb") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                results.append(json.loads(line))
-    return {"Status": found.get("Status") or "starting", "FailingStreak": found.get("FailingStreak") or 0,
-            "Log": list(results)[::-1]}
+        file.seek(max(0, os.fstat(file.fileno()).st_size - (8 << 20)))
+        for line in collections.deque(file, HEALTH_RESULTS):
+            with contextlib.suppress(ValueError, TypeError):
+                row = json.loads(line)
+                found.append({**row, "Output": row["Output"][:HEALTH_OUTPUT] + "..."
+                              if len(row["Output"]) > HEALTH_OUTPUT + 3 else row["Output"]})
+    return found
+
+
+def docker_health(container: Container) -> Optional[Dict[str, Any]]:
+    """State.Health of a container with health checks, None without and before its first start."""
+    state = container.state
+    return {"Status": state.health, "FailingStreak": state.failing,
+            "Log": health_results(container)} if state.health else None
+
+
+def note_health(engine: Engine, container: Container, status: str = "starting", failing: int = 0, pid: int = 0) -> None:
+    """Keep the health of a container's process where nerdctl keeps it, too, if that is news. Without a process, that of
+    one which is about to start. Nothing for a container without health checks."""
+    check = container.health_check
+    told = json.dumps({"Status": status, "FailingStreak": failing, "Pid": pid,
+                       "InStartPeriod": status == "starting" and bool(check.get("StartPeriod"))})
+    if check and told != container.labels.get("nerdctl/healthstate"):
+        with engine.changing(container):
+            engine.containerd.update_container(container.id, {"nerdctl/healthstate": told})
 
 
 def image_of(engine: Engine, container: Container) -> Optional[ImageGroup]:
@@ -7655,7 +7973,7 @@ def container_inspect(engine: Engine, request: Request, name: str) -> Response:
     container = engine.inventory.container(name)
     told = docker_container(engine, container, image_of(engine, container), request.version)
     if request.flag("size"):
-        told["SizeRw"], told["SizeRootFs"] = container_sizes(engine, [container]).get(container.real, (0, 0))
+        told["SizeRw"], told["SizeRootFs"] = container_sizes(engine, [container]).get(container.id, (0, 0))
     return Response(200, told)
 
 
@@ -7885,38 +8203,27 @@ def mount_args(body: Dict[str, Any]) -> List[str]:
 
 
 def health_check(body: Dict[str, Any], image: Dict[str, Any]) -> Dict[str, Any]:
-    """The request's health check, with what the image says where it says nothing."""
+    """The request's health check, with what the image says where it says nothing; {} for none. 400 for bad values."""
     asked = typed(body.get("Healthcheck"), dict, "Healthcheck")
-    return {**(image.get("Healthcheck") or {}), **{key: value for key, value in asked.items() if value}}
-
-
-def health_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
-    """Words for the health check."""
-    check = health_check(body, image)
+    check = {**(image.get("Healthcheck") or {}), **{key: value for key, value in asked.items() if value}}
     test = string_list(check.get("Test"), "Healthcheck.Test")
-    if test[:1] == ["NONE"]:
-        return ["--no-healthcheck"]
-    if not test:
-        return []
-    if test[0] not in ("CMD", "CMD-SHELL"):
+    if test and test[0] not in ("NONE", "CMD", "CMD-SHELL"):
         raise BadParameter(f"unknown health check type: {test[0]!r}")
-    words = ["--health-cmd=" + (" ".join(test[1:]) if test[0] == "CMD-SHELL" else shlex.join(test[1:]))]
-    for key, flag in (("Interval", "--health-interval"), ("Timeout", "--health-timeout"),
-                      ("StartPeriod", "--health-start-period")):
+    for key in ("Interval", "Timeout", "StartPeriod", "StartInterval"):
         duration = typed(check.get(key), int, key)
         if duration and duration < 10**6:
             raise BadParameter(f"{key} in Healthcheck cannot be less than 1ms")
-        words += [f"{flag}={duration}ns"] if duration else []
     if typed(check.get("Retries"), int, "Retries") < 0:
         raise BadParameter("Retries in Healthcheck cannot be negative")
-    return words + _number(check.get("Retries"), "--health-retries", "Retries")
+    return check if test else {}
 
 
-CAPABILITIES = frozenset(
-    "ALL AUDIT_CONTROL AUDIT_READ AUDIT_WRITE BLOCK_SUSPEND BPF CHECKPOINT_RESTORE CHOWN DAC_OVERRIDE DAC_READ_SEARCH "
-    "FOWNER FSETID IPC_LOCK IPC_OWNER KILL LEASE LINUX_IMMUTABLE MAC_ADMIN MAC_OVERRIDE MKNOD NET_ADMIN "
-    "NET_BIND_SERVICE NET_BROADCAST NET_RAW PERFMON SETFCAP SETGID SETPCAP SETUID SYSLOG SYS_ADMIN SYS_BOOT SYS_CHROOT "
-    "SYS_MODULE SYS_NICE SYS_PACCT SYS_PTRACE SYS_RAWIO SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG WAKE_ALARM".split())
+# In the order of their numbers.
+CAPABILITIES = (
+    "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE "
+    "NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN "
+    "SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE "
+    "MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE").split()
 SECURITY_OPTIONS = ("apparmor", "label", "no-new-privileges", "privileged-without-host-devices", "seccomp",
                     "systempaths", "writable-cgroups")
 
@@ -7926,7 +8233,7 @@ def check_privileges(host: Dict[str, Any]) -> None:
     for key in ("CapAdd", "CapDrop"):
         for each in string_list(host.get(key), key):
             name = re.sub("^CAP_", "", each.upper())
-            if name not in CAPABILITIES:
+            if name not in (*CAPABILITIES, "ALL"):
                 raise BadParameter(f'invalid {key}: unknown capability: "CAP_{name}"')
 
 
@@ -7966,15 +8273,15 @@ def profile_files(engine: Engine, words: List[str]) -> Iterator[List[str]]:
         yield [start + path if each.startswith(start + "{") else each for each in words]
 
 
-def restart_args(host: Dict[str, Any]) -> List[str]:
-    """Words for the restart policy; 400 with dockerd's words where it cannot be."""
+def policy_word(host: Dict[str, Any]) -> str:
+    """The restart policy as containerd has it, "" for none; 400 with dockerd's words where it cannot be."""
     policy = typed(host.get("RestartPolicy"), dict, "RestartPolicy")
     name, count = typed(policy.get("Name"), str, "RestartPolicy.Name"), typed(policy.get("MaximumRetryCount"), int,
                                                                               "MaximumRetryCount")
     if name in ("", "no"):
         if count and name:
             raise BadParameter("invalid restart policy: maximum retry count cannot be used with 'no'")
-        return []
+        return name
     if name not in ("always", "unless-stopped", "on-failure"):
         raise BadParameter(f"invalid restart policy: unknown policy '{name}'; use one of 'no', 'always', 'on-failure', "
                            "or 'unless-stopped'")
@@ -7982,7 +8289,7 @@ def restart_args(host: Dict[str, Any]) -> List[str]:
         raise BadParameter("invalid restart policy: maximum retry count can only be used with 'on-failure'")
     if typed(host.get("AutoRemove"), bool, "AutoRemove"):
         raise BadParameter("can't create 'AutoRemove' container with restart policy")
-    return [f"--restart={name}" + (f":{count}" if count else "")]
+    return name + (f":{count}" if count else "")
 
 
 def device_args(host: Dict[str, Any]) -> List[str]:
@@ -8017,10 +8324,21 @@ def device_args(host: Dict[str, Any]) -> List[str]:
     return words
 
 
+# What dockerd refuses for a container that has the network of another one.
+CONTAINER_NETWORK_CONFLICTS = (
+    ("Hostname", "hostname and the network mode"), ("MacAddress", "mac-address and the network mode"),
+    ("HostConfig.Links", "container type network can't be used with links. This would result in undefined behavior"),
+    ("HostConfig.Dns", "dns and the network mode"),
+    ("HostConfig.ExtraHosts", "custom host-to-IP mapping and the network mode"),
+    ("HostConfig.PortBindings", "port publishing and the container type network mode"),
+    ("HostConfig.PublishAllPorts", "port publishing and the container type network mode"),
+    ("ExposedPorts", "port exposing and the container type network mode"))
+
+
 def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]],
                  find: Callable[[str], Container]) -> List[str]:
     """Words for the networks: the mode first, then what else EndpointsConfig names. `networks` by name; `find` looks up
-    a container, for `container:NAME`."""
+    a container, for `container:NAME`, whose network it gets later."""
     host = typed(body.get("HostConfig"), dict, "HostConfig")
     mode = typed(host.get("NetworkMode"), str, "NetworkMode")
     endpoints = typed(typed(body.get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig"), dict,
@@ -8028,7 +8346,11 @@ def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]],
     if body.get("NetworkDisabled"):
         mode = "none"
     if mode.startswith("container:"):
-        return [f"--network=container:{other_container(find, mode.partition(':')[2]).real}"]
+        for key, words in CONTAINER_NETWORK_CONFLICTS:
+            if field_of(body, key):
+                raise BadParameter(f"conflicting options: {words}")
+        other_container(find, mode.partition(":")[2])
+        return ["--network=none"]
     if mode in ("host", "none"):
         if (typed(endpoints.get(mode), dict, "EndpointsConfig").get("IPAMConfig") or {}).get("IPv4Address"):
             raise BadParameter("user specified IP address is supported on user defined networks only")
@@ -8063,14 +8385,15 @@ def other_container(find: Callable[[str], Container], name: str) -> Container:
 
 
 def namespace_args(host: Dict[str, Any], find: Callable[[str], Container]) -> List[str]:
-    """Words for the IPC and PID namespaces, in which a container is named by its real id, and for what of /proc is
+    """Words for the IPC and PID namespaces but those of other containers, which it gets later, and for what of /proc is
     hidden."""
     words = []
     for key, flag in (("IpcMode", "--ipc"), ("PidMode", "--pid")):
         mode = typed(host.get(key), str, key)
         if mode.startswith("container:"):
-            mode = f"container:{other_container(find, mode.partition(':')[2]).real}"
-        words += [f"{flag}={mode}"] if mode else []
+            other_container(find, mode.partition(":")[2])
+        elif mode:
+            words.append(f"{flag}={mode}")
     if host.get("MaskedPaths") == [] and host.get("ReadonlyPaths") == []:
         words.append("--security-opt=systempaths=unconfined")
     return words
@@ -8095,7 +8418,7 @@ def volumes_from_args(host: Dict[str, Any], find: Callable[[str], Container]) ->
             raise BadParameter(f"invalid mode: {mode}")
         container = other_container(find, name)
         if not mode:
-            words.append(f"--volumes-from={container.real}")
+            words.append(f"--volumes-from={container.id}")
             continue
         for mount in parse_mounts(container.labels):
             if mount.get("Type") in ("bind", "volume"):
@@ -8191,7 +8514,8 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     if any(key.startswith(HIDDEN_LABELS[:2]) for key in labels):
         raise BadParameter("invalid label: names that begin with nerdctl/ are nerdctl's own")
     words += environment_args(body, image) + hostname_args(body) + port_args(body, image, pick)
-    words += mount_args(body) + health_args(body, image) + restart_args(host) + device_args(host)
+    words += mount_args(body) + device_args(host)
+    words += [f"--restart={policy_word(host)}"] if policy_word(host) not in ("", "no") else []
     words += network_args(body, networks, find) + namespace_args(host, find) + log_args(host)
     words += init_args(host) + volumes_from_args(host, find) + security_args(host)
     words += [f"--label={key}={value}" for key, value in labels.items()]
@@ -8205,9 +8529,6 @@ def create_warnings(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     found = [f"{key} is not carried out: nerdctl has no such option" for key in IGNORED_FIELDS if host.get(key)]
     if typed(host.get("LogConfig"), dict, "LogConfig").get("Type") == "local":
         found.append("the log driver local is not available: json-file is used")
-    if typed(body.get("Healthcheck"), dict,
-             "Healthcheck").get("StartInterval") and os.path.isdir("/run/systemd/system"):
-        found.append("StartInterval of the health check is not carried out: nerdctl has none")
     endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
     if len(endpoints) > 1 and any((typed(each, dict, "EndpointsConfig").get("IPAMConfig") or {}).get("IPv4Address")
                                   for each in endpoints.values()):
@@ -8281,9 +8602,11 @@ def shared_namespaces(engine: Engine, request: Dict[str, Any]) -> Dict[str, Cont
 
 
 def kept_request(engine: Engine, body: Dict[str, Any], image: Dict[str, Any]) -> Dict[str, Any]:
-    """What is kept of a create request: with the ports that the image exposes, and with ids for the names of
-    containers, which may change."""
-    found = slim(body)
+    """What is kept of a create request: with the ports that the image exposes, its health check and its shell, and with
+    ids for the names of containers, which may change."""
+    found = {**({"Shell": image["Shell"]} if image.get("Shell") else {}), **slim(body)}
+    if health_check(body, image):
+        found["Healthcheck"] = health_check(body, image)
     exposed = typed(body.get("ExposedPorts"), dict, "ExposedPorts")
     if image.get("ExposedPorts"):
         found["ExposedPorts"] = {**image["ExposedPorts"], **exposed}
@@ -8331,71 +8654,300 @@ def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Contain
     real = output.stdout.decode().strip().rpartition("\n")[2]
     if not re.fullmatch(r"[0-9a-f]{64}", real):
         raise ApiError(f"nerdctl created a container and printed no id: {real[:100]!r}")
+    if plan.health:
+        # Where nerdctl keeps it, word by word, and also by one that has no flags for it.
+        with contextlib.suppress(BadParameter):
+            engine.containerd.update_container(real, {"nerdctl/healthcheck": json.dumps(plan.health)})
     engine.inventory.records.invalidate(real)
     return Container(engine.containerd.get_container(real))
 
 
-@contextlib.contextmanager
-def making_anew(engine: Engine, container: Container, made: Callable[[], str]) -> Iterator[None]:
-    """Context in which another container takes the place of one that was never started, under the id that clients know.
-    Until there is one (`made()` is its real id) the old one is kept under another name: it comes back if none was made,
-    and `settle_aside` finds it if the daemon is killed meanwhile."""
-    try:
-        with engine.replacing(container):
-            engine.nerdctl.run("rename", container.real, ASIDE + container.name)
-            try:
-                yield
-            finally:
-                if not made():
-                    engine.nerdctl.run("rename", container.real, container.name)
-                    engine.hidden.pop(container.real, None)
-    finally:
-        if made():
-            with contextlib.suppress(NotFound):
-                engine.nerdctl.run("rm", "--volumes", "--", container.real)
-
-
-def make_anew(engine: Engine, container: Container, plan: Plan, marks: Iterable[str] = ()) -> Container:
-    """Put a new container by a plan in the place of one that was never started; `marks` are labels it gets."""
-    made: List[Container] = []
-    with making_anew(engine, container, lambda: made[0].real if made else ""):
-        made.append(create_container(engine, plan, container.name, f"--label={LABEL_ID}={container.id}",
-                                     *(f"--label={each}=1" for each in marks)))
-    return made[0]
-
-
 def create_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
-    """Create a container; where others have its ports now, or where it is to have the namespaces of one that does not
-    run, for the time being without them: nerdctl looks for these at once, and Docker at the start."""
-    absent = [flag for flag, other in shared_namespaces(engine, plan.request).items() if not other.running]
-    if absent:
-        kept = [each for each in plan.words if not each.startswith(tuple(f"{flag}=container:" for flag in absent))]
-        plan = plan._replace(words=kept + ["--network=none"] * ("--network" in absent))
-        more = (*more, f"--label={LABEL_LATER}=1")
-    if f"--label={LABEL_LATER}=1" not in more:
+    """Create a container. Where it is to have namespaces of others, or ports that others have now, `nerdctl create`
+    makes it without them, since it wants these others to run and those ports to be free; it gets them in place, for
+    its start."""
+    later = f"--label={LABEL_LATER}=1"
+    more = (*more, later) if shared_namespaces(engine, plan.request) else more
+    try:
+        container = make_container(engine, plan, name, *more)
+    except ApiError as error:
+        if "port is already allocated" not in str(error):
+            raise
+        words = [each for each in plan.words if not each.startswith("--publish=")]
+        container = make_container(engine, plan._replace(words=words), name, *more, later)
+    if LABEL_LATER in container.labels:
         try:
-            return make_container(engine, plan, name, *more)
-        except ApiError as error:
-            if "port is already allocated" not in str(error):
-                raise
-        more = (*more, f"--label={LABEL_LATER}=1")
-    return make_container(engine, plan._replace(words=[each for each in plan.words
-                                                       if not each.startswith("--publish=")]), name, *more)
-
-
-def settle_aside(engine: Engine, container: Container) -> None:
-    """For the start of the daemon: what a killed one had put aside goes where its place was taken, and comes back where
-    not. A `nerdctl run` that outlived that daemon may still be about to take it."""
-    for pause in (0.5, 2.0, 0.0):
-        try:
-            if any(each.id == container.id for each in engine.inventory.containers().values()):
-                engine.nerdctl.run("rm", "--volumes", "--", container.real)
-            else:
-                engine.nerdctl.run("rename", container.real, container.name[len(ASIDE):])
-            return
-        except ApiError as error:
+            container = complete_container(engine, container)
+        except (ApiError, OSError) as error:
+            # Its start does it.
             log(f"{container.name}: {error}")
-            time.sleep(pause)
+    return container
+
+
+def parse_publish(words: Iterable[str], pick: Callable[[str], int]) -> List[Dict[str, Any]]:
+    """`--publish` words as nerdctl keeps them, an entry for each port of a range."""
+    found = []
+    for word in words:
+        text, _, kind = word.partition("=")[2].partition("/")
+        place, _, inner = text.rpartition(":")
+        address, _, outer = place.rpartition(":")
+        first, _, last = inner.partition("-")
+        found += [{"HostPort": int(outer.partition("-")[0]) + step if outer else pick(kind),
+                   "ContainerPort": int(first) + step, "Protocol": kind, "HostIP": address.strip("[]") or "0.0.0.0"}
+                  for step in range(int(last or first) - int(first) + 1)]
+    return found
+
+
+def give_ports(engine: Engine, container: Container) -> Dict[str, str]:
+    """Publish the ports that a create request asks for; the labels that are to be set for it. nerdctl has them in a
+    file, which its `create` always writes, and before 2.1.3 in a label."""
+    pick = functools.partial(pick_port, engine)
+    mappings = parse_publish(port_args(container.request, {}, pick), pick)
+    path = os.path.join(container.folder, "network-config.json")
+    if not os.path.exists(path):
+        return {"nerdctl/ports": json.dumps(mappings)} if mappings else {}
+    with locked(container.folder):
+        with open(path + ".new", "w", encoding="ascii", opener=lambda *words: os.open(*words, 0o600)) as file:
+            json.dump({"portMappings": mappings}, file)
+        os.replace(path + ".new", path)
+    return {}
+
+
+def rewrite_container(engine: Engine, container: Container, spec: Dict[str, Any], labels: Dict[str, str]) -> Container:
+    """Set the OCI spec and labels of a container, which nerdctl's hooks read as annotations; the container as it is
+    then."""
+    annotations = {key: value for key, value in labels.items() if key.startswith("nerdctl/")}
+    spec = {**spec, "annotations": {**(spec.get("annotations") or {}), **annotations}}
+    engine.containerd.update_container(container.id, labels, json.dumps(spec).encode())
+    engine.inventory.records.invalidate(container.id)
+    return engine.inventory.container(container.id)
+
+
+def complete_container(engine: Engine, container: Container) -> Container:
+    """Give a container the namespaces and ports that `nerdctl create` made it without: it is as if nerdctl had done so,
+    and a bare `nerdctl start` finds it so."""
+    spec, labels = json.loads(container.record.spec), {LABEL_LATER: ""}
+    for flag, other in shared_namespaces(engine, container.request).items():
+        if flag == "--network":
+            labels.update({"nerdctl/networks": json.dumps([f"container:{other.id}"]), "nerdctl/hostname": ""})
+            share_network_files(container, spec, other)
+        elif flag == "--pid":
+            labels["nerdctl/pid-container"] = other.id
+        else:
+            labels["nerdctl/ipc"] = json.dumps({**ipc_settings(container), "mode": "container",
+                                                "victimContainerId": other.id})
+    return rewrite_container(engine, container, spec, {**give_ports(engine, container), **labels})
+
+
+NETWORK_FILES = ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf")
+
+
+def share_network_files(container: Container, spec: Dict[str, Any], other: Container) -> None:
+    """Give a container the host name of another one, and its files of the network, in place of those that nerdctl made
+    for it; what a client has mounted there stays."""
+    own = tuple(folder + "/" for folder in (container.folder, hosts_folder(container)) if folder)
+    mounts = [each for each in spec.get("mounts") or [] if not (each.get("destination") in NETWORK_FILES
+                                                                and str(each.get("source")).startswith(own))]
+    taken = [each.get("destination") for each in mounts]
+    spec["mounts"] = mounts + [each for each in other.spec.get("mounts") or []
+                               if each.get("destination") in NETWORK_FILES and each["destination"] not in taken]
+    name = other.spec.get("hostname") or ""
+    if has_namespace(spec, "uts"):
+        spec["hostname"] = name
+    process = spec.get("process") or {}
+    process["env"] = [f"HOSTNAME={name}" if each.startswith("HOSTNAME=") else each for each in process.get("env") or []]
+
+
+def has_namespace(spec: Dict[str, Any], kind: str) -> bool:
+    """Whether an OCI spec has a namespace of a kind, its own or that of another container: else it is the host's."""
+    return any(each.get("type") == kind for each in (spec.get("linux") or {}).get("namespaces") or [])
+
+
+def joined_containers(container: Container) -> Dict[str, str]:
+    """The ids of the containers whose namespaces a container has, by their kinds in the OCI spec, as nerdctl's labels
+    have them."""
+    network, ipc = (network_names(container) or [""])[0], ipc_settings(container)
+    found = {"network": network[len("container:"):] if network.startswith("container:") else "",
+             "ipc": str(ipc.get("victimContainerId")) if ipc.get("mode") == "container" else "",
+             "pid": container.labels.get("nerdctl/pid-container") or ""}
+    return {kind: identity for kind, identity in found.items() if identity}
+
+
+def shares_host(engine: Engine, container: Container, kind: str) -> bool:
+    """Whether a container has a namespace of the host, by itself or by way of others."""
+    other = engine.inventory.containers().get(joined_containers(container).get(kind, ""))
+    return not has_namespace(container.spec, kind) or other is not None and shares_host(engine, other, kind)
+
+
+# dockerd's words for a container whose namespaces are wanted and that does not run.
+NOT_JOINED = {"network": "cannot join network of a non running container: {0}",
+              "ipc": "can't join IPC of container {0}: container {0} is not running",
+              "pid": "container {0} is not running"}
+
+
+def join_namespaces(engine: Engine, container: Container) -> Container:
+    """Put the namespaces of other containers, as they are now, into the OCI spec of a container. 404 and 409 with
+    dockerd's words where there is no such container, or it does not run."""
+    spec = json.loads(container.record.spec)
+    linux = spec.get("linux") or {}
+    for kind, identity in joined_containers(container).items():
+        other = engine.inventory.container(identity)
+        if not other.running:
+            raise Conflict(NOT_JOINED[kind].format(other.id))
+        host = shares_host(engine, other, kind)
+        path = f"/proc/{other.task.pid}/ns/{'net' if kind == 'network' else kind}"
+        linux["namespaces"] = [each for each in linux.get("namespaces") or [] if each.get("type") != kind]
+        linux["namespaces"] += [] if host else [{"type": kind, "path": path}]
+        if kind == "network" and host:
+            # What nerdctl sets for any container may not be set on the host.
+            asked = container.host_config.get("Sysctls") or {}
+            linux["sysctl"] = {key: value for key, value in (linux.get("sysctl") or {}).items()
+                               if not key.startswith("net.") or key in asked}
+        elif kind == "ipc":
+            shared = {each.get("destination"): each for each in other.spec.get("mounts") or []}
+            if (shared.get("/dev/shm") or {}).get("type") != "bind":
+                raise ApiError(f"can't join IPC of container {other.id}: non-shareable IPC (hint: use "
+                               "IpcMode:shareable for the donor container)")
+            spec["mounts"] = [shared.get(each.get("destination"), each)
+                              if each.get("destination") in ("/dev/shm", "/dev/mqueue") else each
+                              for each in spec.get("mounts") or []]
+    return container if spec == container.spec else rewrite_container(engine, container, spec, {})
+
+
+def renew_shm(container: Container) -> None:
+    """Mount an empty /dev/shm for a container that others may share it with: nerdctl mounts it at the creation, and
+    again at each start."""
+    ipc = ipc_settings(container)
+    path = str(ipc.get("hostShmPath") or "")
+    if ipc.get("mode") != "shareable" or not path or os.geteuid():
+        return
+    with contextlib.suppress(FileNotFoundError):
+        while os.path.ismount(path):
+            libc_call("umount2", os.fsencode(path), MNT_DETACH)
+    os.makedirs(path, 0o700, exist_ok=True)
+    size = str(ipc.get("shmSize") or HOST_CONFIG["ShmSize"]).lower().rstrip("ib")
+    mount_snapshot([{"type": "tmpfs", "source": "/dev/shm",
+                     "options": ["nosuid", "nodev", "noexec", "mode=1777", f"size={size}"]}], path)
+
+
+def overlap(one: Dict[str, Any], other: Dict[str, Any]) -> bool:
+    """Whether two published ports (of Docker's lists) cannot be there at once."""
+    addresses = {one["IP"], other["IP"]}
+    return (one["PublicPort"] == other["PublicPort"] and one["Type"] == other["Type"]
+            and len({":" in each for each in addresses}) == 1
+            and (len(addresses) == 1 or not addresses.isdisjoint(("0.0.0.0", "::"))))
+
+
+def is_bound(port: Dict[str, Any]) -> bool:
+    """Whether a process of this machine has the address of a published port."""
+    kind = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}.get(port["Type"])
+    if kind is None:
+        return False
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in port["IP"] else socket.AF_INET, kind) as sock:
+            if port["Type"] == "tcp":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if ":" in port["IP"]:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((port["IP"], port["PublicPort"]))
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
+
+
+def take_down_network(engine: Engine, container: Container) -> None:
+    """Take down what nerdctl's hook set up for a container's last run: its networks, and a process that holds its
+    ports. dockerd does so at its end, and nerdctl when its task is deleted, which may be long after. To be called by
+    its owner, any number of times."""
+    if not os.path.exists(os.path.join(hosts_folder(container), "meta.json")):
+        return
+    # The hook gives the container's name up, too, which it is to keep.
+    annotations = {**(container.spec.get("annotations") or {}), "nerdctl/name": container.id}
+    with engine.workspace.temporary("bundle") as folder:
+        with open(os.path.join(folder, "config.json"), "w", encoding="ascii") as file:
+            json.dump({"root": {"path": "rootfs"}}, file)
+        state = {"ociVersion": "1.0.2", "id": container.id, "status": "stopped", "bundle": folder,
+                 "annotations": annotations}
+        output = engine.nerdctl.output("internal", "oci-hook", "postStop", data=json.dumps(state).encode())
+    if output.status:
+        log(f"{container.name}: its network was not taken down: {nerdctl_error(output.stderr)}")
+
+
+def taken_port(engine: Engine, container: Container) -> str:
+    """The address of a port of a container that others have, "" for none. Containers that have ended have none."""
+    others = []
+    for each in engine.inventory.containers().values() if container.ports else ():
+        if each.running or each.state.kind == "restarting":
+            others += each.ports if each.id != container.id else []
+        elif each.task is not None and any(
+                itertools.starmap(overlap, itertools.product(container.ports, each.ports))):
+            take_down_network(engine, each)
+    for port in container.ports:
+        if any(overlap(port, each) for each in others) or is_bound(port):
+            return f"[{port['IP']}]:{port['PublicPort']}" if ":" in port["IP"] else f"{port['IP']}:{port['PublicPort']}"
+    return ""
+
+
+def claim_ports(engine: Engine, container: Container) -> Container:
+    """Make sure that nobody else has the ports of a container, which nerdctl only looks for when it is created; where
+    the client left the choice it gets others. 500 with dockerd's words where they are taken."""
+    taken = taken_port(engine, container)
+    if taken and container.request:
+        container = rewrite_container(engine, container, container.spec, give_ports(engine, container))
+        taken = taken_port(engine, container)
+    if taken:
+        raise ApiError(f"driver failed programming external connectivity on endpoint {container.name} "
+                       f"({container.id}): Bind for {taken} failed: port is already allocated")
+    return container
+
+
+def prepare_start(engine: Engine, container: Container) -> Container:
+    """What `nerdctl start` does before it makes a task, and what was left for later when a container was created; the
+    container as it is then. To be called by the owner of a container that does not run. 404, 409 and 500 where it
+    cannot have the namespaces or the ports of its request."""
+    if LABEL_LATER in container.labels:
+        container = complete_container(engine, container)
+    container = claim_ports(engine, join_namespaces(engine, container))
+    renew_shm(container)
+    release_networks(engine, container)
+    if container.task is not None:
+        with contextlib.suppress(NotFound):
+            engine.containerd.delete_task(container.id)
+        engine.inventory.records.invalidate(container.id)
+    return container
+
+
+RESTART_LABEL = "containerd.io/restart."
+
+
+def hold_policy(engine: Engine, container: Container) -> None:
+    """Before somebody ends a container: containerd's restart monitor is to leave it alone, whatever its policy is.
+    Without a status it does not look at a container; resume_policy(), or `nerdctl start`, sets it again."""
+    if any(RESTART_LABEL + key in container.labels for key in ("policy", "status")):
+        engine.containerd.update_container(container.id, {RESTART_LABEL + "status": "",
+                                                          RESTART_LABEL + "explicitly-stopped": "true"})
+        engine.inventory.records.invalidate(container.id)
+
+
+def resume_policy(engine: Engine, container: Container) -> None:
+    """After a container was started by somebody: containerd's restart monitor is to carry its policy out, and to count
+    from 0 as dockerd does."""
+    if RESTART_LABEL + "policy" in container.labels:
+        engine.containerd.update_container(container.id, {
+            RESTART_LABEL + "status": "running", RESTART_LABEL + "explicitly-stopped": "false",
+            RESTART_LABEL + "count": ""})
+        engine.inventory.records.invalidate(container.id)
+
+
+def policy_labels(container: Container, policy: str) -> Dict[str, str]:
+    """The labels by which a container gets another restart policy, as `nerdctl create --restart` writes it, or with
+    "no" none."""
+    status = "running" if container.running or container.state.kind == "restarting" else ""
+    if policy == "no":
+        return {RESTART_LABEL + key: "" for key in ("policy", "status", "loguri")}
+    return {RESTART_LABEL + "policy": policy, RESTART_LABEL + "status": status,
+            RESTART_LABEL + "loguri": container.labels.get("nerdctl/log-uri") or "",
+            **({RESTART_LABEL + "explicitly-stopped": "false"} if status else {})}
 
 
 @route("POST", "/containers/create")
@@ -8417,79 +8969,16 @@ def container_create(engine: Engine, request: Request) -> Response:
 
 
 ###############################################################################
-# Sessions
+# Process streams
 ###############################################################################
 
-# A container that is started with a client on its streams is held by one nerdctl process: `start -a`, `start -a -i` on
-# a pseudo-terminal or, since `start` has no stdin without one, `run -i` with the same request. All others are started
-# detached, and their output is read from the log file.
+# Where a client is on the streams of a container's process, or may come for its stdin, they are FIFOs which this daemon
+# reads and writes. They are in nerdctl's folder of the container, where the next daemon finds them. All other
+# containers write to nerdctl's logging program, and clients are sent what that has written.
 STDOUT, STDERR = 1, 2
 # What stands before a piece of output: its stream and its length.
 FRAME = struct.Struct(">B3xI")
-# nerdctl looks for its own detach keys, and would leave the container with Docker's default ones.
-NO_DETACH_KEYS = "--detach-keys=" + ",".join(["ctrl-@"] * 8)
-FATAL_LINE = re.compile(rb'time="[^"\n]*" level=fatal msg=.*\n?\Z')
-# A signal (the SIGCHLD of its own logger too) that it passed on to a process which had ended by then.
-SIGNAL_LINE = rb'time="[^"\n]*" level=error msg="forward signal [^"\n]*" error=[^\n]*\n'
-SIGNAL_LINES = re.compile(rb"(?:" + SIGNAL_LINE + rb")*")
-TRAILING_SIGNAL_LINES = re.compile(rb"(?:" + SIGNAL_LINE + rb")+\Z")
-
-
-# What nerdctl warns of while it makes a container, before anything else is on its stderr.
-LEADING_WARNINGS = re.compile(
-    rb'(?:time="[^"\n]*" level=warning msg="(?:volume \\"[^"\n]*\\" already exists|kernel support for cgroup |'
-    rb'cgroup manager is set to |Limiting oom_score_adj |'
-    rb'Disabling the OOM killer |unknown security-opt|Label \\"|multiple images are found )[^\n]*\n)+')
-
-
-class TrailingError:
-    """Keeps nerdctl's own lines out of a stream of stderr that it shares with a process: its warnings at the beginning,
-    and its last lines. What may be those is held back until more comes or the stream has ended."""
-
-    MARK = b'time="'
-    LEVELS = (b'" level=fatal msg=', b'" level=error msg="forward signal ')
-    LIMIT = 8192
-
-    def __init__(self) -> None:
-        self.held = b""
-        self.beginning = True
-
-    def feed(self, data: bytes) -> bytes:
-        """What may be passed on now."""
-        data = self.held + data
-        if self.beginning:
-            warnings = LEADING_WARNINGS.match(data)
-            data = data[warnings.end():] if warnings else data
-            self.beginning = not data
-        start = data.rfind(self.MARK)
-        if start < 0 and len(data) >= select.PIPE_BUF:
-            # nerdctl writes its line at once, so that only the end of a full buffer can part it.
-            start = next((len(data) - size for size in range(len(self.MARK) - 1, 0, -1)
-                          if data.endswith(self.MARK[:size])), -1)
-        if start >= 0 and len(data) - start < self.LIMIT and self._possible(data[start:]):
-            before = TRAILING_SIGNAL_LINES.search(data, max(0, len(data) - self.LIMIT), start)
-            start = before.start() if before else start
-            self.held = data[start:]
-            return data[:start]
-        self.held = b""
-        return data
-
-    def _possible(self, line: bytes) -> bool:
-        """Whether a line is nerdctl's, or the beginning of it."""
-        end = line.find(b'"', len(self.MARK))
-        rest = line[end:] if end >= 0 else b""
-        if b"\n" in line[:-1] or (not rest and line.endswith(b"\n")):
-            return False
-        return any(rest.startswith(level) or level.startswith(rest) for level in self.LEVELS)
-
-    def finish(self, failed: bool) -> Tuple[bytes, str]:
-        """At the end of the stream: what is still to be passed on, and nerdctl's own message, "" for none. `failed`
-        says whether nerdctl ended with a status other than 0, and so has said something."""
-        held, self.held = self.held, b""
-        last = held[SIGNAL_LINES.match(held).end():]
-        if failed and FATAL_LINE.match(last):
-            return b"", parse_logrus(last.decode(errors="replace").rstrip("\n"))[1]
-        return held if last else b"", ""
+FIFO_FOLDER = "nerdctld-"
 
 
 class DetachKeys:
@@ -8521,311 +9010,363 @@ class DetachKeys:
 
 
 class Attachment:
-    """A client on the streams of a container or exec: which of them it wants, and whether in frames."""
+    """A client on the streams of a container or exec: which of them it wants, and whether in frames. Output waits here
+    until the client takes it, also before its connection has been handed over."""
+
+    # How many bytes may wait before the process that writes them has to wait, too: as many as with dockerd.
+    MOST = 1 << 20
 
     def __init__(self, stdout: bool, stderr: bool, framed: bool, stdin: bool = False):
-        # The client is waited for before its connection has been handed over.
         self.connection: Optional[Connection] = None
-        self.connected = threading.Event()
         self.wanted = {STDOUT: stdout, STDERR: stderr}
         self.framed = framed
         self.stdin = stdin
+        self.lock = threading.Lock()
+        self.waiting: Deque[bytes] = collections.deque()
+        self.size = 0
         self.gone = False
         # Set when there is nothing more to come, or the client has left.
         self.done = threading.Event()
-        # Set when a session has taken it, or there will be none.
+        # Set when it is known what streams it is on: `streams`, or none.
         self.ready = threading.Event()
-        self.session: Any = None
+        self.streams: Optional["ProcessStreams"] = None
+
+    @property
+    def full(self) -> bool:
+        """Whether it takes no more for now."""
+        return self.size > self.MOST and not self.gone
 
     def connect(self, connection: Connection) -> None:
         """The client's connection is there."""
-        self.connection = connection
-        self.connected.set()
+        with self.lock:
+            self.connection = connection
+            self._send()
+        if self.done.is_set():
+            connection.stop_input()
+        if self.streams:
+            self.streams.wake()
 
     def put(self, kind: int, data: bytes) -> None:
-        """Send some output; a client that has left is marked so."""
+        """Send some output, or as much of it as the client takes now."""
         if self.gone or not self.wanted[kind] or not data:
             return
-        if not self.connected.wait(60):
-            self.leave()
-            return
+        with self.lock:
+            self.waiting.extend((FRAME.pack(kind, len(data)), data) if self.framed else (data,))
+            self.size += len(data)
+            self._send()
+
+    def send_waiting(self) -> None:
+        """Send what waits, as much as the client takes now."""
+        with self.lock:
+            self._send()
+
+    def _send(self) -> None:
         try:
-            if self.framed:
-                self.connection.send(FRAME.pack(kind, len(data)), data)
-            else:
-                self.connection.send(data)
+            while self.waiting and self.connection:
+                rest = self.connection.send_now(*self.waiting)
+                self.waiting.clear()
+                self.size = len(rest)
+                if rest:
+                    self.waiting.append(rest)
+                    return
         except ClientGone:
             self.leave()
 
+    def drain(self) -> None:
+        """Send all that waits, however long the client takes for it."""
+        while self.size and not self.gone and self.connection:
+            poller = select.poll()
+            poller.register(self.connection.sock, select.POLLOUT)
+            poller.poll(1000)
+            self.send_waiting()
+
     def leave(self) -> None:
-        """The client is there no more."""
+        """The client is there no more: what waits for it to take more goes on."""
         self.gone = True
         self.finish()
+        if self.streams:
+            self.streams.wake()
 
     def finish(self) -> None:
         """There is nothing more to come; whoever waits for input from the client need not any more."""
         self.done.set()
         self.ready.set()
-        self.connected.set()
         if self.connection:
             self.connection.stop_input()
 
 
-class Terminal:
-    """A pseudo-terminal; nerdctl gets `slave` as its stdin and stdout, and is told of every new size."""
+class ProcessStreams:
+    """The FIFOs of one process: its output goes to the log, `keep(kind, data)`, and to every attachment, and their
+    input to it, which with `once` ends with that of the first. `close_stdin()` has containerd end its input, `on_end()`
+    is called when all output has come, before the clients are told. With `found`, they are FIFOs that a process has
+    already."""
 
-    def __init__(self, height: int = 0, width: int = 0):
-        self.lock = threading.Lock()
-        self.master, self.slave = pty.openpty()
-        # The container's own terminal makes line ends and echoes.
-        tty.setraw(self.slave)
-        self.pid, self.began = 0, 0.0
-        if height and width:
-            self.resize(height, width)
+    # How long after the end of the process output may come that others hold open; dockerd waits as long.
+    LINGER = 2.0
 
-    def resize(self, height: int, width: int) -> None:
-        """Set the size in characters."""
-        with self.lock, contextlib.suppress(OSError):
-            if self.master >= 0:
-                fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", height & 0xFFFF, width & 0xFFFF, 0, 0))
-        self.signal()
-        # nerdctl looks at the size, starts the process, and listens for the signal some time after that.
-        for seconds in (0.3, 1.0) if self.pid and time.monotonic() < self.began + 5.0 else ():
-            timer = threading.Timer(seconds, self.signal)
-            timer.daemon = True
-            timer.start()
-
-    def signal(self) -> None:
-        """Have nerdctl look at the size."""
-        with self.lock, contextlib.suppress(OSError):
-            if self.pid:
-                os.kill(self.pid, signal.SIGWINCH)
-
-    def pass_size(self, path: str) -> None:
-        """Give another terminal the same size, where this one has any."""
-        with self.lock, contextlib.suppress(OSError):
-            size = fcntl.ioctl(self.master, termios.TIOCGWINSZ, bytes(8)) if self.master >= 0 else bytes(8)
-            if any(size[:4]):
-                descriptor = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
-                try:
-                    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, size)
-                finally:
-                    os.close(descriptor)
-
-    def started(self, process: Process) -> None:
-        """nerdctl runs: from now on only it holds the other end."""
-        os.close(self.slave)
-        self.pid, self.began = process.popen.pid, process.began
-
-    def ended(self) -> None:
-        """nerdctl is about to be reaped: its number may soon be another's."""
-        with self.lock:
-            self.pid = 0
-
-    def close(self) -> None:
-        """Nobody is to be told of sizes any more."""
-        with self.lock:
-            os.close(self.master)
-            self.master = -1
-
-
-class Input:
-    """The way to a process's stdin: `file` is where it is written to, `once` whether it ends with the first client's
-    input, `on_end` is called after its end."""
-
-    def __init__(self, file: Any, once: bool = True, on_end: Callable[[], None] = lambda: None):
-        self.lock = threading.Lock()
-        self.file, self.once, self.on_end = file, once, on_end
-
-    def write(self, data: bytes) -> bool:
-        """Pass data on; False when none is taken any more."""
-        with self.lock:
-            # A number of its own: a write may last, and the end come meanwhile.
-            if self.file.closed:
-                return False
-            descriptor = os.dup(self.file.fileno())
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[os.write(descriptor, view):]
-        except OSError:
-            return False
-        finally:
-            os.close(descriptor)
-        return True
-
-    def close_stdin(self, force: bool = False) -> None:
-        """End of the input of one client: of the process too, where it was opened for one client only."""
-        if (self.once or force) and self.close():
-            self.on_end()
-
-    def close(self) -> bool:
-        """Let it go without a word; whether it was open."""
-        with self.lock, contextlib.suppress(OSError):
-            was_open = not self.file.closed
-            self.file.close()
-            return was_open
-        return False
-
-
-class Session:
-    """A nerdctl process with the streams of one container (or exec): its output goes to every attachment, and their
-    input to it. `on_end(status, message)` is called once, in its thread, when it has ended and before the clients are
-    told; `message` is nerdctl's own, "" for none."""
-
-    def __init__(self, attachments: Iterable[Attachment], terminal: Optional[Terminal] = None, once: bool = True,
-                 on_end: Callable[[int, str], None] = lambda status, message: None):
+    def __init__(self, folder: str, stdin: bool, terminal: bool, once: bool, attachments: Iterable[Attachment] = (),
+                 keep: Callable[[int, bytes], None] = lambda kind, data: None,
+                 close_stdin: Callable[[], None] = lambda: None, on_end: Callable[[], None] = lambda: None,
+                 found: Optional[TaskStreams] = None):
         self.lock = threading.Lock()
         self.attachments = list(attachments)
-        self.terminal = terminal
+        self.keep, self.tell_stdin_closed, self.on_end = keep, close_stdin, on_end
         self.once = once
-        self.on_end = on_end
-        self.process: Optional[Process] = None
-        self.input: Optional[Input] = None
-        self.outputs: Dict[int, int] = {}
-        self.ended = threading.Event()
-        self.status: Optional[int] = None
-        self.message = ""
-        # Where the count of task events stood when it was begun.
-        self.begun = 0
-        # Set when input may be passed on.
-        self.taking = threading.Event()
-
-    def run(self, nerdctl: Nerdctl, arguments: List[str], stdin: bool, lasting: bool, held: bool = False) -> None:
-        """Start nerdctl with these arguments. A `lasting` one outlives the daemon. Input for one that is `held` waits
-        for `taking`: nerdctl 2.3 forgets an end of file that it reads before its process runs, which then waits for it
-        for ever."""
-        if self.terminal:
-            try:
-                self.process = nerdctl.start(*arguments, stdin=self.terminal.slave, stdout=self.terminal.slave,
-                                             lasting=lasting)
-            except ApiError:
-                self.terminal.close()
-                os.close(self.terminal.slave)
-                raise
-            self.terminal.started(self.process)
-            self.input = Input(open(self.terminal.master, "wb", buffering=0, closefd=False), False) if stdin else None
-            self.outputs = {self.terminal.master: STDOUT}
-        else:
-            self.process = nerdctl.start(*arguments, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
-                                         stderr=subprocess.PIPE, lasting=lasting)
-            self.input = Input(self.process.stdin, self.once) if stdin else None
-            self.outputs = {self.process.stdout.fileno(): STDOUT, self.process.stderr.fileno(): STDERR}
-        if not held:
-            self.taking.set()
-        for attachment in self.attachments:
-            attachment.session = self
-            attachment.ready.set()
-        threading.Thread(target=self._follow, name="session", daemon=True).start()
-
-    def take_input(self, target: Optional[Input]) -> None:
-        """Let input through, to this target, unless the process has ended."""
-        with self.lock:
-            if not self.taking.is_set():
-                self.input = target
-                self.taking.set()
-                return
-        if target:
-            target.close()
+        self.started, self.ended = threading.Event(), threading.Event()
+        self.exited_at: Optional[float] = None
+        names = [name for name, wanted in (("stdin", stdin), ("stdout", True), ("stderr", not terminal)) if wanted]
+        self.folder = os.path.dirname(found.stdout) if found else ""
+        self.descriptors: Dict[str, int] = {}
+        self.waker: Tuple[int, ...] = ()
+        try:
+            if not found:
+                self.folder = tempfile.mkdtemp(prefix=FIFO_FOLDER, dir=folder)
+            # Whose daemon lives holds the lock: another one leaves it alone.
+            self.descriptors["folder"] = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self.descriptors["folder"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name in names:
+                path = os.path.join(self.folder, name)
+                if not found:
+                    os.mkfifo(path, 0o600)
+                # For writing so that it can be opened before anybody reads.
+                mode = os.O_RDWR if name == "stdin" else os.O_RDONLY
+                self.descriptors[name] = os.open(path, mode | os.O_NONBLOCK)
+                enlarge_pipe(self.descriptors[name])
+            self.waker = os.pipe()
+        except OSError as error:
+            self._close(remove=bool(self.folder) and not found)
+            raise ApiError(f"cannot open FIFOs for the streams of a process: {error}") from None
+        for end in self.waker:
+            os.set_blocking(end, False)
+        self.paths = found or TaskStreams(*(os.path.join(self.folder, name) if name in names else ""
+                                            for name in ("stdin", "stdout", "stderr")), terminal)
+        for each in self.attachments:
+            each.streams = self
+            each.ready.set()
+        threading.Thread(target=self._follow, name="streams", daemon=True).start()
 
     def join(self, attachment: Attachment) -> bool:
         """Add a client; whether there is still something to come."""
         with self.lock:
             if self.ended.is_set():
                 return False
-            attachment.session = self
+            attachment.streams = self
             attachment.ready.set()
-            # One that was there from the beginning may ask before nerdctl runs.
+            # One that was there from the beginning may ask before the process runs.
             if attachment not in self.attachments:
                 self.attachments = [*self.attachments, attachment]
             return True
 
-    def write(self, data: bytes) -> bool:
-        """Input for the process; False when it takes none any more."""
-        self.taking.wait()
-        return self.input is not None and self.input.write(data)
+    def begin(self) -> None:
+        """The process runs: its input can be ended."""
+        self.started.set()
 
-    def close_stdin(self, force: bool = False) -> None:
-        """End of the input of one client."""
-        self.taking.wait()
-        if self.input:
-            self.input.close_stdin(force)
+    def exited(self) -> None:
+        """The process has ended: output is waited for a little longer."""
+        self.exited_at = time.monotonic()
+        self.started.set()
+        self.wake()
 
-    def put(self, kind: int, data: bytes) -> None:
-        """Send output to everyone who is there."""
-        for attachment in self.attachments:
-            attachment.put(kind, data)
-        if any(each.gone for each in self.attachments):
+    def abandon(self) -> None:
+        """There is, or will be, no process."""
+        self.exited_at = 0.0
+        self.started.set()
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the thread that passes output on look again."""
+        with self.lock, contextlib.suppress(OSError):
+            if not self.ended.is_set():
+                os.write(self.waker[1], b".")
+
+    def write(self, data: bytes, attachment: Attachment) -> bool:
+        """Pass input of a client on, of one that has left as much as can be passed on at once; False when none is taken
+        any more."""
+        view = memoryview(data)
+        while view:
             with self.lock:
-                self.attachments = [each for each in self.attachments if not each.gone]
+                descriptor = self.descriptors.get("stdin", -1)
+                if descriptor < 0 or self.exited_at is not None:
+                    return False
+                with contextlib.suppress(BlockingIOError):
+                    view = view[os.write(descriptor, view):]
+                    continue
+                if attachment.done.is_set():
+                    return False
+                # A number of its own: the end may come while it is waited for.
+                descriptor = os.dup(descriptor)
+            try:
+                poller = select.poll()
+                poller.register(descriptor, select.POLLOUT)
+                poller.poll(100)
+            finally:
+                os.close(descriptor)
+        return True
+
+    def close_stdin(self) -> None:
+        """End the input of the process, which finds the end when it has read what came before."""
+        self.started.wait()
+        with self.lock:
+            descriptor = self.descriptors.pop("stdin", None)
+            if descriptor is None:
+                return
+            os.close(descriptor)
+        self.tell_stdin_closed()
 
     def _follow(self) -> None:
-        trailing = TrailingError()
-        poller = select.poll()
-        for descriptor in self.outputs:
-            poller.register(descriptor, select.POLLIN)
-        left = dict(self.outputs)
         try:
-            while left:
-                for descriptor, _ in poller.poll():
-                    try:
-                        data = os.read(descriptor, BLOCK)
-                    except OSError:
-                        # A pseudo-terminal whose other end is closed.
-                        data = b""
-                    if not data:
-                        poller.unregister(descriptor)
-                        del left[descriptor]
-                        continue
-                    kind = self.outputs[descriptor]
-                    self.put(kind, trailing.feed(data) if kind == STDERR else data)
-            if self.terminal:
-                self.terminal.ended()
-            self.status = self.process.wait()
-            rest, self.message = trailing.finish(bool(self.status))
-            self.put(STDERR, rest)
-            if self.terminal and self.status:
-                self.message = nerdctl_message(self.process.error_text())
+            self._pass_on({self.descriptors[name]: kind for name, kind in (("stdout", STDOUT), ("stderr", STDERR))
+                           if name in self.descriptors})
         except Exception:
             log(traceback.format_exc())
-        finally:
-            self._end()
-
-    def _end(self) -> None:
-        with self.lock:
-            self.taking.set()
-        if self.input:
-            self.input.close()
-        self.process.close()
-        if self.terminal:
-            self.terminal.close()
         try:
-            self.on_end(self.status if self.status is not None else 1, self.message)
+            self.on_end()
         except Exception:
             log(traceback.format_exc())
         with self.lock:
-            self.ended.set()
             attachments, self.attachments = self.attachments, []
+            self._close()
+            self.ended.set()
         for attachment in attachments:
             attachment.finish()
 
+    def _pass_on(self, outputs: Dict[int, int]) -> None:
+        """Pass output on to its end. While a client is full nothing is read."""
+        while outputs:
+            poller = select.poll()
+            poller.register(self.waker[0], select.POLLIN)
+            behind = {each.connection.sock.fileno(): each for each in self.attachments
+                      if each.size and each.connection and not each.gone}
+            # One that is being closed has no number any more.
+            behind.pop(-1, None)
+            for descriptor in behind:
+                poller.register(descriptor, select.POLLOUT)
+            held = any(each.full for each in self.attachments)
+            for descriptor in () if held else outputs:
+                poller.register(descriptor, select.POLLIN)
+            limit = None
+            if self.exited_at is not None and not held:
+                limit = max(0.0, self.exited_at + self.LINGER - time.monotonic()) * 1000
+            ready = poller.poll(limit)
+            if not ready:
+                return
+            for descriptor, _ in ready:
+                if descriptor in outputs:
+                    data = os.read(descriptor, BLOCK)
+                    if data:
+                        self._put(outputs[descriptor], data)
+                    else:
+                        del outputs[descriptor]
+                elif descriptor in behind:
+                    behind[descriptor].send_waiting()
+                else:
+                    os.read(descriptor, 4096)
+            if any(each.gone for each in self.attachments):
+                with self.lock:
+                    self.attachments = [each for each in self.attachments if not each.gone]
 
-def pump_stdin(attachment: Attachment, session: Any, keys: Optional[DetachKeys]) -> bool:
-    """Pass a client's input on, to a Session or an Input, until it ends, the client leaves or detaches. Whether it was
-    detached by its keys."""
-    while not attachment.done.is_set():
-        data = attachment.connection.recv(65536)
+    def _put(self, kind: int, data: bytes) -> None:
+        self.keep(kind, data)
+        for attachment in self.attachments:
+            attachment.put(kind, data)
+
+    def _close(self, remove: bool = True) -> None:
+        for descriptor in [*self.descriptors.values(), *self.waker]:
+            os.close(descriptor)
+        self.descriptors.clear()
+        if remove:
+            remove_tree(self.folder)
+
+
+def pump_stdin(attachment: Attachment, streams: ProcessStreams, keys: Optional[DetachKeys]) -> bool:
+    """Pass a client's input on until it ends, the client leaves or detaches. Whether it was detached by its keys."""
+    while True:
+        # To its end, which comes when the client has left: it may have sent something before.
+        data, detached = attachment.connection.recv(65536), False
         if not data:
-            session.close_stdin()
-            return False
-        detached = False
+            break
         if keys:
             data, detached = keys.feed(data)
-        if data and not session.write(data):
-            session.close_stdin(force=True)
+        if not streams.write(data, attachment):
+            break
         if detached:
             return True
+    if streams.once:
+        streams.close_stdin()
     return False
+
+
+class JsonLog:
+    """Appends to a json-file log as nerdctl's logging program does, whose lock it holds as long: `most` bytes a file, 0
+    for any number, and `files` of them."""
+
+    KINDS = {STDOUT: "stdout", STDERR: "stderr"}
+
+    def __init__(self, path: str, most: int = 0, files: int = 1):
+        self.path, self.most, self.files = path, most, files
+        self.file = open(path, "ab", buffering=0)
+        self.lock_file = os.open(os.path.join(os.path.dirname(path), "logger-lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        with contextlib.suppress(OSError):
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.decoders = {kind: codecs.getincrementaldecoder("utf-8")("replace") for kind in self.KINDS}
+
+    def __call__(self, kind: int, data: bytes, final: bool = False) -> None:
+        """Write some output of a stream: a line of JSON for each line, and for what is none yet."""
+        tail = f',"stream":"{self.KINDS[kind]}","time":"{rfc3339(time.time_ns())}"}}\n'
+        encode = json.encoder.encode_basestring
+        lines = re.findall(r"[^\n]*\n|[^\n]+", self.decoders[kind].decode(data, final))
+        block = "".join([f'{{"log":{encode(line)}{tail}' for line in lines]).encode()
+        try:
+            if self.most and self.file.tell() and self.file.tell() + len(block) > self.most:
+                self._rotate()
+            self.file.write(block)
+        except OSError as error:
+            # The process is to go on without its log.
+            log(f"{self.path}: {error}")
+
+    def _rotate(self) -> None:
+        names = [self.path, *(f"{self.path}.{number}" for number in range(1, self.files))]
+        for old, new in reversed(list(zip(names, names[1:]))):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(old, new)
+        if self.files < 2:
+            # Not cut short: whoever reads it would not see that it begins anew.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+        # The old one stays where there can be no new one.
+        file = open(self.path, "ab", buffering=0)
+        self.file.close()
+        self.file = file
+
+    def close(self) -> None:
+        """Write what was held back of a character, and let the log go."""
+        for kind, decoder in self.decoders.items():
+            if decoder.getstate()[0]:
+                self(kind, b"", final=True)
+        self.file.close()
+        os.close(self.lock_file)
+
+
+class NoLog:
+    """The log of a container that has none."""
+
+    def __call__(self, kind: int, data: bytes) -> None:
+        """Drop some output."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def open_log(nerdctl: Nerdctl, container: Container) -> Any:
+    """What writes a container's log: called with the stream and its bytes, and closed at the end."""
+    found = read_json_file(os.path.join(container.folder, "log-config.json")) if container.folder else None
+    found = found if isinstance(found, dict) else {}
+    options = found.get("opts") or {}
+    path, uri = log_path(container), container.labels.get("nerdctl/log-uri") or ""
+    if path:
+        return JsonLog(path, size_bytes(str(options.get("max-size") or "")),
+                       int_or_zero(str(options.get("max-file") or "")) or 1)
+    return nerdctl.start_logger(uri, container.id) if uri.startswith("binary://") else NoLog()
 
 
 class LogLine(NamedTuple):
@@ -8994,7 +9535,7 @@ def may_run(engine: Engine, container: Container) -> bool:
     if not engine.feed.live:
         return not log_is_complete(container)
     with contextlib.suppress(ApiError):
-        now = engine.inventory.containers().get(container.real)
+        now = engine.inventory.containers().get(container.id)
         return now is not None and (now.running or now.state.kind == "restarting")
     return False
 
@@ -9009,183 +9550,147 @@ def auto_removed(container: Container) -> bool:
     return bool((container.request.get("HostConfig") or {}).get("AutoRemove"))
 
 
-def is_terminal(engine: Engine, container: Container) -> bool:
+def has_stdin(container: Container) -> bool:
+    """Whether a container was made with stdin open. Of one that others made only a terminal tells it."""
+    return bool(container.request.get("OpenStdin") if container.request else is_terminal(container))
+
+
+def is_terminal(container: Container) -> bool:
     """Whether a container has a pseudo-terminal."""
-    asked = container.request
-    if asked:
-        return bool(asked.get("Tty"))
+    if container.request:
+        return bool(container.request.get("Tty"))
     return bool((container.spec.get("process") or {}).get("terminal"))
 
 
-def has_stdin(container: Container) -> bool:
-    """Whether a container was made with stdin open."""
-    return bool(container.request.get("OpenStdin"))
+def console_size(container: Container) -> Tuple[int, int]:
+    """Height and width that a container's terminal has at its start, (0, 0) where nobody has said."""
+    size = container.host_config.get("ConsoleSize") or []
+    return (size[0], size[1]) if len(size) == 2 and all(isinstance(each, int) for each in size) else (0, 0)
 
 
-def wait_started(engine: Engine, session: Session, real: Callable[[], str]) -> None:
-    """Wait until the task of a session's container has begun; the ApiError when nerdctl says that it cannot."""
-    while True:
-        if engine.tasks.started_since(real(), session.begun):
-            return
-        if session.ended.wait(0.0 if session.ended.is_set() else 0.05):
-            if (not session.status or session.message.strip() == "1 errors:"
-                    or engine.tasks.started_since(real(), session.begun, engine.tasks.LATE / 4)):
-                return
-            if session.message:
-                raise nerdctl_error(f'time="" level=fatal msg={json.dumps(session.message)}')
-            return
-        if not engine.feed.live and real():
-            now = engine.inventory.containers().get(real())
-            if now is not None and now.running:
-                return
+def open_streams(engine: Engine, container: Container, attachments: Iterable[Attachment] = (),
+                 found: Optional[TaskStreams] = None) -> ProcessStreams:
+    """FIFOs for a container's process, or those that it has already, with its log."""
+    keep = open_log(engine.nerdctl, container)
+
+    def ended() -> None:
+        keep.close()
+        engine.leave_streams(container.id, streams)
+        if engine.caretaker:
+            engine.caretaker.changed.put(container.id)
+
+    def close_stdin() -> None:
+        # It may have ended by now.
+        with contextlib.suppress(ApiError):
+            engine.containerd.close_stdin(container.id)
+
+    try:
+        tty = is_terminal(container)
+        streams = ProcessStreams(container.folder or engine.workspace.folder(), has_stdin(container), tty,
+                                 bool(container.request.get("StdinOnce")) and not tty, attachments, keep, close_stdin,
+                                 ended, found)
+    except BaseException:
+        keep.close()
+        raise
+    engine.owner(container.id).streams = streams
+    return streams
+
+
+def found_streams(folder: str, terminal: bool) -> TaskStreams:
+    """The FIFOs in a folder."""
+    paths = (os.path.join(folder, name) for name in ("stdin", "stdout", "stderr"))
+    return TaskStreams(*(each if os.path.exists(each) else "" for each in paths), terminal)
+
+
+def find_streams(engine: Engine, container: Container) -> Optional[ProcessStreams]:
+    """The FIFOs of a container's process, None where it has none. Those of a daemon that has ended are this one's from
+    now on."""
+    owner = engine.owner(container.id)
+    if owner.streams is None and container.running and f"/{FIFO_FOLDER}" in container.task.stdout:
+        with contextlib.suppress(ApiError), engine.owning(container.id) as now:
+            if owner.streams is None and now.running and now.task.stdout == container.task.stdout:
+                found = found_streams(os.path.dirname(now.task.stdout), is_terminal(now))
+                open_streams(engine, now, found=found).begin()
+    return owner.streams
+
+
+def log_streams(container: Container) -> TaskStreams:
+    """The streams of a container's process that writes to nerdctl's logging program only."""
+    uri = container.labels.get("nerdctl/log-uri") or ""
+    uri = uri if uri.startswith("binary://") else ""
+    return TaskStreams("", uri, uri, is_terminal(container))
+
+
+def runtime_error(error: ApiError) -> ApiError:
+    """What containerd's runtime says of a process that it could not start, in the words and with the status of
+    dockerd."""
+    if isinstance(error, (Unavailable, NotImplementedHere)):
+        return error
+    return nerdctl_error(f'time="" level=fatal msg={json.dumps(str(error))}')
+
+
+def start_task(engine: Engine, container: Container, streams: TaskStreams) -> None:
+    """Make a container's process and start it, or leave nothing of it."""
+    pid = engine.containerd.create_task(container.record, streams)
+    try:
+        attach_networks(engine, container, pid)
+        size = console_size(container)
+        if streams.terminal and all(size):
+            engine.containerd.resize_terminal(container.id, *size)
+        engine.containerd.start_task(container.id)
+    except BaseException:
+        with contextlib.suppress(ApiError):
+            release_networks(engine, engine.inventory.container(container.id))
+            engine.containerd.delete_task(container.id)
+        raise
 
 
 def start_container(engine: Engine, container: Container) -> None:
-    """Start a container that does not run, held by a session where clients wait on its streams or may come for its
-    stdin."""
-    if container.id in engine.apart:
-        networks = ", ".join(sorted(engine.apart[container.id]))
-        raise NotImplementedHere(f"this container was disconnected from {networks} after it ran, and nerdctl can only "
-                                 "start it with all its networks: create it anew")
-    before = container.real
-    waiting = engine.take_waiting(container.id)
-    tty, stdin = is_terminal(engine, container), has_stdin(container)
-    piped, held = stdin and not tty, held_policy(container)
+    """Start a container that does not run and that the caller owns: on FIFOs where clients wait on its streams or may
+    come for its stdin."""
+    waiting, streams, count = engine.take_waiting(container.id), None, engine.tasks.now()
     try:
-        if held:
-            engine.nerdctl.run("update", f"--restart={held}", "--", container.real)
-        if LABEL_LATER in container.labels and not was_started(container):
-            check_shared(engine, container)
-            container = made_whole(engine, container)
+        container = prepare_start(engine, container)
+        note_health(engine, container)
         engine.hosts.refresh(container)
-        if waiting or piped:
-            start_attached(engine, container, waiting, tty, piped or any(each.stdin for each in waiting))
-        else:
-            count = engine.tasks.now()
-            engine.nerdctl.run("start", "--", container.real)
-            # From here on events tell of its state.
-            engine.tasks.started_since(container.real, count, engine.tasks.LATE if engine.feed.live else 0.0)
-        if held:
-            note_policy(container, "")
+        if waiting or has_stdin(container):
+            streams = open_streams(engine, container, waiting)
+        try:
+            start_task(engine, container, streams.paths if streams else log_streams(container))
+        except ApiError as error:
+            told = runtime_error(error)
+            note_error(engine, container, str(told))
+            raise told from None
     except BaseException:
+        if streams:
+            streams.abandon()
         for each in waiting:
             each.finish()
-        if held:
-            # Or containerd would try again by itself.
-            with contextlib.suppress(ApiError):
-                engine.nerdctl.run("update", "--restart=unless-stopped", "--", container.real)
         raise
-    finally:
-        if container.real != before:
-            engine.inventory.records.invalidate(container.real)
+    if streams:
+        streams.begin()
+    resume_policy(engine, container)
+    # From here on events tell of its state.
+    engine.tasks.started_since(container.id, count, engine.tasks.LATE if engine.feed.live else 0.0)
 
 
-def check_shared(engine: Engine, container: Container) -> None:
-    """409 with dockerd's words where a container is to have the namespaces of one that does not run."""
-    for flag, other in shared_namespaces(engine, container.request).items():
-        if not other.running:
-            raise Conflict(f"cannot join {flag[2:]} of a non running container: {other.id}")
-
-
-def made_whole(engine: Engine, container: Container) -> Container:
-    """The container that takes the place of one that was made without its ports or namespaces; 500 where others still
-    have the ports."""
-    if container.id in engine.touched:
-        raise NotImplementedHere("files were copied into this container, and its ports were taken, or the container "
-                                 "whose namespaces it has did not run, when it was created: nerdctl cannot add them "
-                                 "later")
-    plan = plan_container(engine, container.request)._replace(image=container.image)
-    made: List[Container] = []
-    with making_anew(engine, container, lambda: made[0].real if made else ""):
-        made.append(make_container(engine, plan, container.name, f"--label={LABEL_ID}={container.id}"))
-    engine.tasks.rename(container.id, made[0].real)
-    return made[0]
-
-
-def new_terminal(container: Container) -> Terminal:
-    """A pseudo-terminal of the size that the client of a container has."""
-    size = container.host_config.get("ConsoleSize") or [0, 0]
-    return Terminal(*[each for each in size if isinstance(each, int)][:2])
-
-
-@contextlib.contextmanager
-def sized_early(engine: Engine, real: str, terminal: Optional[Terminal]) -> Iterator[None]:
-    """Context in which a container gets the size of its terminal between its creation by the runtime and its start:
-    nerdctl tells it after the start, when a program that asks at once has seen none."""
-    if terminal is None:
-        yield
-        return
-    engine.on_task_created[real] = lambda pid: terminal.pass_size(f"/proc/{pid}/fd/0")
-    try:
-        yield
-    finally:
-        engine.on_task_created.pop(real, None)
-
-
-def end_input(engine: Engine, real: str) -> None:
-    """Tell containerd that a container gets no more input. `nerdctl start --attach` gives it a stdin that nobody ends,
-    and a program that reads it would wait for ever; no command of nerdctl's closes it."""
-    try:
-        engine.containerd.close_stdin(real)
-    except ApiError as error:
-        if engine.nerdctl.debug:
-            log(f"{real[:12]}: its input was not ended: {error}")
-
-
-def open_input(engine: Engine, container: Container) -> Optional[Input]:
-    """The way to the stdin of a container that was started by `nerdctl start --attach`, which makes the named pipe and
-    writes nothing to it; None where it has none or is out of reach."""
-    try:
-        task = engine.containerd.get_task(container.real)
-        if task is None or not task.stdin.startswith("/"):
-            return None
-        # Without a reader there is nobody to wait for.
-        descriptor = os.open(engine.containerd.root() + task.stdin, os.O_WRONLY | os.O_NONBLOCK)
-    except (OSError, ApiError) as error:
-        if engine.nerdctl.debug:
-            log(f"{container.real[:12]}: its stdin cannot be reached: {error}")
-        return None
-    os.set_blocking(descriptor, True)
-    once = bool(container.request.get("StdinOnce"))
-    return Input(os.fdopen(descriptor, "wb", 0), once, lambda: end_input(engine, container.real))
-
-
-def start_attached(engine: Engine, container: Container, waiting: List[Attachment], tty: bool, stdin: bool) -> None:
-    """Start a container with clients on its streams, or with a stdin that they may come for."""
-    session = Session(waiting, new_terminal(container) if tty else None,
-                      on_end=lambda *_: engine.leave_session(container.id, session))
-    session.begun = engine.tasks.now()
-    arguments = ["start", "--attach", *(["--interactive"] if tty and stdin else []),
-                 *([NO_DETACH_KEYS] if tty else []), "--", container.real]
-    engine.sessions[container.id] = session
-    with sized_early(engine, container.real, session.terminal):
-        try:
-            session.run(engine.nerdctl, arguments, stdin=tty and stdin, lasting=True, held=stdin and not tty)
-        except BaseException:
-            engine.leave_session(container.id, session)
-            raise
-        target = None
-        try:
-            wait_started(engine, session, lambda: container.real)
-            target = open_input(engine, container) if stdin and not tty else None
-        finally:
-            session.take_input(target)
-    if not tty and target is None:
-        end_input(engine, container.real)
+def note_error(engine: Engine, container: Container, message: str) -> None:
+    """Keep with a container why it could not be started, where nerdctl keeps it too."""
+    with contextlib.suppress(ApiError):
+        engine.containerd.update_container(container.id, {"nerdctl/error": message[:3000]})
 
 
 def start_refused(engine: Engine, container: Container, error: ApiError) -> None:
     """After a start that failed: a container that was to be removed at its end is removed now, unless it runs, by
-    another hand, or it was nerdctl that could not be run for it."""
+    another hand, or it was containerd that could not be reached for it."""
     spared = isinstance(error, (Unavailable, NotImplementedHere))
     if auto_removed(container) and not spared:
         with contextlib.suppress(ApiError):
-            # Another one may have taken its place.
-            remove_container(engine, engine.inventory.container(container.id), force=False, volumes=True)
+            remove_container(engine, container, force=False, volumes=True)
     if engine.caretaker:
         engine.caretaker.release(container.id)
-        engine.caretaker.changed.put(container.real)
-    engine.tasks.failed(container.real, refused_code(str(error)), spared and auto_removed(container))
+        engine.caretaker.changed.put(container.id)
+    engine.tasks.failed(container.id, refused_code(str(error)), spared and auto_removed(container))
 
 
 @route("POST", "/containers/{id}/start")
@@ -9209,19 +9714,13 @@ def container_start(engine: Engine, request: Request, name: str) -> Response:
     return Response(204)
 
 
-def stop_args(request: Request, container: Container) -> Tuple[List[str], float]:
-    """Flags for the seconds and the signal of a stop, and how long nerdctl may take for it."""
+def stop_seconds(request: Request, container: Container) -> float:
+    """How long a container is given to end by itself; Docker's -1 is for ever."""
     # nerdctl does not keep a StopTimeout of 0.
-    seconds = request.integer("t") if request.value("t") else container.request.get("StopTimeout")
-    signal_name = request.value("signal")
-    arguments = []
-    if seconds is not None:
-        # Docker's -1 is for ever.
-        seconds = seconds if seconds >= 0 else 10**6
-        arguments.append(f"--time={seconds}")
-    if signal_name:
-        arguments.append(f"--signal={check_signal(signal_name)}")
-    return arguments, SHORT_CALL + min(seconds or 0, 86400)
+    asked = request.integer("t") if request.value("t") else container.request.get("StopTimeout")
+    if asked is None:
+        asked = int_or_zero(container.labels.get("nerdctl/stop-timeout") or "") or 10
+    return asked if asked >= 0 else 10.0**6
 
 
 def stop_signal(request: Request, container: Container) -> int:
@@ -9235,7 +9734,7 @@ def check_signal(text: str) -> str:
     name = text.upper()
     if re.fullmatch(r"[0-9]{1,9}", name):
         if 0 < int(name) <= 64:
-            return named_signal(int(name))
+            return name
     else:
         bare = name[3:] if name.startswith("SIG") else name
         if hasattr(signal, "SIG" + bare) or re.fullmatch(r"RTM(IN|AX)([+-]\d{1,2})?", bare):
@@ -9243,54 +9742,38 @@ def check_signal(text: str) -> str:
     raise BadParameter(f"invalid signal: {text}")
 
 
-def hold_down(engine: Engine, container: Container) -> None:
-    """Before somebody ends a container: give it the one restart policy under which containerd heeds that. Under
-    `always` and, with an exit status, `on-failure` it would start it again some seconds later. start_container() takes
-    that back."""
-    now = container.labels.get("containerd.io/restart.policy") or ""
-    asked = restart_args(container.host_config)
-    if now == "always" or now.startswith("on-failure") and (asked == [f"--restart={now}"]
-                                                            or os.path.isdir(container.folder)):
-        note_policy(container, now)
-        try:
-            engine.nerdctl.run("update", "--restart=unless-stopped", "--", container.real)
-        except ApiError as error:
-            note_policy(container, "")
-            # It is to be ended all the same.
-            log(f"{container.name}: its restart policy stays: {error}")
-
-
-def named_signal(number: int) -> str:
-    """The name of a signal's number, which nerdctl needs: `kill --signal=9` is "invalid signal: SIG9" to it. The number
-    itself for those two that have none."""
-    with contextlib.suppress(ValueError):
-        return signal.Signals(number).name
-    if number < signal.SIGRTMIN:
-        return str(number)
-    # The names that containerd knows meet in the middle.
-    return f"SIGRTMIN+{number - signal.SIGRTMIN}" if number < 50 else f"SIGRTMAX-{signal.SIGRTMAX - number}"
+def kill_task(engine: Engine, container: Container, number: int, ends: bool) -> None:
+    """Send a container a signal that is to end it, or any other; one that is paused heeds only one that `ends` it. No
+    error where it has ended meanwhile."""
+    try:
+        engine.containerd.kill_task(container.id, number)
+        if ends and container.state.kind == "paused":
+            engine.containerd.resume_task(container.id)
+    except ApiError:
+        if runs(engine, container):
+            raise
 
 
 def runs(engine: Engine, container: Container) -> bool:
     """Whether a container runs, read anew."""
-    engine.inventory.records.invalidate(container.real)
-    now = engine.inventory.containers().get(container.real)
+    engine.inventory.records.invalidate(container.id)
+    now = engine.inventory.containers().get(container.id)
     return now is not None and now.running
 
 
 def stop_container(engine: Engine, request: Request, container: Container) -> None:
     """Stop a container that runs, as a request says. It may take its time to end, and others may want it to end sooner:
     this owns it no more."""
-    arguments, longest = stop_args(request, container)
-    count = engine.tasks.now()
-    with engine.changing(container), engine.being_stopped(container, stop_signal(request, container)):
-        try:
-            engine.nerdctl.run("stop", *arguments, "--", container.real, timeout=longest, waits=True)
-        except ApiError:
-            # It may have ended, or been removed, by another hand.
-            if runs(engine, container):
-                raise
-        engine.tasks.ended_since(container.real, count, engine.tasks.LATE if engine.feed.live else 0.0)
+    number, seconds, count = stop_signal(request, container), stop_seconds(request, container), engine.tasks.now()
+    with engine.changing(container):
+        engine.tell(container, "kill", signal=str(number))
+        kill_task(engine, container, number, ends=True)
+        if not engine.tasks.ended_since(container.id, count, seconds):
+            engine.tell(container, "kill", signal=str(int(signal.SIGKILL)))
+            kill_task(engine, container, signal.SIGKILL, ends=True)
+            if not engine.tasks.ended_since(container.id, count, engine.tasks.DYING) and runs(engine, container):
+                raise ApiError(f"cannot stop container: {container.id}: tried to kill container, but did not receive "
+                               "an exit event")
     engine.tell(container, "stop")
 
 
@@ -9299,12 +9782,13 @@ def container_stop(engine: Engine, request: Request, name: str) -> Response:
     """Stop it within `t` seconds, then kill it; 204, 304 when it does not run."""
     read_limited(request.body, JSON_LIMIT)
     with engine.owning(name) as container:
-        stop_args(request, container)
+        stop_seconds(request, container), stop_signal(request, container)
         if not container.running and container.state.kind != "restarting":
             raise NotModified()
         with engine.changing(container):
-            hold_down(engine, container)
-    stop_container(engine, request, container)
+            hold_policy(engine, container)
+    if container.running:
+        stop_container(engine, request, container)
     return Response(204)
 
 
@@ -9313,18 +9797,24 @@ def container_restart(engine: Engine, request: Request, name: str) -> Response:
     """Stop it if it runs, and start it; 204."""
     read_limited(request.body, JSON_LIMIT)
     with engine.owning(name) as container:
-        stop_args(request, container)
+        stop_seconds(request, container), stop_signal(request, container)
         count = engine.tasks.now()
+        # Until it is started again here, nobody else is to do so.
+        hold_policy(engine, container)
     with engine.restarting(container):
+        streams = engine.owner(container.id).streams
         if container.running:
             stop_container(engine, request, container)
-            session = engine.sessions.get(container.id)
-            if session:
-                session.ended.wait(5)
+        if streams:
+            streams.ended.wait(5)
         with engine.owning(container.id) as container, engine.changing(container):
             # Another start, or restart, may have come first.
-            if not (container.running and engine.tasks.started_since(container.real, count)):
-                start_container(engine, container)
+            if not (container.running and engine.tasks.started_since(container.id, count)):
+                try:
+                    start_container(engine, container)
+                except ApiError as error:
+                    start_refused(engine, container, error)
+                    raise
     engine.hosts.refresh()
     engine.tell(container, "restart")
     return Response(204)
@@ -9341,31 +9831,29 @@ def container_kill(engine: Engine, request: Request, name: str) -> Response:
     """Send it a signal; 204, 409 when it does not run."""
     read_limited(request.body, JSON_LIMIT)
     with engine.owning(name) as container, engine.changing(container):
-        word = check_signal(request.value("signal") or "KILL")
+        number = signal_number(check_signal(request.value("signal") or "KILL"))
         refusal = Conflict(f"cannot kill container: {name}: container {container.id} is not running")
         if not container.running:
             raise refusal
-        count = engine.tasks.now()
-        engine.tell(container, "kill", signal=str(signal_number(word)))
-        if word in ("SIGKILL", ends_by(container)):
-            hold_down(engine, container)
+        count, ends = engine.tasks.now(), number in (signal.SIGKILL, ends_by(container))
+        engine.tell(container, "kill", signal=str(number))
+        if ends:
+            hold_policy(engine, container)
         try:
-            engine.nerdctl.run("kill", f"--signal={word}", "--", container.real)
-        except ApiError:
-            if runs(engine, container):
-                raise
-            raise refusal from None
-    if word == "SIGKILL" and engine.feed.live:
+            kill_task(engine, container, number, ends)
+        except ApiError as error:
+            raise ApiError(f"cannot kill container: {name}: {error}") from None
+    if number == signal.SIGKILL:
         # As dockerd does: who is told that it was killed finds it so.
-        engine.tasks.ended_since(container.real, count, engine.tasks.DYING)
+        engine.tasks.ended_since(container.id, count, engine.tasks.DYING)
     return Response(204)
 
 
-def ends_by(container: Container) -> str:
-    """The name of the signal by which a container is stopped, "" for one that there is not."""
+def ends_by(container: Container) -> int:
+    """The number of the signal by which a container is stopped, 0 for one that there is not."""
     with contextlib.suppress(BadParameter):
-        return check_signal(container.labels.get("io.containerd.image.config.stop-signal") or "TERM")
-    return ""
+        return signal_number(check_signal(container.labels.get("io.containerd.image.config.stop-signal") or "TERM"))
+    return 0
 
 
 def signal_number(word: str) -> int:
@@ -9383,7 +9871,7 @@ def container_pause(engine: Engine, request: Request, name: str) -> Response:
         require_running(container)
         if container.state.kind == "paused":
             raise Conflict(f"container {container.id} is already paused")
-        engine.nerdctl.run("pause", "--", container.real)
+        engine.containerd.pause_task(container.id)
     return Response(204)
 
 
@@ -9393,7 +9881,7 @@ def container_unpause(engine: Engine, request: Request, name: str) -> Response:
     with engine.owning(name) as container, engine.changing(container):
         if container.state.kind != "paused":
             raise Conflict(f"container {container.id} is not paused")
-        engine.nerdctl.run("unpause", "--", container.real)
+        engine.containerd.resume_task(container.id)
     return Response(204)
 
 
@@ -9406,7 +9894,7 @@ def container_rename(engine: Engine, request: Request, name: str) -> Response:
         wanted = request.value("name").lstrip("/")
         if wanted == container.name:
             raise BadParameter("Renaming a container with the same name as its current name")
-        engine.nerdctl.run("rename", "--", container.real, check_name(engine, wanted))
+        engine.nerdctl.run("rename", "--", container.id, check_name(engine, wanted))
     engine.tell(engine.inventory.container(container.id), "rename", oldName="/" + container.name)
     return Response(204)
 
@@ -9430,14 +9918,11 @@ def container_update(engine: Engine, request: Request, name: str) -> Response:
         # nerdctl 2.3.5 update takes --cpus and does nothing.
         words += ["--cpu-period=100000", f"--cpu-quota={typed(body['NanoCpus'], int, 'NanoCpus') // 10**4}"]
     with engine.owning(name) as container, engine.changing(container):
-        if body.get("RestartPolicy"):
-            policy = restart_args({"RestartPolicy": body["RestartPolicy"], "AutoRemove": auto_removed(container)})
-            no = typed(body["RestartPolicy"], dict, "RestartPolicy").get("Name") == "no"
-            words += policy or (["--restart=no"] if no else [])
+        policy = policy_word({"RestartPolicy": body.get("RestartPolicy"), "AutoRemove": auto_removed(container)})
         if words:
-            engine.nerdctl.run("update", *words, "--", container.real)
-            if body.get("RestartPolicy"):
-                note_policy(container, "")
+            engine.nerdctl.run("update", *words, "--", container.id)
+        if policy:
+            engine.containerd.update_container(container.id, policy_labels(container, policy))
     engine.tell(container, "update")
     return Response(200, {"Warnings": None})
 
@@ -9465,9 +9950,10 @@ def container_wait(engine: Engine, request: Request, name: str) -> Response:
 
 
 def remove_container(engine: Engine, container: Container, force: bool, volumes: bool) -> None:
-    """Remove a container that the caller owns, and its anonymous volumes if asked."""
-    words = ["rm", *(["--force"] if force else []), *(["--volumes"] if volumes else []), "--", container.real]
-    engine.turns[container.id].removing = True
+    """Remove a container that the caller owns, and its anonymous volumes if asked. When it returns, it is gone."""
+    words = ["rm", *(["--force"] if force else []), *(["--volumes"] if volumes else []), "--", container.id]
+    engine.owner(container.id).removing = True
+    release_networks(engine, container)
     with engine.changing(container):
         for pause in (0.1, 0.5, 0.0):
             output = engine.nerdctl.run(*words)
@@ -9479,7 +9965,6 @@ def remove_container(engine: Engine, container: Container, force: bool, volumes:
                 raise error
             # Somebody else has just started it.
             time.sleep(pause)
-    engine.sessions.pop(container.id, None)
     engine.forget(container)
 
 
@@ -9504,7 +9989,7 @@ def container_delete(engine: Engine, request: Request, name: str) -> Response:
 def prunable(engine: Engine, container: Container) -> bool:
     """Whether a container does not run, and is not about to."""
     return (container.state.kind in ("created", "exited", "dead")
-            and container.id not in engine.sessions and container.id not in engine.restarts)
+            and not engine.owner(container.id).restarting)
 
 
 @route("POST", "/containers/prune")
@@ -9522,169 +10007,9 @@ def container_prune(engine: Engine, request: Request) -> Response:
                 continue
             remove_container(engine, container, force=False, volumes=False)
             deleted.append(container.id)
-            reclaimed += sizes.get(container.real, (0, 0))[0]
+            reclaimed += sizes.get(container.id, (0, 0))[0]
     engine.journal.emit("container", "prune", "", {"reclaimed": str(reclaimed)})
     return Response(200, {"ContainersDeleted": deleted or None, "SpaceReclaimed": reclaimed})
-
-
-###############################################################################
-# Supervision
-###############################################################################
-
-
-class Caretaker:
-    """Carries out what nerdctl leaves to somebody: `--rm` of a container that was made by `create`, and health checks
-    where no systemd runs their timers. It holds the event feed as long as there is something to care for."""
-
-    def __init__(self, engine: "Engine"):
-        self.engine = engine
-        self.lock = threading.Lock()
-        self.cared: Dict[str, Any] = {}
-        self.changed: queue.Queue = queue.Queue()
-        threading.Thread(target=self._reap, name="caretaker", daemon=True).start()
-
-    def look(self) -> None:
-        """Find what is to be cared for among the containers there are; for the start of the daemon."""
-        with contextlib.suppress(ApiError):
-            for container in self.engine.inventory.asides():
-                if container.id not in self.engine.inventory.replaced:
-                    settle_aside(self.engine, container)
-            for container in self.engine.inventory.containers().values():
-                if container.running or container.state.kind == "restarting":
-                    self.hold(container)
-                elif auto_removed(container) and was_started(container):
-                    self.changed.put(container.real)
-            self.engine.hosts.refresh()
-
-    def hold(self, container: Container) -> None:
-        """Care for a container that runs, or is about to."""
-        checked = needs_checks(container)
-        with self.lock:
-            if container.id in self.cared or not (auto_removed(container) or checked):
-                return
-            self.cared[container.id] = stack = contextlib.ExitStack()
-            if checked:
-                stop = threading.Event()
-                stack.callback(stop.set)
-                threading.Thread(target=self._watch_health, args=(container.id, stop), name="health",
-                                 daemon=True).start()
-
-    def release(self, identity: str) -> None:
-        """A container needs no care any more."""
-        with self.lock:
-            stack = self.cared.pop(identity, None)
-        if stack:
-            stack.close()
-
-    def on_event(self, event: Optional[ContainerdEvent]) -> None:
-        """Note the starts and ends of containers; the work is done in a thread of its own."""
-        if event is None:
-            if self.cared:
-                self.changed.put("")
-        elif event.topic in ("/tasks/exit", "/containers/delete") and event.payload.get("id") in (None, "",
-                                                                                                  event.container):
-            self.changed.put(event.container)
-        elif event.topic == "/tasks/start":
-            # By a restart policy, or by somebody else; whom we start is cared for already.
-            self.changed.put(event.container)
-
-    def _reap(self) -> None:
-        while True:
-            real = self.changed.get()
-            try:
-                self._settle(real)
-            except ApiError as error:
-                log(f"{real[:12]}: {error}")
-            except Exception:
-                log(traceback.format_exc())
-
-    def _settle(self, real: str) -> None:
-        """After the end of a container (any, for ""): remove it if it is to be, and stop caring for what does not run.
-        After its start: care for it."""
-        if not real and not self.cared:
-            return
-        table = self.engine.inventory.containers()
-        for container in [table[real]] if real in table else list(table.values()) if not real else []:
-            if container.running:
-                self.hold(container)
-            if (container.running or container.state.kind in ("restarting", "created")
-                    or container.id in self.engine.inventory.replaced):
-                continue
-            if auto_removed(container) and container.id not in self.engine.restarts:
-                session = self.engine.sessions.get(container.id)
-                if session:
-                    session.ended.wait(10)
-                code = container.state.exit_code
-                if code is not None and container.real not in self.engine.tasks.ends:
-                    # Seen and not told, before the feed was live: with the container its exit status would be gone.
-                    self.engine.tasks.failed(container.real, code)
-                with contextlib.suppress(NotFound), self.engine.owning(container.id) as now:
-                    if now.running or now.id in self.engine.restarts:
-                        # Started again meanwhile.
-                        continue
-                    remove_container(self.engine, now, force=True, volumes=True)
-            self.release(container.id)
-        known = {each.id for each in self.engine.inventory.containers().values()}
-        for identity in [each for each in self.cared if each not in known
-                         and each not in self.engine.inventory.replaced]:
-            self.release(identity)
-
-    def _watch_health(self, identity: str, stop: threading.Event) -> None:
-        pause = 0.0
-        while not stop.wait(pause):
-            try:
-                pause = self._check(identity)
-            except NotFound:
-                return
-            except (ApiError, ValueError) as error:
-                pause = 5.0
-                log(f"health check of {identity[:12]}: {error}")
-
-    def _check(self, identity: str) -> float:
-        """Run one health check; the seconds until the next."""
-        container = self.engine.inventory.container(identity)
-        if not container.running:
-            return 1.0
-        check = json.loads(container.labels.get("nerdctl/healthcheck") or "{}")
-        check.setdefault("StartInterval", typed(container.request.get("Healthcheck"), dict,
-                                                "Healthcheck").get("StartInterval"))
-        began = container.state.started_at
-        age = time.time() - began / 1e9 if began else 0.0
-        before = container.state.health or "starting"
-        interval = check_pause(check, age, before == "starting")
-        if container.state.kind == "paused":
-            return interval
-        if began and age < interval - 0.02:
-            # The first check comes an interval after the start.
-            return interval - age
-        output = self.engine.nerdctl.output("container", "healthcheck", container.real, timeout=interval + 600,
-                                            waits=True)
-        if output.status and self.engine.nerdctl.debug:
-            log(f"health check of {identity[:12]}: {nerdctl_message(output.stderr)}")
-        self.engine.inventory.records.invalidate(container.real)
-        with contextlib.suppress(NotFound):
-            after = self.engine.inventory.container(identity).state.health or "starting"
-            if after and after != before:
-                self.engine.tell(container, f"health_status: {after}")
-            interval = check_pause(check, age, after == "starting")
-        return interval
-
-
-def check_pause(check: Dict[str, Any], age: float, starting: bool) -> float:
-    """Seconds between two health checks: as dockerd has it, StartInterval (or 5) as long as the start period lasts and
-    the container is starting."""
-    if starting and age < (check.get("StartPeriod") or 0) / 1e9:
-        return (check.get("StartInterval") or 5 * 10**9) / 1e9
-    return (check.get("Interval") or 30 * 10**9) / 1e9
-
-
-def needs_checks(container: Container) -> bool:
-    """Whether it has health checks that nobody else runs."""
-    if os.path.isdir("/run/systemd/system") or not container.labels.get("nerdctl/healthcheck"):
-        return False
-    with contextlib.suppress(ValueError, AttributeError):
-        return (json.loads(container.labels["nerdctl/healthcheck"]).get("Test") or ["NONE"])[0] != "NONE"
-    return False
 
 
 ###############################################################################
@@ -9731,7 +10056,7 @@ def nerdctl_log(engine: Engine, request: Request, container: Container, follow: 
     """The same where the log is no file that can be read from here. nerdctl prints both streams as they were."""
     arguments = ["logs", "--timestamps", *(["--follow"] if follow else []),
                  *([f"--tail={tail}"] if tail is not None else [])]
-    with engine.nerdctl.start(*arguments, "--", container.real, client=request.client) as process:
+    with engine.nerdctl.start(*arguments, "--", container.id, client=request.client) as process:
         for text in process.lines():
             moment, _, rest = text.partition(" ")
             yield LogLine(moment, STDOUT, rest.encode("utf-8", "surrogateescape") + b"\n")
@@ -9767,7 +10092,7 @@ def container_logs(engine: Engine, request: Request, name: str) -> Response:
     request.timestamp("since"), request.timestamp("until")
     if (container.host_config.get("LogConfig") or {}).get("Type") == "none":
         raise NotImplementedHere("configured logging driver does not support reading")
-    tty = is_terminal(engine, container)
+    tty = is_terminal(container)
     details = log_details(container) if request.flag("details") else b""
     follow = request.flag("follow")
 
@@ -9798,8 +10123,8 @@ def rfc3339_full(nanoseconds: int) -> str:
 def check_attach(container: Container, stdin: bool, held: bool) -> None:
     """501 with a reason where a client's input could not reach a running container."""
     if stdin and has_stdin(container) and container.running and not held:
-        raise NotImplementedHere("this container's stdin cannot be reached: nerdctl itself started it, or another run "
-                                 "of nerdctld had its terminal: attach with --no-stdin, or use exec")
+        raise NotImplementedHere("this container's stdin cannot be reached: nerdctl itself, or containerd by the "
+                                 "restart policy, has started it: attach with --no-stdin, or use exec")
 
 
 class WebSocket(Connection):
@@ -9809,6 +10134,9 @@ class WebSocket(Connection):
         super().__init__(connection.sock, connection.early)
         self.lock = threading.Lock()
         self.closed = False
+        # Of a frame with data that was begun: what is left of its head, and how much of its payload. Frames that have
+        # to wait for its end.
+        self.head, self.owed, self.held = b"", 0, b""
 
     def _exactly(self, count: int) -> bytes:
         data = b""
@@ -9842,22 +10170,37 @@ class WebSocket(Connection):
                     self._frame(10, data)
                 elif kind in (0, 1, 2) and data:
                     return data
+            self.closed = True
         except (EOFError, ClientGone):
+            # Also when nothing more is wanted of it: then it is told goodbye.
             pass
-        self.closed = True
         return b""
 
-    def _frame(self, kind: int, data: bytes) -> None:
-        size = len(data)
-        head = bytes([0x80 | kind]) + (bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big")
-                                       if size < 65536
-                                       else b"\x7f" + size.to_bytes(8, "big"))
-        with self.lock:
-            super().send(head, data)
+    @staticmethod
+    def _head(kind: int, size: int) -> bytes:
+        length = bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big") if size < 65536 else (
+            b"\x7f" + size.to_bytes(8, "big"))
+        return bytes([0x80 | kind]) + length
 
-    def send(self, *parts: bytes) -> None:
-        """All parts as one binary frame."""
-        self._frame(2, b"".join(parts))
+    def _frame(self, kind: int, data: bytes) -> None:
+        with self.lock:
+            self.held += self._head(kind, len(data)) + data
+            if not self.owed:
+                data, self.held = self.held, b""
+                super().send(data)
+
+    def send_now(self, *parts: bytes) -> bytes:
+        """The parts as a binary frame, as much of it as the client takes now; the rest, with which the next call has to
+        begin."""
+        data = b"".join(parts)
+        with self.lock:
+            if not self.owed:
+                self.head, self.owed, self.held = self.held + self._head(2, len(data)), len(data), b""
+            size = self.owed
+            left = len(super().send_now(self.head, data[:size]))
+            self.owed = min(left, size)
+            self.head = self.head[len(self.head) - (left - self.owed):]
+            return data[size - self.owed:]
 
     def drop_input(self) -> None:
         """Read until the client closes."""
@@ -9878,6 +10221,7 @@ def follow_attached(engine: Engine, container: Container, attachment: Attachment
         with contextlib.closing(file):
             for line in follow_log(engine, container, file, follow, attachment.done.is_set):
                 attachment.put(line.kind, line.text)
+                attachment.drain()
     except Exception:
         log(traceback.format_exc())
     finally:
@@ -9893,48 +10237,39 @@ def send_past(engine: Engine, container: Container, attachment: Attachment, unti
             attachment.put(line.kind, line.text)
 
 
-def await_session(engine: Engine, container: Container, attachment: Attachment, file: LogFile, since: int) -> None:
-    """Hold a client that attached before the start until a session has taken it, or the container was started without
-    one (by a bare nerdctl, say), when its log is as good."""
+def await_start(engine: Engine, container: Container, attachment: Attachment, file: LogFile, since: int) -> None:
+    """Hold a client that attached before the start until somebody starts the container: on FIFOs, which then have
+    taken it, or (a bare nerdctl, say) without any, when its log is as good."""
     while not attachment.ready.wait(0.2):
-        session = engine.sessions.get(container.id)
-        if session and session.join(attachment):
+        streams = engine.owner(container.id).streams
+        if streams and streams.join(attachment):
             return
-        if session is None and engine.tasks.started_since(container.real, since):
+        if streams is None and engine.tasks.started_since(container.id, since):
             follow_attached(engine, container, attachment, file)
-        elif engine.feed.live and container.id not in engine.inventory.replaced:
-            try:
-                engine.inventory.container(container.id)
-            except ApiError:
-                attachment.finish()
+        elif engine.feed.live and container.id not in engine.inventory.containers():
+            attachment.finish()
 
 
 def serve_attachment(engine: Engine, request: Request, container: Container, attachment: Attachment, logs: bool,
                      keys: Optional[DetachKeys]) -> None:
-    """Serve an attached client to its end: by the session that holds the container, or from its log."""
+    """Serve an attached client to its end: by the streams of the container's process, or from its log."""
     engine.tell(container, "attach")
     file = LogFile(log_path(container)).open(at_end=not logs)
     since = engine.tasks.now()
-    session = engine.sessions.get(container.id)
+    streams = find_streams(engine, container)
     with request.client.when_gone(attachment.leave, half=False):
-        if logs or (container.running and not (session and session.join(attachment))):
-            attachment.session = session
+        if logs or (container.running and not (streams and streams.join(attachment))):
+            attachment.streams = streams
             attachment.ready.set()
             threading.Thread(target=follow_attached, args=(engine, container, attachment, file, request.flag("stream")),
                              name="attach", daemon=True).start()
         elif not container.running:
-            await_session(engine, container, attachment, file, since)
-        with contextlib.ExitStack() as stack:
-            target: Any = attachment.session
-            if target is None and attachment.stdin and not is_terminal(engine, container):
-                # Started by another daemon.
-                target = open_input(engine, container)
-                if target:
-                    stack.callback(target.close)
-            if target is not None and attachment.stdin and pump_stdin(attachment, target, keys):
-                attachment.leave()
-                engine.tell(container, "detach")
-            attachment.done.wait()
+            await_start(engine, container, attachment, file, since)
+        if attachment.streams and attachment.stdin and pump_stdin(attachment, attachment.streams, keys):
+            attachment.leave()
+            engine.tell(container, "detach")
+        attachment.done.wait()
+        attachment.drain()
 
 
 def attach(engine: Engine, request: Request, name: str,
@@ -9960,6 +10295,7 @@ def attach(engine: Engine, request: Request, name: str,
                 past = Attachment(attachment.wanted[STDOUT], attachment.wanted[STDERR], attachment.framed)
                 past.connect(connection)
                 send_past(engine, container, past, began)
+                past.drain()
             attachment.connect(connection)
             if stream or logs:
                 serve_attachment(engine, request, container, attachment, logs and not waits, keys)
@@ -9977,13 +10313,9 @@ def prepare_attach(engine: Engine, request: Request, name: str) -> Tuple[Contain
         raise Conflict("container is paused, unpause the container before attach")
     if container.state.kind == "restarting":
         raise Conflict("container is restarting, wait until the container is running")
-    tty = is_terminal(engine, container)
+    tty = is_terminal(container)
     stdin = request.flag("stdin") and request.flag("stream")
-    held = container.id in engine.sessions
-    if stdin and not held and not tty and has_stdin(container) and container.running:
-        found = open_input(engine, container)
-        held = found is not None and found.close()
-    check_attach(container, stdin, held)
+    check_attach(container, stdin, find_streams(engine, container) is not None)
     return container, tty, DetachKeys(request.value("detachKeys")) if tty and stdin else None
 
 
@@ -10036,22 +10368,21 @@ def container_attach_websocket(engine: Engine, request: Request, name: str) -> R
 
 @route("POST", "/containers/{id}/resize")
 def container_resize(engine: Engine, request: Request, name: str) -> Response:
-    """Tell the container's terminal its size in characters; 200. Without a session there is no terminal to be told."""
-    height, width = request.integer("h"), request.integer("w")
+    """Tell the container's terminal its size in characters; 200. 409 when it does not run."""
+    size = terminal_size(request)
     container = engine.inventory.container(name)
-    session = engine.sessions.get(container.id)
-    if session is None:
-        require_running(container)
-    resize(session, height, width)
+    require_running(container)
+    if is_terminal(container):
+        engine.containerd.resize_terminal(container.id, *size)
     return Response(200)
 
 
-def resize(session: Optional[Session], height: int, width: int) -> None:
-    """Resize a session's terminal, if it has one; 400 for no size."""
+def terminal_size(request: Request) -> Tuple[int, int]:
+    """Height and width of a resize; 400 for what is no size."""
+    height, width = request.integer("h"), request.integer("w")
     if not (0 <= height < 65536 and 0 <= width < 65536):
         raise BadParameter("invalid resize: height and width must fit in 16 bits")
-    if session and session.terminal:
-        session.terminal.resize(height, width)
+    return height, width
 
 
 ###############################################################################
@@ -10066,48 +10397,104 @@ class Exec:
         self.id = os.urandom(32).hex()
         self.container = container
         self.config = config
-        self.session: Optional[Session] = None
         self.started = False
         self.running = False
         self.code: Optional[int] = None
+        self.pid = 0
         self.size = (0, 0)
+        # Set when it has ended, or could not be started.
+        self.done = threading.Event()
 
     @property
     def tty(self) -> bool:
         """Whether it has a terminal."""
         return bool(self.config.get("Tty"))
 
+    @property
+    def command(self) -> List[str]:
+        """The words of its command line."""
+        return string_list(self.config.get("Cmd"), "Cmd")
+
 
 EXECS_KEPT = 1000
 
 
-def exec_args(instance: Exec) -> List[str]:
-    """argv of nerdctl exec."""
-    config = instance.config
-    words = ["exec"]
-    words += _switch(config.get("AttachStdin"), "--interactive", "AttachStdin") + _switch(config.get("Tty"), "--tty",
-                                                                                          "Tty")
-    words += _text(config.get("User"), "--user", "User") + _text(config.get("WorkingDir"), "--workdir", "WorkingDir")
-    words += _switch(config.get("Privileged"), "--privileged", "Privileged") + environment_args(config, {})
-    return [*words, "--", instance.container.real, *string_list(config.get("Cmd"), "Cmd")]
+def account_rows(container: Container, path: str) -> Optional[List[List[str]]]:
+    """The lines of a running container's /etc/passwd or /etc/group, as fields; None where it cannot be read."""
+    try:
+        with opened_below(f"/proc/{container.state.pid}/root", path, follow=True) as (descriptor, _, _):
+            # The container's own: it may be a FIFO, on which one would wait for ever, or without an end.
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return None
+            with open(f"/proc/self/fd/{descriptor}", "rb") as file:
+                return [line.split(":") for line in file.read(1 << 20).decode("utf-8", "replace").splitlines()]
+    except OSError:
+        return None
 
 
-def exec_failure(message: str) -> Tuple[int, str]:
-    """The exit status of a command from nerdctl's last words, and the error for the client where it never ran, ""
-    else."""
-    found = re.search(r"exec failed with exit code (\d+)", message)
-    if found:
-        return int(found.group(1)), ""
+def find_user(container: Container, text: str) -> Dict[str, Any]:
+    """The user of an OCI process for `user`, `uid`, `user:group` …, also in the groups that the container was given;
+    400 with dockerd's words where the container has none of that name."""
+    name, _, group = text.partition(":")
+    passwd, groups = account_rows(container, "/etc/passwd") or [], account_rows(container, "/etc/group") or []
+
+    def group_id(group: str) -> int:
+        row = next((each for each in groups if len(each) > 2 and group in (each[0], each[2])), None)
+        if row is None and not re.fullmatch(r"\d{1,10}", group):
+            raise BadParameter(f"unable to find group {group}: no matching entries in group file")
+        return int_or_zero(row[2] if row else group)
+
+    row = next((each for each in passwd if len(each) > 3 and name in (each[0], each[2])), None)
+    if row is None and not re.fullmatch(r"\d{1,10}", name or "0"):
+        raise BadParameter(f"unable to find user {name}: no matching entries in passwd file")
+    found = {"uid": int_or_zero(row[2] if row else name), "gid": int_or_zero(row[3]) if row else 0}
+    more = set(map(group_id, string_list(container.host_config.get("GroupAdd"), "GroupAdd")))
+    if group:
+        found["gid"] = group_id(group)
+    elif row:
+        more.update([found["gid"], *(int_or_zero(each[2]) for each in groups
+                                     if len(each) > 3 and row[0] in each[3].split(","))])
+    return {**found, **({"additionalGids": sorted(more)} if more else {})}
+
+
+def exec_process(instance: Exec, container: Container) -> Dict[str, Any]:
+    """The command as a process of an OCI spec: what is not asked for is that of the container's own process."""
+    config, own = instance.config, container.spec.get("process") or {}
+    process = {**own, "args": instance.command, "terminal": instance.tty,
+               "cwd": typed(config.get("WorkingDir"), str, "WorkingDir") or own.get("cwd") or "/"}
+    process.pop("consoleSize", None)
+    if instance.tty and all(instance.size):
+        process["consoleSize"] = dict(zip(("height", "width"), instance.size))
+    environment = {each.partition("=")[0]: each for each in own.get("env") or []}
+    if instance.tty:
+        environment.setdefault("TERM", "TERM=xterm")
+    for each in string_list(config.get("Env"), "Env"):
+        key, sign, _ = each.partition("=")
+        if sign:
+            environment[key] = each
+        else:
+            environment.pop(key, None)
+    process["env"] = list(environment.values())
+    if config.get("User"):
+        process["user"] = find_user(container, typed(config["User"], str, "User"))
+    if typed(config.get("Privileged"), bool, "Privileged"):
+        with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
+            every = ["CAP_" + each for each in CAPABILITIES[:int(file.read()) + 1]]
+        process["capabilities"] = dict.fromkeys(("bounding", "effective", "permitted"), every)
+        process.pop("apparmorProfile", None)
+    return process
+
+
+def exec_failure(message: str) -> int:
+    """The exit status of a command that could not be started, as dockerd gives it for the runtime's words."""
     if re.search(r"executable file not found|no such file or directory", message):
-        return 127, message
-    if re.search(r"permission denied", message):
-        return 126, message
-    return 126 if message else 1, message
+        return 127
+    return 126
 
 
 def docker_exec(instance: Exec) -> Dict[str, Any]:
     """An exec as `/exec/{id}/json` shows it."""
-    config, command = instance.config, string_list(instance.config.get("Cmd"), "Cmd")
+    config, command = instance.config, instance.command
     process = {"tty": instance.tty, "entrypoint": command[0], "arguments": command[1:],
                "privileged": bool(config.get("Privileged"))}
     if config.get("User"):
@@ -10116,51 +10503,44 @@ def docker_exec(instance: Exec) -> Dict[str, Any]:
         "ID": instance.id, "Running": instance.running, "ExitCode": instance.code, "ProcessConfig": process,
         "OpenStdin": bool(config.get("AttachStdin")), "OpenStderr": bool(config.get("AttachStderr")),
         "OpenStdout": bool(config.get("AttachStdout")), "CanRemove": False, "ContainerID": instance.container.id,
-        "DetachKeys": config.get("DetachKeys") or "", "Pid": 0,
+        "DetachKeys": config.get("DetachKeys") or "", "Pid": instance.pid,
     }
-
-
-def check_user(engine: Engine, container: Container, user: str) -> None:
-    """400 with dockerd's words for a user that the container's /etc/passwd does not have, where it can be read."""
-    name = user.partition(":")[0]
-    if not name or name.isdigit():
-        return
-    try:
-        with opened_below(f"/proc/{container.state.pid}/root", "/etc/passwd", follow=True) as (descriptor, _, _):
-            lines = []
-            # The container's own: it may be a FIFO, on which nerdctl would wait for ever, or without an end.
-            if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                with open(f"/proc/self/fd/{descriptor}", "rb") as file:
-                    lines = file.read(1 << 20).splitlines()
-    except OSError:
-        return
-    if any(line.partition(b":")[0] == name.encode() for line in lines):
-        return
-    raise BadParameter(f"unable to find user {name}: no matching entries in passwd file")
 
 
 @route("POST", "/containers/{id}/exec")
 def exec_create(engine: Engine, request: Request, name: str) -> Response:
-    """Prepare a command; 201 with its id. 409 when the container does not run, 400 for no command or an unknown
-    user."""
+    """Prepare a command; 201 with its id. 409 when the container does not run, 400 for no command."""
     config = request.json(required=True)
     container = engine.inventory.container(name)
-    if not string_list(config.get("Cmd"), "Cmd"):
+    instance = Exec(container, config)
+    if not instance.command:
         raise BadParameter("No exec command specified")
     if container.state.kind == "paused":
         raise Conflict(f"container {name} is paused, unpause the container before exec")
     require_running(container)
-    instance = Exec(container, config)
-    exec_args(instance)
-    DetachKeys(typed(config.get("DetachKeys"), str, "DetachKeys"))
-    check_user(engine, container, typed(config.get("User"), str, "User"))
+    check_exec(config)
+    keep_exec(engine, instance)
+    return Response(201, {"Id": instance.id})
+
+
+def keep_exec(engine: Engine, instance: Exec) -> None:
+    """From now on clients can ask for a command."""
     with engine.lock:
         engine.execs[instance.id] = instance
-        for old in [each for each in engine.execs.values() if each.started
-                    and not each.running][:max(0, len(engine.execs) - EXECS_KEPT)]:
+        for old in [each for each in engine.execs.values() if not each.running][:-EXECS_KEPT]:
             engine.execs.pop(old.id, None)
-    engine.tell(container, "exec_create: " + " ".join(string_list(config["Cmd"], "Cmd")), execID=instance.id)
-    return Response(201, {"Id": instance.id})
+    engine.tell(instance.container, "exec_create: " + " ".join(instance.command), execID=instance.id)
+
+
+def check_exec(config: Dict[str, Any]) -> None:
+    """400 for fields of an exec that cannot be right."""
+    DetachKeys(typed(config.get("DetachKeys"), str, "DetachKeys"))
+    for key, kind in (("AttachStdin", bool), ("AttachStdout", bool), ("AttachStderr", bool), ("Tty", bool),
+                      ("Privileged", bool), ("User", str), ("WorkingDir", str)):
+        typed(config.get(key), kind, key)
+    for each in string_list(config.get("Env"), "Env"):
+        if not each.partition("=")[0]:
+            raise BadParameter(f"invalid environment variable: {each}")
 
 
 def find_exec(engine: Engine, name: str) -> Exec:
@@ -10171,67 +10551,108 @@ def find_exec(engine: Engine, name: str) -> Exec:
     return instance
 
 
-def begin_exec(engine: Engine, instance: Exec, attachments: List[Attachment]) -> Session:
-    """Run the command, with these clients on its streams."""
-    def ended(status: int, message: str) -> None:
-        code, text = exec_failure(message) if status else (0, "")
-        instance.code, instance.running = code, False
-        for attachment in session.attachments if text else ():
-            attachment.put(STDOUT, (text + "\r\n").encode())
-        engine.tell(instance.container, "exec_die", execID=instance.id, exitCode=str(code))
-
+def run_exec(engine: Engine, instance: Exec, streams: TaskStreams) -> None:
+    """Start the command; `done` is set when it has ended, `code` being its exit status then. ApiError when it cannot be
+    started."""
+    identity = instance.container.id
     with engine.lock:
-        if instance.started:
-            raise Conflict(f"exec command {instance.id} is already running" if instance.running
-                           else f"exec command {instance.id} has already run")
+        check_unstarted(instance)
         instance.started = instance.running = True
-    engine.tell(instance.container, "exec_start: " + " ".join(string_list(instance.config["Cmd"], "Cmd")),
-                execID=instance.id)
+    engine.tell(instance.container, "exec_start: " + " ".join(instance.command), execID=instance.id)
     try:
-        session = instance.session = Session(attachments, Terminal(*instance.size) if instance.tty else None,
-                                             on_end=ended)
-        session.run(engine.nerdctl, exec_args(instance), stdin=bool(instance.config.get("AttachStdin")),
-                    lasting=not attachments, held=not instance.tty)
-    except BaseException:
-        instance.running, instance.code = False, 126
+        container = engine.inventory.container(identity)
+        require_running(container)
+        process = exec_process(instance, container)
+        try:
+            engine.containerd.add_exec(identity, instance.id, process, streams)
+            instance.pid = engine.containerd.start_task(identity, instance.id)
+        except ApiError as error:
+            with contextlib.suppress(ApiError):
+                engine.containerd.delete_exec(identity, instance.id)
+            raise runtime_error(error) from None
+    except BaseException as error:
+        instance.running, instance.code = False, exec_failure(str(error))
+        instance.done.set()
         raise
-    return session
+    threading.Thread(target=await_exec, args=(engine, instance), name="exec", daemon=True).start()
 
 
-def has_opened_stdin(pid: int) -> bool:
-    """Whether a nerdctl writes to the FIFO of an exec's stdin (`…/exec-ID-stdin`): it can when the shim reads there,
-    which it does once the command runs."""
-    with contextlib.suppress(OSError):
-        for each in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError, AttributeError):
-                if os.readlink(f"/proc/{pid}/fd/{each}").endswith("-stdin"):
-                    with open(f"/proc/{pid}/fdinfo/{each}", encoding="ascii") as file:
-                        flags = int(re.search(r"flags:\s*([0-7]+)", file.read()).group(1), 8)
-                    if flags & os.O_ACCMODE == os.O_WRONLY and not flags & os.O_PATH:
-                        return True
+def await_exec(engine: Engine, instance: Exec) -> None:
+    """Wait for the end of a command, and have containerd close its streams."""
+    identity, left = instance.container.id, 50
+    while left:
+        try:
+            instance.code = engine.containerd.wait_process(identity, instance.id)
+            engine.containerd.delete_exec(identity, instance.id)
+            left = 0
+        except Unavailable:
+            # It goes on without a containerd that is being restarted.
+            left -= 1
+            time.sleep(0.1)
+        except ApiError:
+            left = 0
+    if instance.code is None:
+        # The container has ended, or containerd: nobody knows more.
+        instance.code = 137
+    instance.running, instance.pid = False, 0
+    engine.tell(instance.container, "exec_die", execID=instance.id, exitCode=str(instance.code))
+    instance.done.set()
+
+
+def end_exec(engine: Engine, identity: str, name: str) -> bool:
+    """Take a command away, killed if need be, whatever has become of it; whether there is nothing left of it."""
+    for _ in range(2):
+        try:
+            engine.containerd.delete_exec(identity, name)
+            return True
+        except NotFound:
+            return True
+        except ApiError:
+            with contextlib.suppress(ApiError):
+                engine.containerd.kill_task(identity, signal.SIGKILL, name)
+                engine.containerd.wait_process(identity, name, 5.0)
     return False
 
 
-def take_input(engine: Engine, instance: Exec, session: Session, attachment: Attachment, since: int) -> None:
-    """Let the input of a client through when the command of a session runs, or one of the two has ended."""
-    seen = None
-    while not (session.ended.wait(0.004) or attachment.done.is_set() or has_opened_stdin(session.process.popen.pid)):
-        # What cannot be looked at (nerdctl runs elsewhere) is believed from events, with a moment more.
-        if seen is None and engine.tasks.exec_since(instance.container.real, since):
-            seen = time.monotonic()
-        if seen is not None and time.monotonic() > seen + 2.0:
-            break
-    session.taking.set()
+def exec_name(folder: str) -> str:
+    """The id of a command of the daemon's own with its FIFOs in this folder: so the next daemon finds what this one may
+    leave."""
+    return sha256(os.path.basename(folder).encode()).hexdigest()
 
 
-def exec_begun(engine: Engine, instance: Exec, session: Session, since: int) -> None:
-    """Wait until a detached command runs; the ApiError when it cannot be started."""
-    until = time.monotonic() + 5.0
-    while time.monotonic() < until and not engine.tasks.exec_since(instance.container.real, since):
-        if session.ended.wait(0.02):
-            if exec_failure(session.message)[1] and session.status:
-                raise nerdctl_error(f'time="" level=fatal msg={json.dumps(session.message)}')
-            return
+def run_in_container(engine: Engine, container: Container, config: Dict[str, Any], timeout: float,
+                     most: int) -> Tuple[int, bytes]:
+    """Run a command in a container; its exit status, -1 for one that was killed after `timeout` seconds, and its
+    output, of which more than `most` bytes become `...`. ApiError when it cannot be started. When it returns, nothing
+    is left of it: where the container is paused in the middle, that is when it goes on."""
+    output = bytearray()
+    streams = ProcessStreams(container.folder or engine.workspace.folder(), False, False, False,
+                             keep=lambda kind, data: output.extend(data[:max(0, most + 1 - len(output))]))
+    instance = Exec(container, config)
+    instance.id = exec_name(streams.folder)
+    try:
+        keep_exec(engine, instance)
+        run_exec(engine, instance, streams.paths)
+        ended = instance.done.wait(timeout)
+        while not instance.done.is_set():
+            with contextlib.suppress(ApiError):
+                engine.containerd.kill_task(container.id, signal.SIGKILL, instance.id)
+            instance.done.wait(5.0)
+        streams.exited()
+        streams.ended.wait(streams.LINGER + 1)
+    finally:
+        # Before the streams: while nobody reads them containerd can neither start a command nor end it.
+        while not end_exec(engine, container.id, instance.id) and not engine.closing.wait(1.0):
+            pass
+        streams.abandon()
+    return instance.code if ended else -1, bytes(output[:most]) + b"..." * (len(output) > most)
+
+
+def check_unstarted(instance: Exec) -> None:
+    """409 with dockerd's words for a command that was started before."""
+    if instance.started:
+        raise Conflict(f"exec command {instance.id} is already running" if instance.running
+                       else f"exec command {instance.id} has already run")
 
 
 @route("POST", "/exec/{id}/start")
@@ -10241,55 +10662,68 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
     options = request.json()
     instance = find_exec(engine, name)
     container = engine.inventory.container(instance.container.id)
+    if container.state.kind == "paused":
+        raise Conflict(f"container {container.id} is paused, unpause the container before exec")
     require_running(container)
+    check_unstarted(instance)
     size = typed(options.get("ConsoleSize") or instance.config.get("ConsoleSize"), list, "ConsoleSize")
     if len(size) == 2 and all(isinstance(each, int) for each in size):
         instance.size = (size[0], size[1])
     if typed(options.get("Detach"), bool, "Detach"):
-        instance.config = {**instance.config, "AttachStdin": False}
-        since = engine.tasks.now()
-        exec_begun(engine, instance, begin_exec(engine, instance, []), since)
+        run_exec(engine, instance, TaskStreams(terminal=instance.tty))
         return Response(200, b"")
-    if instance.started:
-        raise Conflict(f"exec command {instance.id} is already running" if instance.running
-                       else f"exec command {instance.id} has already run")
-
     # As with dockerd, this request says how the output is packed, whether or not the command has a terminal.
     raw = typed(options.get("Tty"), bool, "Tty")
 
     def serve(connection: Connection) -> None:
-        config = instance.config
-        attachment = Attachment(bool(config.get("AttachStdout")), bool(config.get("AttachStderr")) and not raw,
-                                not raw, bool(config.get("AttachStdin")))
-        attachment.connect(connection)
-        keys = DetachKeys(typed(config.get("DetachKeys"), str,
-                                "DetachKeys")) if instance.tty and attachment.stdin else None
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(request.client.when_gone(attachment.leave, half=False))
-            since = engine.tasks.now()
-            try:
-                session = begin_exec(engine, instance, [attachment])
-            except ApiError as error:
-                attachment.put(STDOUT, (str(error) + "\r\n").encode())
-                return
-            if attachment.stdin and not session.taking.is_set():
-                take_input(engine, instance, session, attachment, since)
-            if attachment.stdin and pump_stdin(attachment, session, keys):
-                attachment.leave()
-            attachment.done.wait()
-        session.taking.set()
-        if attachment.gone:
-            session.close_stdin(force=True)
+        serve_exec(engine, request, instance, connection, raw)
 
     return Response(101, Hijack(serve), stream_type(raw, request.version))
+
+
+def serve_exec(engine: Engine, request: Request, instance: Exec, connection: Connection, raw: bool) -> None:
+    """Run a command with its streams on a client's connection, to its end or until the client leaves."""
+    config, identity = instance.config, instance.container.id
+    attachment = Attachment(bool(config.get("AttachStdout")), bool(config.get("AttachStderr")) and not raw, not raw,
+                            bool(config.get("AttachStdin")))
+    attachment.connect(connection)
+    keys = DetachKeys(config.get("DetachKeys") or "") if instance.tty and attachment.stdin else None
+
+    def close_stdin() -> None:
+        with contextlib.suppress(ApiError):
+            engine.containerd.close_stdin(identity, instance.id)
+
+    with request.client.when_gone(attachment.leave, half=False):
+        streams = None
+        try:
+            streams = ProcessStreams(instance.container.folder or engine.workspace.folder(), attachment.stdin,
+                                     instance.tty, not instance.tty, [attachment], close_stdin=close_stdin,
+                                     on_end=instance.done.wait)
+            run_exec(engine, instance, streams.paths)
+        except ApiError as error:
+            # Whatever the client wants: there is no other place for it.
+            attachment.wanted[STDOUT] = True
+            attachment.put(STDOUT, (str(error) + "\r\n").encode())
+            attachment.drain()
+            if streams:
+                streams.abandon()
+            return
+        streams.begin()
+        threading.Thread(target=lambda: (instance.done.wait(), streams.exited()), name="exec", daemon=True).start()
+        if attachment.stdin and pump_stdin(attachment, streams, keys):
+            attachment.leave()
+        attachment.done.wait()
+        attachment.drain()
 
 
 @route("POST", "/exec/{id}/resize")
 def exec_resize(engine: Engine, request: Request, name: str) -> Response:
     """Tell its terminal its size; 200, also when it has ended meanwhile."""
     instance = find_exec(engine, name)
-    instance.size = (request.integer("h"), request.integer("w"))
-    resize(instance.session, *instance.size)
+    instance.size = terminal_size(request)
+    if instance.running and instance.tty:
+        with contextlib.suppress(NotFound, Conflict):
+            engine.containerd.resize_terminal(instance.container.id, *instance.size, instance.id)
     return Response(200)
 
 
@@ -10297,6 +10731,268 @@ def exec_resize(engine: Engine, request: Request, name: str) -> Response:
 def exec_inspect(engine: Engine, request: Request, name: str) -> Response:
     """Whether it runs, and its exit status."""
     return Response(200, docker_exec(find_exec(engine, name)))
+
+
+###############################################################################
+# Supervision
+###############################################################################
+
+
+class Caretaker:
+    """Carries out what nerdctl leaves to somebody: `--rm` of a container that was made by `create`, and health
+    checks."""
+
+    def __init__(self, engine: "Engine"):
+        self.engine = engine
+        self.lock = threading.Lock()
+        # By the ids of containers that run; with None of those whose health nobody checks now.
+        self.cared: Dict[str, Optional[HealthWatch]] = {}
+        self.changed: queue.Queue = queue.Queue()
+        threading.Thread(target=self._reap, name="caretaker", daemon=True).start()
+
+    def look(self) -> None:
+        """Find what is to be cared for among the containers there are; for the start of the daemon."""
+        with contextlib.suppress(ApiError):
+            for container in self.engine.inventory.containers().values():
+                find_streams(self.engine, container)
+                sweep_streams(self.engine, container)
+                if container.running or container.state.kind == "restarting":
+                    self.hold(container)
+                elif auto_removed(container) and was_started(container):
+                    self.changed.put(container.id)
+            self.engine.hosts.refresh()
+
+    def hold(self, container: Container) -> None:
+        """Care for a container that runs, or is about to."""
+        with self.lock:
+            watch = self.cared.get(container.id)
+            if watch and (watch.pid != container.state.pid or container.state.kind != "running"):
+                watch.stop.set()
+                watch = None
+            if container.health_check and container.state.kind == "running" and not watch:
+                watch = HealthWatch(self.engine, container)
+            if watch or container.health_check or auto_removed(container):
+                self.cared[container.id] = watch
+
+    def release(self, identity: str) -> None:
+        """A container needs no care any more."""
+        with self.lock:
+            watch = self.cared.pop(identity, None)
+        if watch:
+            watch.stop.set()
+
+    def on_event(self, event: Optional[ContainerdEvent]) -> None:
+        """Note the starts and ends of containers; the work is done in a thread of its own."""
+        if event is None:
+            if self.cared:
+                self.changed.put("")
+        elif event.topic in ("/tasks/exit", "/containers/delete") and event.payload.get("id") in (None, "",
+                                                                                                  event.container):
+            self.changed.put(event.container)
+        elif event.topic in ("/tasks/start", "/tasks/paused", "/tasks/resumed"):
+            self.changed.put(event.container)
+
+    def _reap(self) -> None:
+        while True:
+            real = self.changed.get()
+            try:
+                self._settle(real)
+            except ApiError as error:
+                log(f"{real[:12]}: {error}")
+            except Exception:
+                log(traceback.format_exc())
+
+    def _settle(self, real: str) -> None:
+        """After the end of a container (any, for ""): remove it if it is to be, and stop caring for what does not run.
+        After its start: care for it. While it is paused nobody checks its health."""
+        if not real and not self.cared:
+            return
+        table = self.engine.inventory.containers()
+        for container in [table[real]] if real in table else list(table.values()) if not real else []:
+            if container.running:
+                self.hold(container)
+                if container.state.kind == "paused":
+                    # As with dockerd, it is so until the next check.
+                    note_health(self.engine, container, "unhealthy", container.state.failing, container.state.pid)
+            if container.running or container.state.kind in ("restarting", "created"):
+                continue
+            if self._end(container):
+                self.release(container.id)
+        known = {each.id for each in self.engine.inventory.containers().values()}
+        for identity in [each for each in self.cared if each not in known]:
+            self.release(identity)
+
+    def _end(self, container: Container) -> bool:
+        """After the end of a container: remove it if it is to be, else give back what others may want. Whether it needs
+        no care any more."""
+        owner = self.engine.owner(container.id)
+        removed = auto_removed(container) and not owner.restarting
+        if removed and self._streams_are_open(owner):
+            return False
+        code = container.state.exit_code
+        if removed and code is not None and container.id not in self.engine.tasks.ends:
+            # Seen and not told, before the feed was live: with the container its exit status would be gone.
+            self.engine.tasks.failed(container.id, code)
+        if removed or container.ports or attached_networks(container):
+            with contextlib.suppress(NotFound), self.engine.owning(container.id) as now:
+                if now.running or owner.restarting:
+                    # Started again meanwhile.
+                    return False
+                if removed:
+                    remove_container(self.engine, now, force=True, volumes=True)
+                else:
+                    release_networks(self.engine, now)
+                    take_down_network(self.engine, now)
+        return True
+
+    def _streams_are_open(self, owner: ContainerOwner) -> bool:
+        """Whether output of a process that has ended may still come. Its end has the container looked at again; for a
+        client that does not read nobody waits longer than dockerd does."""
+        streams = owner.streams
+        return streams is not None and not streams.ended.wait(max(0.0, (
+            streams.exited_at or time.monotonic()) + streams.LINGER - time.monotonic()))
+
+
+def sweep_streams(engine: Engine, container: Container) -> None:
+    """Remove the FIFOs that another daemon has left of processes which nobody can reach any more."""
+    names = []
+    with contextlib.suppress(OSError):
+        names = [name for name in os.listdir(container.folder or "/dev/null") if name.startswith(FIFO_FOLDER)]
+    for name in names:
+        folder = os.path.join(container.folder, name)
+        with contextlib.suppress(ApiError, OSError), engine.owning(container.id) as now:
+            used = now.running and now.task.stdout == os.path.join(folder, "stdout")
+            if not used and folder_is_free(folder):
+                found = found_streams(folder, False)
+                with contextlib.suppress(ApiError):
+                    # While nobody reads them containerd can neither start the command nor end it.
+                    streams = ProcessStreams("", bool(found.stdin), not found.stderr, False, found=found)
+                    end_exec(engine, container.id, exec_name(folder))
+                    streams.abandon()
+                remove_tree(folder)
+
+
+def folder_is_free(path: str) -> bool:
+    """Whether no daemon that lives has made a folder with FIFOs."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+class HealthWatch:
+    """Checks the health of a process of a container, in a thread of its own, until `stop` is set."""
+
+    # Where systemd has the timers of containers that a `nerdctl start` of root has started.
+    TIMERS = "/run/systemd/transient"
+
+    def __init__(self, engine: Engine, container: Container):
+        self.engine, self.id, self.pid = engine, container.id, container.state.pid
+        self.stop = threading.Event()
+        threading.Thread(target=self._run, args=(container,), name="health", daemon=True).start()
+
+    def _run(self, container: Container) -> None:
+        check, seen = container.health_check, container.state.health
+        age = process_age(container)
+        pause = check_pause(check, age, seen == "starting")
+        # The first one comes so long after the start.
+        pause -= age if age < pause else 0.0
+        while not self.stop.wait(pause):
+            try:
+                container = self.engine.inventory.container(self.id)
+                # nerdctl checks it itself where there is a timer.
+                if container.state.kind == "running" and not os.path.exists(f"{self.TIMERS}/{self.id}.timer"):
+                    self._check(container)
+                container = self.engine.inventory.container(self.id)
+                if container.state.kind == "running" and container.state.health != seen:
+                    seen = container.state.health
+                    self.engine.tell(container, f"health_status: {seen}")
+            except NotFound:
+                return
+            except (ApiError, OSError) as error:
+                if not self.stop.is_set():
+                    log(f"health check of {self.id[:12]}: {error}")
+            except Exception:
+                log(traceback.format_exc())
+            pause = check_pause(check, process_age(container), seen == "starting")
+
+    def _check(self, container: Container) -> None:
+        """Run the check once and keep its result, unless the container has been stopped or paused, or containerd was
+        away, meanwhile."""
+        check, missed = container.health_check, self.engine.tasks.missed
+        age, began, timeout = process_age(container), time.time_ns(), check.get("Timeout", 30 * 10**9)
+        try:
+            code, output = run_in_container(self.engine, container, {"Cmd": health_command(container)}, timeout / 1e9,
+                                            HEALTH_OUTPUT)
+            text = output.decode("utf-8", "replace")
+            if code < 0:
+                text = f"Health check exceeded timeout ({go_duration(timeout)})" + (f": {text}" if text else "")
+        except Unavailable:
+            raise
+        except ApiError as error:
+            code, text = -1, str(error)
+        self.engine.inventory.records.invalidate(self.id)
+        now = self.engine.inventory.container(self.id)
+        if (now.state.kind == "running" and now.state.pid == self.pid and not self.stop.is_set()
+                and self.engine.tasks.missed == missed):
+            keep_result(now, {"Start": rfc3339(began), "End": rfc3339(time.time_ns()), "ExitCode": code,
+                              "Output": text})
+            note_health(self.engine, now, *next_health(check, now.state.health, now.state.failing, code, age), self.pid)
+
+
+def process_age(container: Container) -> float:
+    """How long ago a container was started, in seconds."""
+    return max(0.0, time.time() - (container.state.started_at or 0) / 1e9)
+
+
+def check_pause(check: Dict[str, Any], age: float, starting: bool) -> float:
+    """Seconds between two health checks: as dockerd has it, StartInterval (or 5) as long as the start period lasts and
+    the container is starting."""
+    if starting and age < check.get("StartPeriod", 0) / 1e9:
+        return check.get("StartInterval", 5 * 10**9) / 1e9
+    return check.get("Interval", 30 * 10**9) / 1e9
+
+
+def next_health(check: Dict[str, Any], health: str, failing: int, code: int, age: float) -> Tuple[str, int]:
+    """The health of a container, and how many checks have failed one after the other, after one more which began at
+    this age and ended with this exit status."""
+    if code == 0:
+        return "healthy", 0
+    if health == "starting" and age < check.get("StartPeriod", 0) / 1e9:
+        return health, failing
+    return "unhealthy" if failing + 1 >= check.get("Retries", 3) else health, failing + 1
+
+
+def health_command(container: Container) -> List[str]:
+    """The words of a health check's command line."""
+    kind, *words = container.health_check["Test"]
+    shell = string_list(container.request.get("Shell"), "Shell") or ["/bin/sh", "-c"]
+    return shell + words if kind == "CMD-SHELL" else words
+
+
+def go_duration(nanoseconds: int) -> str:
+    """A duration as Go prints it, such as 1m30s or 1.5s."""
+    if nanoseconds < 10**9:
+        return f"{nanoseconds / 1e6:g}ms"
+    minutes, rest = divmod(nanoseconds, 60 * 10**9)
+    hours, minutes = divmod(minutes, 60)
+    return (f"{hours}h" if hours else "") + (f"{minutes}m" if hours or minutes else "") + f"{rest / 1e9:.9g}s"
+
+
+def keep_result(container: Container, result: Dict[str, Any]) -> None:
+    """Add a result to the last ones of a container's health checks, in the file where nerdctl keeps them."""
+    rows = [*health_results(container), result][-HEALTH_RESULTS:]
+    path = os.path.join(container.folder, "health.json")
+    try:
+        with open(path + ".new", "w", encoding="utf-8", opener=functools.partial(os.open, mode=0o600)) as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        os.replace(path + ".new", path)
+    except OSError as error:
+        log(f"{path}: {error}")
 
 
 ###############################################################################
@@ -10342,7 +11038,7 @@ def find_tree(engine: Engine, container: Container) -> Dict[str, Any]:
 
 def running_pid(engine: Engine, container: Container) -> int:
     """The process of a container that runs or is paused, 0 else, as containerd has it now."""
-    task = engine.containerd.get_task(container.real)
+    task = engine.containerd.get_task(container.id)
     return task.pid if task and task.status in ("running", "paused", "pausing") else 0
 
 
@@ -10469,9 +11165,6 @@ def archive_put(engine: Engine, request: Request, name: str) -> Response:
     if not (request.flag("copyUIDGID") and runs_as_user(engine, container)):
         order["owner"] = None
     missing = not_there(name, path)
-    with engine.owning(container.id) as container:
-        # From here on nobody makes it anew, without what comes now.
-        engine.touched.add(container.id)
     with opened_tree(engine, container, missing, order) as (process, _, _):
         for block in plain_blocks(request.body):
             if not process.write(block):
@@ -10492,7 +11185,7 @@ def container_export(engine: Engine, request: Request, name: str) -> Response:
         # Go ends a program that finds its stdout closed; the same pipe by another number is an error to it, and it
         # unmounts.
         output = ["--output=/dev/stdout"]
-        with engine.nerdctl.start("export", *output, "--", container.real, mounts=True) as process:
+        with engine.nerdctl.start("export", *output, "--", container.id, mounts=True) as process:
             yield from process.pieces()
             process.check()
         engine.tell(container, "export")
@@ -10504,7 +11197,7 @@ def container_export(engine: Engine, request: Request, name: str) -> Response:
 def container_changes(engine: Engine, request: Request, name: str) -> Response:
     """What differs from its image: paths with the kinds 0 changed, 1 added, 2 deleted."""
     container = engine.inventory.container(name)
-    text = engine.nerdctl.run("diff", "--", container.real).stdout.decode("utf-8", "surrogateescape")
+    text = engine.nerdctl.run("diff", "--", container.id).stdout.decode("utf-8", "surrogateescape")
     return Response(200, parse_changes(text) or json_null())
 
 
@@ -10721,11 +11414,16 @@ def container_stats(engine: Engine, request: Request, name: str) -> Response:
     return Response(200, Stream(chunks(), primed=True), "application/json")
 
 
-def parse_top(text: str) -> Dict[str, Any]:
-    """ps's table as titles and rows; what is left of a row goes to the last column."""
+def parse_top(text: str, pids: Set[int]) -> Dict[str, Any]:
+    """ps's table as titles and the rows of these processes; what is left of a row goes to the last column. 500 with
+    dockerd's words where it does not tell their numbers."""
     lines = [line for line in text.splitlines() if line.strip()]
     titles = lines[0].split() if lines else []
-    return {"Titles": titles, "Processes": [line.split(None, len(titles) - 1) for line in lines[1:]]}
+    if "PID" not in titles:
+        raise ApiError("Couldn't find PID field in ps output")
+    rows = [line.split(None, len(titles) - 1) for line in lines[1:]]
+    at = titles.index("PID")
+    return {"Titles": titles, "Processes": [row for row in rows if len(row) > at and int_or_zero(row[at]) in pids]}
 
 
 @route("GET", "/containers/{id}/top")
@@ -10734,10 +11432,16 @@ def container_top(engine: Engine, request: Request, name: str) -> Response:
     container = engine.inventory.container(name)
     require_running(container)
     try:
-        words = shlex.split(request.value("ps_args"))
+        words = shlex.split(request.value("ps_args") or "-ef")
     except ValueError as error:
         raise BadParameter(f"invalid ps_args: {error}") from None
-    found = parse_top(engine.nerdctl.run("top", container.real, *words).stdout.decode(errors="replace"))
+    for word in words:
+        if re.search(r"pid=[^,]", word):
+            raise BadParameter(f'specifying "{word}" is not allowed')
+    output = engine.nerdctl.program("ps").output(*words, timeout=20)
+    if output.status:
+        raise ApiError("ps: " + (output.stderr.strip().partition("\n")[0] or f"exit status {output.status}"))
+    found = parse_top(output.stdout.decode(errors="replace"), engine.containerd.list_pids(container.id))
     engine.tell(container, "top")
     return Response(200, found)
 
@@ -10925,67 +11629,112 @@ def network_prune(engine: Engine, request: Request) -> Response:
     return Response(200, {"NetworksDeleted": deleted or None})
 
 
-def rewire(engine: Engine, network: Dict[str, Any], container: Container, settings: Optional[Dict[str, Any]]) -> None:
-    """Put a container that was never started into a network (with these EndpointSettings) or out of it (None), by
-    making it anew: nerdctl has no other way. 501 for one that was started."""
-    name = network["Name"]
-    word = "connect" if settings is not None else "disconnect"
-    if was_started(container) or not container.request:
-        raise NotImplementedHere(f"nerdctl cannot {word} a container that was started (or made by others) and a "
-                                 "network: give it its networks when it is created")
-    if container.id in engine.touched:
-        raise NotImplementedHere(f"files were copied into this container, and nerdctl cannot {word} it without making "
-                                 f"it anew: {word} it first")
-    body = dict(container.request)
-    endpoints = dict(typed(typed(body.get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig"), dict,
-                           "EndpointsConfig"))
-    host = dict(typed(body.get("HostConfig"), dict, "HostConfig"))
-    # The networks it has now, by name.
-    endpoints = {each: endpoints.get(each) or endpoints.get("default") or {} for each in network_names(container)}
-    if settings is not None:
-        endpoints[name] = settings
-    else:
-        endpoints.pop(name, None)
-    host["NetworkMode"] = next(iter(endpoints), "none")
-    body.update({"HostConfig": host, "NetworkingConfig": {"EndpointsConfig": endpoints}})
-    plan = plan_container(engine, body)._replace(image=container.image)
-    make_anew(engine, container, plan, [LABEL_LATER] if LABEL_LATER in container.labels else [])
+def check_endpoint(network: Dict[str, Any], asked: Dict[str, Any]) -> None:
+    """400 with dockerd's words for EndpointSettings that a network cannot carry out."""
+    wrong, config = [], typed(asked.get("IPAMConfig"), dict, "IPAMConfig")
+    texts = {version: typed(config.get(f"IPv{version}Address"), str, f"IPv{version}Address") for version in (4, 6)}
+    if network["Name"] in ("bridge", "host", "none"):
+        wrong += ["user-specified IP address is supported on user-defined networks only"] * any(texts.values())
+        wrong += ["network-scoped aliases are only supported for user-defined networks"] * bool(
+            string_list(asked.get("Aliases"), "Aliases"))
+    for version, text in texts.items():
+        if text:
+            try:
+                address = ipaddress.ip_address(text)
+                if address.version != version or address.is_unspecified:
+                    raise ValueError
+            except ValueError:
+                raise BadParameter(f"invalid IPv{version} address: {text}") from None
+            if not any(address in ipaddress.ip_network(each["Subnet"], strict=False)
+                       for each in network["IPAM"]["Config"] or []):
+                wrong.append(f"no configured subnet contains IP address {text}")
+    string_list(asked.get("Links"), "Links")
+    typed(asked.get("GwPriority"), int, "GwPriority")
+    if not re.fullmatch("([0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5})?", typed(asked.get("MacAddress"), str, "MacAddress")):
+        raise BadParameter(f"invalid MAC address: {asked['MacAddress']}")
+    if wrong:
+        raise BadParameter("invalid endpoint settings:\n" + "\n".join(wrong))
+
+
+def check_connection(network: Dict[str, Any], container: Container) -> None:
+    """400 with dockerd's words where a container cannot have a network beside those that it has."""
+    names = network_names(container)
+    if network["Name"] == "host":
+        raise BadParameter("cannot connect container to host network - container must be created in host network mode")
+    if any(each.partition(":")[0] in ("host", "container", "ns") for each in (*names, network_mode(container))):
+        raise BadParameter("container sharing network namespace with another container or host cannot be connected to "
+                           "any other network")
+    if names and "none" in (*names, network["Name"]):
+        raise BadParameter("container cannot be connected to multiple networks with one of the networks in private "
+                           "(none) mode")
+
+
+@contextlib.contextmanager
+def rewiring(engine: Engine, body: Dict[str, Any]) -> Iterator[Tuple[Container, Dict[str, Dict[str, Any]]]]:
+    """Context of a change of the networks of the container that a request names: the container, and its networks with
+    their EndpointSettings."""
+    name = typed(body.get("Container"), str, "Container")
+    gone = ApiError(f"Container {name} is marked for removal and cannot be connected or disconnected to the network")
+    with engine.owning(name, gone) as container:
+        known = engine.inventory.networks()
+        yield container, {each: asked_endpoint(container, each, (known.get(each) or {}).get("Id") or "")
+                          for each in network_names(container)}
+    engine.hosts.refresh()
+
+
+def tell_network(engine: Engine, action: str, container: Container, network: Dict[str, Any]) -> None:
+    """Tell an event of a network that has to do with a container."""
+    engine.journal.emit("network", action, network.get("Id") or "", {
+        "container": container.id, "name": network["Name"], "type": network.get("Driver") or ""})
 
 
 @route("POST", "/networks/{id}/connect")
 def network_connect(engine: Engine, request: Request, name: str) -> Response:
-    """Put a container into a network; 501 for one that was started already, 403 for one that is in it."""
+    """Put a container into a network, whatever its state; 403 for one that runs and is in it, 400 for networks that
+    cannot be together."""
     body = request.json(required=True)
+    asked = typed(body.get("EndpointConfig"), dict, "EndpointConfig")
+    if request.version < (1, 54):
+        asked.pop("MacAddress", None)
     network = find_network(engine, name)
-    with engine.owning(typed(body.get("Container"), str, "Container")) as container:
-        if network["Name"] in engine.apart.get(container.id, ()):
-            engine.apart[container.id].discard(network["Name"])
-            if not engine.apart[container.id]:
-                del engine.apart[container.id]
+    check_endpoint(network, asked)
+    with rewiring(engine, body) as (container, endpoints):
+        if network["Name"] in endpoints:
+            if container.running:
+                raise Forbidden(f"endpoint with name {container.name} already exists in network {network['Name']}")
             return Response(200)
-        if network["Name"] in network_names(container):
-            raise Forbidden(f"endpoint with name {container.name} already exists in network {network['Name']}")
-        rewire(engine, network, container, typed(body.get("EndpointConfig"), dict, "EndpointConfig"))
-    engine.journal.emit("network", "connect", network["Id"],
-                        {"container": container.id, "name": network["Name"], "type": network["Driver"]})
+        check_connection(network, container)
+        running = container.running and network["Name"] != "none"
+        labels = attach_network(engine, container, network["Name"], asked, container.task.pid) if running else {}
+        keep_networks(engine, container, {**endpoints, network["Name"]: asked}, labels)
+    tell_network(engine, "connect", container, network)
     return Response(200)
 
 
 @route("POST", "/networks/{id}/disconnect")
 def network_disconnect(engine: Engine, request: Request, name: str) -> Response:
-    """Take a container out of a network; 501 for one that runs, 403 for one that is not in it. One that ran before
-    cannot be started any more."""
+    """Take a container out of a network, whatever its state; 500 as with dockerd for one that is not in it. With
+    `Force`, or where it does not run, the network may be gone."""
     body = request.json(required=True)
-    network = find_network(engine, name)
-    with engine.owning(typed(body.get("Container"), str, "Container")) as container:
-        if network["Name"] not in network_names(container) or network["Name"] in engine.apart.get(container.id, ()):
-            raise Forbidden(f"container {container.id} is not connected to network {network['Name']}")
-        if was_started(container) and not container.running:
-            engine.apart.setdefault(container.id, set()).add(network["Name"])
-        else:
-            rewire(engine, network, container, None)
-    engine.journal.emit("network", "disconnect", network["Id"],
-                        {"container": container.id, "name": network["Name"], "type": network["Driver"]})
+    force = typed(body.get("Force"), bool, "Force")
+    with rewiring(engine, body) as (container, endpoints):
+        try:
+            network = find_network(engine, name)
+        except NotFound:
+            if container.running and not force:
+                raise
+            network = {"Name": name}
+        if network["Name"] not in endpoints:
+            article = "" if container.running and "Id" in network else "the "
+            raise ApiError(f"container {container.id} is not connected to {article}network {network['Name']}")
+        if network["Name"] == "host":
+            raise BadParameter("cannot disconnect container from host network - container was created in host network "
+                               "mode")
+        del endpoints[network["Name"]]
+        running = container.running and "Id" in network and network["Name"] != "none"
+        labels = detach_network(engine, container, network["Name"]) if running else {}
+        keep_networks(engine, container, endpoints, labels)
+    tell_network(engine, "disconnect", container, network)
     return Response(200)
 
 
@@ -11166,7 +11915,7 @@ def disk_usage_containers(engine: Engine, request: Request) -> List[Dict[str, An
         image_id = images[container.image].target.digest if container.image in images else ""
         row = docker_container_row(container, image_id, docker_networks(container, networks), time.time(),
                                    request.version)
-        row["SizeRw"], row["SizeRootFs"] = sizes.get(container.real, (0, 0))
+        row["SizeRw"], row["SizeRootFs"] = sizes.get(container.id, (0, 0))
         rows.append(row)
     return rows
 

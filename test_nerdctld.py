@@ -10,7 +10,6 @@ kills one under load, `--both N` changes a namespace from both sides, `--load SE
 import argparse
 import ast
 import atexit
-import termios
 import lzma
 import gzip
 import fcntl
@@ -24,6 +23,7 @@ import random
 import base64
 import bisect
 import contextlib
+import errno
 import hashlib
 import http.client
 import http.server
@@ -34,6 +34,7 @@ import marshal
 import os
 import pathlib
 import py_compile
+import queue
 import re
 import shlex
 import shutil
@@ -329,9 +330,11 @@ class FakeConnection:
 
     def end(self, stream, code=0, message=""):
         """Send the trailers, as containerd words them: the name of the status in Huffman's code."""
-        text = urllib.parse.quote(message, safe=" :/\"'").encode()[:126]
+        text = urllib.parse.quote(message, safe=" :/\"'").encode()[:16384]
         trailers = b"\x40\x88\x9a\xca\xc8\xb2\x12\x34\xda\x8f" + bytes([len(str(code))]) + str(code).encode()
-        trailers += b"\x00\x0cgrpc-message" + bytes([len(text)]) + text if code else b""
+        # A length of HPACK has seven bits in its first byte.
+        size = bytes([len(text)]) if len(text) < 127 else b"\x7f" + nerdctld.encode_varint(len(text) - 127)
+        trailers += b"\x00\x0cgrpc-message" + size + text if code else b""
         self.sock.sendall(self.frame(1, 5, stream, trailers))
 
 
@@ -353,10 +356,159 @@ def timestamp(nanoseconds):
     return message((1, nanoseconds // 10**9), (2, nanoseconds % 10**9)) if nanoseconds else b""
 
 
+class FakeLog(io.RawIOBase):
+    """What a logging program does with one stream of a process: nerdctl's json-file."""
+
+    def __init__(self, path, stream):
+        super().__init__()
+        self.path, self.stream, self.rest = path, stream, b""
+
+    def write(self, data):
+        """Log the lines that are whole by now; nothing where there is no folder for it."""
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        self.log(*(each + b"\n" for each in lines))
+        return len(data)
+
+    def log(self, *lines):
+        """Append these lines."""
+        moment = time.time_ns()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment // 10**9)) + f".{moment % 10**9:09}Z"
+        with contextlib.suppress(OSError), open(self.path, "a") as file:
+            file.writelines(json.dumps({"log": each.decode(errors="replace"), "stream": self.stream, "time": stamp}) + "\n" for each in lines)
+
+    def close(self):
+        """Log what has no end of line."""
+        if not self.closed and self.rest:
+            self.log(self.rest)
+        super().close()
+
+
+class FakeProcess:
+    """A container's process, or with an exec's id that of an exec, as the program that stands for it sees it: `args` and `spec` of the
+    OCI process, `stdin` (None for none), `stdout` and `stderr`, `terminal`, `size` (height and width as last set), `signals`, a queue."""
+
+    # These do not end who has not asked for them.
+    IGNORED = (0, signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH)
+
+    def __init__(self, fake, key, streams=nerdctld.TaskStreams(), spec=None):
+        self.fake, self.key, self.streams, self.spec = fake, key, streams, spec or {}
+        self.args, self.terminal, self.size, self.signals = tuple(self.spec.get("args") or ()), streams.terminal, None, queue.Queue()
+        self.program = self.stdin = self.stdout = self.stderr = self.held = None
+        # What is open for it: its own files, and the other ends of FIFOs. Who is told of its end.
+        self.files, self.kept, self.waiters, self.ended = [], [], [], False
+
+    def wait_signal(self):
+        """The next signal that comes."""
+        return self.signals.get()
+
+    def open(self):
+        """Open its streams as a shim does, which holds both ends of each FIFO: who comes and goes at the other does not matter."""
+        try:
+            if self.streams.stdin:
+                self.stdin = os.fdopen(os.open(self.streams.stdin, os.O_RDONLY | os.O_NONBLOCK), "rb")
+                os.set_blocking(self.stdin.fileno(), True)
+                self.held = os.open(self.streams.stdin, os.O_WRONLY | os.O_NONBLOCK)
+                self.files.append(self.stdin)
+            self.stdout = self.output(self.streams.stdout, "stdout")
+            self.stderr = self.stdout if self.terminal else self.output(self.streams.stderr, "stderr")
+        except OSError as error:
+            self.cut()
+            raise nerdctld.GrpcError(2, f"failed to start io pipe copy: unable to copy pipes: containerd-shim: opening fifo failed: {error}") from None
+
+    def output(self, path, name):
+        """One of its output streams; it waits for a FIFO to be opened for reading."""
+        if path.startswith("binary://"):
+            record = self.fake.containers[self.key[0]]
+            file = FakeLog(os.path.join(record.labels.get("nerdctl/state-dir", "/nosuch"), record.id + "-json.log"), name)
+        else:
+            path = path or os.devnull
+            number = until(lambda: self.open_writer(path))
+            if number is None:
+                raise TimeoutError(f"nobody reads {path}")
+            file = open(number, "wb", buffering=0)
+            self.kept.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        self.files.append(file)
+        return file
+
+    @staticmethod
+    def open_writer(path):
+        """A descriptor to write to a FIFO with, None where nobody reads it."""
+        try:
+            number = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            raise
+        os.set_blocking(number, True)
+        return number
+
+    def cut(self):
+        """Take its streams away, also from a program that is in the middle of using them."""
+        with self.fake.lock:
+            self.ended = True
+            self.close_stdin()
+            null = os.open(os.devnull, os.O_RDWR)
+            for each in self.files:
+                if isinstance(each, FakeLog):
+                    each.close()
+                elif not each.closed:
+                    os.dup2(null, each.fileno())
+            for each in (null, *self.kept):
+                os.close(each)
+            self.kept = []
+            if not self.program:
+                self.close()
+        self.signals.put(signal.SIGKILL)
+
+    def close(self):
+        """Close its files, which only the program's own thread may do."""
+        for each in self.files:
+            each.close()
+
+    def close_stdin(self):
+        """Let it find the end of its input when all others have closed the FIFO too."""
+        if self.held is not None:
+            os.close(self.held)
+            self.held = None
+
+    def run(self):
+        """Be the program."""
+        status = 255
+        try:
+            status = self.program(self)
+        except (OSError, ValueError):
+            # A program that was ended has no streams any more.
+            if not self.ended:
+                raise
+        finally:
+            self.end(status or 0)
+            self.close()
+
+    def end(self, status):
+        """It ends, if it has not ended, and with a container's all that run in it."""
+        with self.fake.lock:
+            if self.ended:
+                return
+            identity, exec_id = self.key
+            for each in [each for key, each in self.fake.processes.items() if key[0] == identity and key[1] and not exec_id]:
+                if self.fake.execs[each.key].status == "running":
+                    each.end(137)
+            self.cut()
+            record = self.fake.record(self.key, status="stopped", exit_status=status, exited_at=time.time_ns())
+            self.fake.tell("/tasks/exit", container_id=identity, id=exec_id or identity, pid=record.pid, exit_status=status)
+            for connection, stream in self.waiters:
+                with contextlib.suppress(OSError):
+                    connection.begin(stream)
+                    connection.send(stream, self.fake.ended(record))
+                    connection.end(stream)
+
+
 class FakeContainerd:
     """containerd's services as far as they are called, over gRPC on a unix socket, from what its attributes hold. `before`
     and `after` (method -> function) are called when a call has come, and when its answer has been made up: they may wait, or
-    raise GrpcError or HangUp."""
+    raise GrpcError or HangUp. A container or an exec runs what `programs` has for its id, or for its arguments as a tuple: a function
+    of its FakeProcess that returns the exit status. A container without one waits for a signal, an exec ends at once. `refuse`
+    (the same keys) has what runc says of one that it cannot run."""
 
     def __init__(self, folder, namespace="default"):
         self.path, self.namespace = str(folder / "containerd.sock"), namespace
@@ -366,6 +518,8 @@ class FakeContainerd:
         self.mounts = {}
         self.version, self.uuid = ("v2.3.1", ""), "16f7ae04-a9a5-49b1-9999-0f05f4c7cfab"
         self.before, self.after = {}, {}
+        # (id, "" or the exec's id) -> process; of the execs also their records.
+        self.processes, self.execs, self.programs, self.refuse, self.pids = {}, {}, {}, {}, itertools.count(4243)
         # How often each method was called; what was asked of it last.
         self.calls, self.asked = collections.Counter(), {}
         self.subscribers, self.connections = [], set()
@@ -390,6 +544,12 @@ class FakeContainerd:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
         assert until(lambda: not self.connections)
+
+    def close(self):
+        """End, and all that runs."""
+        self.stop_serving()
+        for each in list(self.processes.values()):
+            each.cut()
 
     def accept(self, listener):
         """Take connections until the listener is closed."""
@@ -421,14 +581,16 @@ class FakeContainerd:
             self.asked[method] = asked
         try:
             self.before.get(method, lambda: None)()
-            with self.lock:
-                found = self.subscribe(connection, stream) if method == "Events/Subscribe" else self.found(method, namespace, asked)
+            # Create and Start wait for a client to open the FIFOs.
+            with contextlib.nullcontext() if method in ("Tasks/Create", "Tasks/Start") else self.lock:
+                found = (self.subscribe(connection, stream) if method == "Events/Subscribe" else
+                         self.wait(connection, stream, asked) if method == "Tasks/Wait" else self.found(method, namespace, asked))
             self.after.get(method, lambda: None)()
         except nerdctld.GrpcError as error:
             connection.begin(stream)
             connection.end(stream, error.code, error.message)
             return
-        if method != "Events/Subscribe":
+        if found is not None:
             connection.begin(stream)
             for each in found:
                 connection.send(stream, each)
@@ -442,7 +604,7 @@ class FakeContainerd:
     def found(self, method, namespace, asked):
         """The messages of the answer to a call."""
         ours = namespace == self.namespace
-        text = {number: bytes(value).decode() for number, value in asked.items() if not isinstance(value, int)}
+        text = {number: bytes(value).decode(errors="replace") for number, value in asked.items() if not isinstance(value, int)}
         if method in ("Version/Version", "Introspection/Server"):
             return [message(*enumerate(self.version, 1)) if method == "Version/Version" else message((1, self.uuid))]
         if method == "Snapshots/Mounts":
@@ -462,13 +624,17 @@ class FakeContainerd:
                          "Images": (self.images, self.encode_image)}.get(service, ({}, None))
         if verb == "List" and encode:
             return [b"".join(message((1, encode(name))) for name in table if ours)]
+        if method == "Tasks/Get" and 2 in text:
+            self.process(text[1], text[2])
+            return [message((1, self.encode_task(text[1], text[2])))]
         if verb == "Get" and encode:
             self.known(table if ours else {}, text[1], {"Containers": f'container "{text[1]}" in namespace "{namespace}": not found',
                                                         "Images": f'image "{text[1]}": not found'}.get(service, f"process {text[1]}: not found"))
             return [message((1, encode(text[1])))]
-        if method == "Tasks/CloseIO":
-            self.known(self.tasks, text[1], f"task {text[1]} not found: not found")
-            return [b""]
+        if service == "Tasks" and ours and hasattr(self, "task_" + verb.lower()):
+            return [getattr(self, "task_" + verb.lower())(asked, text)]
+        if method == "Containers/Update":
+            return [self.update(nerdctld.parse_container(asked[1]), [bytes(each.value).decode() for each in nerdctld.decode_fields(asked[2])])]
         raise nerdctld.GrpcError(12, f"unknown method {method}")
 
     @staticmethod
@@ -478,6 +644,185 @@ class FakeContainerd:
             raise nerdctld.GrpcError(5, words)
         return table[key]
 
+    def update(self, given, paths):
+        """Change a container's labels and spec as far as the paths of a mask say; a label without a value is none."""
+        record = self.known(self.containers, given.id, f'container "{given.id}": not found')
+        labels = dict(record.labels)
+        for path in paths:
+            kind, _, key = path.partition(".")
+            if path == "spec":
+                record = record._replace(spec=given.spec)
+            elif kind == "labels" and key:
+                labels[key] = given.labels.get(key, "")
+            else:
+                raise nerdctld.GrpcError(3, f'cannot update "{path}" field on container "{given.id}": invalid argument')
+        self.containers[given.id] = record._replace(labels={key: value for key, value in labels.items() if value})
+        self.tell("/containers/update", id=given.id, image=record.image)
+        return b""
+
+    def process(self, identity, exec_id=""):
+        """The process of a task, or an exec in it; the error of containerd where there is none."""
+        self.known(self.tasks, identity, f"task {identity} not found")
+        if not exec_id and (identity, "") not in self.processes:
+            # Of one that somebody else has started nothing is known but its record.
+            self.processes[identity, ""] = FakeProcess(self, (identity, ""))
+            self.processes[identity, ""].ended = self.tasks[identity].status == "stopped"
+        return self.known(self.processes, (identity, exec_id), f"process does not exist {exec_id}: not found")
+
+    def record(self, key, **changes):
+        """The record of a process, after these changes."""
+        table, name = (self.execs, key) if key[1] else (self.tasks, key[0])
+        table[name] = table[name]._replace(**changes)
+        return table[name]
+
+    def wait(self, connection, stream, asked):
+        """The answer to Wait, None while the process runs: it is sent when it ends."""
+        process = self.process(*(bytes(asked.get(number, b"")).decode() for number in (1, 2)))
+        if process.ended:
+            return [self.ended(self.record(process.key))]
+        process.waiters.append((connection, stream))
+        return None
+
+    @staticmethod
+    def ended(record):
+        """What Wait answers."""
+        return message((1, record.exit_status), (2, timestamp(record.exited_at)))
+
+    @staticmethod
+    def refuses(words, code=2):
+        """Fail with an error of the shim's, if there is one."""
+        if words:
+            raise nerdctld.GrpcError(code, words)
+
+    def task_create(self, asked, text):
+        """Make the process of a container."""
+        identity = text[1]
+        record = self.known(self.containers, identity, f'container "{identity}" in namespace "{self.namespace}": not found')
+        self.refuses(identity in self.tasks and f"task {identity}: already exists", 6)
+        streams = nerdctld.TaskStreams(*(text.get(number, "") for number in (4, 5, 6)), bool(asked.get(7)))
+        process = FakeProcess(self, (identity, ""), streams, json.loads(record.spec or b"{}").get("process"))
+        # runc fails before the shim opens FIFOs.
+        self.refuses(self.refuse.get(identity) or self.refuse.get(process.args))
+        process.open()
+        pid = next(self.pids)
+        with self.lock:
+            self.tasks[identity] = nerdctld.TaskRecord(pid, "created", 0, 0, streams.stdin, streams.stdout)
+            self.processes[identity, ""] = process
+            self.tell("/tasks/create", container_id=identity, pid=pid)
+        return message((1, identity), (2, pid))
+
+    def task_start(self, asked, text):
+        """Start a process that was made, or an exec that was added."""
+        key = text[1], text.get(2, "")
+        process = self.process(*key)
+        status = self.record(key).status
+        self.refuses(status != "created" and f"cannot start a {status} process")
+        if key[1]:
+            refused = self.refuse.get(process.args)
+            if refused:
+                process.ended = True
+            self.refuses(refused)
+            process.open()
+            self.record(key, pid=next(self.pids))
+        with self.lock:
+            pid = self.record(key, status="running").pid
+            if key[1]:
+                self.tell("/tasks/exec-started", container_id=key[0], exec_id=key[1])
+            else:
+                self.tell("/tasks/start", container_id=key[0], pid=pid)
+            process.program = self.programs.get(process.args, None if key[1] else self.programs.get(key[0]))
+            if process.program:
+                threading.Thread(target=process.run, daemon=True).start()
+            elif key[1]:
+                process.end(0)
+        return message((1, pid))
+
+    def task_exec(self, asked, text):
+        """Add an exec to a container that runs."""
+        key = text[1], text[7]
+        self.process(text[1])
+        status = self.tasks[text[1]].status
+        self.refuses(status not in ("created", "running") and f"cannot exec in a {status} state")
+        self.refuses(key in self.processes and f"id {text[7]}: already exists", 6)
+        streams = nerdctld.TaskStreams(*(text.get(number, "") for number in (2, 3, 4)), bool(asked.get(5)))
+        self.processes[key] = FakeProcess(self, key, streams, json.loads(bytes(nerdctld.read_message(asked[6])[2])))
+        self.execs[key] = nerdctld.TaskRecord(0, "created", 0, 0, streams.stdin, streams.stdout)
+        self.tell("/tasks/exec-added", container_id=text[1], exec_id=text[7])
+        return b""
+
+    def task_kill(self, asked, text):
+        """Send a signal to a process."""
+        process, number = self.process(text[1], text.get(2, "")), asked.get(3, 0)
+        status = self.record(process.key).status
+        self.refuses(status == "stopped" and "process already finished: not found", 5)
+        self.refuses(status == "created" and process.key[1] and "process not created: failed precondition", 9)
+        if number == signal.SIGKILL or not process.program and number not in process.IGNORED:
+            process.end(128 + number)
+        elif number:
+            process.signals.put(number)
+        return b""
+
+    def task_pause(self, asked, text):
+        """Freeze a container."""
+        self.process(text[1])
+        status = self.tasks[text[1]].status
+        self.refuses(status != "running" and ("cannot pause task in created state" if status == "created" else f"cannot pause a {status} container"))
+        self.pause(text[1])
+        return b""
+
+    def task_resume(self, asked, text):
+        """Let a container go on."""
+        self.process(text[1])
+        status = self.tasks[text[1]].status
+        self.refuses(status != "paused" and ("cannot resume a stopped container" if status == "stopped" else f"cannot resume a {status} process"))
+        self.pause(text[1], False)
+        return b""
+
+    def task_resizepty(self, asked, text):
+        """Set the size of a terminal."""
+        self.process(text[1], text.get(2, "")).size = asked.get(4, 0), asked.get(3, 0)
+        return b""
+
+    def task_closeio(self, asked, text):
+        """Close the shim's own end of a process's input."""
+        self.process(text[1], text.get(2, "")).close_stdin()
+        return b""
+
+    def task_listpids(self, asked, text):
+        """The processes of a container."""
+        self.process(text[1])
+        records = [self.tasks[text[1]], *(each for key, each in self.execs.items() if key[0] == text[1])]
+        return b"".join(message((1, message((1, each.pid)))) for each in records if each.status in ("running", "paused"))
+
+    def task_delete(self, asked, text):
+        """Take a task away that does not run."""
+        self.process(text[1])
+        record = self.tasks[text[1]]
+        self.refuses(record.status in ("running", "paused") and f"failed to delete task: cannot delete a {record.status} process")
+        self.forget(text[1])
+        self.tell("/tasks/delete", container_id=text[1], pid=record.pid, exit_status=record.exit_status)
+        if record.status == "created":
+            # Mostly so, and after the deletion: the runtime kills what waits to be started.
+            self.tell("/tasks/exit", container_id=text[1], id=text[1], pid=record.pid, exit_status=137)
+        return message((1, text[1]), (2, record.pid), (3, record.exit_status), (4, timestamp(record.exited_at)))
+
+    def task_deleteprocess(self, asked, text):
+        """Take an exec away that does not run."""
+        key = text[1], text[2]
+        self.process(*key)
+        record = self.execs[key]
+        self.refuses(record.status == "running" and "cannot delete a running process")
+        self.processes.pop(key).cut()
+        del self.execs[key]
+        return message((1, text[2]), (2, record.pid), (3, record.exit_status), (4, timestamp(record.exited_at)))
+
+    def forget(self, identity):
+        """A container's task is no more, nor what runs in it."""
+        self.tasks.pop(identity, None)
+        for key in [key for key in self.processes if key[0] == identity]:
+            self.processes.pop(key).cut()
+            self.execs.pop(key, None)
+
     def encode_container(self, identity):
         """A containers.v1.Container."""
         each = self.containers[identity]
@@ -485,11 +830,11 @@ class FakeContainerd:
                        (5, message((1, "types.containerd.io/opencontainers/runtime-spec/1/Spec"), (2, each.spec))), (6, each.snapshotter),
                        (7, each.snapshot_key), (8, timestamp(each.created_at)), (9, timestamp(each.created_at)))
 
-    def encode_task(self, identity):
+    def encode_task(self, identity, exec_id=""):
         """A types.task.Process."""
-        each = self.tasks[identity]
+        each = self.record((identity, exec_id))
         number = {text: number for number, text in nerdctld.TASK_STATES.items()}[each.status]
-        return message((2, identity), (3, each.pid), (4, number), (5, each.stdin), (9, each.exit_status), (10, timestamp(each.exited_at)))
+        return message((2, exec_id or identity), (3, each.pid), (4, number), (5, each.stdin), (6, each.stdout), (9, each.exit_status), (10, timestamp(each.exited_at)))
 
     def encode_image(self, name):
         """An images.v1.Image."""
@@ -511,6 +856,7 @@ class FakeContainerd:
         """A new container."""
         self.containers[identity] = nerdctld.ContainerRecord(
             identity, dict(labels or {}), image, "io.containerd.runc.v2", json.dumps(spec or {}).encode(), "overlayfs", identity, created_at)
+        self.mounts.setdefault(("overlayfs", identity), [])
         self.tell("/containers/create", id=identity, image=image)
 
     def label(self, identity, **labels):
@@ -522,6 +868,7 @@ class FakeContainerd:
 
     def start(self, identity, pid=4242, stdin=""):
         """A container is started."""
+        self.forget(identity)
         self.tasks[identity] = nerdctld.TaskRecord(pid, "created", 0, 0, stdin)
         self.tell("/tasks/create", container_id=identity, pid=pid)
         self.tasks[identity] = self.tasks[identity]._replace(status="running")
@@ -534,13 +881,16 @@ class FakeContainerd:
 
     def exit(self, identity, status=0, process=""):
         """A container ends, or with its name an exec in it."""
-        if not process and identity in self.tasks:
-            self.tasks[identity] = self.tasks[identity]._replace(pid=0, status="stopped", exit_status=status, exited_at=time.time_ns())
-        self.tell("/tasks/exit", container_id=identity, id=process or identity, exit_status=status)
+        with self.lock:
+            if identity in self.tasks and (not process or (identity, process) in self.processes) and not self.process(identity, process).ended:
+                self.processes[identity, process].end(status)
+            else:
+                self.tell("/tasks/exit", container_id=identity, id=process or identity, exit_status=status)
 
     def delete(self, identity):
         """A container is removed."""
-        if self.tasks.pop(identity, None):
+        if identity in self.tasks:
+            self.forget(identity)
             self.tell("/tasks/delete", container_id=identity)
         self.containers.pop(identity, None)
         self.tell("/containers/delete", id=identity)
@@ -660,7 +1010,7 @@ def fake(tmp_path):
     """A fake containerd with nothing in it."""
     found = FakeContainerd(tmp_path)
     yield found
-    found.stop_serving()
+    found.close()
 
 
 @pytest.fixture
@@ -2870,6 +3220,240 @@ class TestGrpc:
 
 
 ###############################################################################
+# containerd
+###############################################################################
+
+
+def fifo_streams(folder, names=("stdin", "stdout", "stderr"), terminal=False):
+    """Streams by FIFOs of these names, those of output opened for reading: the streams, and the descriptors."""
+    folder = pathlib.Path(tempfile.mkdtemp(dir=folder))
+    for name in names:
+        os.mkfifo(folder / name)
+    streams = nerdctld.TaskStreams(*(str(folder / name) if name in names else "" for name in ("stdin", "stdout", "stderr")), terminal)
+    return streams, [os.open(path, os.O_RDONLY | os.O_NONBLOCK) for path in streams[1:3] if path]
+
+
+def read_fifo(number, size=1 << 20, seconds=10):
+    """What comes from a FIFO up to its end, or to this many bytes."""
+    found = b""
+    while len(found) < size:
+        # Before the first writer it is at no end yet, which only polling tells.
+        poll = select.poll()
+        poll.register(number, select.POLLIN)
+        assert poll.poll(seconds * 1000), f"nothing after {found}"
+        data = os.read(number, size - len(found))
+        if not data:
+            break
+        found += data
+    return found
+
+
+class ToldTopics:
+    """The events of a containerd about one container, as they come."""
+
+    def __init__(self, containerd, identity):
+        self.sock, self.found = containerd.dial(), []
+        messages = containerd.events(self.sock)
+        self.thread = threading.Thread(target=self.listen, args=(containerd.namespace, identity, messages), daemon=True)
+        self.thread.start()
+
+    def listen(self, namespace, identity, messages):
+        """Note each event."""
+        with contextlib.suppress(nerdctld.ApiError):
+            for each in messages:
+                event = nerdctld.parse_event(each, namespace)
+                if event and event.container == identity:
+                    self.found.append((event.topic, event.payload.get("id", event.payload.get("exec_id")), event.payload.get("exit_status", 0)))
+
+    def close(self):
+        """Listen no more."""
+        self.sock.shutdown(socket.SHUT_RDWR)
+        self.thread.join(10)
+        self.sock.close()
+
+
+# What `whole_life` runs in a container and in it.
+LINES, TERMINAL, MISSING = ("sh", "-c", "read x; echo got $x; echo err >&2; cat; exit 3"), ("sh", "-c", "stty size; read x; exit 4"), ("/nosuch",)
+FOREVER = ("sleep", "1000")
+
+
+def refusal(call, *words, **options):
+    """The kind and words of the error that a call raises."""
+    with pytest.raises(nerdctld.ApiError) as caught:
+        call(*words, **options)
+    return type(caught.value).__name__, str(caught.value)
+
+
+def whole_life(containerd, identity, folder, told):
+    """A container that runs LINES from its creation to its end; what a real containerd and the fake have to agree in."""
+    record = containerd.get_container(identity)
+    containerd.update_container(identity, {"tst/a": "1", "tst/b.c": "2", "tst/d": "3"})
+    containerd.update_container(identity, {"tst/a": "", "tst/d": "4"}, record.spec)
+    now = containerd.get_container(identity)
+    assert now == record._replace(labels={**record.labels, "tst/b.c": "2", "tst/d": "4"})
+    assert refusal(containerd.update_container, "nosuch", {"a": "b"}) == ("NotFound", 'container "nosuch": not found')
+    missing = ("NotFound", f"task {identity} not found")
+    assert [refusal(each, identity) for each in (containerd.start_task, containerd.delete_task, containerd.pause_task, containerd.wait_process,
+                                                 containerd.close_stdin)] == [missing] * 5
+    streams, (out, err) = fifo_streams(folder)
+    assert containerd.get_task(identity) is None
+    pid = containerd.create_task(record, streams)
+    assert refusal(containerd.create_task, record, nerdctld.TaskStreams()) == ("Conflict", f"task {identity}: already exists")
+    assert containerd.get_task(identity) == containerd.list_tasks()[identity] == nerdctld.TaskRecord(pid, "created", 0, 0, streams.stdin, streams.stdout)
+    assert containerd.start_task(identity) == pid and containerd.get_task(identity).status == "running"
+    # Not started once more: the shim refuses that, but from then on tells each end twice.
+    assert refusal(containerd.delete_task, identity) == ("ApiError", "failed to delete task: cannot delete a running process")
+    # Neither does a writer that goes end the input, nor CloseIO while there is one.
+    for line in (b"one\n", b"two\n"):
+        stdin = os.open(streams.stdin, os.O_WRONLY)
+        os.write(stdin, line)
+        if line == b"one\n":
+            os.close(stdin)
+            assert read_fifo(out, 8) == b"got one\n" and read_fifo(err, 4) == b"err\n"
+    containerd.close_stdin(identity)
+    os.write(stdin, b"three")
+    assert read_fifo(out, 9) == b"two\nthree"
+    waiting, statuses = threading.Thread(target=lambda: statuses.append(containerd.wait_process(identity))), []
+    waiting.start()
+    os.close(stdin)
+    assert read_fifo(out) == read_fifo(err) == b""
+    waiting.join(10)
+    assert statuses == [3] == [containerd.wait_process(identity)] and until(lambda: told.found and told.found[-1] == ("/tasks/exit", identity, 3))
+    task = containerd.get_task(identity)
+    assert (task.pid, task.status, task.exit_status) == (pid, "stopped", 3) and task.exited_at
+    assert refusal(containerd.kill_task, identity, 15) == ("NotFound", "process already finished: not found")
+    assert [refusal(each, identity)[1] for each in (containerd.start_task, containerd.pause_task, containerd.resume_task)] == [
+        "cannot start a stopped process", "cannot pause a stopped container", "cannot resume a stopped container"]
+    containerd.close_stdin(identity)
+    containerd.delete_task(identity)
+    assert containerd.get_task(identity) is None and refusal(containerd.wait_process, identity) == missing
+    # Made, but not started.
+    containerd.create_task(record, nerdctld.TaskStreams())
+    containerd.delete_task(identity)
+    # What had only been made may be told to have been killed, or not, before its deletion or after it.
+    topics = "create start exit delete create delete".split()
+    assert until(lambda: [topic[7:] for topic, _, status in list(told.found) if topic.startswith("/tasks/") and status != 137 or topic == "/tasks/delete"] == topics)
+
+
+def life_of_execs(containerd, identity, folder, told):
+    """Commands in a container that runs FOREVER; as whole_life."""
+    containerd.create_task(containerd.get_container(identity), nerdctld.TaskStreams())
+    containerd.start_task(identity)
+
+    def process(args, terminal=False):
+        return {"args": list(args), "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}, "terminal": terminal}
+
+    streams, (out, err) = fifo_streams(folder)
+    containerd.add_exec(identity, "one", process(LINES), streams)
+    assert refusal(containerd.add_exec, identity, "one", process(LINES), streams) == ("Conflict", "id one: already exists")
+    assert refusal(containerd.kill_task, identity, 9, "one") == ("Conflict", "process not created: failed precondition")
+    assert containerd.start_task(identity, "one") != containerd.get_task(identity).pid
+    assert refusal(containerd.delete_exec, identity, "one") == ("ApiError", "cannot delete a running process")
+    stdin = os.open(streams.stdin, os.O_WRONLY)
+    os.write(stdin, b"one\ntwo")
+    os.close(stdin)
+    containerd.close_stdin(identity, "one")
+    assert (read_fifo(out), read_fifo(err), containerd.wait_process(identity, "one")) == (b"got one\ntwo", b"err\n", 3)
+    assert refusal(containerd.kill_task, identity, 15, "one") == ("NotFound", "process already finished: not found")
+    assert containerd.delete_exec(identity, "one") == 3
+    gone = ("NotFound", "process does not exist one: not found")
+    assert [refusal(each, identity, exec_id="one") for each in (containerd.start_task, containerd.delete_exec, containerd.wait_process)] == [gone] * 3
+    # A command that there is not: nobody opens the FIFOs then.
+    streams, numbers = fifo_streams(folder)
+    containerd.add_exec(identity, "two", process(MISSING), streams)
+    kind, words = refusal(containerd.start_task, identity, "two")
+    assert kind == "ApiError" and words.startswith('OCI runtime exec failed: exec failed: unable to start container process: exec: "/nosuch"')
+    assert containerd.wait_process(identity, "two") == containerd.delete_exec(identity, "two") == 0
+    # A container that is paused.
+    containerd.pause_task(identity)
+    assert containerd.get_task(identity).status == "paused" and refusal(containerd.pause_task, identity)[1] == "cannot pause a paused container"
+    assert refusal(containerd.add_exec, identity, "e", process(LINES), nerdctld.TaskStreams())[1] == "cannot exec in a paused state"
+    containerd.resume_task(identity)
+    assert refusal(containerd.resume_task, identity)[1] == "cannot resume a running process"
+    # A terminal; a signal; the end of the container.
+    streams, numbers = fifo_streams(folder, ("stdin", "stdout"), True)
+    containerd.add_exec(identity, "three", process(TERMINAL, True), streams)
+    containerd.start_task(identity, "three")
+    containerd.resize_terminal(identity, 25, 80, "three")
+    stdin = os.open(streams.stdin, os.O_WRONLY)
+    os.write(stdin, b"\n")
+    assert containerd.wait_process(identity, "three") == 4 == containerd.delete_exec(identity, "three")
+    os.close(stdin)
+    for name, number in (("four", 15), ("five", 9), ("six", 0)):
+        containerd.add_exec(identity, name, process(FOREVER), nerdctld.TaskStreams())
+        containerd.start_task(identity, name)
+        containerd.kill_task(identity, number, name)
+        if number:
+            assert containerd.wait_process(identity, name) == 128 + number == containerd.delete_exec(identity, name)
+    containerd.kill_task(identity, 9)
+    assert containerd.wait_process(identity, "six") == containerd.wait_process(identity) == 137
+    containerd.delete_task(identity)
+    assert until(lambda: told.found[-1][0] == "/tasks/delete")
+    assert [each for each in told.found if each[0].startswith("/tasks/ex")] == [
+        *((f"/tasks/{topic}", name, status) for name, status in (("one", 3), ("two", 0), ("three", 4), ("four", 143), ("five", 137), ("six", 137))
+          for topic, status in (("exec-added", 0), ("exec-started", 0), ("exit", status)) if name != "two" or topic == "exec-added"),
+        ("/tasks/exit", identity, 137)]
+
+
+def lines_program(process):
+    """What LINES does."""
+    process.stdout.write(b"got " + process.stdin.readline())
+    process.stderr.write(b"err\n")
+    for data in iter(process.stdin.read1, b""):
+        process.stdout.write(data)
+    return 3
+
+
+class TestContainerd:
+    """The client of containerd's services, over a fake that does what the real one does: TestLiveContainers has the same bodies."""
+
+    @pytest.fixture
+    def containerd(self, fake):
+        """The client."""
+        return nerdctld.Containerd(fake.path)
+
+    @pytest.mark.parametrize("args, body", [(LINES, whole_life), (FOREVER, life_of_execs)], ids=["container", "execs"])
+    def test_the_life_of_a_task(self, fake, containerd, tmp_path, args, body):
+        fake.create(ID, {"nerdctl/name": "x"}, spec={"process": {"args": list(args)}})
+        fake.programs[LINES] = lines_program
+        fake.programs[TERMINAL] = lambda process: process.stdin.readline() and 4
+        fake.programs[FOREVER] = lambda process: 128 + process.wait_signal()
+        fake.refuse[MISSING] = 'OCI runtime exec failed: exec failed: unable to start container process: exec: "/nosuch": stat /nosuch: no such file or directory'
+        with contextlib.closing(ToldTopics(containerd, ID)) as told:
+            body(containerd, ID, tmp_path, told)
+
+    def test_what_the_fake_does_by_itself(self, fake, containerd, tmp_path):
+        """Logs, ends that others bring about, and programs that are ended in the middle of something."""
+        fake.create(ID, {"nerdctl/state-dir": str(tmp_path)}, spec={"process": {"args": ["x"]}})
+        fake.programs[ID] = lambda process: process.stdout.write(b"one\ntwo") and process.stderr.write(b"err\n") and process.wait_signal()
+        containerd.create_task(containerd.get_container(ID), nerdctld.TaskStreams("", "binary:///x", "binary:///x"))
+        containerd.start_task(ID)
+        assert until(lambda: fake.processes[ID, ""].stderr.rest == b"" and (tmp_path / f"{ID}-json.log").exists())
+        containerd.kill_task(ID, 15)
+        assert containerd.wait_process(ID) == 15
+        lines = [json.loads(each) for each in (tmp_path / f"{ID}-json.log").read_text().splitlines()]
+        assert [(each["stream"], each["log"]) for each in lines] == [("stdout", "one\n"), ("stderr", "err\n"), ("stdout", "two")]
+        containerd.delete_task(ID)
+        streams, (out, err) = fifo_streams(tmp_path)
+        fake.programs[ID] = lambda process: process.stdout.write(bytes(1 << 20))
+        containerd.create_task(containerd.get_container(ID), streams)
+        containerd.start_task(ID)
+        assert len(read_fifo(out, 1000)) == 1000
+        fake.exit(ID, 5)
+        assert containerd.wait_process(ID) == 5 and read_fifo(err) == b"" and len(read_fifo(out, 2 << 20)) < (1 << 20)
+        fake.start(ID)
+        containerd.add_exec(ID, "e", {"args": ["true"]}, nerdctld.TaskStreams())
+        containerd.start_task(ID, "e")
+        containerd.kill_task(ID, signal.SIGWINCH)
+        assert containerd.wait_process(ID, "e") == 0 and containerd.get_task(ID).status == "running"
+        containerd.kill_task(ID, 15)
+        assert containerd.wait_process(ID) == 143
+        fake.refuse[ID] = 'exec: "x": executable file not found in $PATH'
+        containerd.delete_task(ID)
+        assert refusal(containerd.create_task, containerd.get_container(ID), streams) == ("ApiError", fake.refuse[ID]) and not fake.tasks
+
+
+###############################################################################
 # Events
 ###############################################################################
 
@@ -2893,6 +3477,14 @@ def envelopes():
 
 
 class TestEvents:
+    def test_a_subscription_that_breaks_while_it_is_looked_at(self):
+        feed = nerdctld.EventFeed(nerdctld.Containerd("/nosuch"), lambda event: None)
+        near, far = socket.socketpair()
+        with near, far:
+            feed.socket, feed.live_from = nerdctld.EventSocket(near), 0.0
+            assert feed.settle()
+        assert not feed.settle()
+
     def test_recorded_envelopes(self):
         events = [each for each in (nerdctld.parse_event(each, "ns") for each in envelopes()) if each]
         assert [each.topic for each in events if each.container == ID] == [
@@ -2957,11 +3549,11 @@ class TestEvents:
     def test_events_that_were_kept_while_nobody_listened(self, furnished, fake):
         follow(furnished, fake)
         there, gone = (furnished.inventory.container(name) for name in ("tstweb", "tstpaused"))
-        fake.exit(there.real, 3)
-        fake.exit(gone.real, 4)
+        fake.exit(there.id, 3)
+        fake.exit(gone.id, 4)
         furnished.settle()
         furnished.forget(gone)
-        fake.delete(gone.real)
+        fake.delete(gone.id)
         furnished.journal.emit("container", "die", "f" * 64, {})
         for name, code in ((there.name, "3"), (gone.name, "4")):
             found = ask(furnished, "GET", f"/events?since=0&until={time.time():.9f}&" + filtered(container=[name], event=["die"])).lines
@@ -3061,15 +3653,6 @@ class TestEvents:
         fake.tag(own, BB)
         assert told() == [("tag", "other:1"), ("untag", "own:1"), ("tag", "own:1")]
 
-    def test_signals_of_a_stop(self, furnished):
-        container = furnished.inventory.container("tstweb")
-        for status in (137, 0):
-            with furnished.being_stopped(container, 15):
-                furnished.handle(self.event_of("/tasks/exit", ID, id=ID, exit_status=status))
-                furnished.settle()
-        furnished.handle(self.event_of("/tasks/exit", ID, id=ID, exit_status=137))
-        assert self.told(furnished, "signal") == [("kill", "15"), ("kill", "9"), ("die", None), ("kill", "15"), ("die", None), ("die", None)]
-
     def test_journal_keeps_256(self):
         journal = nerdctld.Journal()
         for number in range(300):
@@ -3091,20 +3674,20 @@ class TestEvents:
             assert isinstance(slow.get(), nerdctld.ApiError) and slow.empty()
         assert journal.queues == []
 
-    def test_counts_of_several_threads(self, engine):
-        class Slow(collections.Counter):
-            def __setitem__(self, key, value):
-                time.sleep(0.003)
-                super().__setitem__(key, value)
+    def test_counts_of_several_threads(self, engine, monkeypatch):
+        class Slow(nerdctld.ContainerOwner):
+            def __setattr__(self, name, value):
+                time.sleep(0.001)
+                super().__setattr__(name, value)
 
-        engine.restarts = Slow()
+        monkeypatch.setattr(nerdctld, "ContainerOwner", Slow)
         together, seen = threading.Barrier(8), []
 
         def change():
             together.wait(10)
             with engine.restarting(container_of()), engine.changing_images([BASE]):
                 together.wait(10)
-                seen.append((engine.restarts[ID], len(engine.quiet)))
+                seen.append((engine.owner(ID).restarting, len(engine.quiet)))
                 together.wait(10)
 
         threads = [threading.Thread(target=change) for _ in range(8)]
@@ -3112,8 +3695,7 @@ class TestEvents:
             each.start()
         for each in threads:
             each.join(20)
-        assert seen == [(8, 8)] * 8
-        assert until(lambda: not engine.quiet) is True and not engine.restarts and not engine.lock.locked()
+        assert seen == [(8, 8)] * 8 and engine.owner(ID).restarting == 0 and not engine.lock.locked()
 
     def test_feed_goes_on_after_a_break(self, furnished, fake):
         told = []
@@ -3686,11 +4268,25 @@ class TestState:
         assert abs(state.started_at / 1e9 - nerdctld.process_start(os.getpid()) / 1e9) < 0.1 and 0 < time.time() - state.started_at / 1e9 < 86400
         assert container_of({}, nerdctld.TaskRecord(2**30, "running", 0, 0, "")).state.started_at is None
 
-    @pytest.mark.parametrize("label, health", [
-        ('{"Status":"healthy"}', "healthy"), ('{"Status":"none"}', ""), ("", ""), ("{", ""), ("[]", ""), ("{}", ""), ('{"Status":"starting","FailingStreak":1}', "starting")])
-    def test_health(self, label, health):
-        assert container_of({"nerdctl/healthstate": label}, "running").state.health == health
-        assert container_of({"nerdctl/healthstate": label}, "stopped").state.health == ""
+    @pytest.mark.parametrize("label, health, failing", [
+        ('{"Status":"healthy"}', "healthy", 0), ('{"Status":"none"}', "starting", 0), ("", "starting", 0), ("{", "starting", 0), ("[]", "starting", 0),
+        ('{"Status":"starting","FailingStreak":1}', "starting", 1), ('{"Status":"unhealthy","FailingStreak":4,"Pid":1}', "unhealthy", 4),
+        ('{"Status":"unhealthy","FailingStreak":4,"Pid":2}', "starting", 0), ('{"Status":["healthy"],"FailingStreak":"1"}', "starting", 0), ("[" * 100000, "starting", 0)])
+    def test_health(self, label, health, failing):
+        check = '{"Test":["CMD","true"]}'
+        found = {task: container_of({"nerdctl/healthcheck": check, "nerdctl/healthstate": label}, task).state for task in ("running", "paused", "stopped", "created", None)}
+        assert (found["running"].health, found["running"].failing) == (health, failing)
+        # As with dockerd, what is not checked now is not healthy; before its first start there is nothing to be said.
+        assert [found[task].health for task in ("paused", "stopped", "created", None)] == ["unhealthy", "unhealthy", "", ""]
+        assert container_of({"nerdctl/healthstate": label}, "running").state.health == ""
+
+    @pytest.mark.parametrize("label, asked, check", [
+        ('{"Test":["CMD","a"],"Interval":5,"Retries":0}', {}, {"Test": ["CMD", "a"], "Interval": 5}), ('{"Test":["NONE"]}', {}, {}), ("{", {}, {}), ("", {}, {}), ('{"Test":[]}', {}, {}),
+        ('{"Test":["CMD",1]}', {}, {}), ('{"Test":"CMD"}', {}, {}), ('{"Test":["ODD"]}', {}, {}), ('{"Test":["CMD","a"],"Interval":"x","Timeout":-1}', {}, {"Test": ["CMD", "a"]}),
+        ('{"Test":["CMD-SHELL","a b"],"Retries":2}', {"Test": ["CMD", "a", "b"]}, {"Test": ["CMD", "a", "b"], "Retries": 2}), ('{"Test":["CMD","a"]}', {"Test": ["NONE"]}, {})])
+    def test_health_check(self, label, asked, check):
+        labels = nerdctld.request_labels({"Image": "x", "Healthcheck": asked}) if asked else {}
+        assert container_of({"nerdctl/healthcheck": label, **labels}).health_check == check
 
     @pytest.mark.parametrize("policy, labels, code, kind", [
         ("always", {}, 0, "restarting"), ("always", {"explicitly-stopped": "true"}, 0, "restarting"), ("no", {}, 0, "exited"), ("", {}, 0, "restarting"), ("odd", {}, 0, "exited"),
@@ -3745,9 +4341,9 @@ class TestState:
             reading.inventory.container(name)
 
     def test_a_name_comes_before_the_beginning_of_an_id(self, furnished, fake):
-        done = furnished.inventory.container("tstdone").real
+        done = furnished.inventory.container("tstdone").id
         fake.label(done, **{"nerdctl/name": "da8682"})
-        assert furnished.inventory.container("da8682").real == done
+        assert furnished.inventory.container("da8682").id == done
 
     def test_ambiguous_container(self, furnished, fake):
         fake.create("da8683" + ID[6:])
@@ -4965,7 +5561,7 @@ class TestContainers:
         assert ask(engine, "GET", "/containers/x/json").json["State"]["Status"] in ("exited", "restarting")
         container = engine.inventory.container("x")
         aliases, links = nerdctld.wanted_names(container)
-        assert not any(aliases.values()) and set(links) <= {"a"} and nerdctld.held_policy(container) == "" and not nerdctld.auto_removed(container)
+        assert not any(aliases.values()) and set(links) <= {"a"} and not nerdctld.auto_removed(container)
 
     def test_addresses_in_the_list_need_no_process(self, tmp_path):
         note = {"ID": ID, "Networks": {
@@ -5148,7 +5744,7 @@ def words_of(body, image=None, networks=NETWORKS):
     def find(name):
         if name != "other":
             raise nerdctld.NotFound(f"No such container: {name}")
-        return container_of({"nerdctl/name": "other", nerdctld.LABEL_ID: "e" * 64}, id="f" * 64)
+        return container_of({"nerdctl/name": "other", }, id="f" * 64)
 
     words, _ = nerdctld.create_args({**BODY, **body}, image or {}, networks, find)
     return [each for each in words if each != "--network=bridge"]
@@ -5159,12 +5755,13 @@ def host(**fields):
     return {"HostConfig": fields}
 
 
-def creates(scripted, fake, real=ID):
-    """From now on nerdctl's create makes a container of this id, with the name, networks and labels that it is given."""
+def creates(scripted, fake, real=ID, labels=(), spec=None):
+    """From now on nerdctl's create makes a container of this id, with the name, networks and labels that it is given, and
+    further `labels` and an OCI `spec`."""
     def make(words):
         given = lambda flag: [each.partition("=")[2] for each in words[:words.index("--")] if each.startswith(flag + "=")]
         fake.create(real, {"nerdctl/name": (given("--name") or [real[:12]])[-1], "nerdctl/networks": json.dumps(given("--network")),
-                           **dict(each.partition("=")[::2] for each in given("--label"))})
+                           **dict(labels), **dict(each.partition("=")[::2] for each in given("--label"))}, spec=spec)
     scripted.on("create", stdout=real + "\n", does=make)
 
 
@@ -5202,7 +5799,7 @@ class TestContainerCreate:
         (host(KernelMemory=5), "--kernel-memory=5"), (host(OomKillDisable=True), "--oom-kill-disable"), (host(PidsLimit=5), "--pids-limit=5"),
         (host(BlkioWeight=5), "--blkio-weight=5"), (host(NanoCpus=1500000000), "--cpus=1.5"),
         (host(MemorySwappiness=0), "--memory-swappiness=0"), (host(MemorySwappiness=-1),),
-        (host(PidMode="host"), "--pid=host"), (host(IpcMode="container:other"), "--ipc=container:" + "f" * 64),
+        (host(PidMode="host"), "--pid=host"), (host(IpcMode="container:other"),),
         (host(LogConfig={"Type": "journald", "Config": {"tag": "x"}}), "--log-driver=journald", "--log-opt=tag=x"),
         (host(LogConfig={"Type": "local", "Config": {"max-size": "1m"}}), "--log-opt=max-size=1m"), (host(Tmpfs={"/t": "size=1", "/u": ""}), "--tmpfs=/t:size=1", "--tmpfs=/u"),
         (host(Ulimits=[{"Name": "nofile", "Soft": 1, "Hard": -1}]), "--ulimit=nofile=1:-1"),
@@ -5259,26 +5856,218 @@ class TestContainerCreate:
         found = nerdctld.kept_request(furnished, {"Image": BASE, "ExposedPorts": {"81/tcp": {}}, **host(IpcMode="container:tstweb", NetworkMode="host")}, {"ExposedPorts": {"80/tcp": {}}})
         assert found == {"Image": BASE, "ExposedPorts": {"80/tcp": {}, "81/tcp": {}}, "HostConfig": {"IpcMode": "container:" + ID, "NetworkMode": "host"}}
 
-    @pytest.mark.parametrize("modes, there, later", [
-        ({"NetworkMode": "container:other"}, ["--network=none"], ["--network=container:{}"]), ({"IpcMode": "container:other", "NetworkMode": "host"}, ["--network=host"], ["--network=host", "--ipc=container:{}"]),
-        ({"PidMode": "container:other", "NetworkMode": "none"}, ["--network=none"], ["--network=none", "--pid=container:{}"])])
-    def test_namespaces_of_one_that_does_not_run_yet(self, furnished, scripted, fake, modes, there, later):
-        words = lambda: [each for each in scripted.argv("create") if each.startswith(("--network", "--ipc", "--pid="))]
-        other, mine = "5" * 64, "9" * 64
-        fake.create(other, {"nerdctl/name": "other"})
-        creates(scripted, fake, mine)
-        assert ask(furnished, "POST", "/containers/create?name=mine", {**BODY, **host(**modes)}).status == 201
-        assert words() == there
+    def spec(self, mounts=(), kinds=("network", "ipc", "pid", "uts"), **more):
+        """An OCI spec with these mounts (destination -> type and source) and namespaces of its own."""
+        return {"hostname": "own", "process": {"env": ["A=1", "HOSTNAME=own"]}, "linux": {"namespaces": [{"type": kind} for kind in kinds], "sysctl": {"net.a": "0", "kernel.b": "1"}},
+                "mounts": [{"destination": path, "type": kind, "source": source} for path, (kind, source) in dict(mounts).items()], "annotations": {"nerdctl/name": "x"}, **more}
+
+    OTHER, MINE = "5" * 64, "9" * 64
+    ETC = {"/etc/hosts": ("bind", "/store/etchosts/n/other/hosts"), "/etc/hostname": ("bind", "/store/containers/n/other/hostname")}
+
+    @pytest.fixture
+    def pair(self, furnished, scripted, fake):
+        """How to create a container with these modes beside another one that does not run; its record."""
+        def make(modes, other=None, kept=(), labels=()):
+            fake.create(self.OTHER, {"nerdctl/name": "other", **dict(labels)}, spec=other or {**self.spec({**self.ETC, "/dev/shm": ("bind", "/store/shm")}), "hostname": "others"})
+            mine = {"/etc/hosts": ("bind", "/store/etchosts/n/mine/hosts"), "/etc/hostname": ("bind", "/kept"), "/dev/shm": ("tmpfs", "shm"), "/dev/mqueue": ("mqueue", "mqueue"), **dict(kept)}
+            creates(scripted, fake, self.MINE, {"nerdctl/state-dir": "/store/containers/n/mine"}, self.spec(mine))
+            answer = ask(furnished, "POST", "/containers/create?name=mine", {**BODY, **host(**modes)})
+            assert (answer.status, answer.json and answer.json["Id"]) == (201, self.MINE)
+            return fake.containers[self.MINE]
+        return make
+
+    @pytest.mark.parametrize("modes, words, labels", [
+        ({"NetworkMode": "container:other"}, ["--network=none"], {"nerdctl/networks": '["container:{}"]'}), ({"PidMode": "container:other", "NetworkMode": "none"}, ["--network=none"], {"nerdctl/pid-container": "{}"}),
+        ({"IpcMode": "container:other", "NetworkMode": "host"}, ["--network=host"], {"nerdctl/ipc": '{{"mode": "container", "victimContainerId": "{}"}}'})])
+    def test_namespaces_of_one_that_does_not_run_yet(self, pair, scripted, fake, modes, words, labels):
+        """nerdctl would refuse them; what it would have noted is there, for its own start too."""
+        record = pair(modes)
+        assert [each for each in scripted.argv("create") if each.startswith(("--network", "--ipc", "--pid="))] == words and len(scripted.calls("create")) == 1
+        wanted = {key: value.format(self.OTHER) for key, value in labels.items()}
+        assert wanted.items() <= record.labels.items() and wanted.items() <= json.loads(record.spec)["annotations"].items() and nerdctld.LABEL_LATER not in record.labels
+
+    def test_files_of_anothers_network(self, pair, fake):
+        spec = json.loads(pair({"NetworkMode": "container:other"}).spec)
+        # What the client has mounted stays.
+        assert {each["destination"]: each["source"] for each in spec["mounts"]} == {"/etc/hosts": "/store/etchosts/n/other/hosts", "/etc/hostname": "/kept", "/dev/shm": "shm", "/dev/mqueue": "mqueue"}
+        assert spec["hostname"] == "others" and spec["process"]["env"] == ["A=1", "HOSTNAME=others"]
+
+    def test_what_was_not_completed_is_completed_at_the_start(self, pair, furnished, fake, scripted, capfd):
+        def refuse():
+            raise nerdctld.GrpcError(14, "not now")
+        fake.before["Containers/Update"] = refuse
+        assert nerdctld.LABEL_LATER in pair({"PidMode": "container:other"}).labels and "not now" in capfd.readouterr().err
+        fake.before.clear()
+        fake.start(self.OTHER, 77)
+        found = nerdctld.prepare_start(furnished, furnished.inventory.container("mine"))
+        assert found.labels["nerdctl/pid-container"] == self.OTHER and nerdctld.LABEL_LATER not in found.labels
+        assert {"type": "pid", "path": "/proc/77/ns/pid"} in found.spec["linux"]["namespaces"]
+
+    @pytest.mark.parametrize("mode, words", [("NetworkMode", "cannot join network of a non running container: {0}"), ("PidMode", "container {0} is not running"),
+                                             ("IpcMode", "can't join IPC of container {0}: container {0} is not running")])
+    def test_namespaces_that_cannot_be_had(self, pair, furnished, fake, mode, words):
+        pair({mode: "container:other"})
         answer = ask(furnished, "POST", "/containers/mine/start")
-        assert answer.status == 409 and f"of a non running container: {other}" in answer.message
-        fake.start(other)
-        scripted.on("rename", does=lambda call: fake.label(call[-2], **{"nerdctl/name": call[-1]}))
-        scripted.on("rm", does=lambda call: fake.delete(call[-1]))
-        scripted.on("start", does=lambda call: fake.start(call[-1]))
-        creates(scripted, fake, "8" * 64)
-        assert ask(furnished, "POST", "/containers/mine/start").status == 204
-        assert words() == [each.format(other) for each in later] and f"--label=nerdctld/id={mine}" in scripted.argv("create")
-        assert ask(furnished, "GET", "/containers/mine/json").json["Id"] == mine and mine not in fake.containers
+        assert (answer.status, answer.message) == (409, words.format(self.OTHER))
+        fake.delete(self.OTHER)
+        answer = ask(furnished, "POST", "/containers/mine/start")
+        assert (answer.status, answer.message) == (404, f"No such container: {self.OTHER}")
+
+    def test_namespaces_are_joined_anew_at_each_start(self, pair, furnished, fake):
+        pair({"NetworkMode": "container:other", "PidMode": "container:other", "IpcMode": "container:other"})
+        for pid in (77, 78):
+            fake.start(self.OTHER, pid)
+            spec = nerdctld.prepare_start(furnished, furnished.inventory.container("mine")).spec
+            assert {each["type"]: each.get("path") for each in spec["linux"]["namespaces"]} == {"uts": None, "network": f"/proc/{pid}/ns/net", "ipc": f"/proc/{pid}/ns/ipc", "pid": f"/proc/{pid}/ns/pid"}
+            assert {each["destination"]: each["source"] for each in spec["mounts"]}["/dev/shm"] == "/store/shm" and spec["linux"]["sysctl"]["net.a"] == "0"
+        updates = fake.calls["Containers/Update"]
+        nerdctld.prepare_start(furnished, furnished.inventory.container("mine"))
+        assert fake.calls["Containers/Update"] == updates
+
+    @pytest.mark.parametrize("far", [False, True])
+    def test_namespaces_of_the_host_by_way_of_others(self, pair, furnished, fake, far):
+        """What nerdctl sets for any container, runc refuses there."""
+        path = [{"type": kind, "path": f"/proc/1/ns/{kind}"} for kind in ("network", "pid")]
+        pair({"NetworkMode": "container:other", "PidMode": "container:other", "Sysctls": {"net.asked": "1"}}, self.spec(kinds=("uts",)) if not far else {"linux": {"namespaces": path}},
+             labels={"nerdctl/networks": json.dumps(["container:" + ID]), "nerdctl/pid-container": ID} if far else {})
+        fake.containers[ID] = fake.containers[ID]._replace(spec=json.dumps(self.spec(kinds=())).encode())
+        fake.start(self.OTHER, 77)
+        furnished.inventory.records.invalidate()
+        linux = nerdctld.prepare_start(furnished, furnished.inventory.container("mine")).spec["linux"]
+        assert [each["type"] for each in linux["namespaces"]] == ["ipc", "uts"] and linux["sysctl"] == {"kernel.b": "1"}
+
+    def test_an_ipc_namespace_that_is_not_shared(self, pair, furnished, fake):
+        pair({"IpcMode": "container:other"}, self.spec({"/dev/shm": ("tmpfs", "shm")}))
+        fake.start(self.OTHER)
+        answer = ask(furnished, "POST", "/containers/mine/start")
+        assert answer.status == 500 and answer.message == f"can't join IPC of container {self.OTHER}: non-shareable IPC (hint: use IpcMode:shareable for the donor container)"
+
+    @pytest.mark.parametrize("body, words", [
+        ({"Hostname": "h"}, "hostname and the network mode"), (host(Dns=["1.1.1.1"]), "dns and the network mode"), (host(ExtraHosts=["a:1.1.1.1"]), "custom host-to-IP mapping and the network mode"),
+        (host(PortBindings={"80/tcp": [{}]}), "port publishing and the container type network mode"), (host(PublishAllPorts=True), "port publishing and the"), ({"ExposedPorts": {"80/tcp": {}}}, "port exposing and the")])
+    def test_what_goes_not_with_anothers_network(self, furnished, scripted, body, words):
+        body = {**BODY, **body, "HostConfig": {**body.get("HostConfig", {}), "NetworkMode": "container:tstweb"}}
+        answer = ask(furnished, "POST", "/containers/create", body)
+        assert answer.status == 400 and answer.message.startswith(f"conflicting options: {words}") and not scripted.calls("create")
+
+    @pytest.mark.parametrize("word, found", [
+        ("8080:80/tcp", [(8080, 80, "tcp", "0.0.0.0")]), ("127.0.0.1:8080:80/udp", [(8080, 80, "udp", "127.0.0.1")]), ("[::1]:8080:80/tcp", [(8080, 80, "tcp", "::1")]), ("80/tcp", [(7, 80, "tcp", "0.0.0.0")]),
+        ("8000-8001:80-81/tcp", [(8000, 80, "tcp", "0.0.0.0"), (8001, 81, "tcp", "0.0.0.0")]), ("80-81/tcp", [(7, 80, "tcp", "0.0.0.0"), (8, 81, "tcp", "0.0.0.0")]), ("8000-8010:80/tcp", [(8000, 80, "tcp", "0.0.0.0")]),
+        ("127.0.0.1::80/tcp", [(7, 80, "tcp", "127.0.0.1")])])
+    def test_ports_as_nerdctl_keeps_them(self, word, found):
+        picks = iter((7, 8))
+        assert [tuple(each.values()) for each in nerdctld.parse_publish(["--publish=" + word], lambda kind: next(picks))] == found
+
+    @pytest.mark.parametrize("file", [True, False])
+    def test_ports_that_others_had_at_the_creation(self, furnished, scripted, fake, tmp_path, monkeypatch, file):
+        """They are published without a word to nerdctl, in the way of its version."""
+        free = nerdctld.unused_port("tcp")
+        if file:
+            (tmp_path / "network-config.json").write_text("{}")
+        scripted.on("create", stderr=fatal("failed to load networking flags: bind for :1 failed: port is already allocated"), status=1,
+                    does=lambda words: creates(scripted, fake, self.MINE, {"nerdctl/state-dir": str(tmp_path)}))
+        answer = ask(furnished, "POST", "/containers/create?name=mine", {**BODY, **host(PortBindings={"80/tcp": [{"HostPort": str(free)}]})})
+        assert answer.status == 201 and [any(word.startswith("--publish=") for word in each["argv"]) for each in scripted.calls("create")] == [True, False]
+        kept = [{"HostPort": free, "ContainerPort": 80, "Protocol": "tcp", "HostIP": "0.0.0.0"}]
+        record = fake.containers[self.MINE]
+        if file:
+            assert json.loads((tmp_path / "network-config.json").read_text()) == {"portMappings": kept} and (tmp_path / "network-config.json").stat().st_mode & 0o777 == 0o600
+        else:
+            assert json.loads(record.labels["nerdctl/ports"]) == json.loads(json.loads(record.spec)["annotations"]["nerdctl/ports"]) == kept
+        assert [each["PublicPort"] for each in furnished.inventory.container("mine").ports] == [free]
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", free))
+            sock.listen()
+            answer = ask(furnished, "POST", "/containers/mine/start")
+        assert answer.status == 500 and answer.message == (f"driver failed programming external connectivity on endpoint mine ({self.MINE}): Bind for 0.0.0.0:{free} failed: "
+                                                           "port is already allocated")
+        nerdctld.prepare_start(furnished, furnished.inventory.container("mine"))
+
+    def ported(self, fake, identity, name, port, folder, kind="tcp", address="0.0.0.0", asked=None):
+        """A container with a published port, and a network that is up if it is kept in a `folder`."""
+        labels = {"nerdctl/name": name, "nerdctl/ports": json.dumps([{"HostPort": port, "ContainerPort": 80, "Protocol": kind, "HostIP": address}])}
+        if folder:
+            for each in (f"etchosts/n/{name}", f"containers/n/{name}"):
+                (folder / each).mkdir(parents=True, exist_ok=True)
+            (folder / f"etchosts/n/{name}/meta.json").write_text("{}")
+            labels["nerdctl/state-dir"] = str(folder / f"containers/n/{name}")
+        asked = nerdctld.request_labels({"Image": BASE, "HostConfig": {"PortBindings": {"80/tcp": [{"HostPort": asked}]}}}) if asked is not None else {}
+        fake.create(identity, {**labels, **asked}, spec={"annotations": {"nerdctl/name": name, "nerdctl/networks": '["bridge"]'}})
+
+    @pytest.mark.parametrize("kind, address, taken", [("tcp", "0.0.0.0", True), ("tcp", "127.0.0.1", True), ("udp", "0.0.0.0", False), ("tcp", "::", False)])
+    def test_a_port_of_one_that_runs(self, furnished, fake, monkeypatch, kind, address, taken):
+        monkeypatch.setattr(nerdctld, "is_bound", lambda port: False)
+        self.ported(fake, self.OTHER, "other", 18090, None, kind, address)
+        self.ported(fake, self.MINE, "mine", 18090, None)
+        fake.start(self.OTHER)
+        mine = furnished.inventory.container("mine")
+        assert nerdctld.taken_port(furnished, mine) == ("0.0.0.0:18090" if taken else "")
+
+    def test_ports_of_one_that_has_ended_are_given_back(self, furnished, scripted, fake, tmp_path, monkeypatch):
+        """nerdctl's hook does so when a task is deleted, and its task is not."""
+        calls = []
+
+        def output(*words, data):
+            (tmp_path / "etchosts/n/other/meta.json").unlink()
+            calls.append((words, json.loads(data)))
+            return nerdctld.Output(0, b"", "")
+
+        monkeypatch.setattr(furnished.nerdctl, "output", output)
+        monkeypatch.setattr(nerdctld, "is_bound", lambda port: not calls)
+        self.ported(fake, self.OTHER, "other", 18090, tmp_path)
+        self.ported(fake, self.MINE, "mine", 18090, tmp_path)
+        fake.start(self.OTHER)
+        fake.exit(self.OTHER)
+        mine = furnished.inventory.container("mine")
+        assert nerdctld.claim_ports(furnished, mine).id == self.MINE and nerdctld.claim_ports(furnished, mine)
+        (words, state), = calls
+        # The hook gives up the name, too.
+        assert words == ("internal", "oci-hook", "postStop") and state["id"] == self.OTHER and state["annotations"] == {"nerdctl/name": self.OTHER, "nerdctl/networks": '["bridge"]'}
+
+    @pytest.mark.parametrize("asked, starts", [("", True), ("0", True), ("18090", False)])
+    def test_a_port_that_nobody_chose_may_be_another_one(self, furnished, fake, monkeypatch, asked, starts):
+        monkeypatch.setattr(nerdctld, "is_bound", lambda port: port["PublicPort"] == 18090)
+        self.ported(fake, self.MINE, "mine", 18090, None, asked=asked)
+        with contextlib.nullcontext() if starts else pytest.raises(nerdctld.ApiError, match="port is already allocated"):
+            assert nerdctld.claim_ports(furnished, furnished.inventory.container("mine")).ports[0]["PublicPort"] != 18090
+
+    @pytest.mark.parametrize("kind, family", [("tcp", "127.0.0.1"), ("udp", "127.0.0.1"), ("tcp", "::1")])
+    def test_an_address_of_a_process(self, kind, family):
+        with socket.socket(socket.AF_INET6 if ":" in family else socket.AF_INET, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM) as sock:
+            try:
+                sock.bind((family, 0))
+            except OSError:
+                pytest.skip("no IPv6 here")
+            if kind == "tcp":
+                sock.listen()
+            port = {"IP": "::" if ":" in family else "0.0.0.0", "PublicPort": sock.getsockname()[1], "Type": kind}
+            assert nerdctld.is_bound(port) and not nerdctld.is_bound({**port, "Type": "sctp"})
+        assert not nerdctld.is_bound(port)
+
+    def test_the_task_of_the_last_run_goes_last(self, furnished, fake, monkeypatch):
+        """When a start is refused, what is known of the last run stays."""
+        monkeypatch.setattr(nerdctld, "is_bound", lambda port: True)
+        self.ported(fake, self.MINE, "mine", 18090, None)
+        fake.start(self.MINE)
+        fake.exit(self.MINE, 3)
+        assert ask(furnished, "POST", "/containers/mine/start").status == 500
+        assert ask(furnished, "GET", "/containers/mine/json").json["State"]["ExitCode"] == 3
+        monkeypatch.undo()
+        monkeypatch.setattr(nerdctld, "is_bound", lambda port: False)
+        nerdctld.prepare_start(furnished, furnished.inventory.container("mine"))
+        assert self.MINE not in fake.tasks
+
+    def test_a_shareable_shm_is_empty_at_each_start(self, monkeypatch, tmp_path):
+        calls, mounted = [], [True, True, False]
+        monkeypatch.setattr(nerdctld.os, "geteuid", lambda: 0)
+        monkeypatch.setattr(nerdctld.os.path, "ismount", lambda path: mounted.pop(0))
+        monkeypatch.setattr(nerdctld, "libc_call", lambda *words: calls.append(words))
+        monkeypatch.setattr(nerdctld, "mount_snapshot", lambda mounts, path: calls.append((mounts[0]["options"][-1], path)))
+        settings = {"mode": "shareable", "hostShmPath": str(tmp_path / "shm"), "shmSize": "67108864"}
+        nerdctld.renew_shm(container_of({"nerdctl/ipc": json.dumps(settings)}))
+        assert [each[0] for each in calls] == ["umount2", "umount2", "size=67108864"] and (tmp_path / "shm").is_dir()
+        nerdctld.renew_shm(container_of({"nerdctl/ipc": '{"mode":"private"}'}))
+        assert len(calls) == 3
 
     def test_seccomp_profile_is_a_file_for_nerdctl(self, furnished, scripted, fake):
         creates(scripted, fake, "9" * 64)
@@ -5336,7 +6125,7 @@ class TestContainerCreate:
         label = '{"Test":["CMD-SHELL","test -f /ok"],"Interval":1000000000,"Retries":2}'
         told = nerdctld.with_health_check({"config": {"Cmd": ["sh"], "Labels": {"base": "busybox", "nerdctl/healthcheck": label}}})
         assert told["config"] == {"Cmd": ["sh"], "Labels": {"base": "busybox"}, "Healthcheck": json.loads(label)}
-        assert words_of({}, told["config"]) == ["--health-cmd=test -f /ok", "--health-interval=1000000000ns", "--health-retries=2"]
+        assert nerdctld.health_check({}, told["config"]) == json.loads(label)
         assert nerdctld.with_health_check({"config": {"Labels": {"nerdctl/healthcheck": "{"}}})["config"]["Labels"]
 
     @pytest.mark.parametrize("body, words", [(each[0], list(each[1:])) for each in FIELDS])
@@ -5380,15 +6169,38 @@ class TestContainerCreate:
 
     def test_health(self):
         check = {"Test": ["CMD", "a", "b c"], "Interval": 10**9, "Timeout": 2 * 10**9, "StartPeriod": 10**6, "Retries": 4}
-        words = ["--health-cmd=a 'b c'", "--health-interval=1000000000ns", "--health-timeout=2000000000ns", "--health-start-period=1000000ns", "--health-retries=4"]
-        assert words_of({"Healthcheck": check}) == words == words_of({}, {"Healthcheck": check})
-        assert words_of({"Healthcheck": {"Test": ["CMD-SHELL", "a | b"]}}) == ["--health-cmd=a | b"]
-        assert words_of({"Healthcheck": {"Test": ["NONE"]}}, {"Healthcheck": check}) == ["--no-healthcheck"]
-        assert words_of({"Healthcheck": {"Retries": 9}}, {"Healthcheck": check})[-1] == "--health-retries=9"
+        of = lambda asked, image=None: nerdctld.health_check({"Healthcheck": asked}, {"Healthcheck": image})
+        assert of(check) == check == of({}, check) == of(None, check) and of({}) == of(None) == of({"Interval": 10**9}) == {}
+        assert of({"Test": ["NONE"], "Retries": 0}, check) == {**check, "Test": ["NONE"]} and of({"Retries": 9}, check) == {**check, "Retries": 9}
+        # No nerdctl is asked for it: those before 2.1.3 cannot, and the others join the words.
+        assert words_of({"Healthcheck": check}, {"Healthcheck": check}) == []
+
+    @pytest.mark.parametrize("check, message", [
+        ({"Test": ["ODD"]}, "unknown health check type"), ({"Test": ["CMD", "a"], "Interval": 5}, "cannot be less than 1ms"),
+        ({"Test": ["CMD", "a"], "StartInterval": 5}, "cannot be less than 1ms"), ({"Test": ["CMD", "a"], "Retries": -1}, "negative"), ({"Test": [1]}, "Test")])
+    def test_a_health_check_that_cannot_be(self, furnished, scripted, check, message):
+        answer = ask(furnished, "POST", "/containers/create", {"Image": BASE, "Cmd": ["a"], "Healthcheck": check})
+        assert answer.status == 400 and message in answer.message and not scripted.calls("create")
+
+    @pytest.mark.parametrize("size, label", [(1, True), (5000, False)])
+    def test_a_health_check_is_kept_word_by_word(self, furnished, scripted, fake, size, label):
+        """One that is too long for a label of nerdctl's is in the request only."""
+        def refuse():
+            if len(bytes(fake.asked["Containers/Update"][1])) > 4096:
+                raise nerdctld.GrpcError(3, "label key and value length (5120 bytes) greater than maximum size (4096 bytes)")
+
+        fake.before["Containers/Update"] = refuse
+        scripted.on("create", stdout="9" * 64 + "\n", does=lambda words: fake.create("9" * 64, dict(
+            each.partition("=")[2].split("=", 1) for each in words if each.startswith("--label="))))
+        check = {"Test": ["CMD", "a", "b" * size], "StartInterval": 10**9}
+        assert ask(furnished, "POST", "/containers/create", {"Image": BASE, "Cmd": ["a"], "Healthcheck": check}).status == 201
+        assert furnished.inventory.container("9" * 64).health_check == check
+        labels = fake.containers["9" * 64].labels
+        assert json.loads(labels["nerdctl/healthcheck"]) == check if label else "nerdctl/healthcheck" not in labels
 
     @pytest.mark.parametrize("body, words", [
         (host(NetworkMode="one"), ["--network=one"]), (host(NetworkMode="1" * 64), ["--network=one"]), (host(NetworkMode="default"), []), (host(NetworkMode="none"), ["--network=none"]),
-        (host(NetworkMode="container:other"), ["--network=container:" + "f" * 64]), ({"NetworkDisabled": True}, ["--network=none"]),
+        (host(NetworkMode="container:other"), ["--network=none"]), ({"NetworkDisabled": True}, ["--network=none"]),
         ({**host(NetworkMode="one"), "NetworkingConfig": {"EndpointsConfig": {"one": {}, "two": {}}}}, ["--network=one", "--network=two"]),
         ({"NetworkingConfig": {"EndpointsConfig": {"two": {"IPAMConfig": {"IPv4Address": "1.2.3.4", "IPv6Address": "::1"}, "MacAddress": "02:00:00:00:00:01"}}}},
          ["--network=two", "--ip=1.2.3.4", "--ip6=::1", "--mac-address=02:00:00:00:00:01"]),
@@ -5423,8 +6235,8 @@ class TestContainerCreate:
         (host(RestartPolicy={"Name": "always", "MaximumRetryCount": 1}), "maximum retry count can only be used with 'on-failure'"),
         (host(RestartPolicy={"Name": "always"}, AutoRemove=True), "can't create 'AutoRemove' container with restart policy"),
         (host(Ulimits=[{"Name": "nofile", "Soft": 2, "Hard": 1}]), "soft limit must be less"), (host(LogConfig={"Type": "splunk"}), "no log driver named 'splunk'"),
-        (host(NetworkMode="nosuch"), "network nosuch not found"), ({"Labels": {"nerdctl/x": "y"}}, "nerdctl's own"), ({"Healthcheck": {"Test": ["ODD"]}}, "unknown health check type"),
-        ({"Healthcheck": {"Test": ["CMD", "a"], "Interval": 5}}, "cannot be less than 1ms"), ({"Healthcheck": {"Test": ["CMD", "a"], "Retries": -1}}, "negative"), ({"Volumes": {"v": {}}}, "absolute"),
+        (host(NetworkMode="nosuch"), "network nosuch not found"), ({"Labels": {"nerdctl/x": "y"}}, "nerdctl's own"),
+        ({"Volumes": {"v": {}}}, "absolute"),
         ({"Env": ["A=\0"]}, "NUL")])
     def test_refused(self, furnished, scripted, body, message):
         scripted.on("create", stdout="9" * 64 + "\n")
@@ -5504,13 +6316,12 @@ class TestContainerCreate:
         assert kept["HostConfig"]["NetworkMode"] == f"container:{ID}" and list(kept["NetworkingConfig"]["EndpointsConfig"]) == ["tstnet"]
 
     def test_hidden_labels(self):
-        labels = {"a": "b", "nerdctl/x": "1", **nerdctld.request_labels({"Image": "x"}), nerdctld.LABEL_ID: "e" * 64, "containerd.io/restart.policy": "no"}
-        container = container_of(labels, id="f" * 64)
-        assert container.visible_labels == {"a": "b"} and (container.id, container.real) == ("e" * 64, "f" * 64)
+        labels = {"a": "b", "nerdctl/x": "1", **nerdctld.request_labels({"Image": "x"}), nerdctld.LABEL_LATER: "1", "containerd.io/restart.policy": "no"}
+        assert container_of(labels).visible_labels == {"a": "b"}
 
 
 ###############################################################################
-# Sessions
+# Process streams
 ###############################################################################
 
 
@@ -5549,52 +6360,107 @@ def unframe(data):
     return found
 
 
-class TestSessions:
-    FATAL = b'time="2026-11-24T00:00:00Z" level=fatal msg="exec failed with exit code 3"\n'
+class Shim:
+    """ProcessStreams of a process that is not there, and what its shim does at the other ends of the FIFOs."""
 
-    def test_warnings_of_nerdctl_are_kept_back_at_the_beginning_alone(self):
-        # nerdctl 2.3.5, run -i -v vol:/data of a volume that is there
-        warning = b'time="2026-11-24T15:06:30Z" level=warning msg="volume \\"vol\\" already exists and will be returned as-is"\n'
-        of_the_program = b'time="2026-11-24T15:06:31Z" level=warning msg="low on space"\n'
-        trailing = nerdctld.TrailingError()
-        assert trailing.feed(warning) == b"" and trailing.feed(warning + of_the_program) == of_the_program
-        assert trailing.feed(warning) == warning and trailing.finish(False) == (b"", "")
+    def __init__(self, folder, stdin=True, terminal=False, once=False, attachments=(), on_end=lambda: None, **options):
+        self.kept, self.closings = [], []
+        self.streams = nerdctld.ProcessStreams(str(folder), stdin, terminal, once, attachments, lambda kind, data: self.kept.append((kind, data)),
+                                               lambda: self.closings.append(True), on_end, **options)
+        paths = self.streams.paths
+        self.files = {kind: open(path, "wb", buffering=0) for kind, path in ((1, paths.stdout), (2, paths.stderr)) if path}
+        self.stdin = open(os.open(paths.stdin, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) if paths.stdin else None
+        # Small ones are full sooner.
+        for each in [*self.files.values(), *([self.stdin] if self.stdin else [])]:
+            fcntl.fcntl(each, 1031, 65536)
 
-    @pytest.mark.parametrize("text", [b"", b"out\n", b"no line end", b'time="x" level=fatal msg="of the program"\nmore\n', b'time="', b'a time="b" c\n', b'time="x" level=info msg=y\n'])
-    def test_trailing_error_is_kept_back_on_all_splits(self, text):
-        whole = text + self.FATAL
-        for first in range(len(whole) + 1):
-            for second in {first, (first + len(whole)) // 2, len(whole)}:
-                # nerdctl writes it at once: it does not come parted within its first word.
-                if {first - len(text), second - len(text)} & {1, 2, 3, 4, 5}:
-                    continue
-                trailing = nerdctld.TrailingError()
-                parts = b"".join(trailing.feed(each) for each in (whole[:first], whole[first:second], whole[second:]) if each)
-                rest, message = trailing.finish(True)
-                assert (parts + rest, message) == (text, "exec failed with exit code 3"), (first, second)
+    def write(self, kind, data):
+        """Write some output, and wait until it is passed on."""
+        self.files[kind].write(data)
+        assert until(lambda: (kind, data) in self.kept)
 
-    # nerdctl 2.3.5, start --attach of a container that ended meanwhile
-    SIGNAL = b'time="2026-11-24T16:51:19Z" level=error msg="forward signal child exited" error="context canceled"\n'
+    def fill(self):
+        """Write to stdout until nobody takes more; how many bytes."""
+        number, size, tries = self.files[1].fileno(), 0, 0
+        os.set_blocking(number, False)
+        while tries < 5:
+            try:
+                size, tries = size + os.write(number, b"x" * 65536), 0
+            except BlockingIOError:
+                tries += 1
+                time.sleep(0.002)
+        return size
 
-    @pytest.mark.parametrize("parts, failed, told", [
-        ([b"hello\n", SIGNAL], False, b"hello\n"), ([b"hello\n" + SIGNAL], False, b"hello\n"), ([SIGNAL, SIGNAL[:50], SIGNAL[50:]], False, b""),
-        ([b"out", SIGNAL, SIGNAL, FATAL], True, b"out"), ([SIGNAL + FATAL], True, b""), ([SIGNAL, b"more"], False, SIGNAL + b"more"),
-        ([SIGNAL, FATAL], False, SIGNAL + FATAL), ([SIGNAL, b"more" + FATAL], True, SIGNAL + b"more")])
-    def test_signals_that_came_too_late_are_kept_back_at_the_end(self, parts, failed, told):
-        trailing = nerdctld.TrailingError()
-        assert b"".join([*map(trailing.feed, parts)]) + trailing.finish(failed)[0] == told
+    def end(self):
+        """It ends, and with it its output."""
+        for each in self.files.values():
+            each.close()
+        assert self.streams.ended.wait(10)
 
-    @pytest.mark.parametrize("text", [b"a\n" + FATAL, FATAL + b"b", b'time="', b'time="x" level=fatal', b"", FATAL[:-1]])
-    def test_nothing_is_kept_back_of_a_success(self, text):
-        trailing = nerdctld.TrailingError()
-        parts = b"".join(trailing.feed(text[each:each + 1]) for each in range(len(text)))
-        assert parts + trailing.finish(False)[0] == text
+    def close(self):
+        """Leave nothing behind."""
+        self.streams.LINGER = 0
+        for each in self.streams.attachments:
+            each.leave()
+        self.streams.abandon()
+        self.end()
+        if self.stdin:
+            self.stdin.close()
 
-    def test_what_cannot_be_the_line_goes_at_once(self):
-        trailing = nerdctld.TrailingError()
-        assert trailing.feed(b"prompt> ") == b"prompt> "
-        assert trailing.feed(b'time="x" level=info msg=y\n') == b'time="x" level=info msg=y\n'
-        assert trailing.feed(b'time="' + b"x" * 9000) == b'time="' + b"x" * 9000
+
+def descriptors():
+    """The descriptors of this process, and what they are open for."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found[name] = os.readlink("/proc/self/fd/" + name)
+    return found
+
+
+def threads(name):
+    """The threads of this name."""
+    return [each for each in threading.enumerate() if each.name == name]
+
+
+class TestProcessStreams:
+    @pytest.fixture
+    def clients(self):
+        """Makes clients: the attachment and the client's end of its connection."""
+        socks = []
+
+        def client(connected=True, wanted=(True, True), framed=True, stdin=False):
+            connection, far = pair()
+            socks.extend((connection.sock, far))
+            attachment = nerdctld.Attachment(*wanted, framed, stdin)
+            if connected:
+                attachment.connect(connection)
+            attachment.near = connection
+            return attachment, far
+        yield client
+        for each in socks:
+            each.close()
+
+    @pytest.fixture
+    def shims(self, clients, tmp_path):
+        """Makes shims; at the end there is no descriptor, no folder and no thread of theirs any more."""
+        made, before, folder = [], descriptors(), tmp_path / "streams"
+        folder.mkdir()
+
+        def shim(*words, **options):
+            made.append(Shim(options.pop("folder", folder), *words, **options))
+            return made[-1]
+        yield shim
+        for each in made:
+            each.close()
+        assert until(lambda: not threads("streams")) == True
+        assert not list(folder.iterdir()) and not [each for number, each in descriptors().items() if before.get(number) != each and str(tmp_path) in each]
+
+    def told(self, attachment, far):
+        """What a client has been sent, after the end: (kind, bytes)."""
+        assert attachment.done.wait(10)
+        attachment.drain()
+        attachment.near.sock.shutdown(socket.SHUT_RDWR)
+        return unframe(drain(far)) if attachment.framed else drain(far)
 
     @pytest.mark.parametrize("keys, data, passed, detached", [
         ("", b"ab\x10\x11cd", b"ab", True), ("", b"\x10x", b"\x10x", False), ("", b"\x10\x10\x11", b"\x10", True), ("ctrl-a,b", b"x\x01bz", b"x", True),
@@ -5612,6 +6478,381 @@ class TestSessions:
     def test_no_detach_keys(self, keys):
         with pytest.raises(nerdctld.BadParameter, match="invalid detach keys"):
             nerdctld.DetachKeys(keys)
+
+    def test_output_waits_for_its_connection(self, clients):
+        attachment, far = clients(connected=False)
+        attachment.put(1, b"out")
+        attachment.put(2, b"err")
+        attachment.put(2, b"")
+        assert attachment.size == 6 and not attachment.full
+        attachment.connect(attachment.near)
+        attachment.put(1, b"more")
+        attachment.finish()
+        assert self.told(attachment, far) == [(1, b"out"), (2, b"err"), (1, b"more")] and attachment.size == 0
+
+    @pytest.mark.parametrize("wanted, framed, told", [((True, False), True, [(1, b"out")]), ((False, True), True, [(2, b"err")]), ((True, True), False, b"outerr")])
+    def test_a_client_is_sent_what_it_wants(self, clients, wanted, framed, told):
+        attachment, far = clients(wanted=wanted, framed=framed)
+        attachment.put(1, b"out")
+        attachment.put(2, b"err")
+        attachment.finish()
+        assert self.told(attachment, far) == told
+
+    def test_a_client_that_is_gone_takes_nothing(self, clients):
+        attachment, far = clients()
+        far.close()
+        attachment.put(1, b"x")
+        assert attachment.gone and attachment.done.is_set()
+        attachment.size, attachment.MOST = 2, 1
+        assert not attachment.full
+        attachment.put(1, b"x")
+        attachment.drain()
+        assert attachment.size == 2
+
+    def test_output_in_its_order_to_its_end(self, shims, clients):
+        (first, far), order = clients(), []
+        shim = shims(attachments=[first], on_end=lambda: order.append(first.done.is_set()))
+        for kind, data in ((1, b"a"), (2, b"b"), (1, b"c"), (2, b"d\xff")):
+            shim.write(kind, data)
+        assert not shim.streams.ended.is_set()
+        shim.files[2].close()
+        shim.write(1, b"e")
+        shim.end()
+        assert self.told(first, far) == shim.kept == [(1, b"a"), (2, b"b"), (1, b"c"), (2, b"d\xff"), (1, b"e")]
+        assert order == [False] and first.streams is shim.streams
+
+    def test_a_terminal_has_one_output(self, shims, clients):
+        first, far = clients(framed=False)
+        shim = shims(terminal=True, stdin=False, attachments=[first])
+        assert (shim.streams.paths.stdin, shim.streams.paths.stderr, shim.streams.paths.terminal) == ("", "", True)
+        assert sorted(os.listdir(shim.streams.folder)) == ["stdout"] and os.stat(shim.streams.paths.stdout).st_mode & 0o777 == 0o600
+        shim.write(1, b"x")
+        shim.end()
+        assert self.told(first, far) == b"x"
+
+    def test_output_that_others_hold_open(self, shims, clients):
+        first, far = clients()
+        shim = shims(attachments=[first])
+        shim.streams.LINGER = 0.05
+        shim.streams.exited()
+        shim.write(1, b"late")
+        assert not shim.streams.ended.is_set() and shim.streams.ended.wait(5)
+        assert self.told(first, far) == [(1, b"late")]
+
+    def test_an_end_that_is_told_when_nobody_is_there(self, shims):
+        shim = shims()
+        shim.end()
+        shim.streams.exited()
+        shim.streams.wake()
+        assert not os.path.exists(shim.streams.folder)
+
+    @pytest.mark.parametrize("leaves", [False, True])
+    def test_a_client_that_does_not_read(self, shims, clients, monkeypatch, leaves):
+        """The process has to wait for it, after as much as is kept for it. The others have all of what was written; nor does the end hurry it."""
+        monkeypatch.setattr(nerdctld.Attachment, "MOST", 1 << 16)
+        (slow, far), (quick, other), data = clients(framed=False), clients(framed=False), []
+        shim = shims(stdin=False, terminal=True, attachments=[slow, quick])
+        reader = threading.Thread(target=lambda: data.append(drain(other)))
+        reader.start()
+        written = shim.fill()
+        assert slow.full and (1 << 16) < slow.size <= (1 << 16) + nerdctld.BLOCK
+        # What is not passed on is in the FIFO.
+        passed = sum(len(each) for _, each in shim.kept)
+        assert passed < written <= passed + (1 << 16) and not quick.size
+        shim.streams.LINGER = 0
+        shim.streams.exited()
+        assert not shim.streams.ended.wait(0.02)
+        shim.files[1].close()
+        if leaves:
+            # Not the socket tells it, which the client still has.
+            slow.leave()
+        else:
+            more = threading.Thread(target=lambda: data.append(drain(far)))
+            more.start()
+        shim.end()
+        assert sum(len(each) for _, each in shim.kept) == written
+        for each in (quick, slow):
+            each.drain()
+            each.near.sock.shutdown(socket.SHUT_RDWR)
+        reader.join(10)
+        if not leaves:
+            more.join(10)
+        assert [len(each) for each in data] == [written] * len(data) and len(data) == 2 - leaves
+
+    def test_a_client_that_closes_releases_the_others(self, shims, clients, monkeypatch):
+        monkeypatch.setattr(nerdctld.Attachment, "MOST", 0)
+        slow, far = clients(framed=False)
+        shim = shims(stdin=False, attachments=[slow])
+        shim.fill()
+        far.close()
+        until(lambda: slow.gone)
+        shim.files[1].close()
+        shim.end()
+        assert slow not in shim.streams.attachments
+
+    def test_clients_come_later(self, shims, clients):
+        (first, far), (late, other), (last, _) = clients(), clients(), clients()
+        shim = shims(attachments=[first])
+        shim.write(1, b"a")
+        assert shim.streams.join(late) and shim.streams.join(first) and late.ready.is_set() and late.streams is shim.streams
+        shim.write(1, b"b")
+        shim.end()
+        assert self.told(first, far) == [(1, b"ab")] and self.told(late, other) == [(1, b"b")]
+        assert not shim.streams.join(last) and not last.ready.is_set()
+
+    def test_a_log_that_fails(self, shims, clients, capfd):
+        first, far = clients()
+        shim = shims(attachments=[first], on_end=lambda: 1 / 0)
+        shim.streams.keep = None
+        shim.files[1].write(b"x")
+        assert first.done.wait(5) and shim.streams.ended.is_set()
+        assert "TypeError" in capfd.readouterr().err
+
+    def test_fifos_of_another_daemon(self, shims, clients, tmp_path):
+        folder = tmp_path / "another"
+        folder.mkdir()
+        theirs, numbers = fifo_streams(folder)
+        first, far = clients()
+        # What was written while nobody was there, and its reader goes.
+        writer = os.open(theirs.stdout, os.O_WRONLY)
+        os.write(writer, b"before ")
+        shim = shims(found=theirs, attachments=[first])
+        for each in (writer, *numbers):
+            os.close(each)
+        assert shim.streams.paths == theirs
+        shim.streams.begin()
+        shim.files[1].write(b"after")
+        assert shim.streams.write(b"in", first) and shim.stdin.read(10) == b"in"
+        shim.end()
+        assert self.told(first, far) == [(1, b"before after")] and not list(folder.iterdir())
+
+    def test_the_folder_of_a_daemon_that_lives(self, shims):
+        shim = shims()
+        assert not nerdctld.folder_is_free(shim.streams.folder)
+        before = descriptors()
+        with pytest.raises(nerdctld.ApiError, match="cannot open FIFOs"):
+            shims(found=shim.streams.paths)
+        assert sorted(os.listdir(shim.streams.folder)) == ["stderr", "stdin", "stdout"] and descriptors() == before
+
+    @pytest.mark.parametrize("call", ["mkdtemp", "mkfifo", "pipe"])
+    def test_no_fifos_can_be_made(self, tmp_path, monkeypatch, call):
+        def fail(*_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr(nerdctld.tempfile if call == "mkdtemp" else nerdctld.os, call, fail)
+        with pytest.raises(nerdctld.ApiError, match="cannot open FIFOs for the streams of a process: .*No space left"):
+            Shim(tmp_path)
+        assert not [each for each in tmp_path.iterdir() if each.name.startswith("nerdctld-")] and not [each for each in descriptors().values() if str(tmp_path) in each]
+
+    def test_streams_are_adopted(self, engine, fake, tmp_path, shims):
+        state = tmp_path / "state"
+        state.mkdir()
+        folders = [state / ("nerdctld-" + name) for name in ("mine", "left", "other")]
+        for each in folders:
+            each.mkdir()
+        for name in ("stdin", "stdout", "stderr"):
+            os.mkfifo(folders[0] / name)
+        fake.create(ID, {"nerdctl/name": "x", "nerdctl/state-dir": str(state), **nerdctld.request_labels({"OpenStdin": True})})
+        fake.start(ID)
+        fake.tasks[ID] = fake.tasks[ID]._replace(stdout=str(folders[0] / "stdout"))
+        # The shim has them open.
+        ends = [os.open(folders[0] / name, os.O_RDWR | os.O_NONBLOCK) for name in ("stdin", "stdout", "stderr")]
+        os.write(ends[1], b"one\n")
+        lives = os.open(folders[2], os.O_RDONLY)
+        fcntl.flock(lives, fcntl.LOCK_EX)
+        nerdctld.sweep_streams(engine, engine.inventory.container("x"))
+        assert [each.exists() for each in folders] == [True, False, True] and engine.owner(ID).streams is None
+        streams = nerdctld.find_streams(engine, engine.inventory.container("x"))
+        assert streams is engine.owner(ID).streams is nerdctld.find_streams(engine, engine.inventory.container("x"))
+        assert streams.started.is_set() and streams.write(b"in", nerdctld.Attachment(True, True, True)) and os.read(ends[0], 10) == b"in"
+        for each in (*ends, lives):
+            os.close(each)
+        assert streams.ended.wait(5) and until(lambda: engine.owner(ID).streams is None) and not folders[0].exists()
+        assert json.loads((state / f"{ID}-json.log").read_text())["log"] == "one\n"
+
+    def test_input_before_the_start(self, shims, clients):
+        first, far = clients(stdin=True)
+        shim = shims(once=True, attachments=[first])
+        far.sendall(b"early")
+        far.shutdown(socket.SHUT_WR)
+        pump = threading.Thread(target=nerdctld.pump_stdin, args=(first, shim.streams, None))
+        pump.start()
+        assert until(lambda: shim.stdin.read(10)) == b"early"
+        # Its end has to wait: there is no process yet that could be told.
+        pump.join(0.02)
+        assert pump.is_alive() and shim.stdin.read(10) is None and not shim.closings
+        shim.streams.begin()
+        pump.join(10)
+        assert shim.stdin.read(10) == b"" and shim.closings == [True]
+        shim.streams.close_stdin()
+        assert shim.closings == [True] and not shim.streams.write(b"x", nerdctld.Attachment(True, True, True))
+
+    def test_input_of_one_client_after_the_other(self, shims, clients):
+        shim = shims()
+        shim.streams.begin()
+        for text in (b"one", b"two"):
+            each, far = clients(stdin=True)
+            assert shim.streams.join(each)
+            far.sendall(text)
+            far.shutdown(socket.SHUT_WR)
+            assert nerdctld.pump_stdin(each, shim.streams, None) is False
+            assert shim.stdin.read(10) == text and shim.stdin.read(10) is None
+        assert not shim.closings
+
+    @pytest.mark.parametrize("end", ["exited", "leave"])
+    def test_input_that_nobody_takes(self, shims, clients, end):
+        """It waits for the process to read, to its end or the client's, which with `once` is the end of the input, too."""
+        first, far = clients(stdin=True)
+        shim = shims(once=True, attachments=[first])
+        shim.streams.begin()
+        with contextlib.suppress(BlockingIOError):
+            far.setblocking(False)
+            while True:
+                far.send(b"x" * 65536)
+        pump = threading.Thread(target=nerdctld.pump_stdin, args=(first, shim.streams, None))
+        pump.start()
+        size = len(until(lambda: shim.stdin.read(65536)))
+        pump.join(0.01)
+        assert pump.is_alive() and size > 4096
+        getattr(shim.streams if end == "exited" else first, end)()
+        pump.join(10)
+        assert not pump.is_alive() and shim.closings == [True]
+
+    def test_keys_in_the_input(self, shims, clients):
+        first, far = clients(stdin=True)
+        shim = shims(once=True)
+        shim.streams.begin()
+        far.sendall(b"ab\x10\x11cd")
+        assert nerdctld.pump_stdin(first, shim.streams, nerdctld.DetachKeys("")) is True
+        assert shim.stdin.read(10) == b"ab" and not shim.closings
+        # A part of them is no input, as with dockerd.
+        far.sendall(b"\x10")
+        far.shutdown(socket.SHUT_WR)
+        assert nerdctld.pump_stdin(first, shim.streams, nerdctld.DetachKeys("")) is False and shim.closings == [True]
+
+    def rows(self, path):
+        """What a log has, as (stream, text)."""
+        return [(each["stream"], each["log"]) for each in map(json.loads, path.read_bytes().splitlines())]
+
+    def test_log_in_lines(self, tmp_path):
+        path = tmp_path / "log"
+        keep = nerdctld.JsonLog(str(path))
+        for kind, data in ((1, b"one\ntwo\nthr"), (2, b'"q"\t\\\n'), (1, b"ee\n"), (1, b"\n"), (1, b"\x1b[0m\0\x7f"), (1, b"")):
+            keep(kind, data)
+        keep.close()
+        assert self.rows(path) == [("stdout", "one\n"), ("stdout", "two\n"), ("stdout", "thr"), ("stderr", '"q"\t\\\n'), ("stdout", "ee\n"), ("stdout", "\n"), ("stdout", "\x1b[0m\0\x7f")]
+        stamp = nerdctld.nanoseconds_of(json.loads(path.read_text().splitlines()[0])["time"])
+        assert abs(stamp - time.time_ns()) < 60 * 10**9
+        file = nerdctld.LogFile(str(path)).open()
+        assert b"".join(each.text for each in file.lines() if each.kind == 1) == b"one\ntwo\nthree\n\n\x1b[0m\0\x7f"
+        file.close()
+
+    def test_characters_of_a_log(self, tmp_path):
+        path, text = tmp_path / "log", "é😀\u2028".encode()
+        keep = nerdctld.JsonLog(str(path))
+        for number in range(len(text)):
+            keep(1, text[number:number + 1])
+            keep(2, b".")
+        keep(1, b"a\xff\xfeb\xf0")
+        # The rest of a character that was cut off comes at the end.
+        assert self.rows(path)[-1] == ("stdout", "a\ufffd\ufffdb")
+        keep.close()
+        assert "".join(text for stream, text in self.rows(path) if stream == "stdout") == "é😀\u2028a\ufffd\ufffdb\ufffd"
+
+    @pytest.mark.parametrize("files, kept", [(1, [["d\n"]]), (2, [["d\n"], ["c\n"]]), (3, [["d\n"], ["c\n"], ["b\n"]])])
+    def test_log_that_rotates(self, tmp_path, files, kept):
+        path = tmp_path / "log"
+        keep = nerdctld.JsonLog(str(path), 100, files)
+        file = nerdctld.LogFile(str(path)).open()
+        read = []
+        for text in (b"a\n", b"b\n", b"c\n", b"d\n"):
+            keep(1, text)
+            read += [each.text for each in [*file.lines(), *file.lines()] if each.text]
+        keep.close()
+        file.close()
+        names = sorted(each.name for each in tmp_path.iterdir() if each.name.startswith("log") and each.name != "logger-lock")
+        assert [[text for _, text in self.rows(tmp_path / name)] for name in names] == kept and read == [b"a\n", b"b\n", b"c\n", b"d\n"]
+
+    def test_log_without_a_limit(self, tmp_path):
+        path = tmp_path / "log"
+        path.write_text("before\n")
+        keep = nerdctld.JsonLog(str(path))
+        for _ in range(100):
+            keep(1, b"x" * 1000)
+        keep.close()
+        assert len(path.read_text().splitlines()) == 101
+
+    def test_lock_of_a_log(self, tmp_path):
+        container = container_of({"nerdctl/state-dir": str(tmp_path)})
+        assert nerdctld.log_is_complete(container)
+        keep = nerdctld.JsonLog(str(tmp_path / "log"))
+        assert not nerdctld.log_is_complete(container)
+        # Its logging program may still be at it: then the lock is left with that.
+        other = nerdctld.JsonLog(str(tmp_path / "log"))
+        keep.close()
+        assert nerdctld.log_is_complete(container)
+        other.close()
+
+    def test_full_disk(self, tmp_path, capfd):
+        (tmp_path / "log").symlink_to("/dev/full")
+        keep = nerdctld.JsonLog(str(tmp_path / "log"))
+        keep(1, b"x\n")
+        keep(1, b"\xc3")
+        keep.close()
+        assert capfd.readouterr().err.count("No space left on device") >= 2
+
+    def test_log_whose_folder_is_gone(self, tmp_path, capfd):
+        folder = tmp_path / "state"
+        folder.mkdir()
+        keep = nerdctld.JsonLog(str(folder / "log"), 10)
+        keep(1, b"x\n")
+        shutil.rmtree(folder)
+        for _ in range(2):
+            keep(1, b"y\n")
+        keep.close()
+        assert capfd.readouterr().err.count("No such file or directory") == 2
+
+    @pytest.mark.parametrize("options, kept", [({}, 9), ({"max-size": "150"}, 1), ({"max-size": "1k", "max-file": "3"}, 9), ({"max-size": "150", "max-file": "x"}, 1)])
+    def test_log_of_a_container(self, engine, tmp_path, options, kept):
+        (tmp_path / "log-config.json").write_text(json.dumps({"driver": "json-file", "opts": options}))
+        keep = nerdctld.open_log(engine.nerdctl, container_of({"nerdctl/state-dir": str(tmp_path)}))
+        for _ in range(9):
+            keep(1, b"a line of some length, " * 3)
+        keep.close()
+        assert len((tmp_path / f"{ID}-json.log").read_text().splitlines()) == kept or options.get("max-file") == "3"
+        assert (tmp_path / f"{ID}-json.log.1").exists() == (options.get("max-file") == "3")
+
+    def test_no_log(self, engine, tmp_path):
+        keep = nerdctld.open_log(engine.nerdctl, container_of({"nerdctl/state-dir": str(tmp_path), "nerdctl/log-config": '{"driver":"none"}'}))
+        keep(1, b"x")
+        keep.close()
+        assert not [each for each in tmp_path.iterdir() if each.name.startswith(ID)]
+
+    def test_logging_program(self, tmp_path):
+        program = tmp_path / "logger"
+        program.write_text(f'#!/bin/sh\nexec 5>&-\ncd {tmp_path}\necho "$*" $CONTAINER_ID $CONTAINER_NAMESPACE >told\n'
+                           "read a <&3; read b <&4; echo $a >>told; echo $b >>told; cat <&3 >out; cat <&4 >err; exec mv told done\n")
+        program.chmod(0o755)
+        labels = {"nerdctl/state-dir": str(tmp_path), "nerdctl/log-config": '{"driver":"other"}', "nerdctl/log-uri": f"binary://{program}?--a=b&c="}
+        before = descriptors()
+        keep = nerdctld.open_log(nerdctld.Nerdctl(["nerdctl"], "space"), container_of(labels))
+        keep(1, b"first\n")
+        keep(2, b"second\n")
+        keep(1, b"x" * 100000)
+        keep(2, b"y")
+        keep.close()
+        assert until((tmp_path / "done").exists) and (tmp_path / "done").read_text() == f"--a b c {ID} space\nfirst\nsecond\n"
+        assert (tmp_path / "out").read_bytes() == b"x" * 100000 and (tmp_path / "err").read_bytes() == b"y"
+        assert until(lambda: not threads("logger")) == True and not set(descriptors()) - set(before)
+
+    def test_logging_program_that_is_not_there_or_ends(self, tmp_path):
+        before = descriptors()
+        with pytest.raises(nerdctld.ApiError, match="failed to initialize logging driver: /nosuch: No such file"):
+            nerdctld.Nerdctl(["nerdctl"]).start_logger("binary:///nosuch", ID)
+        assert not set(descriptors()) - set(before)
+        keep = nerdctld.Nerdctl(["nerdctl"]).start_logger("binary:///bin/true", ID)
+        assert until(lambda: os.waitid(os.P_PID, keep.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG))
+        keep(1, b"x" * 100000)
+        keep.close()
 
     def log_line(self, text, second=0, stream="stdout"):
         return json.dumps({"log": text, "stream": stream, "time": f"2026-11-24T00:00:{second:02d}.5Z"}) + "\n"
@@ -5683,161 +6924,12 @@ class TestSessions:
         file.close()
         assert found == list(range(max(0, 2000 - count), 2000))
 
-    def test_terminal(self):
-        terminal = nerdctld.Terminal(24, 80)
-        try:
-            assert struct.unpack("HHHH", fcntl.ioctl(terminal.slave, termios.TIOCGWINSZ, bytes(8)))[:2] == (24, 80)
-            terminal.resize(50, 132)
-            assert struct.unpack("HHHH", fcntl.ioctl(terminal.slave, termios.TIOCGWINSZ, bytes(8)))[:2] == (50, 132)
-            os.write(terminal.slave, b"a\nb")
-            assert os.read(terminal.master, 10) == b"a\nb"
-            os.write(terminal.master, b"\x03x\n")
-            assert os.read(terminal.slave, 10) == b"\x03x\n"
-        finally:
-            os.close(terminal.master)
-            os.close(terminal.slave)
-
-    def test_a_size_is_told_again_to_a_nerdctl_that_has_just_begun(self, tmp_path):
-        session, _ = self.session(f"echo $$ >{tmp_path}/pid; sleep 0.2; trap 'stty size <&1 >{tmp_path}/size; exit' WINCH; i=0; while [ $i -lt 50 ]; do i=$((i+1)); sleep 0.1; done",
-                                  stdin=True, terminal=nerdctld.Terminal(24, 80))
-        assert until((tmp_path / "pid").exists)
-        session.terminal.resize(33, 99)
-        assert session.ended.wait(10) and (tmp_path / "size").read_text() == "33 99\n"
-
-    def session(self, script, stdin=False, attachments=(), held=False, **options):
-        """A session over a shell script, with an end that is waited for."""
-        ends = []
-        session = nerdctld.Session(attachments, on_end=lambda *end: ends.append(end), **options)
-        session.run(nerdctld.Nerdctl(["/bin/sh", "-c", script, "sh"]), [], stdin=stdin, lasting=False, held=held)
-        return session, ends
-
-    def test_a_client_is_there_once(self):
-        attachment, connection, far = self.attached()
-        session = nerdctld.Session([attachment])
-        # As await_session does it while nerdctl is about to be started.
-        assert session.join(attachment)
-        session.run(nerdctld.Nerdctl(["/bin/sh", "-c", "echo once", "sh"]), [], stdin=False, lasting=False)
-        assert session.ended.wait(10)
-        connection.sock.close()
-        assert unframe(drain(far)) == [(1, b"once\n")]
-
-    @pytest.mark.parametrize("data", [b"", b"in"])
-    def test_input_is_held(self, data, tmp_path):
-        attachment, connection, far = self.attached(stdin=True)
-        session, ends = self.session(f"touch {tmp_path}/begun; cat >{tmp_path}/got; exit 7", stdin=True, attachments=[attachment], held=True)
-        far.sendall(data)
-        far.shutdown(socket.SHUT_WR)
-        thread = threading.Thread(target=nerdctld.pump_stdin, args=(attachment, session, None))
-        thread.start()
-        assert until((tmp_path / "begun").exists) and not session.ended.wait(0.1) and (tmp_path / "got").read_bytes() == b""
-        session.taking.set()
-        assert session.ended.wait(10) and ends == [(7, "")] and (tmp_path / "got").read_bytes() == data
-        thread.join(10)
-        assert not thread.is_alive()
-
-    def test_held_input_of_what_ends(self):
-        attachment, connection, far = self.attached(stdin=True)
-        session, ends = self.session("exit 3", stdin=True, attachments=[attachment], held=True)
-        with contextlib.suppress(BrokenPipeError):
-            far.sendall(b"in")
-        thread = threading.Thread(target=nerdctld.pump_stdin, args=(attachment, session, None))
-        thread.start()
-        thread.join(10)
-        assert not thread.is_alive() and ends[0][0] == 3
-
-    def test_nothing_reaches_the_numbers_of_what_has_ended(self):
-        release = threading.Event()
-        session = nerdctld.Session([], on_end=lambda *_: release.wait(10), terminal=nerdctld.Terminal(24, 80))
-        number = session.terminal.master
-        session.run(nerdctld.Nerdctl(["/bin/sh", "-c", "exit 0", "sh"]), [], stdin=True, lasting=False)
-        assert until(lambda: session.terminal.master < 0)
-        others = []
-        try:
-            others += os.openpty()
-            if number not in others:
-                others.append(fcntl.fcntl(others[0], fcntl.F_DUPFD, number))
-            if number not in others:
-                pytest.skip("somebody else has got the number")
-            assert session.write(b"secret") is False
-            session.terminal.resize(99, 99)
-            assert fcntl.ioctl(number, termios.TIOCGWINSZ, bytes(8))[:4] == bytes(4) and not select.select(others, [], [], 0)[0]
-        finally:
-            release.set()
-            for each in others:
-                os.close(each)
-        assert session.ended.wait(10)
-
-    def attached(self, **options):
-        connection, far = pair()
-        attachment = nerdctld.Attachment(True, True, True, **options)
-        attachment.connect(connection)
-        return attachment, connection, far
-
-    def test_streams_in_frames(self):
-        attachment, connection, far = self.attached()
-        session, ends = self.session("printf out; sleep 0.05; printf err >&2; sleep 0.05; echo 'time=\"x\" level=fatal msg=\"1 errors:\"' >&2; exit 1", attachments=[attachment])
-        assert session.ended.wait(10) and attachment.done.is_set()
-        connection.sock.close()
-        assert unframe(drain(far)) == [(1, b"out"), (2, b"err")] and ends == [(1, "1 errors:")]
-
-    def test_input_and_its_end(self):
-        attachment, connection, far = self.attached(stdin=True)
-        session, ends = self.session("cat; exit 7", stdin=True, attachments=[attachment])
-        sender = threading.Thread(target=lambda: (far.sendall(b"x" * 300000), far.shutdown(socket.SHUT_WR)))
-        sender.start()
-        data = []
-        reader = threading.Thread(target=lambda: data.append(drain(far)))
-        reader.start()
-        assert nerdctld.pump_stdin(attachment, session, None) is False
-        assert session.ended.wait(10)
-        connection.sock.close()
-        reader.join(10)
-        assert unframe(data[0]) == [(1, b"x" * 300000)] and ends[0][0] == 7
-
-    def test_input_that_is_opened_more_than_once(self):
-        first, second = self.attached(stdin=True), self.attached(stdin=True)
-        session, _ = self.session("head -n 1", stdin=True, attachments=[first[0], second[0]], once=False)
-        first[2].shutdown(socket.SHUT_WR)
-        assert nerdctld.pump_stdin(first[0], session, None) is False
-        assert not session.ended.wait(0.1)
-        second[2].sendall(b"line\n")
-        second[2].shutdown(socket.SHUT_WR)
-        nerdctld.pump_stdin(second[0], session, None)
-        assert session.ended.wait(10)
-        for each in (first, second):
-            each[1].sock.close()
-            assert unframe(drain(each[2])) == [(1, b"line\n")]
-
-    def test_a_client_that_left_does_not_stop_the_others(self):
-        first, second = self.attached(), self.attached()
-        first[2].close()
-        session, _ = self.session("for each in 1 2 3 4; do echo $each; sleep 0.03; done", attachments=[first[0], second[0]])
-        assert session.ended.wait(10) and first[0].gone
-        second[1].sock.close()
-        assert unframe(drain(second[2])) == [(1, b"1\n2\n3\n4\n")]
-
-    def test_joining_an_ended_one(self):
-        session, _ = self.session("true")
-        assert session.ended.wait(10)
-        assert session.join(self.attached()[0]) is False
-
-    def test_terminal_of_a_session(self):
-        attachment, connection, far = self.attached(stdin=True)
-        attachment.framed = False
-        session, ends = self.session("stty -echo 2>/dev/null; read line; stty size; echo got $line; exit 4", stdin=True, attachments=[attachment], terminal=nerdctld.Terminal(33, 99))
-        far.sendall(b"abc\n")
-        threading.Thread(target=nerdctld.pump_stdin, args=(attachment, session, None), daemon=True).start()
-        assert session.ended.wait(10) and ends[0][0] == 4
-        # Not only closed: the thread that waits for input would keep it open.
-        connection.sock.shutdown(socket.SHUT_RDWR)
-        assert b"33 99" in drain(far)
-
 
 ###############################################################################
 # Container lifecycle
 ###############################################################################
 
-NAMES = ("start", "stop", "restart", "kill", "pause", "unpause", "rename", "update", "rm", "top", "diff")
+NAMES = ("rename", "update", "rm", "diff")
 
 
 def identity(engine, name):
@@ -5871,13 +6963,8 @@ def carry_out(fake, words):
         for each in words:
             if each.startswith("--restart="):
                 fake.label(real, **{"containerd.io/restart.policy": each.partition("=")[2]})
-    elif word == "start":
-        fake.start(real)
-    elif word in ("pause", "unpause"):
-        fake.pause(real, word == "pause")
-    elif word == "stop" or word == "kill" and "--signal=SIGKILL" in words or word == "rm" and "--force" in words:
-        if fake.tasks.get(real, nerdctld.TaskRecord(0, "stopped", 0, 0, "")).status != "stopped":
-            fake.exit(real, 0 if word == "stop" else 137)
+    elif word == "rm" and "--force" in words and fake.tasks.get(real, nerdctld.TaskRecord(0, "stopped", 0, 0, "")).status != "stopped":
+        fake.exit(real, 137)
     if word == "rm":
         fake.delete(real)
 
@@ -5888,114 +6975,48 @@ def willing(furnished, scripted, fake):
     with scripted.together():
         for name in NAMES:
             scripted.on(name, does=functools.partial(carry_out, fake))
+    for each in fake.containers.values():
+        fake.mounts.setdefault((each.snapshotter, each.snapshot_key), [])
     follow(furnished, fake)
     return furnished
 
 
 class TestContainerLifecycle:
-    def test_a_stop_takes_the_place_of_nobody(self, tmp_path):
-        program = tmp_path / "nerdctl"
-        program.write_text("#!/bin/sh\n[ $2 = ps ] || exec sleep 0.3\n")
-        program.chmod(0o755)
-        nerdctl = nerdctld.Nerdctl([str(program)])
-        threads = [threading.Thread(target=nerdctl.output, args=("stop",), kwargs={"waits": True}) for _ in range(40)]
-        for each in threads:
-            each.start()
-        nerdctl.run("ps")
-        assert any(each.is_alive() for each in threads)
-        for each in threads:
-            each.join(20)
-
-    def test_who_is_started_by_others_is_cared_for(self, willing, fake, monkeypatch):
-        isdir = os.path.isdir
-        monkeypatch.setattr(nerdctld.os.path, "isdir", lambda path: path != "/run/systemd/system" and isdir(path))
-        checked, other = "1" * 64, "2" * 64
-        willing.caretaker = nerdctld.Caretaker(willing)
-        fake.create(checked, {"nerdctl/name": "1", "nerdctl/healthcheck": json.dumps({"Test": ["CMD", "true"], "Interval": 10**12})})
-        fake.create(other, {"nerdctl/name": "2"})
-        try:
-            for each in (checked, other):
-                fake.start(each, os.getpid())
-            assert until(lambda: set(willing.caretaker.cared) == {checked})
-        finally:
-            willing.caretaker.release(checked)
-
-    def test_input_is_ended_by_containerd(self, engine, fake, tmp_path):
-        fake.create(ID)
-        fake.start(ID)
-        nerdctld.end_input(engine, ID)
-        assert fake.asked["Tasks/CloseIO"] == {1: ID.encode(), 3: 1}
-        # It is no fault when that cannot be done: there is no task, containerd hangs up, or it is not there.
-        fake.delete(ID)
-        nerdctld.end_input(engine, ID)
-
-        def hang_up():
-            raise HangUp
-        fake.before["Tasks/CloseIO"] = hang_up
-        nerdctld.end_input(engine, ID)
-        assert fake.calls["Tasks/CloseIO"] == 3
-        engine.containerd.given_address = str(tmp_path / "nosuch.sock")
-        nerdctld.end_input(engine, ID)
-
-    def test_input_by_the_pipe_of_containerd(self, engine, fake, tmp_path):
-        os.mkfifo(tmp_path / "stdin")
-        fake.create(ID, {"nerdctl/name": "x", **nerdctld.request_labels({"OpenStdin": True, "StdinOnce": False})})
-        container = engine.inventory.container("x")
-        assert nerdctld.open_input(engine, container) is None
-        fake.start(ID, stdin=str(tmp_path / "stdin"))
-        # Nobody reads there.
-        assert nerdctld.open_input(engine, container) is None
-        reader = os.open(tmp_path / "stdin", os.O_RDONLY | os.O_NONBLOCK)
-        found = nerdctld.open_input(engine, container)
-        assert found.write(b"some") and os.read(reader, 9) == b"some"
-        # Open for more clients than this one.
-        found.close_stdin()
-        assert found.write(b"more") and os.read(reader, 9) == b"more" and not fake.calls["Tasks/CloseIO"]
-        found.close_stdin(force=True)
-        assert not found.write(b"late") and os.read(reader, 9) == b"" and fake.calls["Tasks/CloseIO"] == 1
-        assert not found.close()
-        os.close(reader)
-        fake.start(ID)
-        assert nerdctld.open_input(engine, container) is None
-        engine.containerd.given_address = str(tmp_path / "nosuch.sock")
-        assert nerdctld.open_input(engine, container) is None
-
-    @pytest.mark.parametrize("name", ["tstdone", "tstnew"])
-    def test_start_with_stdin(self, willing, scripted, fake, name):
-        real = identity(willing, name)
-        fake.label(real, **nerdctld.request_labels({"Image": BASE, "OpenStdin": True}))
-        attachment = nerdctld.Attachment(True, True, True, True)
-        willing.add_waiting(real, attachment)
-        assert ask(willing, "POST", f"/containers/{name}/start").status == 204
-        assert attachment.done.wait(10)
-        assert [each["argv"] for each in scripted.calls() if each["argv"][0] in ("start", "run")] == [["start", "--attach", "--", real]]
-        # No way leads to its input: it finds the end of it.
-        assert fake.asked["Tasks/CloseIO"][1] == real.encode()
-
     def test_signals_by_their_numbers(self):
         assert [nerdctld.signal_number(nerdctld.check_signal(each)) for each in ("9", "kill", "37", "RTMAX-1")] == [9, 9, signal.SIGRTMIN + 3, signal.SIGRTMAX - 1]
         stops = lambda word: nerdctld.ends_by(container_of({"io.containerd.image.config.stop-signal": word} if word else {}))
-        assert [stops(each) for each in ("", "FOO", "SIGRTMIN+3", "3")] == ["SIGTERM", "", "SIGRTMIN+3", "SIGQUIT"]
+        assert [stops(each) for each in ("", "FOO", "SIGRTMIN+3", "3")] == [15, 0, signal.SIGRTMIN + 3, 3]
 
-    @pytest.mark.parametrize("asked, query, words, seconds", [
-        ({"StopTimeout": 0}, {}, ["--time=0"], 0), ({"StopTimeout": 300}, {}, ["--time=300"], 300), ({"StopTimeout": 300}, {"t": ["1"]}, ["--time=1"], 1),
-        ({"StopTimeout": -1}, {}, ["--time=1000000"], 86400), ({}, {}, [], 0), ({"StopTimeout": None}, {"t": ["-1"]}, ["--time=1000000"], 86400)])
-    def test_time_of_a_stop(self, asked, query, words, seconds):
-        container = container_of(nerdctld.request_labels(asked))
-        assert nerdctld.stop_args(nerdctld.Request("POST", "/", query=query), container) == (words, nerdctld.SHORT_CALL + seconds)
+    @pytest.mark.parametrize("asked, labels, query, seconds", [
+        ({"StopTimeout": 0}, {}, {}, 0), ({"StopTimeout": 300}, {}, {}, 300), ({"StopTimeout": 300}, {}, {"t": ["1"]}, 1), ({"StopTimeout": -1}, {}, {}, 1000000),
+        ({}, {}, {}, 10), ({}, {"nerdctl/stop-timeout": "20"}, {}, 20), ({"StopTimeout": None}, {}, {"t": ["-1"]}, 1000000)])
+    def test_time_of_a_stop(self, asked, labels, query, seconds):
+        container = container_of({**labels, **nerdctld.request_labels(asked)})
+        assert nerdctld.stop_seconds(nerdctld.Request("POST", "/", query=query), container) == seconds
+
+    @pytest.mark.parametrize("method, path, status, call, number", [
+        ("POST", "tstnew/start", 204, "Start", 0), ("POST", "tstweb/start", 304, "", 0), ("POST", "tstpaused/start", 409, "", 0), ("POST", "nosuch/start", 404, "", 0),
+        ("POST", "tstweb/stop", 204, "Kill", 15), ("POST", "tstweb/stop?t=3&signal=int", 204, "Kill", 2), ("POST", "tstweb/stop?t=-1", 204, "Kill", 15),
+        ("POST", "tstdone/stop", 304, "", 0), ("POST", "tstnew/stop", 304, "", 0), ("POST", "tstweb/stop?t=x", 400, "", 0), ("POST", "tstweb/stop?signal=x", 400, "", 0), ("POST", "nosuch/stop", 404, "", 0),
+        ("POST", "tstweb/kill", 204, "Kill", 9), ("POST", "tstweb/kill?signal=USR1", 204, "Kill", 10), ("POST", "tstweb/kill?signal=10", 204, "Kill", 10),
+        ("POST", "tstweb/kill?signal=nosuch", 400, "", 0), ("POST", "tstweb/kill?signal=0", 400, "", 0), ("POST", "tstweb/kill?signal=-9", 400, "", 0), ("POST", "tstweb/kill?signal=RTMIN%2B3", 204, "Kill", 37),
+        ("POST", "tstweb/kill?signal=60", 204, "Kill", 60), ("POST", "tstweb/kill?signal=33", 204, "Kill", 33), ("POST", "tstweb/stop?signal=9", 204, "Kill", 9),
+        ("POST", "tstdone/kill", 409, "", 0), ("POST", "tstweb/pause", 204, "Pause", 0), ("POST", "tstpaused/pause", 409, "", 0), ("POST", "tstdone/pause", 409, "", 0),
+        ("POST", "tstpaused/unpause", 204, "Resume", 0), ("POST", "tstweb/unpause", 409, "", 0), ("POST", "tstdone/restart?t=1", 204, "Start", 0)])
+    def test_calls(self, willing, fake, method, path, status, call, number):
+        name = re.split("[/?]", path)[0]
+        real = identity(willing, name) if name != "nosuch" else ""
+        assert ask(willing, method, "/containers/" + path).status == status
+        made = [each for each in ("Start", "Kill", "Pause", "Resume") if fake.calls["Tasks/" + each]]
+        assert made == ([call] if call else [])
+        if call:
+            asked = fake.asked["Tasks/" + call]
+            assert (bytes(asked[1]).decode(), asked.get(3, 0)) == (real, number)
 
     @pytest.mark.parametrize("method, path, status, words", [
-        ("POST", "tstnew/start", 204, "start -- {id}"), ("POST", "tstweb/start", 304, ""), ("POST", "tstpaused/start", 409, ""), ("POST", "nosuch/start", 404, ""),
-        ("POST", "tstweb/stop", 204, "stop -- {id}"), ("POST", "tstweb/stop?t=3&signal=int", 204, "stop --time=3 --signal=SIGINT -- {id}"), ("POST", "tstweb/stop?t=-1", 204, "stop --time=1000000 -- {id}"),
-        ("POST", "tstweb/stop?t=0", 204, "stop --time=0 -- {id}"), ("POST", "tstdone/stop", 304, ""), ("POST", "tstnew/stop", 304, ""), ("POST", "tstweb/stop?t=x", 400, ""), ("POST", "nosuch/stop", 404, ""),
-        ("POST", "tstweb/kill", 204, "kill --signal=SIGKILL -- {id}"), ("POST", "tstweb/kill?signal=USR1", 204, "kill --signal=SIGUSR1 -- {id}"), ("POST", "tstweb/kill?signal=10", 204, "kill --signal=SIGUSR1 -- {id}"),
-        ("POST", "tstweb/kill?signal=nosuch", 400, ""), ("POST", "tstweb/kill?signal=0", 400, ""), ("POST", "tstweb/kill?signal=-9", 400, ""), ("POST", "tstweb/kill?signal=RTMIN%2B3", 204, "kill --signal=SIGRTMIN+3 -- {id}"),
-        ("POST", "tstweb/kill?signal=37", 204, "kill --signal=SIGRTMIN+3 -- {id}"), ("POST", "tstweb/kill?signal=60", 204, "kill --signal=SIGRTMAX-4 -- {id}"),
-        ("POST", "tstweb/kill?signal=33", 204, "kill --signal=33 -- {id}"), ("POST", "tstweb/stop?signal=9", 204, "stop --signal=SIGKILL -- {id}"),
-        ("POST", "tstdone/kill", 409, ""), ("POST", "tstweb/pause", 204, "pause -- {id}"), ("POST", "tstpaused/pause", 409, ""), ("POST", "tstdone/pause", 409, ""),
-        ("POST", "tstpaused/unpause", 204, "unpause -- {id}"), ("POST", "tstweb/unpause", 409, ""), ("POST", "tstweb/rename?name=other", 204, "rename -- {id} other"),
+        ("POST", "tstweb/rename?name=other", 204, "rename -- {id} other"),
         ("POST", "tstweb/rename?name=/other", 204, "rename -- {id} other"), ("POST", "tstweb/rename?name=tstdone", 409, ""), ("POST", "tstweb/rename?name=", 400, ""), ("POST", "tstweb/rename?name=tstweb", 400, ""),
-        ("POST", "tstweb/rename?name=-x", 400, ""), ("POST", "tstdone/restart?t=1", 204, "start -- {id}"), ("DELETE", "tstdone", 204, "rm -- {id}"), ("DELETE", "tstweb", 409, ""),
+        ("POST", "tstweb/rename?name=-x", 400, ""), ("DELETE", "tstdone", 204, "rm -- {id}"), ("DELETE", "tstweb", 409, ""),
         ("DELETE", "tstpaused", 409, ""), ("DELETE", "tstweb?force=1&v=true", 204, "rm --force --volumes -- {id}"), ("DELETE", "nosuch?force=1", 404, ""), ("DELETE", "tstdone?link=1", 501, "")])
     def test_argv(self, willing, scripted, method, path, status, words):
         name = re.split("[/?]", path)[0]
@@ -6004,10 +7025,34 @@ class TestContainerLifecycle:
         changes = [each["argv"] for each in scripted.calls() if each["argv"][0] in NAMES]
         assert changes[-1:] == ([words.format(id=real).split()] if words else [])
 
-    def test_restart_of_a_running_one(self, willing, scripted):
-        ask(willing, "POST", "/containers/tstweb/restart?t=1")
-        assert [each["argv"][0] for each in scripted.calls() if each["argv"][0] in NAMES] == ["stop", "start"]
-        assert scripted.argv("stop")[1] == "--time=1"
+    def test_restart_of_a_running_one(self, willing, fake):
+        assert ask(willing, "POST", "/containers/tstweb/restart?t=1").status == 204
+        # The task that has ended makes room for the next one.
+        assert [each for each in fake.calls if each in ("Tasks/Kill", "Tasks/Delete", "Tasks/Create", "Tasks/Start")] == ["Tasks/Kill", "Tasks/Delete", "Tasks/Create", "Tasks/Start"]
+
+    def test_a_grace_period_that_is_used_up(self, willing, fake):
+        real = identity(willing, "tstnew")
+        fake.programs[real] = lambda process: [process.wait_signal() for _ in range(9)]
+        assert ask(willing, "POST", "/containers/tstnew/start").status == 204
+        assert ask(willing, "POST", "/containers/tstnew/stop?t=0").status == 204
+        assert ask(willing, "GET", "/containers/tstnew/json").json["State"]["ExitCode"] == 137
+        assert [each for each in actions(willing, "signal") if each[0] in ("kill", "die", "stop")] == [("kill", "15"), ("kill", "9"), ("die", None), ("stop", None)]
+
+    @pytest.mark.parametrize("path, number, resumed", [("kill", 9, 1), ("kill?signal=TERM", 15, 1), ("kill?signal=HUP", 1, 0), ("stop", 15, 1)])
+    def test_what_ends_a_paused_one_lets_it_go_on(self, willing, fake, path, number, resumed):
+        if not resumed:
+            fake.before["Tasks/Kill"] = lambda: None
+        ask(willing, "POST", "/containers/tstpaused/" + path)
+        assert (fake.asked["Tasks/Kill"][3], fake.calls["Tasks/Resume"]) == (number, resumed)
+
+    @pytest.mark.parametrize("path", ["kill", "stop"])
+    def test_what_containerd_does_not_do(self, willing, fake, path):
+        def refuse():
+            raise nerdctld.GrpcError(2, "odd")
+        fake.before["Tasks/Kill"] = refuse
+        answer = ask(willing, "POST", f"/containers/tstweb/{path}")
+        assert answer.status == 500 and "odd" in answer.message
+        assert not [each for each in actions(willing) if each[0] in ("die", "stop")]
 
     @pytest.mark.parametrize("path, message", [
         ("POST tstdone/kill", "cannot kill container: tstdone: container {id} is not running"), ("POST tstdone/pause", "container {id} is not running"), ("POST tstpaused/pause", "container {id} is already paused"),
@@ -6019,42 +7064,60 @@ class TestContainerLifecycle:
         name = re.split("[/?]", path)[0]
         assert message.format(id=identity(willing, name)) in ask(willing, method, "/containers/" + path).message
 
-    @pytest.mark.parametrize("message, status", [("executable file not found in $PATH", 400), ('exec: "/etc": permission denied', 400), ("bind for :80 failed: port is already allocated", 500), ("odd", 500)])
-    def test_start_that_fails(self, willing, scripted, message, status):
-        scripted.on("start", stderr=fatal(message), status=1)
-        assert ask(willing, "POST", "/containers/tstnew/start").status == status
+    @pytest.mark.parametrize("message, status, code", [
+        ('exec: "nosuch": executable file not found in $PATH: unknown', 400, 127), ('exec: "/etc": permission denied: unknown', 400, 126), ("odd", 500, 128)])
+    def test_start_that_fails(self, willing, fake, message, status, code):
+        real = identity(willing, "tstnew")
+        fake.refuse[real] = "failed to create shim task: OCI runtime create failed: runc create failed: unable to start container process: " + message
+        answer = ask(willing, "POST", "/containers/tstnew/start")
+        assert answer.status == status, answer.message
+        assert answer.message.startswith("failed to create task for container: failed to create shim task: ")
+        assert real not in fake.tasks
+        assert fake.containers[real].labels["nerdctl/error"] == answer.message
+        # It can be started when the reason is gone.
+        fake.refuse.clear()
+        assert ask(willing, "POST", "/containers/tstnew/start").status == 204
+        assert ask(willing, "GET", "/containers/tstnew/json").json["State"]["Error"] == ""
+
+    def test_a_task_that_cannot_be_started_is_taken_away(self, willing, fake):
+        def refuse():
+            raise nerdctld.GrpcError(2, "odd")
+        fake.before["Tasks/Start"] = refuse
+        assert ask(willing, "POST", "/containers/tstnew/start").status == 500
+        assert identity(willing, "tstnew") not in fake.tasks
 
     @pytest.mark.parametrize("method, path, told", [
         ("POST", "stop", ["kill 15", "die", "stop"]), ("POST", "stop?signal=INT", ["kill 2", "die", "stop"]), ("POST", "restart", ["kill 15", "die", "stop", "start", "restart"]),
-        ("POST", "kill", ["kill 9", "die"]), ("POST", "kill?signal=HUP", ["kill 1"]), ("DELETE", "?force=1", ["kill 9", "die", "destroy"]), ("GET", "top", ["top"])])
-    def test_events(self, willing, scripted, method, path, told):
-        scripted.on("top", stdout="PID CMD\n1 sh\n")
+        ("POST", "kill", ["kill 9", "die"]), ("POST", "kill?signal=CONT", ["kill 18"]), ("DELETE", "?force=1", ["kill 9", "die", "destroy"]), ("GET", "top", ["top"])])
+    def test_events(self, willing, method, path, told):
         assert ask(willing, method, "/containers/tstweb" + ("" if path.startswith("?") else "/") + path).status < 300
         willing.settle()
         assert [(each["Action"] + " " + each["Actor"]["Attributes"].get("signal", "")).strip() for each in willing.journal.history] == told
 
     @pytest.mark.parametrize("kind, first, second, statuses, words", [
-        ("start", "POST tstnew/start", "POST tstnew/start", (204, 304), ["start"]),
-        ("start", "POST tstnew/start", "DELETE tstnew?force=1", (204, 204), ["start", "rm"]),
-        ("start", "POST tstnew/start", "DELETE tstnew", (204, 409), ["start"]),
-        ("start", "POST tstnew/start", "POST tstnew/kill", (204, 204), ["start", "kill"]),
-        ("start", "POST tstnew/start", "POST prune", (204, 200), ["start", "rm"]),
+        ("Tasks/Start", "POST tstnew/start", "POST tstnew/start", (204, 304), []),
+        ("Tasks/Start", "POST tstnew/start", "DELETE tstnew?force=1", (204, 204), ["rm"]),
+        ("Tasks/Start", "POST tstnew/start", "DELETE tstnew", (204, 409), []),
+        ("Tasks/Start", "POST tstnew/start", "POST tstnew/kill", (204, 204), []),
+        ("Tasks/Start", "POST tstnew/start", "POST prune", (204, 200), ["rm"]),
         ("rm", "DELETE tstdone", "DELETE tstdone", (204, 409), ["rm"]), ("rm", "DELETE tstdone", "POST tstdone/start", (204, 409), ["rm"]),
         ("rm", "DELETE tstdone", "POST tstdone/rename?name=x", (204, 404), ["rm"]),
-        ("pause", "POST tstweb/pause", "POST tstweb/pause", (204, 409), ["pause"]),
-        ("unpause", "POST tstpaused/unpause", "POST tstpaused/unpause", (204, 409), ["unpause"])])
+        ("Tasks/Pause", "POST tstweb/pause", "POST tstweb/pause", (204, 409), []),
+        ("Tasks/Resume", "POST tstpaused/unpause", "POST tstpaused/unpause", (204, 409), [])])
     def test_one_change_at_a_time(self, willing, scripted, fake, kind, first, second, statuses, words):
         """The second one finds what the first one has made of the container."""
-        scripted.on(kind, does=lambda words: (time.sleep(0.2), carry_out(fake, words)))
+        if kind == "rm":
+            scripted.on(kind, does=lambda words: (time.sleep(0.2), carry_out(fake, words)))
+        fake.before[kind] = lambda: time.sleep(0.2)
         send = lambda method, path: ask(willing, method, "/containers/" + path)
         answers = at_once(send, first.split(), second.split(), pause=0.0 if first == second else 0.1)
         found = [each.status for each in answers]
         assert (sorted(found) if first == second else found) == list(statuses)
-        assert [each["argv"][0] for each in scripted.calls() if each["argv"][0] in NAMES] == words
+        assert [each["argv"][0] for each in scripted.calls() if each["argv"][0] in NAMES] == words and fake.calls[kind] <= 1
         if second == "POST prune":
             # The other one that does not run.
             assert answers[1].json["ContainersDeleted"] == [json.loads(INSPECT_DONE.stdout)["ID"]]
-        assert not willing.turns
+        assert not any(each.lock.locked() for each in willing.owners.values())
 
     @pytest.mark.parametrize("path, message", [
         ("DELETE tstdone", "removal of container tstdone is already in progress"), ("POST tstdone/start", "container is marked for removal and cannot be started")])
@@ -6072,42 +7135,41 @@ class TestContainerLifecycle:
         thread.join(10)
 
     @pytest.mark.parametrize("word", ["stop", "restart"])
-    def test_a_stop_that_takes_its_time(self, willing, scripted, word):
+    def test_a_stop_that_takes_its_time(self, willing, fake, word):
         """Nobody waits for it."""
-        willing.tasks.LATE = willing.tasks.DYING = 0.02
-        gate, real = threading.Event(), identity(willing, "tstweb")
-        # Neither of the others makes it end.
-        scripted.on("stop")
-        scripted.on("kill")
-        scripted.on(["stop", "--time=60"], does=lambda words: gate.wait(10))
-        thread = threading.Thread(target=ask, args=(willing, "POST", f"/containers/tstweb/{word}?t=60"))
-        thread.start()
-        assert until(lambda: scripted.calls("stop"))
-        for path, status in (("POST /start", 304), ("GET /json", 200), ("POST /kill", 204), ("POST /stop?t=0", 204), ("DELETE ?", 409),
-                             ("POST /rename?name=other", 204), ("POST /pause", 204), ("DELETE ?force=1", 204)):
+        real = identity(willing, "tstnew")
+        fake.programs[real] = lambda process: [process.wait_signal() for _ in range(9)]
+        assert ask(willing, "POST", "/containers/tstnew/start").status == 204
+        found, thread = self.waiting(willing, f"/containers/tstnew/{word}?t=60")
+        assert until(lambda: fake.calls["Tasks/Kill"])
+        for path, status in (("POST /start", 304), ("GET /json", 200), ("POST /kill?signal=HUP", 204), ("DELETE ?", 409), ("POST /rename?name=other", 204), ("POST /pause", 204),
+                             ("POST /unpause", 204)):
             method, _, path = path.partition(" ")
             assert ask(willing, method, f"/containers/{real}" + path).status == status and thread.is_alive(), path
-        gate.set()
+        assert ask(willing, "POST", f"/containers/{real}/kill").status == 204
         thread.join(20)
+        assert found[0].status == 204 and ask(willing, "GET", f"/containers/{real}/json").json["State"]["Running"] == (word == "restart")
 
-    def test_a_stop_of_what_ends_by_another_hand(self, willing, scripted, fake):
-        scripted.on("stop", stderr=fatal("process already finished: not found"), status=1)
-        assert ask(willing, "POST", "/containers/tstweb/stop").status == 500
-        scripted.on("stop", stderr=fatal("process already finished: not found"), status=1, does=lambda words: fake.exit(words[-1]))
+    def test_a_stop_of_what_ends_by_another_hand(self, willing, fake):
+        real = identity(willing, "tstweb")
+
+        def ends():
+            fake.exit(real)
+            raise nerdctld.GrpcError(5, "process already finished: not found")
+        fake.before["Tasks/Kill"] = ends
         assert ask(willing, "POST", "/containers/tstweb/stop").status == 204
 
-    def test_a_stop_is_told_after_the_end(self, willing, scripted, fake):
-        scripted.on("stop")
-        real = identity(willing, "tstweb")
-        found, thread = self.waiting(willing, "/containers/tstweb/restart")
-        assert until(lambda: scripted.calls("stop"))
-        time.sleep(0.1)
-        assert not scripted.calls("start")
+    def test_a_stop_is_told_after_the_end(self, willing, fake):
+        real = identity(willing, "tstnew")
+        fake.programs[real] = lambda process: process.wait_signal() and process.wait_signal()
+        ask(willing, "POST", "/containers/tstnew/start")
+        found, thread = self.waiting(willing, "/containers/tstnew/restart")
+        assert until(lambda: fake.calls["Tasks/Kill"])
+        assert fake.calls["Tasks/Start"] == 1 and ("stop",) not in actions(willing)
         fake.exit(real)
         thread.join(10)
-        willing.settle()
         assert found[0].status == 204
-        assert [each["Action"] for each in willing.journal.history] == ["kill", "die", "stop", "start", "restart"]
+        assert [each[0] for each in actions(willing)] == ["start", "kill", "die", "stop", "start", "restart"]
 
     def test_a_forced_removal_that_removed_nothing(self, willing, scripted):
         """With --force nerdctl 2.3.5 ends with 0 whatever comes of it."""
@@ -6122,13 +7184,16 @@ class TestContainerLifecycle:
         assert ask(willing, "DELETE", "/containers/tstweb?force=1").status == 204
 
     @pytest.mark.parametrize("message, status, removed", [
-        ("executable file not found in $PATH", 400, True), ("failed to create shim task: odd", 500, True),
-        ('cannot access containerd socket \\"/nosuch\\"', 503, False)])
+        ("executable file not found in $PATH", 400, True), ("failed to create shim task: odd", 500, True), ("", 503, False)])
     def test_who_is_removed_when_a_start_fails(self, willing, scripted, fake, message, status, removed):
-        """Nobody whom nerdctl could not start for its own reasons; and whoever waits for the removal of that one is told."""
+        """Nobody whom containerd could not be reached for; and whoever waits for the removal of that one is told."""
         real = identity(willing, "tstnew")
         fake.label(real, **nerdctld.request_labels({"Image": BASE, "HostConfig": {"AutoRemove": True}}))
-        scripted.on("start", stderr=fatal(message), status=1, does=lambda words: time.sleep(0.2))
+
+        def refuse():
+            time.sleep(0.1)
+            raise nerdctld.GrpcError(2 if message else 14, message or "the server takes no more calls")
+        fake.before["Tasks/Create"] = refuse
         found, thread = self.waiting(willing, "/containers/tstnew/wait?condition=removed")
         assert ask(willing, "POST", "/containers/tstnew/start").status == status
         # Without --force: what runs, whoever has started it, is not removed.
@@ -6136,73 +7201,72 @@ class TestContainerLifecycle:
         thread.join(10)
         assert found[0].json["StatusCode"] > 0
 
-    def begin(self, engine, fake, policy, labels):
-        """tstweb as one that was made with this restart policy, or for None by others; its id."""
-        asked = nerdctld.request_labels({"Image": "x", "HostConfig": {"RestartPolicy": policy}}) if policy else {}
-        real = identity(engine, "tstweb")
-        fake.label(real, **{"nerdctl/state-dir": "/nosuch", **labels, **asked})
-        return real
+    def test_one_that_is_removed_at_its_end_survives_two_starts(self, willing, scripted, fake):
+        real = identity(willing, "tstnew")
+        fake.label(real, **nerdctld.request_labels({"Image": BASE, "HostConfig": {"AutoRemove": True}}))
+        fake.before["Tasks/Start"] = lambda: time.sleep(0.1)
+        send = lambda method, path: ask(willing, method, path)
+        assert sorted(each.status for each in at_once(send, *[("POST", "/containers/tstnew/start")] * 2)) == [204, 304]
+        assert not scripted.calls("rm") and fake.tasks[real].status == "running"
 
-    @pytest.mark.parametrize("policy, now, path, held", [
-        ({"Name": "always"}, "always", "stop", True), ({"Name": "always"}, "always", "kill", True), ({"Name": "always"}, "always", "kill?signal=TERM", True),
-        ({"Name": "always"}, "always", "kill?signal=HUP", False), ({"Name": "on-failure", "MaximumRetryCount": 3}, "on-failure:3", "stop", True),
-        ({"Name": "on-failure"}, "on-failure", "stop", True), ({"Name": "unless-stopped"}, "unless-stopped", "stop", False), ({}, "no", "stop", False),
-        (None, "always", "stop", True), (None, "on-failure:3", "stop", False)])
-    def test_what_is_stopped_stays_so(self, willing, scripted, fake, policy, now, path, held):
-        real = self.begin(willing, fake, policy, {"containerd.io/restart.policy": now})
+    def test_who_was_told_of_an_end_can_remove_it(self, willing, fake):
+        for _ in range(20):
+            real = identity(willing, "tstweb")
+            assert ask(willing, "POST", "/containers/tstweb/kill").status == 204
+            assert ask(willing, "POST", "/containers/tstweb/wait").json["StatusCode"] == 137
+            assert ask(willing, "GET", "/containers/tstweb/json").json["State"]["Status"] == "exited"
+            fake.delete(real)
+            fake.create(real, {"nerdctl/name": "tstweb"})
+            fake.start(real)
+        assert ask(willing, "POST", "/containers/tstweb/kill").status == 204
+        assert ask(willing, "DELETE", "/containers/tstweb").status == 204
+
+    RESTART = "containerd.io/restart."
+
+    def restarts(self, fake, real):
+        """What containerd's restart monitor sees of a container."""
+        return {key[len(self.RESTART):]: value for key, value in fake.containers[real].labels.items() if key.startswith(self.RESTART)}
+
+    @pytest.mark.parametrize("policy", ["always", "on-failure:3", "unless-stopped"])
+    @pytest.mark.parametrize("path, held", [("stop", True), ("kill", True), ("kill?signal=TERM", True), ("kill?signal=HUP", False)])
+    def test_what_is_stopped_stays_so(self, willing, fake, policy, path, held):
+        """Without a status the monitor does not look at it. Its policy stays as it is."""
+        real = identity(willing, "tstweb")
+        fake.label(real, **{self.RESTART + "policy": policy, self.RESTART + "status": "running", self.RESTART + "explicitly-stopped": "false", self.RESTART + "count": "2"})
         assert ask(willing, "POST", "/containers/tstweb/" + path).status == 204
-        assert [each["argv"] for each in scripted.calls("update")] == ([["update", "--restart=unless-stopped", "--", real]] if held else [])
+        assert self.restarts(fake, real) == ({"policy": policy, "explicitly-stopped": "true", "count": "2"} if held else
+                                             {"policy": policy, "status": "running", "explicitly-stopped": "false", "count": "2"})
+        assert ask(willing, "GET", "/containers/tstweb/json").json["HostConfig"]["RestartPolicy"]["Name"] == policy.partition(":")[0]
+        nerdctld.resume_policy(willing, willing.inventory.container("tstweb"))
+        # Its restarts are counted anew, as by dockerd.
+        assert self.restarts(fake, real) == {"policy": policy, "status": "running", "explicitly-stopped": "false"}
 
-    @pytest.mark.parametrize("policy, now, stopped, words", [
-        ({"Name": "on-failure", "MaximumRetryCount": 3}, "unless-stopped", "true", "on-failure:3"), ({"Name": "always"}, "unless-stopped", "true", "always"),
-        ({"Name": "always"}, "unless-stopped", "false", ""), ({"Name": "unless-stopped"}, "unless-stopped", "true", ""), ({"Name": "always"}, "no", "true", ""), (None, "unless-stopped", "true", "")])
-    def test_a_start_gives_the_policy_back(self, willing, scripted, fake, policy, now, stopped, words):
-        real = self.begin(willing, fake, policy, {"containerd.io/restart.policy": now, "containerd.io/restart.explicitly-stopped": stopped})
+    def test_without_a_policy_nothing_is_written(self, willing, fake):
         container = willing.inventory.container("tstweb")
-        assert nerdctld.restart_policy(container)["Name"] == (words or now).partition(":")[0]
-        nerdctld.start_container(willing, container)
-        assert [each["argv"] for each in scripted.calls("update")] == ([["update", f"--restart={words}", "--", real]] if words else [])
-
-    @pytest.mark.parametrize("policy, now", [(None, "on-failure:3"), ({"Name": "no"}, "always"), ({"Name": "always"}, "on-failure"), (None, "always")])
-    def test_what_was_held_is_noted(self, willing, scripted, fake, tmp_path, policy, now):
-        """The policy that a container had when it was stopped is given back, not the one it was made with."""
-        labels = {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.explicitly-stopped": "true"}
-        real = self.begin(willing, fake, policy, {**labels, "containerd.io/restart.policy": now})
-        assert ask(willing, "POST", "/containers/tstweb/stop").status == 204
-        assert (tmp_path / "nerdctld.restart").read_text() == now
-        self.begin(willing, fake, policy, {**labels, "containerd.io/restart.policy": "unless-stopped"})
+        for key in list(self.restarts(fake, container.id)):
+            fake.label(container.id, **{self.RESTART + key: None})
         container = willing.inventory.container("tstweb")
-        assert nerdctld.held_policy(container) == now
-        scripted.on("start", stderr=fatal("no"), status=1)
-        with pytest.raises(nerdctld.ApiError):
-            nerdctld.start_container(willing, container)
-        assert nerdctld.held_policy(container) == now
-        scripted.on("start", does=functools.partial(carry_out, fake))
-        nerdctld.start_container(willing, container)
-        words = [each["argv"][1] for each in scripted.calls("update")]
-        assert words == [f"--restart={each}" for each in ("unless-stopped", now, "unless-stopped", now)] and scripted.argv("update")[-1] == real
-        assert nerdctld.held_policy(container) == "" and not (tmp_path / "nerdctld.restart").exists()
+        nerdctld.hold_policy(willing, container)
+        nerdctld.resume_policy(willing, container)
+        assert not fake.calls["Containers/Update"]
 
-    def test_a_policy_given_while_it_is_held(self, willing, scripted, fake, tmp_path):
-        self.begin(willing, fake, {"Name": "always"}, {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.policy": "unless-stopped",
-                                                 "containerd.io/restart.explicitly-stopped": "true"})
-        (tmp_path / "nerdctld.restart").write_text("always")
-        assert ask(willing, "POST", "/containers/tstweb/update", {"RestartPolicy": {"Name": "unless-stopped"}}).status == 200
-        assert nerdctld.held_policy(willing.inventory.container("tstweb")) == ""
-        # Nothing but a policy is given back.
-        (tmp_path / "nerdctld.restart").write_text("always --cpus 1")
-        assert nerdctld.held_policy(willing.inventory.container("tstweb")) == ""
-
-    def test_a_policy_that_cannot_be_held(self, willing, scripted, fake, tmp_path):
-        self.begin(willing, fake, None, {"nerdctl/state-dir": str(tmp_path), "containerd.io/restart.policy": "always"})
-        scripted.on("update", stderr=fatal("no"), status=1)
-        assert ask(willing, "POST", "/containers/tstweb/stop").status == 204 and not list(tmp_path.glob("nerdctld.restart"))
+    @pytest.mark.parametrize("name, before, policy, after", [
+        ("tstweb", {}, {"Name": "always"}, {"policy": "always", "status": "running", "explicitly-stopped": "false", "loguri": "binary:///x"}),
+        ("tstweb", {"policy": "always", "status": "running", "loguri": "binary:///x"}, {"Name": "no"}, {}), ("tstdone", {}, {"Name": "unless-stopped"}, {"policy": "unless-stopped", "loguri": "binary:///x"}),
+        ("tstdone", {"policy": "always", "explicitly-stopped": "true"}, {"Name": "on-failure", "MaximumRetryCount": 2}, {"policy": "on-failure:2", "explicitly-stopped": "true", "loguri": "binary:///x"}),
+        ("tstweb", {"policy": "always", "status": "running"}, {}, {"policy": "always", "status": "running"})])
+    def test_another_policy(self, willing, scripted, fake, name, before, policy, after):
+        real = identity(willing, name)
+        cleared = {key: None for key in fake.containers[real].labels if key.startswith(self.RESTART)}
+        fake.label(real, **{**cleared, "nerdctl/log-uri": "binary:///x", **{self.RESTART + key: value for key, value in before.items()}})
+        assert ask(willing, "POST", f"/containers/{name}/update", {"RestartPolicy": policy}).status == 200
+        assert self.restarts(fake, real) == after and not scripted.calls("update")
 
     def test_update(self, willing, scripted):
         real = identity(willing, "tstweb")
         answer = ask(willing, "POST", "/containers/tstweb/update", {"Memory": 64 << 20, "NanoCpus": 5 * 10**8, "RestartPolicy": {"Name": "no"}, "PidsLimit": 0, "BlkioDeviceReadBps": None})
         assert (answer.status, answer.json) == (200, {"Warnings": None})
-        assert scripted.argv("update") == ["update", "--memory=67108864", "--cpu-period=100000", "--cpu-quota=50000", "--restart=no", "--", real]
+        assert scripted.argv("update") == ["update", "--memory=67108864", "--cpu-period=100000", "--cpu-quota=50000", "--", real]
         assert ask(willing, "POST", "/containers/tstweb/update", {"RestartPolicy": {"Name": "odd"}}).status == 400
 
     def waiting(self, engine, target):
@@ -6211,12 +7275,6 @@ class TestContainerLifecycle:
         thread = threading.Thread(target=lambda: found.append(ask(engine, "POST", target)), daemon=True)
         thread.start()
         return found, thread
-
-    @pytest.mark.parametrize("check, age, starting, pause", [
-        ({}, 1, True, 30), ({"Interval": 2 * 10**9}, 1, True, 2), ({"StartPeriod": 9 * 10**9}, 1, True, 5), ({"StartPeriod": 9 * 10**9, "StartInterval": 10**9}, 1, True, 1),
-        ({"StartPeriod": 9 * 10**9, "StartInterval": 10**9}, 1, False, 30), ({"StartPeriod": 9 * 10**9, "StartInterval": 10**9}, 10, True, 30)])
-    def test_pause_between_health_checks(self, check, age, starting, pause):
-        assert nerdctld.check_pause(check, age, starting) == pause
 
     @pytest.mark.parametrize("query", ["", "?condition=not-running", "?condition=next-exit"])
     def test_wait_for_the_end(self, willing, fake, query):
@@ -6313,6 +7371,108 @@ def client_frame(payload, kind=2, mask=b"\1\2\3\4", final=0x80):
     return head + mask + bytes(each ^ mask[index % 4] for index, each in enumerate(payload))
 
 
+HANGUPS = nerdctld.Hangups()
+
+
+class Attached(nerdctld.Client):
+    """A client whose connection is taken over, by an attach or the start of an exec: `sock` is its end. A refusal is raised."""
+
+    def __init__(self, engine, target, body=b"", method="POST", headers=None):
+        near, self.sock = socket.socketpair()
+        self.sock.settimeout(10)
+        self.near, (path, _, query) = near, target.partition("?")
+        version, path = nerdctld.split_version(path)
+        fields = http.client.HTTPMessage()
+        for name, value in (headers or {}).items():
+            fields[name] = value
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = nerdctld.Request(method, path, version, urllib.parse.parse_qs(query, keep_blank_values=True), fields, BlockBody(data), self)
+        self.response = nerdctld.dispatch(engine, request)
+        if not isinstance(self.response.body, nerdctld.Hijack):
+            raise AssertionError(self.response.body)
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self):
+        """Serve it as the server does."""
+        with self.near:
+            self.response.body.serve(nerdctld.Connection(self.near))
+            with contextlib.suppress(OSError):
+                self.near.shutdown(socket.SHUT_RDWR)
+
+    def when_gone(self, callback, half=True):
+        return HANGUPS.watch(self.near, callback, half)
+
+    def read(self, size):
+        """The next bytes."""
+        data = b""
+        while len(data) < size:
+            part = self.sock.recv(size - len(data))
+            assert part, data
+            data += part
+        return data
+
+    def send(self, data, half=False):
+        """Send some input, and with `half` its end."""
+        self.sock.sendall(data)
+        if half:
+            self.sock.shutdown(socket.SHUT_WR)
+
+    def rest(self):
+        """All that comes to the end."""
+        data = drain(self.sock)
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+        return data
+
+    def leave(self):
+        """Close the connection."""
+        self.sock.close()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+def echo(process):
+    """Writes what it reads, to the end."""
+    for data in iter(process.stdin.read1, b""):
+        process.stdout.write(data)
+    return 7
+
+
+# A container's own process, of which an exec has what it is not asked for.
+OWN = {"args": ["own"], "cwd": "/own", "env": ["PATH=/bin", "A=1"], "user": {"uid": 7, "gid": 8}, "capabilities": {"bounding": ["CAP_KILL"], "inheritable": ["CAP_KILL"]},
+       "terminal": False, "consoleSize": {"height": 1, "width": 2}, "apparmorProfile": "nerdctl-default", "noNewPrivileges": True}
+
+
+@pytest.fixture
+def boxes(engine, fake, tmp_path):
+    """Makes the container "x" by a create request; started, it runs this program."""
+    def box(program=None, started=False, **request):
+        state = tmp_path / "state"
+        state.mkdir()
+        process = {**OWN, "terminal": bool(request.get("Tty"))}
+        fake.create(ID, {"nerdctl/name": "x", "nerdctl/state-dir": str(state), "nerdctl/log-uri": "binary:///nerdctl?x=y", **nerdctld.request_labels(request)}, spec={"process": process})
+        if program:
+            fake.programs[ID] = program
+        if started:
+            assert ask(engine, "POST", "/containers/x/start").status == 204
+        return state
+    yield box
+    for each in list(fake.processes.values()):
+        each.cut()
+    assert until(lambda: not threads("streams")) == True
+    assert not [each for each in (tmp_path / "state").glob("nerdctld-*")]
+
+
+def actions(engine, *kept):
+    """Action and these attributes of everything in the journal, after what has happened by now."""
+    engine.settle()
+    return [(each["Action"], *map(each["Actor"]["Attributes"].get, kept)) for each in engine.journal.history]
+
+
+EVERYTHING = "stream=1&stdin=1&stdout=1&stderr=1"
+
+
 class TestStreams:
     @pytest.mark.parametrize("headers, message", [
         ({}, "not websocket protocol"), ({"Upgrade": "websocket"}, "not websocket protocol"), ({"Upgrade": "tcp", "Connection": "Upgrade"}, "not websocket protocol"),
@@ -6374,6 +7534,174 @@ class TestStreams:
             nerdctld.check_attach(container, True, held)
         nerdctld.check_attach(container, False, held)
 
+    def test_attach_before_the_start(self, engine, boxes, fake):
+        state = boxes(lambda process: process.stdout.write(b"out\n") and until(lambda: first.seen) and process.stderr.write(b"err\n") and 3)
+        first, second = Attached(engine, "/v1.50/containers/x/attach?" + EVERYTHING), Attached(engine, "/v1.41/containers/x/attach?stream=1&stderr=1")
+        first.seen = False
+        assert [each.response.media_type for each in (first, second)] == [nerdctld.MULTIPLEXED_STREAM, nerdctld.RAW_STREAM]
+        assert ask(engine, "POST", "/containers/x/start").status == 204
+        assert first.read(12) == b"\1\0\0\0\0\0\0\4out\n" and engine.owner(ID).streams
+        first.seen = True
+        assert unframe(first.rest()) == unframe(second.rest()) == [(2, b"err\n")]
+        assert [row["log"] for row in map(json.loads, (state / f"{ID}-json.log").read_text().splitlines())] == ["out\n", "err\n"]
+        assert until(lambda: engine.owner(ID).streams is None) and engine.containerd.get_task(ID).exit_status == 3
+        # Without a client nothing is passed on.
+        fake.programs[ID] = lambda process: process.stdout.write(b"again\n") and 0
+        assert ask(engine, "POST", "/containers/x/start").status == 204 and engine.owner(ID).streams is None
+        assert until(lambda: "again" in (state / f"{ID}-json.log").read_text())
+        assert [each[0] for each in actions(engine) if each[0] == "attach"] == ["attach"] * 2
+
+    @pytest.mark.parametrize("request_of, closes", [({"OpenStdin": True, "StdinOnce": True}, True), ({"OpenStdin": True}, False), ({"OpenStdin": True, "StdinOnce": True, "Tty": True}, False)])
+    @pytest.mark.parametrize("leaves", [False, True])
+    def test_the_end_of_the_input(self, engine, boxes, fake, request_of, closes, leaves):
+        boxes(echo, **request_of)
+        first, head = Attached(engine, "/containers/x/attach?" + EVERYTHING), 0 if request_of.get("Tty") else 8
+        first.send(b"before ", half=not leaves)
+        assert ask(engine, "POST", "/containers/x/start").status == 204
+        assert first.read(head + 7)[head:] == b"before "
+        if leaves:
+            first.leave()
+        if closes:
+            assert until(lambda: engine.containerd.get_task(ID).exit_status == 7)
+            assert leaves or first.rest() == b""
+        else:
+            second = Attached(engine, "/containers/x/attach?" + EVERYTHING)
+            second.send(b"more")
+            assert second.read(head + 4)[head:] == b"more"
+            fake.exit(ID, 5)
+            assert second.rest() == b"" and engine.containerd.get_task(ID).exit_status == 5
+        assert until(lambda: engine.owner(ID).streams is None)
+
+    def test_much_of_both(self, engine, boxes):
+        boxes(echo, OpenStdin=True, StdinOnce=True)
+        first, data, found = Attached(engine, "/containers/x/attach?" + EVERYTHING), os.urandom(1 << 19), []
+        assert ask(engine, "POST", "/containers/x/start").status == 204
+        reader = threading.Thread(target=lambda: found.append(first.rest()))
+        reader.start()
+        first.send(data, half=True)
+        reader.join(10)
+        assert unframe(found[0]) == [(1, data)]
+
+    def test_detach(self, engine, boxes, fake):
+        boxes(echo, OpenStdin=True, Tty=True)
+        first = Attached(engine, "/containers/x/attach?detachKeys=ctrl-a,b&" + EVERYTHING)
+        assert ask(engine, "POST", "/containers/x/start").status == 204
+        first.send(b"in")
+        assert first.read(2) == b"in"
+        first.send(b"\x01bmore")
+        assert first.rest() == b"" and engine.containerd.get_task(ID).status == "running"
+        assert [each[0] for each in actions(engine) if "tach" in each[0]] == ["attach", "detach"]
+        assert ask(engine, "POST", "/containers/x/attach?detachKeys=zz&" + EVERYTHING).status == 400
+
+    def test_a_client_that_leaves_without_input(self, engine, boxes):
+        boxes(lambda process: process.wait_signal())
+        first, second = (Attached(engine, "/containers/x/attach?stream=1&stdout=1&stdin=1") for _ in range(2))
+        assert ask(engine, "POST", "/containers/x/start").status == 204
+        # It has no stdin that could be closed.
+        first.sock.shutdown(socket.SHUT_WR)
+        second.leave()
+        assert until(lambda: len(engine.owner(ID).streams.attachments) == 1)
+        assert ask(engine, "POST", "/containers/x/kill?signal=USR1").status == 204
+        assert first.rest() == b"" and engine.containerd.get_task(ID).exit_status == signal.SIGUSR1
+
+    def test_attach_to_what_others_have_started(self, engine, boxes, fake, tmp_path):
+        state = boxes(OpenStdin=True)
+        fake.start(ID)
+        log, lock = state / f"{ID}-json.log", open(state / "logger-lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        answer = ask(engine, "POST", "/containers/x/attach?" + EVERYTHING)
+        assert answer.status == 501 and "this container's stdin cannot be reached" in answer.message
+        log.write_text('{"log":"before\\n","stream":"stdout","time":"2026-11-24T00:00:00Z"}\n')
+        late, all_of_it = (Attached(engine, f"/containers/x/attach?stream=1&stdout=1&stderr=1&logs={logs}") for logs in (0, 1))
+        assert unframe(all_of_it.read(15)) == [(1, b"before\n")]
+        until(lambda: threads("attach")[1:])
+        with open(log, "a") as file:
+            file.write('{"log":"after\\n","stream":"stderr","time":"2026-11-24T00:00:01Z"}\n')
+        assert unframe(late.read(14)) == [(2, b"after\n")]
+        fake.exit(ID)
+        lock.close()
+        assert unframe(all_of_it.rest()) == [(2, b"after\n")] and late.rest() == b""
+
+    def test_logs_and_streams(self, engine, boxes, fake):
+        boxes(echo, started=True, OpenStdin=True)
+        first = Attached(engine, "/containers/x/attach?" + EVERYTHING)
+        first.send(b"one\n")
+        assert unframe(first.read(12)) == [(1, b"one\n")]
+        second = Attached(engine, "/containers/x/attach?logs=1&" + EVERYTHING)
+        assert unframe(second.read(12)) == [(1, b"one\n")]
+        second.send(b"two\n")
+        assert unframe(second.read(12)) == unframe(first.read(12)) == [(1, b"two\n")]
+        fake.exit(ID)
+        assert first.rest() == second.rest() == b""
+
+    def test_a_start_that_fails(self, engine, boxes, fake):
+        boxes(OpenStdin=True)
+        fake.refuse[ID] = 'failed to create shim task: OCI runtime create failed: exec: "own": executable file not found in $PATH'
+        first = Attached(engine, "/containers/x/attach?" + EVERYTHING)
+        answer = ask(engine, "POST", "/containers/x/start")
+        assert answer.status == 400 and "executable file not found in $PATH" in answer.message
+        assert first.rest() == b"" and until(lambda: engine.owner(ID).streams is None)
+
+    def test_a_container_that_is_removed_before_its_start(self, engine, boxes, fake):
+        boxes()
+        follow(engine, fake)
+        first = Attached(engine, "/containers/x/attach?" + EVERYTHING)
+        fake.delete(ID)
+        assert first.rest() == b"" and not engine.owner(ID).waiting
+
+    def test_clients_that_do_not_come(self, engine, boxes):
+        boxes()
+        first = Attached(engine, "/containers/x/attach?" + EVERYTHING)
+        assert len(engine.owner(ID).waiting) == 1
+        first.leave()
+        assert engine.owner(ID).waiting == []
+        response = nerdctld.dispatch(engine, nerdctld.Request("POST", "/containers/x/attach", query={"stream": ["1"]}))
+        response.body.abandon()
+        assert engine.owner(ID).waiting == []
+
+    def test_the_end_of_the_daemon(self, engine, boxes):
+        boxes(echo, started=True, OpenStdin=True)
+        first = Attached(engine, "/containers/x/attach?" + EVERYTHING)
+        first.send(b"x")
+        assert first.read(9) and engine.busy()
+        engine.hang_up()
+        assert first.rest() == b"" and engine.containerd.get_task(ID).status == "running"
+
+    HANDSHAKE = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version": "13"}
+
+    def test_attach_by_websocket(self, engine, boxes, fake):
+        boxes(echo, OpenStdin=True, StdinOnce=True)
+        first = Attached(engine, "/containers/x/attach/ws?" + EVERYTHING, method="GET", headers=self.HANDSHAKE)
+        assert (first.response.body.protocol, first.response.headers) == ("websocket", {"Sec-WebSocket-Accept": "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="})
+        first.send(client_frame(b"one", 1))
+        assert ask(engine, "POST", "/containers/x/start").status == 204
+        assert first.read(5) == b"\x82\x03one"
+        first.send(client_frame(b"x" * 200))
+        assert first.read(204) == b"\x82\x7e\0\xc8" + b"x" * 200
+        # The goodbye is the end of its input, too.
+        first.send(client_frame(b"\x03\xe8", 8))
+        assert first.rest() == b"\x88\x02\x03\xe8" and until(lambda: engine.containerd.get_task(ID).exit_status == 7)
+
+    def test_output_by_websocket(self, engine, boxes, fake):
+        boxes(lambda process: process.stdout.write(b"out") and process.wait_signal())
+        first = Attached(engine, "/containers/x/attach/ws?stream=1&stdout=1", method="GET", headers=self.HANDSHAKE)
+        assert ask(engine, "POST", "/containers/x/start").status == 204
+        first.send(client_frame(b"hi", 9))
+        assert first.read(9) in (b"\x82\x03out\x8a\x02hi", b"\x8a\x02hi\x82\x03out")
+        fake.exit(ID)
+        assert first.rest() == b"\x88\x02\x03\xe8"
+
+    def test_sizes_of_a_terminal(self, engine, boxes, fake):
+        boxes(echo, OpenStdin=True, Tty=True, HostConfig={"ConsoleSize": [30, 90]}, started=True)
+        assert fake.processes[ID, ""].size == (30, 90)
+        assert ask(engine, "POST", "/containers/x/resize?h=40&w=100").status == 200 and fake.processes[ID, ""].size == (40, 100)
+        fake.exit(ID)
+        assert ask(engine, "POST", "/containers/x/resize?h=40&w=100").status == 409
+
+    def test_no_size_without_a_terminal(self, engine, boxes, fake):
+        boxes(lambda process: process.wait_signal(), HostConfig={"ConsoleSize": [30, 90]}, started=True)
+        assert ask(engine, "POST", "/containers/x/resize?h=40&w=100").status == 200 and fake.processes[ID, ""].size is None
+
     def test_logs_of_one_attached_before_the_start_come_first(self, logged):
         request = nerdctld.Request("POST", "/", query={"stream": ["1"], "logs": ["1"], "stdout": ["1"]})
         attachment, serve, _, _ = nerdctld.attach(logged, request, "tstdone", framed=True)
@@ -6406,14 +7734,34 @@ class TestStreams:
         sender.start()
         assert sock.recv() == payload
         sender.join(5)
-        sender = threading.Thread(target=sock.send, args=(payload[:1], payload[1:]))
-        sender.start()
-        data = b""
+        data, rest = b"", sock.send_now(payload[:1], payload[1:])
+        assert size < 300000 or rest
         while len(data) < size + (2 if size < 126 else 4 if size < 65536 else 10):
             data += far.recv(65536)
-        sender.join(5)
-        assert data[0] == 0x82 and data[-size:] == payload
+            rest = rest and sock.send_now(rest)
+        assert data[0] == 0x82 and data[-size:] == payload and not rest
         assert data[1] == (size if size < 126 else 126 if size < 65536 else 127)
+
+    def test_websocket_frames_are_not_mixed(self, monkeypatch):
+        """What the client does not take at once is sent to its end before anything else, wherever it was cut."""
+        sock, far = self.websocket()
+        taken, now = [], nerdctld.Connection.send_now
+
+        def send_now(self, *parts):
+            data = b"".join(parts)
+            count = taken.pop(0) if taken else len(data)
+            assert now(self, data[:count]) == b""
+            return data[count:]
+        monkeypatch.setattr(nerdctld.Connection, "send_now", send_now)
+        for first in (0, 1, 2, 3, 5):
+            taken[:] = first, 1
+            rest = sock.send_now(b"da", b"ta")
+            far.send(client_frame(b"hi", 9) + client_frame(b"in"))
+            assert sock.recv() == b"in"
+            rest = sock.send_now(rest, b"more")
+            while rest:
+                rest = sock.send_now(rest)
+            assert far.recv(1000) == b"\x82\x04data\x8a\x02hi\x82\x04more", first
 
     def test_websocket_control_frames(self):
         sock, far = self.websocket()
@@ -6426,7 +7774,7 @@ class TestStreams:
         sock, far = self.websocket()
         far.sendall(data)
         far.shutdown(socket.SHUT_WR)
-        assert sock.recv() == b"" and sock.closed
+        assert sock.recv() == b"" and sock.closed == (len(data) > 1)
         sock.sock.close()
         assert drain(far) in (b"", b"\x88\x02\x03\xea")
 
@@ -6440,18 +7788,53 @@ class TestExec:
     def create(self, engine, config, name="tstweb"):
         return ask(engine, "POST", f"/containers/{name}/exec", config)
 
-    @pytest.mark.parametrize("config, words", [
-        ({}, []), ({"AttachStdin": True, "Tty": True}, ["--interactive", "--tty"]), ({"User": "1", "WorkingDir": "/w"}, ["--user=1", "--workdir=/w"]), ({"Privileged": True}, ["--privileged"]),
-        ({"Env": ["A=b", "PATH"]}, ["--env=A=b"])])
-    def test_argv(self, furnished, config, words):
-        instance = nerdctld.Exec(furnished.inventory.container("tstweb"), {"Cmd": ["a", "--b"], **config})
-        assert nerdctld.exec_args(instance) == ["exec", *words, "--", ID, "a", "--b"]
+    @pytest.fixture
+    def root(self, tmp_path, monkeypatch):
+        """The root of the process 4321, with accounts."""
+        root = tmp_path / "root"
+        (root / "etc").mkdir(parents=True)
+        (root / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nuser:x:1000:1001::/:/bin/sh\nbad\n")
+        (root / "etc/group").write_text("root:x:0:\nwheel:x:10:root,user\nown:x:1001:\naudio:x:29:other,user\nmore:x:30\n")
+        opened = nerdctld.opened_below
+        monkeypatch.setattr(nerdctld, "opened_below", lambda path, *rest, **more: opened(str(root) if path == "/proc/4321/root" else path, *rest, **more))
+        return root
+
+    def process(self, config, **request):
+        """The OCI process of an exec in a container of this create request."""
+        container = container_of(nerdctld.request_labels(request), nerdctld.TaskRecord(4321, "running", 0, 0, ""), spec={"process": OWN})
+        return nerdctld.exec_process(nerdctld.Exec(container, {"Cmd": ["a"], **config}), container)
+
+    @pytest.fixture
+    def box(self, engine, boxes):
+        """A container that runs."""
+        boxes(lambda process: process.wait_signal(), started=True)
+        return engine
+
+    def made(self, engine, **config):
+        """The id of a new exec, which has both outputs unless it is said."""
+        config = {"Cmd": ["program", "a b"], "AttachStdout": True, "AttachStderr": True, **config}
+        answer = self.create(engine, config, "x")
+        assert answer.status == 201, answer.message
+        return answer.json["Id"]
+
+    def inspect(self, engine, name, key):
+        """A field of an exec."""
+        return ask(engine, "GET", f"/exec/{name}/json").json[key]
+
+    def start(self, engine, name, **options):
+        """A client on the streams of an exec."""
+        return Attached(engine, f"/exec/{name}/start", options)
+
+    def detached(self, engine, name, **options):
+        """Start an exec without a client."""
+        return ask(engine, "POST", f"/exec/{name}/start", {"Detach": True, **options})
 
     @pytest.mark.parametrize("config, name, status, message", [
         ({"Cmd": []}, "tstweb", 400, "No exec command specified"), ({}, "tstweb", 400, "No exec command"), ({"Cmd": ["a"]}, "tstdone", 409, "is not running"), ({"Cmd": ["a"]}, "tstpaused", 409, "unpause the container before exec"),
-        ({"Cmd": ["a"]}, "nosuch", 404, "No such container: nosuch"), ({"Cmd": ["a"], "DetachKeys": "zz"}, "tstweb", 400, "invalid detach keys"), ({"Cmd": ["a"], "Tty": 1}, "tstweb", 400, "Tty")])
-    def test_refused(self, furnished, config, name, status, message):
-        answer = self.create(furnished, config, name)
+        ({"Cmd": ["a"]}, "nosuch", 404, "No such container: nosuch"), ({"Cmd": ["a"], "DetachKeys": "zz"}, "tstweb", 400, "invalid detach keys"), ({"Cmd": ["a"], "Tty": 1}, "tstweb", 400, "Tty"),
+        ({"Cmd": ["a"], "Env": ["=b"]}, "tstweb", 400, "invalid environment variable: =b")])
+    def test_refused(self, reading, config, name, status, message):
+        answer = self.create(reading, config, name)
         assert answer.status == status and message in answer.message
 
     def test_fields_in_another_case(self, furnished):
@@ -6467,90 +7850,533 @@ class TestExec:
         assert told["ProcessConfig"] == {"tty": False, "entrypoint": "a", "arguments": ["b"], "privileged": True, "user": "u"}
 
     @pytest.mark.parametrize("path", ["GET /exec/x/json", "POST /exec/x/start", "POST /exec/x/resize?h=1&w=1"])
-    def test_none(self, furnished, path):
-        answer = ask(furnished, *path.split())
+    def test_none(self, reading, path):
+        answer = ask(reading, *path.split())
         assert (answer.status, answer.message) == (404, "No such exec instance: x")
 
-    def test_detached(self, furnished, scripted):
-        scripted.on("exec", stderr=fatal("exec failed with exit code 4"), status=1)
-        name = self.create(furnished, {"Cmd": ["a"], "AttachStdin": True}).json["Id"]
-        assert ask(furnished, "POST", f"/exec/{name}/start", {"Detach": True}).status == 200
-        assert scripted.argv("exec") == ["exec", "--", ID, "a"]
-        told = ask(furnished, "GET", f"/exec/{name}/json").json
-        assert (told["Running"], told["ExitCode"]) == (False, 4)
-        answer = ask(furnished, "POST", f"/exec/{name}/start", {"Detach": True})
+    def test_detached(self, box, fake):
+        fake.programs["program", "a b"] = lambda process: process.wait_signal()
+        name = self.made(box, AttachStdin=True)
+        assert self.detached(box, name).status == 200
+        assert self.inspect(box, name, "Running") and self.inspect(box, name, "Pid") == fake.execs[ID, name].pid and box.busy()
+        for tty in (False, True):
+            answer = ask(box, "POST", f"/exec/{name}/start", {"Detach": tty})
+            assert (answer.status, answer.message) == (409, f"exec command {name} is already running")
+        box.containerd.kill_task(ID, 4, name)
+        assert until(lambda: not self.inspect(box, name, "Running"))
+        assert (self.inspect(box, name, "ExitCode"), self.inspect(box, name, "Pid")) == (4, 0) and not fake.execs
+        answer = self.detached(box, name)
         assert (answer.status, answer.message) == (409, f"exec command {name} has already run")
+        assert actions(box, "execID", "exitCode")[-3:] == [
+            ("exec_create: program a b", name, None), ("exec_start: program a b", name, None), ("exec_die", name, "4")]
 
     @pytest.mark.parametrize("made, asked, media, body", [
         (True, False, "multiplexed", b"\1\0\0\0\0\0\0\2hi"), (True, None, "multiplexed", b"\1\0\0\0\0\0\0\2hi"), (True, True, "raw", b"hi"), (False, True, "raw", b"hi"),
         (False, False, "multiplexed", b"\1\0\0\0\0\0\0\2hi")])
-    def test_the_start_says_how_output_is_packed(self, furnished, scripted, made, asked, media, body):
-        scripted.on("exec", stdout="hi")
-        name = self.create(furnished, {"Cmd": ["a"], "Tty": made, "AttachStdout": True, "AttachStderr": True}).json["Id"]
-        request = nerdctld.Request("POST", f"/exec/{name}/start", body=BlockBody(json.dumps({} if asked is None else {"Tty": asked}).encode()))
-        response = nerdctld.dispatch(furnished, request)
-        assert (response.status, response.media_type) == (101, f"application/vnd.docker.{media}-stream")
-        connection, far = pair()
-        response.body.serve(connection)
-        connection.sock.close()
-        assert drain(far) == body
+    def test_the_start_says_how_output_is_packed(self, box, fake, made, asked, media, body):
+        fake.programs["program", "a b"] = lambda process: process.stdout.write(b"hi") and 0
+        client = self.start(box, self.made(box, Tty=made), **({} if asked is None else {"Tty": asked}))
+        assert (client.response.status, client.response.media_type) == (101, f"application/vnd.docker.{media}-stream")
+        assert client.rest() == body
 
-    def test_detached_that_cannot_run(self, furnished, scripted):
-        scripted.on("exec", stderr=fatal('exec: "nosuch": executable file not found in $PATH'), status=1)
-        name = self.create(furnished, {"Cmd": ["nosuch"]}).json["Id"]
-        assert ask(furnished, "POST", f"/exec/{name}/start", {"Detach": True}).status == 400
-        assert ask(furnished, "GET", f"/exec/{name}/json").json["ExitCode"] == 127
+    @pytest.mark.parametrize("config, told", [
+        ({}, [(1, b"out"), (2, b"err")]), ({"AttachStderr": False}, [(1, b"out")]), ({"AttachStdout": False}, [(2, b"err")]), ({"AttachStdout": False, "AttachStderr": False}, [])])
+    def test_both_outputs_and_the_exit_code(self, box, fake, config, told):
+        """Who has seen the end of the output finds the exit code."""
+        fake.programs["program", "a b"] = lambda process: process.stdout.write(b"out") and process.stderr.write(b"err") and 42
+        name = self.made(box, **config)
+        assert sorted(unframe(self.start(box, name).rest())) == told
+        assert (self.inspect(box, name, "ExitCode"), self.inspect(box, name, "Running")) == (42, False)
 
-    @pytest.mark.parametrize("message, code, told", [
-        ("exec failed with exit code 42", 42, False), ('exec: "x": executable file not found in $PATH', 127, True), ("stat /x: no such file or directory", 127, True), ("permission denied", 126, True), ("odd", 126, True), ("", 1, False)])
-    def test_exit_status(self, message, code, told):
-        assert nerdctld.exec_failure(message) == (code, message if told else "")
+    def test_input_and_its_end(self, box, fake):
+        fake.programs["program", "a b"] = echo
+        name, data, found = self.made(box, AttachStdin=True), os.urandom(1 << 18), []
+        client = self.start(box, name)
+        reader = threading.Thread(target=lambda: found.append(client.rest()))
+        reader.start()
+        client.send(data, half=True)
+        reader.join(10)
+        assert unframe(found[0]) == [(1, data)] and self.inspect(box, name, "ExitCode") == 7 and until(lambda: not threads("exec"))
+        # Without stdin what is sent is nobody's.
+        fake.programs["program", "a b"] = lambda process: process.stdin is None and 9
+        name = self.made(box)
+        client = self.start(box, name)
+        client.send(b"x", half=True)
+        assert client.rest() == b"" and self.inspect(box, name, "ExitCode") == 9
 
-    def test_user_that_is_not_there(self, furnished, fake):
-        fake.tasks[ID] = fake.tasks[ID]._replace(pid=os.getpid())
-        assert [self.create(furnished, {"Cmd": ["a"], "User": each}).status for each in ("root", "12345:6")] == [201, 201]
-        answer = self.create(furnished, {"Cmd": ["a"], "User": "nosuchuser:x"})
-        assert (answer.status, answer.message) == (400, "unable to find user nosuchuser: no matching entries in passwd file")
+    def test_terminal(self, box, fake):
+        fake.programs["program", "a b"] = echo
+        name = self.made(box, AttachStdin=True, Tty=True, DetachKeys="ctrl-a,b")
+        client = self.start(box, name, Tty=True, ConsoleSize=[30, 90])
+        client.send(b"in")
+        assert client.read(2) == b"in"
+        process = fake.processes[ID, name]
+        assert process.terminal and process.spec["consoleSize"] == {"height": 30, "width": 90}
+        assert ask(box, "POST", f"/exec/{name}/resize?h=40&w=100").status == 200 and process.size == (40, 100)
+        # It goes on without the client, who has detached.
+        client.send(b"\x01b")
+        assert client.rest() == b"" and self.inspect(box, name, "Running")
+        fake.exit(ID, 5, name)
+        assert until(lambda: self.inspect(box, name, "ExitCode") == 5)
+        assert ask(box, "POST", f"/exec/{name}/resize?h=40&w=100").status == 200
+        assert ask(box, "POST", f"/exec/{name}/resize?h=70000&w=100").status == 400
+
+    @pytest.mark.parametrize("config, options, resized, told", [
+        ({"Tty": True, "ConsoleSize": [3, 4]}, {}, False, True), ({"Tty": True, "ConsoleSize": [1, 2]}, {"ConsoleSize": [3, 4]}, False, True), ({"Tty": True}, {}, True, True),
+        ({"ConsoleSize": [3, 4]}, {}, False, False), ({"Tty": True, "ConsoleSize": [0, 0]}, {}, False, False), ({"Tty": True, "ConsoleSize": [3]}, {}, False, False)])
+    def test_size_before_the_start(self, reading, monkeypatch, config, options, resized, told):
+        started = []
+        monkeypatch.setattr(nerdctld, "run_exec", lambda engine, instance, streams: started.append(nerdctld.exec_process(instance, instance.container)))
+        name = self.create(reading, {"Cmd": ["a"], **config}).json["Id"]
+        if resized:
+            assert ask(reading, "POST", f"/exec/{name}/resize?h=3&w=4").status == 200
+        assert self.detached(reading, name, **options).status == 200
+        assert started[0].get("consoleSize") == ({"height": 3, "width": 4} if told else None)
+        assert self.detached(reading, name, ConsoleSize="x").status == 400
+
+    def test_what_is_not_asked_for_is_as_with_the_container(self, box, fake):
+        found, own = [], {key: value for key, value in OWN.items() if key != "consoleSize"}
+        fake.programs["program", "a b"] = lambda process: found.append(process.spec) or 0
+        assert self.detached(box, self.made(box)).status == 200 and until(lambda: found) == [{**own, "args": ["program", "a b"]}]
+        given = self.process({"WorkingDir": "/w", "Tty": True, "User": ""})
+        assert (given["cwd"], given["terminal"], given["user"]) == ("/w", True, {"uid": 7, "gid": 8})
+
+    @pytest.mark.parametrize("tty, given, told", [
+        (False, [], ["PATH=/bin", "A=1"]), (False, ["A=2", "B=x=y", "C="], ["PATH=/bin", "A=2", "B=x=y", "C="]), (False, ["A", "NOSUCH"], ["PATH=/bin"]), (True, [], ["PATH=/bin", "A=1", "TERM=xterm"]),
+        (True, ["TERM=vt100"], ["PATH=/bin", "A=1", "TERM=vt100"]), (True, ["TERM"], ["PATH=/bin", "A=1"])])
+    def test_environment(self, tty, given, told):
+        assert self.process({"Tty": tty, "Env": given})["env"] == told
+
+    @pytest.mark.parametrize("user, told", [
+        ("user", {"uid": 1000, "gid": 1001, "additionalGids": [10, 29, 1001]}), ("1000", {"uid": 1000, "gid": 1001, "additionalGids": [10, 29, 1001]}), ("user:audio", {"uid": 1000, "gid": 29}),
+        ("user:77", {"uid": 1000, "gid": 77}), ("root", {"uid": 0, "gid": 0, "additionalGids": [0, 10]}), ("5:6", {"uid": 5, "gid": 6}), ("5", {"uid": 5, "gid": 0}), (":wheel", {"uid": 0, "gid": 10}), ("5:more", {"uid": 5, "gid": 30})])
+    def test_user(self, root, user, told):
+        assert self.process({"User": user})["user"] == told
+
+    @pytest.mark.parametrize("user, told", [
+        ("nosuch", "unable to find user nosuch: no matching entries in passwd file"), ("nosuch:x", "unable to find user nosuch: no matching entries in passwd file"), ("bad", "unable to find user bad: no matching entries in passwd file"),
+        ("user:nosuch", "unable to find group nosuch: no matching entries in group file")])
+    def test_user_that_is_not_there(self, root, user, told):
+        assert refusal(self.process, {"User": user}) == ("BadParameter", told)
+
+    def test_user_that_is_told_to_be_not_there(self, box, fake):
+        told = "unable to find user nosuchuser: no matching entries in passwd file"
+        answer = self.detached(box, self.made(box, User="nosuchuser"))
+        assert (answer.status, answer.message) == (400, told) and not fake.execs
+        name = self.made(box, User="nosuchuser")
+        assert unframe(self.start(box, name).rest()) == [(1, told.encode() + b"\r\n")] and self.inspect(box, name, "ExitCode") == 126
 
     @pytest.mark.parametrize("make, known", [
-        (lambda etc: (etc / "passwd").write_text("root:x:0\nuser:x:1\n"), True), (lambda etc: (etc / "passwd").write_text("users:x:1\n"), False),
-        (lambda etc: os.mkfifo(etc / "passwd"), False), (lambda etc: (etc / "passwd").symlink_to("/etc/real"), True), (lambda etc: None, None)])
-    def test_passwd_is_looked_at_with_care(self, furnished, tmp_path, monkeypatch, make, known):
-        (tmp_path / "etc").mkdir()
-        (tmp_path / "etc/real").write_text("user:x:1\n")
-        make(tmp_path / "etc")
-        opened = nerdctld.opened_below
-        monkeypatch.setattr(nerdctld, "opened_below", lambda root, *rest, **more: opened(str(tmp_path), *rest, **more))
-        answer = self.create(furnished, {"Cmd": ["a"], "User": "user"})
-        if known is False:
-            assert answer.status == 400 and "unable to find user user" in answer.message
+        (lambda etc: (etc / "passwd").write_text("root:x:0:0\nuser:x:1:2\n"), True), (lambda etc: (etc / "passwd").write_bytes(b"\xff:x:0:0\nuser:x:1:2\n"), True), (lambda etc: (etc / "passwd").write_text("users:x:1:2\n"), False),
+        (lambda etc: os.mkfifo(etc / "passwd"), False), (lambda etc: (etc / "passwd").symlink_to("/etc/real"), True), (lambda etc: (etc / "passwd").symlink_to("passwd"), False), (lambda etc: None, False)])
+    def test_passwd_is_looked_at_with_care(self, root, make, known):
+        (root / "etc/passwd").unlink()
+        (root / "etc/real").write_text("user:x:1:2\n")
+        make(root / "etc")
+        if known:
+            assert self.process({"User": "user"})["user"]["uid"] == 1
         else:
-            assert answer.status == 201
+            assert "unable to find user user" in refusal(self.process, {"User": "user"})[1]
 
-    def test_stdin_of_an_exec_is_open_once_somebody_reads(self, tmp_path):
-        fifo = tmp_path / "exec-1-stdin"
-        os.mkfifo(fifo)
-        handle = os.open(fifo, os.O_PATH)
-        reader = None
-        try:
-            assert not nerdctld.has_opened_stdin(os.getpid())
-            reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-            assert not nerdctld.has_opened_stdin(os.getpid())
-            writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
-            assert nerdctld.has_opened_stdin(os.getpid())
-            os.close(writer)
-            assert not nerdctld.has_opened_stdin(os.getpid()) and not nerdctld.has_opened_stdin(2 ** 22 + 1)
-        finally:
-            os.close(handle)
-            os.close(reader)
+    def test_groups_that_the_container_was_given(self, root):
+        assert [self.process({"User": each}, HostConfig={"GroupAdd": ["audio", "99"]})["user"].get("additionalGids") for each in ("user", "5", "user:own", "")] == [
+            [10, 29, 99, 1001], [29, 99], [29, 99], None]
 
-    def test_old_ones_are_forgotten(self, furnished, scripted, monkeypatch):
+    def test_privileged(self):
+        given = self.process({"Privileged": True})
+        every = given["capabilities"]["effective"]
+        assert every[:2] == ["CAP_CHOWN", "CAP_DAC_OVERRIDE"] and "CAP_SYS_ADMIN" in every and len(every) == int(pathlib.Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1
+        assert given["capabilities"] == {"bounding": every, "effective": every, "permitted": every} and "apparmorProfile" not in given
+
+    @pytest.mark.parametrize("words, status, code", [
+        ('OCI runtime exec failed: exec failed: unable to start container process: exec: "program": executable file not found in $PATH', 400, 127),
+        ('OCI runtime exec failed: exec failed: unable to start container process: exec: "/x": stat /x: no such file or directory', 400, 127),
+        ('OCI runtime exec failed: exec failed: unable to start container process: exec: "/x": permission denied', 400, 126),
+        ('OCI runtime exec failed: exec failed: unable to start container process: exec: "/x": is a directory', 500, 126), ("something odd", 500, 126)])
+    def test_what_cannot_run(self, box, fake, words, status, code):
+        fake.refuse["program", "a b"] = words
+        name = self.made(box)
+        answer = self.detached(box, name)
+        assert (answer.status, answer.message) == (status, words) and self.inspect(box, name, "ExitCode") == code
+        for config in ({}, {"AttachStdout": False}):
+            name = self.made(box, **config)
+            client = self.start(box, name)
+            assert unframe(client.rest()) == [(1, words.encode() + b"\r\n")] and client.response.status == 101
+            assert (self.inspect(box, name, "ExitCode"), self.inspect(box, name, "Running")) == (code, False)
+        # Nothing of it is left with containerd, and it cannot be tried again.
+        assert not fake.execs and self.detached(box, name).message == f"exec command {name} has already run"
+
+    def test_containerd_is_not_there(self, box, fake):
+        name = self.made(box)
+
+        def refuse():
+            raise HangUp
+        fake.before["Tasks/Exec"] = refuse
+        assert self.detached(box, name).status == 503
+
+    def test_the_container_does_not_run(self, box, fake):
+        first, second = self.made(box), self.made(box)
+        fake.pause(ID)
+        for detach in (False, True):
+            answer = ask(box, "POST", f"/exec/{first}/start", {"Detach": detach})
+            assert answer.status == 409 and "is paused, unpause the container before exec" in answer.message
+        fake.pause(ID, False)
+        fake.exit(ID)
+        for detach in (False, True):
+            answer = ask(box, "POST", f"/exec/{first}/start", {"Detach": detach})
+            assert (answer.status, answer.message) == (409, f"container {ID} is not running")
+
+    def test_the_container_ends_at_its_start(self, box, fake):
+        """After the 101 only the stream is there to tell it."""
+        fake.before["Tasks/Exec"] = lambda: fake.exit(ID)
+        name = self.made(box)
+        told = unframe(self.start(box, name).rest())
+        assert len(told) == 1 and b"cannot exec in a stopped state" in told[0][1]
+
+    def test_the_container_ends_meanwhile(self, box, fake):
+        fake.programs["program", "a b"] = lambda process: process.stdout.write(b"out") and process.wait_signal()
+        name = self.made(box, AttachStdin=True)
+        client = self.start(box, name)
+        assert client.read(11)
+        fake.exit(ID)
+        assert client.rest() == b"" and self.inspect(box, name, "ExitCode") == 137 and actions(box, "exitCode")[-1] == ("exec_die", "137")
+
+    @pytest.mark.parametrize("code", [4, 137])
+    def test_containerd_is_restarted_meanwhile(self, box, fake, monkeypatch, code):
+        """The command goes on, and mostly so does its end come."""
+        fake.programs["program", "a b"] = lambda process: process.wait_signal()
+        name = self.made(box)
+        self.detached(box, name)
+        assert until(lambda: fake.calls["Tasks/Wait"])
+        monkeypatch.setattr(nerdctld.time, "sleep", lambda seconds, sleep=time.sleep: sleep(seconds / 20))
+        fake.stop_serving()
+        if code == 4:
+            fake.start_serving()
+            assert until(lambda: fake.calls["Tasks/Wait"] > 1) and self.inspect(box, name, "Running")
+            box.containerd.kill_task(ID, 4, name)
+        assert until(lambda: not self.inspect(box, name, "Running")) and self.inspect(box, name, "ExitCode") == code
+        if code != 4:
+            fake.start_serving()
+
+    @pytest.mark.parametrize("stdin", [False, True])
+    def test_a_client_that_leaves(self, box, fake, stdin):
+        """The command goes on, to the end of its input or of itself."""
+        fake.programs["program", "a b"] = (lambda process: process.stdout.write(b"out") and process.stdin.read() and process.wait_signal()) if stdin else (
+            lambda process: process.stdout.write(b"out") and process.wait_signal())
+        name = self.made(box, AttachStdin=stdin)
+        client = self.start(box, name)
+        client.read(11)
+        if stdin:
+            client.send(b"x")
+        client.leave()
+        assert self.inspect(box, name, "Running")
+        box.containerd.kill_task(ID, 4, name)
+        assert until(lambda: self.inspect(box, name, "ExitCode") == 4) and until(lambda: not threads("exec")) == True
+
+    def test_old_ones_are_forgotten(self, furnished, monkeypatch):
         monkeypatch.setattr(nerdctld, "EXECS_KEPT", 3)
-        scripted.on("exec")
-        for _ in range(6):
-            name = self.create(furnished, {"Cmd": ["a"]}).json["Id"]
-            ask(furnished, "POST", f"/exec/{name}/start", {"Detach": True})
-        assert len(furnished.execs) <= 4 and name in furnished.execs
+        first = self.create(furnished, {"Cmd": ["a"]}).json["Id"]
+        furnished.execs[first].running = True
+        names = [self.create(furnished, {"Cmd": ["a"]}).json["Id"] for _ in range(6)]
+        assert list(furnished.execs) == [first, *names[-3:]]
+
+
+###############################################################################
+# Supervision
+###############################################################################
+
+
+CHECK = {"Test": ["CMD", "check"], "Interval": 5 * 10**7, "Retries": 2}
+
+
+class Checked:
+    """A container with health checks, in an engine that follows events: `program` is the check, `found` what is told."""
+
+    def __init__(self, engine, fake, folder, **check):
+        self.engine, self.fake, self.folder = engine, fake, folder
+        self.program = lambda process: 0
+        fake.programs[("check",)] = lambda process: self.program(process)
+        fake.programs[("sleep",)] = lambda process: 128 + process.wait_signal()
+        fake.create(ID, {"nerdctl/name": "x", "nerdctl/state-dir": str(folder), "nerdctl/healthcheck": json.dumps({**CHECK, **check})},
+                    spec={"process": {"args": ["sleep"], "env": ["A=b"], "cwd": "/", "user": {"uid": 0, "gid": 0}}})
+        engine.caretaker = nerdctld.Caretaker(engine)
+        follow(engine, fake)
+
+    def start(self):
+        """Start it."""
+        assert ask(self.engine, "POST", "/containers/x/start").status == 204
+
+    def start_unwatched(self, pid=4242):
+        """Have others start it while no daemon looks."""
+        self.fake.start(ID, pid)
+        assert until(lambda: self.engine.caretaker.cared.get(ID))
+        self.engine.caretaker.release(ID)
+
+    @property
+    def health(self):
+        """State.Health as clients see it, without the log."""
+        told = ask(self.engine, "GET", "/containers/x/json").json["State"].get("Health")
+        return told and (told["Status"], told["FailingStreak"])
+
+    @property
+    def log(self):
+        """The log of it: exit codes and output."""
+        return [(each["ExitCode"], each["Output"]) for each in ask(self.engine, "GET", "/containers/x/json").json["State"]["Health"]["Log"]]
+
+    @property
+    def events(self):
+        """What was told, without ids."""
+        self.engine.settle()
+        return [each["Action"] for each in self.engine.journal.history if each["Type"] == "container"]
+
+    def nothing_left(self):
+        """Whether nothing is there of a check."""
+        return not (self.fake.execs or list(self.folder.glob(nerdctld.FIFO_FOLDER + "*")) or any(each.running for each in self.engine.execs.values()))
+
+
+@pytest.fixture
+def checked(engine, fake, tmp_path):
+    """A container that is checked each 50 ms; unhealthy at the second failure."""
+    folder = tmp_path / "state"
+    folder.mkdir()
+    away(tmp_path)
+    found = Checked(engine, fake, folder)
+    yield found
+    engine.caretaker.release(ID)
+    with contextlib.suppress(KeyError):
+        fake.exit(ID)
+
+
+def said(*codes, out=b"out"):
+    """A check that ends so one time after the other, the last of these for good."""
+    left = list(codes)
+
+    def program(process):
+        process.stdout.write(out)
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    return program
+
+
+class TestSupervision:
+    @pytest.mark.parametrize("check, before, code, age, after", [
+        ({}, ("starting", 0), 0, 1, ("healthy", 0)), ({}, ("unhealthy", 9), 0, 1, ("healthy", 0)), ({}, ("starting", 0), 1, 1, ("starting", 1)), ({}, ("healthy", 0), -1, 1, ("healthy", 1)),
+        ({}, ("healthy", 2), 1, 1, ("unhealthy", 3)), ({}, ("unhealthy", 3), 2, 1, ("unhealthy", 4)), ({"Retries": 1}, ("starting", 0), 137, 1, ("unhealthy", 1)),
+        ({"Retries": 1, "StartPeriod": 2 * 10**9}, ("starting", 0), 1, 1.9, ("starting", 0)), ({"Retries": 1, "StartPeriod": 2 * 10**9}, ("starting", 0), 1, 2, ("unhealthy", 1)),
+        ({"Retries": 1, "StartPeriod": 2 * 10**9}, ("healthy", 0), 1, 1, ("unhealthy", 1)), ({"StartPeriod": 2 * 10**9}, ("starting", 0), 0, 1, ("healthy", 0)),
+        # A container that went on after a pause is unhealthy until it is checked, whatever the number of failures.
+        ({}, ("unhealthy", 0), 1, 1, ("unhealthy", 1))])
+    def test_next_health(self, check, before, code, age, after):
+        assert nerdctld.next_health(check, *before, code, age) == after
+
+    @pytest.mark.parametrize("check, age, starting, pause", [
+        ({}, 1, True, 30), ({"Interval": 2 * 10**9}, 1, True, 2), ({"StartPeriod": 9 * 10**9}, 1, True, 5), ({"StartPeriod": 9 * 10**9, "StartInterval": 10**9}, 1, True, 1),
+        ({"StartPeriod": 9 * 10**9, "StartInterval": 10**9}, 1, False, 30), ({"StartPeriod": 9 * 10**9, "StartInterval": 10**9}, 10, True, 30)])
+    def test_pause_between_health_checks(self, check, age, starting, pause):
+        assert nerdctld.check_pause(check, age, starting) == pause
+
+    @pytest.mark.parametrize("nanoseconds, text", [(3 * 10**9, "3s"), (15 * 10**8, "1.5s"), (90 * 10**9, "1m30s"), (3600 * 10**9, "1h0m0s"), (10**6, "1ms"), (15 * 10**5, "1.5ms")])
+    def test_durations_of_go(self, nanoseconds, text):
+        assert nerdctld.go_duration(nanoseconds) == text
+
+    @pytest.mark.parametrize("test, shell, words", [
+        (["CMD", "a", "b c"], None, ["a", "b c"]), (["CMD-SHELL", "a b"], None, ["/bin/sh", "-c", "a b"]), (["CMD-SHELL", "a", "b"], ["/bin/ash", "-xc"], ["/bin/ash", "-xc", "a", "b"])])
+    def test_words(self, test, shell, words):
+        asked = nerdctld.request_labels({"Image": "x", "Healthcheck": {"Test": test}, **({"Shell": shell} if shell else {})})
+        assert nerdctld.health_command(container_of(asked)) == words
+
+    def test_results_are_those_of_nerdctl(self, tmp_path):
+        """As many as Docker has, oldest first, whoever has written them, and whatever nerdctl has let grow."""
+        tmp_path = tmp_path / "state"
+        tmp_path.mkdir()
+        container = container_of({"nerdctl/state-dir": str(tmp_path)})
+        assert nerdctld.health_results(container) == []
+        row = lambda number, output="x": {"Start": "", "End": "", "ExitCode": number, "Output": output}
+        lines = [json.dumps(row(number)) for number in range(8)]
+        (tmp_path / "health.json").write_text("\n".join([*lines, "{", "[1]", "", json.dumps(row(8, "y" * 9000))]) + "\n")
+        assert [(each["ExitCode"], len(each["Output"])) for each in nerdctld.health_results(container)] == [(7, 1), (8, 4099)]
+        for number in range(20, 30):
+            nerdctld.keep_result(container, row(number))
+        assert [each["ExitCode"] for each in nerdctld.health_results(container)] == list(range(25, 30))
+        assert [each.name for each in tmp_path.iterdir()] == ["health.json"] and len((tmp_path / "health.json").read_text().splitlines()) == 5
+        # Where it cannot be kept the check counts all the same.
+        nerdctld.keep_result(container_of({"nerdctl/state-dir": "/nosuch"}), row(1))
+
+    def test_states(self, checked):
+        assert checked.health is None
+        checked.program = said(1, 1, 0)
+        checked.start()
+        assert checked.health == ("starting", 0)
+        assert until(lambda: checked.health == ("unhealthy", 2)) and checked.log == [(1, "out")] * 2
+        assert until(lambda: checked.health == ("healthy", 0)) and checked.log[:3] == [(1, "out"), (1, "out"), (0, "out")]
+        once = ["exec_create: check", "exec_start: check", "exec_die"]
+        assert checked.events[:12] == ["start", *once, *once, "health_status: unhealthy", *once, "health_status: healthy"]
+        die = next(each for each in checked.engine.journal.history if each["Action"] == "exec_die")
+        assert die["Actor"]["Attributes"]["exitCode"] == "1" and len(die["Actor"]["Attributes"]["execID"]) == 64
+        told = json.loads(checked.fake.containers[ID].labels["nerdctl/healthstate"])
+        assert told == {"Status": "healthy", "FailingStreak": 0, "Pid": checked.fake.tasks[ID].pid, "InStartPeriod": False}
+        # Nobody is told what has not changed.
+        updates = checked.fake.calls["Containers/Update"]
+        time.sleep(0.3)
+        assert checked.fake.calls["Containers/Update"] == updates and checked.events.count("health_status: healthy") == 1
+
+    def test_over_a_stop_and_a_start(self, checked):
+        checked.program = said(0)
+        checked.start()
+        assert until(lambda: checked.health == ("healthy", 0))
+        assert ask(checked.engine, "POST", "/containers/x/stop").status == 204
+        assert checked.health == ("unhealthy", 0) and until(lambda: not checked.engine.caretaker.cared) and until(checked.nothing_left)
+        number = len(checked.log)
+        checked.program = said(1)
+        checked.start()
+        assert checked.health[0] == "starting" and len(checked.log) >= min(number, 5)
+        assert json.loads(checked.fake.containers[ID].labels["nerdctl/healthstate"])["Status"] == "starting"
+        assert until(lambda: checked.health[0] == "unhealthy")
+
+    def test_started_again_by_others(self, checked):
+        """What was known is of the process that has ended."""
+        checked.program = said(0)
+        checked.start()
+        assert until(lambda: checked.health == ("healthy", 0))
+        checked.program = said(1)
+        checked.fake.exit(ID)
+        checked.fake.forget(ID)
+        checked.fake.start(ID)
+        assert checked.health[0] == "starting" and until(lambda: checked.health == ("unhealthy", 2))
+
+    def test_paused(self, checked):
+        checked.program = said(0)
+        checked.start()
+        assert until(lambda: checked.health == ("healthy", 0))
+        assert ask(checked.engine, "POST", "/containers/x/pause").status == 204
+        assert checked.health == ("unhealthy", 0)
+        assert until(lambda: '"unhealthy"' in checked.fake.containers[ID].labels["nerdctl/healthstate"])
+        assert until(checked.nothing_left)
+        execs = checked.fake.calls["Tasks/Exec"]
+        time.sleep(0.2)
+        assert checked.fake.calls["Tasks/Exec"] == execs and ID in checked.engine.caretaker.cared
+        assert ask(checked.engine, "POST", "/containers/x/unpause").status == 204
+        assert until(lambda: checked.health == ("healthy", 0))
+        assert [each for each in checked.events if each.startswith(("health", "pause", "unpause"))] == ["health_status: healthy", "pause", "unpause", "health_status: healthy"]
+
+    def test_timeout(self, checked):
+        checked.fake.label(ID, **{"nerdctl/healthcheck": json.dumps({**CHECK, "Timeout": 10**8, "Retries": 1})})
+        checked.program = lambda process: process.stdout.write(b"begun") and process.wait_signal()
+        checked.start()
+        assert until(lambda: checked.health == ("unhealthy", 1))
+        assert checked.log[0] == (-1, "Health check exceeded timeout (100ms): begun")
+        assert checked.fake.asked["Tasks/Kill"][3] == signal.SIGKILL and "exec_die" in checked.events
+        checked.program = said(0)
+        assert until(lambda: checked.health == ("healthy", 0)) and until(checked.nothing_left)
+
+    def test_output_is_limited(self, checked):
+        checked.program = said(0, out=b"\xff" + b"x" * 9000)
+        checked.start()
+        assert until(lambda: checked.health == ("healthy", 0))
+        assert checked.log[0][1] == "\ufffd" + "x" * 4095 + "..."
+
+    def test_what_cannot_be_run(self, checked):
+        """Also where the words are those that nerdctl has for what there is not."""
+        words = 'OCI runtime exec failed: exec failed: unable to start container process: exec: "check": stat check: no such file or directory'
+        checked.fake.refuse[("check",)] = words
+        checked.start()
+        assert until(lambda: checked.health == ("unhealthy", 2)) and checked.log[0] == (-1, words)
+        assert until(checked.nothing_left)
+
+    @pytest.mark.parametrize("end", ["stop", "die", "rm"])
+    def test_a_container_that_ends_in_the_middle(self, checked, scripted, end):
+        running = threading.Event()
+        checked.program = lambda process: running.set() or process.wait_signal()
+        scripted.on("rm", stdout=ID + "\n", does=functools.partial(carry_out, checked.fake))
+        checked.start()
+        assert running.wait(10)
+        if end == "die":
+            checked.fake.exit(ID)
+        else:
+            assert ask(checked.engine, *(("POST", "/containers/x/stop") if end == "stop" else ("DELETE", "/containers/x?force=1"))).status == 204
+        assert until(lambda: not checked.engine.caretaker.cared) and until(checked.nothing_left)
+        # It says nothing of the container's health.
+        assert end == "rm" or checked.health == ("unhealthy", 0) and checked.log == []
+        assert until(lambda: not [each for each in threading.enumerate() if each.name in ("health", "streams", "exec")])
+
+    def test_containerd_goes_in_the_middle(self, checked):
+        """The check goes on without it, and its end is heard of when it is back."""
+        running, gate = threading.Event(), threading.Event()
+        checked.program = lambda process: running.set() or int(not gate.wait(10))
+        checked.start()
+        assert running.wait(10)
+        checked.fake.stop_serving()
+        time.sleep(0.2)
+        checked.fake.start_serving()
+        gate.set()
+        assert until(lambda: checked.health == ("healthy", 0)) and until(checked.nothing_left)
+
+    @pytest.mark.parametrize("starting", [True, False], ids=["being started", "running"])
+    def test_what_a_daemon_that_was_killed_leaves(self, checked, starting):
+        """A command, and its FIFOs, which nobody reads: the next daemon ends it."""
+        checked.start_unwatched()
+        path = checked.folder / (nerdctld.FIFO_FOLDER + "left")
+        path.mkdir()
+        streams = nerdctld.TaskStreams("", *(str(path / each) for each in ("stdout", "stderr")))
+        for each in streams[1:3]:
+            os.mkfifo(each)
+        name = nerdctld.exec_name(str(path))
+        checked.program = lambda process: process.wait_signal()
+        checked.engine.containerd.add_exec(ID, name, {"args": ["check"]}, streams)
+        ends = [] if starting else [os.open(each, os.O_RDONLY | os.O_NONBLOCK) for each in streams[1:3]]
+
+        def start():
+            # The daemon that has asked for it is there no more.
+            with contextlib.suppress(nerdctld.ApiError):
+                checked.engine.containerd.start_task(ID, name)
+
+        thread = threading.Thread(target=start, daemon=True)
+        thread.start()
+        if starting:
+            time.sleep(0.1)
+        else:
+            thread.join(10)
+            for each in ends:
+                os.close(each)
+        checked.program = said(0)
+        checked.engine.caretaker.look()
+        assert until(lambda: (ID, name) not in checked.fake.execs) and until(lambda: not path.exists())
+        assert until(lambda: checked.health == ("healthy", 0))
+
+    def test_the_state_outlives_the_daemon(self, checked):
+        """A container that runs keeps its health, and is checked at once when a check is due."""
+        checked.start_unwatched(os.getpid())
+        checked.fake.label(ID, **{"nerdctl/healthstate": json.dumps({"Status": "healthy", "FailingStreak": 1, "Pid": os.getpid()}),
+                                  "nerdctl/healthcheck": json.dumps({**CHECK, "Retries": 3, "Interval": 2 * 10**8})})
+        checked.program = said(1)
+        assert checked.health == ("healthy", 1)
+        checked.engine.caretaker.look()
+        assert until(lambda: checked.health == ("healthy", 2)) and until(lambda: checked.health == ("unhealthy", 3))
+
+    def test_a_timer_of_systemd_checks_by_itself(self, checked, tmp_path, monkeypatch):
+        """What it finds is told; when there is none any more the daemon goes on."""
+        monkeypatch.setattr(nerdctld.HealthWatch, "TIMERS", str(tmp_path))
+        (tmp_path / f"{ID}.timer").touch()
+        checked.program = said(1)
+        checked.start()
+        time.sleep(0.3)
+        assert checked.health == ("starting", 0) and not checked.fake.calls["Tasks/Exec"]
+        checked.fake.label(ID, **{"nerdctl/healthstate": '{"Status":"healthy","FailingStreak":0,"InStartPeriod":false}'})
+        assert until(lambda: "health_status: healthy" in checked.events)
+        (tmp_path / f"{ID}.timer").unlink()
+        assert until(lambda: checked.health == ("unhealthy", 2))
+
+    def test_who_is_started_by_others_is_cared_for(self, willing, fake):
+        checked, other = "1" * 64, "2" * 64
+        willing.caretaker = nerdctld.Caretaker(willing)
+        fake.create(checked, {"nerdctl/name": "1", "nerdctl/healthcheck": json.dumps({"Test": ["CMD", "true"], "Interval": 10**12})})
+        fake.create(other, {"nerdctl/name": "2"})
+        try:
+            for each in (checked, other):
+                fake.start(each, os.getpid())
+            assert until(lambda: set(willing.caretaker.cared) == {checked})
+        finally:
+            willing.caretaker.release(checked)
 
 
 ###############################################################################
@@ -6603,13 +8429,13 @@ def rooted(furnished, tmp_path, monkeypatch):
 def reached(rooted, fake, tmp_path):
     """The same for tstdone, which does not run; its OCI spec is what `spec` is at the moment."""
     need_mounts()
-    rooted.root, rooted.real = tmp_path / "root", rooted.inventory.container("tstdone").real
+    rooted.root, identity = tmp_path / "root", rooted.inventory.container("tstdone").id
     rooted.spec = {"process": {"user": {"uid": 7, "gid": 8}}, "root": {}, "mounts": []}
-    record = fake.containers[rooted.real]
+    record = fake.containers[identity]
     fake.mounts[record.snapshotter, record.snapshot_key] = [("bind", str(rooted.root), ("rbind", "rw"))]
 
     def put_spec():
-        fake.containers[rooted.real] = record._replace(spec=json.dumps(rooted.spec).encode())
+        fake.containers[identity] = record._replace(spec=json.dumps(rooted.spec).encode())
 
     fake.before.update({"Containers/List": put_spec, "Containers/Get": put_spec})
     return rooted
@@ -6675,7 +8501,7 @@ class TestArchive:
     def test_put(self, reached, pack):
         assert ask(reached, "PUT", "/containers/tstdone/archive?path=/abs/sub", pack(tar_with("some-name"))).status == 200
         assert (reached.root / "etc/sub/some-name").read_bytes() == b"some-name"
-        assert until(lambda: [each["Action"] for each in reached.journal.history] == ["extract-to-dir"]) and len(reached.touched) == 1
+        assert until(lambda: [each["Action"] for each in reached.journal.history] == ["extract-to-dir"])
 
     def test_options_of_put(self, reached, monkeypatch):
         put = lambda query, data: ask(reached, "PUT", "/containers/tstdone/archive?path=/" + query, data)
@@ -6717,7 +8543,7 @@ class TestArchive:
         assert not (tmp_path / "evil").exists() and not (reached.root / "got").exists() and target.stat().st_nlink == 1
 
     def test_a_process_that_is_another_by_now(self, reached, fake):
-        pids, real = itertools.cycle([os.getpid(), 1]), reached.inventory.container("tstweb").real
+        pids, real = itertools.cycle([os.getpid(), 1]), reached.inventory.container("tstweb").id
         fake.before["Tasks/Get"] = lambda: fake.start(real, next(pids))
         for method, body in (("PUT", tar_with("tmp/evil")), ("GET", b"")):
             answer = ask(reached, method, "/containers/tstweb/archive?path=/", body)
@@ -6751,8 +8577,8 @@ class TestArchive:
         for body in (whole[:-1], whole + whole[:-1], whole + b"x", whole[:5]):
             answer = ask(reached, "PUT", "/containers/tstdone/archive?path=/etc", body)
             assert answer.status == 400 and answer.message.startswith("invalid archive: "), body
-        # What came before that is there, and a container that was made anew would be without.
-        assert list(reached.journal.history) == [] and reached.touched == {reached.real}
+        reached.settle()
+        assert list(reached.journal.history) == []
 
     @pytest.mark.parametrize("body", [b"", gzip.compress(b"")], ids=["plain", "packed"])
     def test_put_of_nothing(self, reached, body):
@@ -6779,7 +8605,7 @@ class TestArchive:
     def test_export(self, furnished, scripted):
         scripted.on("export", stdout="a tar")
         assert ask(furnished, "GET", "/containers/tstdone/export").body == b"a tar"
-        assert scripted.argv("export") == ["export", "--output=/dev/stdout", "--", furnished.inventory.container("tstdone").real]
+        assert scripted.argv("export") == ["export", "--output=/dev/stdout", "--", furnished.inventory.container("tstdone").id]
 
 
 ###############################################################################
@@ -6840,12 +8666,23 @@ class TestStatistics:
         assert ask(furnished, "GET", "/containers/tstweb/stats?stream=1&one-shot=1").status == 400
         assert ask(furnished, "GET", "/containers/nosuch/stats?stream=0").status == 404
 
-    def test_top(self, furnished, scripted):
-        scripted.on("top", stdout="PID CMD\n1 sleep 10\n22 sh -c a  b\n")
-        assert ask(furnished, "GET", "/containers/tstweb/top?ps_args=-o pid,cmd").json == {"Titles": ["PID", "CMD"], "Processes": [["1", "sleep 10"], ["22", "sh -c a  b"]]}
-        assert scripted.argv("top") == ["top", ID, "-o", "pid,cmd"]
+    def test_top(self, furnished, scripted, fake):
+        # ps is this machine's own, and shows the process that stands for the container's among all others.
+        fake.start(ID, pid=os.getpid())
+        words = pathlib.Path("/proc/self/cmdline").read_text().rstrip("\0").replace("\0", " ")
+        assert ask(furnished, "GET", "/containers/tstweb/top?ps_args=-e -ww -o pid,args").json == {"Titles": ["PID", "COMMAND"], "Processes": [[str(os.getpid()), words]]}
+        assert bytes(fake.asked["Tasks/ListPids"][1]).decode() == ID and not scripted.calls()
         assert ask(furnished, "GET", "/containers/tstdone/top").status == 409
-        assert ask(furnished, "GET", "/containers/tstweb/top?ps_args='").status == 400
+        for query, status, message in (("'", 400, "invalid ps_args"), ("-o pid=x", 400, 'specifying "pid=x" is not allowed'), ("--nosuch", 500, "ps: error: unknown"), ("-o args", 500, "Couldn't find PID field in ps output")):
+            answer = ask(furnished, "GET", "/containers/tstweb/top?ps_args=" + query)
+            assert (answer.status, answer.message[:len(message)]) == (status, message)
+        fake.forget(ID)
+        # It has ended meanwhile.
+        assert ask(furnished, "GET", "/containers/tstweb/top").status in (404, 409)
+
+    @pytest.mark.parametrize("text, rows", [("PID CMD\n1 sleep 10\n22 sh -c a  b\n3 no\n\n", [["1", "sleep 10"], ["22", "sh -c a  b"]]), ("UID PID\nroot 22\nroot\nx y\n", [["root", "22"]]), ("PID\n", [])])
+    def test_rows_of_ps(self, text, rows):
+        assert nerdctld.parse_top(text, {1, 22})["Processes"] == rows
 
 
 ###############################################################################
@@ -6875,7 +8712,7 @@ class TestHosts:
         make.table, make.folder = table, tmp_path / "etchosts" / "default"
         make.path = lambda name: make.folder / hashlib.sha256(name.encode()).hexdigest() / "hosts"
         make.lines = lambda name: [each for each in make.path(name).read_text().splitlines() if each.endswith(" alias.nerdctld")]
-        make.hosts = nerdctld.Hosts(types.SimpleNamespace(inventory=types.SimpleNamespace(containers=lambda: {each.real: each for each in table.values()})))
+        make.hosts = nerdctld.Hosts(types.SimpleNamespace(inventory=types.SimpleNamespace(containers=lambda: {each.id: each for each in table.values()})))
         return make
 
     def test_names_of_each_network(self, world):
@@ -6898,7 +8735,7 @@ class TestHosts:
         world.hosts.refresh()
         assert world.lines("web") == ["10.0.0.2 primary alias.nerdctld"]
         world.table["db"] = nerdctld.Container(db.record, db.task._replace(status="stopped"))
-        world.hosts.on_event(nerdctld.ContainerdEvent("/tasks/exit", 0, {"container_id": db.real}))
+        world.hosts.on_event(nerdctld.ContainerdEvent("/tasks/exit", 0, {"container_id": db.id}))
         assert until(lambda: not world.lines("web")) and until(lambda: not world.hosts.used)
         assert world.path("web").read_text() == "# <nerdctl>\n10.0.0.3 web\n# </nerdctl>\n"
 
@@ -6924,7 +8761,7 @@ class TestHosts:
     def test_events_that_change_no_address(self, world):
         db = world("db", "10.0.0.2", ["primary"])
         world.hosts.refresh()
-        for event in (None, nerdctld.ContainerdEvent("/tasks/oom", 0, {"container_id": db.real})):
+        for event in (None, nerdctld.ContainerdEvent("/tasks/oom", 0, {"container_id": db.id})):
             world.hosts.on_event(event)
             assert not world.hosts.due.is_set()
 
@@ -6988,41 +8825,317 @@ class TestNetworkChanges:
         assert ask(furnished, "POST", '/networks/prune?filters={"label":["x"]}').json == {"NetworksDeleted": None}
         assert ask(furnished, "POST", "/networks/prune").json == {"NetworksDeleted": ["tstnet"]}
 
-    @pytest.mark.parametrize("path, body, status", [
-        ("tstnet/connect", {"Container": "tstweb"}, 403), ("bridge/connect", {"Container": "tstweb"}, 501), ("bridge/connect", {"Container": "nosuch"}, 404), ("nosuch/connect", {"Container": "tstweb"}, 404),
-        ("bridge/disconnect", {"Container": "tstweb"}, 403), ("tstnet/disconnect", {"Container": "tstweb"}, 501), ("bridge/connect", {"Container": "tstnew"}, 501), ("bridge/connect", {}, 400)])
-    def test_connect_refuses(self, furnished, path, body, status):
-        assert ask(furnished, "POST", "/networks/" + path, body).status == status
+    @pytest.mark.parametrize("path, body, status, message", [
+        ("tstnet/connect", {"Container": "tstweb"}, 403, "endpoint with name tstweb already exists in network tstnet"), ("tstnet/connect", {"Container": "mine"}, 200, None),
+        ("bridge/connect", {"Container": "nosuch"}, 404, "No such container: nosuch"), ("nosuch/connect", {"Container": "mine"}, 404, "network nosuch not found"),
+        ("bridge/connect", {}, 400, "invalid container name or ID: value is empty"), ("bridge/disconnect", {}, 400, "invalid container name or ID: value is empty"),
+        ("host/connect", {"Container": "mine"}, 400, "cannot connect container to host network - container must be created in host network mode"),
+        ("none/connect", {"Container": "mine"}, 400, "container cannot be connected to multiple networks with one of the networks in private (none) mode"),
+        ("tstnet/connect", {"Container": "nonet"}, 400, "container cannot be connected to multiple networks with one of the networks in private (none) mode"),
+        ("tstnet/connect", {"Container": "hosted"}, 400, "container sharing network namespace with another container or host cannot be connected to any other network"),
+        ("tstnet/connect", {"Container": "sharing"}, 400, "container sharing network namespace with another container or host cannot be connected to any other network"),
+        ("host/disconnect", {"Container": "hosted"}, 400, "cannot disconnect container from host network - container was created in host network mode"),
+        ("bridge/disconnect", {"Container": "tstweb"}, 500, f"container {ID} is not connected to network bridge"), ("nosuch/disconnect", {"Container": "tstweb"}, 404, "network nosuch not found"),
+        ("nosuch/disconnect", {"Container": "tstweb", "Force": True}, 500, f"container {ID} is not connected to the network nosuch"),
+        ("bridge/disconnect", {"Container": "mine"}, 500, f"container {'5' * 64} is not connected to the network bridge"),
+        ("nosuch/disconnect", {"Container": "mine"}, 500, f"container {'5' * 64} is not connected to the network nosuch"),
+        ("bridge/connect", {"Container": "mine", "EndpointConfig": {"Aliases": ["x"]}}, 400, "invalid endpoint settings:\nnetwork-scoped aliases are only supported for user-defined networks"),
+        ("bridge/connect", {"Container": "mine", "EndpointConfig": {"IPAMConfig": {"IPv4Address": "10.99.0.9"}}}, 400,
+         "invalid endpoint settings:\nuser-specified IP address is supported on user-defined networks only\nno configured subnet contains IP address 10.99.0.9"),
+        ("tstnet/connect", {"Container": "mine", "EndpointConfig": {"IPAMConfig": {"IPv4Address": "10.9.9.9"}}}, 400, "invalid endpoint settings:\nno configured subnet contains IP address 10.9.9.9"),
+        ("tstnet/connect", {"Container": "mine", "EndpointConfig": {"IPAMConfig": {"IPv4Address": "::1"}}}, 400, "invalid IPv4 address: ::1"),
+        ("tstnet/connect", {"Container": "mine", "EndpointConfig": {"MacAddress": "x"}}, 400, "invalid MAC address: x")])
+    def test_dockerd_s_words(self, furnished, fake, path, body, status, message):
+        for number, name, network in ((5, "mine", "tstnet"), (6, "nonet", "none"), (7, "hosted", "host"), (8, "sharing", "container:" + ID)):
+            fake.create(f"{number}" * 64, {"nerdctl/name": name, "nerdctl/networks": json.dumps([network])})
+        answer = ask(furnished, "POST", "/networks/" + path, body)
+        assert (answer.status, answer.message if status != 200 else None) == (status, message) and "Containers/Update" not in fake.calls
 
-    def test_one_that_ended_leaves_a_network(self, furnished, scripted, fake):
-        scripted.on("network rm")
-        scripted.on("start")
-        fake.containers.clear()
-        fake.create("5" * 64, {"nerdctl/name": "mine", "nerdctl/networks": '["tstnet"]'})
-        fake.start("5" * 64)
-        fake.exit("5" * 64)
-        path = {word: f"/networks/tstnet/{word}" for word in ("connect", "disconnect")}
-        assert ask(furnished, "POST", path["disconnect"], {"Container": "mine"}).status == 200
-        answer = ask(furnished, "POST", "/containers/mine/start")
-        assert answer.status == 501 and "disconnected from tstnet" in answer.message
-        assert ask(furnished, "POST", path["connect"], {"Container": "mine"}).status == 200
-        assert not furnished.apart and ask(furnished, "POST", path["connect"], {"Container": "mine"}).status == 403
-        # A network that only ended containers have goes as with Docker.
-        assert ask(furnished, "DELETE", "/networks/tstnet").status == 204
 
-    def test_connect_makes_a_new_container(self, furnished, scripted, fake):
-        request = {"Image": BASE, "Cmd": ["true"], "HostConfig": {"NetworkMode": "bridge"}, "NetworkingConfig": {"EndpointsConfig": {"bridge": {}}}}
-        fake.create("5" * 64, {"nerdctl/name": "mine", "nerdctl/networks": '["bridge"]', **nerdctld.request_labels(request)})
-        scripted.on("rm", does=lambda words: fake.delete(words[-1]))
-        scripted.on("rename", does=lambda words: fake.label(words[1], **{"nerdctl/name": words[2]}))
-        scripted.on("create", stdout="6" * 64 + "\n", does=lambda words: fake.create("6" * 64, {"nerdctl/name": "mine"}))
-        assert ask(furnished, "POST", "/networks/tstnet/connect", {"Container": "mine", "EndpointConfig": {"Aliases": ["other"]}}).status == 200
-        words = scripted.argv("create")
-        assert [each for each in words if each.startswith(("--network", "--name", "--hostname", "--label=nerdctld/id"))] == [
-            "--name=mine", "--label=nerdctld/id=" + "5" * 64, "--hostname=other", "--network=bridge", "--network=tstnet"]
-        # At every moment one of the two is there under its id.
-        assert [each["argv"] for each in scripted.calls() if each["argv"][0] in ("rename", "create", "rm")] == [
-            ["rename", "5" * 64, "nerdctld-aside.mine"], words, ["rm", "--volumes", "--", "5" * 64]]
+class Plugins:
+    """CNI plugins of a network `back` that write down what they are told; `calls` tells it: plugin, command, namespace, interface, arguments, input."""
+
+    RESULT = {"cniVersion": "1.0.0", "interfaces": [{"name": "veth1", "mac": "1"}, {"name": "eth9", "mac": "02:00:00:00:00:09", "sandbox": "/proc/1/ns/net"}],
+              "ips": [{"address": "10.88.0.9/24", "gateway": "10.88.0.1", "interface": 1}]}
+
+    def __init__(self, folder):
+        self.folder, self.log = folder / "plugins", folder / "plugins.log"
+        self.folder.mkdir()
+        for name in ("alpha", "beta"):
+            self.write(name, "cat <<END\n" + json.dumps(self.RESULT) + "\nEND")
+        write_json(folder / "networks" / "default" / "nerdctl-back.conflist", {
+            "cniVersion": "1.0.0", "name": "back", "nerdctlID": "b" * 64, "nerdctlLabels": {}, "plugins": [
+                {"type": "alpha", "isGateway": True, "ipam": {"ranges": [[{"subnet": "10.88.0.0/24", "gateway": "10.88.0.1"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+                {"type": "beta", "capabilities": {"portMappings": True}}]})
+        # Rules of the firewall by which containers go out, and the programs that change them and routes.
+        self.rules, self.tools = folder / "rules", folder / "tools.log"
+        self.rules.write_text("")
+        for name in ("iptables", "ip6tables", "nsenter"):
+            (self.folder / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {self.tools}\ncase "$*" in *-S*) cat {self.rules};; esac\n')
+            (self.folder / name).chmod(0o755)
+
+    def write(self, name, adding, deleting=""):
+        """A plugin that does so."""
+        path = self.folder / name
+        path.write_text(f"""#!/bin/sh
+{{ printf '%s\t' {name} "$CNI_COMMAND" "$CNI_CONTAINERID" "$CNI_NETNS" "$CNI_IFNAME" "$CNI_ARGS"; cat; echo; }} >> {self.log}
+if [ $CNI_COMMAND = ADD ]; then
+{adding or ":"}
+else
+{deleting or ":"}
+fi
+""")
+        path.chmod(0o755)
+
+    @property
+    def calls(self):
+        """What they were told, and forget it."""
+        rows = [line.split("\t") for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        self.log.write_text("")
+        return [(*row[:-1], json.loads(row[-1])) for row in rows]
+
+
+class TestCni:
+    """Containers that are put into networks and taken out of them in place."""
+
+    MINE = "5" * 64
+
+    @pytest.fixture
+    def plugins(self, furnished, fake, tmp_path, monkeypatch):
+        """Plugins, and a container `mine` of the network tstnet that was created."""
+        monkeypatch.setenv("CNI_PATH", str(tmp_path / "plugins"))
+        monkeypatch.setenv("PATH", f"{tmp_path}/plugins:{os.environ['PATH']}")
+        request = {"Image": BASE, "Hostname": "mine", "HostConfig": {"NetworkMode": "tstnet"}, "NetworkingConfig": {"EndpointsConfig": {"tstnet": {"Aliases": ["one"]}}}}
+        folder = store_of(fake, tmp_path) / "containers" / "default" / self.MINE
+        write_json(folder / "network-config.json", {"portMappings": [{"HostPort": 8080, "ContainerPort": 80, "Protocol": "tcp", "HostIP": "127.0.0.1"}]})
+        fake.create(self.MINE, {"nerdctl/name": "mine", "nerdctl/hostname": "mine", "nerdctl/networks": '["tstnet"]', "nerdctl/state-dir": str(folder), **nerdctld.request_labels(request)},
+                    spec={"annotations": {"nerdctl/networks": '["tstnet"]', "other": "kept"}, "process": {"args": ["sleep"]}})
+        return Plugins(tmp_path)
+
+    def run(self, fake, tmp_path, monkeypatch, pid=None):
+        """Let it run as a process whose interfaces are those of this one."""
+        folder = store_of(fake, tmp_path) / "etchosts" / "default" / self.MINE
+        told = {"interfaces": [{"name": "eth0", "mac": "2", "sandbox": "/proc/1/ns/net"}], "cniVersion": "1.1.0", "ips": [{"address": "10.77.0.3/24", "gateway": "10.77.0.1"}]}
+        write_json(folder / "meta.json", {"ID": self.MINE, "Name": "mine", "Hostname": "mine", "ExtraHosts": {"far": "9.9.9.9"}, "Networks": {"tstnet": told}})
+        (folder / "hosts").write_text("before\n# <nerdctl>\nold\n# </nerdctl>\nafter\n")
+        fake.start(self.MINE, pid or os.getpid())
+        return folder
+
+    def free(self):
+        """The first free name of an interface here."""
+        taken = {line.partition(":")[0].strip() for line in pathlib.Path("/proc/self/net/dev").read_text().splitlines()}
+        return next(name for name in (f"eth{number}" for number in range(99)) if name not in taken)
+
+    def change(self, engine, word, network="back", status=200, version="1.56", **more):
+        """Connect it or disconnect it; the answer."""
+        answer = ask(engine, "POST", f"/v{version}/networks/{network}/{word}", {"Container": "mine", **more})
+        assert answer.status == status, answer.body
+        return answer
+
+    def networks(self, engine):
+        """What inspect tells of its networks."""
+        return ask(engine, "GET", "/containers/mine/json").json["NetworkSettings"]["Networks"]
+
+    def kept(self, fake):
+        """Its networks as nerdctl and its hooks know them, and labels of the daemon on it."""
+        record = fake.containers[self.MINE]
+        annotations = json.loads(record.spec)["annotations"]
+        assert annotations.pop("other") == "kept"
+        return json.loads(record.labels["nerdctl/networks"]), annotations, {key: value for key, value in record.labels.items() if key.startswith("nerdctld/") and "request" not in key}
+
+    def test_of_one_that_does_not_run(self, furnished, fake, plugins, monkeypatch):
+        events = []
+        monkeypatch.setattr(furnished.journal, "emit", lambda *words: events.append(words))
+        asked = {"Aliases": ["two"], "Links": ["tstweb:w"], "DriverOpts": {"a": "b"}, "GwPriority": 3}
+        self.change(furnished, "connect", EndpointConfig=asked)
+        assert self.kept(fake) == (["tstnet", "back"], {"nerdctl/networks": '["tstnet", "back"]'}, {}) and not plugins.calls
+        assert events == [("network", "connect", "b" * 64, {"container": self.MINE, "name": "back", "type": "alpha"})]
+        told = self.networks(furnished)
+        assert list(told) == ["tstnet", "back"] and {key: told["back"][key] for key in asked} == asked and told["tstnet"]["Aliases"] == ["one"]
+        assert nerdctld.wanted_names(furnished.inventory.container("mine")) == ({"tstnet": ["one"], "back": ["two"]}, {"tstweb": ["w"]})
+        self.change(furnished, "connect", EndpointConfig={"Aliases": ["three"]})
+        assert self.networks(furnished)["back"]["Aliases"] == ["two"]
+        # As Terraform does: NetworkMode stays.
+        self.change(furnished, "disconnect", "tstnet")
+        assert self.kept(fake)[0] == ["back"] and list(self.networks(furnished)) == ["back"]
+        shown = ask(furnished, "GET", "/containers/mine/json").json
+        assert shown["HostConfig"]["NetworkMode"] == "tstnet" and json.loads(fake.containers[self.MINE].spec)["process"] == {"args": ["sleep"]}
+
+    def test_out_of_the_last_network(self, furnished, fake, plugins):
+        self.change(furnished, "disconnect", "tstnet")
+        assert self.kept(fake) == (["none"], {"nerdctl/networks": '["none"]'}, {"nerdctld/alone": "true"})
+        assert self.networks(furnished) == {} and "tstnet" in self.change(furnished, "disconnect", "tstnet", 500).message
+        assert ask(furnished, "GET", "/containers/mine/json").json["HostConfig"]["NetworkMode"] == "tstnet"
+        self.change(furnished, "connect", "none")
+        assert list(self.networks(furnished)) == ["none"] and self.kept(fake)[2] == {}
+        self.change(furnished, "connect", status=400)
+        self.change(furnished, "disconnect", "none")
+        self.change(furnished, "connect")
+        assert self.kept(fake) == (["back"], {"nerdctl/networks": '["back"]'}, {})
+
+    def test_a_request_of_more_and_of_fewer_parts(self, furnished, fake, plugins):
+        parts = lambda: sorted(key for key in fake.containers[self.MINE].labels if "request" in key)
+        self.change(furnished, "connect", EndpointConfig={"Aliases": ["x" * 60 + str(number) for number in range(70)]})
+        assert parts() == ["nerdctld/request.0", "nerdctld/request.1"] and len(self.networks(furnished)["back"]["Aliases"]) == 70
+        self.change(furnished, "disconnect")
+        assert parts() == ["nerdctld/request.0"] and furnished.inventory.container("mine").request["Image"] == BASE
+
+    def test_addresses_of_its_own(self, furnished, fake, plugins):
+        """nerdctl's hook gives all networks the same address."""
+        settings = {"IPAMConfig": {"IPv4Address": "10.88.0.7"}, "MacAddress": "02:00:00:00:00:07"}
+        self.change(furnished, "connect", EndpointConfig=settings)
+        assert self.kept(fake)[:2] == (["tstnet", "back"], {"nerdctl/networks": '["tstnet"]'})
+        self.change(furnished, "disconnect", "tstnet")
+        told = {"nerdctl/networks": '["back"]', "nerdctl/ip": "10.88.0.7", "nerdctl/mac-address": "02:00:00:00:00:07"}
+        assert self.kept(fake)[:2] == (["back"], told) and fake.containers[self.MINE].labels["nerdctl/ip"] == "10.88.0.7"
+        self.change(furnished, "disconnect")
+        assert "nerdctl/ip" not in fake.containers[self.MINE].labels
+        self.change(furnished, "connect", version="1.50", EndpointConfig=settings)
+        assert "nerdctl/mac-address" not in self.kept(fake)[1]
+
+    def test_what_nerdctl_s_hook_cannot_do_is_done_before_it_starts(self, furnished, fake, plugins, tmp_path, monkeypatch):
+        self.change(furnished, "connect", EndpointConfig={"IPAMConfig": {"IPv4Address": "10.88.0.7"}})
+        container = furnished.inventory.container("mine")
+        folder = self.run(fake, tmp_path, monkeypatch)
+        nerdctld.attach_networks(furnished, container, os.getpid())
+        (name, command, *_, arguments, _), _ = plugins.calls
+        assert (name, command) == ("alpha", "ADD") and "IP=10.88.0.7" in arguments.split(";")
+        assert self.networks(furnished)["back"]["IPAddress"] == "10.88.0.9" and set(json.loads((folder / "meta.json").read_text())["Networks"]) == {"tstnet", "back"}
+        assert list(nerdctld.attached_networks(furnished.inventory.container("mine"))) == ["back"]
+        nerdctld.attach_networks(furnished, furnished.inventory.container("mine"), os.getpid())
+        nerdctld.attach_networks(furnished, furnished.inventory.container("tstweb"), os.getpid())
+        assert not plugins.calls
+
+    @pytest.mark.parametrize("paused", [False, True])
+    def test_of_one_that_runs(self, furnished, fake, plugins, tmp_path, monkeypatch, paused):
+        folder = self.run(fake, tmp_path, monkeypatch)
+        fake.pause(self.MINE, paused)
+        self.change(furnished, "connect", EndpointConfig={"Aliases": ["two"], "IPAMConfig": {"IPv4Address": "10.88.0.9"}})
+        arguments = "IgnoreUnknown=1;NERDCTL_CNI_DHCP_HOSTNAME=mine;IP=10.88.0.9"
+        where = ("ADD", "default-" + self.MINE, f"/proc/{os.getpid()}/ns/net", self.free(), arguments)
+        (*alpha, first), (*beta, second) = plugins.calls
+        assert (tuple(alpha), tuple(beta)) == (("alpha", *where), ("beta", *where))
+        assert (first["name"], first["cniVersion"], first["type"]) == ("back", "1.0.0", "alpha") and not {"prevResult", "runtimeConfig"} & set(first)
+        assert second["prevResult"] == plugins.RESULT
+        assert second["runtimeConfig"] == {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp", "hostIP": "127.0.0.1"}]}
+        kept = self.kept(fake)
+        assert kept[0] == ["tstnet", "back"] and json.loads(kept[2]["nerdctld/attached.back"]) == {
+            "name": self.free(), "pid": os.getpid(), "arguments": arguments, "addresses": [], "result": plugins.RESULT}
+        told = self.networks(furnished)["back"]
+        assert {key: told[key] for key in ("IPAddress", "IPPrefixLen", "MacAddress", "Gateway", "Aliases")} == {
+            "IPAddress": "10.88.0.9", "IPPrefixLen": 24, "MacAddress": "02:00:00:00:00:09", "Gateway": "10.88.0.1", "Aliases": ["two"]}
+        assert ask(furnished, "GET", "/networks/back").json["Containers"][self.MINE]["IPv4Address"] == "10.88.0.9/24"
+        lines = (folder / "hosts").read_text().splitlines()
+        assert lines[:5] == ["before", "# <nerdctl>", "127.0.0.1\tlocalhost localhost.localdomain", "::1\t\tlocalhost localhost.localdomain", "9.9.9.9         far"]
+        assert lines[-4:] == ["# </nerdctl>", "after", "10.77.0.3 one alias.nerdctld", "10.88.0.9 two alias.nerdctld"]
+        assert {"10.88.0.9       mine mine.back mine mine.back", "10.77.0.3       mine mine.tstnet mine mine.tstnet"} <= set(lines) and "old" not in lines
+        assert ask(furnished, "DELETE", "/networks/back").status == 403
+        assert self.change(furnished, "connect", status=403)
+        assert not plugins.calls
+        self.change(furnished, "disconnect")
+        assert [(call[0], *call[1:-1], call[-1]["prevResult"]) for call in plugins.calls] == [
+            (name, "DEL", *where[1:], plugins.RESULT) for name in ("beta", "alpha")]
+        assert list(self.networks(furnished)) == ["tstnet"] and self.kept(fake) == (["tstnet"], {"nerdctl/networks": '["tstnet"]'}, {})
+        assert set(json.loads((folder / "meta.json").read_text())["Networks"]) == {"tstnet"} and "10.88" not in (folder / "hosts").read_text()
+
+    def test_a_plugin_that_fails(self, furnished, fake, plugins, tmp_path, monkeypatch):
+        folder = self.run(fake, tmp_path, monkeypatch)
+        before, meta = fake.containers[self.MINE], (folder / "meta.json").read_text()
+        plugins.write("beta", """echo '{"code": 11, "msg": "no room", "details": "at all"}'; exit 1""")
+        assert self.change(furnished, "connect", status=500).message == 'plugin type="beta" failed (add): no room: at all'
+        assert [call[:2] for call in plugins.calls] == [("alpha", "ADD"), ("beta", "ADD"), ("beta", "DEL"), ("alpha", "DEL")]
+        assert fake.containers[self.MINE] == before and (folder / "meta.json").read_text() == meta
+        plugins.write("alpha", "echo broken >&2; exit 3")
+        assert self.change(furnished, "connect", status=500).message == 'plugin type="alpha" failed (add): broken'
+        (plugins.folder / "alpha").unlink()
+        assert self.change(furnished, "connect", status=500).message == f'failed to find plugin "alpha" in path [{plugins.folder}]' and fake.containers[self.MINE] == before
+
+    def test_out_of_a_network_that_it_was_started_with(self, furnished, fake, plugins, tmp_path, monkeypatch):
+        self.change(furnished, "connect")
+        folder = self.run(fake, tmp_path, monkeypatch)
+        note = json.loads((folder / "meta.json").read_text())
+        note["Networks"]["back"] = {**plugins.RESULT, "cniVersion": "1.1.0"}
+        write_json(folder / "meta.json", note)
+        self.change(furnished, "disconnect")
+        calls = plugins.calls
+        assert [call[:5] for call in calls] == [(name, "DEL", "default-" + self.MINE, f"/proc/{os.getpid()}/ns/net", "eth9") for name in ("beta", "alpha")]
+        # Plugins read no newer version than that of their network.
+        assert calls[0][-1]["prevResult"] == plugins.RESULT and list(self.networks(furnished)) == ["tstnet"]
+        plugins.write("alpha", "", "exit 1")
+        self.change(furnished, "connect")
+        self.change(furnished, "disconnect", status=500)
+        assert list(self.networks(furnished)) == ["tstnet", "back"]
+
+    def test_release(self, furnished, fake, plugins, tmp_path, monkeypatch, capfd):
+        self.run(fake, tmp_path, monkeypatch)
+        self.change(furnished, "connect")
+        fake.exit(self.MINE)
+        assert plugins.calls and list(nerdctld.attached_networks(furnished.inventory.container("mine"))) == ["back"]
+        plugins.write("beta", "", "exit 1")
+        rule = f'-s {{}}/32 -m comment --comment "name: \\"back\\" id: \\"default-{self.MINE}\\"" -j CNI-1\n'
+        plugins.rules.write_text("-P POSTROUTING ACCEPT\n-A POSTROUTING -j OTHER\n" + "".join(f"-A POSTROUTING {rule.format(each)}" for each in ("10.88.0.8", "10.88.0.9")))
+        nerdctld.release_networks(furnished, furnished.inventory.container("mine"))
+        said = [line.replace('"', "") for line in plugins.tools.read_text().splitlines() if line.startswith("iptables")]
+        gone = [f"iptables -w -t nat -D POSTROUTING {rule.format(each)}".replace('\\"', "").replace('"', "").strip() for each in ("10.88.0.8", "10.88.0.9")]
+        assert said == ["iptables -w -t nat -S POSTROUTING", *gone, "iptables -w -t nat -F CNI-1", "iptables -w -t nat -X CNI-1"]
+        assert [(call[0], call[1], call[3], call[4]) for call in plugins.calls] == [(name, "DEL", "", self.free()) for name in ("beta", "alpha")]
+        assert self.kept(fake) == (["tstnet", "back"], {"nerdctl/networks": '["tstnet", "back"]'}, {}) and "network back of container" in capfd.readouterr().err
+        nerdctld.release_networks(furnished, furnished.inventory.container("mine"))
+        assert not plugins.calls
+
+    @pytest.mark.parametrize("way_out, priority, routes", [(True, 0, 0), (True, 1, 1), (False, 0, 1)])
+    def test_the_default_route(self, furnished, fake, plugins, tmp_path, monkeypatch, way_out, priority, routes):
+        self.run(fake, tmp_path, monkeypatch)
+        monkeypatch.setattr(nerdctld, "has_way_out", lambda pid: way_out)
+        self.change(furnished, "connect", EndpointConfig={"GwPriority": priority})
+        assert len(plugins.calls[0][-1]["ipam"]["routes"]) == routes
+        for name in ("bridge", "portmap", "firewall", "tuning"):
+            plugins.write(name, "")
+        self.change(furnished, "disconnect", "tstnet")
+        said = plugins.tools.read_text().splitlines() if plugins.tools.exists() else []
+        assert [line for line in said if line.startswith("nsenter")] == [
+            f"nsenter -n -t {os.getpid()} -- ip route replace default via 10.88.0.1"] * (not way_out)
+
+    @pytest.mark.parametrize("name, released", [("eth1", False), ("eth7", True)])
+    def test_release_of_one_that_somebody_started_again(self, furnished, fake, plugins, tmp_path, monkeypatch, name, released):
+        self.run(fake, tmp_path, monkeypatch)
+        self.change(furnished, "connect")
+        made = nerdctld.attached_networks(furnished.inventory.container("mine"))["back"]._replace(name=name, pid=1)
+        fake.label(self.MINE, **nerdctld.interface_label("back", made))
+        assert plugins.calls
+        nerdctld.release_networks(furnished, furnished.inventory.container("mine"))
+        # The other interface is nerdctl's, and stays.
+        assert [call[3:5] for call in plugins.calls] == [("", name)] * 2 * released and self.kept(fake)[2] == {}
+        assert self.networks(furnished)["back"]["IPAddress"] == "10.88.0.9"
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"name": 5}', '{"name": "eth1", "pid": "x"}', '{"odd": 1, "name": "x"}'])
+    def test_labels_of_strangers(self, furnished, fake, plugins, text):
+        fake.label(self.MINE, **{"nerdctld/attached.x": text})
+        container = furnished.inventory.container("mine")
+        nerdctld.release_networks(furnished, container)
+        assert not plugins.calls and nerdctld.attached_networks(container) == {}
+
+    def test_networks_that_are_gone(self, furnished, fake, plugins, tmp_path):
+        self.change(furnished, "connect")
+        (tmp_path / "networks/default/nerdctl-back.conflist").unlink()
+        assert list(self.networks(furnished)) == ["tstnet", "back"]
+        self.change(furnished, "disconnect")
+        assert list(self.networks(furnished)) == ["tstnet"]
+
+    def test_where_a_user_s_own_containerd_is(self, furnished, monkeypatch, tmp_path):
+        container = furnished.inventory.container("tstweb")
+        monkeypatch.setattr(furnished.containerd, "rootless_pid", lambda: 77)
+        monkeypatch.setattr(furnished.containerd, "root", lambda: str(tmp_path / "root"))
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+        monkeypatch.setenv("HOME", "/home/x")
+        assert nerdctld.plugins_argv(furnished) == ["nsenter", "-U", "--preserve-credentials", "-m", "-n", "-t", "77", "--"]
+        (tmp_path / "containerd-rootless").mkdir()
+        (tmp_path / "containerd-rootless/netns").touch()
+        assert nerdctld.plugins_argv(furnished)[4] == f"-n{tmp_path}/containerd-rootless/netns"
+        assert nerdctld.plugins_folder(furnished) == "/opt/cni/bin"
+        (tmp_path / "root/home/x/.local/lib/cni").mkdir(parents=True)
+        assert nerdctld.plugins_folder(furnished) == "/home/x/.local/lib/cni"
+        assert [each["hostIP"] for each in nerdctld.port_mappings(furnished, container)] == [""]
 
 
 class TestVolumeChanges:
@@ -8511,7 +10624,7 @@ def shared(tmp_path_factory):
     found.scripted = scripted
     yield found
     found.end()
-    fake.stop_serving()
+    fake.close()
 
 
 class TestHTTPServer:
@@ -10001,6 +12114,17 @@ QUIET = ("--network", "none")
 
 
 class TestLiveContainers:
+    @pytest.mark.parametrize("args, body", [(LINES, whole_life), (FOREVER, life_of_execs)], ids=["container", "execs"])
+    def test_the_life_of_a_task(self, live, tmp_path, args, body):
+        """What the fake containerd is tested with."""
+        identity = real("create", "--net", "none", BASE, *args).stdout.decode().strip()
+        containerd = nerdctld.Containerd(namespace=NAMESPACE)
+        try:
+            with contextlib.closing(ToldTopics(containerd, identity)) as told:
+                body(containerd, identity, tmp_path, told)
+        finally:
+            real("rm", "-f", identity)
+
     def test_run(self, box):
         done = box("run", "--rm", *QUIET, BASE, "sh", "-c", "echo out; echo err >&2; sleep 0.3; exit 3")
         assert (done.returncode, done.stdout, done.stderr) == (3, b"out\n", b"err\n")
@@ -10127,7 +12251,8 @@ class TestLiveContainers:
         assert box("exec", "-i", "tstexec", "cat", data=b"x" * 1000000).stdout == b"x" * 1000000
         assert box.text("exec", "-u", "user", "-w", "/tmp", "-e", "B=2", "tstexec", "sh", "-c", "id -un; pwd; echo $B") == "user\n/tmp\n2\n"
         assert box("exec", "tstexec", "nosuch").returncode in (126, 127)
-        assert b"unable to find user nobodyelse" in box("exec", "-u", "nobodyelse", "tstexec", "true").stderr
+        done = box("exec", "-u", "nobodyelse", "tstexec", "true")
+        assert (done.returncode, done.stdout) == (126, b"unable to find user nobodyelse: no matching entries in passwd file\r\n")
         box.text("exec", "-d", "tstexec", "touch", "/tmp/made")
         assert until(lambda: box("exec", "tstexec", "ls", "/tmp/made").returncode == 0)
 
@@ -10192,17 +12317,61 @@ class TestLiveContainers:
             box.text("network", "connect", "tstsecond", "tstc")
             assert box.text("inspect", "-f", "{{.Id}} {{len .NetworkSettings.Networks}}", "tstc") == name + " 2\n"
             box.text("start", "tstc")
-            assert b"nerdctl cannot connect a container that was started" in box("network", "connect", "host", "tstc").stderr
+            assert b"cannot connect container to host network" in box("network", "connect", "host", "tstc").stderr
+            box.text("network", "disconnect", "bridge", "tstc")
+            assert box.text("exec", "tstc", "sh", "-c", "ls /sys/class/net").split() == ["eth1", "lo"]
         finally:
             box("rm", "-f", "tstc")
             box.text("network", "rm", "tstsecond")
 
+    def health(self, box, name):
+        """State.Health of a container, without the log; what nerdctl says of it has to be the same."""
+        told = json.loads(box.text("inspect", "-f", "{{json .State.Health}}", name))
+        return told and (told["Status"], told["FailingStreak"])
+
     def test_health(self, box):
-        box.text("run", "-d", "--name", "tsth", *QUIET, "--health-cmd", "test -f /tmp/well", "--health-interval", "1s", "--health-retries", "1", BASE, "sleep", "100")
-        state = lambda: box.text("inspect", "-f", "{{.State.Health.Status}}", "tsth").strip()
-        assert until(lambda: state() == "unhealthy", 20)
+        box.text("run", "-d", "--name", "tsth", *QUIET, "--health-cmd", "echo out; test -f /tmp/well", "--health-interval", "1s", "--health-retries", "2", BASE, "sleep", "100")
+        assert self.health(box, "tsth") == ("starting", 0) and "(health: starting)" in box.text("ps", "--format", "{{.Names}} {{.Status}}")
+        assert until(lambda: self.health(box, "tsth")[0] == "unhealthy", 20)
         box.text("exec", "tsth", "touch", "/tmp/well")
-        assert until(lambda: state() == "healthy", 20)
+        assert until(lambda: self.health(box, "tsth") == ("healthy", 0), 20)
+        log = json.loads(box.text("inspect", "-f", "{{json .State.Health.Log}}", "tsth"))
+        assert [each["ExitCode"] for each in log][:2] == [1, 1] and log[-1]["ExitCode"] == 0 and {each["Output"] for each in log} == {"out\n"}
+        assert [each["Start"] for each in log] == sorted(each["Start"] for each in log)
+        told = json.loads(real("inspect", "tsth").stdout)[0]["State"].get("Health")
+        # nerdctl before 2.1.3 knows of no health, and the others have the last result first.
+        assert not told or (told["Status"], told["Log"][-1]["Start"]) == ("healthy", log[0]["Start"])
+        assert not told or b"(healthy)" in real("ps").stdout
+        box.text("pause", "tsth")
+        assert self.health(box, "tsth") == ("unhealthy", 0)
+        box.text("unpause", "tsth")
+        assert until(lambda: self.health(box, "tsth") == ("healthy", 0), 20)
+        box.text("restart", "-t", "0", "tsth")
+        assert self.health(box, "tsth") == ("starting", 0)
+        box.text("stop", "-t", "0", "tsth")
+        assert self.health(box, "tsth")[0] == "unhealthy"
+
+    def test_events_of_health_checks(self, box):
+        since = str(int(time.time()) - 1)
+        name = box.text("run", "-d", "--name", "tsth", *QUIET, "--health-cmd", "exit 3", "--health-interval", "1s", "--health-retries", "1", BASE, "sleep", "100").strip()
+        assert until(lambda: self.health(box, "tsth")[0] == "unhealthy", 20)
+        told = box.text("events", "--since", since, "--until", str(int(time.time()) + 1), "--filter", "container=" + name, "--format", "{{.Action}}{{with .Actor.Attributes.exitCode}} {{.}}{{end}}")
+        assert told.splitlines()[:6] == ["create", "start", "exec_create: /bin/sh -c exit 3", "exec_start: /bin/sh -c exit 3", "exec_die 3", "health_status: unhealthy"]
+
+    def test_a_health_check_that_takes_too_long(self, box):
+        """Nothing of it stays, also where the container is paused in the middle of it."""
+        box.text("run", "-d", "--name", "tsth", *QUIET, "--health-cmd", "echo begun; sleep 1000", "--health-interval", "1s", "--health-timeout", "1s", "--health-retries", "1", BASE, "sleep", "100")
+        folder = pathlib.Path(os.path.dirname(box.text("inspect", "-f", "{{.LogPath}}", "tsth").strip()))
+        assert until(lambda: self.health(box, "tsth") == ("unhealthy", 1), 20)
+        output = json.loads(box.text("inspect", "-f", "{{json .State.Health.Log}}", "tsth"))[0]
+        assert (output["ExitCode"], output["Output"]) == (-1, "Health check exceeded timeout (1s): begun\n")
+        assert until(lambda: list(folder.glob(nerdctld.FIFO_FOLDER + "*")), 20)
+        box.text("pause", "tsth")
+        time.sleep(2)
+        box.text("unpause", "tsth")
+        assert until(lambda: len(json.loads(box.text("inspect", "-f", "{{json .State.Health.Log}}", "tsth"))) > 1, 20)
+        box.text("kill", "tsth")
+        assert until(lambda: not list(folder.glob(nerdctld.FIFO_FOLDER + "*")), 20)
 
     def test_cycles_leave_nothing(self, box):
         def held():
@@ -10290,7 +12459,7 @@ class TestLiveChanges:
     def test_two_networks_at_once(self, live):
         made = [live.ask("POST", "/networks/create", {"Name": f"tstchanges{number}"}).json["Id"] for number in range(2)]
         try:
-            for pair, statuses in (((0, 0), [200, 403]), ((0, 1), [200, 200])):
+            for pair, statuses in (((0, 0), [200, 200]), ((0, 1), [200, 200])):
                 identity = self.make(live, False, "bridge")
                 send = lambda number: live.ask("POST", f"/networks/{made[number]}/connect", {"Container": identity})
                 assert sorted(each.status for each in at_once(send, *((each,) for each in pair))) == statuses
@@ -10300,6 +12469,190 @@ class TestLiveChanges:
         finally:
             for each in made:
                 live.ask("DELETE", f"/networks/{each}")
+
+
+class TestLiveCreate:
+    """What nerdctl wants to have at the creation, and Docker at the start, of the real containers."""
+
+    SERVER = ("sh", "-c", "while true; do hostname | nc -l -p 80; done")
+
+    @pytest.fixture
+    def docker(self, live):
+        """A docker CLI as a function; its containers are named mine, other and third."""
+        docker = lambda *words: live.text(CLIENTS[0], *words).strip()
+        docker.fails = lambda *words: live.docker(CLIENTS[0], *words).stderr.decode()
+        yield docker
+        live.docker(CLIENTS[0], "rm", "-f", "mine", "other", "third")
+
+    def serves(self, port):
+        """What a server on this machine says, "" where nobody does."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 2) as sock:
+            sock.settimeout(2)
+            return sock.recv(99).decode().strip()
+        return ""
+
+    def test_a_port_of_two(self, docker):
+        port = nerdctld.unused_port("tcp")
+        docker("run", "-d", "--name", "other", "-h", "other", "-p", f"{port}:80", BASE, *self.SERVER)
+        docker("create", "--name", "mine", "-h", "mine", "-p", f"{port}:80", BASE, *self.SERVER)
+        assert until(lambda: self.serves(port) == "other") and f"Bind for 0.0.0.0:{port} failed: port is already allocated" in docker.fails("start", "mine")
+        docker("stop", "-t", "0", "other")
+        docker("start", "mine")
+        assert until(lambda: self.serves(port) == "mine") and "port is already allocated" in docker.fails("start", "other")
+        docker("kill", "mine")
+        # Given back at the end, and not only when it is removed.
+        assert until(lambda: not nerdctld.is_bound({"IP": "0.0.0.0", "PublicPort": port, "Type": "tcp"}))
+        real("start", docker("inspect", "-f", "{{.Id}}", "other"))
+        assert until(lambda: self.serves(port) == "other") and docker("port", "other") == f"80/tcp -> 0.0.0.0:{port}"
+
+    def test_a_port_of_one_that_ended_by_itself(self, docker):
+        port = nerdctld.unused_port("tcp")
+        docker("run", "--name", "other", "-p", f"{port}:80", BASE, "true")
+        docker("run", "-d", "--name", "mine", "-h", "mine", "-p", f"{port}:80", BASE, *self.SERVER)
+        assert until(lambda: self.serves(port) == "mine") and docker("inspect", "-f", "{{.State.Status}} {{.State.ExitCode}}", "other") == "exited 0"
+
+    def test_namespaces(self, docker):
+        docker("create", "--name", "other", "--ipc", "shareable", BASE, "sh", "-c", "ls /dev/shm; echo x > /dev/shm/there; sleep 300")
+        docker("create", "--name", "mine", "--network", "container:other", "--pid", "container:other", "--ipc", "container:other", BASE, "sleep", "300")
+        inside = lambda name: docker("exec", name, "sh", "-c", "hostname; cat /etc/hosts; ls /dev/shm; ls -l /proc/self/ns | grep -E 'net|ipc|pid_' | sed 's/.*->//'")
+        assert "cannot join network of a non running container" in docker.fails("start", "mine")
+        for starts in (docker, docker, lambda _, name: real("start", docker("inspect", "-f", "{{.Id}}", name))):
+            docker("restart", "-t", "0", "other")
+            assert until(lambda: "there" in docker("exec", "other", "ls", "/dev/shm"))
+            starts("start", "mine")
+            assert inside("mine") == inside("other") and docker("logs", "other") == ""
+            docker("stop", "-t", "0", "mine")
+
+    def test_the_network_of_the_host_by_way_of_others(self, docker):
+        docker("run", "-d", "--name", "other", "--network", "host", "--pid", "host", BASE, "sleep", "300")
+        for name, above in (("mine", "other"), ("third", "mine")):
+            docker("run", "-d", "--name", name, "--network", f"container:{above}", "--pid", f"container:{above}", BASE, "sleep", "300")
+            found = [docker("exec", name, "readlink", f"/proc/self/ns/{kind}") for kind in ("net", "pid")]
+            assert found == [os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid")]
+
+    def test_restart_policies(self, docker):
+        """The monitor of containerd looks each 10 seconds."""
+        state = lambda name: docker("inspect", "-f", "{{.State.Status}} {{.HostConfig.RestartPolicy.Name}} {{.RestartCount}}", name)
+        policies = {"mine": "always", "other": "on-failure", "third": "unless-stopped"}
+        for name, policy in policies.items():
+            docker("run", "-d", "--network", "none", "--name", name, "--restart", policy, BASE, "sleep", "300")
+        pid = lambda name: int(docker("inspect", "-f", "{{.State.Pid}}", name))
+        for name in policies:
+            os.kill(pid(name), signal.SIGKILL)
+        assert until(lambda: [state(name) for name in policies] == [f"running {policy} 1" for policy in policies.values()], 25)
+        docker("stop", "-t", "0", *policies)
+        time.sleep(12)
+        assert [state(name) for name in policies] == [f"exited {policy} 1" for policy in policies.values()]
+        real("start", docker("inspect", "-f", "{{.Id}}", "other"))
+        docker("start", "mine", "third")
+        os.kill(pid("other"), signal.SIGKILL)
+        docker("update", "--restart", "no", "mine")
+        os.kill(pid("mine"), signal.SIGKILL)
+        assert until(lambda: state("other") == "running on-failure 2", 25)
+        assert state("mine") == "exited no 0" and state("third") == "running unless-stopped 0"
+
+
+class TestLiveNetworks:
+    """Containers that are put into networks and taken out of them in place, with the real plugins."""
+
+    ONE, TWO = "tstone", "tsttwo"
+
+    @pytest.fixture
+    def nets(self, live):
+        """A docker CLI as a function; two networks, and a container `tstpeer` in the second."""
+        docker = lambda *words: live.text(CLIENTS[0], *words).strip()
+        docker.fails = lambda *words: live.docker(CLIENTS[0], *words).stderr.decode()
+        try:
+            for number, name in enumerate((self.ONE, self.TWO)):
+                docker("network", "create", "--subnet", f"10.203.{number}.0/24", name)
+            docker("run", "-d", "--name", "tstpeer", "--network", self.TWO, BASE, "sleep", "300")
+            yield docker
+        finally:
+            for word, names in (("rm -f", ("tstmine", "tstpeer")), ("network rm", (self.ONE, self.TWO))):
+                live.docker(CLIENTS[0], *word.split(), *names)
+        assert self.leases("") == []
+
+    def leases(self, identity):
+        """The addresses in the two networks that a container has, or with "" any."""
+        found = [each for name in (self.ONE, self.TWO) for each in pathlib.Path("/var/lib/cni/networks", name).glob("10.*")]
+        return sorted(each.name for each in found if identity in each.read_text())
+
+    def told(self, docker):
+        """By network the address that inspect tells of."""
+        found = json.loads(docker("inspect", "--format", "{{json .NetworkSettings.Networks}}", "tstmine"))
+        return {name: each["IPAddress"] for name, each in found.items()}
+
+    def reach(self, docker, source, name):
+        """One container finds another by name, and is answered."""
+        assert "1 packets received" in docker("exec", source, "ping", "-c", "1", "-W", "3", name)
+
+    @pytest.fixture
+    def engine(self, live):
+        """An engine beside the daemon."""
+        found = nerdctld.Engine(nerdctld.Nerdctl(["nerdctl"], NAMESPACE), nerdctld.Containerd("", NAMESPACE))
+        yield found
+        found.close()
+
+    @pytest.mark.parametrize("state", ["created", "running", "paused", "ended"])
+    def test_in_every_state(self, nets, engine, state):
+        nets("create" if state == "created" else "run", *([] if state == "created" else ["-d"]), "--name", "tstmine", "--network", self.ONE, BASE, "sleep", "300")
+        for word in {"ended": ["kill"], "paused": ["pause"]}.get(state, []):
+            nets(word, "tstmine")
+        nets("network", "connect", "--alias", "other", self.TWO, "tstmine")
+        assert list(self.told(nets)) == [self.ONE, self.TWO]
+        if state == "paused":
+            nets("unpause", "tstmine")
+        elif state != "running":
+            nets("start", "tstmine")
+        addresses = self.told(nets)
+        assert addresses[self.TWO].startswith("10.203.1.") and addresses[self.TWO] in nets("exec", "tstmine", "ip", "addr")
+        for source, name in (("tstmine", "tstpeer"), ("tstpeer", "tstmine"), ("tstpeer", "tstmine." + self.TWO), ("tstpeer", "other")):
+            self.reach(nets, source, name)
+        assert addresses[self.TWO] in nets("network", "inspect", self.TWO)
+        nets("network", "disconnect", self.ONE, "tstmine")
+        # The way out is that of the other network.
+        assert "default via 10.203.1.1" in nets("exec", "tstmine", "ip", "route")
+        self.reach(nets, "tstmine", "10.203.1.1")
+        nets("network", "disconnect", self.TWO, "tstmine")
+        assert self.told(nets) == {} and "eth" not in nets("exec", "tstmine", "ip", "addr") and "tstmine" not in nets("exec", "tstpeer", "cat", "/etc/hosts")
+        assert "bad address" in nets.fails("exec", "tstmine", "ping", "-c", "1", "tstpeer")
+        nets("network", "connect", "--ip", "10.203.1.77", self.TWO, "tstmine")
+        assert self.told(nets) == {self.TWO: "10.203.1.77"}
+        self.reach(nets, "tstpeer", "tstmine")
+        nets("network", "disconnect", self.TWO, "tstmine")
+
+    def test_nothing_is_left_after_its_end(self, nets, engine):
+        nets("run", "-d", "--name", "tstmine", "--network", self.ONE, BASE, "sleep", "300")
+        rules = lambda: subprocess.run(["iptables-save"], capture_output=True, text=True, timeout=20).stdout
+        nets("network", "connect", self.TWO, "tstmine")
+        # It comes back under another address, of which nerdctl's hook does not know.
+        nets("network", "disconnect", self.ONE, "tstmine")
+        nets("network", "connect", self.ONE, "tstmine")
+        identity, addresses = engine.inventory.container("tstmine").id, self.told(nets)
+        assert self.leases(identity) == sorted(addresses.values()) and all(f"{each}/32" in rules() for each in addresses.values())
+        nets("kill", "tstmine")
+        assert until(lambda: not engine.inventory.container("tstmine").running)
+        nerdctld.release_networks(engine, engine.inventory.container("tstmine"))
+        assert self.leases(identity) == [] and identity not in rules() and not [each for each in addresses.values() if f"{each}/32" in rules()]
+        nets("start", "tstmine")
+        assert len(self.leases(identity)) == 2 and set(self.told(nets)) == {self.ONE, self.TWO}
+        self.reach(nets, "tstpeer", "tstmine")
+        nets("rm", "-f", "tstmine")
+        assert self.leases(identity) == [] and identity not in rules()
+
+    def test_addresses_of_their_own_in_several_networks(self, nets, engine):
+        nets("create", "--name", "tstmine", "--network", self.ONE, "--ip", "10.203.0.55", BASE, "sleep", "300")
+        nets("network", "connect", "--ip", "10.203.1.55", self.TWO, "tstmine")
+        container = engine.inventory.container("tstmine")
+        pid = engine.containerd.create_task(container.record, nerdctld.TaskStreams())
+        try:
+            nerdctld.attach_networks(engine, container, pid)
+            engine.containerd.start_task(container.id)
+            assert self.told(nets) == {self.ONE: "10.203.0.55", self.TWO: "10.203.1.55"}
+            self.reach(nets, "tstpeer", "tstmine")
+        finally:
+            nets("kill", "tstmine")
+            nerdctld.release_networks(engine, engine.inventory.container("tstmine"))
 
 
 @pytest.fixture
@@ -10446,6 +12799,22 @@ class TestLivePlug:
                 attached.kill()
         assert second.text(client, "ps", "-q", "--filter", "name=tstinput")
 
+    def test_a_detached_terminal_is_attached_to_again_and_again(self, own, client):
+        first = own()
+        environment = {**os.environ, "DOCKER_HOST": "unix://" + first.socket, "TERM": "dumb"}
+        first.text(client, "run", "-dit", "--name", "tstpty", *QUIET, BASE, "sh")
+        for word in (b"on''e", b"tw''o"):
+            _, seen = on_terminal([client, "attach", "tstpty"], [(b"", b"echo " + word + b"\n"), (word.replace(b"'", b"") + b"\r\n", b"\x10\x11")], environment)
+            assert first.text(client, "ps", "-q", "--filter", "name=tstpty"), seen
+        first.process.kill()
+        first.process.wait(5)
+        second = own()
+        environment["DOCKER_HOST"] = "unix://" + second.socket
+        status, seen = on_terminal([client, "attach", "tstpty"], [(b"", b"echo th''ird\n"), (b"third\r\n", b"stty size; exit 5\n")], environment)
+        assert (status, second.text(client, "wait", "tstpty")) == (5, "5\n"), seen
+        logged = second.text(client, "logs", "tstpty")
+        assert all(word + "\r\n" in logged for word in ("one", "two", "third")) or all(word + "\n" in logged for word in ("one", "two", "third"))
+
     def test_rm_is_not_forgotten(self, own, client):
         first = own()
         first.text(client, "run", "-d", "--rm", "--name", "tstrm", *QUIET, BASE, "sleep", "2")
@@ -10455,6 +12824,35 @@ class TestLivePlug:
         time.sleep(2.5)
         second = own()
         assert until(lambda: "tstrm" not in second.text(client, "ps", "-a", "--format", "{{.Names}}"), 15)
+
+    def test_health_goes_on(self, live_daemons, client, tmp_path_factory):
+        """In a namespace of its own: of two daemons each would check. What the first has in the middle of a check goes, too."""
+        namespace, quick = NAMESPACE + "-health", ("--health-interval", "1s", "--health-retries", "1")
+        real("load", data=(STACK / "base.tar").read_bytes(), namespace=namespace)
+        start = lambda: Live(tmp_path_factory.mktemp("plug"), "--namespace", namespace)
+        daemon = start()
+        health = lambda name: json.loads(daemon.text(client, "inspect", "-f", "{{json .State.Health}}", name))
+        try:
+            daemon.text(client, "run", "-d", "--name", "tstbad", *QUIET, "--health-cmd", "false", *quick, BASE, "sleep", "100")
+            daemon.text(client, "run", "-d", "--name", "tsthang", *QUIET, "--health-cmd", "sleep 1000", *quick, BASE, "sleep", "100")
+            folder = pathlib.Path(os.path.dirname(daemon.text(client, "inspect", "-f", "{{.LogPath}}", "tsthang").strip()))
+            left = until(lambda: list(folder.glob(nerdctld.FIFO_FOLDER + "*")), 20)
+            assert left and until(lambda: health("tstbad")["Status"] == "unhealthy", 20)
+            daemon.process.kill()
+            daemon.process.wait(5)
+            daemon = start()
+            before = health("tstbad")
+            assert before["Status"] == "unhealthy" and until(lambda: health("tstbad")["FailingStreak"] > before["FailingStreak"], 20)
+            assert until(lambda: not left[0].exists(), 20)
+            gone = nerdctld.exec_name(str(left[0]))
+            with pytest.raises(nerdctld.NotFound):
+                nerdctld.Containerd("", namespace).delete_exec(folder.name, gone)
+        finally:
+            for each in daemon.ask("GET", "/containers/json?all=1").json:
+                daemon.ask("DELETE", f"/containers/{each['Id']}?force=1")
+            daemon.end()
+            real("rmi", "-f", *real("images", "--format", "{{.Name}}", namespace=namespace).stdout.decode().split(), namespace=namespace)
+            real("namespace", "rm", namespace)
 
 
 COMPOSE = """
@@ -10976,8 +13374,20 @@ class TestLiveRootless:
             assert docker("run", "--rm", "tstrootless:1").stdout == b"made\n"
             assert docker("save", "tstrootless:1").stdout[257:262] == b"ustar"
             assert docker("rmi", "tstrootless:1").returncode == 0
+            for name, subnet in (("tstone", "10.205.0.0/24"), ("tsttwo", "10.205.1.0/24")):
+                assert docker("network", "create", "--subnet", subnet, name).returncode == 0
+                assert docker("run", "-d", "--name", name, "--network", name, BASE, "sleep", "300").returncode == 0
+            for _ in range(2):
+                done = docker("network", "connect", "tsttwo", "tstone")
+                assert done.returncode == 0, done.stderr
+                for source, other in (("tstone", "tsttwo"), ("tsttwo", "tstone")):
+                    assert b"1 packets received" in docker("exec", source, "ping", "-c", "1", "-W", "3", other).stdout
+                done = docker("network", "disconnect", "tsttwo", "tstone")
+                assert done.returncode == 0 and b"bad address" in docker("exec", "tstone", "ping", "-c", "1", "tsttwo").stderr, done.stderr
             assert "name=rootless" in docker("info", "--format", "{{.SecurityOptions}}").stdout.decode()
         finally:
+            docker("rm", "-f", "tstone", "tsttwo")
+            docker("network", "rm", "tstone", "tsttwo")
             process.terminate()
             process.wait(20)
             os.unlink("/tmp/nerdctld-rootless.py")
@@ -11775,7 +14185,7 @@ REPLAY_DIFFERENCES = [
     ("system_info", r"no Runtimes\.\*\.status", "runc's own features are not told"),
     ("system_version", r"no Components\[\]\.Details\.Module.*", "of buildkitd inside of dockerd"),
     ("system_events", r"(no line|a line too many) '(exec_\w+: |exec_die|exec_start|health_status|die|kill|stop|top|start|create|destroy|attach|commit|pause|unpause|prune|rename|restart|update|archive-path|extract-to-dir).*",
-     "what was told before the client left: health checks are no execs here, and containers take other times"),
+     "what was told before the client left: containers take other times"),
     # Other things than those that were recorded
     ("archive_get", r"stat mode .*", "of another image"), ("image_inspect", r"(no|too many:) (Comment|Parent|Config\..*)", "another image"),
     ("container_inspect", r"no Config.ExposedPorts", "another image"),
@@ -12707,7 +15117,7 @@ def fuzz_scripted(folder, count, seed, warm=500):
         found = fuzz_run(daemon.socket, count, seed, FUZZ_NAMES, lambda words: not OUTSIDE.search(words), folder / "tmp", warm)
     finally:
         status = daemon.end()
-        fake.stop_serving()
+        fake.close()
     log = daemon.log.read_text(errors="replace")
     found[0].problems += ["traceback" + each.partition("\nnerdctld: ")[0][:3000] for each in log.split("Traceback (most recent call last)")[1:6]]
     if status:
@@ -12883,7 +15293,6 @@ class Sudden:
                     found.append(f"{name} does not start: {started.body!r}")
         for identity, name in self.gone.items():
             settled(f"{name} is still there", lambda: daemon.ask("GET", f"/containers/{identity}/json").status == 404)
-        settled("something is still put aside", lambda: not [each for each in names() if each.startswith(nerdctld.ASIDE)])
         for name in [*self.there.values(), *self.open]:
             settled(f"{name} cannot be removed", lambda: daemon.ask("DELETE", f"/containers/{name}?force=1").status == 404)
         for name in list(self.open)[:4]:
@@ -12908,13 +15317,7 @@ def kill_run(folder, count, seed, tell=lambda words: None):
         for number in range(count):
             load = Sudden(daemon, f"{seed}.{number}")
             time.sleep(source.uniform(0.3, 3.0))
-            if number % 2:
-                # Right after one was put aside, while another takes its place.
-                size = daemon.log.stat().st_size
-                until(lambda: nerdctld.ASIDE.encode() in daemon.log.read_bytes()[size:], 5)
-                time.sleep(source.uniform(0.0, 0.3))
             load.end()
-            aside = [each for each in load.names() if each.startswith(nerdctld.ASIDE)]
             daemon = start()
             found = load.broken(daemon)
             left = len(list(temporary.iterdir()))
@@ -12922,7 +15325,7 @@ def kill_run(folder, count, seed, tell=lambda words: None):
             if left > 1:
                 found.append(f"{left} temporary folders: {os.listdir(temporary)}")
             problems += [f"kill {number}: {each}" for each in found]
-            tell(f"kill {number}: {len(load.there)} kept, {len(load.gone)} gone, {len(load.open)} open, {len(aside)} aside: {found or 'good'}")
+            tell(f"kill {number}: {len(load.there)} kept, {len(load.gone)} gone, {len(load.open)} open: {found or 'good'}")
     finally:
         daemon.end()
         names = real("ps", "-aq", namespace=KILLED).stdout.decode().split()
