@@ -3715,7 +3715,7 @@ class TestEvents:
         follow(engine, fake)
         engine.close()
         assert until(lambda: not fake.subscribers and not [each for each in threading.enumerate() if each.name == "events" and not each.daemon])
-        assert not engine.feed.wait_live(0.05) and fake.calls["Events/Subscribe"] == 1
+        assert until(lambda: not engine.feed.live) and fake.calls["Events/Subscribe"] == 1
 
     def test_handler_that_raises_does_not_end_the_feed(self, engine, fake, capsys):
         told = []
@@ -8257,7 +8257,8 @@ class TestSupervision:
         assert checked.fake.calls["Tasks/Exec"] == execs and ID in checked.engine.caretaker.cared
         assert ask(checked.engine, "POST", "/containers/x/unpause").status == 204
         assert until(lambda: checked.health == ("healthy", 0))
-        assert [each for each in checked.events if each.startswith(("health", "pause", "unpause"))] == ["health_status: healthy", "pause", "unpause", "health_status: healthy"]
+        told = lambda: [each for each in checked.events if each.startswith(("health", "pause", "unpause"))]
+        assert until(lambda: told() == ["health_status: healthy", "pause", "unpause", "health_status: healthy"]), told()
 
     def test_timeout(self, checked):
         checked.fake.label(ID, **{"nerdctl/healthcheck": json.dumps({**CHECK, "Timeout": 10**8, "Retries": 1})})
