@@ -3435,7 +3435,8 @@ class Containerd:
 
     def delete_exec(self, identity: str, exec_id: str) -> int:
         """Take a command away that has ended; its exit status."""
-        answer = self.call("tasks.v1.Tasks/DeleteProcess", self._process(identity, exec_id))
+        # The shim waits ten seconds for those who hold the streams open.
+        answer = self.call("tasks.v1.Tasks/DeleteProcess", self._process(identity, exec_id), 30.0)
         return read_message(answer).get(3, 0)
 
     @staticmethod
@@ -5292,6 +5293,8 @@ class Engine:
         # By the ids of containers, and of execs.
         self.owners: Dict[str, ContainerOwner] = {}
         self.execs: Dict[str, Any] = {}
+        # Ports of containers that are being started, by their ids.
+        self.claimed: Dict[str, List[Dict[str, Any]]] = {}
         # Ports of the host that were given to containers lately: what was just created may not be listed yet.
         self.picked: collections.deque = collections.deque(maxlen=256)
         self.caretaker: Any = None
@@ -5314,7 +5317,8 @@ class Engine:
         self.later.put(functools.partial(self._follow_up, event, known.target.digest if known else ""))
         self.tasks.note(event)
         if event is not None and event.ends_container:
-            streams = self.owner(event.container).streams
+            owner = self.owners.get(event.container)
+            streams = owner.streams if owner else None
             if streams:
                 streams.exited()
 
@@ -5372,6 +5376,9 @@ class Engine:
         self.journal.close()
         self.tasks.wake()
         for owner in list(self.owners.values()):
+            if owner.streams:
+                # It is not the client whose input ends here.
+                owner.streams.once = False
             for each in [*owner.waiting, *(owner.streams.attachments if owner.streams else [])]:
                 each.leave()
 
@@ -8637,6 +8644,10 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
                                  functools.partial(pick_port, engine))
     if not command and not body.get("Entrypoint") and not image.get("Cmd") and not image.get("Entrypoint"):
         raise BadParameter("no command specified")
+    for key in image.get("Labels") or {}:
+        # nerdctl takes an image's labels over, and would have orders from it.
+        if key.startswith(HIDDEN_LABELS[:2]) and key != "nerdctl/healthcheck":
+            raise BadParameter(f"image {name} has the label {key}: names that begin with nerdctl/ are nerdctl's own")
     if platform:
         words.append(f"--platform={platform_words(platform)}")
     return Plan(words, full if full in group.names else group.names[0], command, kept_request(engine, body, image),
@@ -8763,13 +8774,21 @@ def has_namespace(spec: Dict[str, Any], kind: str) -> bool:
     return any(each.get("type") == kind for each in (spec.get("linux") or {}).get("namespaces") or [])
 
 
+def joins_pid(container: Container) -> bool:
+    """Whether a container has the process ids of another one. A label alone does not tell: nerdctl takes those of the
+    image over."""
+    asked = str(container.host_config.get("PidMode") or "")
+    namespaces = (container.spec.get("linux") or {}).get("namespaces") or []
+    return asked.startswith("container:") or any(each.get("type") == "pid" and each.get("path") for each in namespaces)
+
+
 def joined_containers(container: Container) -> Dict[str, str]:
     """The ids of the containers whose namespaces a container has, by their kinds in the OCI spec, as nerdctl's labels
     have them."""
     network, ipc = (network_names(container) or [""])[0], ipc_settings(container)
     found = {"network": network[len("container:"):] if network.startswith("container:") else "",
              "ipc": str(ipc.get("victimContainerId")) if ipc.get("mode") == "container" else "",
-             "pid": container.labels.get("nerdctl/pid-container") or ""}
+             "pid": container.labels.get("nerdctl/pid-container") or "" if joins_pid(container) else ""}
     return {kind: identity for kind, identity in found.items() if identity}
 
 
@@ -8874,17 +8893,28 @@ def take_down_network(engine: Engine, container: Container) -> None:
 
 
 def taken_port(engine: Engine, container: Container) -> str:
-    """The address of a port of a container that others have, "" for none. Containers that have ended have none."""
-    others = []
-    for each in engine.inventory.containers().values() if container.ports else ():
-        if each.running or each.state.kind == "restarting":
-            others += each.ports if each.id != container.id else []
-        elif each.task is not None and any(
-                itertools.starmap(overlap, itertools.product(container.ports, each.ports))):
-            take_down_network(engine, each)
-    for port in container.ports:
-        if any(overlap(port, each) for each in others) or is_bound(port):
-            return f"[{port['IP']}]:{port['PublicPort']}" if ":" in port["IP"] else f"{port['IP']}:{port['PublicPort']}"
+    """The address of a port of a container that others have, "" for none: then its ports are claimed, until its start
+    has come to an end. Containers that have ended have none."""
+    mine = container.ports
+    for each in engine.inventory.containers().values() if mine else ():
+        if (each.id != container.id and each.state.kind == "exited" and each.task is not None
+                and any(itertools.starmap(overlap, itertools.product(mine, each.ports)))):
+            owner = engine.owner(each.id)
+            # Who changes it now may wait for this one.
+            if owner.lock.acquire(blocking=False):
+                try:
+                    take_down_network(engine, each)
+                finally:
+                    owner.lock.release()
+    others = [port for each in (engine.inventory.containers().values() if mine else ()) for port in each.ports
+              if each.id != container.id and (each.running or each.state.kind == "restarting")]
+    with engine.lock:
+        others += [port for identity, ports in engine.claimed.items() if identity != container.id for port in ports]
+        for port in mine:
+            if any(overlap(port, each) for each in others) or is_bound(port):
+                address = f"[{port['IP']}]" if ":" in port["IP"] else port["IP"]
+                return f"{address}:{port['PublicPort']}"
+        engine.claimed[container.id] = mine
     return ""
 
 
@@ -9051,9 +9081,11 @@ class Attachment:
         if self.gone or not self.wanted[kind] or not data:
             return
         with self.lock:
+            first = not self.waiting
             self.waiting.extend((FRAME.pack(kind, len(data)), data) if self.framed else (data,))
             self.size += len(data)
-            self._send()
+            if first:
+                self._send()
 
     def send_waiting(self) -> None:
         """Send what waits, as much as the client takes now."""
@@ -9232,7 +9264,8 @@ class ProcessStreams:
 
     def _pass_on(self, outputs: Dict[int, int]) -> None:
         """Pass output on to its end. While a client is full nothing is read."""
-        while outputs:
+        late = 0
+        while outputs and late < 1 << 20:
             poller = select.poll()
             poller.register(self.waker[0], select.POLLIN)
             behind = {each.connection.sock.fileno(): each for each in self.attachments
@@ -9253,6 +9286,8 @@ class ProcessStreams:
             for descriptor, _ in ready:
                 if descriptor in outputs:
                     data = os.read(descriptor, BLOCK)
+                    # What a pipe holds is all that the process itself can have written.
+                    late += len(data) if limit == 0 else 0
                     if data:
                         self._put(outputs[descriptor], data)
                     else:
@@ -9571,7 +9606,10 @@ def console_size(container: Container) -> Tuple[int, int]:
 def open_streams(engine: Engine, container: Container, attachments: Iterable[Attachment] = (),
                  found: Optional[TaskStreams] = None) -> ProcessStreams:
     """FIFOs for a container's process, or those that it has already, with its log."""
-    keep = open_log(engine.nerdctl, container)
+    try:
+        keep = open_log(engine.nerdctl, container)
+    except OSError as error:
+        raise ApiError(f"failed to initialize logging driver: {error}") from None
 
     def ended() -> None:
         keep.close()
@@ -9610,7 +9648,11 @@ def find_streams(engine: Engine, container: Container) -> Optional[ProcessStream
         with contextlib.suppress(ApiError), engine.owning(container.id) as now:
             if owner.streams is None and now.running and now.task.stdout == container.task.stdout:
                 found = found_streams(os.path.dirname(now.task.stdout), is_terminal(now))
-                open_streams(engine, now, found=found).begin()
+                streams = open_streams(engine, now, found=found)
+                streams.begin()
+                if not runs(engine, now):
+                    # Its end was told before there was anybody to hear of it.
+                    streams.exited()
     return owner.streams
 
 
@@ -9666,12 +9708,14 @@ def start_container(engine: Engine, container: Container) -> None:
             streams.abandon()
         for each in waiting:
             each.finish()
+        engine.claimed.pop(container.id, None)
         raise
     if streams:
         streams.begin()
     resume_policy(engine, container)
     # From here on events tell of its state.
     engine.tasks.started_since(container.id, count, engine.tasks.LATE if engine.feed.live else 0.0)
+    engine.claimed.pop(container.id, None)
 
 
 def note_error(engine: Engine, container: Container, message: str) -> None:
@@ -9742,9 +9786,9 @@ def check_signal(text: str) -> str:
     raise BadParameter(f"invalid signal: {text}")
 
 
-def kill_task(engine: Engine, container: Container, number: int, ends: bool) -> None:
-    """Send a container a signal that is to end it, or any other; one that is paused heeds only one that `ends` it. No
-    error where it has ended meanwhile."""
+def kill_task(engine: Engine, container: Container, number: int, ends: bool) -> bool:
+    """Send a container a signal that is to end it, or any other; one that is paused heeds only one that `ends` it.
+    False where it has ended meanwhile."""
     try:
         engine.containerd.kill_task(container.id, number)
         if ends and container.state.kind == "paused":
@@ -9752,6 +9796,8 @@ def kill_task(engine: Engine, container: Container, number: int, ends: bool) -> 
     except ApiError:
         if runs(engine, container):
             raise
+        return False
+    return True
 
 
 def runs(engine: Engine, container: Container) -> bool:
@@ -9767,8 +9813,8 @@ def stop_container(engine: Engine, request: Request, container: Container) -> No
     number, seconds, count = stop_signal(request, container), stop_seconds(request, container), engine.tasks.now()
     with engine.changing(container):
         engine.tell(container, "kill", signal=str(number))
-        kill_task(engine, container, number, ends=True)
-        if not engine.tasks.ended_since(container.id, count, seconds):
+        sent = kill_task(engine, container, number, ends=True)
+        if sent and not engine.tasks.ended_since(container.id, count, seconds):
             engine.tell(container, "kill", signal=str(int(signal.SIGKILL)))
             kill_task(engine, container, signal.SIGKILL, ends=True)
             if not engine.tasks.ended_since(container.id, count, engine.tasks.DYING) and runs(engine, container):
@@ -10186,8 +10232,10 @@ class WebSocket(Connection):
         with self.lock:
             self.held += self._head(kind, len(data)) + data
             if not self.owed:
-                data, self.held = self.held, b""
-                super().send(data)
+                self.held = super().send_now(self.held)
+            if len(self.held) > 1 << 16:
+                # It asks and does not read.
+                raise ClientGone()
 
     def send_now(self, *parts: bytes) -> bytes:
         """The parts as a binary frame, as much of it as the client takes now; the rest, with which the next call has to
@@ -10251,11 +10299,11 @@ def await_start(engine: Engine, container: Container, attachment: Attachment, fi
 
 
 def serve_attachment(engine: Engine, request: Request, container: Container, attachment: Attachment, logs: bool,
-                     keys: Optional[DetachKeys]) -> None:
-    """Serve an attached client to its end: by the streams of the container's process, or from its log."""
+                     keys: Optional[DetachKeys], since: int) -> None:
+    """Serve an attached client to its end: by the streams of the container's process, or from its log. It came when the
+    count of what happened to tasks was `since`."""
     engine.tell(container, "attach")
     file = LogFile(log_path(container)).open(at_end=not logs)
-    since = engine.tasks.now()
     streams = find_streams(engine, container)
     with request.client.when_gone(attachment.leave, half=False):
         if logs or (container.running and not (streams and streams.join(attachment))):
@@ -10276,6 +10324,7 @@ def attach(engine: Engine, request: Request, name: str,
            framed: bool) -> Tuple[Attachment, Callable[[Connection], None], Callable[[], None], str]:
     """What the two ways to attach share: the client, how it is served, what is done where it has left before that, and
     the media type. From here on it is waited for, so that a start that comes right behind loses nothing."""
+    since = engine.tasks.now()
     container, tty, keys = prepare_attach(engine, request, name)
     stream, logs = request.flag("stream"), request.flag("logs")
     attachment = Attachment(request.flag("stdout"), request.flag("stderr"), framed and not tty, request.flag("stdin")
@@ -10298,7 +10347,7 @@ def attach(engine: Engine, request: Request, name: str,
                 past.drain()
             attachment.connect(connection)
             if stream or logs:
-                serve_attachment(engine, request, container, attachment, logs and not waits, keys)
+                serve_attachment(engine, request, container, attachment, logs and not waits, keys, since)
         finally:
             abandon()
 
@@ -10579,24 +10628,23 @@ def run_exec(engine: Engine, instance: Exec, streams: TaskStreams) -> None:
 
 def await_exec(engine: Engine, instance: Exec) -> None:
     """Wait for the end of a command, and have containerd close its streams."""
-    identity, left = instance.container.id, 50
-    while left:
+    identity, code = instance.container.id, None
+    while code is None and not engine.closing.is_set():
         try:
-            instance.code = engine.containerd.wait_process(identity, instance.id)
-            engine.containerd.delete_exec(identity, instance.id)
-            left = 0
+            code = engine.containerd.wait_process(identity, instance.id)
         except Unavailable:
             # It goes on without a containerd that is being restarted.
-            left -= 1
-            time.sleep(0.1)
+            engine.closing.wait(0.2)
         except ApiError:
-            left = 0
-    if instance.code is None:
-        # The container has ended, or containerd: nobody knows more.
-        instance.code = 137
+            # The container has ended: nobody knows more.
+            code = 137
+    instance.code = 137 if code is None else code
     instance.running, instance.pid = False, 0
     engine.tell(instance.container, "exec_die", execID=instance.id, exitCode=str(instance.code))
     instance.done.set()
+    # It waits for those who hold the streams open, which is of no interest to the client.
+    with contextlib.suppress(ApiError):
+        engine.containerd.delete_exec(identity, instance.id)
 
 
 def end_exec(engine: Engine, identity: str, name: str) -> bool:
@@ -10754,8 +10802,9 @@ class Caretaker:
         """Find what is to be cared for among the containers there are; for the start of the daemon."""
         with contextlib.suppress(ApiError):
             for container in self.engine.inventory.containers().values():
-                find_streams(self.engine, container)
-                sweep_streams(self.engine, container)
+                with contextlib.suppress(ApiError, OSError):
+                    find_streams(self.engine, container)
+                    sweep_streams(self.engine, container)
                 if container.running or container.state.kind == "restarting":
                     self.hold(container)
                 elif auto_removed(container) and was_started(container):
