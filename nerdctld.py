@@ -4,7 +4,8 @@
 
 The way of a request, in one direction only:
 
-    socket -> request -> route -> handler -> argv -> nerdctl -> parser -> Docker JSON -> response
+    socket -> request -> route -> handler -> nerdctl (argv -> process) or containerd (message -> call)
+        -> parser -> Docker JSON -> response
 
 Sections, each using only what stands above it:
 
@@ -10340,7 +10341,7 @@ def attach(engine: Engine, request: Request, name: str,
     def serve(connection: Connection) -> None:
         try:
             if waits and logs:
-                # Before the connection: what a session that begins meanwhile has to tell is for later.
+                # Before the connection: what a process that starts meanwhile writes is for later.
                 past = Attachment(attachment.wanted[STDOUT], attachment.wanted[STDERR], attachment.framed)
                 past.connect(connection)
                 send_past(engine, container, past, began)

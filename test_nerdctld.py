@@ -15279,7 +15279,7 @@ class Sudden:
             self.gone[identity] = started
 
     def typed(self, source, name):
-        """One with stdin, which is made anew at its start."""
+        """One with stdin, whose streams are FIFOs of the daemon."""
         identity = self.create(name, Cmd=["cat"], OpenStdin=True, StdinOnce=True, AttachStdin=True, HostConfig={"NetworkMode": "none"})
         with self.daemon.connect() as sock:
             sock.sendall(f"POST /containers/{identity}/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n".encode())
