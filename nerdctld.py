@@ -8901,8 +8901,8 @@ def taken_port(engine: Engine, container: Container) -> str:
         if (each.id != container.id and each.state.kind == "exited" and each.task is not None
                 and any(itertools.starmap(overlap, itertools.product(mine, each.ports)))):
             owner = engine.owner(each.id)
-            # Who changes it now may wait for this one.
-            if owner.lock.acquire(blocking=False):
+            # Mostly it is being taken down just now; who starts it may wait for this one in turn.
+            if owner.lock.acquire(timeout=2.0):
                 try:
                     take_down_network(engine, each)
                 finally:
