@@ -3948,9 +3948,10 @@ def refused_code(error: str) -> int:
 def container_state(labels: Dict[str, str], task: Optional[TaskRecord], started_at: Optional[int]) -> State:
     """The state of a container from its labels, its task and when nerdctl noted that it was started."""
     if task is None:
-        # nerdctl never takes an error back: only one of this time counts.
+        # nerdctl never takes an error back: only one of this time counts. A start that failed before nerdctl's hooks
+        # ran was not noted.
         booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        error = labels.get("nerdctl/error") or "" if started_at and started_at / 1e9 > booted else ""
+        error = labels.get("nerdctl/error") or "" if not started_at or started_at / 1e9 > booted else ""
         if error:
             return State("created", exit_code=refused_code(error), error=error)
     if int_or_zero(labels.get("containerd.io/restart.count") or "") and (

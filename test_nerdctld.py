@@ -4245,7 +4245,7 @@ class TestState:
         # Docker's codes of a start that was refused.
         ({"nerdctl/error": 'exec: "x": executable file not found in $PATH'}, None, 5, "created", 127), ({"nerdctl/error": "x: permission denied"}, None, 5, "created", 126),
         ({"nerdctl/error": "no network found: x not found"}, None, 5, "created", 128), ({"nerdctl/error": ""}, None, 5, "exited", 0),
-        ({"nerdctl/error": "not found"}, ("stopped", 4), 5, "exited", 4), ({"nerdctl/error": "not found"}, None, None, "created", None)]
+        ({"nerdctl/error": "not found"}, ("stopped", 4), 5, "exited", 4), ({"nerdctl/error": "not found"}, None, None, "created", 128)]
 
     @pytest.mark.parametrize("labels, task, ago, kind, code", STATES, ids=str)
     def test_states(self, tmp_path, labels, task, ago, kind, code):
@@ -7180,6 +7180,19 @@ class TestContainerLifecycle:
         assert found[0].status == 204
         assert [each[0] for each in actions(willing)] == ["start", "kill", "die", "stop", "start", "restart"]
 
+    def test_what_is_told_of_a_start_that_fails(self, willing, fake):
+        """Also of one that fails before nerdctl's hooks have run, which would note that it was started."""
+        real = identity(willing, "tstnew")
+        for message, code in (("executable file not found in $PATH", 127), ("permission denied", 126), ("error mounting", 128)):
+            fake.refuse[real] = f'failed to create shim task: OCI runtime create failed: exec: "x": {message}'
+            found, thread = self.waiting(willing, "/containers/tstnew/wait?condition=next-exit")
+            assert self.still_waits(willing, found)
+            answer = ask(willing, "POST", "/containers/tstnew/start")
+            thread.join(10)
+            state = ask(willing, "GET", "/containers/tstnew/json").json["State"]
+            assert (state["Status"], state["ExitCode"], state["Error"], found[0].json["StatusCode"]) == ("created", code, answer.message, code)
+        assert actions(willing) == []
+
     def test_a_forced_removal_that_removed_nothing(self, willing, scripted):
         """With --force nerdctl 2.3.5 ends with 0 whatever comes of it."""
         real = identity(willing, "tstweb")
@@ -7302,6 +7315,12 @@ class TestContainerLifecycle:
         thread = threading.Thread(target=lambda: found.append(ask(engine, "POST", target)), daemon=True)
         thread.start()
         return found, thread
+
+    @staticmethod
+    def still_waits(engine, found):
+        """Whether a wait that is under way goes on after all that has happened by now."""
+        engine.settle()
+        return until(lambda: found or engine.tasks.condition._waiters) and not found
 
     @pytest.mark.parametrize("query", ["", "?condition=not-running", "?condition=next-exit"])
     def test_wait_for_the_end(self, willing, fake, query):
