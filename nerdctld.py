@@ -5266,12 +5266,12 @@ class Tasks:
 class ContainerOwner:
     """What the daemon has of one container: the lock that whoever changes it holds, the streams of its process, if they
     are FIFOs of ours, and the clients that wait for its start. `removing` is set while it is being removed,
-    `restarting` counts those who restart it."""
+    `restarting` counts those who restart it, `unstarted` is the process of the last task that could not be started."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.removing = False
-        self.restarting = 0
+        self.restarting = self.unstarted = 0
         self.streams: Any = None
         self.waiting: List[Any] = []
 
@@ -5316,13 +5316,15 @@ class Engine:
         # The event of a name that is gone does not say what the name stood for.
         known = self.inventory.images.names.values.get(event.payload.get("name") or "") if event else None
         self.inventory.note(event)
+        owner = self.owners.get(event.container) if event is not None and event.ends_container else None
+        if owner and 0 != event.payload.get("pid") == owner.unstarted:
+            # Nobody was told of a start.
+            return
         self.later.put(functools.partial(self._follow_up, event, known.target.digest if known else ""))
         self.tasks.note(event)
-        if event is not None and event.ends_container:
-            owner = self.owners.get(event.container)
-            streams = owner.streams if owner else None
-            if streams:
-                streams.exited()
+        streams = owner.streams if owner else None
+        if streams:
+            streams.exited()
 
     def _do_later(self) -> None:
         while True:
@@ -9685,6 +9687,7 @@ def start_task(engine: Engine, container: Container, streams: TaskStreams) -> No
     except BaseException:
         with contextlib.suppress(ApiError):
             release_networks(engine, engine.inventory.container(container.id))
+            engine.owner(container.id).unstarted = pid
             engine.containerd.delete_task(container.id)
         raise
 

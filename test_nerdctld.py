@@ -7193,6 +7193,22 @@ class TestContainerLifecycle:
             assert (state["Status"], state["ExitCode"], state["Error"], found[0].json["StatusCode"]) == ("created", code, answer.message, code)
         assert actions(willing) == []
 
+    def test_the_end_of_a_task_that_was_never_started(self, willing, fake):
+        """containerd tells of an end when it takes such a task away; for Docker's clients nothing has begun, and so nothing ends."""
+        def refuse():
+            raise nerdctld.GrpcError(2, "odd")
+        fake.before["Tasks/Start"] = refuse
+        found, thread = self.waiting(willing, "/containers/tstnew/wait?condition=next-exit")
+        assert self.still_waits(willing, found)
+        assert ask(willing, "POST", "/containers/tstnew/start").status == 500
+        thread.join(10)
+        assert found[0].json == {"StatusCode": 128} and actions(willing) == []
+        # Of the next one the end is told.
+        del fake.before["Tasks/Start"]
+        assert ask(willing, "POST", "/containers/tstnew/start").status == 204
+        fake.exit(identity(willing, "tstnew"), 3)
+        assert [each[0] for each in actions(willing)] == ["start", "die"]
+
     def test_a_forced_removal_that_removed_nothing(self, willing, scripted):
         """With --force nerdctl 2.3.5 ends with 0 whatever comes of it."""
         real = identity(willing, "tstweb")
