@@ -9685,9 +9685,10 @@ def start_task(engine: Engine, container: Container, streams: TaskStreams) -> No
             engine.containerd.resize_terminal(container.id, *size)
         engine.containerd.start_task(container.id)
     except BaseException:
+        engine.owner(container.id).unstarted = pid
         with contextlib.suppress(ApiError):
             release_networks(engine, engine.inventory.container(container.id))
-            engine.owner(container.id).unstarted = pid
+        with contextlib.suppress(ApiError):
             engine.containerd.delete_task(container.id)
         raise
 

@@ -7209,6 +7209,17 @@ class TestContainerLifecycle:
         fake.exit(identity(willing, "tstnew"), 3)
         assert [each[0] for each in actions(willing)] == ["start", "die"]
 
+    def test_networks_that_cannot_be_released(self, willing, fake, monkeypatch):
+        def fail(*_):
+            raise nerdctld.ApiError("odd")
+
+        def refuse():
+            monkeypatch.setattr(nerdctld, "release_networks", fail)
+            raise nerdctld.GrpcError(2, "cannot start")
+        fake.before["Tasks/Start"] = refuse
+        assert "cannot start" in ask(willing, "POST", "/containers/tstnew/start").message
+        assert identity(willing, "tstnew") not in fake.tasks
+
     def test_a_forced_removal_that_removed_nothing(self, willing, scripted):
         """With --force nerdctl 2.3.5 ends with 0 whatever comes of it."""
         real = identity(willing, "tstweb")
