@@ -9247,7 +9247,9 @@ class ProcessStreams:
             if descriptor is None:
                 return
             os.close(descriptor)
-        self.tell_stdin_closed()
+        # The process may have ended by now.
+        with contextlib.suppress(ApiError):
+            self.tell_stdin_closed()
 
     def _follow(self) -> None:
         try:
@@ -9529,20 +9531,26 @@ class LogFile:
             self.file = None
 
 
-def log_is_complete(container: Container) -> bool:
-    """Whether nobody writes to a container's log: its logging process holds a lock while the container's output is
-    open."""
+def lock_is_free(path: str, kind: int) -> bool:
+    """Whether a lock of this kind, LOCK_SH or LOCK_EX, could be had on a file or folder; OSError where that is not
+    there."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        descriptor = os.open(os.path.join(container.folder, "logger-lock"), os.O_RDONLY)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         return True
     except OSError:
         return False
     finally:
         os.close(descriptor)
+
+
+def log_is_complete(container: Container) -> bool:
+    """Whether nobody writes to a container's log: its logging process holds a lock while the container's output is
+    open."""
+    try:
+        return lock_is_free(os.path.join(container.folder, "logger-lock"), fcntl.LOCK_SH)
+    except OSError:
+        return True
 
 
 def follow_log(engine: Engine, container: Container, file: LogFile, follow: bool,
@@ -9621,16 +9629,11 @@ def open_streams(engine: Engine, container: Container, attachments: Iterable[Att
         if engine.caretaker:
             engine.caretaker.changed.put(container.id)
 
-    def close_stdin() -> None:
-        # It may have ended by now.
-        with contextlib.suppress(ApiError):
-            engine.containerd.close_stdin(container.id)
-
     try:
         tty = is_terminal(container)
         streams = ProcessStreams(container.folder or engine.workspace.folder(), has_stdin(container), tty,
-                                 bool(container.request.get("StdinOnce")) and not tty, attachments, keep, close_stdin,
-                                 ended, found)
+                                 bool(container.request.get("StdinOnce")) and not tty, attachments, keep,
+                                 functools.partial(engine.containerd.close_stdin, container.id), ended, found)
     except BaseException:
         keep.close()
         raise
@@ -10737,21 +10740,19 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
 
 def serve_exec(engine: Engine, request: Request, instance: Exec, connection: Connection, raw: bool) -> None:
     """Run a command with its streams on a client's connection, to its end or until the client leaves."""
-    config, identity = instance.config, instance.container.id
+    config = instance.config
     attachment = Attachment(bool(config.get("AttachStdout")), bool(config.get("AttachStderr")) and not raw, not raw,
                             bool(config.get("AttachStdin")))
     attachment.connect(connection)
     keys = DetachKeys(config.get("DetachKeys") or "") if instance.tty and attachment.stdin else None
 
-    def close_stdin() -> None:
-        with contextlib.suppress(ApiError):
-            engine.containerd.close_stdin(identity, instance.id)
-
     with request.client.when_gone(attachment.leave, half=False):
         streams = None
         try:
             streams = ProcessStreams(instance.container.folder or engine.workspace.folder(), attachment.stdin,
-                                     instance.tty, not instance.tty, [attachment], close_stdin=close_stdin,
+                                     instance.tty, not instance.tty, [attachment],
+                                     close_stdin=functools.partial(engine.containerd.close_stdin,
+                                                                   instance.container.id, instance.id),
                                      on_end=instance.done.wait)
             run_exec(engine, instance, streams.paths)
         except ApiError as error:
@@ -10917,7 +10918,8 @@ def sweep_streams(engine: Engine, container: Container) -> None:
         folder = os.path.join(container.folder, name)
         with contextlib.suppress(ApiError, OSError), engine.owning(container.id) as now:
             used = now.running and now.task.stdout == os.path.join(folder, "stdout")
-            if not used and folder_is_free(folder):
+            # A daemon that lives holds the lock of those that it has made.
+            if not used and lock_is_free(folder, fcntl.LOCK_EX):
                 found = found_streams(folder, False)
                 with contextlib.suppress(ApiError):
                     # While nobody reads them containerd can neither start the command nor end it.
@@ -10925,18 +10927,6 @@ def sweep_streams(engine: Engine, container: Container) -> None:
                     end_exec(engine, container.id, exec_name(folder))
                     streams.abandon()
                 remove_tree(folder)
-
-
-def folder_is_free(path: str) -> bool:
-    """Whether no daemon that lives has made a folder with FIFOs."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
 
 
 class HealthWatch:

@@ -6637,7 +6637,7 @@ class TestProcessStreams:
 
     def test_the_folder_of_a_daemon_that_lives(self, shims):
         shim = shims()
-        assert not nerdctld.folder_is_free(shim.streams.folder)
+        assert not nerdctld.lock_is_free(shim.streams.folder, fcntl.LOCK_EX)
         before = descriptors()
         with pytest.raises(nerdctld.ApiError, match="cannot open FIFOs"):
             shims(found=shim.streams.paths)
