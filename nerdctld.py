@@ -8941,9 +8941,12 @@ def prepare_start(engine: Engine, container: Container) -> Container:
     cannot have the namespaces or the ports of its request."""
     if LABEL_LATER in container.labels:
         container = complete_container(engine, container)
+    release_networks(engine, container)
+    if container.ports and container.task is not None:
+        # At a restart a process of its last run has them.
+        take_down_network(engine, container)
     container = claim_ports(engine, join_namespaces(engine, container))
     renew_shm(container)
-    release_networks(engine, container)
     if container.task is not None:
         with contextlib.suppress(NotFound):
             engine.containerd.delete_task(container.id)
@@ -10536,8 +10539,10 @@ def exec_process(instance: Exec, container: Container) -> Dict[str, Any]:
     if config.get("User"):
         process["user"] = find_user(container, typed(config["User"], str, "User"))
     if typed(config.get("Privileged"), bool, "Privileged"):
-        with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
-            every = ["CAP_" + each for each in CAPABILITIES[:int(file.read()) + 1]]
+        with open("/proc/self/status", encoding="ascii") as file:
+            bounds = next(int(line.split()[1], 16) for line in file if line.startswith("CapBnd:"))
+        # On a machine that lacks some itself, the runtime refuses these.
+        every = ["CAP_" + each for bit, each in enumerate(CAPABILITIES) if bounds >> bit & 1]
         process["capabilities"] = dict.fromkeys(("bounding", "effective", "permitted"), every)
         process.pop("apparmorProfile", None)
     return process
