@@ -1,6 +1,17 @@
-#!/usr/bin/env python3
+#!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-"""nerdctld: the Docker Engine API on a unix socket, carried out by nerdctl.
+# To the shell this is a command, to Python two texts: a start takes the bytecode that the one before has left.
+"exec" "python3" "-IS" "-c" '''
+import os, sys
+from importlib.machinery import SourceFileLoader
+cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+sys.pycache_prefix = os.path.join(cache if os.geteuid() else "/var/cache", "nerdctld")
+del sys.argv[0]
+__file__ = os.path.abspath(sys.argv[0])
+__loader__ = SourceFileLoader(__name__, __file__)
+exec(__loader__.get_code(__name__))
+''' "$0" "$@"
+__doc__ = """nerdctld: the Docker Engine API on a unix socket, carried out by nerdctl.
 
 The way of a request, in one direction only:
 
@@ -13,7 +24,7 @@ Sections, each using only what stands above it:
     containerd · Events · References · State · Inventory · Hosts files · CNI · Engine · System · Images ·
     Image archives · Registries · Build · Containers · Create options · Container create · Process streams ·
     Container lifecycle · Streams · Exec · Supervision · Archive · Statistics · Networks · Volumes ·
-    Swarm and plugins · Relay · BuildKit · HTTP server · Sockets · ctr · Command line
+    Swarm and plugins · Relay · BuildKit · HTTP server · Sockets · ctr · Checks · Command line
 
 To add an endpoint:
     1. write `<op>_args()`, `parse_<thing>()` and `docker_<thing>()` as pure functions in the section of its resource;
@@ -32,7 +43,8 @@ import re
 import stat
 import sys
 from typing import (
-    Any, Callable, ContextManager, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Type)
+    Any, Callable, ContextManager, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Set, Tuple,
+    Type)
 
 # A process in a container's tree ends with the section Tree: what else is imported would take most of its time.
 TREE = __name__ == "__main__" and sys.argv[1:2] == ["tree"]
@@ -3515,6 +3527,13 @@ class Containerd:
         found = read_message(self.call("version.v1.Version/Version"))
         return read_text(found, 1), read_text(found, 2)
 
+    def plugin_complaint(self, kind: str, name: str) -> str:
+        """Why one of containerd's plugins does not work, "" when it does."""
+        asked = encode_field(1, f"type=={kind},id=={name}")
+        for each in decode_fields(self.call("introspection.v1.Introspection/Plugins", asked)):
+            return read_text(read_message(read_message(each.value).get(7) or b""), 2)
+        return "containerd has none of that name"
+
     def uuid(self) -> str:
         """The UUID by which this containerd is known."""
         return read_text(read_message(self.call("introspection.v1.Introspection/Server")), 1)
@@ -5300,6 +5319,8 @@ class Engine:
         # Ports of the host that were given to containers lately: what was just created may not be listed yet.
         self.picked: collections.deque = collections.deque(maxlen=256)
         self.caretaker: Any = None
+        # What does not work on this machine, a sentence each.
+        self.troubles: Callable[[], List[str]] = list
         self.hosts = Hosts(self)
         # Changes of our own to images that are under way: which event each makes of which names.
         self.quiet: Dict[object, Tuple[str, List[str]]] = {}
@@ -5688,6 +5709,8 @@ def system_info(engine: Engine, request: Request) -> Response:
         "HttpsProxy": os.environ.get("HTTPS_PROXY", ""),
         "NoProxy": os.environ.get("NO_PROXY", ""),
     })
+    known = list(info["Warnings"] or [])
+    info["Warnings"] = known + [f"WARNING: {each}" for each in engine.troubles() if f"WARNING: {each}" not in known]
     info["Containerd"]["Address"] = engine.containerd.address
     info["Containerd"]["Namespaces"]["Containers"] = engine.nerdctl.namespace
     return Response(200, info)
@@ -13139,26 +13162,26 @@ def inherited_socket() -> Optional[socket.socket]:
     return listener
 
 
-def own_socket(path: str) -> socket.socket:
-    """A listening socket at `path`, 0660 from its first moment. StartError when somebody answers there already or the
-    place cannot be used; a stale socket is replaced."""
+def own_socket(path: str, group: str = "") -> socket.socket:
+    """A listening socket at `path`, 0660 from its first moment, and of a group. StartError when somebody answers there
+    already, there is no such group or the place cannot be used; a stale socket is replaced."""
+    elsewhere, taken = "or choose another place with -H unix://PATH", "another daemon is listening there: end it"
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
-        raise StartError(f"cannot listen on {path}: {folder} is not a folder")
+        raise StartError(f"cannot listen on {path}: {folder} is not a folder: make it, {elsewhere}")
     if os.path.lexists(path):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise StartError(f"cannot listen on {path}: it is in the way and not a socket")
+            raise StartError(f"cannot listen on {path}: it is in the way and not a socket: remove it, {elsewhere}")
         probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with probe:
             probe.settimeout(5)
             try:
                 probe.connect(path)
-                raise StartError(f"cannot listen on {path}: another daemon is listening there")
+                raise StartError(f"cannot listen on {path}: {taken}, {elsewhere}")
             except (ConnectionRefusedError, FileNotFoundError):
                 pass
             except OSError as error:
-                reason = error.strerror or "another daemon is listening there"
-                raise StartError(f"cannot listen on {path}: {reason}") from None
+                raise StartError(f"cannot listen on {path}: {error.strerror or taken}, {elsewhere}") from None
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # Made under another name and moved into place: nobody can connect before the mode is right, and of two daemons that
     # start at once one is left.
@@ -13168,14 +13191,19 @@ def own_socket(path: str) -> socket.socket:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         listener.bind(temporary)
+        if group:
+            shutil.chown(temporary, group=group)
         os.chmod(temporary, 0o660)
         listener.listen(1024)
         os.rename(temporary, path)
-    except OSError as error:
+    except (OSError, LookupError) as error:
         listener.close()
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        raise StartError(f"cannot listen on {path}: {error.strerror or error}") from None
+        if isinstance(error, LookupError):
+            raise StartError(f"there is no group {group}: make it (groupadd --system {group})") from None
+        advice = f": run nerdctld as root, {elsewhere}" if isinstance(error, PermissionError) else ""
+        raise StartError(f"cannot listen on {path}: {error.strerror or error}{advice}") from None
     finally:
         os.umask(before)
     return listener
@@ -13212,7 +13240,9 @@ def dial_stdio(path: str) -> int:
     try:
         sock.connect(path)
     except OSError as error:
-        log(f"cannot connect to {path}: {error.strerror}")
+        advice = ("be root or in the group that it belongs to" if isinstance(error, PermissionError)
+                  else "start nerdctld (systemctl start nerdctl.socket), or name its socket with -H unix://PATH")
+        log(f"cannot connect to {path}: {error.strerror}: {advice}")
         return 1
 
     def inwards() -> None:
@@ -13244,6 +13274,7 @@ def dial_stdio(path: str) -> int:
 # Where nerdctl is not installed, containerd's API and its own ctr carry the images. ctr promises no stable output: only
 # the names of what it loaded and the progress of layers are read of it, which are alike from 1.6 to 2.3.
 NO_NERDCTL = "nerdctl is not installed"
+CTR_ONLY = f"{NO_NERDCTL}: over containerd's ctr there are images, listings and builds only"
 K3S_SOCKET = "/run/k3s/containerd/containerd.sock"
 # nerdctl's options of build -> the beginning of buildctl's.
 BUILDCTL_OPTIONS = {
@@ -13356,7 +13387,7 @@ class Ctr(Nerdctl):
             **dict.fromkeys(limits, True), "Driver": self.snapshotter, "CgroupVersion": "2" if unified else "1",
             "CgroupDriver": "systemd" if unified and os.path.isdir("/run/systemd/system") else "cgroupfs",
             "MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "Warnings": [f"WARNING: {NO_NERDCTL}: over containerd's ctr there are images, listings and builds only"],
+            "Warnings": [f"WARNING: {CTR_ONLY}"],
         }
 
     def login(self, host: str, user: str, password: str, environment: Dict[str, str]) -> None:
@@ -13428,19 +13459,143 @@ class Ctr(Nerdctl):
 
 
 ###############################################################################
+# Checks
+###############################################################################
+
+# Those that nerdctl puts into the networks it makes, and what each container gets.
+NEEDED_PLUGINS = ("bridge", "firewall", "host-local", "loopback", "portmap", "tuning")
+
+
+class Finding(NamedTuple):
+    """Something the daemon needs: its name, the version or place that was found, and what does not work for want of it,
+    with what to do, "" for nothing."""
+
+    name: str
+    found: str
+    trouble: str = ""
+
+
+def first_numbers(version: str) -> Tuple[int, ...]:
+    """(2, 3) of v2.3.5."""
+    return tuple(int(each) for each in re.findall(r"\d+", version)[:2])
+
+
+def check_containerd(engine: Engine, whole: bool) -> Iterator[Finding]:
+    """containerd, its snapshotter and runtime, and nerdctl, which is asked for its version where that matters or the
+    `whole` is to be told."""
+    version = ""
+    try:
+        version, _ = engine.containerd.version()
+        yield Finding("containerd", f"{version} at {engine.containerd.address}")
+    except ApiError as error:
+        yield Finding("containerd", "", str(error))
+    old, told = bool(version) and first_numbers(version) < (1, 7), {}
+    try:
+        told = engine.inventory.tools.get() if version and (whole or old) else {}
+        own = (told.get("Client") or {}).get("Version") or shutil.which(engine.nerdctl.command[0]) or ""
+        trouble = f"load, save, tag, push, pull and import do not work: nerdctl {own} needs containerd 1.7 or newer"
+        yield Finding("nerdctl", own, own and old and first_numbers(own) >= (2, 3) and trouble
+                      or not own and "nothing works: install nerdctl on PATH, or say where it is with --nerdctl" or "")
+    except ApiError as error:
+        yield Finding("nerdctl", "", str(error))
+    runc = next((each.get("Version") for each in (told.get("Server") or {}).get("Components") or []
+                 if each.get("Name") == "runc"), "") or shutil.which("runc", path=system_path()["PATH"]) or ""
+    yield Finding("runc", runc, "" if runc else "no container can be started: install runc")
+    with contextlib.suppress(ApiError):
+        complaint = engine.containerd.plugin_complaint("io.containerd.snapshotter.v1", engine.nerdctl.snapshotter)
+        yield Finding("snapshotter", engine.nerdctl.snapshotter, complaint and (
+            f"images cannot be unpacked: containerd's snapshotter {engine.nerdctl.snapshotter} does not work "
+            f"({complaint}): mend that (modprobe overlay), or take another (--snapshotter native)"))
+
+
+def check_networks(engine: Engine) -> Iterator[Finding]:
+    """What nerdctl makes networks with."""
+    with contextlib.suppress(ApiError):
+        folder = plugins_folder(engine)
+        lacking = [each for each in NEEDED_PLUGINS if not os.path.exists(os.path.join(engine.containerd.root() + folder,
+                                                                                      each))]
+        yield Finding("CNI plugins", folder, lacking and (
+            f"containers have no networks but host and none: there is no {', '.join(lacking)} in {folder}: install the "
+            "CNI plugins (containernetworking-plugins)") or "")
+    path = shutil.which("iptables", path=system_path()["PATH"]) or ""
+    yield Finding("iptables", path, "" if path else "bridge networks and published ports do not work: install iptables")
+
+
+def check_cgroups(engine: Engine) -> Finding:
+    """The version of cgroups, which matters to what an ordinary user runs."""
+    unified = os.path.exists("/sys/fs/cgroup/cgroup.controllers")
+    return Finding("cgroups", "v2" if unified else "v1", "" if unified or os.geteuid() == 0 else (
+        "rootless containers have no limits and no top: boot with systemd.unified_cgroup_hierarchy=1 for cgroup v2"))
+
+
+def check_buildkit(engine: Engine) -> Finding:
+    """The buildkitd of builds, and whether it puts images where nerdctl looks."""
+    try:
+        sock, address = dial_buildkit(engine.nerdctl)
+        sock.close()
+        # Over ctr images are loaded, whatever the worker.
+        complaint = "" if isinstance(engine.nerdctl, Ctr) else worker_complaint(
+            list_workers(address), engine.nerdctl.namespace, engine.containerd.uuid())
+        if not complaint and not shutil.which("buildctl"):
+            complaint = "buildctl is not on PATH: install it for builds without the buildx plugin"
+        return Finding("BuildKit", address, complaint)
+    except ApiError as error:
+        return Finding("BuildKit", "", f"nothing can be built: {error}")
+
+
+def check(engine: Engine, whole: bool = True) -> List[Finding]:
+    """What there is of all that the daemon needs, and what is not as it should be."""
+    if isinstance(engine.nerdctl, Ctr):
+        first = [each._replace(trouble=CTR_ONLY, found="") if each.name == "nerdctl" else each
+                 for each in check_containerd(engine, whole) if each.name != "runc"]
+        return [*first, check_buildkit(engine)]
+    return [*check_containerd(engine, whole), *check_networks(engine), check_cgroups(engine), check_buildkit(engine)]
+
+
+def print_check(engine: Engine) -> int:
+    """Print the findings, one a line; the exit status, 1 where something does not work."""
+    found = [Finding("Python", "%d.%d.%d" % sys.version_info[:3]), *check(engine)]
+    for each in found:
+        print(f"{'warning' if each.trouble else 'ok':8}{each.name:13}{each.found}", end="")
+        print(f"{': ' if each.found else ''}{each.trouble}" if each.trouble else "")
+    return int(any(each.trouble for each in found))
+
+
+###############################################################################
 # Command line
 ###############################################################################
 
+EXAMPLES = """\
+ways to run it:
+  systemctl enable --now nerdctl.socket           with the units, as root: /run/nerdctl.sock
+  systemctl --user enable --now nerdctl.socket    with the units, rootless: $XDG_RUNTIME_DIR/nerdctl.sock
+  nerdctld.py --detach                            by hand: clients can connect when it returns
+  nerdctld.py --namespace k8s.io                  for the containers of a Kubernetes node
+  nerdctld.py --nerdctl ctr                       without nerdctl: images, listings and builds
+  nerdctld.py check                               say what is there, and what does not work; 1 when something does not
+  docker -H ssh://user@host ps                    from elsewhere: runs nerdctld.py dial-stdio there, by the file nerdctl
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what cannot be understood."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        log(f"{message}: see {self.prog} --help")
+        sys.exit(2)
+
 
 def parse_args(argv: List[str]) -> argparse.Namespace:
-    """The options; ends with status 2 and usage for what cannot be understood."""
+    """The options; ends with status 2 and a line for what cannot be understood."""
     environment, settings = os.environ.get, nerdctl_settings()
-    parser = argparse.ArgumentParser(
-        prog="nerdctld", description="Docker Engine API on a unix socket, carried out by nerdctl.",
-        epilog="dial-stdio joins standard input and output to the socket, for docker -H ssh://.")
-    parser.add_argument("command", nargs="?", choices=["dial-stdio"], help=argparse.SUPPRESS)
+    parser = Parser(prog="nerdctld", description="Docker Engine API on a unix socket, carried out by nerdctl.",
+                    epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs="?", choices=["dial-stdio", "check"], help=argparse.SUPPRESS)
     parser.add_argument("-H", "--addr", metavar="unix://PATH", default="",
                         help=f"socket to listen on (default: the one systemd hands over, else {default_socket_path()})")
+    parser.add_argument("-G", "--group", default="", help="group that may use a socket of its own")
+    parser.add_argument("-d", "--detach", action="store_true", help="go on in the background once clients can connect")
     parser.add_argument("--nerdctl", metavar="COMMAND", default=environment("NERDCTL") or "",
                         help="nerdctl to run, or a ctr (default: $NERDCTL, nerdctl, or without that containerd's ctr)")
     parser.add_argument("--namespace", default=environment("CONTAINERD_NAMESPACE") or settings.get("namespace")
@@ -13466,13 +13621,23 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
     return options
 
 
-def listen(address: str) -> Tuple[socket.socket, str]:
+def listen(address: str, group: str = "") -> Tuple[socket.socket, str]:
     """The listening socket and, where it is our own and so ours to remove, its path."""
     listener = inherited_socket()
     if listener:
         return listener, ""
     path = socket_path(address) if address else default_socket_path()
-    return own_socket(path), path
+    return own_socket(path, group), path
+
+
+def detach() -> None:
+    """Go on as a process of a session of its own, and let the one that was started end."""
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    with open(os.devnull, "r+b") as null:
+        for each in (0, 1):
+            os.dup2(null.fileno(), each)
 
 
 def watch_signals() -> int:
@@ -13519,6 +13684,15 @@ def make_engine(options: argparse.Namespace) -> Engine:
     return Engine(Ctr(command, containerd, options.snapshotter, options.buildkit_host, options.debug), containerd)
 
 
+def look_around(engine: Engine) -> None:
+    """What a daemon does when it has begun: it finds what is to be cared for, and says what will not work."""
+    engine.caretaker.look()
+    engine.troubles = lambda: [each.trouble for each in check(engine) if each.trouble]
+    for each in check(engine, whole=False):
+        if each.trouble:
+            log(f"warning: {each.trouble}")
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the daemon; the exit status."""
     argv = sys.argv[1:] if argv is None else argv
@@ -13527,9 +13701,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         if options.command == "dial-stdio":
             return dial_stdio(socket_path(options.addr) if options.addr else default_socket_path())
+        if options.command == "check":
+            return print_check(make_engine(options))
         signals = watch_signals()
-        listener, path = listen(options.addr)
+        listener, path = listen(options.addr, options.group)
         inode = os.lstat(path).st_ino if path else 0
+        if options.detach:
+            detach()
     except StartError as error:
         log(str(error))
         return 1
@@ -13539,8 +13717,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     engine.feed.start()
     server = Server(engine, listener)
     notify_systemd("READY=1", notify)
-    threading.Thread(target=engine.caretaker.look, name="look", daemon=True).start()
     log(f"listening on {path or 'the socket of systemd'}, namespace {options.namespace}")
+    threading.Thread(target=look_around, args=(engine,), name="look", daemon=True).start()
     serve_until_told(server, 0.0 if path else options.idle_timeout, signals)
     notify_systemd("STOPPING=1", notify)
     if path:
