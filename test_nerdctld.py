@@ -11097,7 +11097,26 @@ class TestSockets:
                                                 ("unix:///tmp/" + "x" * 200, "cannot listen")])
     def test_places_that_cannot_be(self, address, words):
         done = subprocess.run([sys.executable, compiled(), "-H", address], capture_output=True, text=True, timeout=20)
-        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 1 and re.fullmatch(f"nerdctld: .*{re.escape(words)}.*\n", done.stderr)
+
+    @pytest.mark.parametrize("error, words", [(PermissionError(13, "Permission denied"), "run nerdctld as root"), (LookupError(), "groupadd --system docker"),
+                                              (OSError(28, "No space left on device"), "No space left on device")])
+    def test_what_to_do_is_said(self, tmp_path, monkeypatch, error, words):
+        def refuse(*_, **__):
+            raise error
+
+        monkeypatch.setattr(shutil, "chown", refuse)
+        with pytest.raises(nerdctld.StartError, match=words):
+            nerdctld.own_socket(str(tmp_path / "nd.sock"), "docker")
+        assert not list(tmp_path.glob("nd.sock*"))
+
+    def test_group(self, tmp_path):
+        import grp
+
+        group = grp.getgrgid(os.getgroups()[-1] if os.geteuid() and os.getgroups() else grp.getgrall()[-1].gr_gid)
+        nerdctld.own_socket(str(tmp_path / "nd.sock"), group.gr_name).close()
+        found = os.stat(tmp_path / "nd.sock")
+        assert (found.st_gid, stat.S_IMODE(found.st_mode)) == (group.gr_gid, 0o660)
 
     def test_running_requests_end(self, daemon, scripted, fake, tmp_path):
         furnish(scripted, fake, tmp_path)
@@ -11157,7 +11176,7 @@ class TestSockets:
     def test_dial_stdio_to_nobody(self, tmp_path):
         done = subprocess.run([sys.executable, compiled(), "-H", f"unix://{tmp_path}/no.sock", "dial-stdio"], capture_output=True, text=True,
                               timeout=20, stdin=subprocess.DEVNULL)
-        assert done.returncode == 1 and "cannot connect" in done.stderr
+        assert done.returncode == 1 and re.fullmatch("nerdctld: cannot connect to .*: start nerdctld .*\n", done.stderr)
 
 
 ###############################################################################
