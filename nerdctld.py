@@ -85,7 +85,8 @@ API_NEWEST = (1, 56)
 # The release of Docker with the same newest API. Clients compare the engine's version with the one that they need
 # (Testcontainers for Java refuses any below 1.6.0), so it goes up together with API_NEWEST.
 ENGINE_VERSION = "29.9.0"
-API_OLDEST = (1, 24)
+# As dockerd had it until its release 25: some clients ask for a version of their own time (skopeo for 1.22).
+API_OLDEST = (1, 12)
 JSON_LIMIT = 16 << 20
 BLOCK = 1 << 18
 
@@ -3492,6 +3493,10 @@ class Containerd:
             return b"".join(bytes(read_message(message).get(2, b"")) for message in grpc_stream(
                 sock, "/containerd.services.content.v1.Content/Read", encode_field(1, digest), self.headers, 10.0))
 
+    def delete_content(self, digest: str) -> None:
+        """Remove a blob, whatever refers to it."""
+        self.call("content.v1.Content/Delete", encode_field(1, digest))
+
     def snapshot_usage(self, snapshotter: str, key: str) -> int:
         """Bytes that a snapshot takes without those below it."""
         return read_message(self.call("snapshots.v1.Snapshots/Usage", self._snapshot(snapshotter, key))).get(1, 0)
@@ -4155,19 +4160,39 @@ def fits_machine(platform: str) -> bool:
 
 
 class ImageContent(NamedTuple):
-    """What is behind an image's target: the manifest of the platform that is here with its descriptor, the
-    configuration, and the bytes that each of its layers takes unpacked, the lowest first; 0 for one that is not
-    unpacked."""
+    """What is behind an image's target, of one platform: a manifest with its descriptor, the configuration, and the
+    bytes that each of its layers takes unpacked, the lowest first, 0 for one that is not unpacked; the bytes of it that
+    are here, and whether that is all. The parts that are not here are empty."""
 
     descriptor: Dict[str, Any]
     manifest: Dict[str, Any]
     config: Dict[str, Any]
     layer_sizes: Tuple[int, ...]
+    size: int = 0
+    whole: bool = False
 
     @property
     def layers(self) -> List[Dict[str, Any]]:
         """The descriptors of its compressed layers."""
         return self.manifest.get("layers") or []
+
+    @property
+    def unpacked_size(self) -> int:
+        """Bytes of its unpacked layers."""
+        return sum(self.layer_sizes)
+
+    @property
+    def platform(self) -> Dict[str, Any]:
+        """The platform that it was made for."""
+        fields = ("architecture", "os", "os.version", "variant")
+        return self.descriptor.get("platform") or {key: self.config[key] for key in fields if self.config.get(key)}
+
+    @property
+    def attested(self) -> str:
+        """The digest of the manifest that this one has attestations of, "" for any other."""
+        told = self.descriptor.get("annotations") or {}
+        kind, digest = (told.get("vnd.docker.reference." + key) for key in ("type", "digest"))
+        return digest if kind == "attestation-manifest" and isinstance(digest, str) else ""
 
 
 NO_CONTENT = ImageContent({}, {}, {}, ())
@@ -4187,15 +4212,16 @@ def with_health_check(config_file: Dict[str, Any]) -> Dict[str, Any]:
 
 class ImageGroup:
     """All names of one image. `id` is the digest of its target (an index or a manifest), as in dockerd's containerd
-    store; `content` NO_CONTENT where it is not at hand."""
+    store; `contents` are what its index names, in its order, and `content` the one that runs here, NO_CONTENT where
+    none is at hand."""
 
-    __slots__ = ("id", "target", "names", "updated_at", "content")
+    __slots__ = ("id", "target", "names", "updated_at", "content", "contents")
 
     def __init__(self, target: Descriptor):
         self.id, self.target = target.digest, target
         self.names: List[str] = []
         self.updated_at = 0
-        self.content = NO_CONTENT
+        self.content, self.contents = NO_CONTENT, []
 
     @property
     def repo_tags(self) -> List[str]:
@@ -4224,11 +4250,6 @@ class ImageGroup:
     def labels(self) -> Dict[str, str]:
         """The labels of the image."""
         return (self.config.get("config") or {}).get("Labels") or {}
-
-    @property
-    def unpacked_size(self) -> int:
-        """Bytes of its unpacked layers."""
-        return sum(self.content.layer_sizes)
 
     @property
     def digests(self) -> List[str]:
@@ -4272,6 +4293,21 @@ class ImageStore:
             self.names.invalidate()
         return self.names.get()
 
+    def remove_content(self, group: ImageGroup, content: ImageContent) -> None:
+        """Remove what is here of one platform of an image, but for what other images or platforms need."""
+        def parts(content: ImageContent) -> Set[str]:
+            found = (content.descriptor, content.manifest.get("config") or {}, *content.layers)
+            return {each.get("digest") for each in found}
+
+        others = (each for other in self.get().values() for each in other.contents
+                  if each.descriptor["digest"] != content.descriptor["digest"])
+        for digest in parts(content).difference(*map(parts, others)):
+            with contextlib.suppress(NotFound):
+                self.containerd.delete_content(digest)
+        with self.lock:
+            # No event tells of content.
+            group.content, self.grouped = NO_CONTENT, None
+
     def invalidate(self, name: str = "") -> None:
         """An image is no longer as it was, or with "" any may be, of another containerd too."""
         self.names.invalidate(name)
@@ -4305,9 +4341,12 @@ class ImageStore:
                   or known[group.id].updated_at != group.updated_at]
         present = self.containerd.list_content() if wanted else set()
         for identity, group in groups.items():
-            group.content = known[identity].content if identity in known else NO_CONTENT
+            if identity in known:
+                group.content, group.contents = known[identity].content, known[identity].contents
         for group in wanted:
-            group.content = self._read_content(group.target, present)
+            group.contents = self._read_contents(group.target, present)
+            whole = sorted((each for each in group.contents if each.whole), key=lambda each: by_use(each.descriptor))
+            group.content = whole[0] if whole else NO_CONTENT
         self._forget(groups.values())
         hollow = any(group.content is NO_CONTENT for group in groups.values())
         self.groups, self.grouped = groups, names
@@ -4315,8 +4354,12 @@ class ImageStore:
 
     def _forget(self, groups: Iterable[ImageGroup]) -> None:
         """Keep only what is behind images that there are."""
-        digests = {digest for group in groups for digest in group.digests}
-        keys = {key for group in groups for key in chain_ids(group.config)}
+        digests, keys = set(), set()
+        for group in groups:
+            digests.add(group.id)
+            for each in group.contents:
+                digests.update((each.descriptor["digest"], (each.manifest.get("config") or {}).get("digest")))
+                keys.update(chain_ids(each.config))
         self.blobs = {digest: value for digest, value in self.blobs.items() if digest in digests}
         self.sizes = {key: size for key, size in self.sizes.items() if key in keys}
 
@@ -4328,23 +4371,26 @@ class ImageStore:
                 self.blobs[digest] = found if isinstance(found, dict) else {}
         return self.blobs.get(digest) or {}
 
-    def _read_content(self, target: Descriptor, present: set) -> ImageContent:
-        descriptor = {"mediaType": target.media_type, "digest": target.digest, "size": target.size}
-        try:
-            for each in self._manifests(descriptor, present):
-                manifest = self._blob(each["digest"])
-                config = with_health_check(self._blob(manifest["config"]["digest"]))
-                return ImageContent(each, manifest, config, tuple(map(self._layer_size, chain_ids(config))))
-        except (NotFound, KeyError, TypeError, AttributeError):
-            # It was removed while it was read, or is nothing that runs.
-            pass
-        return NO_CONTENT
-
-    def _manifests(self, target: Dict[str, Any], present: set) -> List[Dict[str, Any]]:
-        """The descriptors of the manifests whose content is here: this machine's platform first, attestations last."""
-        if target["digest"] not in present:
+    def _read_contents(self, target: Descriptor, present: set) -> List[ImageContent]:
+        if target.digest not in present:
             return []
-        return whole_manifests(self._blob(target["digest"]).get("manifests", [target]), present, self._blob)
+        descriptor = {"mediaType": target.media_type, "digest": target.digest, "size": target.size}
+        found = []
+        # What was removed while it was read, or makes no sense, is not told of.
+        with contextlib.suppress(NotFound, TypeError):
+            for each in self._blob(target.digest).get("manifests", [descriptor]):
+                with contextlib.suppress(NotFound, KeyError, TypeError, AttributeError):
+                    found.append(self._read_content(each, present))
+        return found
+
+    def _read_content(self, descriptor: Dict[str, Any], present: set) -> ImageContent:
+        manifest = self._blob(descriptor["digest"]) if descriptor["digest"] in present else {}
+        parts = [descriptor, *filter(None, [manifest.get("config")]), *(manifest.get("layers") or [])]
+        here = [each for each in parts if each["digest"] in present]
+        known = len(parts) > 1 and parts[1] in here
+        config = with_health_check(self._blob(manifest["config"]["digest"])) if known else {}
+        return ImageContent(descriptor, manifest, config, tuple(map(self._layer_size, chain_ids(config))),
+                            sum(each.get("size") or 0 for each in here), known and len(here) == len(parts))
 
     def _layer_size(self, key: str) -> int:
         if key not in self.sizes:
@@ -4362,11 +4408,13 @@ def whole_manifests(descriptors: List[Dict[str, Any]], present: set,
         parts = [manifest.get("config") or {}, *(manifest.get("layers") or [])]
         return all(each.get("digest") in present for each in parts)
 
-    def order(descriptor: Dict[str, Any]) -> Tuple[bool, bool]:
-        platform = platform_text(descriptor.get("platform"))
-        return platform == "unknown/unknown", not fits_machine(platform)
+    return sorted((each for each in descriptors if is_whole(each["digest"])), key=by_use)
 
-    return sorted((each for each in descriptors if is_whole(each["digest"])), key=order)
+
+def by_use(descriptor: Dict[str, Any]) -> Tuple[bool, bool]:
+    """The order of an index's manifests: this machine's platform first, attestations last."""
+    platform = platform_text(descriptor.get("platform"))
+    return platform == "unknown/unknown", not fits_machine(platform)
 
 
 def chain_ids(config: Dict[str, Any]) -> List[str]:
@@ -5686,6 +5734,23 @@ def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
     return info
 
 
+def info_of_version(info: Dict[str, Any], version: Tuple[int, int]) -> Dict[str, Any]:
+    """The info with the fields that dockerd sends clients of an API version."""
+    if version < (1, 25):
+        options = [re.sub(r"^name=([^,]*).*", r"\1", each) for each in info["SecurityOptions"] or []]
+        info.update({"ExecutionDriver": "<not supported>", "SecurityOptions": options})
+    if version < (1, 46):
+        del info["Containerd"]
+    if version < (1, 47):
+        info["RegistryConfig"].update({"AllowNondistributableArtifactsCIDRs": None,
+                                       "AllowNondistributableArtifactsHostnames": None})
+    for key in ("ContainerdCommit", "RuncCommit", "InitCommit") if version < (1, 49) else ():
+        info[key]["Expected"] = info[key]["ID"]
+    if version < (1, 50):
+        info.update({"BridgeNfIptables": False, "BridgeNfIp6tables": False})
+    return info
+
+
 @route("GET", "/info")
 def system_info(engine: Engine, request: Request) -> Response:
     """The state of the engine as nerdctl tells it, with the numbers of containers and images; 503 without
@@ -5713,7 +5778,7 @@ def system_info(engine: Engine, request: Request) -> Response:
     info["Warnings"] = known + [f"WARNING: {each}" for each in engine.troubles() if f"WARNING: {each}" not in known]
     info["Containerd"]["Address"] = engine.containerd.address
     info["Containerd"]["Namespaces"]["Containers"] = engine.nerdctl.namespace
-    return Response(200, info)
+    return Response(200, info_of_version(info, request.version))
 
 
 INDEX_SERVER = "https://index.docker.io/v1/"
@@ -5886,43 +5951,50 @@ def docker_descriptor(group: ImageGroup) -> Dict[str, Any]:
             "size": group.target.size}
 
 
-def content_size(group: ImageGroup) -> int:
-    """Bytes of an image's compressed layers, configuration and manifest."""
-    return sum(each.get("size") or 0 for each in [*group.content.layers, group.content.manifest.get("config") or {},
-                                                  group.content.descriptor])
-
-
 def image_size(group: ImageGroup) -> int:
-    """Bytes an image takes, unpacked and compressed, as dockerd's containerd store counts them."""
-    return group.unpacked_size + content_size(group)
+    """Bytes an image takes, unpacked and compressed, of all its platforms, as dockerd's containerd store counts
+    them."""
+    return sum(each.unpacked_size + each.size for each in group.contents)
 
 
-def docker_platform(group: ImageGroup) -> Dict[str, str]:
+def docker_platform(content: ImageContent) -> Dict[str, str]:
     """The platform an image was made for."""
-    config = group.config
-    found = {"architecture": config.get("architecture") or "", "os": config.get("os") or ""}
-    if config.get("variant"):
-        found["variant"] = config["variant"]
+    return {"architecture": "", "os": "", **content.platform}
+
+
+def docker_manifest_descriptor(content: ImageContent) -> Dict[str, Any]:
+    """The descriptor of a manifest with its platform, as containers have it."""
+    return {**content.descriptor, "platform": docker_platform(content)}
+
+
+def container_content(group: ImageGroup, container: Container) -> ImageContent:
+    """What a container was made of: that of its platform, else the one that runs here."""
+    platform = container.labels.get("nerdctl/platform") or ""
+    return next((each for each in group.contents if each.whole and platform_text(each.platform) == platform),
+                group.content)
+
+
+def docker_manifests(group: ImageGroup, users: List[Container]) -> List[Dict[str, Any]]:
+    """The `Manifests` of an image, of every platform and with those that have attestations: whether it is here, its
+    sizes, and the containers made of it."""
+    found = []
+    for each in group.contents:
+        row = {"ID": each.descriptor["digest"], "Descriptor": each.descriptor, "Available": each.whole,
+               "Kind": "image", "Size": {"Content": each.size, "Total": each.size + each.unpacked_size}}
+        if each.attested:
+            row.update({"Kind": "attestation", "AttestationData": {"For": each.attested}})
+        elif platform_text(each.platform) == "unknown/unknown":
+            row["Kind"] = "unknown"
+        else:
+            containers = [user.id for user in users if container_content(group, user) is each]
+            row["ImageData"] = {"Platform": docker_platform(each), "Containers": containers or None,
+                                "Size": {"Unpacked": each.unpacked_size}}
+        found.append(row)
     return found
 
 
-def docker_manifests(group: ImageGroup, containers: List[str]) -> List[Dict[str, Any]]:
-    """The `Manifests` of an image: the one whose content is here, with its sizes and the containers made of it."""
-    manifest = group.content.descriptor
-    if not manifest:
-        return []
-    descriptor = {"mediaType": manifest.get("mediaType") or "", "digest": manifest.get("digest") or "",
-                  "size": manifest.get("size") or 0}
-    unpacked, content = group.unpacked_size, content_size(group)
-    return [{
-        "ID": descriptor["digest"], "Descriptor": descriptor, "Available": True, "Kind": "image",
-        "Size": {"Content": content, "Total": content + unpacked},
-        "ImageData": {"Platform": docker_platform(group), "Containers": containers, "Size": {"Unpacked": unpacked}},
-    }]
-
-
-def docker_image_row(group: ImageGroup, version: Tuple[int, int], containers: int = -1, shared: int = -1) -> Dict[str,
-                                                                                                                  Any]:
+def docker_image_row(group: ImageGroup, version: Tuple[int, int], containers: int = -1,
+                     shared: int = -1) -> Dict[str, Any]:
     """An image as `/images/json` lists it; -1 for what was not asked for."""
     tags, digests = group.repo_tags, group.repo_digests
     if version < (1, 43) and not tags:
@@ -5979,13 +6051,14 @@ def reference_patterns(globs: Iterable[str]) -> List[Pattern]:
 
 
 def match_reference(names: List[str], patterns: List[Pattern]) -> List[str]:
-    """Those of an image's names that fit a pattern of the `reference` filter, with or without tag or digest."""
+    """Those of an image's names that fit a pattern of the `reference` filter: as people write them or with the
+    registry, with or without tag or digest."""
     found = []
     for name in names:
-        bare = name.partition("@")[0]
-        head, colon, tail = bare.rpartition(":")
-        bare = head if colon and "/" not in tail else bare
-        forms = (name, bare, "docker.io/" + name, "docker.io/library/" + bare)
+        forms = {name}
+        with contextlib.suppress(BadParameter):
+            full = parse_reference(name)
+            forms.update((familiar(full.repository), full.name, full.repository))
         if any(pattern.found_in(each) for pattern in patterns for each in forms):
             found.append(name)
     return found
@@ -6021,14 +6094,14 @@ def shared_sizes(groups: Iterable[ImageGroup]) -> Dict[str, int]:
             each in layers.items()}
 
 
-def image_users(engine: Engine) -> Dict[str, List[str]]:
-    """Image id -> ids of the containers made of it."""
+def image_users(engine: Engine) -> Dict[str, List[Container]]:
+    """Image id -> the containers made of it."""
     by_name = {name: group.id for group in engine.inventory.images.get().values() for name in group.names}
-    found: Dict[str, List[str]] = {}
+    found: Dict[str, List[Container]] = {}
     for container in engine.inventory.containers().values():
         identity = by_name.get(container.image)
         if identity:
-            found.setdefault(identity, []).append(container.id)
+            found.setdefault(identity, []).append(container)
     return found
 
 
@@ -6039,19 +6112,23 @@ IMAGE_FILTERS = ("dangling", "label", "label!", "before", "since", "until", "ref
 def image_list(engine: Engine, request: Request) -> Response:
     """Images, newest first. Filters before, since, until, dangling, label, reference; `shared-size`, `manifests`."""
     filters = request.filters(*IMAGE_FILTERS)
+    manifests = request.flag("manifests") and request.version >= (1, 47)
+    if request.flag("identity") and request.version >= (1, 54) and not manifests:
+        raise BadParameter("conflicting options: identity requires manifests=1")
     if request.version < (1, 41) and request.value("filter"):
         filters["reference"] = [request.value("filter")]
     groups = filter_images(engine, engine.inventory.images.get().values(), filters)
     shared = shared_sizes(groups) if request.flag("shared-size") else {}
-    users = image_users(engine) if request.flag("manifests") or request.flag("shared-size") else {}
+    users = image_users(engine) if manifests or request.version >= (1, 51) else {}
     references = reference_patterns(filters.get("reference") or [])
     rows = []
     for group in groups:
-        row = docker_image_row(group, request.version, len(users.get(group.id, [])) if users else -1,
+        row = docker_image_row(group, request.version,
+                               len(users.get(group.id, [])) if request.version >= (1, 51) else -1,
                                shared.get(group.id, -1))
         for key in ("RepoTags", "RepoDigests") if references else ():
             row[key] = match_reference(row[key], references)
-        if request.flag("manifests") and request.version >= (1, 47):
+        if manifests:
             row["Manifests"] = docker_manifests(group, users.get(group.id, []))
         rows.append(row)
     return Response(200, sorted(rows, key=lambda row: -row["Created"]))
@@ -6076,13 +6153,15 @@ def docker_image_config(config: Dict[str, Any], version: Tuple[int, int]) -> Dic
     return found
 
 
-def docker_image(group: ImageGroup, version: Tuple[int, int]) -> Dict[str, Any]:
-    """An image as `/images/{name}/json` shows it."""
-    config = group.config
+def docker_image(group: ImageGroup, version: Tuple[int, int],
+                 content: Optional[ImageContent] = None) -> Dict[str, Any]:
+    """An image as `/images/{name}/json` shows it: as a whole, or the `content` of one platform."""
+    config = (content or group.content).config
     history = config.get("history") or []
-    size = image_size(group)
+    size = (content or group.content).size + (content or group.content).unpacked_size
     image = {
-        "Id": group.id, "RepoTags": group.repo_tags, "RepoDigests": group.repo_digests, "Parent": "",
+        "Id": content.descriptor["digest"] if content else group.id, "RepoTags": group.repo_tags,
+        "RepoDigests": group.repo_digests, "Parent": "",
         "Comment": next((each.get("comment") or "" for each in reversed(history)), ""),
         "Created": config.get("created") or ZERO_TIME, "DockerVersion": "", "Author": config.get("author") or "",
         "Config": docker_image_config(config.get("config") or {}, version), "Architecture": config.get("architecture")
@@ -6095,9 +6174,11 @@ def docker_image(group: ImageGroup, version: Tuple[int, int]) -> Dict[str, Any]:
     if config.get("variant"):
         image["Variant"] = config["variant"]
     if version < (1, 44):
-        image.update({"VirtualSize": size, "Container": "", "ContainerConfig": image["Config"]})
+        image["VirtualSize"] = size
+    if version < (1, 45):
+        image.update({"Container": "", "ContainerConfig": image["Config"]})
     if version >= (1, 48):
-        image["Descriptor"] = docker_descriptor(group)
+        image["Descriptor"] = content.descriptor if content else docker_descriptor(group)
     if version >= (1, 52):
         # From here on dockerd leaves out what is empty, and the driver where containerd has the images.
         del image["GraphDriver"]
@@ -6107,39 +6188,44 @@ def docker_image(group: ImageGroup, version: Tuple[int, int]) -> Dict[str, Any]:
     return image
 
 
-def check_platform(group: ImageGroup, text: str, name: str) -> None:
-    """404 with the name that the client used, unless the image is here for the platform of a `platform` parameter
-    (JSON, or os/architecture)."""
+def platform_content(group: ImageGroup, text: str, name: str) -> ImageContent:
+    """What is here of an image for the platform of a `platform` parameter (JSON, or os/architecture), or with "" what
+    runs here; 404 with the name that the client used where there is none."""
     if not text:
-        return
-    if text.startswith("{"):
-        wanted = typed(parse_json(text.encode()), dict, "platform")
-        system, architecture, variant = (wanted.get(key) or "" for key in ("os", "architecture", "variant"))
-    else:
-        system, architecture, variant = (text.split("/") + ["", ""])[:3]
-    have = docker_platform(group)
-    if ((system or "linux") != have["os"] or architecture != have["architecture"]
-            or variant and variant != have.get("variant", variant)):
-        asked = "/".join(each for each in (system or "linux", architecture, variant) if each)
-        raise NotFound(f"image with reference {name} was found but does not provide the specified platform ({asked})")
+        return group.content
+    system, architecture, variant = (platform_words(text).split("/") + ["", ""])[:3]
+    if not architecture:
+        # One word is a system or an architecture.
+        system, architecture = "linux", os.uname().machine if system == "linux" else system
+    architecture = GO_ARCHITECTURES.get(architecture, architecture)
+    for each in group.contents:
+        have = each.platform
+        if each.whole and (system, architecture) == (have.get("os"), have.get("architecture")) and variant in (
+                "", have.get("variant", variant)):
+            return each
+    asked = "/".join(filter(None, (system, architecture, variant)))
+    raise NotFound(f"image with reference {name} was found but does not provide the specified platform ({asked})")
 
 
 @route("GET", "/images/{image}/json")
 def image_inspect(engine: Engine, request: Request, name: str) -> Response:
-    """One image; 404 when there is none of that name, id or platform."""
+    """One image, or its content of one `platform`; 404 when there is none of that name, id or platform."""
     group = engine.inventory.image(name)
-    check_platform(group, request.value("platform"), name)
-    image = docker_image(group, request.version)
-    if request.flag("manifests") and request.version >= (1, 48):
+    manifests = request.flag("manifests") and request.version >= (1, 48)
+    platform = request.value("platform") if request.version >= (1, 49) else ""
+    if manifests and platform:
+        raise BadParameter("conflicting options: manifests and platform options cannot both be set")
+    image = docker_image(group, request.version, platform_content(group, platform, name) if platform else None)
+    if manifests:
         image["Manifests"] = docker_manifests(group, image_users(engine).get(group.id, []))
     return Response(200, image)
 
 
-def docker_history(group: ImageGroup, sizes: List[int]) -> List[Dict[str, Any]]:
-    """The layers of an image, newest first; `sizes` of those that are not empty, newest first too."""
+def docker_history(group: ImageGroup, content: ImageContent) -> List[Dict[str, Any]]:
+    """The layers of an image's content, newest first."""
     rows = []
-    left = list(sizes)
-    for each in reversed(group.config.get("history") or []):
+    left = list(reversed(content.layer_sizes))
+    for each in reversed(content.config.get("history") or []):
         rows.append({
             "Comment": each.get("comment") or "", "Created": seconds_or_zero(each.get("created") or ""),
             "CreatedBy": each.get("created_by") or "",
@@ -6154,8 +6240,8 @@ def docker_history(group: ImageGroup, sizes: List[int]) -> List[Dict[str, Any]]:
 def image_history(engine: Engine, request: Request, name: str) -> Response:
     """How an image was made, a row a step; sizes as unpacked."""
     group = engine.inventory.image(name)
-    check_platform(group, request.value("platform"), name)
-    return Response(200, docker_history(group, list(reversed(group.content.layer_sizes))))
+    platform = request.value("platform") if request.version >= (1, 48) else ""
+    return Response(200, docker_history(group, platform_content(group, platform, name)))
 
 
 def delete_conflict(group: ImageGroup, name: str, users: List[Container], by_name: bool, force: bool) -> None:
@@ -6211,13 +6297,19 @@ def referenced_names(group: ImageGroup, name: str) -> List[str]:
 
 @route("DELETE", "/images/{image}")
 def image_delete(engine: Engine, request: Request, name: str) -> Response:
-    """Remove a name of an image, with a digest all names of its repository, or by its id all of them; 409 while a
-    container needs it, 501 for the content of some `platforms` only."""
-    platforms = [platform_words(each) for each in request.values("platforms")]
+    """Remove a name of an image, with a digest all names of its repository, or by its id all of them; with `platforms`
+    and force only the content of those. 409 while a container needs it."""
     group, force = engine.inventory.image(name), request.flag("force")
-    if platforms:
-        raise NotImplementedHere("nerdctl cannot remove the content of one platform "
-                                 f"({', '.join(platforms)}) from an image")
+    platforms = [each for each in request.values("platforms") if each and request.version >= (1, 50)]
+    if platforms and not force:
+        raise BadParameter("Content will be removed from all images referencing this variant. Use --force to force "
+                           "delete.")
+    contents = {content.descriptor["digest"]: content
+                for content in (platform_content(group, each, name) for each in platforms)}
+    for content in contents.values():
+        engine.inventory.images.remove_content(group, content)
+    if contents:
+        return Response(200, [{"Deleted": digest} for digest in contents])
     names = referenced_names(group, name)
     users = [each for each in engine.inventory.containers().values() if each.image in (names or group.names)]
     if not names or len(names) == len(group.names):
@@ -6622,7 +6714,7 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     wanted = list(dict.fromkeys(each for name in names for each in expand_names(engine, name)))
     for platform in request.values("platform"):
         for name in wanted:
-            check_platform(engine.inventory.image(name), platform, name)
+            platform_content(engine.inventory.image(name), platform, name)
     platforms = wanted_platforms(request)
 
     def chunks() -> Iterator[bytes]:
@@ -6721,10 +6813,12 @@ PUSH_WORDS = {"waiting": "Waiting", "uploading": "Pushing", "done": "Pushed", "c
 
 
 class ProgressTable:
-    """nerdctl's redrawn table of layers as Docker's progress messages: one a layer whenever it has changed."""
+    """nerdctl's redrawn table of layers as Docker's progress messages: one a layer whenever it has changed. Where the
+    registry is known to have all of them already, that is all that is told of a push."""
 
-    def __init__(self, words: Dict[str, str]):
-        self.words = words
+    def __init__(self, words: Dict[str, str], pushed: bool = False):
+        self.words = {key: "Layer already exists" for key in words if words[key] == "Pushed"} if pushed else words
+        self.last = "Layer already exists" if pushed else "Pushed" if words is PUSH_WORDS else "Pull complete"
         self.told: Dict[str, Tuple] = {}
         self.done: set = set()
 
@@ -6755,8 +6849,7 @@ class ProgressTable:
 
     def finish(self) -> List[Dict[str, Any]]:
         """The messages that complete every layer begun: nerdctl's last redraw may come before its last change."""
-        last = "Pushed" if self.words is PUSH_WORDS else "Pull complete"
-        return [{"status": last, "progressDetail": {}, "id": identity} for identity in self.told
+        return [{"status": self.last, "progressDetail": {}, "id": identity} for identity in self.told
                 if identity not in self.done]
 
 
@@ -7039,6 +7132,15 @@ def image_search(engine: Engine, request: Request) -> Response:
     } for row in rows])
 
 
+def registry_has(registry: Registry, group: ImageGroup) -> bool:
+    """Whether a registry has an image, or the part of it that is here: nerdctl does not say so of a layer."""
+    for digest in dict.fromkeys((group.id, group.content.descriptor.get("digest"))):
+        with contextlib.suppress(ApiError):
+            registry.ask(f"manifests/{digest}")
+            return True
+    return False
+
+
 @route("POST", "/images/{image}/push")
 def image_push(engine: Engine, request: Request, name: str) -> Response:
     """Push one tag, or all tags of a repository, as a progress stream with the digest in `aux`; 404 for no such
@@ -7060,8 +7162,8 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
         yield message_line(begin)
         with credentials_for(engine, request, reference.repository.partition("/")[0]) as environment:
             for each in names:
+                table = ProgressTable(PUSH_WORDS, registry_has(registry_of(request, reference), groups[each]))
                 with engine.nerdctl.push(each, platforms, environment, request.client) as process:
-                    table = ProgressTable(PUSH_WORDS)
                     yield from follow_progress(process, table)
                     process.check()
                     for message in table.finish():
@@ -7127,8 +7229,9 @@ def unpack_context(body: Any, root: str) -> None:
 
 
 def inside(root: str, name: str) -> str:
-    """The place of an archive's entry below `root`; 400 when it is outside, or below a link."""
-    parts = [part for part in name.split("/") if part not in ("", ".")]
+    """The place of an archive's entry below `root`; 400 when it is outside, or below a link. As with dockerd `a/../b`
+    is `b`, wherever a link `a` would lead."""
+    parts = [part for part in os.path.normpath(name).split("/") if part not in ("", ".")]
     if ".." in parts or "\0" in name:
         raise BadParameter(f"invalid build context: {name!r} is outside of it")
     path = root
@@ -7185,10 +7288,10 @@ def json_parameter(request: Request, name: str, kind: type) -> Any:
     return typed(parse_json(text.encode("utf-8", "surrogateescape")), kind, name) if text else kind()
 
 
-def build_args(request: Request) -> Tuple[List[str], List[str]]:
+def build_args(engine: Engine, request: Request) -> Tuple[List[str], List[str]]:
     """nerdctl's options of build but for Dockerfile and tags, and warnings about what nerdctl cannot express. 400
     for bad values, 501 for what would make another image than asked for."""
-    arguments = ["--progress=plain"]
+    arguments = ["--progress=rawjson"]
     warnings = []
     for key, value in json_parameter(request, "buildargs", dict).items():
         # Without a value it is the client's own environment that is meant, and that is not here.
@@ -7196,8 +7299,11 @@ def build_args(request: Request) -> Tuple[List[str], List[str]]:
             arguments.append(f"--build-arg={key}={typed(value, str, 'buildargs')}")
     for key, value in string_map(json_parameter(request, "labels", dict), "labels").items():
         arguments.append(f"--label={key}={value}")
-    arguments += [f"--cache-from={each}" for each in string_list(json_parameter(request, "cachefrom", list),
-                                                                 "cachefrom")]
+    sources = string_list(json_parameter(request, "cachefrom", list), "cachefrom")
+    if sources:
+        # BuildKit would ask a registry for an image that is here, and it has the steps of what was built here anyway.
+        here = engine.inventory.images.records()
+        arguments += [f"--cache-from={each}" for each in sources if parse_reference(each).name not in here]
     arguments += [f"--add-host={each}" for value in request.values("extrahosts") for each in value.split(",") if each]
     for name, flag in (("nocache", "--no-cache"), ("pull", "--pull")):
         if request.flag(name):
@@ -7214,13 +7320,36 @@ def build_args(request: Request) -> Tuple[List[str], List[str]]:
         raise NotImplementedHere(f"nerdctl cannot build in the network {mode!r}: only default, host and none")
     if request.flag("squash"):
         raise NotImplementedHere("nerdctl cannot squash an image")
-    if request.value("outputs") not in ("", "[]", "null"):
+    if request.value("outputs") not in ("", "[]", "null") and request.value("remote") != "client-session":
         raise NotImplementedHere("outputs are for BuildKit builds: use docker buildx")
     for name in ("memory", "memswap", "cpushares", "cpusetcpus", "cpuperiod", "cpuquota", "shmsize", "ulimits",
                  "cgroupparent"):
         if request.value(name) not in ("", "0", "[]", "null"):
             warnings.append(f"[Warning] {name} is not carried out: nerdctl cannot limit a build")
     return arguments, warnings
+
+
+def frontend_options(options: Iterable[str]) -> Tuple[Dict[str, str], List[str], List[str]]:
+    """nerdctl's options of build as BuildKit's frontend for Dockerfiles takes them: attributes, images with caches, and
+    entitlements."""
+    attributes, caches, allowed, hosts, platforms = {}, [], [], [], []
+    lists = {"--cache-from": caches, "--allow": allowed, "--add-host": hosts, "--platform": platforms}
+    for option in options:
+        flag, _, value = option.partition("=")
+        if flag in lists:
+            lists[flag].append(value)
+        elif flag in ("--build-arg", "--label"):
+            key, _, value = value.partition("=")
+            attributes[f"{flag[2:]}:{key}"] = value
+        elif flag in ("--target", "--network", "--no-cache"):
+            attributes[{"--network": "force-network-mode"}.get(flag, flag[2:])] = value
+        elif flag == "--pull":
+            attributes["image-resolve-mode"] = "pull"
+    if hosts:
+        attributes["add-hosts"] = ",".join(each.replace(":", "=", 1) for each in hosts)
+    if platforms:
+        attributes["platform"] = ",".join(platforms)
+    return attributes, caches, allowed
 
 
 def registry_config(request: Request) -> Dict[str, Dict[str, str]]:
@@ -7239,6 +7368,139 @@ def registry_config(request: Request) -> Dict[str, Dict[str, str]]:
         auths.update(registry_auths({key: each for key, each in typed(entry, dict, registry).items()
                                      if isinstance(each, str)}, host))
     return auths
+
+
+def dockerfile_steps(text: str) -> List[str]:
+    """The instructions of a Dockerfile, each in one line."""
+    directive = re.match(r"(?:[ \t]*#[ \t]*\w+[ \t]*=.*\n)*?[ \t]*#[ \t]*escape[ \t]*=[ \t]*(\S)", text, re.I)
+    escape, steps, begun = directive.group(1) if directive else "\\", [], ""
+    lines = iter(text.splitlines())
+    for line in lines:
+        if re.match(r"\s*(#|$)", line):
+            continue
+        line = begun + (line if begun else line.lstrip())
+        begun = line.rstrip()[:-1] if line.rstrip().endswith(escape) else ""
+        if begun:
+            continue
+        steps.append(line.rstrip())
+        words = re.findall(r"<<(-?)([\"']?)(\w+)\2", line) if re.match("(RUN|COPY|ADD) ", line, re.I) else ()
+        for tabs, _, end in words:
+            # A document of the step's own.
+            next((each for each in lines if (each.lstrip("\t") if tabs else each) == end), None)
+    return [*steps, begun] if begun else steps
+
+
+class ClassicProgress:
+    """BuildKit's progress of a build as the messages of Docker's classic builder: the steps of the Dockerfile in their
+    order, each with its output. BuildKit tells of its steps by stage and number (`[stage-1 2/3] RUN …`)."""
+
+    PLACE = re.compile(r"\[(?:[^\]]* )?(\d+)/\d+\] ")
+
+    def __init__(self, dockerfile: str, labels: Iterable[str] = (), warnings: Iterable[str] = ()):
+        self.steps = dockerfile_steps(dockerfile)
+        # Of BuildKit's steps, by stage and number; all others are only settings of the image.
+        self.places: Dict[Tuple[str, int], int] = {}
+        names, count = [], 0
+        stages = sum(step[:5].upper() == "FROM " for step in self.steps)
+        for index, step in enumerate(self.steps):
+            word, *rest = step.split()
+            if word.upper() == "FROM":
+                rest = [each for each in rest if not each.startswith("--")]
+                inherits = rest[:1] and (rest[0].lower() in names or rest[0] == "scratch")
+                names.append(rest[2].lower() if len(rest) > 2 else f"stage-{len(names)}" if stages > 1 else "")
+                count = 0
+            if word.upper() in ("RUN", "COPY", "ADD", "WORKDIR") or word.upper() == "FROM" and not inherits:
+                count += 1
+                self.places[names[-1] if names else "", count] = index
+        self.steps += [f"LABEL {each}" for each in labels]
+        # What stands before the first step.
+        self.before = [{"stream": f"{each}\n"} for each in warnings]
+        # BuildKit's steps by their digests, and of each of ours those that are not done, and what they have written.
+        self.found: Dict[str, int] = {}
+        self.cached: Set[str] = set()
+        self.open: Dict[int, Set[str]] = collections.defaultdict(set)
+        self.output: Dict[int, List[Dict[str, str]]] = collections.defaultdict(list)
+        # The step that is being told of, whether its name was, and the last one that has begun.
+        self.at, self.named, self.last = 0, False, -1
+
+    def messages(self, status: Dict[str, Any]) -> Iterator[Dict[str, str]]:
+        """The messages that are due after one of BuildKit's."""
+        for vertex in status.get("vertexes") or ():
+            self._vertex(vertex["digest"], vertex)
+        for each in status.get("logs") or ():
+            text = base64.b64decode(each.get("data") or "").decode(errors="replace")
+            if each.get("vertex") in self.found:
+                self.output[self.found[each["vertex"]]].append(
+                    {"stream": f"\x1b[91m{text}\x1b[0m" if each.get("stream") == 2 else text})
+        yield from self._tell(self.last)
+
+    def _vertex(self, digest: str, vertex: Dict[str, Any]) -> None:
+        place, name = self.PLACE.match(vertex.get("name") or ""), vertex.get("name") or ""
+        if place:
+            words = name[1:place.end() - 2].split()[:-1]
+            # A platform stands before the stage where there are several.
+            stage = next((each for each in words if "/" not in each), "")
+            self.found.setdefault(digest, self.places.get((stage, int(place.group(1))), -1))
+        elif name.startswith("[internal] load metadata for "):
+            self.last = max(self.last, min(self.places.values(), default=-1))
+        index = self.found.get(digest, -1)
+        if index < 0:
+            return
+        if vertex.get("started"):
+            self.last = max(self.last, index)
+        if vertex.get("cached") and digest not in self.cached and self.steps[index][:5].upper() != "FROM ":
+            self.cached.add(digest)
+            self.output[index].append({"stream": " ---> Using cache\n"})
+        if vertex.get("completed") and not vertex.get("error"):
+            self.open[index].discard(digest)
+        else:
+            self.open[index].add(digest)
+
+    def _tell(self, last: int) -> Iterator[Dict[str, str]]:
+        """The names of steps up to `last`, and what they have written; one that is not done holds up those behind
+        it."""
+        while self.at <= last:
+            if not self.named:
+                yield from self.before
+                self.before = []
+                yield {"stream": f"Step {self.at + 1}/{len(self.steps)} : {self.steps[self.at]}"}
+                yield {"stream": "\n"}
+                self.named = True
+            yield from self.output.pop(self.at, ())
+            if self.open[self.at] or self.at == last:
+                return
+            self.at, self.named = self.at + 1, False
+
+    def finish(self) -> Iterator[Dict[str, str]]:
+        """What is left to tell of a build that has succeeded."""
+        self.open.clear()
+        yield from self._tell(len(self.steps) - 1)
+
+
+# The fields of BuildKit's StatusResponse by their names in JSON, with those of the messages in it.
+TRACE_FIELDS: Dict[str, Tuple[int, Dict[str, Tuple[int, Any]]]] = {
+    "vertexes": (1, {"digest": (1, str), "inputs": (2, list), "name": (3, str), "cached": (4, int),
+                     "started": (5, None), "completed": (6, None), "error": (7, str)}),
+    "statuses": (2, {"id": (1, str), "vertex": (2, str), "name": (3, str), "current": (4, int), "total": (5, int),
+                     "timestamp": (6, None), "started": (7, None), "completed": (8, None)}),
+    "logs": (3, {"vertex": (1, str), "timestamp": (2, None), "stream": (3, int), "data": (4, bytes)}),
+    "warnings": (4, {"vertex": (1, str), "level": (2, int), "short": (3, bytes), "url": (5, str)}),
+}
+
+
+def encode_trace(status: Dict[str, Any]) -> bytes:
+    """BuildKit's StatusResponse of its progress in JSON."""
+    def encode(number: int, kind: Any, value: Any) -> bytes:
+        if kind is list:
+            return b"".join(encode_field(number, each) for each in value)
+        if kind is None:
+            seconds, rest = divmod(nanoseconds_of(value) or 0, 10**9)
+            value = encode_field(1, seconds) + encode_field(2, rest)
+        return encode_field(number, base64.b64decode(value) if kind is bytes else value)
+
+    return b"".join(encode_field(number, b"".join(
+        encode(*fields[key], each[key]) for key in fields if each.get(key)))
+        for name, (number, fields) in TRACE_FIELDS.items() for each in status.get(name) or ())
 
 
 FAILED_STEP = '" did not complete successfully: exit code: '
@@ -7289,8 +7551,8 @@ def build_context(request: Request, folder: str) -> None:
         raise BadParameter(f"unable to prepare context: cannot download {remote}: {error}") from None
 
 
-def dockerfile_args(request: Request, folder: str) -> List[str]:
-    """The flag for the Dockerfile; 400 when it is not in the context."""
+def find_dockerfile(request: Request, folder: str) -> str:
+    """The path of the Dockerfile; 400 when it is not in the context, or empty."""
     name = request.value("dockerfile") or "Dockerfile"
     if "\0" in name:
         raise BadParameter("Cannot locate specified Dockerfile: its name has a NUL byte")
@@ -7299,53 +7561,93 @@ def dockerfile_args(request: Request, folder: str) -> List[str]:
         raise BadParameter(f"Forbidden path outside the build context: {name}")
     if not os.path.isfile(path):
         raise BadParameter(f"Cannot locate specified Dockerfile: {name}")
-    return [f"--file={path}"]
+    if not os.path.getsize(path):
+        raise BadParameter(f"the Dockerfile ({name}) cannot be empty")
+    return path
 
 
-@route("POST", "/build")
-def image_build(engine: Engine, request: Request) -> Response:
-    """Build an image from a tar or a URL: progress as a stream, the id in `aux`, a failure as its last message."""
-    if request.value("version") == "2":
-        raise NotImplementedHere("a BuildKit build comes over /session and /grpc: use the buildx plugin")
-    arguments, warnings = build_args(request)
+def build_messages(process: Process, progress: Callable[[Dict[str, Any]], Iterable[bytes]],
+                   quiet: bool) -> Iterator[bytes]:
+    """The messages of a running build, which `progress` makes of BuildKit's; if `quiet`, only where it fails. The last
+    one tells of a failure; where nothing was told before, that is 400, and 503 where there is no buildkitd."""
+    last: Deque[str] = collections.deque(maxlen=200)
+    begun, held = False, []
+    for line in process.lines(process.stderr):
+        try:
+            status = json.loads(line) if line.startswith("{") else None
+        except ValueError:
+            status = None
+        if status is None:
+            last.append(line)
+        for message in progress(status or {}):
+            begun = True
+            if quiet:
+                held.append(message)
+            else:
+                yield message
+    if process.wait():
+        raise_unavailable(last)
+        failure = build_failure(last)
+        if not begun:
+            raise BadParameter(re.sub("^failed to solve: ", "", failure["error"]))
+        yield from [*held, message_line(failure)]
+
+
+def build_from_context(engine: Engine, request: Request) -> Response:
+    """Build an image of a context that came with the request, or that it names. With version=2 the progress is
+    BuildKit's own, else that of Docker's classic builder."""
+    arguments, warnings = build_args(engine, request)
     auths = registry_config(request)
-    tags = [parse_reference(each) for each in request.values("t") if each]
-    if any(each.digest for each in tags):
-        raise BadParameter("refusing to create a tag with a digest reference")
-    names = [each.name for each in tags] or [f"{WORKING_NAME}build:{os.urandom(8).hex()}"]
-    quiet = request.flag("q")
+    tags = build_tags(request)
+    names = tags or [f"{WORKING_NAME}build:{os.urandom(8).hex()}"]
+    quiet, classic = request.flag("q"), request.value("version") != "2"
 
     def chunks() -> Iterator[bytes]:
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(engine.workspace.temporary("build"))
             environment = stack.enter_context(engine.workspace.docker_config(auths)) if auths else None
             build_context(request, folder)
-            options = [*arguments, *dockerfile_args(request, folder)]
-            for each in warnings:
-                yield message_line({"stream": each + "\n"})
+            path = find_dockerfile(request, folder)
+            with open(path, encoding="utf-8", errors="replace") as file:
+                told = ClassicProgress(file.read(), [each.partition("=")[2] for each in arguments
+                                                     if each.startswith("--label=")], warnings)
+            if not told.steps:
+                raise BadParameter("failed to parse Dockerfile: file with no instructions")
             stack.enter_context(engine.changing_images(names))
-            last: collections.deque = collections.deque(maxlen=200)
-            with engine.nerdctl.build(options, names, folder, environment, request.client) as process:
-                for line in process.lines(process.stderr):
-                    last.append(line)
-                    if not quiet and parse_logrus(line)[0] == "":
-                        yield message_line({"stream": line + "\n"})
-                if process.wait():
-                    raise_unavailable(last)
-                    yield message_line(build_failure(last))
-                    return
+            process = stack.enter_context(engine.nerdctl.build([*arguments, f"--file={path}"], names, folder,
+                                                               environment, request.client))
+            yield from build_messages(
+                process, lambda status: map(message_line, told.messages(status)) if classic
+                else [trace_line(encode_trace(status))] if status else (), quiet)
+            if process.wait():
+                return
         group = engine.inventory.image(names[0])
         for name in names if tags else ():
             engine.journal.emit("image", "tag", group.id, {"name": familiar(name)})
         if quiet:
             yield message_line({"stream": group.id + "\n"})
-            return
-        yield message_line({"aux": {"ID": group.id}})
-        yield message_line({"stream": f"Successfully built {group.id[7:19]}\n"})
-        for name in names if tags else ():
-            yield message_line({"stream": f"Successfully tagged {familiar(name)}\n"})
+        elif not classic:
+            yield message_line({"id": "moby.image.id", "aux": {"ID": group.id}})
+        else:
+            words = [f"Successfully built {group.id[7:19]}\n",
+                     *(f"Successfully tagged {familiar(name)}\n" for name in names if tags)]
+            for message in [*told.finish(), {"aux": {"ID": group.id}}, *({"stream": each} for each in words)]:
+                yield message_line(message)
 
     return Response(200, Stream(as_error_detail(chunks()), primed=True), "application/json")
+
+
+def build_tags(request: Request) -> List[str]:
+    """The names that an image is to get, in full; 400 for what is none."""
+    tags = [parse_reference(each) for each in request.values("t") if each]
+    if any(each.digest for each in tags):
+        raise BadParameter("refusing to create a tag with a digest reference")
+    return [each.name for each in tags]
+
+
+def trace_line(message: Any) -> bytes:
+    """A StatusResponse of BuildKit as clients of BuildKit read it in the stream of a build."""
+    return message_line({"id": "moby.buildkit.trace", "aux": base64.b64encode(message).decode()})
 
 
 def raise_unavailable(lines: Iterable[str]) -> None:
@@ -7596,14 +7898,34 @@ def lasting_row(container: Container) -> Dict[str, Any]:
     return container.memo["row"]
 
 
-def docker_container_row(container: Container, image_id: str, networks: Dict[str, Any], now: float,
+def docker_container_row(container: Container, image: Optional[ImageGroup], networks: Dict[str, Any], now: float,
                          version: Tuple[int, int]) -> Dict[str, Any]:
     """A container as `/containers/json` lists it."""
-    row = {**lasting_row(container), "ImageID": image_id, "Status": status_text(container.state, now),
+    row = {**lasting_row(container), "ImageID": image.id if image else "", "Status": status_text(container.state, now),
            "NetworkSettings": {"Networks": networks}}
+    annotations = container.host_config.get("Annotations")
+    if annotations and version >= (1, 46):
+        row["HostConfig"] = {**row["HostConfig"], "Annotations": annotations}
+    if image and version >= (1, 48):
+        row["ImageManifestDescriptor"] = docker_manifest_descriptor(container_content(image, container))
     if version >= (1, 52):
         row["Health"] = {"Status": container.state.health or "none", "FailingStreak": container.state.failing}
     return row
+
+
+def container_rows(engine: Engine, containers: Iterable[Container], sizes: Dict[str, Tuple[int, int]],
+                   version: Tuple[int, int]) -> List[Dict[str, Any]]:
+    """Containers as `/containers/json` lists them, with their sizes where they are known."""
+    groups, networks = engine.inventory.images.get(), engine.inventory.networks()
+    images = {name: group for group in groups.values() for name in group.names}
+    rows, now = [], time.time()
+    for container in containers:
+        row = docker_container_row(container, images.get(container.image), docker_networks(container, networks), now,
+                                   version)
+        if container.id in sizes:
+            row["SizeRw"], row["SizeRootFs"] = sizes[container.id]
+        rows.append(row)
+    return rows
 
 
 def shown_image(container: Container) -> str:
@@ -7723,15 +8045,7 @@ def container_list(engine: Engine, request: Request) -> Response:
     limit = request.integer("limit", -1)
     found = list_containers(engine, filters, request.flag("all"), limit)
     sizes = container_sizes(engine, found) if request.flag("size") else {}
-    images, networks = (engine.inventory.images.records(), engine.inventory.networks()) if found else ({}, {})
-    rows, now = [], time.time()
-    for container in found:
-        image_id = images[container.image].target.digest if container.image in images else ""
-        row = docker_container_row(container, image_id, docker_networks(container, networks), now, request.version)
-        if container.id in sizes:
-            row["SizeRw"], row["SizeRootFs"] = sizes[container.id]
-        rows.append(row)
-    return Response(200, rows)
+    return Response(200, container_rows(engine, found, sizes, request.version) if found else [])
 
 
 HOST_CONFIG: Dict[str, Any] = {
@@ -7926,7 +8240,7 @@ def docker_container(engine: Engine, container: Container, image: Optional[Image
     if version >= (1, 52):
         found["Storage"] = {"RootFS": {"Snapshot": {"Name": found.pop("GraphDriver")["Name"]}}}
     if version >= (1, 48) and image:
-        found["ImageManifestDescriptor"] = {**docker_descriptor(image), "platform": docker_platform(image)}
+        found["ImageManifestDescriptor"] = docker_manifest_descriptor(container_content(image, container))
     return found
 
 
@@ -8662,7 +8976,7 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
     if not name:
         raise BadParameter("no command specified" if not body else "invalid reference format")
     group = engine.inventory.image(name)
-    check_platform(group, platform, name)
+    platform_content(group, platform, name)
     full = ""
     with contextlib.suppress(BadParameter):
         full = parse_reference(name).name
@@ -9581,36 +9895,38 @@ def log_is_complete(container: Container) -> bool:
 
 def follow_log(engine: Engine, container: Container, file: LogFile, follow: bool,
                stop: Callable[[], bool]) -> Iterator[LogLine]:
-    """The lines of a log from where `file` stands; with `follow` until the container has ended and all is read, or
-    `stop()`. Yields a line without text now and then, for the caller to look around."""
+    """The lines of a log from where `file` stands; with `follow` until the container's run has ended and all of it is
+    read, or `stop()`. Yields a line without text now and then, for the caller to look around."""
     pause = 0.002
     patience = time.monotonic() + 2.0
     while not stop() and not engine.closing.is_set():
+        runs, limit = run_state(engine, container)
+        if runs and follow:
+            patience = time.monotonic() + 2.0
         complete = log_is_complete(container)
-        lines = file.lines()
+        lines = [line for line in file.lines() if not limit or line.time < limit]
         if lines:
             pause = 0.002
             yield from lines
             continue
-        if complete and not (follow and may_run(engine, container)):
-            return
-        if not follow and time.monotonic() > patience:
-            return
-        if not follow and may_run(engine, container):
+        if limit or (not follow if runs else complete or time.monotonic() > patience):
             return
         yield NO_LINE
         time.sleep(pause)
         pause = min(pause * 1.5, 0.05)
 
 
-def may_run(engine: Engine, container: Container) -> bool:
-    """Whether a container runs, or may be started again by its restart policy, as far as is known without a process."""
+def run_state(engine: Engine, container: Container) -> Tuple[bool, int]:
+    """Whether the run of a container that was seen, or if it did not run then, any run goes on; and when the next one
+    has begun, in nanoseconds since 1970, 0 if it has not: as with dockerd, that is not followed."""
     if not engine.feed.live:
-        return not log_is_complete(container)
+        return not log_is_complete(container), 0
     with contextlib.suppress(ApiError):
         now = engine.inventory.containers().get(container.id)
-        return now is not None and (now.running or now.state.kind == "restarting")
-    return False
+        if now and now.running:
+            again = container.running and container.task.pid != now.task.pid
+            return not again, (now.state.started_at or 1) * again
+    return False, 0
 
 
 ###############################################################################
@@ -9914,6 +10230,8 @@ def container_kill(engine: Engine, request: Request, name: str) -> Response:
     with engine.owning(name) as container, engine.changing(container):
         number = signal_number(check_signal(request.value("signal") or "KILL"))
         refusal = Conflict(f"cannot kill container: {name}: container {container.id} is not running")
+        if not container.running and request.version < (1, 20):
+            return Response(204)
         if not container.running:
             raise refusal
         count, ends = engine.tasks.now(), number in (signal.SIGKILL, ends_by(container))
@@ -10108,7 +10426,7 @@ def stream_type(tty: bool, version: Tuple[int, int]) -> str:
 
 def log_lines(engine: Engine, request: Request, container: Container) -> Iterator[LogLine]:
     """The lines of a container's log that a logs request asks for."""
-    follow = request.flag("follow") and (container.running or container.state.kind == "restarting")
+    follow = request.flag("follow") and container.running
     since, until = request.timestamp("since"), request.timestamp("until")
     first, last = max(0, since or 0), max(0, until or 0)
     tail = tail_count(request)
@@ -11953,7 +12271,7 @@ def docker_usage(items: List[Dict[str, Any]], active: int, total: int, reclaimab
 def system_df(engine: Engine, request: Request) -> Response:
     """What images, containers, volumes and build cache take; `type` restricts it. Sizes are read anew, no event tells
     of them."""
-    kinds = [each for each in request.values("type") if each]
+    kinds = [each for each in request.values("type") if each and request.version >= (1, 42)]
     for each in kinds:
         if each not in ("container", "image", "volume", "build-cache"):
             raise BadParameter(f"unknown object type: {each}")
@@ -11963,34 +12281,24 @@ def system_df(engine: Engine, request: Request) -> Response:
         users, shared = image_users(engine), shared_sizes(groups)
         answer["LayersSize"] = sum({each["digest"]: each.get("size") or 0 for group in groups
                                     for each in group.content.layers}.values()) + sum(
-            group.unpacked_size for group in groups)
+            each.unpacked_size for group in groups for each in group.contents)
         answer["Images"] = [docker_image_row(group, request.version, len(users.get(group.id, [])),
                                              shared.get(group.id, 0)) for group in groups]
     if everything or "container" in kinds:
-        answer["Containers"] = disk_usage_containers(engine, request)
+        containers = engine.inventory.containers()
+        sizes = {**dict.fromkeys(containers, (0, 0)), **container_sizes(engine, containers.values())}
+        answer["Containers"] = container_rows(engine, containers.values(), sizes, request.version)
     if everything or "volume" in kinds:
         users, sizes = volume_users(engine), volume_sizes(engine)
         answer["Volumes"] = [{**volume, "UsageData": {"Size": sizes.get(name, 0), "RefCount": users.get(name, 0)}}
                              for name, volume in engine.inventory.volumes().items()]
     if everything or "build-cache" in kinds:
         answer["BuildCache"] = build_cache(engine)
+        if request.version < (1, 42):
+            answer["BuilderSize"] = sum(each["Size"] for each in answer["BuildCache"])
     if request.version >= (1, 52):
         answer.update(usage_summaries(answer))
     return Response(200, answer)
-
-
-def disk_usage_containers(engine: Engine, request: Request) -> List[Dict[str, Any]]:
-    """Every container as the list shows it, with its sizes."""
-    inventory = engine.inventory
-    containers, images, networks = inventory.containers(), inventory.images.records(), inventory.networks()
-    sizes, rows = container_sizes(engine, containers.values()), []
-    for container in containers.values():
-        image_id = images[container.image].target.digest if container.image in images else ""
-        row = docker_container_row(container, image_id, docker_networks(container, networks), time.time(),
-                                   request.version)
-        row["SizeRw"], row["SizeRootFs"] = sizes.get(container.id, (0, 0))
-        rows.append(row)
-    return rows
 
 
 def usage_summaries(answer: Dict[str, Any]) -> Dict[str, Any]:
@@ -12566,6 +12874,76 @@ def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, 
                 engine.journal.emit("image", "tag", digest, {"name": familiar(name)})
 
     return message, answered
+
+
+def session_solve(engine: Engine, request: Request, reference: str) -> bytes:
+    """The SolveRequest of a build whose context a client's session has. 400 for bad values, 501 for what BuildKit
+    cannot."""
+    attributes, caches, allowed = frontend_options(build_args(engine, request)[0])
+    attributes = {"filename": request.value("dockerfile") or "Dockerfile", "image-resolve-mode": "local", **attributes}
+    tags = build_tags(request)
+    exporters = json_parameter(request, "outputs", list) or [
+        {"Type": "moby", "Attrs": {"name": ",".join(tags)} if tags else {}}]
+    message = [encode_field(1, reference), encode_field(5, request.value("session")), encode_field(6, "dockerfile.v0")]
+    message += [encode_map_entry(7, key, value) for key, value in attributes.items()]
+    message += [encode_field(8, encode_field(4, encode_field(1, "registry") + encode_map_entry(2, "ref", each)))
+                for each in caches] + [encode_field(9, each) for each in allowed]
+    for each in exporters:
+        given = string_map(typed(each, dict, "outputs").get("Attrs"), "Attrs")
+        message.append(encode_field(13, encode_field(1, typed(each.get("Type"), str, "Type") or "moby") + b"".join(
+            encode_map_entry(2, key, value) for key, value in given.items())))
+    return b"".join(message)
+
+
+def build_in_session(engine: Engine, request: Request) -> Response:
+    """Build an image of a context in a client's session, as the docker command before buildx does it."""
+    reference = request.value("buildid") or os.urandom(16).hex()
+    message = session_solve(engine, request, reference)
+    server, address = dial_buildkit(engine.nerdctl)
+    server.close()
+    message, answered = prepare_solve(engine, address, message)
+    quiet = request.flag("q")
+
+    def solve(sock: socket.socket, result: "queue.SimpleQueue[Any]") -> None:
+        try:
+            result.put(grpc_call(sock, GrpcProxy.SERVICE + "Solve", message, timeout=None))
+        except (OSError, ValueError, GrpcError) as error:
+            result.put(error)
+
+    def chunks() -> Iterator[bytes]:
+        result: "queue.SimpleQueue[Any]" = queue.SimpleQueue()
+        with dial(address) as solving, dial(address) as telling:
+            def hang_up() -> None:
+                for sock in (solving, telling):
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_RDWR)
+
+            with request.client.when_gone(hang_up):
+                threading.Thread(target=solve, args=(solving, result), name="solve", daemon=True).start()
+                # Where it breaks off, so does the build, which has the reason.
+                with contextlib.suppress(OSError, ValueError, GrpcError):
+                    for each in grpc_stream(telling, GrpcProxy.SERVICE + "Status", encode_field(1, reference)):
+                        if not quiet:
+                            yield trace_line(each)
+                answer = result.get()
+        if not isinstance(answer, bytes):
+            raise ApiError(str(answer))
+        if answered:
+            answered(answer)
+        digest = solved_digest(answer)
+        if digest:
+            yield message_line({"stream": digest + "\n"} if quiet else {"id": "moby.image.id", "aux": {"ID": digest}})
+
+    return Response(200, Stream(as_error_detail(chunks()), primed=True), "application/json")
+
+
+@route("POST", "/build")
+def image_build(engine: Engine, request: Request) -> Response:
+    """Build an image from a tar, a URL or a client's session: progress as a stream, the id in `aux`, a failure as its
+    last message."""
+    if request.value("remote") == "client-session":
+        return build_in_session(engine, request)
+    return build_from_context(engine, request)
 
 
 def check_upgrade(request: Request, refusal: Type[ApiError]) -> None:
@@ -13276,13 +13654,6 @@ def dial_stdio(path: str) -> int:
 NO_NERDCTL = "nerdctl is not installed"
 CTR_ONLY = f"{NO_NERDCTL}: over containerd's ctr there are images, listings and builds only"
 K3S_SOCKET = "/run/k3s/containerd/containerd.sock"
-# nerdctl's options of build -> the beginning of buildctl's.
-BUILDCTL_OPTIONS = {
-    "--progress": "--progress=", "--build-arg": "--opt=build-arg:", "--label": "--opt=label:",
-    "--cache-from": "--import-cache=type=registry,ref=", "--target": "--opt=target=", "--platform": "--opt=platform=",
-    "--network": "--opt=force-network-mode=", "--allow": "--allow=", "--no-cache": "--no-cache",
-    "--pull": "--opt=image-resolve-mode=pull",
-}
 
 
 def find_ctr() -> List[str]:
@@ -13292,17 +13663,13 @@ def find_ctr() -> List[str]:
 
 def buildctl_args(options: List[str], names: List[str], folder: str) -> List[str]:
     """argv of a build by buildctl with nerdctl's options, which writes the archive of the image to stdout."""
-    words, hosts = ["build", "--frontend=dockerfile.v0", f"--local=context={folder}"], []
-    for option in options:
-        flag, _, value = option.partition("=")
-        if flag == "--file":
-            words += [f"--local=dockerfile={os.path.dirname(value)}", f"--opt=filename={os.path.basename(value)}"]
-        elif flag == "--add-host":
-            hosts.append(value.replace(":", "=", 1))
-        else:
-            words.append(BUILDCTL_OPTIONS[flag] + value)
-    words += ["--opt=add-hosts=" + ",".join(hosts)] if hosts else []
-    return [*words, f'--output=type=docker,"name={",".join(names)}",dest=-']
+    path = next((each for each in options if each.startswith("--file=")), "").partition("=")[2]
+    attributes, caches, allowed = frontend_options(options)
+    return ["build", "--progress=rawjson", "--frontend=dockerfile.v0", f"--local=context={folder}",
+            f"--local=dockerfile={os.path.dirname(path)}", f"--opt=filename={os.path.basename(path)}",
+            *(f"--opt={key}={value}" for key, value in attributes.items()),
+            *(f"--import-cache=type=registry,ref={each}" for each in caches), *(f"--allow={each}" for each in allowed),
+            f'--output=type=docker,"name={",".join(names)}",dest=-']
 
 
 def registry_login(host: str, environment: Optional[Dict[str, str]]) -> Tuple[str, str]:

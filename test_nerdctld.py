@@ -624,6 +624,10 @@ class FakeContainerd:
         if method == "Content/Read":
             data = self.known(self.content, text[1], f"content {text[1]}: not found")
             return [message((1, at), (2, data[at:at + 1000])) for at in range(0, len(data), 1000)]
+        if method == "Content/Delete":
+            self.known(self.content, text[1], f"content {text[1]}: not found")
+            del self.content[text[1]]
+            return [b""]
         service, _, verb = method.partition("/")
         table, encode = {"Containers": (self.containers, self.encode_container), "Tasks": (self.tasks, self.encode_task),
                          "Images": (self.images, self.encode_image)}.get(service, ({}, None))
@@ -1307,60 +1311,70 @@ IMPORT = Recording(
     'Importing\telapsed: 0.0 s\ttotal:   0.0 B\t(0.0 B/s)\t\n')
 
 BUILD = Recording(
-    "nerdctl 2.3.5: build --progress=plain --tag=docker.io/library/tstb:1 -- FOLDER",
-    stderr='#1 [internal] load build definition from Dockerfile\n'
-    '#1 transferring dockerfile: 104B done\n'
-    '#1 DONE 0.0s\n'
-    '\n'
-    '#2 [internal] load metadata for localhost:5000/bb:1\n'
-    '#2 DONE 0.0s\n'
-    '\n'
-    '#3 [internal] load .dockerignore\n'
-    '#3 transferring context: 2B done\n'
-    '#3 DONE 0.0s\n'
-    '\n'
-    '#4 [1/2] FROM localhost:5000/bb:1@sha256:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892\n'
-    '#4 resolve localhost:5000/bb:1@sha256:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892 0.0s done\n'
-    '#4 DONE 0.0s\n'
-    '\n'
-    '#4 [1/2] FROM localhost:5000/bb:1@sha256:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892\n'
-    '#4 extracting sha256:79df1f41608a3f38b48a83fe14064950d9924360817997b533735fd9961ebb17 0.0s done\n'
-    '#4 DONE 0.1s\n'
-    '\n'
-    '#5 [2/2] RUN echo hi; echo > /x\n'
-    '#5 0.123 hi\n'
-    '#5 DONE 0.3s\n'
-    '\n'
-    '#6 exporting to image\n'
-    '#6 exporting layers 0.0s done\n'
-    '#6 exporting manifest sha256:03629cdd4aca368024af9b57d287491be2cdd77fa4b5da2e0699270741565f2c done\n'
-    '#6 exporting config sha256:659a051287f7e22b876370a1f1b9886c3f69258e075aa2f0a64a07ee2aba8b20 done\n'
-    '#6 naming to docker.io/library/tstb:1 done\n'
-    '#6 unpacking to docker.io/library/tstb:1 0.0s done\n'
-    '#6 DONE 0.1s\n')
-
+    "nerdctl 2.3.5: build --progress=rawjson --no-cache --tag=docker.io/library/tstb:1 -- FOLDER (of the messages those of steps)",
+    stderr='{"vertexes":[{"digest":"sha256:e574aa4e7ab00e032d7c80b21f12d8e5075977a175d015d6937800f1a9db879d","name":"[internal] load metadata for localh'
+    'ost:5000/bb:1","started":"2026-11-26T22:47:24.574611373Z"}]}\n'
+    '{"vertexes":[{"digest":"sha256:e574aa4e7ab00e032d7c80b21f12d8e5075977a175d015d6937800f1a9db879d","name":"[internal] load metadata for localh'
+    'ost:5000/bb:1","started":"2026-11-26T22:47:24.574611373Z","completed":"2026-11-26T22:47:24.609434331Z"}]}\n'
+    '{"vertexes":[{"digest":"sha256:f1768c26d2fdd6cab6ad715ce610f7aa489d137c292f8b82b33dd005c686e43b","inputs":["sha256:a2bec5b381c178d62ab5dbb9a'
+    '250a8e6c1d851fb2c3a39c36840ba26cc2b85d7"],"name":"[2/2] RUN echo hi; echo no \\u003e\\u00262; echo \\u003e /x"},{"digest":"sha256:a2bec5b381c17'
+    '8d62ab5dbb9a250a8e6c1d851fb2c3a39c36840ba26cc2b85d7","name":"[1/2] FROM localhost:5000/bb:1@sha256:4cfb279d3e24cb56dbe0b862229787c57fbc395c3'
+    '1e22f34917e17e9443a4892"}]}\n'
+    '{"vertexes":[{"digest":"sha256:a2bec5b381c178d62ab5dbb9a250a8e6c1d851fb2c3a39c36840ba26cc2b85d7","name":"[1/2] FROM localhost:5000/bb:1@sha2'
+    '56:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892","started":"2026-11-26T22:47:24.660123219Z"}]}\n'
+    '{"vertexes":[{"digest":"sha256:a2bec5b381c178d62ab5dbb9a250a8e6c1d851fb2c3a39c36840ba26cc2b85d7","name":"[1/2] FROM localhost:5000/bb:1@sha2'
+    '56:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892","started":"2026-11-26T22:47:24.660123219Z","completed":"2026-11-26T22:4'
+    '7:24.719725511Z"}],"statuses":[{"id":"resolve localhost:5000/bb:1@sha256:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892","'
+    'vertex":"sha256:a2bec5b381c178d62ab5dbb9a250a8e6c1d851fb2c3a39c36840ba26cc2b85d7","current":0,"timestamp":"2026-11-26T22:47:24.719587212Z","'
+    'started":"2026-11-26T22:47:24.663074974Z","completed":"2026-11-26T22:47:24.71958595Z"}]}\n'
+    '{"vertexes":[{"digest":"sha256:a2bec5b381c178d62ab5dbb9a250a8e6c1d851fb2c3a39c36840ba26cc2b85d7","name":"[1/2] FROM localhost:5000/bb:1@sha2'
+    '56:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892","started":"2026-11-26T22:47:24.720063605Z","completed":"2026-11-26T22:4'
+    '7:24.72011389Z","cached":true},{"digest":"sha256:f1768c26d2fdd6cab6ad715ce610f7aa489d137c292f8b82b33dd005c686e43b","inputs":["sha256:a2bec5b'
+    '381c178d62ab5dbb9a250a8e6c1d851fb2c3a39c36840ba26cc2b85d7"],"name":"[2/2] RUN echo hi; echo no \\u003e\\u00262; echo \\u003e /x","started":"202'
+    '6-11-26T22:47:24.72028495Z"}]}\n'
+    '{"logs":[{"vertex":"sha256:f1768c26d2fdd6cab6ad715ce610f7aa489d137c292f8b82b33dd005c686e43b","stream":1,"data":"aGkK","timestamp":"2026-11-2'
+    '6T22:47:24.964119572Z"}]}\n'
+    '{"logs":[{"vertex":"sha256:f1768c26d2fdd6cab6ad715ce610f7aa489d137c292f8b82b33dd005c686e43b","stream":2,"data":"bm8K","timestamp":"2026-11-2'
+    '6T22:47:24.964284041Z"}]}\n'
+    '{"vertexes":[{"digest":"sha256:f1768c26d2fdd6cab6ad715ce610f7aa489d137c292f8b82b33dd005c686e43b","inputs":["sha256:a2bec5b381c178d62ab5dbb9a'
+    '250a8e6c1d851fb2c3a39c36840ba26cc2b85d7"],"name":"[2/2] RUN echo hi; echo no \\u003e\\u00262; echo \\u003e /x","started":"2026-11-26T22:47:24.7'
+    '2028495Z","completed":"2026-11-26T22:47:25.426617898Z"}]}\n')
+BUILD_CACHED = Recording(
+    "the same once more, without --no-cache (the last message of steps)",
+    stderr='{"vertexes":[{"digest":"sha256:a2bec5b381c178d62ab5dbb9a250a8e6c1d851fb2c3a39c36840ba26cc2b85d7","name":"[1/2] FROM localhost:5000/bb:1@sha2'
+    '56:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892","started":"2026-11-26T22:47:27.268203845Z","completed":"2026-11-26T22:4'
+    '7:27.604179554Z"}],"statuses":[{"id":"resolve localhost:5000/bb:1@sha256:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892","'
+    'vertex":"sha256:a2bec5b381c178d62ab5dbb9a250a8e6c1d851fb2c3a39c36840ba26cc2b85d7","current":0,"timestamp":"2026-11-26T22:47:27.604058117Z","'
+    'started":"2026-11-26T22:47:27.327641098Z","completed":"2026-11-26T22:47:27.604056844Z"}]}\n'
+    '{"vertexes":[{"digest":"sha256:f1768c26d2fdd6cab6ad715ce610f7aa489d137c292f8b82b33dd005c686e43b","inputs":["sha256:a2bec5b381c178d62ab5dbb9a'
+    '250a8e6c1d851fb2c3a39c36840ba26cc2b85d7"],"name":"[2/2] RUN echo hi; echo no \\u003e\\u00262; echo \\u003e /x","started":"2026-11-26T22:47:27.6'
+    '53103764Z","cached":true}]}\n'
+    '{"vertexes":[{"digest":"sha256:f1768c26d2fdd6cab6ad715ce610f7aa489d137c292f8b82b33dd005c686e43b","inputs":["sha256:a2bec5b381c178d62ab5dbb9a'
+    '250a8e6c1d851fb2c3a39c36840ba26cc2b85d7"],"name":"[2/2] RUN echo hi; echo no \\u003e\\u00262; echo \\u003e /x","started":"2026-11-26T22:47:27.6'
+    '53103764Z","completed":"2026-11-26T22:47:27.654302451Z","cached":true}]}\n')
 BUILD_FAILED = Recording(
-    "nerdctl 2.3.5: build of a Dockerfile with RUN exit 7",
-    stderr='#1 [internal] load build definition from Dockerfile\n'
-    '#1 transferring dockerfile: 73B done\n'
-    '#1 DONE 0.0s\n'
-    '\n'
-    '#2 [internal] load metadata for localhost:5000/bb:1\n'
-    '#2 DONE 0.0s\n'
-    '\n'
-    '#3 [internal] load .dockerignore\n'
-    '#3 transferring context: 2B done\n'
-    '#3 DONE 0.0s\n'
-    '\n'
-    '#4 [1/2] FROM localhost:5000/bb:1@sha256:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892\n'
-    '#4 resolve localhost:5000/bb:1@sha256:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892 0.0s done\n'
-    '#4 CACHED\n'
-    '\n'
-    '#5 [2/2] RUN exit 7\n'
-    '#5 ERROR: process "/bin/sh -c exit 7" did not complete successfully: exit code: 7\n'
-    '------\n'
-    ' > [2/2] RUN exit 7:\n'
-    '------\n'
+    "nerdctl 2.3.5: build of a Dockerfile with RUN exit 7 (the same)",
+    stderr='{"vertexes":[{"digest":"sha256:e574aa4e7ab00e032d7c80b21f12d8e5075977a175d015d6937800f1a9db879d","name":"[internal] load metadata for localh'
+    'ost:5000/bb:1","started":"2026-11-26T22:47:29.49391081Z"}]}\n'
+    '{"vertexes":[{"digest":"sha256:e574aa4e7ab00e032d7c80b21f12d8e5075977a175d015d6937800f1a9db879d","name":"[internal] load metadata for localh'
+    'ost:5000/bb:1","started":"2026-11-26T22:47:29.49391081Z","completed":"2026-11-26T22:47:29.535592388Z"}]}\n'
+    '{"vertexes":[{"digest":"sha256:1a511abfeea54d0d35caab9c077a0f453983af557cb1f83030e00f7bd439d63d","inputs":["sha256:a2bec5b381c178d62ab5dbb9a'
+    '250a8e6c1d851fb2c3a39c36840ba26cc2b85d7"],"name":"[2/2] RUN exit 7"},{"digest":"sha256:a2bec5b381c178d62ab5dbb9a250a8e6c1d851fb2c3a39c36840b'
+    'a26cc2b85d7","name":"[1/2] FROM localhost:5000/bb:1@sha256:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892"}]}\n'
+    '{"vertexes":[{"digest":"sha256:a2bec5b381c178d62ab5dbb9a250a8e6c1d851fb2c3a39c36840ba26cc2b85d7","name":"[1/2] FROM localhost:5000/bb:1@sha2'
+    '56:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892","started":"2026-11-26T22:47:29.562619758Z"}]}\n'
+    '{"vertexes":[{"digest":"sha256:a2bec5b381c178d62ab5dbb9a250a8e6c1d851fb2c3a39c36840ba26cc2b85d7","name":"[1/2] FROM localhost:5000/bb:1@sha2'
+    '56:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892","started":"2026-11-26T22:47:29.562619758Z","completed":"2026-11-26T22:4'
+    '7:29.632724904Z"}],"statuses":[{"id":"resolve localhost:5000/bb:1@sha256:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892","'
+    'vertex":"sha256:a2bec5b381c178d62ab5dbb9a250a8e6c1d851fb2c3a39c36840ba26cc2b85d7","current":0,"timestamp":"2026-11-26T22:47:29.632566177Z","'
+    'started":"2026-11-26T22:47:29.574462585Z","completed":"2026-11-26T22:47:29.632564243Z"}]}\n'
+    '{"vertexes":[{"digest":"sha256:a2bec5b381c178d62ab5dbb9a250a8e6c1d851fb2c3a39c36840ba26cc2b85d7","name":"[1/2] FROM localhost:5000/bb:1@sha2'
+    '56:4cfb279d3e24cb56dbe0b862229787c57fbc395c31e22f34917e17e9443a4892","started":"2026-11-26T22:47:29.633048141Z","completed":"2026-11-26T22:4'
+    '7:29.633095109Z","cached":true},{"digest":"sha256:1a511abfeea54d0d35caab9c077a0f453983af557cb1f83030e00f7bd439d63d","inputs":["sha256:a2bec5'
+    'b381c178d62ab5dbb9a250a8e6c1d851fb2c3a39c36840ba26cc2b85d7"],"name":"[2/2] RUN exit 7","started":"2026-11-26T22:47:29.633241273Z"}]}\n'
+    '{"vertexes":[{"digest":"sha256:1a511abfeea54d0d35caab9c077a0f453983af557cb1f83030e00f7bd439d63d","inputs":["sha256:a2bec5b381c178d62ab5dbb9a'
+    '250a8e6c1d851fb2c3a39c36840ba26cc2b85d7"],"name":"[2/2] RUN exit 7","started":"2026-11-26T22:47:29.633241273Z","completed":"2026-11-26T22:47'
+    ':30.39304219Z","error":"process \\"/bin/sh -c exit 7\\" did not complete successfully: exit code: 7"}]}\n'
     'Dockerfile:2\n'
     '--------------------\n'
     '   1 |     FROM localhost:5000/bb:1\n'
@@ -1369,12 +1383,16 @@ BUILD_FAILED = Recording(
     '--------------------\n'
     'error: failed to solve: process "/bin/sh -c exit 7" did not complete successfully: exit code: 7\n',
     status=1)
-
 BUILD_UNPARSED = Recording(
     "nerdctl 2.3.5: build of a Dockerfile with FOO exit 7",
-    stderr='#1 [internal] load build definition from Dockerfile\n'
-    '#1 transferring dockerfile: 73B done\n'
-    '#1 DONE 0.0s\n'
+    stderr='{"vertexes":[{"digest":"sha256:47cf0b7d1cb20d07fb9d59968f038f1bb08a24bf394e9a8c701c6dc7c7ac1f7e","name":"[internal] load build definition fr'
+    'om Dockerfile"}]}\n'
+    '{"vertexes":[{"digest":"sha256:47cf0b7d1cb20d07fb9d59968f038f1bb08a24bf394e9a8c701c6dc7c7ac1f7e","name":"[internal] load build definition fr'
+    'om Dockerfile","started":"2026-11-26T22:47:30.756596552Z","completed":"2026-11-26T22:47:30.756626889Z"},{"digest":"sha256:47cf0b7d1cb20d07fb'
+    '9d59968f038f1bb08a24bf394e9a8c701c6dc7c7ac1f7e","name":"[internal] load build definition from Dockerfile","started":"2026-11-26T22:47:30.756'
+    '742165Z"}]}\n'
+    '{"vertexes":[{"digest":"sha256:47cf0b7d1cb20d07fb9d59968f038f1bb08a24bf394e9a8c701c6dc7c7ac1f7e","name":"[internal] load build definition fr'
+    'om Dockerfile","started":"2026-11-26T22:47:30.756742165Z","completed":"2026-11-26T22:47:30.789977115Z"}]}\n'
     'Dockerfile:2\n'
     '--------------------\n'
     '   1 |     FROM localhost:5000/bb:1\n'
@@ -2058,8 +2076,10 @@ class TestRoutes:
             nerdctld.split_version("/v1.57/info")
 
     def test_version_too_old(self):
-        with pytest.raises(nerdctld.BadParameter, match=r"client version 1.12 is too old. Minimum supported API version is 1.24, please"):
-            nerdctld.split_version("/v1.12/info")
+        with pytest.raises(nerdctld.BadParameter, match=r"client version 1.11 is too old. Minimum supported API version is 1.12, please"):
+            nerdctld.split_version("/v1.11/info")
+        # skopeo asks for 1.22.
+        assert nerdctld.split_version("/v1.12/info") == ((1, 12), "/info")
 
     def test_version_is_taken_off(self):
         assert nerdctld.split_version("/v1.44/info") == ((1, 44), "/info")
@@ -4390,12 +4410,51 @@ class TestState:
         other, ours = self.platform(fake, "s390x"), self.platform(fake, "riscv64")
         del fake.content[other["digest"]]
         image = self.indexed(engine, fake, other, ours)
-        assert (image.labels, image.unpacked_size, image.digests) == ({"for": "riscv64"}, 100, [image.id, ours["digest"], json.loads(fake.content[ours["digest"]])["config"]["digest"]])
+        assert (image.labels, image.content.unpacked_size, image.digests) == ({"for": "riscv64"}, 100, [image.id, ours["digest"], json.loads(fake.content[ours["digest"]])["config"]["digest"]])
         told = ask(engine, "GET", "/images/many:1/json").json
         assert (told["Id"], told["Architecture"]) == (image.id, "riscv64")
         # Of a manifest without its layers a platform is not here.
         del fake.content[json.loads(fake.content[ours["digest"]])["layers"][0]["digest"]]
         assert self.indexed(engine, fake, ours).content is nerdctld.NO_CONTENT
+
+    def test_every_platform_is_told(self, engine, fake):
+        ours, other, gone = (self.platform(fake, each) for each in ("riscv64", "s390x", "arm"))
+        attested = self.platform(fake, "unknown", annotations={
+            "vnd.docker.reference.type": "attestation-manifest", "vnd.docker.reference.digest": ours["digest"]})
+        attested["platform"]["os"] = "unknown"
+        del fake.content[gone["digest"]]
+        image = self.indexed(engine, fake, ours, other, gone, attested)
+        rows = ask(engine, "GET", "/images/many:1/json?manifests=1").json["Manifests"]
+        assert [each["ID"] for each in rows] == [ours["digest"], other["digest"], gone["digest"], attested["digest"]]
+        assert [(each["Available"], each["Kind"]) for each in rows] == [(True, "image"), (True, "image"), (False, "image"), (True, "attestation")]
+        assert rows[3]["AttestationData"] == {"For": ours["digest"]} and rows[2]["Size"] == {"Content": 0, "Total": 0}
+        assert [each["ImageData"]["Platform"]["architecture"] for each in rows[:3]] == ["riscv64", "s390x", "arm"]
+        listed = next(each for each in ask(engine, "GET", "/images/json?manifests=1").json if each["Id"] == image.id)
+        assert listed["Manifests"] == rows and listed["Size"] == sum(each["Size"]["Total"] for each in rows)
+        told = ask(engine, "GET", "/images/many:1/json?platform=linux/s390x").json
+        assert (told["Id"], told["Architecture"], told["Descriptor"], told["Config"]["Labels"]) == (other["digest"], "s390x", other, {"for": "s390x"})
+        # Of an older version it is no parameter.
+        assert ask(engine, "GET", "/v1.48/images/many:1/json?platform=linux/s390x").json["Id"] == image.id
+        assert ask(engine, "GET", "/images/many:1/json?platform=linux/arm").status == 404
+        assert ask(engine, "GET", "/images/many:1/json?manifests=1&platform=linux/s390x").status == 400
+        assert ask(engine, "GET", "/images/json?identity=1").status == 400 and ask(engine, "GET", "/images/json?identity=1&manifests=1").status == 200
+
+    def test_one_platform_is_removed(self, engine, fake):
+        ours, other = self.platform(fake, "riscv64"), self.platform(fake, "s390x")
+        manifest = json.loads(fake.content[other["digest"]])
+        shared = json.loads(fake.content[ours["digest"]])["layers"][0]
+        manifest["layers"] = [shared, *manifest["layers"]]
+        fake.content[other["digest"]] = json.dumps(manifest).encode()
+        self.indexed(engine, fake, ours, other)
+        answer = ask(engine, "DELETE", "/images/many:1?platforms=linux/s390x")
+        assert answer.status == 400 and "--force" in answer.message and other["digest"] in fake.content
+        answer = ask(engine, "DELETE", "/images/many:1?force=1&platforms=" + urllib.parse.quote('{"os":"linux","architecture":"s390x"}'))
+        assert answer.json == [{"Deleted": other["digest"]}]
+        assert other["digest"] not in fake.content and manifest["config"]["digest"] not in fake.content
+        # The other one needs it.
+        assert shared["digest"] in fake.content
+        assert [each["Available"] for each in ask(engine, "GET", "/images/many:1/json?manifests=1").json["Manifests"]] == [True, False]
+        assert ask(engine, "DELETE", "/images/many:1?force=1&platforms=linux/s390x").status == 404
 
     def test_an_index_of_more_than_one(self, engine, fake):
         machine = nerdctld.GO_ARCHITECTURES.get(os.uname().machine, os.uname().machine)
@@ -4580,7 +4639,7 @@ class TestSystem:
         assert [(each["Name"], each["Version"]) for each in told["Components"]] == [
             ("Engine", nerdctld.ENGINE_VERSION), ("nerdctld", nerdctld.VERSION), ("nerdctl", "v2.3.5"), ("containerd", "v2.3.1"),
             ("runc", "1.1.5+ds1"), ("buildctl", "v0.34.2")]
-        assert (told["ApiVersion"], told["MinAPIVersion"], told["Os"]) == ("1.56", "1.24", "linux")
+        assert (told["ApiVersion"], told["MinAPIVersion"], told["Os"]) == ("1.56", "1.12", "linux")
         assert told["Platform"]["Name"] == f"nerdctld {nerdctld.VERSION}, nerdctl v2.3.5, containerd v2.3.1"
 
     def test_the_version_of_the_engine_is_one_of_docker(self, furnished):
@@ -4620,6 +4679,14 @@ class TestSystem:
         assert (told["Containers"], told["ContainersRunning"], told["ContainersPaused"], told["ContainersStopped"], told["Images"]) == (4, 1, 1, 2, 2)
         assert (told["CgroupDriver"], told["MemTotal"], told["Driver"]) == ("cgroupfs", 25276510208, "overlayfs")
         assert told["Swarm"]["LocalNodeState"] == "inactive"
+
+    def test_info_of_versions(self, furnished):
+        told = {version: ask(furnished, "GET", f"/v{version}/info").json for version in ("1.24", "1.45", "1.46", "1.47", "1.48", "1.49", "1.50")}
+        assert told["1.24"]["ExecutionDriver"] == "<not supported>" and not [each for each in told["1.24"]["SecurityOptions"] if "=" in each]
+        assert [each for each in told if "Containerd" not in told[each]] == ["1.24", "1.45"]
+        assert [each for each in told if "AllowNondistributableArtifactsCIDRs" in told[each]["RegistryConfig"]] == ["1.24", "1.45", "1.46"]
+        assert [each for each in told if "Expected" in told[each]["RuncCommit"]] == ["1.24", "1.45", "1.46", "1.47", "1.48"]
+        assert [each for each in told if "BridgeNfIptables" not in told[each]] == ["1.50"]
 
     @pytest.mark.parametrize("read, text", [
         (nerdctld.nerdctl_error, fatal("1" * 40000 + "!")), (nerdctld.nerdctl_error, fatal("connection error " * 4000)), (nerdctld.size_bytes, "1" + " " * 40000 + "!"),
@@ -4679,9 +4746,11 @@ class TestSystem:
         path, os.environ["PATH"] = os.environ["PATH"], furnished.nerdctl.environment["PATH"]
         try:
             old, new = ask(furnished, "GET", "/v1.51/system/df").json, ask(furnished, "GET", "/system/df").json
+            oldest = ask(furnished, "GET", "/v1.41/system/df?type=volume").json
         finally:
             os.environ["PATH"] = path
         assert sorted(old) == ["BuildCache", "Containers", "Images", "LayersSize", "Volumes"]
+        assert set(oldest) - set(old) == {"BuilderSize"} and oldest["BuilderSize"] == sum(each["Size"] for each in old["BuildCache"])
         assert set(new) - set(old) == {"ImageUsage", "ContainerUsage", "VolumeUsage", "BuildCacheUsage"}
         assert old["Volumes"][0]["UsageData"] == {"Size": 0, "RefCount": 1}
         assert {each["Names"][0]: each["SizeRw"] for each in old["Containers"]}["/tstweb"] == 28672
@@ -4725,10 +4794,16 @@ class TestSystem:
 
 
 class TestImages:
+    @pytest.fixture(autouse=True)
+    def no_registry(self, monkeypatch):
+        """No registry is asked for what it has, but where a test wants it."""
+        self.registry_has = nerdctld.registry_has
+        monkeypatch.setattr(nerdctld, "registry_has", lambda *_: False)
+
     def test_list(self, furnished, scripted):
         rows = ask(furnished, "GET", "/v1.51/images/json").json
         assert rows[0] == {
-            "Containers": -1, "Created": 1700000000, "Id": BB, "Labels": {"base": "busybox"}, "ParentId": "",
+            "Containers": 4, "Created": 1700000000, "Id": BB, "Labels": {"base": "busybox"}, "ParentId": "",
             "RepoDigests": ["tst@" + BB, "localhost:5000/bb@" + BB], "RepoTags": ["tst:a", "localhost:5000/bb:1"], "SharedSize": -1,
             "Size": rows[0]["Size"], "Descriptor": {"mediaType": "application/vnd.docker.distribution.manifest.v2+json", "digest": BB, "size": 422}}
         assert rows[0]["Size"] > 2129920
@@ -4841,6 +4916,18 @@ class TestImages:
         call = scripted.calls("push")[0]
         assert call["argv"] == ["push", "--", "localhost:5000/bb:1"] and call["auth"] == {"auths": {"localhost:5000": {"auth": "dTpw"}}}
 
+    def test_push_of_what_the_registry_has(self, furnished, scripted, fake, monkeypatch):
+        monkeypatch.setattr(nerdctld, "registry_has", self.registry_has)
+        # Ansible takes a push for a change where a layer was sent.
+        digest = "sha256:" + "5" * 64
+        scripted.on("push", PUSH)
+        for path, words in ((f"/v2/a/b/manifests/{BB}", "Layer already exists"), (f"/v2/a/b/manifests/{digest}", "Pushed")):
+            with local_registry(told={path: (200, {}, b"{}")}, open=True) as address:
+                fake.tag(f"{address}/a/b:1", BB)
+                told = ask(furnished, "POST", f"/images/{address}/a/b/push?tag=1").lines
+                assert {"status": words, "progressDetail": {}, "id": "79df1f41608a"} in told
+                assert words == "Pushed" or not [each for each in told if each.get("status") in ("Pushing", "Pushed")]
+
     def test_push_of_all_tags(self, furnished, scripted, fake):
         scripted.on("push", PUSH)
         fake.tag("localhost:5000/bb:2", BB)
@@ -4921,16 +5008,16 @@ class TestImages:
         assert answer.status == 409 and "multiple repositories" in answer.message and scripted.calls("rmi") == []
 
     @pytest.mark.parametrize("platforms, status", [
-        (['{"os":"linux","architecture":"arm64"}'], 501), (['{"os":"linux","architecture":"amd64"}'], 501), (["linux/amd64", "linux/arm64"], 501), (["{"], 400), (["a b"], 400),
-        (["linux/amd64", ";"], 400), ([""], 400)])
-    @pytest.mark.parametrize("force", ["0", "1"])
-    def test_delete_of_one_platform_is_not_that_of_the_image(self, furnished, scripted, platforms, status, force):
+        (['{"os":"linux","architecture":"arm64"}'], 404), (["linux/amd64", "linux/arm64"], 404), (["{"], 400), (["a b"], 400), (["linux/amd64", ";"], 400)])
+    def test_delete_of_one_platform_is_not_that_of_the_image(self, furnished, scripted, fake, platforms, status):
         scripted.on("rmi")
-        query = urllib.parse.urlencode([("force", force), *(("platforms", each) for each in platforms)])
-        for version in ("", "/v1.50", "/v1.44"):
+        before = dict(fake.content)
+        for version in ("", "/v1.50"):
+            query = urllib.parse.urlencode([("force", "1"), *(("platforms", each) for each in platforms)])
             answer = ask(furnished, "DELETE", f"{version}/images/tst:a?{query}")
             assert answer.status == status and answer.message
-        assert scripted.calls("rmi") == []
+            assert ask(furnished, "DELETE", f"{version}/images/tst:a?{query[8:]}").status == 400
+        assert scripted.calls("rmi") == [] and fake.content == before
 
     def test_delete_none(self, furnished):
         assert ask(furnished, "DELETE", "/images/-f").status == 404
@@ -5058,7 +5145,7 @@ class TestImages:
         assert scripted.argv("save") == ["save", *(["--platform=linux/amd64"] if "platform" in path else []), "--", *names]
 
     def test_save_and_push_of_several_platforms(self, furnished, scripted, monkeypatch):
-        monkeypatch.setattr(nerdctld, "check_platform", lambda *_: None)
+        monkeypatch.setattr(nerdctld, "platform_content", lambda *_: None)
         scripted.on("save", stdout=ARCHIVE.decode())
         scripted.on("push")
         query = urllib.parse.urlencode([("platform", json.dumps({"os": "linux", "architecture": each})) for each in ("amd64", "arm64")])
@@ -5393,16 +5480,82 @@ class TestBuild:
     def test_build(self, furnished, scripted):
         answer = ask(furnished, "POST", "/build?t=tst:a&t=localhost:5000/bb:1&dockerfile=Dockerfile&version=1", CONTEXT, TAR)
         assert answer.status == 200
-        assert {"stream": "#5 [2/2] RUN echo hi; echo > /x\n"} in answer.lines
         assert answer.lines[-4:] == [{"aux": {"ID": BB}}, {"stream": "Successfully built 4cfb279d3e24\n"}, {"stream": "Successfully tagged tst:a\n"},
                                      {"stream": "Successfully tagged localhost:5000/bb:1\n"}]
         words = scripted.argv("build")
         folder = words[-1]
-        assert words == ["build", "--progress=plain", f"--file={folder}/Dockerfile", "--tag=docker.io/library/tst:a", "--tag=localhost:5000/bb:1", "--", folder]
+        assert words == ["build", "--progress=rawjson", f"--file={folder}/Dockerfile", "--tag=docker.io/library/tst:a", "--tag=localhost:5000/bb:1", "--", folder]
         assert not os.path.exists(folder)
 
-    def test_quiet(self, furnished):
+    def test_quiet(self, furnished, scripted):
         assert ask(furnished, "POST", "/build?t=tst:a&q=1", CONTEXT, TAR).lines == [{"stream": BB + "\n"}]
+        scripted.on("build", BUILD_FAILED)
+        told = ask(furnished, "POST", "/build?t=tst:a&q=1", self.STEPS, TAR)
+        assert told.status == 200 and told.lines[0]["stream"].startswith("Step 1/4") and "code: 7" in told.lines[-1]["error"]
+
+    STEPS = tar_of(("Dockerfile", b'FROM localhost:5000/bb:1\nENV A=1\nRUN echo hi; echo no >&2; echo > /x\nCMD ["sh"]\n'))
+
+    def test_the_stream_of_the_classic_builder(self, furnished, scripted):
+        def streams(query=""):
+            return [each["stream"] for each in ask(furnished, "POST", "/build?t=tst:a&version=1" + query, self.STEPS, TAR).lines if "stream" in each]
+        assert streams("&labels=" + urllib.parse.quote('{"l":"1"}')) == [
+            "Step 1/5 : FROM localhost:5000/bb:1", "\n", "Step 2/5 : ENV A=1", "\n", "Step 3/5 : RUN echo hi; echo no >&2; echo > /x", "\n",
+            "hi\n", "\x1b[91mno\n\x1b[0m", 'Step 4/5 : CMD ["sh"]', "\n", "Step 5/5 : LABEL l=1", "\n",
+            "Successfully built 4cfb279d3e24\n", "Successfully tagged tst:a\n"]
+        scripted.on("build", BUILD_CACHED)
+        assert streams()[4:7] == ["Step 3/4 : RUN echo hi; echo no >&2; echo > /x", "\n", " ---> Using cache\n"]
+
+    def test_steps_of_several_stages(self):
+        told = nerdctld.ClassicProgress("ARG V=1\nFROM a AS One\nRUN 1\nFROM scratch\nCOPY --from=one a b\nFROM one\nRUN 2\n")
+
+        def vertex(digest, name, **more):
+            return {"digest": digest, "name": name, "started": "2026-11-26T22:00:00Z", **more}
+
+        def streams(*vertexes, logs=()):
+            status = {"vertexes": list(vertexes), "logs": [{"vertex": digest, "data": base64.b64encode(text).decode()} for digest, text in logs]}
+            return "".join(each["stream"] for each in told.messages(status))
+        assert streams({"digest": "d", "name": "[internal] load build definition from Dockerfile"}) == ""
+        assert streams(vertex("m", "[internal] load metadata for docker.io/library/a:latest")) == "Step 1/7 : ARG V=1\nStep 2/7 : FROM a AS One\n"
+        assert streams(*({"digest": each, "name": name} for each, name in (("2", "[linux/amd64 one 1/2] FROM a"), ("3", "[linux/amd64 one 2/2] RUN 1"),
+                                                                           ("7", "[linux/amd64 stage-2 1/1] RUN 2")))) == ""
+        # What comes early is told in its place.
+        assert streams(vertex("7", "[linux/amd64 stage-2 1/1] RUN 2"), logs=[("7", b"seven\n")]) == ""
+        assert streams(vertex("2", "[linux/amd64 one 1/2] FROM a", completed="2026-11-26T22:00:01Z"), vertex("3", "[linux/amd64 one 2/2] RUN 1"),
+                       logs=[("3", b"three\n")]) == "Step 3/7 : RUN 1\nthree\n"
+        # A stage that nobody needs does not hold up what comes after it.
+        assert streams(vertex("3", "[linux/amd64 one 2/2] RUN 1", completed="2026-11-26T22:00:02Z")) == (
+            "Step 4/7 : FROM scratch\nStep 5/7 : COPY --from=one a b\nStep 6/7 : FROM one\nStep 7/7 : RUN 2\nseven\n")
+        assert list(told.finish()) == []
+
+    @pytest.mark.parametrize("text, steps", [
+        ("FROM a\n  RUN b \\\n\n# no\n   c\n", ["FROM a", "RUN b    c"]), ("# escape=`\nRUN a `\n b\n", ["RUN a  b"]), ("# x\n\n", []),
+        ("RUN <<E <<-'F' x\nFROM no\nE\n\tF\nCMD a", ["RUN <<E <<-'F' x", "CMD a"]), ("RUN a \\", ["RUN a "]), ("#syntax=x\n#escape=`\nA \\\nB `", ["A \\", "B "])])
+    def test_steps_of_a_dockerfile(self, text, steps):
+        assert nerdctld.dockerfile_steps(text) == steps
+
+    def test_the_stream_of_buildkit(self, furnished):
+        lines = ask(furnished, "POST", "/build?t=tst:a&version=2", self.STEPS, TAR).lines
+        assert lines[-1] == {"id": "moby.image.id", "aux": {"ID": BB}} and {each["id"] for each in lines[:-1]} == {"moby.buildkit.trace"}
+        messages = [nerdctld.read_message(base64.b64decode(each["aux"])) for each in lines[:-1]]
+        log = next(nerdctld.read_message(each[3]) for each in messages if 3 in each)
+        assert (bytes(log[4]), log[3], bytes(log[1])[:7]) == (b"hi\n", 1, b"sha256:") and nerdctld.read_message(log[2])[1] == 1795733244
+        vertexes = [nerdctld.read_message(each[1]) for each in messages if 1 in each]
+        assert b"[1/2] FROM localhost:5000/bb:1" in bytes(vertexes[-1][3]) + bytes(vertexes[2][3])
+
+    def test_context_names_are_cleaned(self, tmp_path):
+        tmp_path = tmp_path / "root"
+        tmp_path.mkdir()
+        nerdctld.unpack_context(io.BytesIO(tar_of(("Dockerfile", b"FROM x\n"), ("dir/../foo", b"1"), ("/bar", b"2"), ("a//./b", b"3"))), str(tmp_path))
+        assert sorted(os.listdir(tmp_path)) == ["Dockerfile", "a", "bar", "foo"] and (tmp_path / "a/b").read_bytes() == b"3"
+
+    def test_a_cache_that_is_here_is_asked_of_no_registry(self, furnished, scripted):
+        ask(furnished, "POST", "/build?t=tst:a&cachefrom=" + urllib.parse.quote('["tst:a","localhost:5000/bb:1","else/where"]'), CONTEXT, TAR)
+        assert [each for each in scripted.argv("build") if "cache" in each] == ["--cache-from=else/where"]
+
+    @pytest.mark.parametrize("text, words", [(b"", "the Dockerfile (Dockerfile) cannot be empty"), (b"# x\n", "failed to parse Dockerfile: file with no instructions")])
+    def test_empty_dockerfile(self, furnished, scripted, text, words):
+        answer = ask(furnished, "POST", "/build?t=tst:a", tar_of(("Dockerfile", text)), TAR)
+        assert (answer.status, answer.message, scripted.calls("build")) == (400, words, [])
 
     @pytest.mark.parametrize("query, words", [
         ("buildargs=" + urllib.parse.quote('{"A":"-b c","N":null}'), ["--build-arg=A=-b c"]), ("labels=" + urllib.parse.quote('{"x":"y"}'), ["--label=x=y"]),
@@ -5420,12 +5573,12 @@ class TestBuild:
         assert scripted.calls("build")[1]["auth"] is None
 
     def test_limits_are_warned_about(self, furnished):
-        assert "memory is not carried out" in ask(furnished, "POST", "/build?t=tst:a&memory=100", CONTEXT, TAR).lines[0]["stream"]
+        assert "memory is not carried out" in ask(furnished, "POST", "/build?t=tst:a&memory=100", self.STEPS, TAR).lines[0]["stream"]
 
     @pytest.mark.parametrize("query, status", [
         ("t=A", 400), ("t=a@" + BB, 400), ("dockerfile=nothing", 400), ("dockerfile=../x", 400), ("dockerfile=a%00b", 400), ("dockerfile=/etc/passwd", 400), ("buildargs=[", 400),
         ("buildargs=[]", 400), ("labels=" + urllib.parse.quote('{"a":1}'), 400), ("platform=;", 400), ("remote=ftp://x", 400), ("remote=git://x/y", 501),
-        ("remote=-x", 400), ("version=2", 501), ("squash=1", 501), ("networkmode=container:x", 501), ("outputs=x", 501)])
+        ("remote=-x", 400), ("squash=1", 501), ("networkmode=container:x", 501), ("outputs=x", 501)])
     def test_refuses(self, furnished, scripted, query, status):
         answer = ask(furnished, "POST", "/build?" + query, CONTEXT, TAR)
         assert answer.status == status and answer.message
@@ -5437,14 +5590,14 @@ class TestBuild:
 
     def test_failed_step(self, furnished, scripted):
         scripted.on("build", BUILD_FAILED)
-        answer = ask(furnished, "POST", "/build?t=tst:a", CONTEXT, TAR)
+        answer = ask(furnished, "POST", "/build?t=tst:a", self.STEPS, TAR)
         text = "The command '/bin/sh -c exit 7' returned a non-zero code: 7"
         assert (answer.status, answer.lines[-1]) == (200, {"errorDetail": {"code": 7, "message": text}, "error": text})
 
     def test_failed_parsing(self, furnished, scripted):
         scripted.on("build", BUILD_UNPARSED)
-        assert ask(furnished, "POST", "/build?t=tst:a", CONTEXT, TAR).lines[-1]["error"] == (
-            "failed to solve: dockerfile parse error on line 2: unknown instruction: FOO (did you mean FROM?)")
+        answer = ask(furnished, "POST", "/build?t=tst:a", CONTEXT, TAR)
+        assert (answer.status, answer.message) == (400, "dockerfile parse error on line 2: unknown instruction: FOO (did you mean FROM?)")
 
     @pytest.mark.parametrize("stderr", [next(each[1] for each in FAILURES if "buildkit" in each[1]), ""], ids=["words", "silence"])
     def test_no_buildkitd(self, furnished, scripted, stderr):
@@ -5598,6 +5751,15 @@ class TestContainers:
         asked = {"Image": "x", "HostConfig": {"NetworkMode": "net"}, "NetworkingConfig": {"EndpointsConfig": {"net": {"MacAddress": "02:42:ac:11:00:02"}}}}
         labels = {"nerdctl/networks": '["net"]', "nerdctl/state-dir": str(tmp_path), **nerdctld.request_labels(asked)}
         assert nerdctld.docker_networks(container_of(labels, task), {"net": {"Id": "1", "Name": "net"}})["net"]["MacAddress"] == told
+
+    def test_rows_of_versions(self, reading, engine, fake):
+        rows = {version: ask(reading, "GET", f"/v{version}/containers/json").json[0] for version in ("1.47", "1.48", "1.51", "1.52")}
+        assert [each for each in rows if "ImageManifestDescriptor" in rows[each]] == ["1.48", "1.51", "1.52"]
+        assert rows["1.48"]["ImageManifestDescriptor"]["platform"] == {"architecture": "amd64", "os": "linux"}
+        assert rows["1.48"]["ImageManifestDescriptor"]["digest"] == BB and [each for each in rows if "Health" in rows[each]] == ["1.52"]
+        fake.create("e" * 64, {"nerdctl/name": "noted", **nerdctld.request_labels({"Image": BASE, "HostConfig": {"Annotations": {"a": "b"}}})})
+        told = {version: ask(engine, "GET", f"/v{version}/containers/json?all=1&" + filtered(name=["noted"])).json[0]["HostConfig"] for version in ("1.45", "1.46")}
+        assert (told["1.45"].get("Annotations"), told["1.46"]["Annotations"]) == (None, {"a": "b"})
 
     def test_newest_first(self, reading):
         assert self.names(reading, "all=1") == ["/tstpaused", "/tstnew", "/tstdone", "/tstweb"]
@@ -7691,6 +7853,24 @@ class TestStreams:
     def test_logs(self, logged, query, frames):
         answer = ask(logged, "GET", "/v1.50/containers/tstdone/logs?" + query)
         assert answer.status == 200 and unframe(answer.body) == frames
+
+    def test_logs_end_with_the_run(self, engine, fake):
+        follow(engine, fake)
+        fake.create(ID, {"nerdctl/name": "x", "containerd.io/restart.policy": "always", "containerd.io/restart.status": "running"})
+        fake.start(ID)
+        engine.settle()
+        container = engine.inventory.container("x")
+        assert nerdctld.run_state(engine, container) == (True, 0)
+        fake.exit(ID, 1)
+        assert until(lambda: nerdctld.run_state(engine, container) == (False, 0))
+        # The next run is another one, whose lines are not sent.
+        fake.start(ID, 1)
+        assert until(lambda: nerdctld.run_state(engine, container)[1] > 0) and nerdctld.run_state(engine, container)[0] is False
+        line = nerdctld.LogLine("2026-11-24T00:00:01Z", 1, b"old\n")
+        late = line._replace(stamp="2126-11-24T00:00:01Z", text=b"late\n")
+        left = [[line, late], []]
+        file = types.SimpleNamespace(lines=lambda: left.pop(0))
+        assert list(nerdctld.follow_log(engine, container, file, True, lambda: False)) == [line]
 
     def test_logs_of_a_terminal(self, logged, monkeypatch):
         monkeypatch.setattr(nerdctld, "is_terminal", lambda *_: True)
@@ -10253,6 +10433,23 @@ class TestBuildKit:
         # What leaves no image is not looked at.
         assert nerdctld.prepare_solve(engine, "unix://" + path, SOLVE_LOCAL[5:]) == (SOLVE_LOCAL[5:], None)
 
+    def test_a_build_in_a_session_of_the_client(self, engine, buildkit, fake):
+        query = {"remote": "client-session", "session": "s1", "buildid": "b1", "version": "2", "dockerfile": "D", "t": "x", "target": "z",
+                 "buildargs": json.dumps({"A": "1"}), "networkmode": "host", "extrahosts": "h:1.2.3.4", "cachefrom": json.dumps(["c/d"])}
+
+        def fields(**more):
+            request = nerdctld.Request("POST", "/build", query={key: [each] for key, each in {**query, **more}.items()})
+            return [(each.number, bytes(each.value)) for each in nerdctld.decode_fields(nerdctld.session_solve(engine, request, "b1"))]
+        told = fields()
+        assert [value for number, value in told if number in (1, 5, 6, 9)] == [b"b1", b"s1", b"dockerfile.v0", b"network.host"]
+        assert dict(nerdctld.decode_map_entry(value) for number, value in told if number == 7) == {
+            "filename": "D", "image-resolve-mode": "local", "build-arg:A": "1", "target": "z", "force-network-mode": "host", "add-hosts": "h=1.2.3.4"}
+        assert dict(told)[13] == exporter("moby", name="docker.io/library/x:latest")
+        assert b"local" in dict(fields(outputs=json.dumps([{"Type": "local", "Attrs": {}}])))[13]
+        answer = ask(engine, "POST", "/build?" + urllib.parse.urlencode(query))
+        assert answer.status == 503 and "buildkitd does not answer" in answer.message
+        assert ask(engine, "POST", "/build?" + urllib.parse.urlencode({**query, "t": "A"})).status == 400
+
     def test_image_events(self, engine, buildkit, fake):
         """A name that is taken over is told as untag and tag; one that is new is left to containerd's own event."""
         path = buildkit
@@ -10526,6 +10723,25 @@ class TestBuildKitLive:
         finally:
             builder.run("buildx", "rm", "prior")
         assert builder.result("live:prior") == "x=1\nhi\n"
+
+    @pytest.mark.parametrize("program", ["/usr/bin/docker"])
+    def test_docker_before_buildx(self, builder, context, tmp_path, program):
+        """A docker command of 18.09 to 20.10 has the context in a session, and asks with POST /build."""
+        told = subprocess.run([program, "--version"], capture_output=True, text=True) if os.path.exists(program) else None
+        if not told or not re.match(r"Docker version (18|19|20)\.", told.stdout):
+            pytest.skip("no docker command that is old enough")
+
+        def build(*words, status=0):
+            done = subprocess.run([program, "build", *words, str(context)], capture_output=True, text=True, timeout=100, env=builder.environment(DOCKER_BUILDKIT="1"))
+            assert done.returncode == status, done.stderr
+            return done
+        assert "COPY hello /hello" in build("-t", "live:session", "--build-arg", "X=7").stderr
+        assert builder.result("live:session") == "x=7\nhi\n"
+        assert re.fullmatch("sha256:[0-9a-f]{64}\n", build("-q", "-t", "live:session").stdout)
+        build("-o", f"type=local,dest={tmp_path}/out")
+        assert (tmp_path / "out" / "hello").read_text() == "hi\n"
+        (context / "Dockerfile").write_text(f"FROM {BASE}\nRUN exit 9\n")
+        assert "exit code: 9" in build(status=1).stderr
 
     def test_stdin_tar(self, builder, context, tmp_path):
         with tarfile.open(tmp_path / "c.tar", "w", format=tarfile.GNU_FORMAT) as archive:
@@ -11579,24 +11795,24 @@ class TestCtr:
             return ask(over_ctr, "POST", "/build?" + urllib.parse.urlencode(query), build_context_tar())
 
         noted, command = tmp_path / "buildctl.txt", " ".join(["images import", *ctr.local, "--digests --skip-digest-for-named --all-platforms -- -"])
-        (tmp_path / "buildctl").write_text(f"#!/bin/sh\nfor each; do echo \"$each\"; done > {noted}\necho '#1 step' >&2\n[ ! \"$BUILT\" ] || echo 'error: no' >&2\n"
+        (tmp_path / "buildctl").write_text(f"#!/bin/sh\nfor each; do echo \"$each\"; done > {noted}\necho '{{}}' >&2\n[ ! \"$BUILT\" ] || echo 'error: no' >&2\n"
                                            "exit ${BUILT:-0}\n")
         (tmp_path / "buildctl").chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
         over_ctr.nerdctl.environment["BUILDKIT_HOST"] = "unix:///b.sock"
         digest, _ = put_named(fake, "docker.io/library/a:1")
         assert [each.get("stream") or each["aux"]["ID"] for each in build().lines] == [
-            "#1 step\n", digest, f"Successfully built {digest[7:19]}\n", "Successfully tagged a:1\n"]
-        folder = noted.read_text().splitlines()[3].partition("context=")[2]
+            "Step 1/2 : FROM scratch", "\n", "Step 2/2 : LABEL a=b", "\n", digest, f"Successfully built {digest[7:19]}\n", "Successfully tagged a:1\n"]
+        folder = noted.read_text().splitlines()[4].partition("context=")[2]
         assert sorted(noted.read_text().splitlines()) == sorted([
-            "--addr=unix:///b.sock", "build", "--frontend=dockerfile.v0", f"--local=context={folder}", "--progress=plain", "--opt=build-arg:A=-1",
-            "--opt=label:a=b", "--import-cache=type=registry,ref=c/d", "--no-cache", "--opt=image-resolve-mode=pull", "--opt=target=t",
+            "--addr=unix:///b.sock", "build", "--frontend=dockerfile.v0", f"--local=context={folder}", "--progress=rawjson", "--opt=build-arg:A=-1",
+            "--opt=label:a=b", "--import-cache=type=registry,ref=c/d", "--opt=no-cache=", "--opt=image-resolve-mode=pull", "--opt=target=t",
             "--opt=force-network-mode=host", "--allow=network.host", f"--local=dockerfile={folder}/x", "--opt=filename=D",
             "--opt=add-hosts=h=::1,g=1.2.3.4", '--output=type=docker,"name=docker.io/library/a:1",dest=-'])
         ctr.on(command, stderr="ctr: unrecognized image format", status=1)
-        assert build().lines[-1]["error"] == "unrecognized image format"
+        assert build().message == "unrecognized image format"
         monkeypatch.setenv("BUILT", "1")
-        assert build().lines[-1]["error"] == "no"
+        assert (build().status, build().message) == (400, "no")
         (tmp_path / "buildctl").unlink()
         monkeypatch.setenv("PATH", str(tmp_path))
         assert build().status == 503
@@ -15442,8 +15658,8 @@ FUZZ_NAMES = ("tstweb", "tstdone", "tstnew", "tstpaused", "tstvol", "tstnet", ID
 
 
 # Why a 500 is not the daemon's own: the script said so (a line break in a name cuts its words), the registry is not there,
-# nerdctl was ended because the client had left, or dockerd answers so, too.
-OUTSIDE = re.compile(r'no upgrade proto in request|not in the script|"\\"not"|cannot ask [^ ]*: \[Errno|nerdctl failed without a word')
+# nerdctl was ended because the client had left, the fake containerd has no mounts of a container, or dockerd answers so, too.
+OUTSIDE = re.compile(r'no upgrade proto in request|not in the script|"\\"not"|cannot ask [^ ]*: \[Errno|nerdctl failed without a word|snapshot [0-9a-f]+ does not exist')
 
 
 def fuzz_scripted(folder, count, seed, warm=500):
