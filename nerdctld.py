@@ -12792,7 +12792,7 @@ def dial(address: str, timeout: float = 5.0) -> socket.socket:
 def dial_buildkit(nerdctl: Nerdctl) -> Tuple[socket.socket, str]:
     """A connection to the buildkitd that nerdctl would use, and its address; 503 when there is none."""
     reasons = []
-    for address in nerdctl.buildkit_addresses():
+    for address in dict.fromkeys(nerdctl.buildkit_addresses()):
         try:
             return dial(address), address
         except Unavailable as error:

@@ -14063,7 +14063,7 @@ def shell():
     programs = {name: os.path.realpath(shutil.which(name)) for name in ("containerd", "containerd-shim-runc-v2", "ctr", "nerdctl", "docker", "runc")}
     shared = [f"--volume={path}:/usr/local/bin/{name}:ro" for name, path in programs.items()]
     real("rm", "-f", "-v", "tstsystemd", namespace="nerdctld-systemd")
-    done = real("run", "-d", "--name", "tstsystemd", "--privileged", "--network=none", "--tmpfs=/run", "--tmpfs=/run/lock", "--tmpfs=/tmp", "--env=container=docker",
+    done = real("run", "-d", "--name", "tstsystemd", "--privileged", "--network=none", "--tmpfs=/run", "--tmpfs=/run/lock", "--tmpfs=/tmp:exec", "--env=container=docker",
                 "--volume=/var/lib/containerd", "--volume=/var/lib/nerdctl", f"--volume={HERE}:/src:ro", f"--volume={STACK}:/stack:ro", *shared,
                 "debian:systemd", "/sbin/init", namespace="nerdctld-systemd")
 
@@ -14128,6 +14128,17 @@ class TestLiveSystemd:
             systemctl --user daemon-reload; systemctl --user enable --now nerdctl.socket""", "outsider")
         assert shell(environment + "docker version -f '{{.Server.Version}}'; systemctl --user is-active nerdctl.service; stat -c %U $XDG_RUNTIME_DIR/nerdctl.sock; "
                      "ls ~/.cache/nerdctld/usr/local/bin | head -c 8", "outsider") == f"{nerdctld.ENGINE_VERSION}\nactive\noutsider\nnerdctld"
+
+    @pytest.mark.parametrize("user", ["root", "outsider"])
+    def test_the_first_command_of_readme(self, shell, user):
+        """The main job with the distribution's own containerd, docker command and Python."""
+        told = shell("env -u DOCKER_HOST /src/.ci/stack try; /src/.ci/stack down", user)
+        assert "Loaded image: hello:1\n" in told and re.search(r"^hello +1 ", told, re.M) and "Untagged: hello:2" in told and "that works" in told
+        assert shell("ls -d /run/nerdctld-stack /tmp/nerdctld-stack-* /var/lib/nerdctld-stack 2>&1; pgrep -fa /try/config.toml", user, fails=True).count("No such") == 3
+
+    def test_the_second_command_of_readme(self, shell):
+        told = shell("/src/.ci/stack test -p no:cacheprovider -k 'TestCommandLine or TestPatterns'")
+        assert re.search(r"^\d+ passed", told, re.M) and "failed" not in told
 
     def test_nothing_stays(self, shell):
         shell("systemctl stop nerdctl.socket nerdctl.service")
