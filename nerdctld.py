@@ -11139,6 +11139,11 @@ def exec_inspect(engine: Engine, request: Request, name: str) -> Response:
 ###############################################################################
 
 
+def gives_back(container: Container) -> bool:
+    """Whether there is something to be done at the end of a container."""
+    return auto_removed(container) or bool(container.ports or attached_networks(container))
+
+
 class Caretaker:
     """Carries out what nerdctl leaves to somebody: `--rm` of a container that was made by `create`, and health
     checks."""
@@ -11160,7 +11165,7 @@ class Caretaker:
                     sweep_streams(self.engine, container)
                 if container.running or container.state.kind == "restarting":
                     self.hold(container)
-                elif auto_removed(container) and was_started(container):
+                elif was_started(container) and gives_back(container):
                     self.changed.put(container.id)
             self.engine.hosts.refresh()
 
@@ -11235,7 +11240,7 @@ class Caretaker:
         if removed and code is not None and container.id not in self.engine.tasks.ends:
             # Seen and not told, before the feed was live: with the container its exit status would be gone.
             self.engine.tasks.failed(container.id, code)
-        if removed or container.ports or attached_networks(container):
+        if gives_back(container):
             with contextlib.suppress(NotFound), self.engine.owning(container.id) as now:
                 if now.running or owner.restarting:
                     # Started again meanwhile.

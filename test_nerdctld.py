@@ -8709,6 +8709,21 @@ class TestSupervision:
         assert until(lambda: (ID, name) not in checked.fake.execs) and until(lambda: not path.exists())
         assert until(lambda: checked.health == ("healthy", 0))
 
+    @pytest.mark.parametrize("labels, given_back", [
+        ({"nerdctld/attached.n": '{"name":"eth1"}'}, True),
+        ({"nerdctl/ports": '[{"HostPort":1,"ContainerPort":1,"Protocol":"tcp","HostIP":"0.0.0.0"}]'}, True), ({}, False)])
+    def test_what_ended_while_no_daemon_ran_gives_back_what_it_has(self, engine, fake, monkeypatch, labels, given_back):
+        calls = []
+        for name in ("release_networks", "take_down_network"):
+            monkeypatch.setattr(nerdctld, name, lambda engine, container, name=name: calls.append((name, container.id)))
+        fake.create(ID, {"nerdctl/name": "box", **labels})
+        fake.start(ID)
+        fake.exit(ID)
+        caretaker = nerdctld.Caretaker(engine)
+        caretaker.look()
+        assert until(lambda: len(calls) == 2, 10 if given_back else 0.05) == given_back
+        assert calls == ([("release_networks", ID), ("take_down_network", ID)] if given_back else [])
+
     def test_the_state_outlives_the_daemon(self, checked):
         """A container that runs keeps its health, and is checked at once when a check is due."""
         checked.start_unwatched(os.getpid())
@@ -15752,8 +15767,9 @@ class Sudden:
     def __init__(self, daemon, seed):
         self.daemon, self.seed = daemon, seed
         self.there, self.gone, self.open, self.stop, self.wrong = {}, {}, set(), threading.Event(), []
-        self.threads = [threading.Thread(target=self.work, args=(action, number))
-                        for number, action in enumerate((self.keep, self.keep, self.brief, self.typed, self.typed, self.typed, self.look, self.load))]
+        self.writing = set()
+        actions = (self.keep, self.keep, self.brief, self.typed, self.typed, self.counting, self.look, self.load)
+        self.threads = [threading.Thread(target=self.work, args=(action, number)) for number, action in enumerate(actions)]
         for each in self.threads:
             each.start()
 
@@ -15822,6 +15838,16 @@ class Sudden:
         if source.random() < 0.5:
             self.remove(identity)
 
+    def counting(self, source, name):
+        """One that writes all the time, to FIFOs of the daemon, also while there is none."""
+        identity = self.create(name, Cmd=["sh", "-c", "i=0; while :; do echo $i; i=$((i+1)); sleep 0.01; done"], OpenStdin=True, HostConfig={"NetworkMode": "none"})
+        if self.daemon.ask("POST", f"/containers/{identity}/start").status == 204:
+            self.writing.add(identity)
+        time.sleep(source.uniform(0, 1))
+        if source.random() < 0.5:
+            self.writing.discard(identity)
+            self.remove(identity)
+
     def look(self, source, name):
         for each in list(self.there)[:3]:
             self.daemon.ask("GET", f"/containers/{each}/logs?stdout=1")
@@ -15846,6 +15872,16 @@ class Sudden:
             if not until(condition, 20):
                 found.append(what)
         names = self.names
+        # What it had nerdctl do when it was killed is done to its end.
+        settled("nerdctl goes on", lambda: subprocess.run(["pgrep", "-f", f"nerdctl --namespace={KILLED} "], stdout=subprocess.DEVNULL).returncode)
+        for identity in self.writing:
+            lines = lambda: [int(each[8:]) for each in daemon.ask("GET", f"/containers/{identity}/logs?stdout=1").body.splitlines()]
+            before = len(lines())
+            settled(f"{self.there[identity]} writes no more", lambda: len(lines()) > before)
+            numbers = lines()
+            holes = [number for last, number in zip(numbers, numbers[1:]) if number != last + 1]
+            if holes or numbers[:1] != [0]:
+                found.append(f"{self.there[identity]} has lost output before {holes or numbers[:1]} of {len(numbers)}")
         for identity, name in self.there.items():
             settled(f"{name} is lost", lambda: daemon.ask("GET", f"/containers/{identity}/json").status == 200)
             answer = daemon.ask("GET", f"/containers/{identity}/json")
