@@ -20,7 +20,7 @@ The way of a request, in one direction only:
 
 Sections, each using only what stands above it:
 
-    Errors · Tree · Conversions · Patterns · Requests, responses · Routes · nerdctl process · gRPC ·
+    Errors · Tree · Tree archives · Conversions · Patterns · Requests, responses · Routes · nerdctl process · gRPC ·
     containerd · Events · References · State · Inventory · Hosts files · CNI · Engine · System · Images ·
     Image archives · Registries · Build · Containers · Create options · Container create · Process streams ·
     Container lifecycle · Streams · Exec · Supervision · Archive · Statistics · Networks · Volumes ·
@@ -192,14 +192,15 @@ LINKS_FOLLOWED = 40
 
 
 @contextlib.contextmanager
-def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[int, List[str], str]]:
-    """A path below a root folder as an O_PATH descriptor, with the names on the way to it and, for a link at its end
-    that is not to be followed, where that leads. Links are taken as inside of the root, and each step is opened by
-    itself, so that nobody inside can lead it out. FileNotFoundError and other OSErrors as lstat has."""
+def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[int, List[str]]]:
+    """A path below a root folder as an O_PATH descriptor, with the names on the way to it; a link at its end is
+    followed if that is asked for. Links are taken as inside of the root, and each step is opened by itself, so that
+    nobody inside can lead it out. FileNotFoundError, with the path that there would have to be, and other OSErrors as
+    lstat has."""
     left = [part for part in path.split("/") if part]
     stack = [os.open(root, os.O_PATH | os.O_DIRECTORY)]
     names: List[str] = []
-    links, last = 0, ""
+    links = 0
     try:
         while left:
             part = left.pop(0)
@@ -208,15 +209,18 @@ def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[i
                     os.close(stack.pop())
                     names.pop()
                 continue
-            entry = os.open(part, os.O_PATH | os.O_NOFOLLOW, dir_fd=stack[-1])
+            try:
+                entry = os.open(part, os.O_PATH | os.O_NOFOLLOW, dir_fd=stack[-1])
+            except FileNotFoundError as error:
+                error.filename = os.path.normpath("/".join(["", *names, part, *left]))
+                raise
             stack.append(entry)
             names.append(part)
             mode = os.fstat(entry).st_mode
             if stat.S_ISLNK(mode):
-                target = os.readlink("", dir_fd=entry)
                 if not (left or follow or path.endswith("/")):
-                    last = target
                     break
+                target = os.readlink("", dir_fd=entry)
                 links += 1
                 if links > LINKS_FOLLOWED:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
@@ -230,7 +234,9 @@ def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[i
                 left = [each for each in target.split("/") if each] + left
             elif left and not stat.S_ISDIR(mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        yield stack[-1], names, last
+        if path.endswith("/") and not follow and not stat.S_ISDIR(os.fstat(stack[-1]).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        yield stack[-1], names
     finally:
         for each in stack:
             os.close(each)
@@ -246,19 +252,19 @@ class PathStat(NamedTuple):
     target: str
 
 
-def path_stat_of(path: str, names: List[str], found: os.stat_result, target: str) -> PathStat:
-    """The stat of what a path led to: `names` on the way to it, and the target of a link at its end."""
-    if not target:
-        return PathStat(os.path.basename(path.rstrip("/")) or "/", found.st_size, found.st_mode, found.st_mtime_ns, "")
-    resolved = target if target.startswith("/") else "/" + "/".join([*names[:-1], target])
-    return PathStat(names[-1], len(target), found.st_mode, found.st_mtime_ns, os.path.normpath(resolved))
-
-
 def stat_below(root: str, path: str) -> PathStat:
-    """The stat of a path below a root folder, with links taken as inside of it. FileNotFoundError and other OSErrors
-    as lstat has."""
-    with opened_below(root, path) as (descriptor, names, target):
-        return path_stat_of(path, names, os.fstat(descriptor), target)
+    """The stat of a path below a root folder, with links taken as inside of it; the target of a link is what it leads
+    to in the end, whether that is there or not. FileNotFoundError and other OSErrors as lstat has."""
+    with opened_below(root, path) as (descriptor, names):
+        found, target = os.fstat(descriptor), ""
+    if stat.S_ISLNK(found.st_mode):
+        try:
+            with opened_below(root, path, follow=True) as (_, leads):
+                target = "/" + "/".join(leads)
+        except FileNotFoundError as error:
+            target = error.filename
+    name = names[-1] if target else os.path.basename(path.rstrip("/")) or "/"
+    return PathStat(name, found.st_size, found.st_mode, found.st_mtime_ns, target)
 
 
 def libc_call(name: str, *arguments: Any) -> None:
@@ -316,7 +322,7 @@ def make_below(root: str, path: str, file: bool = False) -> None:
             with opened_below(root, "/".join(parts[:count]), follow=True):
                 pass
         except FileNotFoundError:
-            with opened_below(root, "/".join(parts[:count - 1]), follow=True) as (folder, _, _):
+            with opened_below(root, "/".join(parts[:count - 1]), follow=True) as (folder, _):
                 if file and count == len(parts):
                     os.close(os.open(parts[-1], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=folder))
                 else:
@@ -330,27 +336,41 @@ def mount_binds(root: str, binds: List[Tuple[str, str, bool]]) -> None:
         if not os.path.exists(source):
             continue
         make_below(root, destination, not os.path.isdir(source))
-        with opened_below(root, destination, follow=True) as (descriptor, _, _):
+        with opened_below(root, destination, follow=True) as (descriptor, _):
             mount(source, f"/proc/self/fd/{descriptor}", None, MS_BIND | MS_REC)
         if read_only:
-            with opened_below(root, destination, follow=True) as (descriptor, _, _):
+            with opened_below(root, destination, follow=True) as (descriptor, _):
                 mount(None, f"/proc/self/fd/{descriptor}", None, MS_REMOUNT | MS_BIND | MS_RDONLY)
+
+
+def own_mount(folder: int) -> int:
+    """A mount of the file system that an open folder is on without those that are mounted in it, as a descriptor. For
+    Linux 5.2."""
+    import ctypes
+
+    # open_tree, with AT_EMPTY_PATH and OPEN_TREE_CLONE.
+    found = ctypes.CDLL(None, use_errno=True).syscall(428, folder, b"", 0x1001)
+    if found < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return found
 
 
 def enter_tree(order: Dict[str, Any]) -> None:
     """Make a container's tree this process's root folder: that of its running process, or its snapshot, which is
-    mounted for this process alone and gone with it however it ends."""
+    mounted for this process alone and gone with it however it ends. What is to be exported has no volumes."""
     if order.get("pid"):
         root = os.open(f"/proc/{order['pid']}/root", os.O_PATH | os.O_DIRECTORY)
         # In the same namespace, so that what is mounted in the container can be neither removed nor replaced.
         namespace = os.open(f"/proc/{order['pid']}/ns/mnt", os.O_RDONLY)
         libc_call("setns", namespace, CLONE_NEWNS)
         os.close(namespace)
+        if order["do"] == "export":
+            root = own_mount(root)
     else:
         libc_call("unshare", CLONE_NEWNS)
         mount("none", "/", None, MS_REC | MS_PRIVATE)
         mount_snapshot(order["mounts"], order["folder"])
-        mount_binds(order["folder"], order["binds"])
+        mount_binds(order["folder"], order["binds"] if order["do"] != "export" else [])
         if order["read_only"]:
             mount(None, order["folder"], None, MS_REMOUNT | MS_BIND | MS_RDONLY)
         root = os.open(order["folder"], os.O_PATH | os.O_DIRECTORY)
@@ -361,6 +381,107 @@ def enter_tree(order: Dict[str, Any]) -> None:
     os.chroot(".")
     os.chdir("/")
     os.close(root)
+
+
+CHANGED, ADDED, DELETED = 0, 1, 2
+
+
+def is_opaque(folder: int) -> bool:
+    """Whether a folder of an overlay's own layer hides what is below it."""
+    for kind in ("trusted", "user"):
+        with contextlib.suppress(OSError):
+            if os.getxattr(folder, kind + ".overlay.opaque") == b"y":
+                return True
+    return False
+
+
+def lstat_or_none(folder: Optional[int], name: str) -> Optional[os.stat_result]:
+    """The stat of what is in an open folder by a name, None where nothing is, or no folder."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.lstat(name, dir_fd=folder) if folder is not None else None
+    return None
+
+
+class Changes:
+    """Finds what differs between two trees. `sparse` is one that has only what differs: an overlay's own layer.
+    Additions at the paths of `ignored` count for nothing."""
+
+    def __init__(self, sparse: bool, ignored: Iterable[str]):
+        self.sparse, self.ignored = sparse, set(ignored)
+        # Folders in which something was ignored, and when that was made.
+        self.touched: Dict[str, int] = {}
+
+    def below(self, path: str, upper: int, lower: Optional[int]) -> List[Tuple[str, int]]:
+        """Path and kind of each change in an open folder, in the order of paths; `lower` is None where there was no
+        folder."""
+        names, found = set(os.listdir(upper)), []
+        if lower is not None and (not self.sparse or is_opaque(upper)):
+            names.update(os.listdir(lower))
+        for name in sorted(names):
+            own, here, there = f"{path}/{name}", lstat_or_none(upper, name), lstat_or_none(lower, name)
+            if self.sparse and here and stat.S_ISCHR(here.st_mode) and not here.st_rdev:
+                here = None
+            if here and not there and own in self.ignored:
+                self.touched[path] = max(here.st_mtime_ns, self.touched.get(path, 0))
+            elif here:
+                inner = self.inside(own, name, (upper, here), (lower, there))
+                # What was made in a folder, or taken out of it, changes that, too.
+                changed = any(kind != CHANGED and each.rpartition("/")[0] == own for each, kind in inner)
+                if not there or changed or self.differ(own, here, there):
+                    found.append((own, CHANGED if there else ADDED))
+                found += inner
+            elif there:
+                found.append((own, DELETED))
+        return found
+
+    def inside(self, path: str, name: str, *trees: Tuple[Optional[int], Any]) -> List[Tuple[str, int]]:
+        """The changes in what is a folder in the upper tree, [] for anything else."""
+        folders: List[Optional[int]] = []
+        try:
+            for folder, found in trees:
+                is_folder = found is not None and stat.S_ISDIR(found.st_mode)
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+                folders.append(os.open(name, flags, dir_fd=folder) if is_folder else None)
+            return self.below(path, *folders) if folders[0] is not None else []
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        finally:
+            for each in folders:
+                if each is not None:
+                    os.close(each)
+
+    def differ(self, path: str, here: os.stat_result, there: os.stat_result) -> bool:
+        """Whether what both trees have at a path is not the same."""
+        fields = ["st_mode", "st_uid", "st_gid", "st_mtime_ns"]
+        if path in self.touched and here.st_mtime_ns < self.touched[path] + 10**7:
+            # It has changed by what was ignored, and not since.
+            fields.remove("st_mtime_ns")
+        if not (stat.S_ISDIR(here.st_mode) and stat.S_ISDIR(there.st_mode)):
+            if self.sparse:
+                return True
+            fields += ["st_size", "st_rdev"]
+        return any(getattr(here, each) != getattr(there, each) for each in fields)
+
+
+def find_changes(order: Dict[str, Any]) -> List[Tuple[str, int]]:
+    """What of a container's snapshot differs from the one below it. Both are mounted for this process alone."""
+    libc_call("unshare", CLONE_NEWNS)
+    mount("none", "/", None, MS_REC | MS_PRIVATE)
+    flags, folder = os.O_RDONLY | os.O_DIRECTORY, order["folder"]
+    # mount_snapshot() may go to another folder.
+    mount_snapshot(order["below"], folder)
+    lower = os.open(folder, flags)
+    own = [option[len("upperdir="):] for each in order["mounts"] if each["type"] == "overlay"
+           for option in each["options"] if option.startswith("upperdir=")]
+    if not own:
+        mount_snapshot(order["mounts"], folder)
+    upper = os.open(own[0] if own else folder, flags)
+    return Changes(bool(own), order["ignored"]).below("", upper, lower)
+
+
+###############################################################################
+# Tree archives
+###############################################################################
 
 
 class TarInput:
@@ -508,7 +629,7 @@ class Unpacker:
             self.close()
             for missing in (False, True):
                 try:
-                    with opened_below(self.root, path, follow=True) as (descriptor, _, _):
+                    with opened_below(self.root, path, follow=True) as (descriptor, _):
                         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
                             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
                         self.opened = (path, os.dup(descriptor))
@@ -610,7 +731,7 @@ class Unpacker:
             os.symlink(entry.linkname, name, dir_fd=folder)
         elif entry.islnk():
             *above, last = self.place(entry.linkname, link=True)
-            with opened_below(self.root, "/".join(above), follow=True) as (descriptor, _, _):
+            with opened_below(self.root, "/".join(above), follow=True) as (descriptor, _):
                 os.link(last, name, src_dir_fd=descriptor, dst_dir_fd=folder, follow_symlinks=False)
             if stat.S_ISREG(os.lstat(name, dir_fd=folder).st_mode):
                 # The chown below would take the set-user-ID bit off the file that has both names.
@@ -660,16 +781,28 @@ class Packer:
     def pack(self, path: str, tell: Callable[[PathStat], Any]) -> None:
         """Write the file at a path, or the folder with all that is in it; entries begin with the last part of the
         path. What is there is told first."""
-        with opened_below(self.root, path) as (_, names, _):
+        tell(stat_below(self.root, path))
+        with opened_below(self.root, path) as (_, names):
             pass
         last = path.rstrip("/").rpartition("/")[2]
         name = last if last == "." else os.path.basename(os.path.normpath(path)) or "/"
-        with opened_below(self.root, "/".join(names[:-1])) as (folder, _, _):
+        with opened_below(self.root, "/".join(names[:-1])) as (folder, _):
             entry = names[-1] if names else "."
-            found = os.lstat(entry, dir_fd=folder)
-            target = os.readlink(entry, dir_fd=folder) if stat.S_ISLNK(found.st_mode) else ""
-            tell(path_stat_of(path, names, found, target))
             self.entry(folder, entry, name, "/" + "/".join(names))
+        self.finish()
+
+    def pack_all(self) -> None:
+        """Write everything in the root folder, with names that do not begin with a slash."""
+        with opened_below(self.root, "/") as (folder, _):
+            descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
+        try:
+            self.entries(descriptor, "", "/")
+        finally:
+            os.close(descriptor)
+        self.finish()
+
+    def finish(self) -> None:
+        """Write the end of the archive."""
         self.pending += bytes(1024)
         self.flush()
 
@@ -679,6 +812,12 @@ class Packer:
         while view:
             view = view[os.write(self.output, view):]
         self.pending = bytearray()
+
+    def entries(self, folder: int, told: str, path: str) -> None:
+        """Write what is in a folder; `told` and `path` are what stands before the names."""
+        for each in sorted(os.listdir(folder)):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                self.entry(folder, each, told + each, path + each)
 
     def entry(self, folder: int, name: str, told: str, path: str) -> None:
         """Write one entry, by the name `told`, and what is below it; one that is gone meanwhile is left out, and a
@@ -691,9 +830,8 @@ class Packer:
                 found = os.fstat(descriptor)
                 if stat.S_ISDIR(found.st_mode):
                     self.header(found, told)
-                    for each in sorted(os.listdir(descriptor)) if path not in self.made_up else ():
-                        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                            self.entry(descriptor, each, f"{told.rstrip('/')}/{each}", f"{path.rstrip('/')}/{each}")
+                    if path not in self.made_up:
+                        self.entries(descriptor, told.rstrip("/") + "/", path.rstrip("/") + "/")
                 elif stat.S_ISREG(found.st_mode):
                     self.file(descriptor, found, told)
             finally:
@@ -756,7 +894,7 @@ class Packer:
 def folder_for(root: str, path: str, volumes: Iterable[str] = ()) -> List[str]:
     """The folder that a path leads to below a root, its own path in parts; 400 where nothing can be unpacked into
     it."""
-    with opened_below(root, path, follow=True) as (descriptor, names, _):
+    with opened_below(root, path, follow=True) as (descriptor, names):
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise BadParameter("extraction point is not a directory")
         if os.fstatvfs(descriptor).f_flag & os.ST_RDONLY:
@@ -767,20 +905,23 @@ def folder_for(root: str, path: str, volumes: Iterable[str] = ()) -> List[str]:
 
 
 def carry_out(order: Dict[str, Any], source: TarInput) -> None:
-    """Enter the tree and do what is ordered: `stat`, `pack` or `unpack`."""
+    """Enter the tree and do what is ordered: `stat`, `pack`, `unpack` or `export`; or tell the `changes` of it."""
     import resource
     # Whatever is needed later: from the tree on nothing can be imported.
     import tarfile  # noqa: F401
 
-    try:
-        enter_tree(order)
-    except OSError as error:
-        raise ApiError(f"the container's files cannot be reached: {error.strerror or error}") from None
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     sys.setrecursionlimit(10000)
     os.umask(0)
     path, tell = order["path"], lambda value: os.write(1, json.dumps(value).encode() + b"\n")
+    try:
+        if order["do"] == "changes":
+            tell(find_changes(order))
+            return
+        enter_tree(order)
+    except OSError as error:
+        raise ApiError(f"the container's files cannot be reached: {error.strerror or error}") from None
     if order["do"] == "unpack":
         names = folder_for("/", path, [destination for _, destination, _ in order["binds"]])
         tell([])
@@ -790,6 +931,9 @@ def carry_out(order: Dict[str, Any], source: TarInput) -> None:
             pass
     elif order["do"] == "pack":
         Packer("/", 1, order["made_up"]).pack(path, tell)
+    elif order["do"] == "export":
+        tell([])
+        Packer("/", 1).pack_all()
     else:
         tell(stat_below("/", path))
 
@@ -909,6 +1053,15 @@ def match_labels(labels: Dict[str, str], wanted: Iterable[str]) -> bool:
     return True
 
 
+def duration_of(text: str) -> Optional[int]:
+    """Nanoseconds of a duration as Go writes it (`1m30s`), None for what is none."""
+    if not re.fullmatch(r"(\d{1,9}(\.\d{1,9})?(h|ms|m|s))+", text):
+        return None
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+    parts = re.findall(r"(\d+(?:\.\d+)?)(h|ms|m|s)", text)
+    return int(sum(float(number) * units[unit] for number, unit in parts) * 10**9)
+
+
 def until_limit(values: List[str]) -> Optional[int]:
     """The moment that an `until` filter names, in nanoseconds since 1970: a timestamp, a date or a duration before now.
     None without one, 400 for what is none."""
@@ -916,11 +1069,9 @@ def until_limit(values: List[str]) -> Optional[int]:
         return None
     if len(values) > 1:
         raise BadParameter("more than one until filter specified")
-    text = values[0]
-    if re.fullmatch(r"(\d{1,9}(\.\d{1,9})?(h|ms|m|s))+", text):
-        units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-        parts = re.findall(r"(\d+(?:\.\d+)?)(h|ms|m|s)", text)
-        return time.time_ns() - int(sum(float(number) * units[unit] for number, unit in parts) * 10**9)
+    text, ago = values[0], duration_of(values[0])
+    if ago is not None:
+        return time.time_ns() - ago
     found = nanoseconds_of(text + "T00:00:00" if re.fullmatch(r"\d{4}-\d\d-\d\d", text) else text)
     if found is None:
         raise BadParameter(f"invalid until filter: {text!r}")
@@ -1818,8 +1969,6 @@ LOGRUS = re.compile(r'^time="[^"]*" level=(\w+) msg=(?:"((?:[^"\\]|\\.)*)"|(\S+)
 LOGRUS_TTY = re.compile(r"^(FATA|ERRO|WARN|INFO|DEBU)\[\d+\] (.*)")
 GO_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\"}
 SHORT_CALL = 120.0
-# How long a nerdctl that mounts a container's files may take to end by itself.
-UNMOUNTING = 10.0
 
 
 def parse_logrus(line: str) -> Tuple[str, str]:
@@ -1883,10 +2032,9 @@ class Process:
 
     def __init__(self, runner: "Nerdctl", argv: List[str], environment: Dict[str, str], stdin: Any, stdout: Any,
                  stderr: Any,
-                 client: Client, mounts: bool = False, descriptors: Tuple[int, ...] = ()):
+                 client: Client, descriptors: Tuple[int, ...] = ()):
         self.runner = runner
         self.argv = argv
-        self.mounts = mounts
         self.began = time.monotonic()
         self.messages = None
         if stderr is None:
@@ -1900,7 +2048,7 @@ class Process:
             raise runner.missing(error) from None
         self.stdin, self.stdout, self.stderr = self.popen.stdin, self.popen.stdout, self.popen.stderr
         runner.processes.add(self)
-        self.watch = contextlib.nullcontext() if mounts else client.when_gone(self.kill)
+        self.watch = client.when_gone(self.kill)
         self.watch.__enter__()
 
     def __enter__(self) -> "Process":
@@ -1938,9 +2086,8 @@ class Process:
         """Up to `size` bytes of stdout as soon as there are any; b"" at its end."""
         return os.read(self.stdout.fileno(), size)
 
-    def pieces(self, unread: Callable[[], int] = lambda: sys.maxsize) -> Iterator[Any]:
-        """Stdout to its end as bytes, and as Piped what is not worth to be read here: at most the next `unread()`
-        bytes."""
+    def pieces(self) -> Iterator[Any]:
+        """Stdout to its end: as Piped where there is much at once, else as bytes."""
         descriptor = self.stdout.fileno()
         enlarge_pipe(descriptor)
         pause, total = 0.0005, 0
@@ -1953,7 +2100,7 @@ class Process:
                 found = waiting_bytes(descriptor)
                 pause = min(2 * pause, 0.004) if found < BLOCK else max(pause / 2,
                                                                         0.00025) if found > 2 * BLOCK else pause
-            waiting = min(waiting_bytes(descriptor), unread())
+            waiting = waiting_bytes(descriptor)
             if waiting >= Piped.WORTH and hasattr(os, "splice"):
                 total += waiting
                 yield Piped(descriptor, waiting)
@@ -2015,9 +2162,6 @@ class Process:
     def close(self) -> None:
         """End what still runs, reap it, close every descriptor."""
         self.watch.__exit__(None, None, None)
-        if self.mounts:
-            self._close_pipes()
-            self.wait(UNMOUNTING)
         if self.popen.returncode is None and self.popen.poll() is None:
             self.kill(signal.SIGTERM)
             if self.wait(self.GRACE) is None:
@@ -2117,12 +2261,11 @@ class Nerdctl:
             log(f"{shlex.join(process.argv)} -> {process.popen.returncode} in {took:.0f} ms{reason}")
 
     def start(self, *arguments: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE, stderr: Any = None,
-              environment: Optional[Dict[str, str]] = None, client: Client = Client(), mounts: bool = False) -> Process:
+              environment: Optional[Dict[str, str]] = None, client: Client = Client()) -> Process:
         """A running process for a stream. stderr None keeps it in memory for check(). It is killed when `client`
-        leaves. One that `mounts` a container's files would leave them
-        mounted if it was killed: it finds its pipes closed, and has a while to end by itself."""
+        leaves."""
         merged = {**self.environment, **environment} if environment else self.environment
-        return Process(self, self.argv(arguments), merged, stdin, stdout, stderr, client, mounts)
+        return Process(self, self.argv(arguments), merged, stdin, stdout, stderr, client)
 
     def start_own(self, command: str, before: Iterable[str] = (), client: Client = Client()) -> Process:
         """This file as a process of its own, `nerdctld.py COMMAND`, with its standard streams as pipes and errors in
@@ -2235,10 +2378,6 @@ class Nerdctl:
         options = [f"--platform={each}" for each in platforms] or ["--all-platforms"]
         return self.start("load", *options, stdin=subprocess.PIPE)
 
-    def save(self, names: List[str], platforms: List[str], client: Client) -> ContextManager[Process]:
-        """A running save, the archive on its stdout."""
-        return self.start("save", *(f"--platform={each}" for each in platforms), "--", *names, client=client)
-
     def tag(self, source: str, name: str) -> None:
         """Let `name` stand for what `source` stands for."""
         self.run("tag", "--", source, name)
@@ -2276,8 +2415,8 @@ class Nerdctl:
         return other
 
     def end_all(self) -> None:
-        """End every process that is still running, but for those that will find their pipes closed."""
-        ending = [process for process in list(self.processes) if not process.mounts]
+        """End every process that is still running."""
+        ending = list(self.processes)
         for process in ending:
             process.kill(signal.SIGTERM)
         deadline = time.monotonic() + 2.0
@@ -3138,6 +3277,7 @@ EVENT_FIELDS: Dict[str, Dict[int, str]] = {
 }
 # What stands before the name of an OCI type where a message has one.
 SPEC_URL = "types.containerd.io/opencontainers/runtime-spec/1/"
+LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar+gzip"
 # What BuildKit calls the container of a step; nobody else gives such ids.
 BUILD_STEP = re.compile(r"[0-9a-z]{25}")
 
@@ -3255,11 +3395,33 @@ def parse_task(message: Any) -> Tuple[str, TaskRecord]:
         read_text(found, 5), read_text(found, 6))
 
 
+def parse_descriptor(message: Any) -> Descriptor:
+    """A types.Descriptor."""
+    found = read_message(message)
+    return Descriptor(read_text(found, 1), read_text(found, 2), found.get(3, 0))
+
+
+def encode_descriptor(descriptor: Descriptor) -> bytes:
+    """A types.Descriptor."""
+    return b"".join(itertools.starmap(encode_field, enumerate(descriptor, 1)))
+
+
+def parse_mount(message: Any) -> Dict[str, Any]:
+    """A types.Mount: its `type`, `source` and `options`."""
+    found = {"type": "", "source": "", "options": []}
+    for field in decode_fields(message):
+        text = bytes(field.value).decode("utf-8", "surrogateescape")
+        if field.number == 4:
+            found["options"].append(text)
+        elif field.number in (1, 2):
+            found["type" if field.number == 1 else "source"] = text
+    return found
+
+
 def parse_image(message: Any) -> ImageRecord:
     """An images.v1.Image."""
     found = read_message(message)
-    target = read_message(found.get(3, b""))
-    return ImageRecord(read_text(found, 1), Descriptor(read_text(target, 1), read_text(target, 2), target.get(3, 0)),
+    return ImageRecord(read_text(found, 1), parse_descriptor(found.get(3, b"")),
                        read_timestamp(found.get(8)) or read_timestamp(found.get(7)),
                        tuple(decode_map_entry(each.value) for each in decode_fields(message) if each.number == 2))
 
@@ -3267,8 +3429,7 @@ def parse_image(message: Any) -> ImageRecord:
 def encode_image(image: ImageRecord) -> bytes:
     """A request that has an images.v1.Image as its first field; containerd sets the times."""
     labels = b"".join(encode_map_entry(2, key, value) for key, value in image.labels)
-    target = b"".join(itertools.starmap(encode_field, enumerate(image.target, 1)))
-    return encode_field(1, encode_field(1, image.name) + labels + encode_field(3, target))
+    return encode_field(1, encode_field(1, image.name) + labels + encode_field(3, encode_descriptor(image.target)))
 
 
 def parse_event(message: Any, namespace: str) -> Optional[ContainerdEvent]:
@@ -3291,8 +3452,8 @@ class Containerd:
     that calls of several threads do not wait for each other. Methods raise NotFound, Conflict or another ApiError for
     containerd's own errors, and Unavailable where it cannot be reached."""
 
-    def __init__(self, address: str = "", namespace: str = "default"):
-        self.namespace = namespace
+    def __init__(self, address: str = "", namespace: str = "default", lease: str = ""):
+        self.namespace, self.lease = namespace, lease
         self.given_address = address.replace("unix://", "", 1)
 
     @property
@@ -3339,7 +3500,20 @@ class Containerd:
     @property
     def headers(self) -> List[Tuple[str, str]]:
         """The headers of every call."""
-        return [("containerd-namespace", self.namespace)]
+        return [("containerd-namespace", self.namespace), *([("containerd-lease", self.lease)] if self.lease else [])]
+
+    @contextlib.contextmanager
+    def leased(self) -> Iterator["Containerd"]:
+        """Context with a client by which new content and snapshots stay until its end; from then on only as long as
+        something needs them. What a daemon that was killed has left goes after an hour."""
+        lease = f"nerdctld-{os.urandom(8).hex()}"
+        until = encode_map_entry(3, "containerd.io/gc.expire", rfc3339(time.time_ns() + 3600 * 10**9))
+        self.call("leases.v1.Leases/Create", encode_field(1, lease) + until)
+        try:
+            yield Containerd(self.given_address, self.namespace, lease)
+        finally:
+            with contextlib.suppress(ApiError):
+                self.call("leases.v1.Leases/Delete", encode_field(1, lease))
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
@@ -3359,6 +3533,11 @@ class Containerd:
         seconds."""
         with self.dial() as sock, self.errors():
             return grpc_call(sock, "/containerd.services." + method, message, self.headers, timeout)
+
+    def stream(self, method: str, message: bytes = b"", timeout: Optional[float] = None) -> Iterator[bytes]:
+        """The messages that answer a call."""
+        with self.dial() as sock, self.errors():
+            yield from grpc_stream(sock, "/containerd.services." + method, message, self.headers, timeout)
 
     def list_containers(self) -> List[ContainerRecord]:
         """All containers of the namespace."""
@@ -3397,7 +3576,8 @@ class Containerd:
     def create_task(self, record: ContainerRecord, streams: TaskStreams, timeout: float = SHORT_CALL) -> int:
         """Have the runtime make a container's process, with its snapshot for root, and not start it yet; its process
         id."""
-        mounts = b"".join(encode_field(3, each) for each in self._mounts(record.snapshotter, record.snapshot_key))
+        mounts = b"".join(encode_field(3, each) for each in self.snapshot_mounts(record.snapshotter,
+                                                                                 record.snapshot_key))
         answer = self.call("tasks.v1.Tasks/Create", encode_field(1, record.id) + mounts
                            + b"".join(itertools.starmap(encode_field, enumerate(streams, 4))), timeout)
         return read_message(answer).get(2, 0)
@@ -3471,9 +3651,12 @@ class Containerd:
         """Give an image a new name; Conflict where there is that name."""
         self.call("images.v1.Images/Create", encode_image(image))
 
-    def update_image(self, image: ImageRecord) -> None:
-        """Let a name stand for another image."""
-        self.call("images.v1.Images/Update", encode_image(image))
+    def set_image(self, image: ImageRecord) -> None:
+        """Let a name stand for an image, whatever it stood for."""
+        try:
+            self.create_image(image)
+        except Conflict:
+            self.call("images.v1.Images/Update", encode_image(image))
 
     def delete_image(self, name: str, sync: bool = True) -> None:
         """Remove a name; with `sync` also what nothing else needs any more, before the answer comes."""
@@ -3481,17 +3664,46 @@ class Containerd:
 
     def list_content(self) -> set:
         """The digests of all content there is."""
-        with self.dial() as sock, self.errors():
-            return {read_text(read_message(info.value), 1)
-                    for message in grpc_stream(sock, "/containerd.services.content.v1.Content/List", b"", self.headers,
-                                               10.0)
-                    for info in decode_fields(message) if info.number == 1}
+        return {read_text(read_message(info.value), 1) for message in self.stream("content.v1.Content/List", timeout=10)
+                for info in decode_fields(message) if info.number == 1}
+
+    def content(self, digest: str) -> Iterator[Any]:
+        """Content by its digest, in pieces."""
+        for message in self.stream("content.v1.Content/Read", encode_field(1, digest)):
+            yield from (field.value for field in decode_fields(memoryview(message)) if field.number == 2)
 
     def read_content(self, digest: str) -> bytes:
         """Content by its digest, as far as memory is to hold it: manifests and configurations."""
-        with self.dial() as sock, self.errors():
-            return b"".join(bytes(read_message(message).get(2, b"")) for message in grpc_stream(
-                sock, "/containerd.services.content.v1.Content/Read", encode_field(1, digest), self.headers, 10.0))
+        return b"".join(self.content(digest))
+
+    def write_content(self, media_type: str, data: bytes, labels: Dict[str, str]) -> Descriptor:
+        """New content, with the labels by which it needs other content and snapshots."""
+        found = Descriptor(media_type, "sha256:" + sha256(data).hexdigest(), len(data))
+        fields = enumerate((2, "nerdctld-" + found.digest, found.size, found.digest, 0, data), 1)
+        with contextlib.suppress(Conflict):
+            # What was written is told, and then that it is kept.
+            list(self.stream("content.v1.Content/Write", b"".join(itertools.starmap(encode_field, fields))
+                             + b"".join(encode_map_entry(7, *each) for each in labels.items()), 10))
+        return found
+
+    def make_layer(self, below: List[bytes], above: List[bytes]) -> Tuple[Descriptor, str]:
+        """A layer of what differs between the mounts of two snapshots, packed by gzip; it and the digest of its
+        tar."""
+        answer = self.call("diff.v1.Diff/Diff", b"".join(
+            [*(encode_field(1, each) for each in below), *(encode_field(2, each) for each in above),
+             encode_field(3, LAYER_TYPE), encode_field(4, f"nerdctld-{os.urandom(8).hex()}")]), None)
+        layer = parse_descriptor(read_message(answer).get(3, b""))
+        info = read_message(self.call("content.v1.Content/Info", encode_field(1, layer.digest))).get(1, b"")
+        labels = dict(decode_map_entry(each.value) for each in decode_fields(info) if each.number == 5)
+        return layer, labels["containerd.io/uncompressed"]
+
+    def unpack_layer(self, layer: Descriptor, snapshotter: str, parent: str, name: str) -> None:
+        """Make the snapshot `name` of a layer above another snapshot, unless it is there."""
+        with self.snapshot("Prepare", snapshotter, parent) as (key, mounts):
+            self.call("diff.v1.Diff/Apply", encode_field(1, encode_descriptor(layer))
+                      + b"".join(encode_field(2, each) for each in mounts), None)
+            with contextlib.suppress(Conflict):
+                self.call("snapshots.v1.Snapshots/Commit", self._snapshot(snapshotter, name) + encode_field(3, key))
 
     def delete_content(self, digest: str) -> None:
         """Remove a blob, whatever refers to it."""
@@ -3506,23 +3718,23 @@ class Containerd:
         return read_text(read_message(read_message(self.call("snapshots.v1.Snapshots/Stat",
                                                              self._snapshot(snapshotter, key))).get(1, b"")), 2)
 
-    def snapshot_mounts(self, snapshotter: str, key: str) -> List[Dict[str, Any]]:
-        """How a snapshot is mounted: `type`, `source` and `options` of each mount."""
-        found = []
-        for message in self._mounts(snapshotter, key):
-            each = {"type": "", "source": "", "options": []}
-            for field in decode_fields(message):
-                text = bytes(field.value).decode("utf-8", "surrogateescape")
-                if field.number == 4:
-                    each["options"].append(text)
-                elif field.number in (1, 2):
-                    each["type" if field.number == 1 else "source"] = text
-            found.append(each)
-        return found
-
-    def _mounts(self, snapshotter: str, key: str) -> List[bytes]:
+    def snapshot_mounts(self, snapshotter: str, key: str) -> List[bytes]:
+        """How a snapshot is mounted, as containerd's other services take it."""
         return [each.value for each in decode_fields(self.call("snapshots.v1.Snapshots/Mounts",
                                                                self._snapshot(snapshotter, key)))]
+
+    @contextlib.contextmanager
+    def snapshot(self, verb: str, snapshotter: str, parent: str) -> Iterator[Tuple[str, List[bytes]]]:
+        """Context with a new snapshot above another one, "" for none, that is gone at its end: a "View", or one to be
+        written that is to "Prepare"; its key and its mounts. For a client with a lease."""
+        key = f"nerdctld-{os.urandom(8).hex()}"
+        answer = self.call("snapshots.v1.Snapshots/" + verb, self._snapshot(snapshotter, key) + encode_field(3, parent))
+        try:
+            yield key, [each.value for each in decode_fields(answer)]
+        finally:
+            # One that was committed has its name instead of the key.
+            with contextlib.suppress(ApiError):
+                self.call("snapshots.v1.Snapshots/Remove", self._snapshot(snapshotter, key))
 
     def _snapshot(self, snapshotter: str, key: str) -> bytes:
         return encode_field(1, snapshotter) + encode_field(2, key)
@@ -4159,6 +4371,10 @@ def fits_machine(platform: str) -> bool:
     return words[0] == "linux" and (len(words) == 1 or words[1] in (machine, os.uname().machine))
 
 
+# dockerd's own label of an image for the one that it was committed on.
+PARENT_LABEL = "org.mobyproject.image.parent"
+
+
 class ImageContent(NamedTuple):
     """What is behind an image's target, of one platform: a manifest with its descriptor, the configuration, and the
     bytes that each of its layers takes unpacked, the lowest first, 0 for one that is not unpacked; the bytes of it that
@@ -4212,15 +4428,15 @@ def with_health_check(config_file: Dict[str, Any]) -> Dict[str, Any]:
 
 class ImageGroup:
     """All names of one image. `id` is the digest of its target (an index or a manifest), as in dockerd's containerd
-    store; `contents` are what its index names, in its order, and `content` the one that runs here, NO_CONTENT where
-    none is at hand."""
+    store; `parent` that of the image which it was committed on, "" for none; `contents` are what its index names, in
+    its order, and `content` the one that runs here, NO_CONTENT where none is at hand."""
 
-    __slots__ = ("id", "target", "names", "updated_at", "content", "contents")
+    __slots__ = ("id", "target", "names", "updated_at", "parent", "content", "contents")
 
     def __init__(self, target: Descriptor):
         self.id, self.target = target.digest, target
         self.names: List[str] = []
-        self.updated_at = 0
+        self.updated_at, self.parent = 0, ""
         self.content, self.contents = NO_CONTENT, []
 
     @property
@@ -4335,6 +4551,7 @@ class ImageStore:
             group = groups.setdefault(names[name].target.digest, ImageGroup(names[name].target))
             group.names.append(name)
             group.updated_at = max(group.updated_at, names[name].updated_at)
+            group.parent = group.parent or dict(names[name].labels).get(PARENT_LABEL, "")
         known = self.groups
         # The index of an image may get more of its platforms under the same digest, when its record is written anew.
         wanted = [group for group in groups.values() if group.id not in known or known[group.id].content is NO_CONTENT
@@ -6001,7 +6218,7 @@ def docker_image_row(group: ImageGroup, version: Tuple[int, int], containers: in
         tags, digests = ["<none>:<none>"], digests or ["<none>@<none>"]
     row = {
         "Containers": containers, "Created": seconds_or_zero(group.config.get("created") or ""), "Id": group.id,
-        "Labels": group.labels, "ParentId": "", "RepoDigests": digests, "RepoTags": tags,
+        "Labels": group.labels, "ParentId": group.parent, "RepoDigests": digests, "RepoTags": tags,
         "SharedSize": shared, "Size": image_size(group),
     }
     if version < (1, 44):
@@ -6161,7 +6378,7 @@ def docker_image(group: ImageGroup, version: Tuple[int, int],
     size = (content or group.content).size + (content or group.content).unpacked_size
     image = {
         "Id": content.descriptor["digest"] if content else group.id, "RepoTags": group.repo_tags,
-        "RepoDigests": group.repo_digests, "Parent": "",
+        "RepoDigests": group.repo_digests, "Parent": group.parent,
         "Comment": next((each.get("comment") or "" for each in reversed(history)), ""),
         "Created": config.get("created") or ZERO_TIME, "DockerVersion": "", "Author": config.get("author") or "",
         "Config": docker_image_config(config.get("config") or {}, version), "Architecture": config.get("architecture")
@@ -6435,8 +6652,8 @@ def parse_loaded(text: str) -> List[str]:
 
 
 class ImageArchive:
-    """What an archive of images says of itself, noted from its tar as the bytes pass by: `whole` once its end was
-    there, and the `names` that containerd gives to what is in it. Of what is packed it knows nothing."""
+    """What an archive of images says of itself, noted from its tar as the bytes pass by. Of what is packed it knows
+    nothing."""
 
     # containerd reads no more of a JSON file.
     LIMIT = 20 << 20
@@ -6444,20 +6661,11 @@ class ImageArchive:
 
     def __init__(self) -> None:
         self.files: Dict[str, bytes] = {}
-        self.zeros = 0
-        self.broken = False
-        # How many of the next bytes are of an entry that is not looked at.
-        self.opaque = 0
-        self._checksum = sha256()
+        # How many of the next bytes are of an entry that is not looked at; None when nothing more is.
+        self.opaque: Optional[int] = 0
         self._entry: Any = None
         self._buffer, self._wanted = bytearray(), 512
         self._long_size = 0
-
-    @property
-    def whole(self) -> bool:
-        """Whether the end of the tar came, where a header would stand, after the files that an archive of images
-        has."""
-        return self.zeros == 2 and "index.json" in self.files
 
     @property
     def index(self) -> str:
@@ -6465,19 +6673,10 @@ class ImageArchive:
         digest = sha256(self.files.get("index.json", b"")).hexdigest()
         return f"import@sha256:{digest}" if "oci-layout" in self.files else ""
 
-    @property
-    def state(self) -> Tuple[bytes, int, bytes]:
-        """Where in the tar this is: the same for another one that is the same up to here. The names of blobs are in
-        it."""
-        return self._checksum.digest(), self.opaque, bytes(self._buffer)
-
     def feed(self, data: Any) -> None:
-        """The next bytes of the tar; they may be Piped within `opaque`."""
-        if isinstance(data, Piped):
-            self.opaque -= data.size
-            return
+        """The next bytes of the tar."""
         view = memoryview(data)
-        while view and not self.broken and self.zeros < 2:
+        while view and self.opaque is not None:
             if self.opaque:
                 passed = min(self.opaque, len(view))
                 self.opaque -= passed
@@ -6490,12 +6689,10 @@ class ImageArchive:
 
     def _next(self, data: bytes) -> None:
         """A header, or the content of an entry that is looked at, has come whole."""
-        self._checksum.update(data)
         entry, self._entry = self._entry, None
         self._buffer, self._wanted = bytearray(), 512
         if entry is None:
-            self.zeros = 0 if any(data) else self.zeros + 1
-            if not self.zeros:
+            if any(data):
                 self._header(data)
         elif entry.isreg():
             self.files[os.path.normpath(entry.name)] = data[:entry.size]
@@ -6510,7 +6707,7 @@ class ImageArchive:
         try:
             entry = tarfile.TarInfo.frombuf(data, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
-            self.broken = True
+            self.opaque = None
             return
         without = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE,
                    tarfile.FIFOTYPE)
@@ -6518,12 +6715,10 @@ class ImageArchive:
         self._long_size = 0
         blocks = -(-size // 512) * 512
         known = entry.type == tarfile.XHDTYPE or (entry.isreg() and os.path.normpath(entry.name) in self.FILES)
-        if size < 0:
-            self.broken = True
-        elif known and 0 < size <= self.LIMIT:
+        if known and 0 < size <= self.LIMIT:
             self._entry, self._wanted = entry, blocks
         else:
-            self.opaque = blocks
+            self.opaque = blocks if size >= 0 else None
 
     @property
     def names(self) -> List[str]:
@@ -6592,26 +6787,173 @@ def image_load(engine: Engine, request: Request) -> Response:
     return Response(200, Stream(as_error_detail(chunks(), begun=True), primed=True), "application/json")
 
 
-def change_lines(values: List[str]) -> List[str]:
-    """The Dockerfile instructions of a `changes` parameter; 400 for one that may not be there."""
-    lines = [line.strip() for value in values for line in value.split("\n") if line.strip()]
-    for line in lines:
-        word = line.split(None, 1)[0].upper()
-        if word not in ("CMD", "ENTRYPOINT", "ENV", "EXPOSE", "HEALTHCHECK", "LABEL", "MAINTAINER", "ONBUILD",
-                        "STOPSIGNAL", "USER",
-                        "VOLUME", "WORKDIR", "SHELL"):
-            raise BadParameter(f"{word} is not a valid change command")
-    return lines
+# A word of a Dockerfile, and a piece of one: in single quotes, in double quotes, in none.
+WORD = re.compile(r"""(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^\s\\'"])+""", re.S)
+PIECE = re.compile(r"""'([^']*)'|"((?:\\.|[^"\\])*)"|((?:\\.|[^\\'"])+)""", re.S)
+VARIABLE = re.compile(r"\\(.)|\$(?:(\w+)|\{(\w+)(?:(:[-+])([^}]*))?\})", re.S)
 
 
-def apply_changes(engine: Engine, source: str, target: str, lines: List[str]) -> None:
-    """Make `target` of the image `source` with Dockerfile instructions. nerdctl's import and commit take none of them
-    (or only two), so BuildKit does it; 503 where there is none."""
-    with engine.workspace.temporary("changes") as folder:
-        with open(os.path.join(folder, "Dockerfile"), "w", encoding="utf-8") as file:
-            file.write("\n".join([f"FROM {source}", *lines]) + "\n")
-        engine.nerdctl.run("build", "--progress=plain", "--provenance=false", f"--tag={target}", "--", folder,
-                           timeout=600, waits=True)
+def expand_word(text: str, variables: Dict[str, str]) -> str:
+    """A word of a Dockerfile without its quotes, with the values of variables: `$NAME`, `${NAME}`, `${NAME:-default}`
+    and `${NAME:+instead}`; 400 where a quote is not closed."""
+    def value(found: Any, quoted: bool) -> str:
+        escaped, name, braced, test, word = found.groups()
+        if escaped:
+            return ("\\" if quoted and escaped not in '"$\\' else "") + escaped
+        current = variables.get(name or braced, "")
+        return (word if current else "") if test == ":+" else current or word or ""
+
+    if PIECE.sub("", text):
+        raise BadParameter(f"invalid change: unexpected end of statement in {text!r}")
+    return "".join(single or VARIABLE.sub(lambda found: value(found, bool(double)), double or plain)
+                   for single, double, plain in PIECE.findall(text))
+
+
+def expand_pairs(rest: str, variables: Dict[str, str]) -> Dict[str, str]:
+    """`a=b "c"="d e"` or `a b e` of ENV and LABEL; 400 for a name without a value."""
+    words = WORD.findall(rest)
+    if words and "=" not in words[0]:
+        found = {expand_word(words[0], variables): expand_word(rest[len(words[0]):].strip(), variables)}
+        if "" not in found.values():
+            return found
+    if not words or not all("=" in each for each in words):
+        raise BadParameter("invalid change: ENV and LABEL must have names and values")
+    return dict(expand_word(each, variables).partition("=")[::2] for each in words)
+
+
+def instruction_words(rest: str, shell: Optional[List[str]]) -> List[str]:
+    """The words of CMD and ENTRYPOINT: a JSON array, or else a line for the shell."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(rest)
+        if isinstance(found, list) and all(isinstance(each, str) for each in found):
+            return found
+    return [*(["/bin/sh", "-c"] if shell is None else shell), rest]
+
+
+def health_instruction(rest: str) -> Dict[str, Any]:
+    """The Healthcheck of a HEALTHCHECK instruction."""
+    fields = {"interval": "Interval", "timeout": "Timeout", "start-period": "StartPeriod",
+              "start-interval": "StartInterval", "retries": "Retries"}
+    options, kind, command = re.fullmatch(r"((?:--\S+\s+)*)(\S+)\s*(.*)", rest, re.S).groups()
+    found: Dict[str, Any] = {"Test": [kind.upper()]}
+    for option in options.split():
+        name, _, value = option[2:].partition("=")
+        told = int_or_zero(value) if name == "retries" else duration_of(value)
+        if name not in fields or told is None:
+            raise BadParameter(f"invalid change: HEALTHCHECK {option}")
+        found[fields[name]] = told
+    if kind.upper() == "CMD" and command:
+        words = instruction_words(command, [])
+        found["Test"] = ["CMD-SHELL", command] if words == [command] else ["CMD", *words]
+    elif kind.upper() != "NONE" or command:
+        raise BadParameter(f"invalid change: unknown type {kind!r} in HEALTHCHECK (try CMD)")
+    return found
+
+
+def open_ports_of(words: Iterable[str]) -> Iterator[str]:
+    """`80/tcp` for each port of an EXPOSE, which may have ranges."""
+    for word in words:
+        found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?(?:/(tcp|udp|sctp))?", word, re.I)
+        if not found:
+            raise BadParameter(f"invalid containerPort: {word}")
+        for port in range(int(found.group(1)), int(found.group(2) or found.group(1)) + 1):
+            yield f"{port}/{(found.group(3) or 'tcp').lower()}"
+
+
+def apply_change(config: Dict[str, Any], word: str, rest: str) -> None:
+    """Change an image's config as an instruction of a Dockerfile says; 400 for one that may not be there."""
+    variables = dict(each.partition("=")[::2] for each in config.get("Env") or [])
+    expand = lambda text: expand_word(text, variables)
+    if not rest:
+        raise BadParameter(f"{word} requires at least one argument")
+    if word == "CMD":
+        config["Cmd"] = instruction_words(rest, config.get("Shell"))
+    elif word == "ENTRYPOINT":
+        config["Entrypoint"] = instruction_words(rest, config.get("Shell"))
+    elif word == "ENV":
+        told = {key: f"{key}={value}" for key, value in expand_pairs(rest, variables).items()}
+        config["Env"] = list({**{each.partition("=")[0]: each for each in config.get("Env") or []}, **told}.values())
+    elif word == "LABEL":
+        config["Labels"] = {**(config.get("Labels") or {}), **expand_pairs(rest, variables)}
+    elif word == "EXPOSE":
+        ports = open_ports_of(map(expand, WORD.findall(rest)))
+        config["ExposedPorts"] = {**(config.get("ExposedPorts") or {}), **{port: {} for port in ports}}
+    elif word == "VOLUME":
+        listed = instruction_words(rest, []) if rest.startswith("[") else [expand(each) for each in WORD.findall(rest)]
+        config["Volumes"] = {**(config.get("Volumes") or {}), **{each: {} for each in listed}}
+    elif word in ("USER", "STOPSIGNAL"):
+        config["User" if word == "USER" else "StopSignal"] = expand(rest)
+    elif word == "WORKDIR":
+        config["WorkingDir"] = os.path.normpath(os.path.join("/", config.get("WorkingDir") or "", expand(rest)))
+    elif word == "HEALTHCHECK":
+        config["Healthcheck"] = health_instruction(rest)
+    elif word == "ONBUILD":
+        config["OnBuild"] = [*(config.get("OnBuild") or []), rest]
+    else:
+        raise BadParameter(f"{word} is not a valid change command")
+
+
+def apply_changes(config: Dict[str, Any], values: List[str]) -> Dict[str, Any]:
+    """An image's config after the instructions of a `changes` parameter; 400 for one that may not be there."""
+    config, words = dict(config), []
+    for line in filter(None, (line.strip() for value in values for line in value.split("\n"))):
+        word, _, rest = re.sub(r"\s+", " ", line, count=1).partition(" ")
+        words.append(word.upper())
+        apply_change(config, words[-1], rest.strip())
+        if words[-1] == "ENTRYPOINT" and "CMD" not in words:
+            # What was the command would become the arguments of another program.
+            config["Cmd"] = None
+    return config
+
+
+CONFIG_FIELDS = {"User": str, "ExposedPorts": dict, "Env": list, "Entrypoint": list, "Cmd": list, "Volumes": dict,
+                 "WorkingDir": str, "Labels": dict, "StopSignal": str, "ArgsEscaped": bool, "Healthcheck": dict,
+                 "OnBuild": list, "Shell": list}
+
+
+def image_config(config: Dict[str, Any]) -> Dict[str, Any]:
+    """Those fields of a container's config that an image has; 400 where one is not of its type."""
+    found = {}
+    for key, kind in CONFIG_FIELDS.items():
+        value = config.get(key)
+        if value is not None:
+            found[key] = (string_list(value, key) if kind is list else string_map(value, key) if key == "Labels"
+                          else typed(value, kind, key))
+    return found
+
+
+def merged_config(own: Dict[str, Any], below: Dict[str, Any]) -> Dict[str, Any]:
+    """A config with another one's values where it has none."""
+    found = {**below, **{key: value for key, value in own.items() if value}}
+    for key in ("ExposedPorts", "Labels", "Volumes", "Healthcheck"):
+        if below.get(key) and own.get(key):
+            found[key] = {**below[key], **own[key]}
+    names = {each.partition("=")[0] for each in own.get("Env") or []}
+    found["Env"] = [*(own.get("Env") or []), *(each for each in below.get("Env") or []
+                                               if each.partition("=")[0] not in names)]
+    if own.get("Entrypoint"):
+        found["Cmd"] = own.get("Cmd")
+    elif own.get("Entrypoint") is not None:
+        found["Entrypoint"] = []
+    return {key: value for key, value in found.items() if value}
+
+
+MANIFEST_TYPE, CONFIG_TYPE = (f"application/vnd.oci.image.{kind}.v1+json" for kind in ("manifest", "config"))
+
+
+def write_image(containerd: Containerd, snapshotter: str, name: str, config: Dict[str, Any],
+                layers: List[Dict[str, Any]], parent: str = "") -> None:
+    """Let a name stand for a new image of these layers, which are here and unpacked. The client of containerd is one
+    with a lease."""
+    chain = chain_ids(config)[-1:]
+    snapshot = {f"containerd.io/gc.ref.snapshot.{snapshotter}": each for each in chain}
+    found = containerd.write_content(CONFIG_TYPE, json_bytes(config), snapshot)
+    told = {"mediaType": found.media_type, "digest": found.digest, "size": found.size}
+    manifest = {"schemaVersion": 2, "mediaType": MANIFEST_TYPE, "config": told, "layers": layers}
+    needed = enumerate([told, *layers])
+    target = containerd.write_content(MANIFEST_TYPE, json_bytes(manifest), {
+        f"containerd.io/gc.ref.content.{number}": each["digest"] for number, each in needed})
+    containerd.set_image(ImageRecord(name, target, labels=((PARENT_LABEL, parent),) if parent else ()))
 
 
 def image_import(engine: Engine, request: Request) -> Response:
@@ -6622,14 +6964,14 @@ def image_import(engine: Engine, request: Request) -> Response:
         raise BadParameter("cannot import digest reference")
     if source != "-" and not re.match(r"https?://", source):
         source = "http://" + source
-    lines = change_lines(request.values("changes"))
+    config = apply_changes({}, request.values("changes"))
     # nerdctl 1.7 has no --message.
     arguments = ["import", *([f"--message={request.value('message')}"] if request.value("message") else [])]
     arguments += [f"--platform={each}" for each in wanted_platforms(request, 1)]
 
     def chunks() -> Iterator[bytes]:
         before = list(engine.inventory.images.records())
-        working = target.name if target and not lines else f"{WORKING_NAME}import:{os.urandom(8).hex()}"
+        working = target.name if target else f"{WORKING_NAME}import:{os.urandom(8).hex()}"
         with engine.changing_images([working]):
             with engine.nerdctl.start(*arguments, "--", source, working, stdin=subprocess.PIPE,
                                       client=request.client) as process:
@@ -6649,80 +6991,128 @@ def image_import(engine: Engine, request: Request) -> Response:
                 process.check()
         remove_extra_names(engine, [name for name in engine.inventory.images.records()
                                     if name not in before and name.startswith(working + "@sha256:")])
-        if lines:
-            with engine.changing_images([target.name] if target else []):
-                try:
-                    apply_changes(engine, working, target.name if target else working, lines)
-                finally:
-                    if target:
-                        engine.nerdctl.output("rmi", "--force", "--", working)
-        group = engine.inventory.image((target.name if target else working))
+        group = engine.inventory.image(working)
+        if config:
+            with engine.changing_images([working]), engine.containerd.leased() as containerd:
+                write_image(containerd, engine.nerdctl.snapshotter, working, {**group.config, "config": config},
+                            group.content.layers)
+            group = engine.inventory.image(working)
         engine.journal.emit("image", "import", group.id, {"name": familiar(target.name) if target else group.id})
         yield message_line({"status": group.id})
 
     return Response(200, Stream(as_error_detail(chunks()), primed=True), "application/json")
 
 
-def expand_names(engine: Engine, name: str) -> List[str]:
-    """containerd's names for an image named in a save or push: a repository without tag stands for all of its tags."""
+def images_to_save(engine: Engine, name: str) -> List[Tuple[str, ImageGroup]]:
+    """The images that a name in a save stands for, with their names in containerd: a repository without tag stands for
+    all of its tags, and what was named by its id or digest has no name in the archive."""
+    groups = list(engine.inventory.images.get().values())
     with contextlib.suppress(BadParameter):
-        reference = parse_reference(name, "")
-        if not reference.tag and not reference.digest and not re.fullmatch(r"(sha256:)?[0-9a-f]{12,64}", name):
-            found = [each for group in engine.inventory.images.get().values() for each in group.names
-                     if each.startswith(reference.repository + ":") and "@" not in each]
-            if found:
-                return found
-        full = parse_reference(name).name
-        if any(full in group.names for group in engine.inventory.images.get().values()):
-            return [full]
-    return engine.inventory.image(name).names[:1]
+        reference, full = parse_reference(name, ""), parse_reference(name).name
+        found = [(each, group) for group in groups for each in group.names
+                 if each.startswith(reference.repository + ":") and "@" not in each]
+        if found and reference.name == reference.repository and not re.fullmatch("[0-9a-f]{12,64}", name):
+            return found
+        found = [each for each in found if each[0] == full]
+        if found and not is_nameless(full):
+            return found
+    return [("", engine.inventory.image(name))]
 
 
-SAVE_ATTEMPTS = 4
+class ImageWriter:
+    """Writes the archive of images from their content, as dockerd with containerd's store does: an OCI layout that
+    has a manifest.json, too, for each image one manifest, which older engines load. 404 for an image that has nothing
+    here, or nothing for the platforms asked for."""
 
+    def __init__(self, containerd: Containerd, platforms: List[str]):
+        self.containerd, self.platforms = containerd, platforms
+        self.present = containerd.list_content()
+        # Digest -> size.
+        self.blobs: Dict[str, int] = {}
+        self.index: List[Dict[str, Any]] = []
+        # By the digest of a manifest.
+        self.manifests: Dict[str, Dict[str, Any]] = {}
+        self._read = functools.lru_cache(None)(lambda digest: json.loads(containerd.read_content(digest)))
 
-def whole_archive(engine: Engine, request: Request, names: List[str], platforms: List[str]) -> Iterator[Any]:
-    """The tar that `nerdctl save` writes, to its end. nerdctl 2.3 sometimes ends, with status 0, before it has written
-    all of it (26 of 400 times): then it is run again for the rest, which is the same each time."""
-    sent, state = 0, None
-    for _ in range(SAVE_ATTEMPTS):
-        with engine.nerdctl.save(names, platforms, request.client) as process:
-            archive, seen = ImageArchive(), 0
-            for block in process.pieces(lambda: archive.opaque if seen >= sent else 0):
-                if seen < sent:
-                    known = min(len(block), sent - seen)
-                    archive.feed(block[:known])
-                    block, seen = block[known:], seen + known
-                    if seen == sent and archive.state != state:
-                        raise ApiError("nerdctl did not write the same archive again")
-                if block:
-                    archive.feed(block)
-                    sent = seen = seen + (block.size if isinstance(block, Piped) else len(block))
-                    yield block
-            process.check()
-        if archive.whole:
-            return
-        if seen == sent:
-            state = archive.state
-    raise ApiError("nerdctl did not write the whole archive")
+    def add(self, name: str, target: Descriptor) -> None:
+        """An image with its name, or "" for none."""
+        root = {"mediaType": target.media_type, "digest": target.digest, "size": target.size}
+        listed = self._read(target.digest).get("manifests", [root]) if target.digest in self.present else []
+        found = [each for each in whole_manifests(listed, self.present, self._read) if self._is_wanted(each)]
+        if not found:
+            what = familiar(name) or target.digest
+            raise NotFound(f"image with reference {what} was found but does not provide the specified platform "
+                           f"({', '.join(self.platforms)})" if self.platforms else f"{what} has no content here")
+        if len(self.platforms) == 1:
+            found = found[:1]
+            root = {key: found[0][key] for key in root}
+        self.blobs[root["digest"]] = root["size"]
+        for each in found:
+            manifest = self._read(each["digest"])
+            parts = (each, manifest["config"], *manifest["layers"])
+            self.blobs.update((part["digest"], part["size"]) for part in parts)
+        told = {"io.containerd.image.name": name, "org.opencontainers.image.ref.name": name.rpartition(":")[2]}
+        self.index.append({**root, "annotations": told} if name else root)
+        manifest = self._read(found[0]["digest"])
+        entry = self.manifests.setdefault(found[0]["digest"], {
+            "Config": self._path(manifest["config"]["digest"]), "RepoTags": None,
+            "Layers": [self._path(each["digest"]) for each in manifest["layers"]]})
+        if name:
+            entry["RepoTags"] = [*(entry["RepoTags"] or []), familiar(name)]
+
+    def _is_wanted(self, descriptor: Dict[str, Any]) -> bool:
+        manifest = self._read(descriptor["digest"])
+        platform = platform_text(descriptor.get("platform") or self._read(manifest["config"]["digest"])) + "/"
+        return not self.platforms or any(platform.startswith(each + "/") for each in self.platforms)
+
+    @staticmethod
+    def _path(digest: str) -> str:
+        return "blobs/" + digest.replace(":", "/")
+
+    def chunks(self) -> Iterator[Any]:
+        """The tar. ApiError where a blob is not what it was when it was added."""
+        for name in ("blobs/", "blobs/sha256/"):
+            yield self._header(name, 0, 0o755)
+        for digest in sorted(self.blobs):
+            yield self._header(self._path(digest), self.blobs[digest], 0o444)
+            left, found = self.blobs[digest], sha256()
+            for piece in self.containerd.content(digest):
+                left -= len(piece)
+                found.update(piece)
+                yield piece
+            if left or "sha256:" + found.hexdigest() != digest:
+                raise ApiError(f"content {digest} is broken")
+            yield bytes(-self.blobs[digest] % 512)
+        index = {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": self.index}
+        for name, value, mode in (("index.json", index, 0o644), ("manifest.json", list(self.manifests.values()), 0o644),
+                                  ("oci-layout", {"imageLayoutVersion": "1.0.0"}, 0o444)):
+            data = json_bytes(value)
+            yield self._header(name, len(data), mode) + data + bytes(-len(data) % 512)
+        yield bytes(1024)
+
+    @staticmethod
+    def _header(name: str, size: int, mode: int) -> bytes:
+        import tarfile
+
+        entry = tarfile.TarInfo(name)
+        entry.size, entry.mode = size, mode
+        entry.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+        return entry.tobuf(tarfile.PAX_FORMAT)
 
 
 def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     """Stream the archive of images, all looked up before the first byte."""
     if not names:
         raise BadParameter("no images given")
-    wanted = list(dict.fromkeys(each for name in names for each in expand_names(engine, name)))
-    for platform in request.values("platform"):
-        for name in wanted:
-            platform_content(engine.inventory.image(name), platform, name)
-    platforms = wanted_platforms(request)
+    found = {(full, group.id): group for name in names for full, group in images_to_save(engine, name)}
+    writer = ImageWriter(engine.containerd, wanted_platforms(request))
+    for (full, _), group in found.items():
+        writer.add(full, group.target)
 
-    def chunks() -> Iterator[bytes]:
-        yield from whole_archive(engine, request, wanted, platforms)
-        for name in wanted:
-            # Too late for an error: somebody may have removed it meanwhile.
-            with contextlib.suppress(ApiError):
-                engine.journal.emit("image", "save", engine.inventory.image(name).id, {"name": familiar(name)})
+    def chunks() -> Iterator[Any]:
+        yield from writer.chunks()
+        for full, identity in found:
+            engine.journal.emit("image", "save", identity, {"name": familiar(full) or identity})
 
     return Response(200, Stream(chunks(), primed=True), "application/x-tar")
 
@@ -6738,62 +7128,6 @@ def image_save_many(engine: Engine, request: Request) -> Response:
 def image_save(engine: Engine, request: Request, name: str) -> Response:
     """The archive of one image."""
     return save_images(engine, request, [name])
-
-
-@route("POST", "/commit")
-def image_commit(engine: Engine, request: Request) -> Response:
-    """Make an image of a container; 201 with its id. Changes beyond CMD and ENTRYPOINT need BuildKit."""
-    container = engine.inventory.container(request.value("container"))
-    config = request.json()
-    repository, tag = request.value("repo"), request.value("tag")
-    target = parse_reference(f"{repository}:{tag}" if tag and repository else repository).name if repository else ""
-    lines = change_lines(request.values("changes")) + config_changes(config)
-    if container.state.kind == "created":
-        raise NotImplementedHere("nerdctl can only commit a container that was started once")
-    own = [line for line in lines if re.match(r"(CMD|ENTRYPOINT)\s*\[", line, re.I)]
-    working = target or f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
-    arguments = [f"--message={request.value('comment')}", f"--author={request.value('author')}",
-                 f"--pause={'true' if request.flag('pause', True) else 'false'}"]
-    with engine.changing_images([working]):
-        if len(own) == len(lines):
-            engine.nerdctl.run("commit", *arguments, *(f"--change={line}" for line in lines), "--", container.id,
-                               working, timeout=600, waits=True)
-        else:
-            before = f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
-            engine.nerdctl.run("commit", *arguments, "--", container.id, before, timeout=600, waits=True)
-            try:
-                apply_changes(engine, before, working, lines)
-            finally:
-                engine.nerdctl.output("rmi", "--force", "--", before)
-    group = engine.inventory.image(working)
-    engine.tell(container, "commit", comment=request.value("comment"), imageID=group.id, imageRef=familiar(target))
-    return Response(201, {"Id": group.id})
-
-
-def dockerfile_word(text: str) -> str:
-    """A word of a Dockerfile in which BuildKit finds this text again: no JSON, and no variables."""
-    return '"' + re.sub(r'[\\"$]', r"\\\g<0>", text) + '"'
-
-
-def config_changes(config: Dict[str, Any]) -> List[str]:
-    """The Dockerfile instructions for the fields of a container config in the body of a commit."""
-    lines = []
-    for key, word in (("Cmd", "CMD"), ("Entrypoint", "ENTRYPOINT")):
-        if config.get(key):
-            lines.append(f"{word} {json.dumps(string_list(config[key], key), ensure_ascii=False)}")
-    pairs = [("ENV", *each.partition("=")[::2]) for each in string_list(config.get("Env"), "Env")]
-    pairs += [("LABEL", *each) for each in string_map(config.get("Labels"), "Labels").items()]
-    lines += [f"{word} {dockerfile_word(key)}={dockerfile_word(value)}" for word, key, value in pairs]
-    lines += [f"EXPOSE {dockerfile_word(each)}" for each in typed(config.get("ExposedPorts"), dict, "ExposedPorts")]
-    # Variables are looked for in what the JSON says.
-    lines += [f"VOLUME {json.dumps([dockerfile_word(each)], ensure_ascii=False)}"
-              for each in typed(config.get("Volumes"), dict, "Volumes")]
-    for key, word in (("User", "USER"), ("WorkingDir", "WORKDIR"), ("StopSignal", "STOPSIGNAL")):
-        if config.get(key):
-            lines.append(f"{word} {dockerfile_word(typed(config[key], str, key))}")
-    if any("\n" in line or "\r" in line for line in lines):
-        raise BadParameter("invalid config: it has a line break")
-    return lines
 
 
 ###############################################################################
@@ -10824,7 +11158,7 @@ EXECS_KEPT = 1000
 def account_rows(container: Container, path: str) -> Optional[List[List[str]]]:
     """The lines of a running container's /etc/passwd or /etc/group, as fields; None where it cannot be read."""
     try:
-        with opened_below(f"/proc/{container.state.pid}/root", path, follow=True) as (descriptor, _, _):
+        with opened_below(f"/proc/{container.state.pid}/root", path, follow=True) as (descriptor, _):
             # The container's own: it may be a FIFO, on which one would wait for ever, or without an end.
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 return None
@@ -11417,17 +11751,19 @@ def stat_header(found: PathStat) -> Dict[str, str]:
     return {"X-Docker-Container-Path-Stat": base64.b64encode(json_bytes(told)).decode()}
 
 
-def find_tree(engine: Engine, container: Container) -> Dict[str, Any]:
-    """Where the tree of a container is, as enter_tree() is told; `owner` is the user that it runs as."""
+def find_tree(engine: Engine, container: Container, stored: bool) -> Dict[str, Any]:
+    """Where the tree of a container is, as enter_tree() is told, or with `stored` its snapshot in any case; `owner` is
+    the user that it runs as."""
     mounts, user = container.spec.get("mounts") or [], (container.spec.get("process") or {}).get("user") or {}
     binds = [each for each in mounts if each.get("type") == "bind"
              or {"bind", "rbind"} & set(each.get("options") or ())]
-    found = {"pid": running_pid(engine, container), "owner": [user.get("uid", 0), user.get("gid", 0)],
+    found = {"pid": 0 if stored else running_pid(engine, container), "owner": [user.get("uid", 0), user.get("gid", 0)],
              "made_up": [each["destination"] for each in mounts if each.get("type") in KERNEL_MOUNTS],
              "binds": [(each["source"], each["destination"], bool({"ro", "rro"} & set(each.get("options") or ())))
                        for each in binds]}
     if not found["pid"]:
-        found["mounts"] = engine.containerd.snapshot_mounts(container.record.snapshotter, container.record.snapshot_key)
+        found["mounts"] = [parse_mount(each) for each in engine.containerd.snapshot_mounts(
+            container.record.snapshotter, container.record.snapshot_key)]
         found["read_only"] = bool((container.spec.get("root") or {}).get("readonly"))
     return found
 
@@ -11462,7 +11798,7 @@ def opened_tree(engine: Engine, container: Container, missing: ApiError,
                 order: Dict[str, Any]) -> Iterator[Tuple[Process, List[Any], bytes]]:
     """A process in a container's tree that carries out an order: it, its answer, and what it wrote after that.
     `missing` is raised where the path is not there."""
-    found = find_tree(engine, container)
+    found = find_tree(engine, container, order["do"] == "changes")
     with contextlib.ExitStack() as stack:
         if not found["pid"]:
             found["folder"] = stack.enter_context(engine.workspace.temporary("tree"))
@@ -11482,12 +11818,14 @@ def opened_tree(engine: Engine, container: Container, missing: ApiError,
 
 
 def check_path(text: str) -> str:
-    """A path in a container, absolute; 400 without one."""
+    """A path in a container, absolute and, as dockerd has it, without `.` and `..` but for a dot or slash at its end;
+    400 without one."""
     if not text:
         raise BadParameter("path cannot be empty")
     if "\0" in text:
         raise BadParameter("invalid path: it has a NUL byte")
-    return "/" + text.lstrip("/")
+    end = re.search(r"/?\.?$", text if "/" in text else "/" + text).group()
+    return os.path.normpath("/" + text.lstrip("/")).rstrip("/") + (end if end.startswith("/") else "") or "/"
 
 
 def container_root(engine: Engine, container: Container) -> str:
@@ -11574,47 +11912,110 @@ def archive_put(engine: Engine, request: Request, name: str) -> Response:
 
 @route("GET", "/containers/{id}/export")
 def container_export(engine: Engine, request: Request, name: str) -> Response:
-    """Its whole file system as a tar."""
+    """Its whole file system as a tar, without volumes."""
     container = engine.inventory.container(name)
 
-    def chunks() -> Iterator[bytes]:
-        # Go ends a program that finds its stdout closed; the same pipe by another number is an error to it, and it
-        # unmounts.
-        output = ["--output=/dev/stdout"]
-        with engine.nerdctl.start("export", *output, "--", container.id, mounts=True) as process:
+    def chunks() -> Iterator[Any]:
+        with opened_tree(engine, container, not_there(name, "/"), {"do": "export", "path": "/"}) as (process, _, data):
+            yield data
             yield from process.pieces()
-            process.check()
+            if process.wait():
+                raise tree_error(process, not_there(name, "/"))
         engine.tell(container, "export")
 
     return Response(200, Stream(chunks(), primed=True), "application/octet-stream")
-
-
-@route("GET", "/containers/{id}/changes")
-def container_changes(engine: Engine, request: Request, name: str) -> Response:
-    """What differs from its image: paths with the kinds 0 changed, 1 added, 2 deleted."""
-    container = engine.inventory.container(name)
-    text = engine.nerdctl.run("diff", "--", container.id).stdout.decode("utf-8", "surrogateescape")
-    return Response(200, parse_changes(text) or json_null())
 
 
 # Where nerdctl mounts what is not of the container.
 MOUNT_POINTS = ("/dev", "/proc", "/sys", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf")
 
 
-def parse_changes(text: str) -> List[Dict[str, Any]]:
-    """The lines of nerdctl's diff, without the root and the mount points that every container gets, which Docker does
-    not tell."""
-    kinds = {"C": 0, "A": 1, "D": 2}
-    found: Dict[str, int] = {}
-    for line in text.splitlines():
-        kind, _, path = line.partition(" ")
-        if kind in kinds and path.startswith("/") and path != "/" and not (kind == "A" and path in MOUNT_POINTS):
-            # It tells a folder that was added once more as changed.
-            found[path] = max(kinds[kind], found.get(path, 0))
-    if found.get("/etc") == 0 and not any(path.startswith("/etc/") for path in found):
-        # It has changed by those mount points alone.
-        del found["/etc"]
-    return [{"Path": path, "Kind": found[path]} for path in sorted(found)]
+@route("GET", "/containers/{id}/changes")
+def container_changes(engine: Engine, request: Request, name: str) -> Response:
+    """What differs from its image: paths with the kinds 0 changed, 1 added, 2 deleted."""
+    container = engine.inventory.container(name)
+    snapshotter, key = container.record.snapshotter, container.record.snapshot_key
+    with engine.containerd.leased() as containerd:
+        parent = containerd.snapshot_parent(snapshotter, key)
+        with containerd.snapshot("View", snapshotter, parent) as (_, below):
+            order = {"do": "changes", "path": "/", "below": [parse_mount(each) for each in below],
+                     "ignored": MOUNT_POINTS}
+            with opened_tree(engine, container, not_there(name, "/"), order) as (_, found, _):
+                return Response(200, [{"Path": path, "Kind": kind} for path, kind in found] or json_null())
+
+
+# The digest of a tar without entries.
+NO_CHANGES = "sha256:" + sha256(bytes(1024)).hexdigest()
+
+
+def base_of(engine: Engine, container: Container, parent: str) -> Optional[ImageGroup]:
+    """The image that has the snapshot `parent` below a container, first the one that it was made of: its name may
+    stand for another one by now. None where there is none any more."""
+    found = [group for group in engine.inventory.images.get().values() if chain_ids(group.config)[-1:] == [parent]]
+    return next((group for group in found if container.image in group.names), found[0] if found else None)
+
+
+def commit_layers(containerd: Containerd, container: Container,
+                  base: ImageContent) -> Tuple[List[Dict[str, Any]], List[str]]:
+    """The layers of a container's file system and the digests of their tars: those of the image below it, and one with
+    what differs from it, unless nothing does."""
+    snapshotter, key = container.record.snapshotter, container.record.snapshot_key
+    layers, diff_ids = list(base.layers), list((base.config.get("rootfs") or {}).get("diff_ids") or [])
+    parent = "".join(chain_ids(base.config)[-1:])
+    with containerd.snapshot("View", snapshotter, parent) as (_, below):
+        layer, diff_id = containerd.make_layer(below, containerd.snapshot_mounts(snapshotter, key))
+    if diff_id != NO_CHANGES:
+        layers.append({"mediaType": layer.media_type, "digest": layer.digest, "size": layer.size})
+        diff_ids.append(diff_id)
+        containerd.unpack_layer(layer, snapshotter, parent, chain_ids({"rootfs": {"diff_ids": diff_ids}})[-1])
+    return layers, diff_ids
+
+
+@contextlib.contextmanager
+def paused(engine: Engine, container: Container) -> Iterator[None]:
+    """Context in which a container that runs is frozen, if it can be."""
+    frozen = False
+    if container.state.kind == "running":
+        with contextlib.suppress(ApiError):
+            engine.containerd.pause_task(container.id)
+            frozen = True
+    try:
+        yield
+    finally:
+        if frozen:
+            engine.containerd.resume_task(container.id)
+
+
+@route("POST", "/commit")
+def image_commit(engine: Engine, request: Request) -> Response:
+    """Make an image of a container, whatever its state; 201 with its id. Its config is that of the container, above it
+    that of the body, above that the instructions of `changes`."""
+    asked, changes, repository = image_config(request.json()), request.values("changes"), request.value("repo")
+    target = parse_reference(f"{repository}:{request.value('tag')}" if repository and request.value("tag")
+                             else repository).name if repository else ""
+    working = target or f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
+    with engine.owning(request.value("container")) as container, engine.containerd.leased() as containerd:
+        snapshotter, key = container.record.snapshotter, container.record.snapshot_key
+        base = base_of(engine, container, containerd.snapshot_parent(snapshotter, key))
+        content = base.content if base else NO_CONTENT
+        own = docker_config(container, container.spec, content.config.get("config") or {})
+        config = merged_config(apply_changes(asked or image_config(own), changes), image_config(own))
+        with paused(engine, container) if request.flag("pause", True) else contextlib.nullcontext():
+            layers, diff_ids = commit_layers(containerd, container, content)
+        now, author = rfc3339(time.time_ns()), request.value("author")
+        step = {"created": now, "created_by": " ".join(own["Cmd"] or []), "author": author,
+                "comment": request.value("comment"), "empty_layer": len(layers) == len(content.layers)}
+        machine = GO_ARCHITECTURES.get(os.uname().machine, os.uname().machine)
+        image = {
+            "os": "linux", "architecture": machine, **content.config, "config": config, "created": now,
+            "author": author or content.config.get("author") or "", "rootfs": {"type": "layers", "diff_ids": diff_ids},
+            "history": [*(content.config.get("history") or []), {key: value for key, value in step.items() if value}],
+        }
+        with engine.changing_images([working]):
+            write_image(containerd, snapshotter, working, image, layers, base.id if base else "")
+    group = engine.inventory.image(working)
+    engine.tell(container, "commit", comment=request.value("comment"), imageID=group.id, imageRef=familiar(target))
+    return Response(201, {"Id": group.id})
 
 
 def json_null() -> bytes:
@@ -13798,17 +14199,9 @@ class Ctr(Nerdctl):
                    *([f"--platform={each}" for each in platforms] or ["--all-platforms"])]
         return self._images("import", *options, "--", "-", stdin=subprocess.PIPE)
 
-    def save(self, names: List[str], platforms: List[str], client: Client) -> ContextManager[Process]:
-        """A running save, the archive on its stdout."""
-        return self._images("export", *(f"--platform={each}" for each in platforms), "--", "-", *names, client=client)
-
     def tag(self, source: str, name: str) -> None:
         """Let `name` stand for what `source` stands for."""
-        image = self.containerd.get_image(source)._replace(name=name)
-        try:
-            self.containerd.create_image(image)
-        except Conflict:
-            self.containerd.update_image(image)
+        self.containerd.set_image(self.containerd.get_image(source)._replace(name=name))
 
     def remove_images(self, names: List[str], force: bool = False) -> None:
         """Remove names of images, and with the last of them what nothing else needs any more."""
