@@ -7026,43 +7026,38 @@ class ImageWriter:
 
     def __init__(self, containerd: Containerd, platforms: List[str]):
         self.containerd, self.platforms = containerd, platforms
-        self.present = containerd.list_content()
         # Digest -> size.
         self.blobs: Dict[str, int] = {}
         self.index: List[Dict[str, Any]] = []
         # By the digest of a manifest.
         self.manifests: Dict[str, Dict[str, Any]] = {}
-        self._read = functools.lru_cache(None)(lambda digest: json.loads(containerd.read_content(digest)))
 
-    def add(self, name: str, target: Descriptor) -> None:
+    def add(self, name: str, group: ImageGroup) -> None:
         """An image with its name, or "" for none."""
-        root = {"mediaType": target.media_type, "digest": target.digest, "size": target.size}
-        listed = self._read(target.digest).get("manifests", [root]) if target.digest in self.present else []
-        found = [each for each in whole_manifests(listed, self.present, self._read) if self._is_wanted(each)]
+        found = sorted((each for each in group.contents if each.whole and self._is_wanted(each)),
+                       key=lambda each: by_use(each.descriptor))
         if not found:
-            what = familiar(name) or target.digest
+            what = familiar(name) or group.id
             raise NotFound(f"image with reference {what} was found but does not provide the specified platform "
                            f"({', '.join(self.platforms)})" if self.platforms else f"{what} has no content here")
+        root = docker_descriptor(group)
         if len(self.platforms) == 1:
             found = found[:1]
-            root = {key: found[0][key] for key in root}
+            root = {key: found[0].descriptor[key] for key in root}
         self.blobs[root["digest"]] = root["size"]
         for each in found:
-            manifest = self._read(each["digest"])
-            parts = (each, manifest["config"], *manifest["layers"])
+            parts = (each.descriptor, each.manifest["config"], *each.layers)
             self.blobs.update((part["digest"], part["size"]) for part in parts)
         told = {"io.containerd.image.name": name, "org.opencontainers.image.ref.name": name.rpartition(":")[2]}
         self.index.append({**root, "annotations": told} if name else root)
-        manifest = self._read(found[0]["digest"])
-        entry = self.manifests.setdefault(found[0]["digest"], {
-            "Config": self._path(manifest["config"]["digest"]), "RepoTags": None,
-            "Layers": [self._path(each["digest"]) for each in manifest["layers"]]})
+        entry = self.manifests.setdefault(found[0].descriptor["digest"], {
+            "Config": self._path(found[0].manifest["config"]["digest"]), "RepoTags": None,
+            "Layers": [self._path(each["digest"]) for each in found[0].layers]})
         if name:
             entry["RepoTags"] = [*(entry["RepoTags"] or []), familiar(name)]
 
-    def _is_wanted(self, descriptor: Dict[str, Any]) -> bool:
-        manifest = self._read(descriptor["digest"])
-        platform = platform_text(descriptor.get("platform") or self._read(manifest["config"]["digest"])) + "/"
+    def _is_wanted(self, content: ImageContent) -> bool:
+        platform = platform_text(content.descriptor.get("platform") or content.config) + "/"
         return not self.platforms or any(platform.startswith(each + "/") for each in self.platforms)
 
     @staticmethod
@@ -7107,7 +7102,7 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     found = {(full, group.id): group for name in names for full, group in images_to_save(engine, name)}
     writer = ImageWriter(engine.containerd, wanted_platforms(request))
     for (full, _), group in found.items():
-        writer.add(full, group.target)
+        writer.add(full, group)
 
     def chunks() -> Iterator[Any]:
         yield from writer.chunks()
