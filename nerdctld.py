@@ -1108,31 +1108,81 @@ def json_bytes(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def typed(value: Any, kind: type, what: str) -> Any:
-    """`value` if it is of the JSON type asked for, an empty one for null; 400 otherwise."""
-    if value is None:
-        return kind()
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        names = {dict: "an object", list: "an array", str: "a string", int: "a number", bool: "a boolean"}
-        raise BadParameter(f"invalid JSON: {what} must be {names[kind]}")
-    return value
+class Named(NamedTuple):
+    """The shape of a JSON object whose keys are the client's own words, such as labels: that of its values."""
+
+    shape: Any
+
+
+# The shapes of a list of strings of which a lone one may stand for the list, and of a number that is not negative.
+WORDS = (str,)
+UNSIGNED = (int,)
+GO_TYPES = {str: "string", int: "int64", bool: "bool", object: "interface {}"}
+JSON_TYPES = {str: "string", int: "number", float: "number", bool: "bool", dict: "object", list: "array"}
+
+
+def go_type(shape: Any) -> str:
+    """The type of a shape as Go's errors have it."""
+    if shape is UNSIGNED:
+        return "uint"
+    if isinstance(shape, list):
+        return "[]" + go_type(shape[0])
+    if isinstance(shape, Named):
+        return "map[string]" + go_type(shape.shape)
+    return "struct" if isinstance(shape, dict) else GO_TYPES[shape]
+
+
+def shaped(value: Any, shape: Any, path: str = "") -> Any:
+    """A JSON value as Go decodes it into the type of a shape: `str`, `int`, `bool`, `object` for anything, a list with
+    the shape of its elements, WORDS, Named, or the fields of an object with a shape each. Their names are taken without
+    regard to case, other fields are dropped, and null is no value. 400 with Go's words for another type."""
+    if shape is WORDS:
+        value, shape = [value] if isinstance(value, str) else value, [str]
+    if shape is UNSIGNED and isinstance(value, int) and value >= 0:
+        shape = int
+    kind = dict if isinstance(shape, Named) else shape if isinstance(shape, type) else type(shape)
+    if shape is object or value is None:
+        return value if shape is object else kind()
+    if not isinstance(value, kind) or kind is int and (isinstance(value, bool) or value.bit_length() > 63):
+        where = f"struct field {path}" if path else "value"
+        raise BadParameter(f"invalid JSON: json: cannot unmarshal {JSON_TYPES[type(value)]} into Go {where} of type "
+                           + go_type(shape))
+    if kind is list:
+        return [shaped(each, shape[0], path) for each in value]
+    if kind is not dict:
+        return value
+    if isinstance(shape, Named):
+        return {key: shaped(each, shape.shape, path) for key, each in value.items()}
+    names = {each.lower(): each for each in shape}
+    fields = ((key if key in shape else names.get(key.lower()), each) for key, each in value.items())
+    return {key: shaped(each, shape[key], f"{path}.{key}".lstrip(".")) for key, each in fields
+            if key and each is not None}
+
+
+def check_signal(text: str) -> str:
+    """The name of a signal, given by name or number; 400 with dockerd's words for anything else."""
+    name = text.upper()
+    if re.fullmatch(r"[0-9]{1,9}", name):
+        if 0 < int(name) <= 64:
+            return name
+    else:
+        bare = name[3:] if name.startswith("SIG") else name
+        if hasattr(signal, "SIG" + bare) or re.fullmatch(r"RTM(IN|AX)([+-]\d{1,2})?", bare):
+            return "SIG" + bare
+    raise BadParameter(f"invalid signal: {text}")
+
+
+def signal_number(word: str) -> int:
+    """The number of a signal as check_signal() gives it, 0 for one this machine does not know by name."""
+    real_time = re.fullmatch(r"SIG(RTMIN|RTMAX)([+-]\d+)?", word)
+    if real_time:
+        return int(getattr(signal, "SIG" + real_time.group(1))) + int(real_time.group(2) or 0)
+    return int(word) if word.isdigit() else int(getattr(signal, word, 0))
 
 
 def int_or_zero(text: str) -> int:
     """The number that a text is, 0 for any other text."""
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
-
-
-def string_list(value: Any, what: str) -> List[str]:
-    """A JSON array of strings, [] for null; a lone string is taken as a list of one, as Docker does; 400 otherwise."""
-    if isinstance(value, str):
-        return [value]
-    return [typed(each, str, what) for each in typed(value, list, what)]
-
-
-def string_map(value: Any, what: str) -> Dict[str, str]:
-    """A JSON object of strings, {} for null; 400 otherwise."""
-    return {key: typed(each, str, what) for key, each in typed(value, dict, what).items()}
 
 
 ###############################################################################
@@ -1521,24 +1571,6 @@ class Client:
         return contextlib.nullcontext()
 
 
-class Fields(Dict[str, Any]):
-    """The JSON object of a request. A field that is not there under its own name is found without regard to case, as Go
-    finds it: some clients write `detachKeys`."""
-
-    def __missing__(self, name: str) -> Any:
-        for key, value in self.items():
-            if key.lower() == name.lower():
-                return value
-        raise KeyError(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value of a field, `default` where there is none."""
-        try:
-            return self[name]
-        except KeyError:
-            return default
-
-
 class Request:
     """One request. `version` is a pair such as (1, 44); `query` maps each name to its list of values; `body` has
     `read(n)` and `readinto(view)`; `headers` compares names without case."""
@@ -1585,22 +1617,20 @@ class Request:
             raise BadParameter(f"invalid value for {name}: {text!r} is not a timestamp")
         return found
 
-    def json(self, required: bool = False) -> Dict[str, Any]:
-        """The body as a JSON object, {} when there is none and it may be absent; 400 with dockerd's words otherwise."""
+    def json(self, shape: Any, required: bool = True) -> Dict[str, Any]:
+        """The body as a JSON object of a shape, {} where there is none and it may be absent; 400 with dockerd's words
+        otherwise."""
         data = read_limited(self.body, JSON_LIMIT)
+        kind = (self.headers.get("Content-Type") or "").partition(";")[0].strip().lower()
+        if kind and kind != "application/json":
+            raise BadParameter(f"unsupported Content-Type header ({kind}): must be 'application/json'")
+        if data and not kind:
+            raise BadParameter("malformed Content-Type header (): mime: no media type")
         if not data.strip():
             if required:
                 raise BadParameter("invalid JSON: got EOF while reading request body")
             return {}
-        kind = (self.headers.get("Content-Type") or "application/json").partition(";")[0].strip().lower()
-        if required and kind != "application/json":
-            raise BadParameter(f"unsupported Content-Type header ({kind}): must be 'application/json'")
-        value = parse_json(data)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise BadParameter("invalid JSON: expected an object")
-        return Fields(value)
+        return shaped(parse_json(data), shape)
 
     def filters(self, *allowed: str) -> Dict[str, List[str]]:
         """The `filters` parameter, of either form clients send ({"a":{"b":true}} and {"a":["b"]}), as name -> values.
@@ -1625,12 +1655,37 @@ class Request:
         return result
 
 
+# What Python's json says of a syntax error -> what Go says of the character.
+JSON_ERRORS = (("Expecting value", "looking for beginning of value"), ("Expecting ':'", "after object key"),
+               ("Expecting ','", "after object key:value pair"), ("Invalid control", "in string literal"),
+               ("Invalid \\", "in string escape code"), ("", "looking for beginning of object key string"))
+
+
+def json_error(error: Exception) -> str:
+    """What Go says of JSON that cannot be read."""
+    if not isinstance(error, json.JSONDecodeError):
+        return "invalid JSON: " + ("exceeded max depth" if isinstance(error, RecursionError)
+                                   else str(error).splitlines()[0][:200])
+    rest = error.doc[error.pos:].strip()
+    if error.msg == "Extra data":
+        return "unexpected content after JSON"
+    if error.msg.startswith("Unterminated") or any(each.startswith(rest) for each in ("true", "false", "null")):
+        return "invalid JSON: unexpected EOF"
+    return f"invalid JSON: invalid character {rest[0]!r} " + next(words for start, words in JSON_ERRORS
+                                                                  if error.msg.startswith(start))
+
+
+def no_constant(text: str) -> Any:
+    """NaN and Infinity, which Python's json reads, are no JSON."""
+    raise ValueError(f"invalid character {text[0]!r} looking for beginning of value")
+
+
 def parse_json(data: bytes) -> Any:
     """A JSON value; 400 for what is none, has something behind it, or nests without end."""
     try:
-        value = json.loads(data)
+        value = json.loads(data.decode(), parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
-        raise BadParameter(f"invalid JSON: {str(error).splitlines()[0][:200]}") from None
+        raise BadParameter(json_error(error)) from None
     if b"\\ud" in data or b"\\uD" in data:
         # Half of a surrogate pair is no text that could be given to a process.
         try:
@@ -1638,6 +1693,13 @@ def parse_json(data: bytes) -> Any:
         except UnicodeEncodeError:
             raise BadParameter("invalid JSON: it has half of a surrogate pair") from None
     return value
+
+
+def header_json(text: str, shape: Any) -> Dict[str, Any]:
+    """The JSON of a shape in a header, as base64url. As with dockerd, one that cannot be read is none."""
+    with contextlib.suppress(ValueError, BadParameter):
+        return shaped(parse_json(base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4))), shape)
+    return {}
 
 
 def read_limited(body: Any, limit: int) -> bytes:
@@ -1964,6 +2026,9 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
     (r"identifier \"[^\"]*\" must match pattern|invalid filter|invalid reference format|unknown (?:shorthand )?flag",
      BadParameter, ""),
     (r"no space left on device", ApiError, ""),
+    (r"invalid argument \"|invalid (?:ulimit type|tmpfs option|mode \"|user mode|MAC address|hostPort)|"
+     r"mixed network types|failed to set label|is not correctly formatted|failed to parse (?:device|subnet)",
+     BadParameter, ""),
 ]
 LOGRUS = re.compile(r'^time="[^"]*" level=(\w+) msg=(?:"((?:[^"\\]|\\.)*)"|(\S+))(?: error="((?:[^"\\]|\\.)*)")?')
 LOGRUS_TTY = re.compile(r"^(FATA|ERRO|WARN|INFO|DEBU)\[\d+\] (.*)")
@@ -4030,7 +4095,8 @@ def with_tag(name: str) -> str:
 
 # Labels of ours on a container: never shown to clients. The create request, in parts of less than 4096 bytes.
 LABEL_REQUEST = "nerdctld/request"
-# Of a container that `nerdctl create` made without its ports, or without the namespaces of others, until it has them.
+# Of a container that `nerdctl create` made without its ports, its networks, or the namespaces of others, until it has
+# them: "1", or why it cannot be started, for one without the user that it asked for.
 LABEL_LATER = "nerdctld/later"
 # It was taken out of its last network, so that it has not even none: for nerdctl that is the same.
 LABEL_ALONE = "nerdctld/alone"
@@ -4040,30 +4106,53 @@ LABEL_ATTACHED = "nerdctld/attached."
 HIDDEN_LABELS = ("nerdctl/", "nerdctld/", "containerd.io/restart.", "io.containerd.image.config.")
 
 
-def sound(request: Dict[str, Any]) -> Dict[str, Any]:
-    """A kept create request without what is not of its type, since anybody can write a label: one container must not
-    spoil the list of all."""
-    def keep(where: Any, **kinds: type) -> Dict[str, Any]:
-        for key in [key for key, kind in kinds.items() if not isinstance(where.get(key), kind)]:
-            where.pop(key, None)
-        for key in [key for key, kind in kinds.items() if kind is list and key in where]:
-            where[key] = [each for each in where[key] if isinstance(each, (dict, int)
-                                                                    if key in ("Mounts", "ConsoleSize") else str)]
-        return where
-
-    keep(request, HostConfig=dict, NetworkingConfig=dict, Labels=dict, ExposedPorts=dict, Healthcheck=dict,
-         Volumes=dict, Env=list)
-    host = keep(request.get("HostConfig") or {}, RestartPolicy=dict, LogConfig=dict, Mounts=list, Binds=list,
-                Links=list, NetworkMode=str, ConsoleSize=list)
-    keep(host.get("LogConfig") or {}, Config=dict)
-    host.update({"Mounts": [each for each in host["Mounts"] if isinstance(each, dict)
-                            and isinstance(each.get("Target"), str)]} if "Mounts" in host else {})
-    endpoints = keep(request.get("NetworkingConfig") or {}, EndpointsConfig=dict).get("EndpointsConfig") or {}
-    for name in [name for name, each in endpoints.items() if not isinstance(each, dict)]:
-        endpoints[name] = {}
-    for each in endpoints.values():
-        keep(each, Aliases=list, Links=list)
-    return request
+# The shapes of requests, as the API has them.
+HEALTH_CHECK = {"Test": [str], "Interval": int, "Timeout": int, "Retries": int, "StartPeriod": int,
+                "StartInterval": int}
+CONFIG = {
+    "Hostname": str, "Domainname": str, "User": str, "AttachStdin": bool, "AttachStdout": bool, "AttachStderr": bool,
+    "ExposedPorts": Named({}), "Tty": bool, "OpenStdin": bool, "StdinOnce": bool, "Env": [str], "Cmd": WORDS,
+    "Healthcheck": HEALTH_CHECK, "Image": str, "Volumes": Named({}), "WorkingDir": str, "Entrypoint": WORDS,
+    "ArgsEscaped": bool, "NetworkDisabled": bool, "MacAddress": str, "OnBuild": [str], "Labels": Named(str),
+    "StopSignal": str, "StopTimeout": int, "Shell": WORDS,
+}
+RATES = [{"Path": str, "Rate": int}]
+RESTART_POLICY = {"Name": str, "MaximumRetryCount": int}
+RESOURCES = {
+    "CpuShares": int, "Memory": int, "NanoCpus": int, "CgroupParent": str, "BlkioWeight": int,
+    "BlkioWeightDevice": [{"Path": str, "Weight": int}], "BlkioDeviceReadBps": RATES, "BlkioDeviceWriteBps": RATES,
+    "BlkioDeviceReadIOps": RATES, "BlkioDeviceWriteIOps": RATES, "CpuPeriod": int, "CpuQuota": int,
+    "CpuRealtimePeriod": int, "CpuRealtimeRuntime": int, "CpusetCpus": str, "CpusetMems": str,
+    "Devices": [{"PathOnHost": str, "PathInContainer": str, "CgroupPermissions": str}], "DeviceCgroupRules": [str],
+    "DeviceRequests": [{"Driver": str, "Count": int, "DeviceIDs": [str], "Capabilities": [[str]],
+                        "Options": Named(str)}],
+    "KernelMemory": int, "MemoryReservation": int, "MemorySwap": int, "MemorySwappiness": int, "OomKillDisable": bool,
+    "PidsLimit": int, "Ulimits": [{"Name": str, "Hard": int, "Soft": int}], "CpuCount": int, "CpuPercent": int,
+    "IOMaximumIOps": int, "IOMaximumBandwidth": int,
+}
+MOUNT = {
+    "Type": str, "Source": str, "Target": str, "ReadOnly": bool, "Consistency": str,
+    "BindOptions": {"Propagation": str, "NonRecursive": bool, "CreateMountpoint": bool, "ReadOnlyNonRecursive": bool,
+                    "ReadOnlyForceRecursive": bool},
+    "VolumeOptions": {"NoCopy": bool, "Labels": Named(str), "Subpath": str,
+                      "DriverConfig": {"Name": str, "Options": Named(str)}},
+    "ImageOptions": {"Subpath": str}, "TmpfsOptions": {"SizeBytes": int, "Mode": int, "Options": [[str]]},
+}
+HOST_CONFIG_FIELDS = {
+    **RESOURCES, "Binds": [str], "ContainerIDFile": str, "LogConfig": {"Type": str, "Config": Named(str)},
+    "NetworkMode": str, "PortBindings": Named([{"HostIp": str, "HostPort": str}]), "RestartPolicy": RESTART_POLICY,
+    "AutoRemove": bool, "VolumeDriver": str, "VolumesFrom": [str], "ConsoleSize": [UNSIGNED], "Annotations": Named(str),
+    "CapAdd": WORDS, "CapDrop": WORDS, "CgroupnsMode": str, "Dns": [str], "DnsOptions": [str], "DnsSearch": [str],
+    "ExtraHosts": [str], "GroupAdd": [str], "IpcMode": str, "Cgroup": str, "Links": [str], "OomScoreAdj": int,
+    "PidMode": str, "Privileged": bool, "PublishAllPorts": bool, "ReadonlyRootfs": bool, "SecurityOpt": [str],
+    "StorageOpt": Named(str), "Tmpfs": Named(str), "UTSMode": str, "UsernsMode": str, "ShmSize": int,
+    "Sysctls": Named(str), "Runtime": str, "Isolation": str, "Mounts": [MOUNT], "MaskedPaths": [str],
+    "ReadonlyPaths": [str], "Init": bool,
+}
+ENDPOINT = {"IPAMConfig": {"IPv4Address": str, "IPv6Address": str, "LinkLocalIPs": [str]}, "Links": [str],
+            "Aliases": [str], "MacAddress": str, "DriverOpts": Named(str), "GwPriority": int}
+CREATE_REQUEST = {**CONFIG, "HostConfig": HOST_CONFIG_FIELDS,
+                  "NetworkingConfig": {"EndpointsConfig": Named(ENDPOINT)}}
 
 
 class Mirror:
@@ -4332,10 +4421,10 @@ class Container:
         if "request" not in self.memo:
             labels = (self.labels.get(f"{LABEL_REQUEST}.{number}") for number in itertools.count())
             parts = itertools.takewhile(lambda part: part is not None, labels)
-            found = None
-            with contextlib.suppress(ValueError):
-                found = json.loads("".join(parts) or "{}")
-            self.memo["request"] = Fields(sound(found) if isinstance(found, dict) else {})
+            # Anybody can write a label: one container must not spoil the list of all.
+            self.memo["request"] = {}
+            with contextlib.suppress(BadParameter):
+                self.memo["request"] = shaped(parse_json("".join(parts).encode() or b"{}"), CREATE_REQUEST)
         return self.memo["request"]
 
     @property
@@ -4346,9 +4435,8 @@ class Container:
     @property
     def visible_labels(self) -> Dict[str, str]:
         """The labels a client set."""
-        asked = self.request.get("Labels")
         # containerd drops those without a value.
-        empty = {key: value for key, value in asked.items() if value == ""} if isinstance(asked, dict) else {}
+        empty = {key: value for key, value in (self.request.get("Labels") or {}).items() if value == ""}
         return {**empty, **{key: value for key, value in self.labels.items() if not key.startswith(HIDDEN_LABELS)}}
 
     @property
@@ -4976,22 +5064,20 @@ def noted_addresses(container: Container) -> Dict[str, Dict[str, Any]]:
 def field_of(body: Dict[str, Any], path: str) -> Any:
     """The value at `HostConfig.Memory`; None when it is not there."""
     for key in path.split("."):
-        body = typed(body, dict, "the body").get(key)
-        if body is None:
-            return None
+        body = (body or {}).get(key)
     return body
 
 
 def hostname_args(body: Dict[str, Any]) -> List[str]:
     """Words for the host name: what is asked for or, since nerdctl has no network aliases and its containers find each
     other by host name, the alias that a compose service has for its name."""
-    name = typed(body.get("Hostname"), str, "Hostname")
-    mode = typed(field_of(body, "HostConfig.NetworkMode"), str, "NetworkMode")
-    endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
+    name = body.get("Hostname") or ""
+    mode = field_of(body, "HostConfig.NetworkMode") or ""
+    endpoints = field_of(body, "NetworkingConfig.EndpointsConfig") or {}
     aliases = [each for one in endpoints.values()
-               for each in string_list(typed(one, dict, "EndpointsConfig").get("Aliases"), "Aliases")]
+               for each in one.get("Aliases") or []]
     if not name and not mode.startswith(("host", "container:")):
-        service = typed(body.get("Labels"), dict, "Labels").get("com.docker.compose.service")
+        service = (body.get("Labels") or {}).get("com.docker.compose.service")
         wanted = service if service in aliases else next(iter(aliases), "")
         name = wanted if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62})", wanted or "") else ""
     return [f"--hostname={name}"] if name else []
@@ -6001,16 +6087,13 @@ def system_info(engine: Engine, request: Request) -> Response:
 INDEX_SERVER = "https://index.docker.io/v1/"
 
 
-def decode_auth(text: str) -> Dict[str, str]:
-    """The credentials of an X-Registry-Auth header (base64url of JSON); {} for none. 400 for anything else."""
-    if not text:
-        return {}
-    try:
-        value = parse_json(base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4)))
-    except (ValueError, BadParameter):
-        raise BadParameter("invalid X-Registry-Auth header: it is not base64url of JSON") from None
-    return string_map({key: each for key, each in typed(value, dict, "X-Registry-Auth").items()
-                       if isinstance(each, str)}, "X-Registry-Auth")
+AUTH = {"username": str, "password": str, "auth": str, "serveraddress": str, "identitytoken": str,
+        "registrytoken": str}
+
+
+def decode_auth(request: Request) -> Dict[str, str]:
+    """The credentials of a request's X-Registry-Auth; {} for none."""
+    return header_json(request.headers.get("X-Registry-Auth") or "", AUTH)
 
 
 def registry_auths(credentials: Dict[str, str], registry: str) -> Dict[str, Dict[str, str]]:
@@ -6034,7 +6117,7 @@ def registry_auths(credentials: Dict[str, str], registry: str) -> Dict[str, Dict
 def credentials_for(engine: Engine, request: Request, registry: str) -> Iterator[Optional[Dict[str, str]]]:
     """The environment for one nerdctl call with the credentials of the request's X-Registry-Auth, None without any.
     They are in a private folder while the call runs, and nowhere else."""
-    auths = registry_auths(decode_auth(request.headers.get("X-Registry-Auth") or ""), registry)
+    auths = registry_auths(decode_auth(request), registry)
     if not auths:
         yield None
         return
@@ -6046,9 +6129,9 @@ def credentials_for(engine: Engine, request: Request, registry: str) -> Iterator
 def system_auth(engine: Engine, request: Request) -> Response:
     """Check credentials against the registry: 200 when it takes them, 401 when it refuses, 500 when it does not
     answer."""
-    body = request.json(required=True)
-    address = typed(body.get("serveraddress"), str, "serveraddress") or INDEX_SERVER
-    user, password = typed(body.get("username"), str, "username"), typed(body.get("password"), str, "password")
+    body = request.json(AUTH)
+    address = body.get("serveraddress") or INDEX_SERVER
+    user, password = body.get("username") or "", body.get("password") or ""
     if not user:
         raise BadParameter("username is required")
     host = re.sub(r"^https?://", "", address).rstrip("/")
@@ -6405,23 +6488,43 @@ def docker_image(group: ImageGroup, version: Tuple[int, int],
     return image
 
 
+PLATFORM = {"os": str, "architecture": str, "variant": str}
+SYSTEMS = ("linux", "windows", "darwin", "freebsd", "netbsd", "openbsd", "solaris", "android", "dragonfly", "plan9")
+
+
+def parse_platform(text: str) -> Dict[str, str]:
+    """The platform of a `platform` parameter: JSON or, as for `docker --platform`, `linux`, `arm64` or
+    `linux/arm/v7`; 400 otherwise."""
+    if text.startswith("{"):
+        told = shaped(parse_json(text.encode("utf-8", "surrogateescape")), PLATFORM)
+        if not (told.get("os") and told.get("architecture")):
+            raise BadParameter("both OS and Architecture must be provided")
+        text = platform_text(told)
+    parts = text.split("/")
+    for each in parts:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", each):
+            raise BadParameter(f'"{each}" is an invalid component of "{text}": platform specifier component must match '
+                               '"^[A-Za-z0-9_.-]+$": invalid argument')
+    if len(parts) > 3:
+        raise BadParameter(f'"{text}": cannot parse platform specifier: invalid argument')
+    if len(parts) == 1:
+        parts = [parts[0], os.uname().machine] if parts[0].lower() in SYSTEMS else ["linux", parts[0]]
+    parts[1] = GO_ARCHITECTURES.get(parts[1], parts[1])
+    return dict(zip(PLATFORM, parts))
+
+
 def platform_content(group: ImageGroup, text: str, name: str) -> ImageContent:
-    """What is here of an image for the platform of a `platform` parameter (JSON, or os/architecture), or with "" what
-    runs here; 404 with the name that the client used where there is none."""
+    """What is here of an image for the platform of a `platform` parameter, or with "" what runs here; 404 with the
+    name that the client used where there is none."""
     if not text:
         return group.content
-    system, architecture, variant = (platform_words(text).split("/") + ["", ""])[:3]
-    if not architecture:
-        # One word is a system or an architecture.
-        system, architecture = "linux", os.uname().machine if system == "linux" else system
-    architecture = GO_ARCHITECTURES.get(architecture, architecture)
+    wanted = parse_platform(text)
     for each in group.contents:
-        have = each.platform
-        if each.whole and (system, architecture) == (have.get("os"), have.get("architecture")) and variant in (
-                "", have.get("variant", variant)):
+        if each.whole and all(each.platform.get(key, "" if key != "variant" else value) == value
+                              for key, value in wanted.items()):
             return each
-    asked = "/".join(filter(None, (system, architecture, variant)))
-    raise NotFound(f"image with reference {name} was found but does not provide the specified platform ({asked})")
+    raise NotFound(f"image with reference {name} was found but does not provide the specified platform "
+                   f"({platform_text(wanted)})")
 
 
 @route("GET", "/images/{image}/json")
@@ -6614,20 +6717,10 @@ def as_error_detail(chunks: Iterator[bytes], begun: bool = False) -> Iterator[by
 
 def wanted_platforms(request: Request, limit: int = 0) -> List[str]:
     """Each `platform` of a request, once; 501 for more than `limit` of them (0: as many as there are)."""
-    wanted = list(dict.fromkeys(platform_words(each) for each in request.values("platform") if each))
+    wanted = list(dict.fromkeys(platform_text(parse_platform(each)) for each in request.values("platform") if each))
     if limit and len(wanted) > limit:
         raise NotImplementedHere(f"nerdctl can do this for one platform only, not for {', '.join(wanted)}")
     return wanted
-
-
-def platform_words(text: str) -> str:
-    """`linux/arm64` from a `platform` parameter, which is JSON or already so; 400 otherwise."""
-    if text.startswith("{"):
-        told = typed(parse_json(text.encode()), dict, "platform")
-        text = "/".join(typed(told.get(key), str, key) for key in ("os", "architecture", "variant") if told.get(key))
-    if not re.fullmatch(r"[A-Za-z0-9_]+(/[A-Za-z0-9_.]+){0,2}", text):
-        raise BadParameter(f"invalid platform {text!r}")
-    return text
 
 
 ###############################################################################
@@ -6906,20 +6999,11 @@ def apply_changes(config: Dict[str, Any], values: List[str]) -> Dict[str, Any]:
     return config
 
 
-CONFIG_FIELDS = {"User": str, "ExposedPorts": dict, "Env": list, "Entrypoint": list, "Cmd": list, "Volumes": dict,
-                 "WorkingDir": str, "Labels": dict, "StopSignal": str, "ArgsEscaped": bool, "Healthcheck": dict,
-                 "OnBuild": list, "Shell": list}
-
-
 def image_config(config: Dict[str, Any]) -> Dict[str, Any]:
-    """Those fields of a container's config that an image has; 400 where one is not of its type."""
-    found = {}
-    for key, kind in CONFIG_FIELDS.items():
-        value = config.get(key)
-        if value is not None:
-            found[key] = (string_list(value, key) if kind is list else string_map(value, key) if key == "Labels"
-                          else typed(value, kind, key))
-    return found
+    """Those fields of a container's config that an image has."""
+    return {key: config[key] for key in (
+        "User", "ExposedPorts", "Env", "Entrypoint", "Cmd", "Volumes", "WorkingDir", "Labels", "StopSignal",
+        "ArgsEscaped", "Healthcheck", "OnBuild", "Shell") if config.get(key) is not None}
 
 
 def merged_config(own: Dict[str, Any], below: Dict[str, Any]) -> Dict[str, Any]:
@@ -7310,7 +7394,8 @@ class Registry:
         found, path = [], "tags/list"
         for _ in range(self.PAGES):
             headers, body = self.ask(path)
-            found += [each for each in typed(parse_json(body), dict, "tags").get("tags") or [] if isinstance(each, str)]
+            tags = shaped(parse_json(body), {"tags": [object]}).get("tags") or []
+            found += [each for each in tags if isinstance(each, str)]
             query = next_query(headers.get("link") or "")
             if not query:
                 return found
@@ -7382,7 +7467,10 @@ def next_query(link: str) -> str:
 
 def registry_of(request: Request, reference: Reference) -> Registry:
     """The registry of a reference, with the request's credentials."""
-    return Registry(reference, decode_auth(request.headers.get("X-Registry-Auth") or ""))
+    return Registry(reference, decode_auth(request))
+
+
+MANIFEST = {"mediaType": str, "config": {"digest": str}, "manifests": [{"platform": PLATFORM}]}
 
 
 @route("GET", "/distribution/{image}/json")
@@ -7391,16 +7479,15 @@ def image_distribution(engine: Engine, request: Request, name: str) -> Response:
     reference = parse_reference(name)
     registry = registry_of(request, reference)
     headers, body = registry.ask(f"manifests/{reference.digest or reference.tag}")
-    manifest = typed(parse_json(body), dict, "manifest")
+    manifest = shaped(parse_json(body), MANIFEST)
     media_type = manifest.get("mediaType") or headers.get("content-type") or ""
     digest = headers.get("docker-content-digest") or "sha256:" + sha256(body).hexdigest()
     if "manifests" in manifest:
         platforms = [each.get("platform") or {} for each in manifest["manifests"]]
-        platforms = [each for each in platforms if each.get("os") not in (None, "unknown")]
+        platforms = [each for each in platforms if each.get("os", "unknown") != "unknown"]
     else:
         _, config = registry.ask(f"blobs/{(manifest.get('config') or {}).get('digest')}")
-        told = typed(parse_json(config), dict, "config")
-        platforms = [{key: told[key] for key in ("architecture", "os", "variant") if told.get(key)}]
+        platforms = [shaped(parse_json(config), PLATFORM)]
     return Response(200, {"Descriptor": {"mediaType": media_type, "digest": digest, "size": len(body)},
                           "Platforms": platforms})
 
@@ -7416,7 +7503,7 @@ def image_create(engine: Engine, request: Request) -> Response:
     reference = parse_reference(name, "")
     if tag:
         reference = parse_reference(f"{reference.repository}@{tag}" if ":" in tag else f"{reference.repository}:{tag}")
-    platform = platform_words(request.value("platform")) if request.value("platform") else ""
+    platform = platform_text(parse_platform(request.value("platform"))) if request.value("platform") else ""
     read_limited(request.body, JSON_LIMIT)
 
     def chunks() -> Iterator[bytes]:
@@ -7611,10 +7698,10 @@ def unpack_member(archive: Any, member: Any, root: str) -> None:
         raise BadParameter(f"invalid build context: {member.name!r} is a device")
 
 
-def json_parameter(request: Request, name: str, kind: type) -> Any:
-    """A query parameter that is JSON, an empty value of `kind` when absent; 400 otherwise."""
+def json_parameter(request: Request, name: str, shape: Any) -> Any:
+    """A query parameter that is JSON of a shape, an empty value when absent; 400 otherwise."""
     text = request.value(name)
-    return typed(parse_json(text.encode("utf-8", "surrogateescape")), kind, name) if text else kind()
+    return shaped(parse_json(text.encode("utf-8", "surrogateescape")) if text else None, shape, name)
 
 
 def build_args(engine: Engine, request: Request) -> Tuple[List[str], List[str]]:
@@ -7622,13 +7709,13 @@ def build_args(engine: Engine, request: Request) -> Tuple[List[str], List[str]]:
     for bad values, 501 for what would make another image than asked for."""
     arguments = ["--progress=rawjson"]
     warnings = []
-    for key, value in json_parameter(request, "buildargs", dict).items():
+    for key, value in json_parameter(request, "buildargs", Named(object)).items():
         # Without a value it is the client's own environment that is meant, and that is not here.
         if value is not None:
-            arguments.append(f"--build-arg={key}={typed(value, str, 'buildargs')}")
-    for key, value in string_map(json_parameter(request, "labels", dict), "labels").items():
+            arguments.append(f"--build-arg={key}={shaped(value, str, 'buildargs')}")
+    for key, value in json_parameter(request, "labels", Named(str)).items():
         arguments.append(f"--label={key}={value}")
-    sources = string_list(json_parameter(request, "cachefrom", list), "cachefrom")
+    sources = json_parameter(request, "cachefrom", [str])
     if sources:
         # BuildKit would ask a registry for an image that is here, and it has the steps of what was built here anyway.
         here = engine.inventory.images.records()
@@ -7684,18 +7771,10 @@ def frontend_options(options: Iterable[str]) -> Tuple[Dict[str, str], List[str],
 def registry_config(request: Request) -> Dict[str, Dict[str, str]]:
     """The `auths` of an X-Registry-Config header: registry -> credentials."""
     text = request.headers.get("X-Registry-Config") or ""
-    if not text:
-        return {}
-    try:
-        value = parse_json(base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4)))
-    except (ValueError, BadParameter):
-        raise BadParameter("invalid X-Registry-Config header: it is not base64url of JSON") from None
-    entries = typed(value, dict, "X-Registry-Config")
+    entries = header_json(text, {"auths": Named(AUTH)}).get("auths") or header_json(text, Named(AUTH))
     auths: Dict[str, Dict[str, str]] = {}
-    for registry, entry in typed(entries.get("auths", entries), dict, "X-Registry-Config").items():
-        host = re.sub(r"^https?://", "", registry).partition("/")[0]
-        auths.update(registry_auths({key: each for key, each in typed(entry, dict, registry).items()
-                                     if isinstance(each, str)}, host))
+    for registry, entry in entries.items():
+        auths.update(registry_auths(entry, re.sub(r"^https?://", "", registry).partition("/")[0]))
     return auths
 
 
@@ -8419,6 +8498,8 @@ def port_bindings(container: Container) -> Dict[str, Any]:
     return found
 
 
+# What dockerd fills in where nothing is asked for, by 0 or "" too.
+FILLED_IN = ("CgroupnsMode", "ConsoleSize", "IpcMode", "MemorySwap", "NetworkMode", "PidsLimit", "Runtime", "ShmSize")
 UPDATED_FIELDS = ("NanoCpus", "CpuShares", "CpusetCpus", "CpusetMems", "Memory", "MemoryReservation", "MemorySwap",
                   "PidsLimit")
 
@@ -8465,16 +8546,17 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
     if found["CpuQuota"] > 0 and found["CpuPeriod"] and not (asked.get("CpuPeriod") or asked.get("CpuQuota")):
         found.update({"NanoCpus": found["CpuQuota"] * 10**9 // found["CpuPeriod"], "CpuPeriod": 0, "CpuQuota": 0})
     for key, value in asked.items():
-        if key == "RestartPolicy" and isinstance(value, dict) or key in UPDATED_FIELDS and found.get(key):
-            # `docker update` changes it later, and what nerdctl tells follows.
+        if (key == "RestartPolicy" or key in UPDATED_FIELDS and found.get(key)
+                or key in ("MemorySwappiness", "PidsLimit") and value < 0):
+            # `docker update` changes it later, and what nerdctl tells follows; or it is Docker's word for none.
             continue
-        if key == "PortBindings" and isinstance(value, dict):
+        if key == "PortBindings":
             value = {port if "/" in port else port + "/tcp": [{"HostIp": "", "HostPort": "", **each} for each in places
                                                               or []]
                      for port, places in value.items()}
-        if key == "LogConfig" and isinstance(value, dict):
+        if key == "LogConfig":
             value = {**value, "Type": value.get("Type") or found[key]["Type"], "Config": value.get("Config") or {}}
-        if value not in (None, "", 0, [], {}) or key not in found:
+        if value or key not in FILLED_IN:
             found[key] = value
     if found["NetworkMode"] == "default":
         found["NetworkMode"] = network_mode(container)
@@ -8492,23 +8574,30 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
     else:
         entrypoint = None
     if asked:
-        entrypoint = asked["Entrypoint"] if asked.get("Entrypoint") is not None else image.get("Entrypoint")
-        command = asked.get("Cmd") or (None if asked.get("Entrypoint") is not None else image.get("Cmd"))
+        entrypoint = asked.get("Entrypoint", image.get("Entrypoint"))
+        entrypoint = None if entrypoint == [""] else entrypoint
+        command = asked.get("Cmd") or (None if asked.get("Entrypoint") else image.get("Cmd"))
+    if asked and image:
+        names = {each.partition("=")[0] for each in asked.get("Env") or []}
+        environment = [*(asked.get("Env") or []), *(each for each in image.get("Env") or []
+                                                    if each.partition("=")[0] not in names)]
+    else:
+        # What has no value is no variable, and dockerd keeps it nevertheless.
+        environment = [*(each for each in process.get("env") or [] if not each.startswith("HOSTNAME=")),
+                       *(each for each in asked.get("Env") or [] if "=" not in each)]
     found = {
         "Hostname": container.labels.get("nerdctl/hostname") or spec.get("hostname") or "",
-        "Domainname": container.labels.get("nerdctl/domainname") or "",
-        "User": container.labels.get("nerdctl/user") or image.get("User") or "",
+        "Domainname": asked.get("Domainname") or container.labels.get("nerdctl/domainname") or "",
+        "User": asked.get("User") or container.labels.get("nerdctl/user") or image.get("User") or "",
         "AttachStdin": bool(asked.get("AttachStdin")),
         "AttachStdout": bool(asked.get("AttachStdout", not asked)),
         "AttachStderr": bool(asked.get("AttachStderr", not asked)),
         "Tty": bool(asked.get("Tty", process.get("terminal", False))), "OpenStdin": bool(asked.get("OpenStdin", False)),
         "StdinOnce": bool(asked.get("StdinOnce", False)),
-        # What has no value is no variable, and dockerd keeps it nevertheless.
-        "Env": [*(each for each in process.get("env") or [] if not each.startswith("HOSTNAME=")),
-                *(each for each in string_list(asked.get("Env"), "Env") if "=" not in each)] or None,
+        "Env": environment or None,
         "Cmd": command, "Image": shown_image(container), "Volumes": asked.get("Volumes") or image.get("Volumes"),
-        "WorkingDir": asked.get("WorkingDir") or process.get("cwd") or "", "Entrypoint": entrypoint,
-        "Labels": container.visible_labels,
+        "WorkingDir": asked.get("WorkingDir") or (image.get("WorkingDir") if asked else process.get("cwd")) or "",
+        "Entrypoint": entrypoint, "Labels": container.visible_labels,
     }
     ports = {**{key: {} for key in port_bindings(container)}, **(image.get("ExposedPorts") or {}),
              **{key if "/" in key else key + "/tcp": {} for key in asked.get("ExposedPorts") or {}}}
@@ -8664,85 +8753,78 @@ def csv_word(text: str) -> str:
     return '"' + text.replace('"', '""') + '"' if re.search(r'[",\n]', text) or text != text.strip() else text
 
 
-def _text(value: Any, flag: str, what: str) -> List[str]:
-    """A string as `FLAG=text`."""
-    text = typed(value, str, what)
-    return [f"{flag}={text}"] if text else []
+def _value(value: Any, flag: str) -> List[str]:
+    """A string or a number as `FLAG=value`, but for "" and 0."""
+    return [f"{flag}={value}"] if value else []
 
 
-def _listed(value: Any, flag: str, what: str) -> List[str]:
-    """The same for a flag that nerdctl splits at commas."""
-    return [f"{flag}={csv_word(each)}" for each in string_list(value, what)]
+def _listed(value: Optional[List[str]], flag: str) -> List[str]:
+    """`FLAG=text` for each, with a flag that nerdctl splits at commas."""
+    return [f"{flag}={csv_word(each)}" for each in value or []]
 
 
-def _number(value: Any, flag: str, what: str) -> List[str]:
-    """A number other than 0."""
-    number = typed(value, int, what)
-    return [f"{flag}={number}"] if number else []
-
-
-def _switch(value: Any, flag: str, what: str) -> List[str]:
+def _switch(value: Optional[bool], flag: str) -> List[str]:
     """The flag alone for true."""
-    return [flag] if typed(value, bool, what) else []
+    return [flag] if value else []
 
 
-def _pairs(value: Any, flag: str, what: str) -> List[str]:
+def _pairs(value: Optional[Dict[str, str]], flag: str) -> List[str]:
     """An object as one `FLAG=key=value` each."""
-    return [f"{flag}={key}={each}" for key, each in string_map(value, what).items()]
+    return [f"{flag}={key}={each}" for key, each in (value or {}).items()]
 
 
 # Field of the create request -> flag of nerdctl create, and how its value becomes words. What needs more than that is
 # in the functions below.
-CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str, str], List[str]]], ...] = (
-    ("Domainname", "--domainname", _text), ("User", "--user", _text), ("Tty", "--tty", _switch),
-    ("OpenStdin", "--interactive", _switch), ("StopSignal", "--stop-signal", _text), ("WorkingDir", "--workdir", _text),
+CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str], List[str]]], ...] = (
+    ("User", "--user", _value), ("Tty", "--tty", _switch),
+    ("OpenStdin", "--interactive", _switch), ("StopSignal", "--stop-signal", _value),
+    ("WorkingDir", "--workdir", _value),
     ("HostConfig.CapAdd", "--cap-add", _listed),
-    ("HostConfig.CapDrop", "--cap-drop", _listed), ("HostConfig.CgroupnsMode", "--cgroupns", _text),
+    ("HostConfig.CapDrop", "--cap-drop", _listed), ("HostConfig.CgroupnsMode", "--cgroupns", _value),
     ("HostConfig.Dns", "--dns", _listed),
     ("HostConfig.DnsOptions", "--dns-option", _listed), ("HostConfig.DnsSearch", "--dns-search", _listed),
     ("HostConfig.ExtraHosts", "--add-host", _listed), ("HostConfig.GroupAdd", "--group-add", _listed),
-    ("HostConfig.UTSMode", "--uts", _text),
-    ("HostConfig.OomScoreAdj", "--oom-score-adj", _number), ("HostConfig.Privileged", "--privileged", _switch),
-    ("HostConfig.ReadonlyRootfs", "--read-only", _switch), ("HostConfig.Runtime", "--runtime", _text),
-    ("HostConfig.UsernsMode", "--userns", _text),
-    ("HostConfig.ShmSize", "--shm-size", _number), ("HostConfig.Sysctls", "--sysctl", _pairs),
-    ("HostConfig.Annotations", "--annotation", _pairs), ("HostConfig.CgroupParent", "--cgroup-parent", _text),
-    ("HostConfig.CpuShares", "--cpu-shares", _number), ("HostConfig.CpuPeriod", "--cpu-period", _number),
-    ("HostConfig.CpuQuota", "--cpu-quota", _number), ("HostConfig.CpuRealtimePeriod", "--cpu-rt-period", _number),
-    ("HostConfig.CpuRealtimeRuntime", "--cpu-rt-runtime", _number), ("HostConfig.CpusetCpus", "--cpuset-cpus", _text),
-    ("HostConfig.CpusetMems", "--cpuset-mems", _text), ("HostConfig.Memory", "--memory", _number),
-    ("HostConfig.MemoryReservation", "--memory-reservation", _number),
-    ("HostConfig.MemorySwap", "--memory-swap", _number),
-    ("HostConfig.KernelMemory", "--kernel-memory", _number),
+    ("HostConfig.UTSMode", "--uts", _value),
+    ("HostConfig.OomScoreAdj", "--oom-score-adj", _value), ("HostConfig.Privileged", "--privileged", _switch),
+    ("HostConfig.ReadonlyRootfs", "--read-only", _switch), ("HostConfig.Runtime", "--runtime", _value),
+    ("HostConfig.UsernsMode", "--userns", _value),
+    ("HostConfig.ShmSize", "--shm-size", _value), ("HostConfig.Sysctls", "--sysctl", _pairs),
+    ("HostConfig.Annotations", "--annotation", _pairs), ("HostConfig.CgroupParent", "--cgroup-parent", _value),
+    ("HostConfig.CpuShares", "--cpu-shares", _value), ("HostConfig.CpuPeriod", "--cpu-period", _value),
+    ("HostConfig.CpuQuota", "--cpu-quota", _value), ("HostConfig.CpuRealtimePeriod", "--cpu-rt-period", _value),
+    ("HostConfig.CpuRealtimeRuntime", "--cpu-rt-runtime", _value), ("HostConfig.CpusetCpus", "--cpuset-cpus", _value),
+    ("HostConfig.CpusetMems", "--cpuset-mems", _value), ("HostConfig.Memory", "--memory", _value),
+    ("HostConfig.MemoryReservation", "--memory-reservation", _value),
+    ("HostConfig.MemorySwap", "--memory-swap", _value),
+    ("HostConfig.KernelMemory", "--kernel-memory", _value),
     ("HostConfig.OomKillDisable", "--oom-kill-disable", _switch),
-    ("HostConfig.PidsLimit", "--pids-limit", _number), ("HostConfig.BlkioWeight", "--blkio-weight", _number),
+    ("HostConfig.PidsLimit", "--pids-limit", _value), ("HostConfig.BlkioWeight", "--blkio-weight", _value),
 )
 # Accepted by dockerd and without a counterpart in nerdctl.
-IGNORED_FIELDS = ("DeviceCgroupRules", "StorageOpt", "CpuCount", "CpuPercent", "IOMaximumIOps", "IOMaximumBandwidth",
-                  "Cgroup")
+IGNORED_FIELDS = ("DeviceCgroupRules", "StorageOpt", "CpuCount", "CpuPercent", "Cgroup")
 
 
 def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callable[[str], int]] = None) -> List[str]:
     """`--publish` words for PortBindings and, with PublishAllPorts, for every exposed port; `pick` finds a port of the
     host where none is asked for. 400 for what is no port."""
-    host = typed(body.get("HostConfig"), dict, "HostConfig")
-    for each in typed(body.get("ExposedPorts"), dict, "ExposedPorts"):
+    host = body.get("HostConfig") or {}
+    for each in body.get("ExposedPorts") or {}:
         if not re.fullmatch(r"[0-9]{1,5}(-[0-9]{1,5})?(/(tcp|udp|sctp))?", each):
-            raise BadParameter(f"invalid port specification: {each}")
-    bindings = dict(typed(host.get("PortBindings"), dict, "PortBindings"))
-    if typed(host.get("PublishAllPorts"), bool, "PublishAllPorts"):
-        exposed = {**(image.get("ExposedPorts") or {}), **typed(body.get("ExposedPorts"), dict, "ExposedPorts")}
+            raise BadParameter(f'invalid port specification: "{each}"')
+    bindings = dict(host.get("PortBindings") or {})
+    if host.get("PublishAllPorts"):
+        exposed = {**(image.get("ExposedPorts") or {}), **(body.get("ExposedPorts") or {})}
         bindings = {**{key: [{}] for key in exposed}, **bindings}
     words = []
     for key, places in bindings.items():
         found = re.fullmatch(r"(\d{1,5}(?:-\d{1,5})?)(?:/(tcp|udp|sctp))?", key.lower())
         if not found:
-            raise BadParameter(f"invalid port specification: {key!r}")
-        for place in typed(places, list, "PortBindings") or [{}]:
-            place = typed(place, dict, "PortBindings")
-            number, address = str(place.get("HostPort") or ""), typed(place.get("HostIp"), str, "HostIp").strip("[]")
-            if not re.fullmatch(r"(\d{1,5}(-\d{1,5})?)?", number) or not re.fullmatch(r"[0-9a-fA-F.:]*", address):
-                raise BadParameter(f"invalid port specification: {address}:{number}->{key}")
+            raise BadParameter(f'invalid port specification: "{key}"')
+        for place in places or [{}]:
+            number, address = place.get("HostPort") or "", (place.get("HostIp") or "").strip("[]")
+            ends = [int(each) for each in number.split("-")] if re.fullmatch(r"\d{1,5}(-\d{1,5})?", number) else [-1]
+            if number and not 0 <= ends[0] <= ends[-1] <= 65535 or not re.fullmatch(r"[0-9a-fA-F.:]*", address):
+                raise BadParameter(f'invalid port specification: "{number or address}"')
             if number in ("", "0") and (pick or os.geteuid()) and "-" not in found.group(1):
                 # A rootless nerdctl picks no port by itself.
                 number = str((pick or free_port)(found.group(2) or "tcp"))
@@ -8778,39 +8860,70 @@ def pick_port(engine: Engine, kind: str) -> int:
         return engine.picked[-1]
 
 
-def mount_word(mount: Dict[str, Any]) -> str:
-    """The value of `--mount` for one of HostConfig.Mounts. 400 for what cannot be, 501 for what nerdctl has not."""
-    kind = typed(mount.get("Type"), str, "Type") or "volume"
-    target, source = typed(mount.get("Target"), str, "Target"), typed(mount.get("Source"), str, "Source")
+def check_target(path: str, prefix: str) -> None:
+    """400 for a place in a container where nothing can be mounted."""
+    if not path.startswith("/"):
+        raise BadParameter(f"{prefix}invalid mount path: '{path}' mount path must be absolute")
+    if os.path.normpath(path) in ("/", "//"):
+        raise BadParameter(prefix + "invalid specification: destination can't be '/'")
+
+
+PROPAGATION = re.compile("|r?(?:shared|slave|private)")
+
+
+def check_mount(mount: Dict[str, Any]) -> None:
+    """400 with dockerd's words for one of HostConfig.Mounts that cannot be, 501 for what nerdctl has not."""
+    kind, target, source = (mount.get(key) or "" for key in ("Type", "Target", "Source"))
+    prefix = f'invalid mount config for type "{kind}": '
+    if kind in ("image", "cluster", "npipe"):
+        raise NotImplementedHere(f"nerdctl has no mounts of type {kind}")
     if kind not in ("bind", "volume", "tmpfs"):
-        if kind in ("image", "cluster", "npipe"):
-            raise NotImplementedHere(f"nerdctl has no mounts of type {kind}")
-        raise BadParameter(f"invalid mount config for type \"{kind}\": mount type unknown")
+        raise BadParameter(prefix + "mount type unknown")
+    for each in ("bind", "volume", "tmpfs"):
+        if each != kind and each.capitalize() + "Options" in mount:
+            raise BadParameter(f'{each.capitalize()}Options must not be specified on mount type "{kind}"')
     if not target:
-        raise BadParameter(f"invalid mount config for type \"{kind}\": field Target must not be empty")
-    if not target.startswith("/"):
-        raise BadParameter(f"invalid mount config for type \"{kind}\": invalid mount path: '{target}' mount path must "
-                           "be absolute")
-    words = [f"type={kind}", f"target={target}"]
+        raise BadParameter(prefix + "field Target must not be empty")
+    check_target(target, prefix)
+    bind, volume = mount.get("BindOptions") or {}, mount.get("VolumeOptions") or {}
     if kind == "bind":
-        options = typed(mount.get("BindOptions"), dict, "BindOptions")
         if not source:
-            raise BadParameter('invalid mount config for type "bind": field Source must not be empty')
-        if not os.path.lexists(source) and not options.get("CreateMountpoint"):
-            raise BadParameter(f'invalid mount config for type "bind": bind source path does not exist: {source}')
-        words += [f"bind-propagation={options['Propagation']}"] if options.get("Propagation") else []
-        words += ["bind-nonrecursive"] if options.get("NonRecursive") else []
-    elif kind == "tmpfs":
-        options = typed(mount.get("TmpfsOptions"), dict, "TmpfsOptions")
-        words += [f"tmpfs-size={options['SizeBytes']}"] if options.get("SizeBytes") else []
-        words += [f"tmpfs-mode={options['Mode']:o}"] if isinstance(options.get("Mode"), int) and options["Mode"] else []
-    elif typed(mount.get("VolumeOptions"), dict, "VolumeOptions").get("Subpath"):
-        raise NotImplementedHere("nerdctl cannot mount a part of a volume")
-    if source and kind != "tmpfs":
-        words.append(f"source={source}")
-    if typed(mount.get("ReadOnly"), bool, "ReadOnly"):
-        words.append("readonly")
+            raise BadParameter(prefix + "field Source must not be empty")
+        if not source.startswith("/"):
+            raise BadParameter(f"{prefix}invalid mount path: '{source}' mount path must be absolute")
+        if not os.path.lexists(source) and not bind.get("CreateMountpoint"):
+            raise BadParameter(f"{prefix}bind source path does not exist: {source}")
+        if not PROPAGATION.fullmatch(bind.get("Propagation") or ""):
+            raise BadParameter(f"{prefix}invalid propagation mode: {bind['Propagation']}")
+    elif kind == "tmpfs" and source:
+        raise BadParameter(prefix + "field Source must not be specified")
+    elif kind == "volume":
+        check_driver(source, (volume.get("DriverConfig") or {}).get("Name") or "")
+        if not source and mount.get("ReadOnly"):
+            raise BadParameter(prefix + "must not set ReadOnly mode when using anonymous volumes")
+        if source:
+            check_volume_name(source)
+        if volume.get("Subpath"):
+            raise NotImplementedHere("nerdctl cannot mount a part of a volume")
+
+
+def mount_word(mount: Dict[str, Any]) -> str:
+    """The value of `--mount` for one of HostConfig.Mounts."""
+    words = [f"type={mount['Type']}", f"target={mount['Target']}"]
+    bind, memory = mount.get("BindOptions") or {}, mount.get("TmpfsOptions") or {}
+    words += [f"bind-propagation={bind['Propagation']}"] if bind.get("Propagation") else []
+    words += ["bind-nonrecursive"] if bind.get("NonRecursive") else []
+    words += [f"tmpfs-size={memory['SizeBytes']}"] if memory.get("SizeBytes") else []
+    words += [f"tmpfs-mode={memory['Mode']:o}"] if memory.get("Mode") else []
+    words += [f"source={mount['Source']}"] if mount.get("Source") else []
+    words += ["readonly"] if mount.get("ReadOnly") else []
     return ",".join(map(csv_word, words))
+
+
+def check_driver(name: str, driver: str) -> None:
+    """404 for a volume of a driver other than local: there are no others."""
+    if driver not in ("", "local"):
+        raise NotFound(f'create {name}: error looking up volume plugin {driver}: plugin "{driver}" not found')
 
 
 def check_volume_name(name: str) -> None:
@@ -8826,9 +8939,8 @@ def check_volume_name(name: str) -> None:
 
 def created_bind(mount: Dict[str, Any]) -> str:
     """The word for a bind whose source is to be made, as only `--volume` does it; "" for any other mount."""
-    mount_word(mount)
-    options, source = typed(mount.get("BindOptions"), dict, "BindOptions"), mount.get("Source") or ""
-    if (mount.get("Type") != "bind" or not options.get("CreateMountpoint") or os.path.lexists(source)
+    options, source = mount.get("BindOptions") or {}, mount.get("Source") or ""
+    if (mount["Type"] != "bind" or not options.get("CreateMountpoint") or os.path.lexists(source)
             or ":" in source + mount["Target"]):
         return ""
     kept = [each for each in ("ro" if mount.get("ReadOnly") else "", options.get("Propagation") or "") if each]
@@ -8843,8 +8955,8 @@ def bind_word(text: str) -> str:
     parts = text.split(":")
     if len(parts) > 3 or not all(parts[:2]):
         raise BadParameter(f"invalid volume specification: '{text}'")
-    if not parts[:2][-1].startswith("/"):
-        raise BadParameter(f"invalid volume specification: '{text}': invalid mount config: mount path must be absolute")
+    kind = "bind" if len(parts) > 1 and parts[0].startswith("/") else "volume"
+    check_target(parts[:2][-1], f"invalid volume specification: '{text}': invalid mount config for type \"{kind}\": ")
     if len(parts) > 1 and not parts[0].startswith("/"):
         check_volume_name(parts[0])
     if len(parts) == 3:
@@ -8857,40 +8969,45 @@ def bind_word(text: str) -> str:
 
 
 def mount_args(body: Dict[str, Any]) -> List[str]:
-    """Words for Binds, Mounts, Tmpfs and the anonymous Volumes."""
-    host = typed(body.get("HostConfig"), dict, "HostConfig")
-    words = [f"--volume={bind_word(each)}" for each in string_list(host.get("Binds"), "Binds")]
-    mounts = [typed(each, dict, "Mounts") for each in typed(host.get("Mounts"), list, "Mounts")]
-    targets = [os.path.normpath((each.split(":") + [""])[1] or each)
-               for each in string_list(host.get("Binds"), "Binds")]
-    targets += [os.path.normpath(str(each.get("Target"))) for each in mounts]
+    """Words for Binds, Mounts, Tmpfs and the anonymous Volumes, which are not made where something else is mounted."""
+    host = body.get("HostConfig") or {}
+    binds, mounts, memory = host.get("Binds") or [], host.get("Mounts") or [], host.get("Tmpfs") or {}
+    words = [f"--volume={bind_word(each)}" for each in binds]
+    for each in mounts:
+        check_mount(each)
+        words.append(created_bind(each) or f"--mount={mount_word(each)}")
+    for path in memory:
+        check_target(path, "")
+    targets = [os.path.normpath((each.split(":") + [""])[1] or each) for each in binds]
+    for place in [os.path.normpath(path) for path in memory] if binds else []:
+        if place in targets:
+            raise BadParameter(f"Duplicate mount point: {place}")
+    targets += [os.path.normpath(each["Target"]) for each in mounts]
     for target in [each for each in targets if targets.count(each) > 1]:
         raise BadParameter(f"Duplicate mount point: {target}")
-    words += [created_bind(each) or f"--mount={mount_word(each)}" for each in mounts]
-    for path, options in string_map(host.get("Tmpfs"), "Tmpfs").items():
-        words.append(f"--tmpfs={path}:{options}" if options else f"--tmpfs={path}")
-    taken = {(each.split(":") + [""])[1] or each for each in string_list(host.get("Binds"), "Binds")}
-    taken.update(each.get("Target") for each in mounts)
-    for path in typed(body.get("Volumes"), dict, "Volumes"):
-        if path not in taken:
-            if not path.startswith("/"):
-                raise BadParameter(f"invalid volume specification: '{path}': mount path must be absolute")
-            words.append(f"--volume={path}")
-    return words
+    words += [f"--tmpfs={path}:{options}" if options else f"--tmpfs={path}" for path, options in memory.items()
+              if os.path.normpath(path) not in targets]
+    targets += map(os.path.normpath, memory)
+    anonymous = [each for each in body.get("Volumes") or {} if os.path.normpath(each) not in targets]
+    for path in anonymous:
+        check_target(path, f"invalid volume specification: '{path}': ")
+    for name in [each.partition(":")[0] for each in binds if not each.startswith("/")] + anonymous:
+        check_driver(name, host.get("VolumeDriver") or "")
+    return words + [f"--volume={path}" for path in anonymous]
 
 
 def health_check(body: Dict[str, Any], image: Dict[str, Any]) -> Dict[str, Any]:
     """The request's health check, with what the image says where it says nothing; {} for none. 400 for bad values."""
-    asked = typed(body.get("Healthcheck"), dict, "Healthcheck")
+    asked = body.get("Healthcheck") or {}
     check = {**(image.get("Healthcheck") or {}), **{key: value for key, value in asked.items() if value}}
-    test = string_list(check.get("Test"), "Healthcheck.Test")
+    test = check.get("Test") or []
     if test and test[0] not in ("NONE", "CMD", "CMD-SHELL"):
         raise BadParameter(f"unknown health check type: {test[0]!r}")
     for key in ("Interval", "Timeout", "StartPeriod", "StartInterval"):
-        duration = typed(check.get(key), int, key)
+        duration = check.get(key) or 0
         if duration and duration < 10**6:
             raise BadParameter(f"{key} in Healthcheck cannot be less than 1ms")
-    if typed(check.get("Retries"), int, "Retries") < 0:
+    if (check.get("Retries") or 0) < 0:
         raise BadParameter("Retries in Healthcheck cannot be negative")
     return check if test else {}
 
@@ -8908,7 +9025,7 @@ SECURITY_OPTIONS = ("apparmor", "label", "no-new-privileges", "privileged-withou
 def check_privileges(host: Dict[str, Any]) -> None:
     """400 with dockerd's words for capabilities that there are not; nerdctl drops them in silence."""
     for key in ("CapAdd", "CapDrop"):
-        for each in string_list(host.get(key), key):
+        for each in host.get(key) or []:
             name = re.sub("^CAP_", "", each.upper())
             if name not in (*CAPABILITIES, "ALL"):
                 raise BadParameter(f'invalid {key}: unknown capability: "CAP_{name}"')
@@ -8918,7 +9035,7 @@ def security_args(host: Dict[str, Any]) -> List[str]:
     """Words for the security options; 400 with dockerd's words for what is none. dockerd also takes `name:value`, which
     nerdctl would drop in silence."""
     words = []
-    for each in string_list(host.get("SecurityOpt"), "SecurityOpt"):
+    for each in host.get("SecurityOpt") or []:
         name, sign, value = re.fullmatch("(?s)([^=:]*)([=:]?)(.*)", "label=disable" if each == "disable"
                                          else each).groups()
         known = name in SECURITY_OPTIONS and (sign or name not in ("apparmor", "label", "seccomp"))
@@ -8929,8 +9046,8 @@ def security_args(host: Dict[str, Any]) -> List[str]:
             value = value.strip()
             if value == "builtin":
                 continue
-            if value != "unconfined" and not value.startswith("{"):
-                raise BadParameter("invalid --security-opt 2: the seccomp profile is not JSON")
+            if value != "unconfined":
+                shaped(parse_json(value.encode()), Named(object))
         words.append(f"--security-opt={name}" + (f"={value}" if sign else ""))
     return words
 
@@ -8952,19 +9069,19 @@ def profile_files(engine: Engine, words: List[str]) -> Iterator[List[str]]:
 
 def policy_word(host: Dict[str, Any]) -> str:
     """The restart policy as containerd has it, "" for none; 400 with dockerd's words where it cannot be."""
-    policy = typed(host.get("RestartPolicy"), dict, "RestartPolicy")
-    name, count = typed(policy.get("Name"), str, "RestartPolicy.Name"), typed(policy.get("MaximumRetryCount"), int,
-                                                                              "MaximumRetryCount")
-    if name in ("", "no"):
-        if count and name:
-            raise BadParameter("invalid restart policy: maximum retry count cannot be used with 'no'")
-        return name
-    if name not in ("always", "unless-stopped", "on-failure"):
+    policy = host.get("RestartPolicy") or {}
+    name, count = policy.get("Name") or "", policy.get("MaximumRetryCount") or 0
+    if name not in ("", "no", "always", "unless-stopped", "on-failure"):
         raise BadParameter(f"invalid restart policy: unknown policy '{name}'; use one of 'no', 'always', 'on-failure', "
                            "or 'unless-stopped'")
-    if count and name != "on-failure":
-        raise BadParameter("invalid restart policy: maximum retry count can only be used with 'on-failure'")
-    if typed(host.get("AutoRemove"), bool, "AutoRemove"):
+    if name == "on-failure" and count < 0:
+        raise BadParameter("invalid restart policy: maximum retry count cannot be negative")
+    if count and name not in ("", "on-failure"):
+        raise BadParameter("invalid restart policy: maximum retry count can only be used with 'on-failure'"
+                           + (" and cannot be negative" if count < 0 else ""))
+    if name in ("", "no"):
+        return name
+    if host.get("AutoRemove"):
         raise BadParameter("can't create 'AutoRemove' container with restart policy")
     return name + (f":{count}" if count else "")
 
@@ -8972,32 +9089,29 @@ def policy_word(host: Dict[str, Any]) -> str:
 def device_args(host: Dict[str, Any]) -> List[str]:
     """Words for devices, their limits, GPUs and ulimits."""
     words = []
-    for each in typed(host.get("Devices"), list, "Devices"):
-        device = typed(each, dict, "Devices")
-        parts = [typed(device.get(key), str, key) for key in ("PathOnHost", "PathInContainer", "CgroupPermissions")]
+    for device in host.get("Devices") or []:
+        parts = [device.get(key) or "" for key in ("PathOnHost", "PathInContainer", "CgroupPermissions")]
         words.append("--device=" + csv_word(":".join(part for part in parts if part)))
-    for each in typed(host.get("DeviceRequests"), list, "DeviceRequests"):
-        request = typed(each, dict, "DeviceRequests")
+    for request in host.get("DeviceRequests") or []:
         if request.get("Driver") == "cdi":
-            words += [f"--device={csv_word(name)}" for name in string_list(request.get("DeviceIDs"), "DeviceIDs")]
+            words += [f"--device={csv_word(name)}" for name in request.get("DeviceIDs") or []]
             continue
-        names = string_list(request.get("DeviceIDs"), "DeviceIDs")
+        names = request.get("DeviceIDs") or []
         words.append("--gpus=" + (csv_word("device=" + ",".join(names)) if names else
                                   "all" if request.get("Count") in (-1, None)
-                                  else str(typed(request.get("Count"), int, "Count"))))
+                                  else str(request["Count"])))
     for key, flag, value in (("BlkioWeightDevice", "--blkio-weight-device", "Weight"),
                              ("BlkioDeviceReadBps", "--device-read-bps", "Rate"),
                              ("BlkioDeviceWriteBps", "--device-write-bps", "Rate"),
                              ("BlkioDeviceReadIOps", "--device-read-iops", "Rate"),
                              ("BlkioDeviceWriteIOps", "--device-write-iops", "Rate")):
-        for each in typed(host.get(key), list, key):
-            words.append(f"{flag}={typed(each, dict, key).get('Path')}:{typed(each.get(value), int, value)}")
-    for each in typed(host.get("Ulimits"), list, "Ulimits"):
-        limit = typed(each, dict, "Ulimits")
-        soft, hard = typed(limit.get("Soft"), int, "Soft"), typed(limit.get("Hard"), int, "Hard")
+        for each in host.get(key) or []:
+            words.append(f"{flag}={each.get('Path')}:{each.get(value) or 0}")
+    for limit in host.get("Ulimits") or []:
+        soft, hard = limit.get("Soft") or 0, limit.get("Hard") or 0
         if 0 <= hard < soft:
             raise BadParameter(f"ulimit soft limit must be less than or equal to hard limit: {soft} > {hard}")
-        words.append(f"--ulimit={typed(limit.get('Name'), str, 'Name')}={soft}:{hard}")
+        words.append(f"--ulimit={limit.get('Name') or ''}={soft}:{hard}")
     return words
 
 
@@ -9012,44 +9126,84 @@ CONTAINER_NETWORK_CONFLICTS = (
     ("ExposedPorts", "port exposing and the container type network mode"))
 
 
+def check_endpoint(network: Dict[str, Any], asked: Dict[str, Any]) -> None:
+    """400 with dockerd's words for EndpointSettings that a network cannot carry out."""
+    wrong, config = [], asked.get("IPAMConfig") or {}
+    texts = {version: config.get(f"IPv{version}Address") or "" for version in (4, 6)}
+    if network["Name"] in ("bridge", "host", "none"):
+        wrong += ["user-specified IP address is supported on user-defined networks only"] * any(texts.values())
+        wrong += ["network-scoped aliases are only supported for user-defined networks"] * bool(
+            asked.get("Aliases"))
+    for version, text in texts.items():
+        if text:
+            try:
+                address = ipaddress.ip_address(text)
+                if address.version != version or address.is_unspecified:
+                    raise ValueError
+            except ValueError:
+                raise BadParameter(f"invalid IPv{version} address: {text}") from None
+            if not any(address in ipaddress.ip_network(each["Subnet"], strict=False)
+                       for each in field_of(network, "IPAM.Config") or []):
+                wrong.append(f"no configured subnet contains IP address {text}")
+    if not re.fullmatch("([0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5})?", asked.get("MacAddress") or ""):
+        raise BadParameter(f"invalid MAC address: {asked['MacAddress']}")
+    if wrong:
+        raise BadParameter("invalid endpoint settings:\n" + "\n".join(wrong))
+
+
+def network_asked(body: Dict[str, Any]) -> bool:
+    """Whether a create request asks for networks, and not for that of the host or of another container, or none."""
+    mode = (field_of(body, "HostConfig.NetworkMode") or "").partition(":")[0]
+    return not body.get("NetworkDisabled") and mode not in ("host", "none", "container")
+
+
+def asked_networks(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+    """The EndpointSettings of each network of a create request, that of its mode first; those that are not among
+    `networks` by the name that the client has for them."""
+    mode, endpoints = field_of(body, "HostConfig.NetworkMode"), field_of(body, "NetworkingConfig.EndpointsConfig") or {}
+    if mode in (None, "", "default"):
+        mode = next((each for each in endpoints if each != "default"), "default")
+    by_id, found = {each["Id"]: name for name, each in networks.items()}, {}
+    for key in (mode, *endpoints):
+        name = "bridge" if key == "default" else key if key in networks else by_id.get(key, key)
+        found[name] = found.get(name) or endpoints.get(key) or {}
+    return found
+
+
 def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]],
                  find: Callable[[str], Container]) -> List[str]:
     """Words for the networks: the mode first, then what else EndpointsConfig names. `networks` by name; `find` looks up
     a container, for `container:NAME`, whose network it gets later."""
-    host = typed(body.get("HostConfig"), dict, "HostConfig")
-    mode = typed(host.get("NetworkMode"), str, "NetworkMode")
-    endpoints = typed(typed(body.get("NetworkingConfig"), dict, "NetworkingConfig").get("EndpointsConfig"), dict,
-                      "EndpointsConfig")
+    host = body.get("HostConfig") or {}
+    mode = host.get("NetworkMode") or ""
+    endpoints = field_of(body, "NetworkingConfig.EndpointsConfig") or {}
     if body.get("NetworkDisabled"):
         mode = "none"
     if mode.startswith("container:"):
         for key, words in CONTAINER_NETWORK_CONFLICTS:
             if field_of(body, key):
                 raise BadParameter(f"conflicting options: {words}")
-        other_container(find, mode.partition(":")[2])
+        if not mode.partition(":")[2]:
+            raise BadParameter("invalid network mode: invalid container format container:<name|id>")
         return ["--network=none"]
+    if mode == "host" and host.get("Links"):
+        raise BadParameter("conflicting options: host type networking can't be used with links. This would result in "
+                           "undefined behavior")
     if mode in ("host", "none"):
-        if (typed(endpoints.get(mode), dict, "EndpointsConfig").get("IPAMConfig") or {}).get("IPv4Address"):
+        if ((endpoints.get(mode) or {}).get("IPAMConfig") or {}).get("IPv4Address"):
             raise BadParameter("user specified IP address is supported on user defined networks only")
         return [f"--network={mode}"]
-    if mode in ("", "default") and [each for each in endpoints if each != "default"]:
-        mode = next(each for each in endpoints if each != "default")
-    by_id = {each["Id"]: name for name, each in networks.items()}
-    names, first = [], {}
-    for key in dict.fromkeys([mode or "default", *endpoints]):
-        name = "bridge" if key == "default" else key if key in networks else by_id.get(key, "")
-        if not name:
-            # 400 and not dockerd's 404, which clients take for a missing image.
-            raise BadParameter(f"network {key} not found")
-        if name not in names:
-            names.append(name)
-            first = first or typed(endpoints.get(key), dict, "EndpointsConfig")
-    words = [f"--network={csv_word(name)}" for name in names]
-    if len(names) == 1:
-        address = typed(first.get("IPAMConfig"), dict, "IPAMConfig")
-        words += _text(address.get("IPv4Address"), "--ip", "IPv4Address") + _text(address.get("IPv6Address"), "--ip6",
-                                                                                  "IPv6Address")
-        words += _text(first.get("MacAddress") or body.get("MacAddress"), "--mac-address", "MacAddress")
+    found = asked_networks(body, networks)
+    for each in networks.keys() & found.keys():
+        check_endpoint(networks[each], found[each])
+    if not all(each in networks for each in found):
+        # They may be there at its start.
+        return ["--network=none"]
+    words, first = [f"--network={csv_word(name)}" for name in found], next(iter(found.values()))
+    if len(found) == 1:
+        address = first.get("IPAMConfig") or {}
+        words += _value(address.get("IPv4Address"), "--ip") + _value(address.get("IPv6Address"), "--ip6")
+        words += _value(first.get("MacAddress") or body.get("MacAddress"), "--mac-address")
     return words
 
 
@@ -9062,24 +9216,21 @@ def other_container(find: Callable[[str], Container], name: str) -> Container:
 
 
 def namespace_args(host: Dict[str, Any], find: Callable[[str], Container]) -> List[str]:
-    """Words for the IPC and PID namespaces but those of other containers, which it gets later, and for what of /proc is
-    hidden."""
+    """Words for the IPC and PID namespaces but those of other containers, which it gets later."""
     words = []
     for key, flag in (("IpcMode", "--ipc"), ("PidMode", "--pid")):
-        mode = typed(host.get(key), str, key)
+        mode = host.get(key) or ""
         if mode.startswith("container:"):
             other_container(find, mode.partition(":")[2])
         elif mode:
             words.append(f"{flag}={mode}")
-    if host.get("MaskedPaths") == [] and host.get("ReadonlyPaths") == []:
-        words.append("--security-opt=systempaths=unconfined")
     return words
 
 
 def init_args(host: Dict[str, Any]) -> List[str]:
     """Words for an init process. nerdctl's default, tini, needs the host's libc in the image; one without that is taken
     where there is one."""
-    if not typed(host.get("Init"), bool, "Init"):
+    if not host.get("Init"):
         return []
     static = next((each for each in STATIC_INITS if shutil.which(each)), "")
     return ["--init", *([f"--init-binary={static}"] if static else [])]
@@ -9089,7 +9240,7 @@ def volumes_from_args(host: Dict[str, Any], find: Callable[[str], Container]) ->
     """Words for the mounts of other containers, with `:ro` or `:rw` behind their names, which nerdctl's flag does not
     know."""
     words = []
-    for each in string_list(host.get("VolumesFrom"), "VolumesFrom"):
+    for each in host.get("VolumesFrom") or []:
         name, _, mode = each.partition(":")
         if mode not in ("", "ro", "rw"):
             raise BadParameter(f"invalid mode: {mode}")
@@ -9105,19 +9256,26 @@ def volumes_from_args(host: Dict[str, Any], find: Callable[[str], Container]) ->
     return words
 
 
+LOG_OPTIONS = {"max-size", "max-file", "labels", "labels-regex", "env", "env-regex", "compress", "tag", "log-path",
+               "mode", "max-buffer-size"}
+
+
 def log_args(host: Dict[str, Any]) -> List[str]:
     """Words for the log driver. Docker's `local` and `json-file` are one to nerdctl."""
-    config = typed(host.get("LogConfig"), dict, "LogConfig")
-    kind = typed(config.get("Type"), str, "LogConfig.Type")
+    config = host.get("LogConfig") or {}
+    kind = config.get("Type") or ""
     if kind not in ("", "local", "json-file", "journald", "fluentd", "syslog", "none"):
         raise BadParameter(f"logger: no log driver named '{kind}' is registered")
+    for each in config.get("Config") or {} if kind in ("", "json-file") else ():
+        if each not in LOG_OPTIONS:
+            raise BadParameter(f"unknown log opt '{each}' for json-file log driver")
     words = [f"--log-driver={kind}"] if kind not in ("", "local", "json-file") else []
-    return words + _pairs(config.get("Config"), "--log-opt", "LogConfig.Config")
+    return words + _pairs(config.get("Config"), "--log-opt")
 
 
 def unset_variables(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     """Variables of the image that the request wants to be gone: it has their names without a value."""
-    asked = string_list(body.get("Env"), "Env")
+    asked = body.get("Env") or []
     given = {each.partition("=")[0] for each in asked if "=" in each}
     return [name for name in (each.partition("=")[0] for each in image.get("Env") or []) if name in asked
             and name not in given]
@@ -9126,28 +9284,82 @@ def unset_variables(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
 def environment_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     """Words for the environment. A name without a value would be taken from the daemon's own environment, so it is left
     out; where the image has a value for it, an empty one comes nearest to none."""
-    words = [f"--env={each}" for each in string_list(body.get("Env"), "Env") if "=" in each.lstrip("=")]
+    words = [f"--env={each}" for each in body.get("Env") or [] if "=" in each.lstrip("=")]
     return words + [f"--env={each}=" for each in unset_variables(body, image)]
 
 
 def command_words(body: Dict[str, Any], image: Dict[str, Any]) -> Tuple[List[str], List[str]]:
-    """Flags for the entrypoint, and the words after the image."""
-    entrypoint, command = body.get("Entrypoint"), string_list(body.get("Cmd"), "Cmd")
-    if entrypoint is None:
-        return [], command
-    words = [each for each in string_list(entrypoint, "Entrypoint")]
-    if words in ([], [""]):
-        # Docker takes an empty one as not given, but for one empty word, which takes the image's away.
-        return (["--entrypoint="], command or list(image.get("Cmd") or [])) if words else ([], command)
-    return [f"--entrypoint={each}" for each in words], command
+    """Flags for the entrypoint, of which an empty one takes the image's away, and the words after the image. 400 where
+    there is no command."""
+    entrypoint, command = body.get("Entrypoint"), body.get("Cmd") or []
+    if entrypoint == []:
+        command = command or image.get("Cmd") or []
+    own = (image.get("Entrypoint") or image.get("Cmd")) if entrypoint is None else any(entrypoint)
+    if not command and not own:
+        raise BadParameter("no command specified")
+    return [] if entrypoint is None else [f"--entrypoint={each}" for each in entrypoint or [""]], list(command)
+
+
+MODES = (("IpcMode", "IPC", "|none|private|shareable|host|container:.+"), ("PidMode", "PID", "|host|container:.+"),
+         ("UTSMode", "UTS", "|host"), ("CgroupnsMode", "cgroup namespace", "|private|host"))
+
+
+def check_config(body: Dict[str, Any], host: Dict[str, Any]) -> None:
+    """400 with dockerd's words for what is no limit and cannot be."""
+    for each in body.get("Env") or []:
+        if not each or each.startswith("="):
+            raise BadParameter(f"invalid environment variable: {each}")
+    if body.get("WorkingDir") and not body["WorkingDir"].startswith("/"):
+        raise BadParameter(f"the working directory '{body['WorkingDir']}' is invalid, it needs to be an absolute path")
+    if body.get("StopSignal"):
+        check_signal(body["StopSignal"])
+    if "" in (host.get("Annotations") or {}):
+        raise BadParameter("invalid Annotations: the empty string is not permitted as an annotation key")
+    for each in host.get("ExtraHosts") or []:
+        name, _, address = each.partition(":")
+        if not name or not address:
+            raise BadParameter(f'bad format for add-host: "{each}"')
+        try:
+            ipaddress.ip_address("::" if address == "host-gateway" else address.strip("[]"))
+        except ValueError:
+            raise BadParameter(f'invalid IP address in add-host: "{address}"') from None
+    for key, word, modes in MODES:
+        if not re.fullmatch(modes, host.get(key) or ""):
+            raise BadParameter(f"invalid {word} mode: {host[key]}")
+    if host.get("UTSMode") == "host" and body.get("Hostname"):
+        raise BadParameter("conflicting options: hostname and the UTS mode")
+    if host.get("Isolation") not in (None, "", "default"):
+        raise BadParameter(f"invalid isolation ({host['Isolation']}): linux only supports 'default'")
+    for each in host.get("Links") or []:
+        if not each.strip("/") or each.count(":") > 1:
+            raise BadParameter(f"bad format for links: {each}" if each else "empty string specified for links")
+
+
+def check_sets(host: Dict[str, Any]) -> None:
+    """400 with dockerd's words for processors or memory nodes that this machine has not."""
+    for key, word, what, path in (("CpusetCpus", "cpus", "CPUs", "cpu"),
+                                  ("CpusetMems", "mems", "memory nodes", "node")):
+        wanted, there = host.get(key) or "", ""
+        with contextlib.suppress(OSError), open(f"/sys/devices/system/{path}/online", encoding="ascii") as file:
+            there = file.read().strip()
+        sets = []
+        for text in (wanted, there):
+            found = [re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", each.strip()) for each in text.split(",") if each]
+            if not all(found):
+                raise BadParameter(f"Invalid value {wanted} for cpuset {word}: invalid format: {wanted}")
+            sets.append({number for each in found for number in range(int(each[1]), int(each[2] or each[1]) + 1)})
+        if there and not sets[0] <= sets[1]:
+            raise BadParameter(f"Requested {what} are not available - requested {wanted}, available: {there}")
 
 
 def check_limits(host: Dict[str, Any], update: bool = False) -> None:
     """400 with dockerd's words for limits that cannot be, of a create request's HostConfig or of an update."""
-    memory, swap, reservation, cpus, period, quota, shm, oom, swappiness = (typed(host.get(key), int, key) for key in (
+    memory, swap, reservation, cpus, period, quota, shm, oom, swappiness = (host.get(key) or 0 for key in (
         "Memory", "MemorySwap", "MemoryReservation", "NanoCpus", "CpuPeriod", "CpuQuota", "ShmSize", "OomScoreAdj",
         "MemorySwappiness"))
+    shares = host.get("CpuShares") or 0
     least, processors = 6 << 20, os.cpu_count() or 1
+    check_sets(host)
     for wrong, message in (
         (memory and memory < least, "Minimum memory limit allowed is 6MB"),
         (0 < swap < memory, "Minimum memoryswap limit should be larger than memory limit, see usage"),
@@ -9163,6 +9375,10 @@ def check_limits(host: Dict[str, Any], update: bool = False) -> None:
         (period and not 1000 <= period <= 10**6,
          "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)"),
         (0 < quota < 1000, "CPU cfs quota can not be less than 1ms (i.e. 1000)"),
+        (shares < 0, f"invalid CPU shares ({shares}): value must be a positive integer"),
+        (host.get("IOMaximumBandwidth"),
+         "invalid option: QoS maximum bandwidth configuration is not supported on linux"),
+        (host.get("IOMaximumIOps"), "invalid option: QoS maximum IOPs configuration is not supported on linux"),
         (shm < 0, "SHM size can not be less than 0"),
         (not -1000 <= oom <= 1000, f"Invalid value {oom}, range for oom score adj is [-1000, 1000]"),
     ):
@@ -9175,25 +9391,31 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
                 pick: Optional[Callable[[str], int]] = None) -> Tuple[List[str], List[str]]:
     """argv between `create` and the image's name, and the words after it, of a create request; `image` is the image's
     own configuration, `pick` finds ports. 400 for bad values."""
-    host = typed(body.get("HostConfig"), dict, "HostConfig")
+    host = body.get("HostConfig") or {}
+    check_config(body, host)
     check_limits(host)
     check_privileges(host)
     words: List[str] = []
     for path, flag, render in CREATE_FLAGS:
-        words += render(field_of(body, path), flag, path)
+        words += render(field_of(body, path), flag)
     if host.get("NanoCpus"):
-        words.append(f"--cpus={typed(host['NanoCpus'], int, 'NanoCpus') / 1e9:g}")
-    if isinstance(host.get("MemorySwappiness"), int) and host["MemorySwappiness"] >= 0:
+        words.append(f"--cpus={host['NanoCpus'] / 1e9:g}")
+    if host.get("MemorySwappiness", -1) >= 0:
         words.append(f"--memory-swappiness={host['MemorySwappiness']}")
     if body.get("StopTimeout") is not None:
-        words.append(f"--stop-timeout={typed(body['StopTimeout'], int, 'StopTimeout')}")
-    labels = string_map(body.get("Labels"), "Labels")
+        words.append(f"--stop-timeout={body['StopTimeout']}")
+    labels = body.get("Labels") or {}
     if any(key.startswith(HIDDEN_LABELS[:2]) for key in labels):
         raise BadParameter("invalid label: names that begin with nerdctl/ are nerdctl's own")
     words += environment_args(body, image) + hostname_args(body) + port_args(body, image, pick)
     words += mount_args(body) + device_args(host)
     words += [f"--restart={policy_word(host)}"] if policy_word(host) not in ("", "no") else []
     words += network_args(body, networks, find) + namespace_args(host, find) + log_args(host)
+    for each in host.get("Links") or []:
+        try:
+            find(each.strip("/").partition(":")[0])
+        except NotFound as error:
+            raise BadParameter(f"could not get container for {each.partition(':')[0]}: {error}") from None
     words += init_args(host) + volumes_from_args(host, find) + security_args(host)
     words += [f"--label={key}={value}" for key, value in labels.items()]
     flags, command = command_words(body, image)
@@ -9202,17 +9424,17 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
 
 def create_warnings(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     """What is accepted and not carried out, a sentence each."""
-    host = typed(body.get("HostConfig"), dict, "HostConfig")
+    host = body.get("HostConfig") or {}
     found = [f"{key} is not carried out: nerdctl has no such option" for key in IGNORED_FIELDS if host.get(key)]
-    if typed(host.get("LogConfig"), dict, "LogConfig").get("Type") == "local":
+    if (host.get("LogConfig") or {}).get("Type") == "local":
         found.append("the log driver local is not available: json-file is used")
-    endpoints = typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig")
-    if len(endpoints) > 1 and any((typed(each, dict, "EndpointsConfig").get("IPAMConfig") or {}).get("IPv4Address")
+    endpoints = field_of(body, "NetworkingConfig.EndpointsConfig") or {}
+    if len(endpoints) > 1 and any((each.get("IPAMConfig") or {}).get("IPv4Address")
                                   for each in endpoints.values()):
         found.append("addresses are not carried out for several networks: nerdctl sets one for a single network")
     found += [f"the option {key} of network {network} is not carried out: nerdctl has none for one container"
               for network, one in endpoints.items()
-              for key in typed(typed(one, dict, "EndpointsConfig").get("DriverOpts"), dict, "DriverOpts")]
+              for key in one.get("DriverOpts") or {}]
     found += [f"the variable {each} of the image is empty and not gone: nerdctl cannot take one away"
               for each in unset_variables(body, image)]
     return found
@@ -9237,27 +9459,10 @@ def check_name(engine: Engine, name: str) -> str:
     return name
 
 
-# Objects of a create request whose keys are users' words, and mean something without a value too.
-NAMED_FIELDS = {"Annotations", "Config", "DriverOpts", "EndpointsConfig", "ExposedPorts", "Labels", "Options",
-                "PortBindings", "StorageOpt", "Sysctls",
-                "Tmpfs", "Volumes"}
-# Fields in which nothing is said by None, and something by 0 or an empty list.
-TELLING_FIELDS = {"Entrypoint", "MemorySwappiness", "StopTimeout"}
-
-
-def slim(value: Any, named: bool = False) -> Any:
-    """A request without its empty fields, as it is kept: a container made of it is the same."""
-    if not isinstance(value, dict):
-        return value
-    found = {key: slim(each, key in NAMED_FIELDS) for key, each in value.items()}
-    return found if named else {key: each for key, each in found.items() if each not in (None, "", 0, False, {})
-                                or key in TELLING_FIELDS and each is not None}
-
-
 class Plan(NamedTuple):
     """What a container is made of: `words` between the command and the image, `image` its name, `command` the words
     after it, `request` what is kept of the request, `health` the health check if there is one, `environment` the
-    image's."""
+    image's, `recursive` whether read-only binds are so with all that is mounted below them."""
 
     words: List[str]
     image: str
@@ -9265,32 +9470,37 @@ class Plan(NamedTuple):
     request: Dict[str, Any]
     health: Dict[str, Any] = {}
     environment: Tuple[str, ...] = ()
+    recursive: bool = False
 
 
 SHARED_NAMESPACES = (("NetworkMode", "--network"), ("IpcMode", "--ipc"), ("PidMode", "--pid"))
 
 
+def shared_names(request: Dict[str, Any]) -> Dict[str, str]:
+    """The names of the containers whose namespaces a create request wants to have, by the fields that name them."""
+    host = request.get("HostConfig") or {}
+    return {key: host[key].partition(":")[2] for key, _ in SHARED_NAMESPACES
+            if (host.get(key) or "").startswith("container:")}
+
+
 def shared_namespaces(engine: Engine, request: Dict[str, Any]) -> Dict[str, Container]:
-    """The containers whose namespaces a create request wants to have, by nerdctl's flags."""
-    host = typed(request.get("HostConfig"), dict, "HostConfig")
-    modes = ((flag, typed(host.get(key), str, key)) for key, flag in SHARED_NAMESPACES)
-    return {flag: other_container(engine.inventory.container, mode.partition(":")[2]) for flag, mode in modes
-            if mode.startswith("container:")}
+    """These containers, by nerdctl's flags; 404 when there is none of a name."""
+    flags = dict(SHARED_NAMESPACES)
+    return {flags[key]: engine.inventory.container(name) for key, name in shared_names(request).items()}
 
 
 def kept_request(engine: Engine, body: Dict[str, Any], image: Dict[str, Any]) -> Dict[str, Any]:
     """What is kept of a create request: with the ports that the image exposes, its health check and its shell, and with
     ids for the names of containers, which may change."""
-    found = {**({"Shell": image["Shell"]} if image.get("Shell") else {}), **slim(body)}
+    found = {**({"Shell": image["Shell"]} if image.get("Shell") else {}), **body}
     if health_check(body, image):
         found["Healthcheck"] = health_check(body, image)
-    exposed = typed(body.get("ExposedPorts"), dict, "ExposedPorts")
+    exposed = body.get("ExposedPorts") or {}
     if image.get("ExposedPorts"):
         found["ExposedPorts"] = {**image["ExposedPorts"], **exposed}
-    others = shared_namespaces(engine, body)
-    if others:
-        shared = {key: f"container:{others[flag].id}" for key, flag in SHARED_NAMESPACES if flag in others}
-        found["HostConfig"] = {**slim(body.get("HostConfig")), **shared}
+    for key, name in shared_names(body).items():
+        with contextlib.suppress(NotFound):
+            found["HostConfig"] = {**found["HostConfig"], key: f"container:{engine.inventory.container(name).id}"}
     endpoints = field_of(found, "NetworkingConfig.EndpointsConfig")
     if isinstance(endpoints, dict):
         by_id = {each["Id"]: name for name, each in engine.inventory.networks().items()}
@@ -9301,7 +9511,7 @@ def kept_request(engine: Engine, body: Dict[str, Any], image: Dict[str, Any]) ->
 
 def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> Plan:
     """The plan for a create request. 404 when there is no such image, 400 for bad values."""
-    name = typed(body.get("Image"), str, "Image")
+    name = body.get("Image") or ""
     if not name:
         raise BadParameter("no command specified" if not body else "invalid reference format")
     group = engine.inventory.image(name)
@@ -9312,14 +9522,12 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
     image = group.config.get("config") or {}
     words, command = create_args(body, image, engine.inventory.networks(), engine.inventory.container,
                                  functools.partial(pick_port, engine))
-    if not command and not body.get("Entrypoint") and not image.get("Cmd") and not image.get("Entrypoint"):
-        raise BadParameter("no command specified")
     for key in image.get("Labels") or {}:
         # nerdctl takes an image's labels over, and would have orders from it.
         if key.startswith(HIDDEN_LABELS[:2]) and key != "nerdctl/healthcheck":
             raise BadParameter(f"image {name} has the label {key}: names that begin with nerdctl/ are nerdctl's own")
     if platform:
-        words.append(f"--platform={platform_words(platform)}")
+        words.append(f"--platform={platform_text(parse_platform(platform))}")
     return Plan(words, full if full in group.names else group.names[0], command, kept_request(engine, body, image),
                 health_check(body, image),
                 tuple(image.get("Env") or ()))
@@ -9340,7 +9548,55 @@ def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Contain
         with contextlib.suppress(BadParameter):
             engine.containerd.update_container(real, {"nerdctl/healthcheck": json.dumps(plan.health)})
     engine.inventory.records.invalidate(real)
-    return Container(engine.containerd.get_container(real))
+    container = Container(engine.containerd.get_container(real))
+    spec = amended_spec(container.spec, plan.request, plan.recursive)
+    try:
+        return container if spec == container.spec else rewrite_container(engine, container, spec, {})
+    except ApiError:
+        engine.nerdctl.output("rm", "--force", "--", real)
+        raise
+
+
+def read_only_binds(host: Dict[str, Any]) -> List[str]:
+    """Where a create request wants binds that are read-only with all that is mounted below them."""
+    found = [each["Target"] for each in host.get("Mounts") or [] if each["Type"] == "bind" and each.get("ReadOnly")
+             and not {"NonRecursive", "ReadOnlyNonRecursive"}.intersection(
+                 key for key, value in (each.get("BindOptions") or {}).items() if value)]
+    parts = [each.split(":") for each in host.get("Binds") or []]
+    return found + [each[1] for each in parts if len(each) == 3 and "ro" in each[2].split(",")]
+
+
+def amended_spec(spec: Dict[str, Any], request: Dict[str, Any], recursive: bool) -> Dict[str, Any]:
+    """The OCI spec of a new container with what a create request asks for and nerdctl has no options for; `recursive`
+    where read-only binds are to be so with all that is mounted below them."""
+    host, linux, mounts = request.get("HostConfig") or {}, dict(spec.get("linux") or {}), []
+    if not host.get("Privileged"):
+        linux.update({name: host[key] for key, name in (("MaskedPaths", "maskedPaths"),
+                                                        ("ReadonlyPaths", "readonlyPaths")) if key in host})
+    sysctls = dict(linux.get("sysctl") or {})
+    if request.get("Domainname") and has_namespace(spec, "uts"):
+        sysctls["kernel.domainname"] = request["Domainname"]
+    if has_namespace(spec, "network") and not os.geteuid():
+        sysctls.setdefault("net.ipv4.ping_group_range", "0 2147483647")
+    changed = dict.fromkeys(map(os.path.normpath, read_only_binds(host)), ("ro", "rro")) if recursive else {}
+    if any(each.split("=")[0] == "writable-cgroups" and each.lower().partition("=")[2] in ("", "1", "t", "true")
+           for each in host.get("SecurityOpt") or []):
+        changed["/sys/fs/cgroup"] = ("ro", "rw")
+    for each in spec.get("mounts") or []:
+        old, new = changed.get(each.get("destination"), ("", ""))
+        options = each.get("options") or []
+        mounts.append({**each, "options": [new if option == old else option for option in options]} if old in options
+                      else each)
+    return {**spec, **({"linux": {**linux, **({"sysctl": sysctls} if sysctls else {})}} if linux or sysctls else {}),
+            **({"mounts": mounts} if mounts else {})}
+
+
+def unknown_user(request: Dict[str, Any], message: str) -> str:
+    """dockerd's words for a user or group of a create request of which nerdctl says that there is none."""
+    user, _, group = (request.get("User") or "").partition(":")
+    if "groups" in message:
+        return f"unable to find group {group}: no matching entries in group file"
+    return f"unable to find user {user}: no matching entries in passwd file"
 
 
 def create_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
@@ -9348,13 +9604,18 @@ def create_container(engine: Engine, plan: Plan, name: str, *more: str) -> Conta
     makes it without them, since it wants these others to run and those ports to be free; it gets them in place, for
     its start."""
     later = f"--label={LABEL_LATER}=1"
-    more = (*more, later) if shared_namespaces(engine, plan.request) else more
+    absent = "--network=none" in plan.words and network_asked(plan.request)
+    more = (*more, later) if absent or shared_names(plan.request) else more
     try:
         container = make_container(engine, plan, name, *more)
     except ApiError as error:
-        if "port is already allocated" not in str(error):
+        if "port is already allocated" in str(error):
+            without = "--publish="
+        elif "no users found" in str(error) or "no groups found" in str(error):
+            without, later = "--user=", f"--label={LABEL_LATER}={unknown_user(plan.request, str(error))}"
+        else:
             raise
-        words = [each for each in plan.words if not each.startswith("--publish=")]
+        words = [each for each in plan.words if not each.startswith(without)]
         container = make_container(engine, plan._replace(words=words), name, *more, later)
     if LABEL_LATER in container.labels:
         try:
@@ -9404,9 +9665,26 @@ def rewrite_container(engine: Engine, container: Container, spec: Dict[str, Any]
     return engine.inventory.container(container.id)
 
 
+def complete_networks(engine: Engine, container: Container) -> Container:
+    """Give a container the networks of its request, which were not there when it was created; 404 while one is
+    not."""
+    known = engine.inventory.networks()
+    endpoints = asked_networks(container.request, known)
+    for name in endpoints:
+        if name not in known:
+            raise NotFound(f"network {name} not found")
+    keep_networks(engine, container, endpoints, {})
+    engine.inventory.records.invalidate(container.id)
+    return engine.inventory.container(container.id)
+
+
 def complete_container(engine: Engine, container: Container) -> Container:
     """Give a container the namespaces and ports that `nerdctl create` made it without: it is as if nerdctl had done so,
     and a bare `nerdctl start` finds it so."""
+    if container.labels[LABEL_LATER] != "1":
+        raise BadParameter(container.labels[LABEL_LATER])
+    if network_names(container) == ["none"] and network_asked(container.request):
+        container = complete_networks(engine, container)
     spec, labels = json.loads(container.record.spec), {LABEL_LATER: ""}
     for flag, other in shared_namespaces(engine, container.request).items():
         if flag == "--network":
@@ -9657,16 +9935,13 @@ def policy_labels(container: Container, policy: str) -> Dict[str, str]:
 def container_create(engine: Engine, request: Request) -> Response:
     """Create a container; 201 with its id and warnings. 404 for no such image, 409 for a name in use, 400 for bad
     values. Query options other than name and platform, which some clients repeat there, are ignored."""
-    body = request.json(required=True)
+    body = request.json(CREATE_REQUEST)
     if not body:
         raise BadParameter("config cannot be empty in order to create a container")
-    plan = plan_container(engine, body, request.value("platform"))
+    # From API 1.44 on, as dockerd does where the kernel can.
+    recursive = request.version >= (1, 44) and tuple(map(int, os.uname().release.split(".")[:2])) >= (5, 12)
+    plan = plan_container(engine, body, request.value("platform"))._replace(recursive=recursive)
     name = check_name(engine, request.value("name")) if request.value("name") else ""
-    for each in string_list(field_of(body, "HostConfig.Links"), "Links"):
-        if not each.strip("/"):
-            raise BadParameter(f"invalid link: {each!r}")
-    for each in typed(field_of(body, "NetworkingConfig.EndpointsConfig"), dict, "EndpointsConfig").values():
-        string_list(typed(each, dict, "EndpointsConfig").get("Links"), "Links")
     warnings = create_warnings(body, {"Env": list(plan.environment)})
     return Response(201, {"Id": create_container(engine, plan, name).id, "Warnings": warnings})
 
@@ -9692,7 +9967,7 @@ class DetachKeys:
         for key in (text or "ctrl-p,ctrl-q").split(","):
             found = re.fullmatch(r"ctrl-([a-z@\[\\\]^_])", key)
             if not found and len(key) != 1:
-                raise BadParameter(f"invalid detach keys: {text!r}")
+                raise BadParameter(f"Invalid detach keys ({text}) provided")
             self.sequence += bytes([ord(found.group(1).upper()) & 0x1F]) if found else key.encode("latin-1", "replace")
         self.matched = 0
 
@@ -10420,7 +10695,14 @@ def start_refused(engine: Engine, container: Container, error: ApiError) -> None
 @route("POST", "/containers/{id}/start")
 def container_start(engine: Engine, request: Request, name: str) -> Response:
     """Start it; 204, 304 when it runs already, 400 when its command cannot be run."""
-    request.json()
+    if len(read_limited(request.body, JSON_LIMIT)) > 7:
+        raise BadParameter("starting container with non-empty request body was deprecated since API v1.22 and removed "
+                           "in v1.24")
+    if request.value("checkpoint"):
+        if not CONTAINER_NAME.fullmatch(request.value("checkpoint")):
+            raise BadParameter(f'invalid checkpoint ID "{request.value("checkpoint")}", only '
+                               "[a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
+        raise BadParameter("checkpoint is only supported in experimental mode")
     gone = Conflict("container is marked for removal and cannot be started")
     with engine.owning(name, gone=gone) as container:
         if container.state.kind == "paused":
@@ -10451,19 +10733,6 @@ def stop_signal(request: Request, container: Container) -> int:
     """The number of the signal that a container is asked to end with."""
     return signal_number(check_signal(request.value("signal")
                                       or container.labels.get("io.containerd.image.config.stop-signal") or "TERM"))
-
-
-def check_signal(text: str) -> str:
-    """The name of a signal, given by name or number; 400 with dockerd's words for anything else."""
-    name = text.upper()
-    if re.fullmatch(r"[0-9]{1,9}", name):
-        if 0 < int(name) <= 64:
-            return name
-    else:
-        bare = name[3:] if name.startswith("SIG") else name
-        if hasattr(signal, "SIG" + bare) or re.fullmatch(r"RTM(IN|AX)([+-]\d{1,2})?", bare):
-            return "SIG" + bare
-    raise BadParameter(f"invalid signal: {text}")
 
 
 def kill_task(engine: Engine, container: Container, number: int, ends: bool) -> bool:
@@ -10584,14 +10853,6 @@ def ends_by(container: Container) -> int:
     return 0
 
 
-def signal_number(word: str) -> int:
-    """The number of a signal as check_signal() gives it, 0 for one this machine does not know by name."""
-    real_time = re.fullmatch(r"SIG(RTMIN|RTMAX)([+-]\d+)?", word)
-    if real_time:
-        return int(getattr(signal, "SIG" + real_time.group(1))) + int(real_time.group(2) or 0)
-    return int(word) if word.isdigit() else int(getattr(signal, word, 0))
-
-
 @route("POST", "/containers/{id}/pause")
 def container_pause(engine: Engine, request: Request, name: str) -> Response:
     """Freeze it; 204, 409 when it does not run or is paused already."""
@@ -10637,14 +10898,14 @@ UPDATE_FLAGS = tuple((path.partition(".")[2], flag, render) for path, flag, rend
 @route("POST", "/containers/{id}/update")
 def container_update(engine: Engine, request: Request, name: str) -> Response:
     """Change its limits or restart policy; 200 with warnings."""
-    body = request.json(required=True)
+    body = request.json({**RESOURCES, "RestartPolicy": RESTART_POLICY})
     check_limits(body, update=True)
     words: List[str] = []
     for key, flag, render in UPDATE_FLAGS:
-        words += render(body.get(key), flag, key)
+        words += render(body.get(key), flag)
     if body.get("NanoCpus"):
         # nerdctl 2.3.5 update takes --cpus and does nothing.
-        words += ["--cpu-period=100000", f"--cpu-quota={typed(body['NanoCpus'], int, 'NanoCpus') // 10**4}"]
+        words += ["--cpu-period=100000", f"--cpu-quota={body['NanoCpus'] // 10**4}"]
     with engine.owning(name) as container, engine.changing(container):
         policy = policy_word({"RestartPolicy": body.get("RestartPolicy"), "AutoRemove": auto_removed(container)})
         if words:
@@ -10792,17 +11053,15 @@ def nerdctl_log(engine: Engine, request: Request, container: Container, follow: 
 
 
 def tail_count(request: Request) -> Optional[int]:
-    """How many lines from the end are asked for, None for all of them."""
+    """How many lines from the end are asked for, None for all of them: also what is no number means that."""
     text = request.value("tail")
-    if text in ("", "all") or text.startswith("-"):
-        return None
-    return request.integer("tail")
+    return int(text) if re.fullmatch(r"\+?[0-9]{1,18}", text) else None
 
 
 def log_details(container: Container) -> bytes:
     """What `details` puts before each line: the labels and variables that the log options name."""
-    options = typed(container.host_config.get("LogConfig"), dict, "LogConfig").get("Config") or {}
-    environment = dict(each.partition("=")[::2] for each in string_list(container.request.get("Env"), "Env"))
+    options = (container.host_config.get("LogConfig") or {}).get("Config") or {}
+    environment = dict(each.partition("=")[::2] for each in container.request.get("Env") or [])
     found = {key: container.visible_labels[key] for key in str(options.get("labels") or "").split(",")
              if key in container.visible_labels}
     found.update({key: environment[key] for key in str(options.get("env") or "").split(",") if key in environment})
@@ -10813,10 +11072,9 @@ def log_details(container: Container) -> bytes:
 @route("GET", "/containers/{id}/logs")
 def container_logs(engine: Engine, request: Request, name: str) -> Response:
     """Its output so far, and with `follow` what is to come: frames, or bytes as they are for a terminal."""
-    container = engine.inventory.container(name)
     if not request.flag("stdout") and not request.flag("stderr"):
         raise BadParameter("Bad parameters: you must choose at least one stream")
-    tail_count(request)
+    container = engine.inventory.container(name)
     request.timestamp("since"), request.timestamp("until")
     if (container.host_config.get("LogConfig") or {}).get("Type") == "none":
         raise NotImplementedHere("configured logging driver does not support reading")
@@ -11039,6 +11297,7 @@ def attach(engine: Engine, request: Request, name: str,
 def prepare_attach(engine: Engine, request: Request, name: str) -> Tuple[Container, bool, Optional[DetachKeys]]:
     """The container of an attach, whether it has a terminal, and the keys that detach from it; 404, 409 and 501 where
     it cannot be."""
+    keys = DetachKeys(request.value("detachKeys"))
     container = engine.inventory.container(name)
     if container.state.kind == "paused":
         raise Conflict("container is paused, unpause the container before attach")
@@ -11047,7 +11306,7 @@ def prepare_attach(engine: Engine, request: Request, name: str) -> Tuple[Contain
     tty = is_terminal(container)
     stdin = request.flag("stdin") and request.flag("stream")
     check_attach(container, stdin, find_streams(engine, container) is not None)
-    return container, tty, DetachKeys(request.value("detachKeys")) if tty and stdin else None
+    return container, tty, keys if tty and stdin else None
 
 
 @route("POST", "/containers/{id}/attach")
@@ -11109,11 +11368,13 @@ def container_resize(engine: Engine, request: Request, name: str) -> Response:
 
 
 def terminal_size(request: Request) -> Tuple[int, int]:
-    """Height and width of a resize; 400 for what is no size."""
-    height, width = request.integer("h"), request.integer("w")
-    if not (0 <= height < 65536 and 0 <= width < 65536):
-        raise BadParameter("invalid resize: height and width must fit in 16 bits")
-    return height, width
+    """Height and width of a resize; 400 with dockerd's words for what is no size."""
+    for name, word in (("h", "height"), ("w", "width")):
+        text = request.value(name)
+        if not re.fullmatch("[0-9]+", text) or int(text[-18:]) > 65535 or len(text) > 18:
+            problem = "value out of range" if re.fullmatch("[0-9]+", text) else "invalid syntax"
+            raise BadParameter(f'invalid resize {word} "{text}": strconv.ParseUint: parsing "{text}": {problem}')
+    return int(request.value("h")), int(request.value("w"))
 
 
 ###############################################################################
@@ -11144,10 +11405,14 @@ class Exec:
     @property
     def command(self) -> List[str]:
         """The words of its command line."""
-        return string_list(self.config.get("Cmd"), "Cmd")
+        return self.config.get("Cmd") or []
 
 
 EXECS_KEPT = 1000
+EXEC_START = {"Detach": bool, "Tty": bool, "ConsoleSize": [UNSIGNED]}
+EXEC_CREATE = {"User": str, "Privileged": bool, "Tty": bool, "ConsoleSize": [UNSIGNED], "AttachStdin": bool,
+               "AttachStderr": bool, "AttachStdout": bool, "DetachKeys": str, "Env": [str], "WorkingDir": str,
+               "Cmd": [str]}
 
 
 def account_rows(container: Container, path: str) -> Optional[List[List[str]]]:
@@ -11179,7 +11444,7 @@ def find_user(container: Container, text: str) -> Dict[str, Any]:
     if row is None and not re.fullmatch(r"\d{1,10}", name or "0"):
         raise BadParameter(f"unable to find user {name}: no matching entries in passwd file")
     found = {"uid": int_or_zero(row[2] if row else name), "gid": int_or_zero(row[3]) if row else 0}
-    more = set(map(group_id, string_list(container.host_config.get("GroupAdd"), "GroupAdd")))
+    more = set(map(group_id, container.host_config.get("GroupAdd") or []))
     if group:
         found["gid"] = group_id(group)
     elif row:
@@ -11192,14 +11457,14 @@ def exec_process(instance: Exec, container: Container) -> Dict[str, Any]:
     """The command as a process of an OCI spec: what is not asked for is that of the container's own process."""
     config, own = instance.config, container.spec.get("process") or {}
     process = {**own, "args": instance.command, "terminal": instance.tty,
-               "cwd": typed(config.get("WorkingDir"), str, "WorkingDir") or own.get("cwd") or "/"}
+               "cwd": config.get("WorkingDir") or own.get("cwd") or "/"}
     process.pop("consoleSize", None)
     if instance.tty and all(instance.size):
         process["consoleSize"] = dict(zip(("height", "width"), instance.size))
     environment = {each.partition("=")[0]: each for each in own.get("env") or []}
     if instance.tty:
         environment.setdefault("TERM", "TERM=xterm")
-    for each in string_list(config.get("Env"), "Env"):
+    for each in config.get("Env") or []:
         key, sign, _ = each.partition("=")
         if sign:
             environment[key] = each
@@ -11207,8 +11472,8 @@ def exec_process(instance: Exec, container: Container) -> Dict[str, Any]:
             environment.pop(key, None)
     process["env"] = list(environment.values())
     if config.get("User"):
-        process["user"] = find_user(container, typed(config["User"], str, "User"))
-    if typed(config.get("Privileged"), bool, "Privileged"):
+        process["user"] = find_user(container, config["User"])
+    if config.get("Privileged"):
         with open("/proc/self/status", encoding="ascii") as file:
             bounds = next(int(line.split()[1], 16) for line in file if line.startswith("CapBnd:"))
         # On a machine that lacks some itself, the runtime refuses these.
@@ -11243,11 +11508,11 @@ def docker_exec(instance: Exec) -> Dict[str, Any]:
 @route("POST", "/containers/{id}/exec")
 def exec_create(engine: Engine, request: Request, name: str) -> Response:
     """Prepare a command; 201 with its id. 409 when the container does not run, 400 for no command."""
-    config = request.json(required=True)
+    config = request.json(EXEC_CREATE)
+    if not config.get("Cmd"):
+        raise BadParameter("No exec command specified")
     container = engine.inventory.container(name)
     instance = Exec(container, config)
-    if not instance.command:
-        raise BadParameter("No exec command specified")
     if container.state.kind == "paused":
         raise Conflict(f"container {name} is paused, unpause the container before exec")
     require_running(container)
@@ -11267,11 +11532,8 @@ def keep_exec(engine: Engine, instance: Exec) -> None:
 
 def check_exec(config: Dict[str, Any]) -> None:
     """400 for fields of an exec that cannot be right."""
-    DetachKeys(typed(config.get("DetachKeys"), str, "DetachKeys"))
-    for key, kind in (("AttachStdin", bool), ("AttachStdout", bool), ("AttachStderr", bool), ("Tty", bool),
-                      ("Privileged", bool), ("User", str), ("WorkingDir", str)):
-        typed(config.get(key), kind, key)
-    for each in string_list(config.get("Env"), "Env"):
+    DetachKeys(config.get("DetachKeys") or "")
+    for each in config.get("Env") or []:
         if not each.partition("=")[0]:
             raise BadParameter(f"invalid environment variable: {each}")
 
@@ -11391,21 +11653,21 @@ def check_unstarted(instance: Exec) -> None:
 def exec_start(engine: Engine, request: Request, name: str) -> Response:
     """Run it: with its streams on this connection, or detached (200 once it runs). 409 when it has run, or the
     container stopped."""
-    options = request.json()
+    options = request.json(EXEC_START, required=False)
     instance = find_exec(engine, name)
     container = engine.inventory.container(instance.container.id)
     if container.state.kind == "paused":
         raise Conflict(f"container {container.id} is paused, unpause the container before exec")
     require_running(container)
     check_unstarted(instance)
-    size = typed(options.get("ConsoleSize") or instance.config.get("ConsoleSize"), list, "ConsoleSize")
+    size = options.get("ConsoleSize") or instance.config.get("ConsoleSize") or []
     if len(size) == 2 and all(isinstance(each, int) for each in size):
         instance.size = (size[0], size[1])
-    if typed(options.get("Detach"), bool, "Detach"):
+    if options.get("Detach"):
         run_exec(engine, instance, TaskStreams(terminal=instance.tty))
         return Response(200, b"")
     # As with dockerd, this request says how the output is packed, whether or not the command has a terminal.
-    raw = typed(options.get("Tty"), bool, "Tty")
+    raw = options.get("Tty")
 
     def serve(connection: Connection) -> None:
         serve_exec(engine, request, instance, connection, raw)
@@ -11448,9 +11710,11 @@ def serve_exec(engine: Engine, request: Request, instance: Exec, connection: Con
 
 @route("POST", "/exec/{id}/resize")
 def exec_resize(engine: Engine, request: Request, name: str) -> Response:
-    """Tell its terminal its size; 200, also when it has ended meanwhile."""
-    instance = find_exec(engine, name)
-    instance.size = terminal_size(request)
+    """Tell its terminal its size, which one that is not started yet gets at its start; 200, 409 when it has ended."""
+    size, instance = terminal_size(request), find_exec(engine, name)
+    if instance.started and not instance.running:
+        raise Conflict(f"exec command {instance.id} is not running")
+    instance.size = size
     if instance.running and instance.tty:
         with contextlib.suppress(NotFound, Conflict):
             engine.containerd.resize_terminal(instance.container.id, *instance.size, instance.id)
@@ -11695,7 +11959,7 @@ def next_health(check: Dict[str, Any], health: str, failing: int, code: int, age
 def health_command(container: Container) -> List[str]:
     """The words of a health check's command line."""
     kind, *words = container.health_check["Test"]
-    shell = string_list(container.request.get("Shell"), "Shell") or ["/bin/sh", "-c"]
+    shell = container.request.get("Shell") or ["/bin/sh", "-c"]
     return shell + words if kind == "CMD-SHELL" else words
 
 
@@ -11985,7 +12249,8 @@ def paused(engine: Engine, container: Container) -> Iterator[None]:
 def image_commit(engine: Engine, request: Request) -> Response:
     """Make an image of a container, whatever its state; 201 with its id. Its config is that of the container, above it
     that of the body, above that the instructions of `changes`."""
-    asked, changes, repository = image_config(request.json()), request.values("changes"), request.value("repo")
+    asked = image_config(request.json(CONFIG, required=False))
+    changes, repository = request.values("changes"), request.value("repo")
     target = parse_reference(f"{repository}:{request.value('tag')}" if repository and request.value("tag")
                              else repository).name if repository else ""
     working = target or f"{WORKING_NAME}commit:{os.urandom(8).hex()}"
@@ -12262,6 +12527,7 @@ def match_network(network: Dict[str, Any], used: set, filters: Dict[str, List[st
             and match_labels(network["Labels"], filters.get("label") or []))
 
 
+@route("GET", "/networks/")
 @route("GET", "/networks")
 def network_list(engine: Engine, request: Request) -> Response:
     """Networks; bridge, host and none are always there."""
@@ -12310,29 +12576,28 @@ def network_inspect(engine: Engine, request: Request, name: str) -> Response:
 
 def network_create_args(body: Dict[str, Any], name: str) -> List[str]:
     """argv of `network create`. 400 for bad values, 501 for what nerdctl has not."""
-    driver = typed(body.get("Driver"), str, "Driver") or "bridge"
+    driver = body.get("Driver") or "bridge"
+    if body.get("Scope") == "swarm":
+        raise Forbidden("cannot create a swarm scoped network when swarm is not active")
     if driver not in ("bridge", "macvlan", "ipvlan"):
         raise NotFound(f'plugin "{driver}" not found')
-    if body.get("ConfigOnly") or (typed(body.get("ConfigFrom"), dict,
-                                        "ConfigFrom").get("Network")) or body.get("Ingress"):
+    if body.get("ConfigOnly") or (body.get("ConfigFrom") or {}).get("Network") or body.get("Ingress"):
         raise NotImplementedHere("nerdctl has neither config-only nor ingress networks")
     words = ["network", "create", f"--driver={driver}"]
-    ipam = typed(body.get("IPAM"), dict, "IPAM")
-    if typed(ipam.get("Driver"), str, "IPAM.Driver") not in ("", "default", "host-local", "dhcp"):
-        raise BadParameter(f"could not resolve IPAM driver \"{ipam['Driver']}\"")
+    ipam = body.get("IPAM") or {}
+    if ipam.get("Driver", "") not in ("", "default", "host-local", "dhcp"):
+        raise NotFound(f"plugin \"{ipam['Driver']}\" not found")
     ranges = []
-    for each in typed(ipam.get("Config"), list, "IPAM.Config"):
-        config = typed(each, dict, "IPAM.Config")
+    for config in ipam.get("Config") or []:
         for key, flag in (("Subnet", "--subnet"), ("Gateway", "--gateway"), ("IPRange", "--ip-range")):
-            words += _text(config.get(key), flag, key)
+            words += _value(config.get(key), flag)
         ranges += [config["IPRange"]] if config.get("IPRange") else []
     if ipam.get("Driver") == "dhcp":
         words.append("--ipam-driver=dhcp")
-    words += _switch(body.get("Internal"), "--internal", "Internal") + _switch(body.get("EnableIPv6"), "--ipv6",
-                                                                               "EnableIPv6")
-    options = string_map(body.get("Options"), "Options")
+    words += _switch(body.get("Internal"), "--internal") + _switch(body.get("EnableIPv6"), "--ipv6")
+    options = body.get("Options") or {}
     words += network_options(options)
-    labels = string_map(body.get("Labels"), "Labels")
+    labels = body.get("Labels") or {}
     # nerdctl keeps neither.
     labels.update({"nerdctld/options": json.dumps(options)} if options else {})
     labels.update({"nerdctld/ip-range": ranges[0]} if ranges else {})
@@ -12351,11 +12616,19 @@ def network_options(options: Dict[str, str]) -> List[str]:
     return [f"--opt={DRIVER_OPTIONS[key]}={value}" for key, value in options.items() if key in DRIVER_OPTIONS]
 
 
+NETWORK_CREATE = {
+    "Name": str, "Driver": str, "Scope": str, "EnableIPv4": bool, "EnableIPv6": bool, "Internal": bool,
+    "Attachable": bool, "Ingress": bool, "ConfigOnly": bool, "ConfigFrom": {"Network": str}, "Options": Named(str),
+    "Labels": Named(str), "IPAM": {"Driver": str, "Options": Named(str), "Config": [
+        {"Subnet": str, "IPRange": str, "Gateway": str, "AuxiliaryAddresses": Named(str)}]},
+}
+
+
 @route("POST", "/networks/create")
 def network_create(engine: Engine, request: Request) -> Response:
     """Make a network; 201 with its id. 409 for a name in use, 403 for a pre-defined name or a subnet in use."""
-    body = request.json(required=True)
-    name = typed(body.get("Name"), str, "Name")
+    body = request.json(NETWORK_CREATE)
+    name = body.get("Name") or ""
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*", name):
         raise BadParameter(f'invalid network name: "{name}": only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed' if name
                            else "name is required")
@@ -12372,8 +12645,7 @@ def network_create(engine: Engine, request: Request) -> Response:
         raise
     network = find_network(engine, name)
     engine.journal.emit("network", "create", network["Id"], {"name": name, "type": network["Driver"]})
-    spare = any(typed(each, dict, "IPAM.Config").get("AuxiliaryAddresses")
-                for each in typed(field_of(body, "IPAM.Config"), list, "IPAM.Config"))
+    spare = any(each.get("AuxiliaryAddresses") for each in field_of(body, "IPAM.Config") or [])
     return Response(201, {"Id": network["Id"], "Warning": "auxiliary addresses are not carried out: nerdctl has none"
                           if spare else ""})
 
@@ -12421,33 +12693,6 @@ def network_prune(engine: Engine, request: Request) -> Response:
     return Response(200, {"NetworksDeleted": deleted or None})
 
 
-def check_endpoint(network: Dict[str, Any], asked: Dict[str, Any]) -> None:
-    """400 with dockerd's words for EndpointSettings that a network cannot carry out."""
-    wrong, config = [], typed(asked.get("IPAMConfig"), dict, "IPAMConfig")
-    texts = {version: typed(config.get(f"IPv{version}Address"), str, f"IPv{version}Address") for version in (4, 6)}
-    if network["Name"] in ("bridge", "host", "none"):
-        wrong += ["user-specified IP address is supported on user-defined networks only"] * any(texts.values())
-        wrong += ["network-scoped aliases are only supported for user-defined networks"] * bool(
-            string_list(asked.get("Aliases"), "Aliases"))
-    for version, text in texts.items():
-        if text:
-            try:
-                address = ipaddress.ip_address(text)
-                if address.version != version or address.is_unspecified:
-                    raise ValueError
-            except ValueError:
-                raise BadParameter(f"invalid IPv{version} address: {text}") from None
-            if not any(address in ipaddress.ip_network(each["Subnet"], strict=False)
-                       for each in network["IPAM"]["Config"] or []):
-                wrong.append(f"no configured subnet contains IP address {text}")
-    string_list(asked.get("Links"), "Links")
-    typed(asked.get("GwPriority"), int, "GwPriority")
-    if not re.fullmatch("([0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5})?", typed(asked.get("MacAddress"), str, "MacAddress")):
-        raise BadParameter(f"invalid MAC address: {asked['MacAddress']}")
-    if wrong:
-        raise BadParameter("invalid endpoint settings:\n" + "\n".join(wrong))
-
-
 def check_connection(network: Dict[str, Any], container: Container) -> None:
     """400 with dockerd's words where a container cannot have a network beside those that it has."""
     names = network_names(container)
@@ -12465,7 +12710,7 @@ def check_connection(network: Dict[str, Any], container: Container) -> None:
 def rewiring(engine: Engine, body: Dict[str, Any]) -> Iterator[Tuple[Container, Dict[str, Dict[str, Any]]]]:
     """Context of a change of the networks of the container that a request names: the container, and its networks with
     their EndpointSettings."""
-    name = typed(body.get("Container"), str, "Container")
+    name = body.get("Container") or ""
     gone = ApiError(f"Container {name} is marked for removal and cannot be connected or disconnected to the network")
     with engine.owning(name, gone) as container:
         known = engine.inventory.networks()
@@ -12484,10 +12729,11 @@ def tell_network(engine: Engine, action: str, container: Container, network: Dic
 def network_connect(engine: Engine, request: Request, name: str) -> Response:
     """Put a container into a network, whatever its state; 403 for one that runs and is in it, 400 for networks that
     cannot be together."""
-    body = request.json(required=True)
-    asked = typed(body.get("EndpointConfig"), dict, "EndpointConfig")
+    body = request.json({"Container": str, "EndpointConfig": ENDPOINT})
+    asked = dict(body.get("EndpointConfig") or {})
     if request.version < (1, 54):
         asked.pop("MacAddress", None)
+    engine.inventory.container(body.get("Container") or "")
     network = find_network(engine, name)
     check_endpoint(network, asked)
     with rewiring(engine, body) as (container, endpoints):
@@ -12507,8 +12753,8 @@ def network_connect(engine: Engine, request: Request, name: str) -> Response:
 def network_disconnect(engine: Engine, request: Request, name: str) -> Response:
     """Take a container out of a network, whatever its state; 500 as with dockerd for one that is not in it. With
     `Force`, or where it does not run, the network may be gone."""
-    body = request.json(required=True)
-    force = typed(body.get("Force"), bool, "Force")
+    body = request.json({"Container": str, "Force": bool})
+    force = body.get("Force")
     with rewiring(engine, body) as (container, endpoints):
         try:
             network = find_network(engine, name)
@@ -12578,14 +12824,15 @@ def volume_inspect(engine: Engine, request: Request, name: str) -> Response:
 @route("POST", "/volumes/create")
 def volume_create(engine: Engine, request: Request) -> Response:
     """Make a volume, or find the one of that name; 201. 404 for a driver other than local, 501 for driver options."""
-    body = request.json(required=True)
-    name, driver = typed(body.get("Name"), str, "Name"), typed(body.get("Driver"), str, "Driver")
-    labels, options = string_map(body.get("Labels"), "Labels"), string_map(body.get("DriverOpts"), "DriverOpts")
+    body = request.json({"Name": str, "Driver": str, "DriverOpts": Named(str), "Labels": Named(str),
+                         "ClusterVolumeSpec": Named(object)})
+    name, driver = body.get("Name") or "", body.get("Driver") or ""
+    labels, options = body.get("Labels") or {}, body.get("DriverOpts") or {}
     if driver not in ("", "local"):
         raise NotFound(f'create {name}: error looking up volume plugin {driver}: plugin "{driver}" not found')
     if name:
         check_volume_name(name)
-    if typed(body.get("ClusterVolumeSpec"), dict, "ClusterVolumeSpec"):
+    if body.get("ClusterVolumeSpec"):
         raise Unavailable(NO_SWARM)
     found = engine.inventory.volumes().get(name) if name else None
     if found is None:
@@ -12756,6 +13003,12 @@ def plugin_list(engine: Engine, request: Request) -> Response:
     return Response(200, [])
 
 
+def checkpoint_refused(engine: Engine, request: Request, name: str) -> Response:
+    """501 with the words of a dockerd that is not in experimental mode."""
+    raise NotImplementedHere("This experimental feature is disabled by default. Start the Docker daemon in "
+                             "experimental mode in order to enable it.")
+
+
 def plugin_missing(engine: Engine, request: Request, name: str) -> Response:
     """404 as for any plugin that is not installed."""
     raise NotFound(f'plugin "{name}" not found')
@@ -12779,6 +13032,7 @@ REFUSED = {
         "GET /configs",
         "POST /configs/create", "GET /configs/{id}", "DELETE /configs/{id}", "POST /configs/{id}/update"),
     swarm_leave: ("POST /swarm/leave",), swarm_unavailable: ("POST /swarm/init", "POST /swarm/join"),
+    checkpoint_refused: ("GET /containers/{id}/checkpoints", "POST /containers/{id}/checkpoints"),
     plugin_missing: ("GET /plugins/{image}/json", "DELETE /plugins/{image}"),
     plugin_refused: (
         "GET /plugins/privileges", "POST /plugins/pull", "POST /plugins/create", "POST /plugins/{image}/enable",
@@ -13283,16 +13537,15 @@ def session_solve(engine: Engine, request: Request, reference: str) -> bytes:
     attributes, caches, allowed = frontend_options(build_args(engine, request)[0])
     attributes = {"filename": request.value("dockerfile") or "Dockerfile", "image-resolve-mode": "local", **attributes}
     tags = build_tags(request)
-    exporters = json_parameter(request, "outputs", list) or [
+    exporters = json_parameter(request, "outputs", [{"Type": str, "Attrs": Named(str)}]) or [
         {"Type": "moby", "Attrs": {"name": ",".join(tags)} if tags else {}}]
     message = [encode_field(1, reference), encode_field(5, request.value("session")), encode_field(6, "dockerfile.v0")]
     message += [encode_map_entry(7, key, value) for key, value in attributes.items()]
     message += [encode_field(8, encode_field(4, encode_field(1, "registry") + encode_map_entry(2, "ref", each)))
                 for each in caches] + [encode_field(9, each) for each in allowed]
     for each in exporters:
-        given = string_map(typed(each, dict, "outputs").get("Attrs"), "Attrs")
-        message.append(encode_field(13, encode_field(1, typed(each.get("Type"), str, "Type") or "moby") + b"".join(
-            encode_map_entry(2, key, value) for key, value in given.items())))
+        message.append(encode_field(13, encode_field(1, each.get("Type") or "moby") + b"".join(
+            encode_map_entry(2, key, value) for key, value in (each.get("Attrs") or {}).items())))
     return b"".join(message)
 
 
@@ -13557,18 +13810,19 @@ class SocketClient(Client):
         return self.handler.server.hangups.watch(self.handler.connection, callback, half)
 
 
+# http.client takes no line over 64 kB and no more than 100: it is the whole head that dockerd bounds.
+vars(http.client).update(_MAXLINE=1 << 20, _MAXHEADERS=1 << 20)
+
+
 class HeadReader:
     """Reads the lines of a request's head, up to as many bytes as dockerd takes."""
 
-    LIMIT = 1 << 20
-
     def __init__(self, file: Any):
-        self.file = file
-        self.left = self.LIMIT
+        self.file, self.left = file, 1 << 20
 
-    def readline(self, size: int) -> bytes:
+    def readline(self, _size: int = -1) -> bytes:
         """One line; http.server answers 431 to what is raised beyond the limit."""
-        line = self.file.readline(size)
+        line = self.file.readline(self.left + 1)
         self.left -= len(line)
         if self.left < 0:
             raise http.client.LineTooLong("header")
@@ -13592,31 +13846,37 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_) -> None:
         pass
 
-    def __getattr__(self, name: str) -> Any:
-        # http.server looks for do_<METHOD>: all of them are one.
-        if name.startswith("do_"):
-            return self.serve
-        raise AttributeError(name)
-
     def handle_expect_100(self) -> bool:
         self.expects = True
         return True
 
-    def parse_request(self) -> bool:
-        if self.raw_requestline == b"PRI * HTTP/2.0\r\n":
-            self.serve_grpc()
-            return False
-        file, self.rfile = self.rfile, HeadReader(self.rfile)
-        try:
-            return super().parse_request()
-        finally:
-            self.rfile = file
-
     def handle_one_request(self) -> None:
+        """Wait for a request, and serve it."""
+        file, self.requestline, self.command, self.request_version = self.rfile, "", "", ""
         try:
-            super().handle_one_request()
+            self.rfile = HeadReader(file)
+            self.server.wait(self.connection)
+            self.raw_requestline = self.rfile.readline()
+            self.close_connection = True
+            if self.raw_requestline:
+                with self.server.working(self.connection):
+                    self.serve_head(file)
+        except http.client.LineTooLong:
+            self.send_error(431)
         except (ConnectionError, ClientGone, socket.timeout):
             self.close_connection = True
+        finally:
+            self.rfile = file
+            self.server.wait(self.connection, False)
+
+    def serve_head(self, file: Any) -> None:
+        """Serve what begins with a line that was read."""
+        if self.raw_requestline == b"PRI * HTTP/2.0\r\n":
+            self.rfile = file
+            self.serve_grpc()
+        elif self.parse_request():
+            self.rfile = file
+            self.serve()
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
         """An error that http.server found in the head of a request."""
@@ -13633,7 +13893,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         self.connection.setblocking(False)
         early = self.raw_requestline + self.rfile.peek()
         self.connection.setblocking(True)
-        with self.server.working(), contextlib.suppress(ClientGone, OSError):
+        with contextlib.suppress(ClientGone, OSError):
             grpc_hijack(self.server.engine).serve(Connection(self.connection, early))
 
     def serve(self) -> None:
@@ -13642,20 +13902,19 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         self.connection.settimeout(None)
         server = self.server
         body = None
-        with server.working():
-            try:
-                body = self.make_body()
-                response = dispatch(server.engine, self.make_request(body))
-            except ApiError as error:
-                response = error_response(error)
-            except ClientGone:
-                self.close_connection = True
-                return
-            except Exception:
-                # Whatever it was, the daemon lives on; the trace goes to the log and not to the client.
-                log(traceback.format_exc())
-                response = error_response(ApiError("internal error: see the log of nerdctld"))
-            status = self.respond(response, body)
+        try:
+            body = self.make_body()
+            response = dispatch(server.engine, self.make_request(body))
+        except ApiError as error:
+            response = error_response(error)
+        except ClientGone:
+            self.close_connection = True
+            return
+        except Exception:
+            # Whatever it was, the daemon lives on; the trace goes to the log and not to the client.
+            log(traceback.format_exc())
+            response = error_response(ApiError("internal error: see the log of nerdctld"))
+        status = self.respond(response, body)
         if server.engine.nerdctl.debug:
             took = (time.monotonic() - began) * 1000
             log(f"{self.command} {self.path.partition('?')[0]} -> {status} in {took:.1f} ms")
@@ -13867,12 +14126,31 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.lock = threading.Lock()
         self.active = 0
         self.last_used = time.monotonic()
+        # Connections on which a request may come.
+        self.waiting: Set[socket.socket] = set()
+
+    def wait(self, connection: socket.socket, begins: bool = True) -> None:
+        """A connection waits for a request, or does so no more."""
+        with self.lock:
+            (self.waiting.add if begins else self.waiting.discard)(connection)
+
+    def drain(self, seconds: float) -> None:
+        """Let requests that run, or were sent by now, come to their end, and take no others."""
+        deadline = time.monotonic() + seconds
+        while (self.active or self.waiting) and time.monotonic() < deadline:
+            with self.lock:
+                for each in self.waiting:
+                    with contextlib.suppress(OSError):
+                        # What has come already can be read nevertheless.
+                        each.shutdown(socket.SHUT_RD)
+            time.sleep(0.02)
 
     @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self, connection: socket.socket) -> Iterator[None]:
         """Counts a request while it runs, for the end and for --idle-timeout."""
         with self.lock:
             self.active += 1
+            self.waiting.discard(connection)
             self.last_used = time.monotonic()
         try:
             yield
@@ -13890,7 +14168,10 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
     def get_request(self):
         try:
-            return super().get_request()
+            found = super().get_request()
+            # Its request is still to come.
+            self.last_used = time.monotonic()
+            return found
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                 # Without a pause the loop would spin until a descriptor becomes free.
@@ -14487,9 +14768,7 @@ def main(argv: Optional[List[str]] = None) -> int:
                 os.unlink(path)
     # Streams of events would last until their clients leave.
     engine.hang_up()
-    deadline = time.monotonic() + 10.0
-    while server.active and time.monotonic() < deadline:
-        time.sleep(0.02)
+    server.drain(10.0)
     engine.close()
     listener.close()
     return 0
