@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# To the shell this is a command, to Python two texts: a start takes the bytecode that the one before has left.
-"exec" "python3" "-IS" "-c" '''
+# To the shell a command, to Python a text: a start takes the bytecode that the one before has left.
+''':'
+start='
 import os, sys
 from importlib.machinery import SourceFileLoader
 cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -9,8 +10,11 @@ sys.pycache_prefix = os.path.join(cache if os.geteuid() else "/var/cache", "nerd
 del sys.argv[0]
 __file__ = os.path.abspath(sys.argv[0])
 __loader__ = SourceFileLoader(__name__, __file__)
-exec(__loader__.get_code(__name__))
-''' "$0" "$@"
+code, sys.pycache_prefix = __loader__.get_code(__name__), None
+exec(code)
+'
+exec python3 -IS -c "$start" "$0" "$@"
+'''
 __doc__ = """nerdctld: the Docker Engine API on a unix socket, carried out by nerdctl.
 
 The way of a request, in one direction only:
@@ -14610,11 +14614,11 @@ EXAMPLES = """\
 ways to run it:
   systemctl enable --now nerdctl.socket           with the units, as root: /run/nerdctl.sock
   systemctl --user enable --now nerdctl.socket    with the units, rootless: $XDG_RUNTIME_DIR/nerdctl.sock
-  nerdctld.py --detach                            by hand: clients can connect when it returns
-  nerdctld.py --namespace k8s.io                  for the containers of a Kubernetes node
-  nerdctld.py --nerdctl ctr                       without nerdctl: images, listings and builds
-  nerdctld.py check                               say what is there, and what does not work; 1 when something does not
-  docker -H ssh://user@host ps                    from elsewhere: runs nerdctld.py dial-stdio there, by the file nerdctl
+  nerdctld    --detach                            by hand: clients can connect when it returns
+  nerdctld    --namespace k8s.io                  for the containers of a Kubernetes node
+  nerdctld    --nerdctl ctr                       without nerdctl: images, listings and builds
+  nerdctld    check                               say what is there, and what does not work; 1 when something does not
+  docker -H ssh://user@host ps                    from elsewhere: runs nerdctld dial-stdio there, by the file nerdctl
 """
 
 
