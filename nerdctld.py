@@ -256,11 +256,10 @@ class PathStat(NamedTuple):
     target: str
 
 
-def stat_below(root: str, path: str) -> PathStat:
-    """The stat of a path below a root folder, with links taken as inside of it; the target of a link is what it leads
-    to in the end, whether that is there or not. FileNotFoundError and other OSErrors as lstat has."""
-    with opened_below(root, path) as (descriptor, names):
-        found, target = os.fstat(descriptor), ""
+def path_stat_of(root: str, path: str, names: List[str], found: os.stat_result) -> PathStat:
+    """The stat of what a path led to, with the `names` on the way to it. The target of a link is what it leads to in
+    the end, whether that is there or not."""
+    target = ""
     if stat.S_ISLNK(found.st_mode):
         try:
             with opened_below(root, path, follow=True) as (_, leads):
@@ -269,6 +268,13 @@ def stat_below(root: str, path: str) -> PathStat:
             target = error.filename
     name = names[-1] if target else os.path.basename(path.rstrip("/")) or "/"
     return PathStat(name, found.st_size, found.st_mode, found.st_mtime_ns, target)
+
+
+def stat_below(root: str, path: str) -> PathStat:
+    """The stat of a path below a root folder, with links taken as inside of it. FileNotFoundError and other OSErrors
+    as lstat has."""
+    with opened_below(root, path) as (descriptor, names):
+        return path_stat_of(root, path, names, os.fstat(descriptor))
 
 
 def libc_call(name: str, *arguments: Any) -> None:
@@ -712,18 +718,19 @@ class Unpacker:
             os.close(descriptor)
 
     def make_file(self, entry: Any, folder: int, name: str, source: TarInput) -> None:
-        """Make a file; what a sparse one leaves out stays a hole."""
+        """Make a file; what a sparse one leaves out stays a hole, and one that does not come whole is gone."""
         descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder)
         with os.fdopen(descriptor, "wb", 0):
-            if entry.sparse is None:
-                source.copy(descriptor, entry.size)
-            else:
-                for offset, size in entry.sparse:
+            try:
+                for offset, size in [(0, entry.size)] if entry.sparse is None else entry.sparse:
                     os.lseek(descriptor, offset, os.SEEK_SET)
                     source.copy(descriptor, size)
                 os.ftruncate(descriptor, entry.size)
-            self.settle(entry, descriptor)
-            os.utime(descriptor, ns=entry_times(entry))
+                self.settle(entry, descriptor)
+                os.utime(descriptor, ns=entry_times(entry))
+            except BaseException:
+                os.unlink(name, dir_fd=folder)
+                raise
 
     def make_other(self, entry: Any, folder: int, name: str, path: str) -> None:
         """Make a link, a FIFO or a device."""
@@ -785,13 +792,13 @@ class Packer:
     def pack(self, path: str, tell: Callable[[PathStat], Any]) -> None:
         """Write the file at a path, or the folder with all that is in it; entries begin with the last part of the
         path. What is there is told first."""
-        tell(stat_below(self.root, path))
         with opened_below(self.root, path) as (_, names):
             pass
         last = path.rstrip("/").rpartition("/")[2]
         name = last if last == "." else os.path.basename(os.path.normpath(path)) or "/"
         with opened_below(self.root, "/".join(names[:-1])) as (folder, _):
             entry = names[-1] if names else "."
+            tell(path_stat_of(self.root, path, names, os.lstat(entry, dir_fd=folder)))
             self.entry(folder, entry, name, "/" + "/".join(names))
         self.finish()
 
@@ -2145,7 +2152,7 @@ class Process:
     def spoil(self, seconds: float = 5.0) -> None:
         """End an archive on stdin that broke off so that it cannot be taken for the whole, and let the process fail by
         itself. A nerdctl that is killed leaves what it had begun in containerd for a day, and in the way of the next
-        archive with a file of that name."""
+        archive with a file of that name; what unpacks removes the file that came half."""
         # No whole number of a tar's blocks.
         self.write(b"\xff" * 100003)
         self.close_stdin()
@@ -8601,7 +8608,9 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
         "Env": environment or None,
         "Cmd": command, "Image": shown_image(container), "Volumes": asked.get("Volumes") or image.get("Volumes"),
         "WorkingDir": asked.get("WorkingDir") or (image.get("WorkingDir") if asked else process.get("cwd")) or "",
-        "Entrypoint": entrypoint, "Labels": container.visible_labels,
+        "Entrypoint": entrypoint,
+        # nerdctl 1.7 does not keep those of the image.
+        "Labels": {**(image.get("Labels") or {}), **container.visible_labels},
     }
     ports = {**{key: {} for key in port_bindings(container)}, **(image.get("ExposedPorts") or {}),
              **{key if "/" in key else key + "/tcp": {} for key in asked.get("ExposedPorts") or {}}}
@@ -12155,7 +12164,8 @@ def runs_as_user(engine: Engine, container: Container) -> bool:
 @route("PUT", "/containers/{id}/archive")
 def archive_put(engine: Engine, request: Request, name: str) -> Response:
     """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none or
-    read-only, and for an archive that is broken, breaks off or leads outside: what came before that is unpacked."""
+    read-only, and for an archive that is broken, breaks off or leads outside: what came whole before that is
+    unpacked."""
     container = engine.inventory.container(name)
     path = check_path(request.value("path"))
     order = {"do": "unpack", "path": path, "keep": request.flag("noOverwriteDirNonDir")}
@@ -12163,9 +12173,13 @@ def archive_put(engine: Engine, request: Request, name: str) -> Response:
         order["owner"] = None
     missing = not_there(name, path)
     with opened_tree(engine, container, missing, order) as (process, _, _):
-        for block in plain_blocks(request.body):
-            if not process.write(block):
-                break
+        try:
+            for block in plain_blocks(request.body):
+                if not process.write(block):
+                    break
+        except BaseException:
+            process.spoil()
+            raise
         process.close_stdin()
         if process.wait():
             raise tree_error(process, missing)

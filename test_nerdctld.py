@@ -17,6 +17,7 @@ import functools
 import gc
 import bz2
 import collections
+import concurrent.futures
 import struct
 import select
 import random
@@ -9324,6 +9325,20 @@ class TestArchive:
         reached.settle()
         assert list(reached.journal.history) == []
 
+    @pytest.mark.parametrize("gone", [False, True], ids=["ends", "client leaves"])
+    def test_what_came_half_is_gone(self, reached, gone):
+        whole = entries(("first", "0", b"1"), ("half", "0", b"2" * 300000))
+
+        def blocks():
+            yield memoryview(whole[:100000])
+            if gone:
+                raise nerdctld.ClientGone()
+
+        request = nerdctld.Request("PUT", "/", query={"path": ["/etc"]}, body=types.SimpleNamespace(blocks=blocks))
+        with pytest.raises(nerdctld.ClientGone if gone else nerdctld.ApiError):
+            nerdctld.archive_put(reached, request, "tstdone")
+        assert (reached.root / "etc/first").exists() and not (reached.root / "etc/half").exists()
+
     @pytest.mark.parametrize("body", [b"", gzip.compress(b"")], ids=["plain", "packed"])
     def test_put_of_nothing(self, reached, body):
         assert ask(reached, "PUT", "/containers/tstdone/archive?path=/etc", body).status == 200
@@ -13745,15 +13760,29 @@ class TestLiveTree:
         make, outside = lured
         make("tstlured")
         answers = collections.Counter()
-        for _ in range(150):
+
+        def copy(number):
+            path, name = [("/swap/a/file", ""), ("/swap/a", "evil"), ("/", "swap/a/evil"), ("/swap/a/file", "")][number % 4]
             with contextlib.suppress(http.client.IncompleteRead):
-                answer = box.live.ask("GET", "/containers/tstlured/archive?path=/swap/a/file")
-                answers["GET", answer.status] += 1
+                answer = box.live.ask("PUT" if name else "GET", f"/containers/tstlured/archive?path={path}", entries((name, "0", b"evil")) if name else b"")
+                answers[name, answer.status] += 1
                 assert b"of the host" not in answer.body
-        for _ in range(75):
-            answers["PUT", box.live.ask("PUT", "/containers/tstlured/archive?path=/", entries(("swap/a/evil", "0", b"evil"))).status] += 1
-            answers["PUT", box.live.ask("PUT", "/containers/tstlured/archive?path=/swap/a", entries(("evil", "0", b"evil"))).status] += 1
-        assert answers["PUT", 200] and answers["GET", 200], answers
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(copy, range(1000)))
+        assert answers["", 200] and answers["evil", 200] and answers["swap/a/evil", 200], answers
+
+    def test_nor_by_an_export_or_a_commit(self, box, lured):
+        make, outside = lured
+        make("tstlured")
+        assert b"of the host" not in box.live.ask("GET", "/containers/tstlured/export").body
+        assert [each["Path"] for each in box.live.ask("GET", "/containers/tstlured/changes").json if each["Path"].endswith("/file")] in (["/swap/a/file"], ["/swap/b/file"], ["/swap/c/file"], [])
+        box.text("commit", "tstlured", "tstlured:1")
+        try:
+            layers = [data for name, data in opened_archive(box.live.ask("GET", "/images/tstlured:1/get").body).items() if name.startswith("blobs/")]
+            whole = b"".join(gzip.decompress(each) if each.startswith(b"\x1f\x8b") else each for each in layers)
+            assert b"inside" in whole and b"of the host" not in whole
+        finally:
+            box("rmi", "tstlured:1")
 
     def test_as_dockerd_does_it(self, box, tmp_path):
         # In one container of each: what was copied in comes out alike.
