@@ -9286,21 +9286,6 @@ def log_args(host: Dict[str, Any]) -> List[str]:
     return words + _pairs(config.get("Config"), "--log-opt")
 
 
-def unset_variables(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
-    """Variables of the image that the request wants to be gone: it has their names without a value."""
-    asked = body.get("Env") or []
-    given = {each.partition("=")[0] for each in asked if "=" in each}
-    return [name for name in (each.partition("=")[0] for each in image.get("Env") or []) if name in asked
-            and name not in given]
-
-
-def environment_args(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
-    """Words for the environment. A name without a value would be taken from the daemon's own environment, so it is left
-    out; where the image has a value for it, an empty one comes nearest to none."""
-    words = [f"--env={each}" for each in body.get("Env") or [] if "=" in each.lstrip("=")]
-    return words + [f"--env={each}=" for each in unset_variables(body, image)]
-
-
 def command_words(body: Dict[str, Any], image: Dict[str, Any]) -> Tuple[List[str], List[str]]:
     """Flags for the entrypoint, of which an empty one takes the image's away, and the words after the image. 400 where
     there is no command."""
@@ -9420,7 +9405,9 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     labels = body.get("Labels") or {}
     if any(key.startswith(HIDDEN_LABELS[:2]) for key in labels):
         raise BadParameter("invalid label: names that begin with nerdctl/ are nerdctl's own")
-    words += environment_args(body, image) + hostname_args(body) + port_args(body, image, pick)
+    # A name without a value would be taken from the daemon's own environment: amended_spec() takes it away.
+    words += [f"--env={each}" for each in body.get("Env") or [] if "=" in each]
+    words += hostname_args(body) + port_args(body, image, pick)
     words += mount_args(body) + device_args(host)
     words += [f"--restart={policy_word(host)}"] if policy_word(host) not in ("", "no") else []
     words += network_args(body, networks, find) + namespace_args(host, find) + log_args(host)
@@ -9435,7 +9422,7 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     return words + flags, command
 
 
-def create_warnings(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
+def create_warnings(body: Dict[str, Any]) -> List[str]:
     """What is accepted and not carried out, a sentence each."""
     host = body.get("HostConfig") or {}
     found = [f"{key} is not carried out: nerdctl has no such option" for key in IGNORED_FIELDS if host.get(key)]
@@ -9448,8 +9435,6 @@ def create_warnings(body: Dict[str, Any], image: Dict[str, Any]) -> List[str]:
     found += [f"the option {key} of network {network} is not carried out: nerdctl has none for one container"
               for network, one in endpoints.items()
               for key in one.get("DriverOpts") or {}]
-    found += [f"the variable {each} of the image is empty and not gone: nerdctl cannot take one away"
-              for each in unset_variables(body, image)]
     return found
 
 
@@ -9474,15 +9459,14 @@ def check_name(engine: Engine, name: str) -> str:
 
 class Plan(NamedTuple):
     """What a container is made of: `words` between the command and the image, `image` its name, `command` the words
-    after it, `request` what is kept of the request, `health` the health check if there is one, `environment` the
-    image's, `recursive` whether read-only binds are so with all that is mounted below them."""
+    after it, `request` what is kept of the request, `health` the health check if there is one, `recursive`
+    whether read-only binds are so with all that is mounted below them."""
 
     words: List[str]
     image: str
     command: List[str]
     request: Dict[str, Any]
     health: Dict[str, Any] = {}
-    environment: Tuple[str, ...] = ()
     recursive: bool = False
 
 
@@ -9542,8 +9526,7 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
     if platform:
         words.append(f"--platform={platform_text(parse_platform(platform))}")
     return Plan(words, full if full in group.names else group.names[0], command, kept_request(engine, body, image),
-                health_check(body, image),
-                tuple(image.get("Env") or ()))
+                health_check(body, image))
 
 
 def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
@@ -9583,6 +9566,9 @@ def amended_spec(spec: Dict[str, Any], request: Dict[str, Any], recursive: bool)
     """The OCI spec of a new container with what a create request asks for and nerdctl has no options for; `recursive`
     where read-only binds are to be so with all that is mounted below them."""
     host, linux, mounts = request.get("HostConfig") or {}, dict(spec.get("linux") or {}), []
+    process, asked = spec.get("process") or {}, request.get("Env") or []
+    gone = {each for each in asked if "=" not in each} - {each.partition("=")[0] for each in asked if "=" in each}
+    environment = [each for each in process.get("env") or [] if each.partition("=")[0] not in gone]
     if not host.get("Privileged"):
         linux.update({name: host[key] for key, name in (("MaskedPaths", "maskedPaths"),
                                                         ("ReadonlyPaths", "readonlyPaths")) if key in host})
@@ -9600,8 +9586,9 @@ def amended_spec(spec: Dict[str, Any], request: Dict[str, Any], recursive: bool)
         options = each.get("options") or []
         mounts.append({**each, "options": [new if option == old else option for option in options]} if old in options
                       else each)
-    return {**spec, **({"linux": {**linux, **({"sysctl": sysctls} if sysctls else {})}} if linux or sysctls else {}),
-            **({"mounts": mounts} if mounts else {})}
+    found = {"linux": {**linux, **({"sysctl": sysctls} if sysctls else {})}, "mounts": mounts,
+             "process": {**process, **({"env": environment} if environment else {})}}
+    return {**spec, **{key: value for key, value in found.items() if value}}
 
 
 def unknown_user(request: Dict[str, Any], message: str) -> str:
@@ -9955,8 +9942,7 @@ def container_create(engine: Engine, request: Request) -> Response:
     recursive = request.version >= (1, 44) and tuple(map(int, os.uname().release.split(".")[:2])) >= (5, 12)
     plan = plan_container(engine, body, request.value("platform"))._replace(recursive=recursive)
     name = check_name(engine, request.value("name")) if request.value("name") else ""
-    warnings = create_warnings(body, {"Env": list(plan.environment)})
-    return Response(201, {"Id": create_container(engine, plan, name).id, "Warnings": warnings})
+    return Response(201, {"Id": create_container(engine, plan, name).id, "Warnings": create_warnings(body)})
 
 
 ###############################################################################

@@ -6254,9 +6254,10 @@ class TestContainerCreate:
         assert words_of(host(Init=True)) == ["--init"]
 
     def test_variables_that_are_to_be_gone(self):
-        body, image = {"Env": ["A", "B=1", "C"]}, {"Env": ["A=x", "B=y", "PATH=/bin"]}
-        assert words_of(body, image) == ["--env=B=1", "--env=A="]
-        assert ["variable A " in each for each in nerdctld.create_warnings(body, image)] == [True]
+        request = {"Env": ["A", "B=1", "C", "D", "D=2"]}
+        assert words_of(request) == ["--env=B=1", "--env=D=2"]
+        found = nerdctld.amended_spec({"process": {"args": ["a"], "env": ["PATH=/bin", "A=x", "B=1", "D=2"]}}, request, False)
+        assert found == {"process": {"args": ["a"], "env": ["PATH=/bin", "B=1", "D=2"]}}
 
     def test_ports_that_nobody_else_was_given(self, furnished, scripted, fake, monkeypatch):
         ports = iter([18080, 4000, 4000, 4000, 4001])
@@ -6840,11 +6841,11 @@ class TestContainerCreate:
         ({"NetworkingConfig": {"EndpointsConfig": {"one": {"DriverOpts": {"com.docker.network.endpoint.ifname": "x0"}}}}}, "endpoint.ifname of network one is not carried out"),
         ({"NetworkingConfig": {"EndpointsConfig": {"one": {"IPAMConfig": {"IPv4Address": "1.2.3.4"}}, "two": {}}}}, "several networks")])
     def test_warnings(self, body, words):
-        found, = nerdctld.create_warnings(body, {})
+        found, = nerdctld.create_warnings(body)
         assert words in found
 
     def test_names_that_are_given_are_no_warning(self):
-        assert nerdctld.create_warnings({"HostConfig": {"Links": ["a:b"]}, "NetworkingConfig": {"EndpointsConfig": {"one": {"Aliases": ["first", "second"]}}}}, {}) == []
+        assert nerdctld.create_warnings({"HostConfig": {"Links": ["a:b"]}, "NetworkingConfig": {"EndpointsConfig": {"one": {"Aliases": ["first", "second"]}}}}) == []
 
     @pytest.mark.parametrize("body", [{"ExposedPorts": ["80/tcp"]}, {"ExposedPorts": {"\u00b2/tcp": {}}}, {"ExposedPorts": {"80/icmp": {}}}, host(Links=[1]), host(Links=["/"]),
                                       {"NetworkingConfig": {"EndpointsConfig": {"tstnet": {"Links": [1]}}}}, {**host(NetworkMode="host"), "NetworkingConfig": {"EndpointsConfig": {"host": {"Aliases": [1]}}}},
