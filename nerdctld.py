@@ -4078,9 +4078,11 @@ def parse_reference(text: str, default_tag: str = "latest") -> Reference:
 # (`sha256:…`, the digest of the configuration), and our own for imports and commits without one. containerd keeps no
 # image without a name.
 WORKING_NAME = "nerdctld.invalid/"
+# BuildKit's name, before a digest, for an image without one.
+DANGLING = "moby-dangling"
 # The beginning of the name that load gives to an image without one: nerdctl's and ctr's.
 IMPORTED = re.compile(r"import(-\d{4}-\d\d-\d\d)?@")
-NAMELESS = (WORKING_NAME, "import/", "moby-dangling/", "sha256:", "sha256/")
+NAMELESS = (WORKING_NAME, "import/", DANGLING + "/", "sha256:", "sha256/")
 
 
 def is_nameless(name: str) -> bool:
@@ -5778,18 +5780,40 @@ class Engine:
         self.workspace.remove()
 
     @contextlib.contextmanager
-    def changing_images(self, names: List[str], action: str = "tag") -> Iterator[None]:
+    def changing_images(self, names: List[str], action: str = "tag") -> Iterator[Callable[[], None]]:
         """Context of our own change to images: what containerd says of this `action` on these names is told by the
-        handler in Docker's words; names may be added as they become known."""
-        change = object()
+        handler in Docker's words. An image that loses its last name to another one stays as one without a name, as with
+        dockerd. When names were added as they became known, what it yields is called before they are changed."""
+        change, kept = object(), {}
         self.quiet[change] = action, names
+        if action == "tag":
+            kept = self.keep_images(names)
         try:
-            yield
+            yield lambda: kept.update(self.keep_images([name for name in names if name not in kept]))
         finally:
+            self.drop_images(kept)
             # The events of the change itself come a little later.
             timer = threading.Timer(0.3, self.quiet.pop, (change, None))
             timer.daemon = True
             timer.start()
+
+    def keep_images(self, names: Iterable[str]) -> Dict[str, ImageRecord]:
+        """Give images that have no name but these another one, that of none, before somebody else gets theirs."""
+        records = self.inventory.images.records()
+        targets = collections.Counter(each.target.digest for each in records.values())
+        kept = {name: records[name]._replace(name=f"{DANGLING}@{records[name].target.digest}") for name in names
+                if name in records and targets[records[name].target.digest] == 1}
+        for image in kept.values():
+            with contextlib.suppress(ApiError):
+                self.containerd.create_image(image)
+        return kept
+
+    def drop_images(self, kept: Dict[str, ImageRecord]) -> None:
+        """Take the names of none away again where the images still have their own."""
+        for name, image in kept.items():
+            with contextlib.suppress(ApiError):
+                if self.containerd.get_image(name).target.digest == image.target.digest:
+                    self.containerd.delete_image(image.name, sync=False)
 
     def _is_own(self, action: str, name: str) -> bool:
         """Whether a change of ours makes this event. nerdctl's imports also set `name@digest`."""
@@ -6599,7 +6623,7 @@ def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: boo
         engine.nerdctl.remove_images(names, force)
     left = engine.inventory.images.get().get(group.id)
     named = [name for name in names if not IMPORTED.match(name)
-             and not name.startswith(("moby-dangling@", WORKING_NAME))]
+             and not name.startswith((DANGLING + "@", WORKING_NAME))]
     told = [{"Untagged": familiar(name)} for name in named]
     for name in names:
         engine.journal.emit("image", "untag", group.id, {"name": familiar(name)})
@@ -6642,6 +6666,10 @@ def image_delete(engine: Engine, request: Request, name: str) -> Response:
     if contents:
         return Response(200, [{"Deleted": digest} for digest in contents])
     names = referenced_names(group, name)
+    left = [each for each in group.names if each not in names]
+    if names and all(each.startswith(DANGLING + "@") for each in left):
+        # With the last name goes that of none.
+        names += left
     users = [each for each in engine.inventory.containers().values() if each.image in (names or group.names)]
     if not names or len(names) == len(group.names):
         delete_conflict(group, name, users, bool(names), force)
@@ -6850,7 +6878,7 @@ def image_load(engine: Engine, request: Request) -> Response:
     def chunks() -> Iterator[bytes]:
         before = list(engine.inventory.images.records())
         archive, names = ImageArchive(), []
-        with engine.changing_images(names):
+        with engine.changing_images(names) as named:
             # Not ended when the client leaves: that is seen when the body breaks off, and what has come whole is
             # loaded.
             with engine.nerdctl.load(platforms) as process:
@@ -6870,6 +6898,7 @@ def image_load(engine: Engine, request: Request) -> Response:
                     process.spoil()
                     raise
                 names += archive.names
+                named()
                 process.close_stdin()
                 text = b"".join(iter(process.read, b"")).decode(errors="replace")
                 process.check()
@@ -13521,10 +13550,11 @@ def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, 
     complaint = worker_complaint(list_workers(address), engine.nerdctl.namespace, containerd)
     if complaint:
         raise Conflict(complaint)
-    before = replaced_images(engine, names)
+    before, kept = replaced_images(engine, names), engine.keep_images(names)
 
     def answered(answer: bytes) -> None:
         digest = solved_digest(answer)
+        engine.drop_images(kept)
         # A name that is new is told by containerd.
         for name in names if digest else ():
             if before.get(name, digest) != digest:

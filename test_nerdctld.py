@@ -638,6 +638,16 @@ class FakeContainerd:
         if method == "Content/Read":
             data = self.known(self.content, text[1], f"content {text[1]}: not found")
             return [message((1, at), (2, data[at:at + 1000])) for at in range(0, len(data), 1000)]
+        if method == "Images/Create":
+            image = nerdctld.parse_image(asked[1])
+            if image.name in self.images:
+                raise nerdctld.GrpcError(6, f'image "{image.name}": already exists')
+            self.tag(image.name, image.target.digest)
+            return [message((1, self.encode_image(image.name)))]
+        if method == "Images/Delete":
+            self.known(self.images, text[1], f'image "{text[1]}": not found')
+            self.untag(text[1])
+            return [b""]
         if method == "Content/Delete":
             self.known(self.content, text[1], f"content {text[1]}: not found")
             del self.content[text[1]]
@@ -5278,6 +5288,34 @@ class TestImages:
         assert answer.lines == [{"stream": "Loaded image: localhost:5000/bb:1\n"}]
         call = scripted.calls("load")[0]
         assert (call["argv"], call["stdin"]) == (["load", "--all-platforms"], len(data))
+
+    @pytest.mark.parametrize("others", [[], ["docker.io/library/other:1"]])
+    def test_an_image_that_loses_its_last_name(self, engine, scripted, fake, others, monkeypatch):
+        (old, _), (new, _) = put_named(fake, "docker.io/library/x:1", ["s390x"]), put_named(fake, "docker.io/library/y:1")
+        for name in others:
+            fake.tag(name, old)
+        scripted.on("tag", does=lambda words: fake.tag(words[-1], new))
+        scripted.on("load", stdout="Loaded image: docker.io/library/x:1\n", reads=True)
+        # nerdctl sets names when it has the whole archive.
+        close = nerdctld.Process.close_stdin
+        monkeypatch.setattr(nerdctld.Process, "close_stdin", lambda process: [fake.tag("docker.io/library/x:1", new) if "load" in process.argv else None, close(process)])
+        scripted.on("rmi", does=lambda words: [fake.untag(each) for each in words[words.index("--") + 1:]])
+        # Nothing changes.
+        scripted.on("pull", PULL)
+        ask(engine, "POST", "/images/create?fromImage=x&tag=1")
+        assert [each for each in fake.images if "dangling" in each] == []
+        for change in (lambda: ask(engine, "POST", "/images/y:1/tag?repo=x&tag=1"), lambda: ask(engine, "POST", "/images/load", image_archive("docker.io/library/x:1"))):
+            fake.tag("docker.io/library/x:1", old)
+            change()
+            rows = {each["Id"]: each["RepoTags"] for each in ask(engine, "GET", "/images/json").json}
+            assert rows == {old: [each[len("docker.io/library/"):] for each in others], new: ["x:1", "y:1"]}
+            ask(engine, "DELETE", f"/images/{old}?force=1") if not others else None
+
+    def test_the_name_of_none_goes_with_the_last_one(self, engine, scripted, fake):
+        digest, _ = put_named(fake, "docker.io/library/x:1")
+        fake.tag("moby-dangling@" + digest, digest)
+        scripted.on("rmi", does=lambda words: [fake.untag(each) for each in words[words.index("--") + 1:]])
+        assert ask(engine, "DELETE", "/images/x:1").json == [{"Untagged": "x:1"}, {"Deleted": digest}] and fake.images == {}
 
     def test_load_removes_the_name_of_the_index(self, furnished, scripted, fake):
         loaded = dict(fake.images)
@@ -13036,7 +13074,7 @@ class TestLiveImages:
         with tarfile.open(fileobj=io.BytesIO(found.pop())) as archive:
             assert {"oci-layout", "index.json", "blobs/sha256/" + hashlib.sha256(layer).hexdigest()} <= set(archive.getnames())
         identity = live.ask("GET", "/images/tstlive/u:1/json").json["Id"]
-        assert live.ask("DELETE", "/images/tstlive/u:1?force=1&platforms=" + urllib.parse.quote('{"os":"linux","architecture":"arm64"}')).status == 501
+        assert live.ask("DELETE", "/images/tstlive/u:1?force=1&platforms=" + urllib.parse.quote('{"os":"linux","architecture":"arm64"}')).status == 404
         live.ask("POST", "/images/tstlive/u:1/tag?repo=tstlive/v&tag=1")
         assert live.ask("DELETE", f"/images/tstlive/u@{identity}?force=1").json == [{"Untagged": name} for name in sorted(names)]
         assert live.ask("DELETE", "/images/tstlive/v:1").json == [{"Untagged": "tstlive/v:1"}, {"Deleted": identity}]
@@ -14139,6 +14177,254 @@ setInterval(() => {}, 1000);
 '''
 
 
+TESTCONTAINERS_JAVA = r'''
+import java.net.URI;
+import java.net.http.*;
+import java.nio.file.*;
+import java.time.Duration;
+import java.util.*;
+import org.testcontainers.containers.*;
+import org.testcontainers.containers.output.ToStringConsumer;
+import org.testcontainers.containers.startupcheck.OneShotStartupCheckStrategy;
+import org.testcontainers.containers.wait.strategy.Wait;
+import org.testcontainers.images.builder.*;
+import org.testcontainers.utility.*;
+
+public class Client {
+    static void same(Object wanted, Object found) {
+        if (!Objects.equals(wanted, found)) throw new AssertionError("wanted " + wanted + ", found " + found);
+    }
+
+    public static void main(String[] arguments) throws Exception {
+        DockerImageName image = DockerImageName.parse(arguments[0]);
+        Path file = Files.writeString(Files.createTempFile("tc", ".txt"), "from the host\n");
+        String web = "mkdir -p /w; echo hello >/w/index.html; httpd -p 80 -h /w; echo ready; exec sleep 300";
+        try (Network network = Network.newNetwork();
+             GenericContainer<?> server = new GenericContainer<>(image).withNetwork(network).withNetworkAliases("srv").withCommand("sh", "-c", web)
+                 .withExposedPorts(80).withEnv("A", "b c").withCopyFileToContainer(MountableFile.forHostPath(file), "/copied/file")
+                 .withCopyToContainer(Transferable.of("transferred"), "/transferred").withTmpFs(Map.of("/scratch", "rw"))
+                 .waitingFor(Wait.forHttp("/index.html").forStatusCode(200))) {
+            server.start();
+            HttpResponse<String> answer = HttpClient.newHttpClient().send(HttpRequest.newBuilder(
+                URI.create("http://" + server.getHost() + ":" + server.getMappedPort(80) + "/index.html")).build(), HttpResponse.BodyHandlers.ofString());
+            same("hello\n", answer.body());
+            Container.ExecResult result = server.execInContainer("sh", "-c", "cat /copied/file /transferred; echo $A >&2; exit 3");
+            same(3, result.getExitCode());
+            same("from the host\ntransferred", result.getStdout());
+            same("b c\n", result.getStderr());
+            server.copyFileToContainer(Transferable.of("later"), "/later/x");
+            same("later", server.copyFileFromContainer("/later/x", stream -> new String(stream.readAllBytes())));
+            same("ready\n", server.getLogs());
+            ToStringConsumer output = new ToStringConsumer();
+            try (GenericContainer<?> client = new GenericContainer<>(image).withNetwork(network).withCommand("wget", "-qO-", "http://srv/index.html")
+                     .withStartupCheckStrategy(new OneShotStartupCheckStrategy().withTimeout(Duration.ofSeconds(30))).withLogConsumer(output)) {
+                client.start();
+                same("hello\n", client.getLogs());
+            }
+            same("hello\n", output.toUtf8String());
+        }
+        ImageFromDockerfile built = new ImageFromDockerfile().withFileFromString("f", "in the context\n").withFileFromString("folder/g", "x")
+            .withDockerfileFromBuilder(builder -> builder.from(arguments[0]).copy("f", "/f").run("cat /f >/g").cmd("sh", "-c", "cat /g; echo done; exec sleep 300").build());
+        try (GenericContainer<?> box = new GenericContainer<>(built).waitingFor(Wait.forLogMessage(".*done.*", 1))) {
+            box.start();
+            same("in the context\ndone\n", box.getLogs());
+        }
+        try (GenericContainer<?> box = new GenericContainer<>(image).withCommand("sh", "-c", "sleep 0.5; touch /up; exec sleep 300")
+                 .withCreateContainerCmdModifier(command -> command.withHealthcheck(new com.github.dockerjava.api.model.HealthCheck()
+                     .withTest(List.of("CMD", "test", "-e", "/up")).withInterval(300_000_000L))).waitingFor(Wait.forHealthcheck())) {
+            box.start();
+            same(true, box.isHealthy());
+        }
+        try (GenericContainer<?> box = new GenericContainer<>(image).withCommand("sh", "-c", "nc -ll -p 9000 -e cat").withExposedPorts(9000)) {
+            // It waits for the port, from both sides.
+            box.start();
+        }
+        // What is left of it is for the reaper.
+        new GenericContainer<>(image).withCommand("sleep", "300").withNetwork(Network.newNetwork()).start();
+        System.out.println(org.testcontainers.DockerClientFactory.SESSION_ID);
+        System.out.flush();
+        new ProcessBuilder("kill", "-9", String.valueOf(ProcessHandle.current().pid())).start().waitFor();
+        Thread.sleep(60_000);
+    }
+}
+'''
+
+DOCKER_JAVA = r'''
+import com.github.dockerjava.api.DockerClient;
+import com.github.dockerjava.api.async.ResultCallback;
+import com.github.dockerjava.api.command.*;
+import com.github.dockerjava.api.exception.*;
+import com.github.dockerjava.api.model.*;
+import com.github.dockerjava.core.*;
+import com.github.dockerjava.httpclient5.ApacheDockerHttpClient;
+import com.github.dockerjava.transport.DockerHttpClient;
+import com.github.dockerjava.zerodep.ZerodepDockerHttpClient;
+import java.io.*;
+import java.nio.file.*;
+import java.util.*;
+import java.util.concurrent.*;
+
+public class Direct {
+    static void same(Object wanted, Object found) {
+        if (!Objects.equals(wanted, found)) throw new AssertionError("wanted " + wanted + ", found " + found);
+    }
+
+    static class Text extends ResultCallback.Adapter<Frame> {
+        final StringBuffer text = new StringBuffer();
+        @Override public void onNext(Frame frame) { text.append(new String(frame.getPayload())); }
+    }
+
+    public static void main(String[] arguments) throws Exception {
+        String image = arguments[0];
+        DockerClientConfig config = DefaultDockerClientConfig.createDefaultConfigBuilder().withDockerHost(arguments[1]).build();
+        DockerHttpClient transport = arguments[2].equals("zerodep")
+            ? new ZerodepDockerHttpClient.Builder().dockerHost(config.getDockerHost()).build()
+            : new ApacheDockerHttpClient.Builder().dockerHost(config.getDockerHost()).build();
+        try (DockerClient docker = DockerClientImpl.getInstance(config, transport)) {
+            docker.pingCmd().exec();
+            same("linux", docker.versionCmd().exec().getOperatingSystem());
+            docker.infoCmd().exec();
+            String id = docker.createContainerCmd(image).withName("tstjava").withCmd("sh", "-c", "read line; echo got $line; echo no >&2; exit 4").withStdinOpen(true)
+                .withStdInOnce(true).withHostConfig(HostConfig.newHostConfig().withNetworkMode("none")).exec().getId();
+            Text attached = new Text();
+            PipedOutputStream input = new PipedOutputStream();
+            docker.attachContainerCmd(id).withStdIn(new PipedInputStream(input)).withStdOut(true).withStdErr(true).withFollowStream(true).exec(attached);
+            attached.awaitStarted(10, TimeUnit.SECONDS);
+            docker.startContainerCmd(id).exec();
+            input.write("words\n".getBytes());
+            input.flush();
+            same(4, docker.waitContainerCmd(id).start().awaitStatusCode(30, TimeUnit.SECONDS));
+            Text logs = new Text();
+            docker.logContainerCmd(id).withStdOut(true).withStdErr(true).withFollowStream(true).exec(logs).awaitCompletion(20, TimeUnit.SECONDS);
+            same(true, logs.text.toString().contains("got words\n") && logs.text.toString().contains("no\n"));
+            same(true, attached.text.toString().contains("got words\n"));
+            docker.copyArchiveToContainerCmd(id).withRemotePath("/").withTarInputStream(docker.copyArchiveFromContainerCmd(id, "/etc/passwd").exec()).exec();
+            docker.removeContainerCmd(id).withForce(true).exec();
+            try {
+                docker.inspectContainerCmd("nosuch").exec();
+                throw new AssertionError();
+            } catch (NotFoundException expected) { }
+            id = docker.createContainerCmd(image).withCmd("sleep", "300").withHostConfig(HostConfig.newHostConfig().withNetworkMode("none")).exec().getId();
+            docker.startContainerCmd(id).exec();
+            String exec = docker.execCreateCmd(id).withCmd("cat").withAttachStdin(true).withAttachStdout(true).exec().getId();
+            Text echoed = new Text();
+            docker.execStartCmd(exec).withStdIn(new ByteArrayInputStream("echoed\n".getBytes())).exec(echoed).awaitCompletion(20, TimeUnit.SECONDS);
+            same("echoed\n", echoed.text.toString());
+            docker.statsCmd(id).withNoStream(true).exec(new ResultCallback.Adapter<Statistics>()).awaitCompletion(20, TimeUnit.SECONDS);
+            docker.removeContainerCmd(id).withForce(true).exec();
+            Path folder = Files.createTempDirectory("dj");
+            Files.writeString(folder.resolve("Dockerfile"), "FROM " + image + "\nCOPY f /f\n");
+            Files.writeString(folder.resolve("f"), "x");
+            String built = docker.buildImageCmd(folder.toFile()).withTags(Set.of("tstlive/java:1")).start().awaitImageId();
+            same(true, docker.inspectImageCmd("tstlive/java:1").exec().getId().contains(built));
+            byte[] saved;
+            try (InputStream stream = docker.saveImageCmd("tstlive/java:1").exec()) { saved = stream.readAllBytes(); }
+            docker.removeImageCmd("tstlive/java:1").exec();
+            docker.loadImageCmd(new ByteArrayInputStream(saved)).exec();
+            docker.inspectImageCmd("tstlive/java:1").exec();
+            docker.removeImageCmd("tstlive/java:1").exec();
+            docker.createVolumeCmd().withName("tstjavavolume").exec();
+            docker.removeVolumeCmd("tstjavavolume").exec();
+            docker.removeNetworkCmd(docker.createNetworkCmd().withName("tstjavanet").exec().getId()).exec();
+        }
+    }
+}
+'''
+
+TESTCONTAINERS_GO = r'''
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/testcontainers/testcontainers-go"
+	"github.com/testcontainers/testcontainers-go/exec"
+	"github.com/testcontainers/testcontainers-go/network"
+	"github.com/testcontainers/testcontainers-go/wait"
+)
+
+func must[T any](value T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return value
+}
+
+func same(wanted, found any) {
+	if wanted != found {
+		panic(fmt.Sprintf("wanted %q, found %q", wanted, found))
+	}
+}
+
+func text(reader io.Reader, err error) string {
+	return string(must(io.ReadAll(must(reader, err))))
+}
+
+func main() {
+	ctx, image := context.Background(), os.Args[1]
+	folder := os.Args[2]
+	net := must(network.New(ctx))
+	web := "mkdir -p /w; echo hello >/w/index.html; httpd -p 80 -h /w; echo ready; exec sleep 300"
+	server := must(testcontainers.GenericContainer(ctx, testcontainers.GenericContainerRequest{Started: true, ContainerRequest: testcontainers.ContainerRequest{
+		Image: image, Cmd: []string{"sh", "-c", web}, ExposedPorts: []string{"80/tcp"}, Networks: []string{net.Name}, NetworkAliases: map[string][]string{net.Name: {"srv"}},
+		Env: map[string]string{"A": "b c"}, Files: []testcontainers.ContainerFile{{Reader: strings.NewReader("copied"), ContainerFilePath: "/copied/file", FileMode: 0o644}},
+		Tmpfs: map[string]string{"/scratch": "rw"}, WaitingFor: wait.ForHTTP("/index.html").WithPort("80/tcp")}}))
+	answer := must(http.Get(must(server.PortEndpoint(ctx, "80/tcp", "http")) + "/index.html"))
+	same("hello\n", text(answer.Body, nil))
+	code, output, err := server.Exec(ctx, []string{"sh", "-c", "cat /copied/file; echo $A; exit 3"}, exec.Multiplexed())
+	same(3, code)
+	same("copiedb c\n", text(output, err))
+	if err := server.CopyToContainer(ctx, []byte("later"), "/later", 0o600); err != nil {
+		panic(err)
+	}
+	same("later", text(server.CopyFileFromContainer(ctx, "/later")))
+	same("ready\n", text(server.Logs(ctx)))
+	client := must(testcontainers.GenericContainer(ctx, testcontainers.GenericContainerRequest{Started: true, ContainerRequest: testcontainers.ContainerRequest{
+		Image: image, Cmd: []string{"wget", "-qO-", "http://srv/index.html"}, Networks: []string{net.Name}, WaitingFor: wait.ForExit()}}))
+	same("hello\n", text(client.Logs(ctx)))
+	same(0, must(client.State(ctx)).ExitCode)
+	built := must(testcontainers.GenericContainer(ctx, testcontainers.GenericContainerRequest{Started: true, ContainerRequest: testcontainers.ContainerRequest{
+		FromDockerfile: testcontainers.FromDockerfile{Context: folder, BuildArgs: map[string]*string{"X": &image}},
+		WaitingFor:     wait.ForAll(wait.ForLog("done"), wait.ForExec([]string{"true"})).WithDeadline(30 * time.Second)}}))
+	same("in the context\ndone\n", text(built.Logs(ctx)))
+	if err := built.Stop(ctx, nil); err != nil {
+		panic(err)
+	}
+	if err := built.Start(ctx); err != nil {
+		panic(err)
+	}
+	for _, each := range []testcontainers.Container{client, built, server} {
+		if err := testcontainers.TerminateContainer(each); err != nil {
+			panic(err)
+		}
+	}
+	if err := net.Remove(ctx); err != nil {
+		panic(err)
+	}
+	// What is left of it is for the reaper.
+	must(network.New(ctx))
+	must(testcontainers.GenericContainer(ctx, testcontainers.GenericContainerRequest{Started: true, ContainerRequest: testcontainers.ContainerRequest{
+		Image: image, Cmd: []string{"sleep", "300"}}}))
+	fmt.Println(testcontainers.SessionID())
+	syscall.Kill(os.Getpid(), syscall.SIGKILL)
+}
+'''
+
+
+def java_with(module):
+    """The start of a command that runs a Java source file with this module."""
+    if not shutil.which("java") or not list((CACHE / "java").glob(module + "-[0-9]*.jar")):
+        pytest.skip(f"no {module} for Java: .ci/stack up --clients installs it")
+    return ["java", "-cp", f"{CACHE}/java/*"]
+
+
 class TestLiveTestcontainers:
     @pytest.fixture
     def reaper(self, building, tmp_path):
@@ -14156,13 +14442,14 @@ class TestLiveTestcontainers:
     def reapers(building):
         return building.ask("GET", "/containers/json?" + filtered(ancestor=[REAPER])).json
 
-    def is_reaped(self, command, building, environment):
+    def is_reaped(self, command, building, environment, label="org.testcontainers.session-id"):
         """Does what ryuk does when the client that told it a filter has gone; what was left, by kinds."""
-        done = subprocess.run([*command, BASE], capture_output=True, text=True, timeout=150, env=environment)
+        done = subprocess.run([*command, BASE], capture_output=True, text=True, timeout=250, env=environment)
         assert done.returncode == -signal.SIGKILL, done.stderr
-        told = "org.testcontainers.session-id=" + done.stdout.strip()
+        told = f"{label}={done.stdout.strip()}"
         (keeper,) = [each for each in self.reapers(building) if done.stdout.strip() in each["Names"][0]]
-        assert f"label={told}\r\n".encode() in building.ask("GET", f"/containers/{keeper['Id']}/logs?stderr=1").body
+        asked = urllib.parse.unquote(building.ask("GET", f"/containers/{keeper['Id']}/logs?stderr=1").body.decode("latin-1"))
+        assert re.search(rf"label={re.escape(told)}[&\r\n]", asked), asked
         label = filtered(label=[told])
         found = {"containers": building.ask("GET", "/v1.44/containers/json?all=1&" + label).json, "networks": building.ask("GET", "/v1.44/networks?" + label).json,
                  "volumes": building.ask("GET", "/v1.44/volumes?" + label).json["Volumes"]}
@@ -14170,7 +14457,8 @@ class TestLiveTestcontainers:
             query = {"containers": "?force=1&v=1", "networks": "", "volumes": "?force=1"}[kind]
             assert building.ask("DELETE", f"/v1.44/{kind}/{each.get('Id') or each['Name']}{query}").status == 204
         assert building.ask("GET", "/containers/json?all=1&" + label).json == building.ask("GET", "/networks?" + label).json == []
-        return {kind: len([each for each in rows if each.get("Image") != REAPER]) for kind, rows in found.items()}
+        building.ask("DELETE", f"/containers/{keeper['Id']}?force=1&v=1")
+        return {kind: len([each for each in rows if each.get("Id") != keeper["Id"]]) for kind, rows in found.items()}
 
     def test_python(self, building, reaper, tmp_path):
         (tmp_path / "client.py").write_text(TESTCONTAINERS_PYTHON)
@@ -14187,6 +14475,38 @@ class TestLiveTestcontainers:
         node, environment = node_with("testcontainers")
         (tmp_path / "client.js").write_text(TESTCONTAINERS_NODE)
         assert self.is_reaped([node, str(tmp_path / "client.js")], building, {**reaper, **environment}) == {"containers": 1, "networks": 1, "volumes": 0}
+
+    def test_java(self, building, reaper, tmp_path):
+        (tmp_path / "Client.java").write_text(TESTCONTAINERS_JAVA)
+        command = [*java_with("testcontainers"), str(tmp_path / "Client.java")]
+        environment = {**reaper, "TESTCONTAINERS_RYUK_CONTAINER_IMAGE": REAPER}
+        assert self.is_reaped(command, building, environment, "org.testcontainers.sessionId") == {"containers": 1, "networks": 1, "volumes": 0}
+
+    @pytest.mark.parametrize("transport", ["zerodep", "httpclient5"])
+    def test_docker_java(self, building, tmp_path, transport):
+        (tmp_path / "Direct.java").write_text(DOCKER_JAVA)
+        done = subprocess.run([*java_with("docker-java-core"), str(tmp_path / "Direct.java"), BASE, "unix://" + building.socket, transport],
+                              capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, "".join(line for line in done.stderr.splitlines(True) if "DEBUG" not in line)[-3000:]
+
+    def test_go(self, building, reaper, tmp_path):
+        if not (CACHE / "go-client/go.sum").exists() or not shutil.which("go"):
+            pytest.skip("no testcontainers for Go: .ci/stack up --clients installs it")
+        shutil.copytree(CACHE / "go-client", tmp_path / "client")
+        (tmp_path / "client" / "main.go").write_text(TESTCONTAINERS_GO)
+        (tmp_path / "context").mkdir()
+        (tmp_path / "context" / "Dockerfile").write_text('ARG X\nFROM ${X}\nCOPY f /f\nCMD ["sh", "-c", "cat /f; echo done; exec sleep 300"]\n')
+        (tmp_path / "context" / "f").write_text("in the context\n")
+        done = subprocess.run(["go", "build", "-mod=mod", "-o", "client", "."], cwd=tmp_path / "client", capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        # It lets nobody choose another image.
+        name, tag = re.search(r"testcontainers/ryuk:[\d.]+", (CACHE / "go-client/reaper").read_text()).group().split(":")
+        assert building.ask("POST", f"/images/{REAPER}/tag?repo={name}&tag={tag}").status == 201
+        try:
+            command = ["sh", "-c", f'exec "$0" "$1" {tmp_path}/context', str(tmp_path / "client" / "client")]
+            assert self.is_reaped(command, building, reaper, "org.testcontainers.sessionId") == {"containers": 1, "networks": 1, "volumes": 0}
+        finally:
+            building.ask("DELETE", f"/images/{name}:{tag}?force=1")
 
 
 DOCKERODE = r'''
