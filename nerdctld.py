@@ -4758,7 +4758,8 @@ def parse_network(native: Dict[str, Any], written: int) -> Dict[str, Any]:
     driver = {"host": "host", "none": "null"}.get(name) or plugin.get("type") or "bridge"
     labels, identity = native.get("nerdctlLabels") or {}, native.get("nerdctlID")
     config = []
-    for each in itertools.chain.from_iterable((plugin.get("ipam") or {}).get("ranges") or []):
+    for each in sorted(itertools.chain.from_iterable((plugin.get("ipam") or {}).get("ranges") or []),
+                       key=lambda each: ":" in str(each.get("subnet"))):
         entry = {"Subnet": each.get("subnet") or "", "Gateway": each.get("gateway") or "",
                  "IPRange": labels.get("nerdctld/ip-range") or ""}
         config.append({key: value for key, value in entry.items() if value
@@ -8244,8 +8245,9 @@ def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, A
     request's EndpointSettings."""
     running = bool(address)
     identity = network.get("Id") or ""
-    config = next((each for each in (network.get("IPAM") or {}).get("Config") or []
-                   if ":" not in (each.get("Subnet") or ":")), {})
+    configs = (network.get("IPAM") or {}).get("Config") or []
+    config, config6 = (next((each for each in configs if (":" in each.get("Subnet", "")) is six), {})
+                       for six in (False, True))
     return {
         "IPAMConfig": asked.get("IPAMConfig"), "Links": asked.get("Links"), "Aliases": asked.get("Aliases"),
         "DriverOpts": asked.get("DriverOpts"),
@@ -8254,7 +8256,8 @@ def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, A
         "Gateway": config.get("Gateway") or "" if running else "", "IPAddress": address.get("ip") or "",
         "MacAddress": (address if running else {} if was_started(container)
                        else {"mac": asked.get("MacAddress")}).get("mac") or "",
-        "IPPrefixLen": address.get("prefix") or 0, "IPv6Gateway": "", "GlobalIPv6Address": address.get("ip6") or "",
+        "IPPrefixLen": address.get("prefix") or 0, "GlobalIPv6Address": address.get("ip6") or "",
+        "IPv6Gateway": config6.get("Gateway") or "" if address.get("ip6") else "",
         "GlobalIPv6PrefixLen": address.get("prefix6") or 0, "DNSNames": None,
     }
 
@@ -12669,9 +12672,13 @@ def network_create(engine: Engine, request: Request) -> Response:
         raise Forbidden(f"operation is not permitted on predefined {name} network")
     if name in engine.inventory.networks():
         raise Conflict(f"network with name {name} already exists")
+    configs = field_of(body, "IPAM.Config") or []
+    if body.get("EnableIPv6") and not any(":" in (each.get("Subnet") or "") for each in configs):
+        body["IPAM"] = {**(body.get("IPAM") or {}), "Config": [*configs, {"Subnet": local_subnet(engine)}]}
     arguments = network_create_args(body, name)
     try:
         engine.nerdctl.run(*arguments)
+        route_ipv6(engine, name)
     except ApiError as error:
         if re.search(r"overlaps with other one|subnet .* overlap", str(error)):
             raise Forbidden("invalid pool request: Pool overlaps with other one on this address space") from None
@@ -12681,6 +12688,31 @@ def network_create(engine: Engine, request: Request) -> Response:
     spare = any(each.get("AuxiliaryAddresses") for each in field_of(body, "IPAM.Config") or [])
     return Response(201, {"Id": network["Id"], "Warning": "auxiliary addresses are not carried out: nerdctl has none"
                           if spare else ""})
+
+
+def local_subnet(engine: Engine) -> str:
+    """A /64 of this machine's own range of local addresses (RFC 4193) that no network has."""
+    taken = {each.get("Subnet") for network in engine.inventory.networks().values()
+             for each in network["IPAM"]["Config"] or []}
+    digits = "fd" + sha256(engine.containerd.uuid().encode()).hexdigest()[:10]
+    found = (str(ipaddress.ip_network(f"{digits[:4]}:{digits[4:8]}:{digits[8:]}:{number:x}::/64"))
+             for number in range(1 << 16))
+    return next(each for each in found if each not in taken)
+
+
+def route_ipv6(engine: Engine, name: str) -> None:
+    """Give a network of ours with IPv6 a default route for it, where it has one for IPv4: nerdctl writes that alone."""
+    for path in (os.path.join(cni_folder(), engine.nerdctl.namespace, f"nerdctl-{name}.conflist"),
+                 os.path.join(cni_folder(), f"nerdctl-{name}.conflist")):
+        config = read_json_file(path)
+        ipam = ((config.get("plugins") or [{}])[0].get("ipam") or {}) if isinstance(config, dict) else {}
+        routes, ranges = ipam.get("routes") or [], ipam.get("ranges") or []
+        if {"dst": "0.0.0.0/0"} in routes and any(":" in each.get("subnet", "") for row in ranges for each in row):
+            routes.append({"dst": "::/0"})
+            with open(path + ".new", "w", encoding="utf-8") as file:
+                json.dump(config, file, indent=2)
+            os.replace(path + ".new", path)
+            return
 
 
 def network_users(engine: Engine, name: str) -> List[Container]:

@@ -10137,6 +10137,23 @@ class TestNetworks:
         (folder / "default/nerdctl-tstnet.conflist").unlink()
         assert [each["Name"] for each in ask(furnished, "GET", "/networks").json] == ["bridge", "host", "none", "one"]
 
+    def test_ipv6_without_a_subnet(self, furnished, scripted, tmp_path):
+        # As dockerd, a /64 of local addresses; nerdctl 2.3.5 writes the default route of IPv4 alone.
+        def made(words):
+            ranges = [[{"subnet": each, "gateway": each.replace("::/64", "::1")}] for each in (word.partition("=")[2] for word in words if "--subnet" in word)]
+            plugin = {"type": "bridge", "isGateway": True, "ipam": {"ranges": [*ranges, [{"subnet": "10.9.0.0/24", "gateway": "10.9.0.1"}]],
+                                                                   "routes": [] if "--internal" in words else [{"dst": "0.0.0.0/0"}], "type": "host-local"}}
+            write_json(tmp_path / f"networks/default/nerdctl-{words[-1]}.conflist", {"name": words[-1], "nerdctlID": words[-1] * 32, "plugins": [plugin]})
+        scripted.on("network create", does=made)
+        for name, internal in (("n6", False), ("m6", False), ("i6", True)):
+            assert ask(furnished, "POST", "/networks/create", {"Name": name, "EnableIPv6": True, "Internal": internal}).status == 201
+        told = [ask(furnished, "GET", "/networks/" + name).json for name in ("n6", "m6", "i6")]
+        assert [each["EnableIPv6"] for each in told] == [True] * 3 and [each["IPAM"]["Config"][0]["Subnet"] for each in told] == ["10.9.0.0/24"] * 3
+        subnets = [each["IPAM"]["Config"][1]["Subnet"] for each in told]
+        assert len(set(subnets)) == 3 and all(re.fullmatch(r"fd[0-9a-f:]+::/64", each) for each in subnets)
+        routes = [json.loads((tmp_path / f"networks/default/nerdctl-{name}.conflist").read_text())["plugins"][0]["ipam"]["routes"] for name in ("n6", "i6")]
+        assert routes == [[{"dst": "0.0.0.0/0"}, {"dst": "::/0"}], []]
+
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "x", "type": "bridge"}', '{"plugins": []}', '{"name": 1, "plugins": []}'])
     def test_files_that_are_none_of_networks(self, furnished, tmp_path, text):
         (tmp_path / "networks/default/odd.conflist").write_text(text)
