@@ -2123,6 +2123,8 @@ class Process:
             self._release()
             raise runner.missing(error) from None
         self.stdin, self.stdout, self.stderr = self.popen.stdin, self.popen.stdout, self.popen.stderr
+        if self.stdin:
+            enlarge_pipe(self.stdin.fileno())
         runner.processes.add(self)
         self.watch = client.when_gone(self.kill)
         self.watch.__enter__()
