@@ -24,9 +24,9 @@ The way of a request, in one direction only:
 
 Sections, each using only what stands above it:
 
-    Errors · Tree · Tree archives · Conversions · Patterns · Requests, responses · Routes · nerdctl process · gRPC ·
-    containerd · Events · References · State · Inventory · Hosts files · CNI · Engine · System · Images ·
-    Image archives · Registries · Build · Containers · Create options · Container create · Process streams ·
+    Errors · Tree · Tree archives · Conversions · Patterns · Requests, responses · Routes · nerdctl process ·
+    gRPC · containerd · Events · References · State · Inventory · Hosts files · CNI · Engine · System · Images ·
+    Image archives · Registries · Build · Containers · Mounts · Create options · Container create · Process streams ·
     Container lifecycle · Streams · Exec · Supervision · Archive · Statistics · Networks · Volumes ·
     Swarm and plugins · Relay · BuildKit · HTTP server · Sockets · ctr · Checks · Command line
 
@@ -185,8 +185,12 @@ class ClientGone(Exception):
 CLONE_NEWNS = 0x20000
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
-MOUNT_FLAGS = {"ro": MS_RDONLY, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "noatime": 1024, "nodiratime": 2048,
-               "relatime": 1 << 21, "bind": MS_BIND, "rbind": MS_BIND | MS_REC, "rw": 0, "defaults": 0}
+# Those of mount(8); a bit that one sets, another one clears.
+MOUNT_FLAGS = {"ro": MS_RDONLY, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024,
+               "nodiratime": 2048, "relatime": 1 << 21, "strictatime": 1 << 24, "bind": MS_BIND,
+               "rbind": MS_BIND | MS_REC, "defaults": 0}
+CLEARED_FLAGS = {"rw": MS_RDONLY, "suid": 2, "dev": 4, "exec": 8, "async": 16, "atime": 1024, "diratime": 2048,
+                 "norelatime": 1 << 21, "nostrictatime": 1 << 24}
 XATTR = "SCHILY.xattr."
 # Names of the kinds of a tar's entries in errors, as dockerd has them.
 MAKING = {b"1": "link", b"2": "symlink", b"3": "mknod", b"4": "mknod", b"5": "mkdir", b"6": "mknod"}
@@ -294,8 +298,21 @@ def mount(source: Optional[str], target: str, kind: Optional[str], flags: int, d
     libc_call("mount", *words, ctypes.c_ulong(flags), os.fsencode(data))
 
 
-def mount_snapshot(mounts: List[Dict[str, Any]], target: str) -> None:
-    """Mount what containerd's snapshotter names, in this process's own mount namespace."""
+def mount_flags(options: Iterable[str]) -> Tuple[int, List[str]]:
+    """The flags of mount(2) for the options of a mount, and those that are none: the file system's own."""
+    flags, data = 0, []
+    for option in options:
+        if option in MOUNT_FLAGS:
+            flags |= MOUNT_FLAGS[option]
+        elif option in CLEARED_FLAGS:
+            flags &= ~CLEARED_FLAGS[option]
+        elif option:
+            data.append(option)
+    return flags, data
+
+
+def mount_all(mounts: List[Dict[str, Any]], target: str) -> None:
+    """Mount what containerd's snapshotter names, or a volume's options, in this process's own mount namespace."""
     for each in mounts:
         kind, source, options = each["type"], each["source"], each["options"]
         prefix, dot, rest = kind.partition(".")
@@ -306,18 +323,14 @@ def mount_snapshot(mounts: List[Dict[str, Any]], target: str) -> None:
 
             subprocess.run(helper, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
             continue
-        flags, data = 0, []
-        for option in options:
-            if option in MOUNT_FLAGS:
-                flags |= MOUNT_FLAGS[option]
-            elif option.startswith("lowerdir=") and ":" in option:
+        flags, data = mount_flags(options)
+        for number, option in enumerate(data):
+            if option.startswith("lowerdir=") and ":" in option:
                 # All options together may have one page: the names of many layers only fit in as relative ones.
                 layers = option[len("lowerdir="):].split(":")
                 common = os.path.commonpath(layers)
                 os.chdir(common)
-                data.append("lowerdir=" + ":".join(os.path.relpath(layer, common) for layer in layers))
-            else:
-                data.append(option)
+                data[number] = "lowerdir=" + ":".join(os.path.relpath(layer, common) for layer in layers)
         mount(source, target, kind, flags, ",".join(data))
         if flags & MS_BIND and flags & MS_RDONLY:
             mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY)
@@ -365,6 +378,50 @@ def own_mount(folder: int) -> int:
     return found
 
 
+def mount_part(base: str, subpath: str, place: str) -> None:
+    """Mount what a path in a folder leads to, a folder or a file, to a place that there is not yet. No link leads out
+    of the folder: neither one that is there, nor one that takes the place of another meanwhile."""
+    base = os.path.realpath(base)
+    path = os.path.join(base, subpath)
+    real = os.path.realpath(path)
+    if not (real + "/").startswith(base.rstrip("/") + "/"):
+        raise ApiError(f"path concatenation escapes the base directory, base: {base}, subpath: {subpath}")
+    try:
+        with opened_below(base, os.path.relpath(real, base)) as (descriptor, _):
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                os.mkdir(place, 0o700)
+            else:
+                os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            mount(f"/proc/self/fd/{descriptor}", place, None, MS_BIND)
+    except OSError as error:
+        raise ApiError(f"cannot access path {path}: {(error.strerror or '').lower()}") from None
+
+
+def mount_place(order: Dict[str, Any]) -> None:
+    """Mount at a place what a container needs for its start: file systems (`mounts`), or a part of a folder (`base`,
+    `subpath`). With neither, or where it fails, the place is no more."""
+    place, failed = order["place"], None
+    try:
+        os.makedirs(os.path.dirname(place), 0o700, exist_ok=True)
+        if order.get("base"):
+            mount_part(order["base"], order["subpath"], place)
+        elif order.get("mounts"):
+            os.makedirs(place, 0o700, exist_ok=True)
+            mount_all(order["mounts"], place)
+    except OSError as error:
+        failed = ApiError((error.strerror or str(error)).lower())
+    except ApiError as error:
+        failed = error
+    if failed or not (order.get("base") or order.get("mounts")):
+        with contextlib.suppress(OSError):
+            libc_call("umount2", os.fsencode(place), MNT_DETACH)
+        with contextlib.suppress(OSError):
+            if not order.get("keep"):
+                (os.rmdir if os.path.isdir(place) else os.unlink)(place)
+    if failed:
+        raise failed
+
+
 def enter_tree(order: Dict[str, Any]) -> None:
     """Make a container's tree this process's root folder: that of its running process, or its snapshot, which is
     mounted for this process alone and gone with it however it ends. What is to be exported has no volumes."""
@@ -379,7 +436,7 @@ def enter_tree(order: Dict[str, Any]) -> None:
     else:
         libc_call("unshare", CLONE_NEWNS)
         mount("none", "/", None, MS_REC | MS_PRIVATE)
-        mount_snapshot(order["mounts"], order["folder"])
+        mount_all(order["mounts"], order["folder"])
         mount_binds(order["folder"], order["binds"] if order["do"] != "export" else [])
         if order["read_only"]:
             mount(None, order["folder"], None, MS_REMOUNT | MS_BIND | MS_RDONLY)
@@ -478,13 +535,13 @@ def find_changes(order: Dict[str, Any]) -> List[Tuple[str, int]]:
     libc_call("unshare", CLONE_NEWNS)
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     flags, folder = os.O_RDONLY | os.O_DIRECTORY, order["folder"]
-    # mount_snapshot() may go to another folder.
-    mount_snapshot(order["below"], folder)
+    # mount_all() may go to another folder.
+    mount_all(order["below"], folder)
     lower = os.open(folder, flags)
     own = [option[len("upperdir="):] for each in order["mounts"] if each["type"] == "overlay"
            for option in each["options"] if option.startswith("upperdir=")]
     if not own:
-        mount_snapshot(order["mounts"], folder)
+        mount_all(order["mounts"], folder)
     upper = os.open(own[0] if own else folder, flags)
     return Changes(bool(own), order["ignored"]).below("", upper, lower)
 
@@ -916,7 +973,11 @@ def folder_for(root: str, path: str, volumes: Iterable[str] = ()) -> List[str]:
 
 
 def carry_out(order: Dict[str, Any], source: TarInput) -> None:
-    """Enter the tree and do what is ordered: `stat`, `pack`, `unpack` or `export`; or tell the `changes` of it."""
+    """Enter the tree and do what is ordered: `stat`, `pack`, `unpack` or `export`; tell the `changes` of it; or `mount`
+    something outside of it."""
+    if order["do"] == "mount":
+        mount_place(order)
+        return
     import resource
     # Whatever is needed later: from the tree on nothing can be imported.
     import tarfile  # noqa: F401
@@ -3750,6 +3811,10 @@ class Containerd:
         for message in self.stream("content.v1.Content/Read", encode_field(1, digest)):
             yield from (field.value for field in decode_fields(memoryview(message)) if field.number == 2)
 
+    def view_snapshot(self, snapshotter: str, key: str, parent: str) -> None:
+        """Make a snapshot that shows its parent and cannot be written to."""
+        self.call("snapshots.v1.Snapshots/View", self._snapshot(snapshotter, key) + encode_field(3, parent))
+
     def read_content(self, digest: str) -> bytes:
         """Content by its digest, as far as memory is to hold it: manifests and configurations."""
         return b"".join(self.content(digest))
@@ -4118,7 +4183,7 @@ LABEL_ALONE = "nerdctld/alone"
 # In front of the name of a network that the daemon attached a running container to, and has to detach it from: nerdctl
 # does so for those only that it was started with.
 LABEL_ATTACHED = "nerdctld/attached."
-HIDDEN_LABELS = ("nerdctl/", "nerdctld/", "containerd.io/restart.", "io.containerd.image.config.")
+HIDDEN_LABELS = ("nerdctl/", "nerdctld/", "containerd.io/restart.", "containerd.io/gc.", "io.containerd.image.config.")
 
 
 # The shapes of requests, as the API has them.
@@ -4368,6 +4433,30 @@ def kubernetes_name(labels: Dict[str, str]) -> str:
     return "k8s://" + "/".join(filter(None, parts)) if parts[0] else ""
 
 
+def parse_mounts(labels: Dict[str, str]) -> List[Dict[str, Any]]:
+    """The mounts that nerdctl noted in labels, of 2.3 (one a label) and before (one list), as Docker's MountPoints."""
+    found: List[Dict[str, Any]] = []
+    with contextlib.suppress(ValueError):
+        if labels.get("nerdctl/mounts"):
+            found = json.loads(labels["nerdctl/mounts"]) or []
+        for number in itertools.count():
+            if f"nerdctl/mounts.{number}" not in labels:
+                break
+            found.append(json.loads(labels[f"nerdctl/mounts.{number}"]))
+    mounts = []
+    for each in found:
+        mount = {"Type": each.get("Type") or "bind"}
+        if each.get("Name"):
+            mount["Name"] = each["Name"]
+        mount.update({"Source": each.get("Source") or "", "Destination": each.get("Destination") or ""})
+        if mount["Type"] == "volume":
+            mount["Driver"] = each.get("Driver") or "local"
+        mount.update({"Mode": each.get("Mode") or "", "RW": bool(each.get("RW", True)),
+                      "Propagation": each.get("Propagation") or ""})
+        mounts.append(mount)
+    return mounts
+
+
 class Container:
     """A container as containerd and nerdctl's files tell it: `created` in nanoseconds since 1970; `labels` all of them,
     nerdctl's own too."""
@@ -4429,6 +4518,19 @@ class Container:
         found = [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
         return [{"IP": each.get("HostIP") or "0.0.0.0", "PrivatePort": each.get("ContainerPort") or 0,
                  "PublicPort": each.get("HostPort") or 0, "Type": each.get("Protocol") or "tcp"} for each in found]
+
+    @functools.cached_property
+    def mounts(self) -> List[Dict[str, Any]]:
+        """Its mounts as Docker's MountPoints."""
+        return parse_mounts(self.labels)
+
+    @property
+    def links(self) -> Dict[str, str]:
+        """The containers that it is linked to in the default network: their names or ids by its own names for them."""
+        if (self.host_config.get("NetworkMode") or "default") not in ("default", "bridge"):
+            return {}
+        told = (each.strip("/").partition(":") for each in self.host_config.get("Links") or [])
+        return {alias or name: name for name, _, alias in told}
 
     @property
     def request(self) -> Dict[str, Any]:
@@ -4759,11 +4861,13 @@ def parse_network(native: Dict[str, Any], written: int) -> Dict[str, Any]:
     name, plugin = native.get("name") or "", (native.get("plugins") or [{}])[0]
     driver = {"host": "host", "none": "null"}.get(name) or plugin.get("type") or "bridge"
     labels, identity = native.get("nerdctlLabels") or {}, native.get("nerdctlID")
-    config = []
+    config, ipam = [], label_fields(labels, "nerdctld/ipam")
+    spare = ipam.get("AuxiliaryAddresses") or {}
     for each in sorted(itertools.chain.from_iterable((plugin.get("ipam") or {}).get("ranges") or []),
                        key=lambda each: ":" in str(each.get("subnet"))):
         entry = {"Subnet": each.get("subnet") or "", "Gateway": each.get("gateway") or "",
-                 "IPRange": labels.get("nerdctld/ip-range") or ""}
+                 "IPRange": labels.get("nerdctld/ip-range") or "",
+                 "AuxiliaryAddresses": spare.get(each.get("subnet") or "")}
         config.append({key: value for key, value in entry.items() if value
                        and (key != "IPRange" or ":" not in entry["Subnet"])})
     options = {}
@@ -4776,8 +4880,8 @@ def parse_network(native: Dict[str, Any], written: int) -> Dict[str, Any]:
         "Name": name, "Id": identity if isinstance(identity, str) and identity else made_up_id(name),
         "Created": whole_seconds(written), "Scope": "local",
         "Driver": driver, "EnableIPv4": True, "EnableIPv6": any(":" in each.get("Subnet", "") for each in config),
-        "IPAM": {"Driver": "default", "Options": None if name in ("bridge", "host", "none") else {}, "Config": config
-                 or None},
+        "IPAM": {"Driver": "default", "Config": config or None,
+                 "Options": None if name in ("bridge", "host", "none") else ipam.get("Options", {})},
         "Internal": driver == "bridge" and not plugin.get("isGateway"), "Attachable": False, "Ingress": False,
         "ConfigFrom": {"Network": ""}, "ConfigOnly": False, "Options": options,
         "Labels": {key: value for key, value in labels.items() if not key.startswith(HIDDEN_LABELS)},
@@ -4801,6 +4905,12 @@ def parse_volume(name: str, config: Any, mountpoint: str, written: int) -> Dict[
         "Mountpoint": mountpoint,
         "Name": name, "Options": options, "Scope": "local",
     }
+
+
+def has_file_system(volume: Dict[str, Any]) -> bool:
+    """Whether a volume is to be mounted by its options."""
+    options = volume.get("Options") or {}
+    return bool(options.get("device") or options.get("type"))
 
 
 def whole_seconds(nanoseconds: int) -> str:
@@ -4936,6 +5046,8 @@ class Inventory:
                 return each
             if each.id.startswith(wanted):
                 prefixed.append(each)
+            if wanted.startswith(each.name + "/") and wanted[len(each.name) + 1:] in each.links:
+                return self.container(each.links[wanted[len(each.name) + 1:]])
         if len(prefixed) == 1:
             return prefixed[0]
         if prefixed:
@@ -4998,14 +5110,25 @@ class Inventory:
                             found[config["name"]] = config, written
         return found
 
+    @property
+    def places(self) -> str:
+        """The folder of what the daemon mounts for containers."""
+        return os.path.join(self.store, "nerdctld-mounts", self.nerdctl.namespace)
+
+    def volume_folder(self, name: str) -> str:
+        """Where nerdctl has the files of a volume."""
+        return os.path.join(self.store, "volumes", self.nerdctl.namespace, name, "_data")
+
     def volumes(self) -> Dict[str, Dict[str, Any]]:
-        """Volumes as Docker shows them, by name."""
+        """Volumes as Docker shows them, by name. One with a file system of its own is at a place of the daemon's."""
         folder, found = os.path.join(self.store, "volumes", self.nerdctl.namespace), {}
         with contextlib.suppress(OSError):
             for name in sorted(os.listdir(folder)):
                 with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
                     config, written = self.files.get(os.path.join(folder, name, "volume.json"))
-                    found[name] = parse_volume(name, config, os.path.join(folder, name, "_data"), written)
+                    found[name] = parse_volume(name, config, self.volume_folder(name), written)
+                    if has_file_system(found[name]):
+                        found[name]["Mountpoint"] = os.path.join(self.places, "volume." + name)
         return found
 
 
@@ -5681,6 +5804,8 @@ class Engine:
         # By the ids of containers, and of execs.
         self.owners: Dict[str, ContainerOwner] = {}
         self.execs: Dict[str, Any] = {}
+        # How many requests need a place that is mounted for containers.
+        self.held: collections.Counter = collections.Counter()
         # Ports of containers that are being started, by their ids.
         self.claimed: Dict[str, List[Dict[str, Any]]] = {}
         # Ports of the host that were given to containers lately: what was just created may not be listed yet.
@@ -5929,7 +6054,33 @@ class Engine:
                           "execDuration": str(max(0, event.time - began) // 10**9)}
         elif action == "destroy":
             self.owners.pop(identity, None)
+        if action == "start":
+            self._tell_parts(event, "mount", "connect")
         self.journal.emit("container", action, identity, attributes, event.time)
+        if action == "die":
+            self._tell_parts(event, "unmount", "disconnect")
+
+    def _tell_parts(self, event: ContainerdEvent, volume: str, network: str) -> None:
+        """Tell the events of a container's volumes and networks that come with its start or its end."""
+        with contextlib.suppress(ApiError):
+            container = self.inventory.containers().get(event.container)
+            for name in network_names(container) if container else ():
+                if ":" not in name:
+                    found = self.inventory.networks().get(name) or {"Name": name}
+                    self.tell_network(container, found, network, event.time)
+            for each in container.mounts if container else ():
+                if each["Type"] == "volume":
+                    told = {"container": container.id, "driver": each["Driver"]}
+                    if volume == "mount":
+                        told.update({"destination": each["Destination"], "propagation": each["Propagation"],
+                                     "read/write": json.dumps(each["RW"])})
+                    self.journal.emit("volume", volume, each.get("Name") or "", told, event.time)
+
+    def tell_network(self, container: Container, network: Dict[str, Any], action: str,
+                     when: Optional[int] = None) -> None:
+        """Tell an event of a network that has to do with a container."""
+        self.journal.emit("network", action, network.get("Id") or "", {
+            "container": container.id, "name": network["Name"], "type": network.get("Driver") or ""}, when)
 
     def _actor_of(self, identity: str, gone: bool) -> Dict[str, str]:
         """The attributes of a container that an event names, as they were last known where it is gone."""
@@ -8192,30 +8343,6 @@ def status_text(state: State, now: float) -> str:
     return state.kind.capitalize()
 
 
-def parse_mounts(labels: Dict[str, str]) -> List[Dict[str, Any]]:
-    """The mounts that nerdctl noted in labels, of 2.3 (one a label) and before (one list), as Docker's MountPoints."""
-    found: List[Dict[str, Any]] = []
-    with contextlib.suppress(ValueError):
-        if labels.get("nerdctl/mounts"):
-            found = json.loads(labels["nerdctl/mounts"]) or []
-        for number in itertools.count():
-            if f"nerdctl/mounts.{number}" not in labels:
-                break
-            found.append(json.loads(labels[f"nerdctl/mounts.{number}"]))
-    mounts = []
-    for each in found:
-        mount = {"Type": each.get("Type") or "bind"}
-        if each.get("Name"):
-            mount["Name"] = each["Name"]
-        mount.update({"Source": each.get("Source") or "", "Destination": each.get("Destination") or ""})
-        if mount["Type"] == "volume":
-            mount["Driver"] = each.get("Driver") or "local"
-        mount.update({"Mode": each.get("Mode") or "", "RW": bool(each.get("RW", True)),
-                      "Propagation": each.get("Propagation") or ""})
-        mounts.append(mount)
-    return mounts
-
-
 def docker_mounts(container: Container) -> List[Dict[str, Any]]:
     """The mounts of a container as Docker shows them: of those in memory only what was asked for as a mount."""
     host = container.host_config
@@ -8223,12 +8350,12 @@ def docker_mounts(container: Container) -> List[Dict[str, Any]]:
     modes = {parts[1]: parts[2] if len(parts) > 2 else "" for parts in (each.split(":") for each in host.get("Binds")
                                                                         or []) if len(parts) > 1}
     mounts = []
-    for each in parse_mounts(container.labels):
+    for each in container.mounts:
         if each["Type"] == "bind":
             mode = "" if each["Destination"] in shown else modes.get(each["Destination"], each["Mode"])
             mounts.append({**each, "Mode": mode, "Propagation": each["Propagation"] or "rprivate"})
         elif each["Type"] != "tmpfs":
-            mounts.append({**each, "Mode": "z"} if each["Destination"] in shown else each)
+            mounts.append({**each, "Mode": "z"} if each["Destination"] in shown and each["Type"] == "volume" else each)
         elif each["Destination"] in shown:
             mounts.append({**each, "Source": "", "Mode": ""})
     return mounts
@@ -8260,7 +8387,10 @@ def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, A
                        else {"mac": asked.get("MacAddress")}).get("mac") or "",
         "IPPrefixLen": address.get("prefix") or 0, "GlobalIPv6Address": address.get("ip6") or "",
         "IPv6Gateway": config6.get("Gateway") or "" if address.get("ip6") else "",
-        "GlobalIPv6PrefixLen": address.get("prefix6") or 0, "DNSNames": None,
+        "GlobalIPv6PrefixLen": address.get("prefix6") or 0, "DNSNames": None if network.get("Name") in (
+            "bridge", "host", "none") else list(dict.fromkeys(filter(None, (
+                container.name, *(asked.get("Aliases") or []), container.id[:12],
+                container.labels.get("nerdctl/hostname"))))),
     }
 
 
@@ -8275,14 +8405,18 @@ def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -
     return found
 
 
+def hooked_networks(endpoints: Dict[str, Dict[str, Any]]) -> List[str]:
+    """Those of a container's networks, EndpointSettings by name, that nerdctl's hook attaches it to: it gives all of
+    them the same address, so that where one has its own it is told of the first one only."""
+    fixed = any(each.get("MacAddress") or any((each.get("IPAMConfig") or {}).values()) for each in endpoints.values())
+    return list(endpoints)[:1] if fixed else list(endpoints)
+
+
 def keep_networks(engine: Engine, container: Container, endpoints: Dict[str, Dict[str, Any]],
                   more: Dict[str, str]) -> None:
-    """Keep which networks a container has, with their EndpointSettings by name, and `more` labels. nerdctl's hook gives
-    all networks the same address, so that it is told of the first one only where one has an address of its own:
-    attach_networks() does what is left."""
-    names, request = list(endpoints), container.request
-    fixed = any(each.get("MacAddress") or any((each.get("IPAMConfig") or {}).values()) for each in endpoints.values())
-    hooked = names[:1] if fixed else names
+    """Keep which networks a container has, with their EndpointSettings by name, and `more` labels. attach_networks()
+    does what nerdctl's hook does not."""
+    names, request, hooked = list(endpoints), container.request, hooked_networks(endpoints)
     only = endpoints[names[0]] if len(hooked) == 1 else {}
     address = only.get("IPAMConfig") or {}
     mac = only.get("MacAddress") or (request.get("MacAddress") if len(hooked) == 1 else "")
@@ -8371,10 +8505,11 @@ def container_rows(engine: Engine, containers: Iterable[Container], sizes: Dict[
     """Containers as `/containers/json` lists them, with their sizes where they are known."""
     groups, networks = engine.inventory.images.get(), engine.inventory.networks()
     images = {name: group for group in groups.values() for name in group.names}
-    rows, now = [], time.time()
+    rows, now, linked = [], time.time(), linked_names(engine)
     for container in containers:
         row = docker_container_row(container, images.get(container.image), docker_networks(container, networks), now,
                                    version)
+        row["Names"] = [*row["Names"], *linked.get(container.id, ()), *linked.get(container.name, ())]
         if container.id in sizes:
             row["SizeRw"], row["SizeRootFs"] = sizes[container.id]
         rows.append(row)
@@ -8434,7 +8569,7 @@ def match_container(engine: Engine, container: Container, filters: Dict[str, Lis
             (engine.inventory.networks().get(name) or {}).get("Id", "").startswith(each) for name in networks)
             for each in wanted),
         "volume": lambda wanted: any(each in (mount.get("Name"), mount["Destination"], mount["Source"])
-                                     for each in wanted for mount in parse_mounts(container.labels)),
+                                     for each in wanted for mount in container.mounts),
         "publish": lambda wanted: match_port(container.ports, "PublicPort", wanted),
         "expose": lambda wanted: match_port(container.ports, "PrivatePort", wanted),
         "ancestor": lambda wanted: any(container.image in ancestor_names(engine, each) for each in wanted),
@@ -8577,13 +8712,14 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         "Memory": memory.get("limit") or 0, "MemoryReservation": memory.get("reservation") or 0,
         "MemorySwap": memory.get("swap") or 0,
         "NetworkMode": network_mode(container), "OomScoreAdj": (spec.get("process") or {}).get("oomScoreAdj") or 0,
-        "PidsLimit": (resources.get("pids") or {}).get("limit") or None, "PortBindings": port_bindings(container),
+        "PidsLimit": (resources.get("pids") or {}).get("limit") or None,
+        "PortBindings": {} if container.request else port_bindings(container),
         "Privileged": labels.get("nerdctl/privileged") == "true",
         "ReadonlyRootfs": bool((spec.get("root") or {}).get("readonly")),
         "RestartPolicy": restart_policy(container),
         "Runtime": DEFAULT_RUNTIME.get(container.runtime, container.runtime) or found["Runtime"],
         "Binds": [f"{mount['Source']}:{mount['Destination']}" + ("" if mount["RW"] else ":ro")
-                  for mount in parse_mounts(labels) if mount["Type"] == "bind" and not container.request] or None,
+                  for mount in container.mounts if mount["Type"] == "bind" and not container.request] or None,
         "CgroupnsMode": "private" if any(each.get("type") == "cgroup" for each in linux.get("namespaces") or [])
         else "host",
     })
@@ -8697,7 +8833,8 @@ def docker_container(engine: Engine, container: Container, image: Optional[Image
         "AppArmorProfile": (spec.get("process") or {}).get("apparmorProfile") or "",
         "ExecIDs": [each.id for each in list(engine.execs.values()) if each.running
                     and each.container.id == container.id] or None,
-        "HostConfig": docker_host_config(container, spec), "GraphDriver": {"Data": None, "Name": driver},
+        "HostConfig": {**docker_host_config(container, spec), "Links": docker_links(engine, container)},
+        "GraphDriver": {"Data": None, "Name": driver},
         "Mounts": docker_mounts(container), "Config": config,
         "NetworkSettings": network_settings(container, config, docker_networks(container, engine.inventory.networks()),
                                             version),
@@ -8709,17 +8846,42 @@ def docker_container(engine: Engine, container: Container, image: Optional[Image
     return found
 
 
+def docker_links(engine: Engine, container: Container) -> Optional[List[str]]:
+    """HostConfig.Links: `/other:/name/alias` for each container in the default network that it is linked to, and as
+    they were asked for in any other network."""
+    known, found = engine.inventory.containers(), []
+    names = {each.name: each for each in known.values()}
+    for alias, other in container.links.items():
+        child = known.get(other) or names.get(other)
+        found += [f"/{child.name}:/{container.name}/{alias}"] if child else []
+    return found or (None if container.links else container.host_config.get("Links") or None)
+
+
+def linked_names(engine: Engine) -> Dict[str, List[str]]:
+    """By their names and ids the names that containers have for others, `/name/alias`."""
+    found: Dict[str, List[str]] = {}
+    for each in engine.inventory.containers().values():
+        for alias, other in each.links.items():
+            found.setdefault(other, []).append(f"/{each.name}/{alias}")
+    return found
+
+
 def network_settings(container: Container, config: Dict[str, Any], attached: Dict[str, Any],
                      version: Tuple[int, int]) -> Dict[str, Any]:
-    """NetworkSettings, before API 1.51 with the fields of the first network once more."""
+    """NetworkSettings, before API 1.52 with the fields of the default network once more, and before 1.45 with the short
+    id and the host name among the aliases of any other."""
     ports: Dict[str, Any] = {key: None for key in config.get("ExposedPorts") or {}}
     ports.update(port_bindings(container) if container.running else {})
     settings = {
         "SandboxID": sha256(container.id.encode()).hexdigest() if container.running else "", "SandboxKey": "",
         "Ports": ports, "Networks": attached,
     }
-    if version < (1, 51):
-        first = next(iter(attached.values()), {})
+    if version < (1, 45):
+        for name in attached.keys() - {"bridge", "host", "none"}:
+            more = [container.id[:12], config["Hostname"]]
+            attached[name]["Aliases"] = list(dict.fromkeys([*(attached[name]["Aliases"] or []), *more]))
+    if version < (1, 52):
+        first = attached.get("bridge") or {}
         for key, empty in (("EndpointID", ""), ("Gateway", ""), ("GlobalIPv6Address", ""), ("GlobalIPv6PrefixLen", 0),
                            ("IPAddress", ""),
                            ("IPPrefixLen", 0), ("IPv6Gateway", ""), ("MacAddress", "")):
@@ -8791,13 +8953,530 @@ def container_inspect(engine: Engine, request: Request, name: str) -> Response:
 
 
 ###############################################################################
-# Create options
+# Mounts
 ###############################################################################
+
+# nerdctl makes volumes, fills new ones from the image, and knows plain binds. What it does not know is put into the OCI
+# spec behind it, with a place as its source that the daemon mounts before the container starts, and unmounts when
+# nothing needs it any more. No place is inside of a folder that nerdctl removes with what is in it; and a start by
+# anybody else fails where it is not there, instead of writing somewhere else.
+LABEL_MOUNT = "nerdctld/mount."
+MOUNT_OPTIONS = {"bind": "BindOptions", "volume": "VolumeOptions", "tmpfs": "TmpfsOptions", "image": "ImageOptions",
+                 "cluster": "ClusterOptions"}
+PROPAGATIONS = ("private", "rprivate", "shared", "rshared", "slave", "rslave")
+
+
+class PlacedMount(NamedTuple):
+    """A place that has to be mounted before a container starts, for its mount at `target`: a volume with its options,
+    the view of an image (the key of a snapshot), or the part `subpath` of the folder `base`."""
+
+    place: str
+    target: str
+    volume: str = ""
+    image: str = ""
+    base: str = ""
+    subpath: str = ""
+
+
+def placed_mounts(container: Container) -> List[PlacedMount]:
+    """The places of a container, in the order in which they are to be mounted. Anybody can write a label."""
+    found = []
+    for number in itertools.count():
+        text = container.labels.get(f"{LABEL_MOUNT}{number}")
+        if text is None:
+            return found
+        with contextlib.suppress(ValueError, TypeError):
+            made = PlacedMount(**json.loads(text))
+            found += [made] if all(isinstance(each, str) for each in made) else []
 
 
 def csv_word(text: str) -> str:
     """A value as one element of a flag that nerdctl splits at commas."""
     return '"' + text.replace('"', '""') + '"' if re.search(r'[",\n]', text) or text != text.strip() else text
+
+
+def other_container(find: Callable[[str], Container], name: str) -> Container:
+    """A container that a request names; 400 and not 404 when there is none, which clients take for a missing image."""
+    try:
+        return find(name)
+    except NotFound as error:
+        raise BadParameter(str(error)) from None
+
+
+def check_volume_name(name: str) -> None:
+    """400 for what no volume can be called."""
+    if len(name) == 1:
+        raise BadParameter(f"create {name}: volume name is too short, names should be at least two alphanumeric "
+                           "characters")
+    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", name):
+        raise BadParameter(f'create {name}: "{name}" includes invalid characters for a local volume name, only '
+                           '"[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. '
+                           "If you intended to pass a host directory, use absolute path")
+
+
+BIND_MODES = (("ro", "rw"), ("z", "Z"), PROPAGATIONS, ("nocopy",), ("consistent", "cached", "delegated"),
+              ("bind", "rbind"))
+
+
+def check_target(path: str, prefix: str) -> None:
+    """400 for a place in a container where nothing can be mounted."""
+    if not path.startswith("/"):
+        raise BadParameter(f"{prefix}invalid mount path: '{path}' mount path must be absolute")
+    if os.path.normpath(path) in ("/", "//"):
+        raise BadParameter(prefix + "invalid specification: destination can't be '/'")
+
+
+def parse_bind(text: str, driver: str = "") -> Dict[str, Any]:
+    """One of HostConfig.Binds as a Mount of the API, with its `Mode`; 400 for what is none."""
+    parts = text.split(":")
+    if len(parts) > 3 or not all(parts[:2]):
+        raise BadParameter(f"invalid volume specification: '{text}'")
+    source, target, mode = ["", *parts, ""][:3] if len(parts) == 1 else [*parts, ""][:3]
+    kind = "bind" if source.startswith("/") else "volume"
+    check_target(target, f"invalid volume specification: '{text}': invalid mount config for type \"{kind}\": ")
+    words = mode.split(",") if mode else []
+    if any(sum(each in words for each in group) > 1 for group in BIND_MODES) or not all(
+            any(each in group for group in BIND_MODES) for each in words):
+        raise BadParameter(f"invalid mode: {mode}")
+    options = {"CreateMountpoint": True, "NonRecursive": "bind" in words,
+               "Propagation": next((each for each in words if each in PROPAGATIONS), "")} if kind == "bind" else {
+        "NoCopy": "nocopy" in words, "DriverConfig": {"Name": driver}}
+    return {"Type": kind, "Source": source, "Target": target, "ReadOnly": "ro" in words, "Mode": mode,
+            MOUNT_OPTIONS[kind]: options}
+
+
+def check_mount(mount: Dict[str, Any]) -> None:
+    """400 with dockerd's words for a mount that cannot be, 501 for one that nothing here has."""
+    kind, target, source = (mount.get(key) or "" for key in ("Type", "Target", "Source"))
+    prefix = f'invalid mount config for type "{kind}": '
+    if kind in ("cluster", "npipe"):
+        raise NotImplementedHere(f"there are no mounts of type {kind} on this machine")
+    if kind not in MOUNT_OPTIONS:
+        raise BadParameter(prefix + "mount type unknown")
+    for each, name in MOUNT_OPTIONS.items():
+        if each != kind and name in mount:
+            raise BadParameter(f'{name} must not be specified on mount type "{kind}"')
+    if not target:
+        raise BadParameter(prefix + "field Target must not be empty")
+    check_target(target, prefix)
+    own = mount_options(mount)
+    subpath, read_only = own.get("Subpath") or "", mount.get("ReadOnly")
+    conflict = next((key for key in ("ReadOnlyNonRecursive", "ReadOnlyForceRecursive") if own.get(key)), "")
+    for wrong, words in (
+        (not source and kind in ("bind", "image"), "field Source must not be empty"),
+        (source and kind == "tmpfs", "field Source must not be specified"),
+        (kind == "bind" and not source.startswith("/"),
+         f"invalid mount path: '{source}' mount path must be absolute"),
+        (kind == "bind" and not own.get("CreateMountpoint") and not os.path.lexists(source),
+         f"bind source path does not exist: {source}"),
+        (kind == "bind" and (own.get("Propagation") or "private") not in PROPAGATIONS,
+         f"invalid propagation mode: {own.get('Propagation')}"),
+        (kind == "volume" and not source and read_only, "must not set ReadOnly mode when using anonymous volumes"),
+        (subpath and kind == "volume" and not source, "must not set Subpath when using anonymous volumes"),
+        (subpath.startswith("/") or os.path.normpath(subpath).startswith(".."),
+         "subpath must be a relative path within the volume"),
+        (not {word for each in own.get("Options") or [] for word in each} <= {"exec", "noexec"},
+         "invalid option: " + "=".join((own.get("Options") or [[]])[0])),
+        (conflict and not read_only, f"mount options conflict: !ReadOnly && BindOptions.{conflict}"),
+        (own.get("ReadOnlyNonRecursive") and own.get("ReadOnlyForceRecursive"),
+         "mount options conflict: ReadOnlyNonRecursive && BindOptions.ReadOnlyForceRecursive"),
+    ):
+        if wrong:
+            raise BadParameter(prefix + words)
+    if kind == "volume":
+        driver = own.get("DriverConfig") or {}
+        check_volume(source, driver.get("Name") or "", driver.get("Options") or {})
+        if source:
+            check_volume_name(source)
+
+
+def mounts_from(text: str, find: Callable[[str], Container]) -> List[Dict[str, Any]]:
+    """The mounts of another container, by one of HostConfig.VolumesFrom (its name, with a mode behind a colon)."""
+    name, _, mode = text.partition(":")
+    if mode and not set(mode.split(",")) <= {"ro", "rw", "z", "Z", "cached", "delegated", "consistent"}:
+        raise BadParameter(f"invalid mode: {mode}")
+    other, found = other_container(find, name), []
+    parts = {each.target: each for each in placed_mounts(other)}
+    for each in other.mounts:
+        kind, target = each["Type"], each["Destination"]
+        part = parts.get(target, PlacedMount("", ""))
+        options: Dict[str, Any] = {"Subpath": part.subpath} if part.subpath else {}
+        if kind == "volume":
+            options["NoCopy"] = True
+        elif kind == "bind":
+            options = {"Propagation": each["Propagation"], "CreateMountpoint": True}
+        elif kind != "image":
+            continue
+        found.append({"Type": kind, "Source": each.get("Name") or each["Source"], "Target": target,
+                      "ReadOnly": "ro" in mode.split(",") or not each["RW"], MOUNT_OPTIONS[kind]: options})
+    return found
+
+
+def request_mounts(body: Dict[str, Any], find: Callable[[str], Container]) -> List[Dict[str, Any]]:
+    """The mounts of a create request, but for Tmpfs, each as a Mount of the API: those of other containers first, in
+    whose place others may come. 400 and 501 for what cannot be."""
+    host = body.get("HostConfig") or {}
+    driver = host.get("VolumeDriver") or ""
+    asked = [parse_bind(each, driver) for each in host.get("Binds") or []]
+    binds = len(asked)
+    asked += [{**each, "Type": each.get("Type") or ""} for each in host.get("Mounts") or []]
+    for path in host.get("Tmpfs") or {}:
+        check_target(path, "")
+    taken: List[str] = []
+    memory = [os.path.normpath(path) for path in host.get("Tmpfs") or {}]
+    for number, each in enumerate(asked):
+        check_mount(each)
+        target = os.path.normpath(each["Target"])
+        if target in taken or number < binds and target in memory:
+            raise BadParameter(f"Duplicate mount point: {target}")
+        taken.append(target)
+    taken += memory
+    for path in body.get("Volumes") or {}:
+        if os.path.normpath(path) not in taken:
+            check_target(path, f"invalid volume specification: '{path}': ")
+            check_volume(path, driver, {})
+            asked.append({"Type": "volume", "Target": path})
+            taken.append(os.path.normpath(path))
+    others = {os.path.normpath(each["Target"]): each
+              for text in host.get("VolumesFrom") or [] for each in mounts_from(text, find)}
+    return [each for target, each in others.items() if target not in taken] + asked
+
+
+def mount_options(mount: Dict[str, Any]) -> Dict[str, Any]:
+    """The options of a Mount that belong to its type."""
+    return mount.get(MOUNT_OPTIONS[mount["Type"]]) or {}
+
+
+def is_untold(mount: Dict[str, Any]) -> bool:
+    """Whether nerdctl is not told of a mount: it has none of its kind, would copy the image's files, or cannot read its
+    paths."""
+    options, paths = mount_options(mount), str(mount.get("Source") or "") + mount["Target"]
+    return (mount.get("Type") == "image" or bool(options.get("Subpath") or options.get("NoCopy"))
+            or any(each in paths for each in ':"'))
+
+
+def mount_words(mounts: Iterable[Dict[str, Any]]) -> List[str]:
+    """Words for those mounts that nerdctl makes."""
+    words = []
+    for mount in mounts:
+        options, kind, told = mount_options(mount), mount["Type"], ["ro"] if mount.get("ReadOnly") else []
+        if is_untold(mount):
+            continue
+        if kind == "tmpfs":
+            told += [f"mode={options['Mode']:o}"] if options.get("Mode") else []
+            told += [f"size={options['SizeBytes']}"] if options.get("SizeBytes") else []
+            told += ["=".join(each) for each in options.get("Options") or []]
+            words.append("--tmpfs=" + ":".join([mount["Target"], ",".join(told)] if told else [mount["Target"]]))
+            continue
+        if kind == "bind":
+            told += [options["Propagation"]] if options.get("Propagation") else []
+            told += ["bind"] if options.get("NonRecursive") else []
+        told += [each for each in (mount.get("Mode") or "").split(",") if each in ("z", "Z")]
+        places = [mount["Source"], mount["Target"]] if mount.get("Source") else [mount["Target"]]
+        words.append("--volume=" + ":".join([*places, ",".join(told)] if told else places))
+    return words
+
+
+def check_volume(name: str, driver: str, options: Dict[str, str]) -> None:
+    """404 for a volume driver other than local; 400 with dockerd's words for options that cannot be."""
+    if driver not in ("", "local"):
+        raise NotFound(f'create {name}: error looking up volume plugin {driver}: plugin "{driver}" not found')
+    needed = {"device": ("type",), "type": ("device",), "o": ("device", "type")}
+    unknown = next((each for each in options if each not in ("type", "o", "device", "size")), "")
+    missing = next((each for key in options for each in needed.get(key, ()) if each not in options), "")
+    size = options.get("size") or ""
+    for wrong, words in (
+        (unknown, f'invalid option: "{unknown}"'),
+        (size and not re.fullmatch(r"\d+(\.\d+)? ?([kmgtp]i?)?b?", size.lower()), f"invalid size: '{size}'"),
+        (size.strip("0"), "quota size requested but no quota support"),
+        (missing, f'missing required option: "{missing}"'),
+    ):
+        if wrong:
+            raise BadParameter(f"create {name}: {words}")
+
+
+def make_volume(engine: Engine, name: str, options: Dict[str, str], labels: Dict[str, str]) -> Dict[str, Any]:
+    """The volume of a name, which is made where there is none; with "" an anonymous one. nerdctl keeps the options as a
+    label."""
+    found = engine.inventory.volumes().get(name)
+    if found is None:
+        labels = {**labels, **({} if name else {ANONYMOUS: ""}),
+                  **({"nerdctld/options": json.dumps(options)} if options else {})}
+        name = name or os.urandom(32).hex()
+        engine.nerdctl.run("volume", "create", *(f"--label={key}={value}" for key, value in labels.items()), "--", name)
+        found = engine.inventory.volumes().get(name) or {}
+        engine.journal.emit("volume", "create", name, {"driver": "local"})
+    return found
+
+
+def make_volumes(engine: Engine, mounts: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Make what a container's mounts need and nerdctl does not make with the container: folders, and volumes with
+    options or labels or that nerdctl is not told of. The mounts, with the names of volumes."""
+    made = []
+    for mount in mounts:
+        options = mount_options(mount)
+        wanted = (options.get("DriverConfig") or {}).get("Options") or {}, options.get("Labels") or {}
+        if mount["Type"] == "volume" and (is_untold(mount) or any(wanted)):
+            name = make_volume(engine, mount.get("Source") or "", *wanted)["Name"]
+            mount = {**mount, "Source": name, "Anonymous": not mount.get("Source")}
+        elif mount.get("Type") == "bind" and options.get("CreateMountpoint"):
+            with contextlib.suppress(FileExistsError, PermissionError, NotADirectoryError):
+                os.makedirs(mount["Source"], 0o755)
+        made.append(mount)
+    return made
+
+
+def volume_mounts(volume: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """How a volume is mounted by its options. The kernel wants the address of a server and not its name."""
+    options = volume["Options"]
+    kind, device, words = options["type"], options["device"], options.get("o") or ""
+    name = re.search(r"(?:^|,)addr=([^,]+)", words)
+    host = re.match(r"(?:cifs:)?//([^/]+)", device) if kind == "cifs" and not name else name
+    if kind in ("nfs", "cifs") and host:
+        try:
+            address = socket.getaddrinfo(host.group(1), None, type=socket.SOCK_STREAM)[0][4][0]
+        except OSError as error:
+            raise ApiError(f"error while mounting volume '{volume['Mountpoint']}': error resolving passed in network "
+                           f"volume address: lookup {host.group(1)}: {error.strerror}") from None
+        if name:
+            words = words[:name.start(1)] + address + words[name.end(1):]
+        else:
+            device = device[:host.start(1)] + address + device[host.end(1):]
+    return [{"type": kind, "source": device, "options": words.split(",")}]
+
+
+def mount_order(engine: Engine, made: PlacedMount) -> Dict[str, Any]:
+    """What mount_place() is told to mount."""
+    if made.volume:
+        volume = engine.inventory.volumes().get(made.volume)
+        if volume is None or not has_file_system(volume):
+            raise ApiError(f"error while mounting volume '{made.volume}': get {made.volume}: no such volume")
+        return {"mounts": volume_mounts(volume)}
+    if made.image:
+        return {"mounts": [parse_mount(each) for each in engine.containerd.snapshot_mounts(*made.image.split(" ", 1))]}
+    return {"base": made.base, "subpath": made.subpath}
+
+
+def rootless_argv(engine: Engine) -> List[str]:
+    """argv in front of a program that is to run where a user's own containerd does; [] for root's."""
+    pid = engine.containerd.rootless_pid()
+    return ["nsenter", "-U", "--preserve-credentials", "-m", "-t", str(pid), "--"] if pid else []
+
+
+def tree_error(process: Process, missing: ApiError) -> ApiError:
+    """What a process of ours (`nerdctld.py tree`) says went wrong, `missing` where a file is not there."""
+    process.wait()
+    lines = process.error_text().splitlines() or [f"it ended with status {process.popen.returncode}"]
+    try:
+        told = json.loads(lines[-1])
+        error = ApiError(told["message"])
+        error.status = told["status"]
+    except (ValueError, LookupError, TypeError):
+        return ApiError(f"the container's files cannot be reached: {lines[-1]}")
+    return missing if error.status == 404 else error
+
+
+def carry_out_mount(engine: Engine, place: str, **order: Any) -> None:
+    """Have mount_place() done by a process where containerd is; 500 with the words of dockerd and of the kernel where
+    it fails."""
+    with engine.nerdctl.start_own("tree", rootless_argv(engine)) as process:
+        process.write(json_bytes({"do": "mount", "place": place, **order}) + b"\n")
+        if process.wait(SHORT_CALL) == 0:
+            return
+        failed = ApiError("it does not end") if process.popen.returncode is None else tree_error(process, NotFound(""))
+    words = str(failed)
+    for each in order.get("mounts") or []:
+        flags, data = mount_flags(each["options"])
+        told = re.sub("(?<=password=)[^,]+", "********", ",".join(data))
+        words = (f"mount {each['source']}:{place}" + (f", flags: {flags:#x}" if flags else "")
+                 + (f", data: {told}" if told else "") + f": {words}")
+    raise ApiError(words)
+
+
+def is_mounted(engine: Engine, place: str) -> bool:
+    """Whether something is mounted at a place."""
+    with open(f"/proc/{engine.containerd.rootless_pid() or 'self'}/mountinfo", encoding="utf-8",
+              errors="surrogateescape") as file:
+        return any(re.sub(r"\\(\d{3})", lambda code: chr(int(code.group(1), 8)), line.split()[4]) == place
+                   for line in file)
+
+
+def needs_places(container: Container) -> bool:
+    """Whether a container runs, or will be started by containerd, also after a restart of the machine."""
+    state = container.state
+    return container.running or state.kind == "restarting" or (
+        container.task is None and bool(state.started_at) and restarts_again(container.labels, 1))
+
+
+def release_places(engine: Engine) -> None:
+    """Unmount every place that neither a container nor a request needs."""
+    folder = engine.inventory.places
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        place = os.path.join(folder, name)
+        with engine.owner(place).lock:
+            if not engine.held[place] and not any(
+                    needs_places(each) and place in [made.place for made in placed_mounts(each)]
+                    for each in engine.inventory.containers().values()):
+                with contextlib.suppress(ApiError):
+                    carry_out_mount(engine, place)
+
+
+@contextlib.contextmanager
+def mounted(engine: Engine, places: List[PlacedMount]) -> Iterator[None]:
+    """Context in which these places are mounted, and after which those are that a container needs. 500 with dockerd's
+    words for what the kernel does not mount."""
+    if not places:
+        yield
+        return
+    paths = [made.place for made in places]
+    with engine.lock:
+        engine.held.update(paths)
+    try:
+        for made in places:
+            with engine.owner(made.place).lock:
+                if is_mounted(engine, made.place):
+                    continue
+                try:
+                    carry_out_mount(engine, made.place, **mount_order(engine, made))
+                except ApiError as error:
+                    if not made.volume or str(error).startswith("error while"):
+                        raise
+                    raise ApiError(f"error while mounting volume '{made.place}': failed to mount local volume: "
+                                   f"{error}") from None
+        yield
+    finally:
+        with engine.lock:
+            engine.held.subtract(paths)
+        release_places(engine)
+
+
+@contextlib.contextmanager
+def fillable(engine: Engine, mounts: List[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]]:
+    """Context in which volumes with options are mounted where nerdctl has them, so that it fills new ones from the
+    image: the mounts, of which nerdctl is not told where that cannot be; the start of the container will say why."""
+    volumes, told = engine.inventory.volumes(), []
+    with contextlib.ExitStack() as stack:
+        for mount in mounts:
+            volume = volumes.get(mount.get("Source") or "") or {}
+            if not is_untold(mount) and mount.get("Type") != "bind" and has_file_system(volume):
+                data, place = engine.inventory.volume_folder(volume["Name"]), volume["Mountpoint"]
+                stack.enter_context(engine.owner(data).lock)
+                try:
+                    stack.enter_context(mounted(engine, [PlacedMount(place, "", volume["Name"])]))
+                    order = [{"type": "none", "source": place, "options": ["bind"]}]
+                    carry_out_mount(engine, data, mounts=order, keep=True)
+                    # What nerdctl may remove must have nothing mounted in it for longer than this.
+                    stack.callback(carry_out_mount, engine, data, keep=True)
+                except ApiError:
+                    mount = {**mount, "VolumeOptions": {**mount_options(mount), "NoCopy": True}}
+            told.append(mount)
+        yield told
+
+
+def locked_flags(engine: Engine, path: str) -> List[str]:
+    """Options that the mounts of a user's own containerd cannot be without: those of the file system they are on."""
+    if not engine.containerd.rootless_pid():
+        return []
+    with contextlib.suppress(OSError):
+        flags = os.statvfs(engine.containerd.root() + path).f_flag
+        return [name for name in ("nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime")
+                if flags & getattr(os, "ST_" + name.upper())]
+    return []
+
+
+def note_mount(labels: Dict[str, str], row: Dict[str, Any]) -> Dict[str, str]:
+    """The label that tells a mount besides those that nerdctl noted in these labels: 2.3 has one for each mount, any
+    other nerdctl a list."""
+    if "nerdctl/mounts.0" in labels:
+        number = next(each for each in itertools.count() if f"nerdctl/mounts.{each}" not in labels)
+        return {f"nerdctl/mounts.{number}": json.dumps(row)}
+    return {"nerdctl/mounts": json.dumps([*json.loads(labels.get("nerdctl/mounts") or "[]"), row])}
+
+
+def place_mount(engine: Engine, container: Container, mount: Dict[str, Any], number: int) -> List[PlacedMount]:
+    """The places that a mount needs; its source is the last of them."""
+    target, subpath = os.path.normpath(mount["Target"]), mount_options(mount).get("Subpath") or ""
+    place = os.path.join(engine.inventory.places, f"{container.id}.{number}")
+    if mount.get("Type") == "image":
+        view = f"{container.record.snapshotter} nerdctld-{container.id}-{number}"
+        found = [PlacedMount(place + ".image" * bool(subpath), target, image=view)]
+    else:
+        volume = engine.inventory.volumes().get(mount.get("Source") or "") or {}
+        found = [PlacedMount(volume["Mountpoint"], target, volume["Name"])] if has_file_system(volume) else []
+    base = found[0].place if found else volume.get("Mountpoint") or ""
+    return [*found, PlacedMount(place, target, base=base, subpath=subpath)] if subpath else found
+
+
+def untold_mount(engine: Engine, mount: Dict[str, Any], source: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """A mount that nerdctl was not told of, as the OCI spec has it and as nerdctl notes it in a label."""
+    kind, options, target = mount["Type"], mount_options(mount), os.path.normpath(mount["Target"])
+    read_only = kind == "image" or bool(mount.get("ReadOnly"))
+    propagation = (options.get("Propagation") or "rprivate") if kind != "volume" else ""
+    told = ["bind" if options.get("NonRecursive") else "rbind", *["ro"] * read_only, propagation or "rprivate",
+            *locked_flags(engine, source)]
+    row = {"Type": kind, "Source": source, "Destination": target, "Mode": mount.get("Mode") or "",
+           "RW": not read_only, "Propagation": propagation}
+    if kind == "volume":
+        row.update({"Name": mount["Source"], "Driver": "local"})
+        row["Source"] = engine.inventory.volumes()[mount["Source"]]["Mountpoint"]
+    elif kind == "image":
+        row["Name"] = mount["Source"]
+    return {"type": "bind", "source": source, "destination": target, "options": told}, row
+
+
+def rewrite_container(engine: Engine, container: Container, spec: Dict[str, Any], labels: Dict[str, str]) -> Container:
+    """Set the OCI spec and labels of a container, which nerdctl's hooks read as annotations; the container as it is
+    then."""
+    annotations = {key: value for key, value in labels.items() if key.startswith("nerdctl/")}
+    spec = {**spec, "annotations": {**(spec.get("annotations") or {}), **annotations}}
+    engine.containerd.update_container(container.id, labels, json.dumps(spec).encode())
+    engine.inventory.records.invalidate(container.id)
+    return engine.inventory.container(container.id)
+
+
+def finish_mounts(engine: Engine, container: Container, spec: Dict[str, Any],
+                  mounts: List[Dict[str, Any]]) -> Container:
+    """Give a container that nerdctl has made this OCI spec, the mounts that it was not told of, and the places of those
+    that the daemon mounts; the container as it is then."""
+    spec, labels, views, places = json.loads(json.dumps(spec)), dict(container.labels), {}, []
+    for number, mount in enumerate(mounts):
+        made, target = place_mount(engine, container, mount, number), os.path.normpath(mount["Target"])
+        places += made
+        source = made[-1].place if made else mount.get("Source") or ""
+        if is_untold(mount):
+            if mount["Type"] == "volume" and not made:
+                source = engine.inventory.volumes()[mount["Source"]]["Mountpoint"]
+            entry, row = untold_mount(engine, mount, source)
+            spec["mounts"] = [each for each in spec.get("mounts") or [] if each.get("destination") != target] + [entry]
+            labels.update(note_mount(labels, row))
+        elif made:
+            for each in spec.get("mounts") or []:
+                each.update({"source": source} if each.get("destination") == target else {})
+        if mount.get("Anonymous"):
+            others = json.loads(labels.get("nerdctl/anonymous-volumes") or "[]") or []
+            labels["nerdctl/anonymous-volumes"] = json.dumps([*others, mount["Source"]])
+        if mount.get("Type") == "image":
+            snapshotter, key = made[0].image.split(" ", 1)
+            labels[f"containerd.io/gc.ref.snapshot.{snapshotter}/{number}"] = key
+            views[key] = mount["Source"]
+    labels.update({f"{LABEL_MOUNT}{number}": json.dumps({key: each for key, each in made._asdict().items() if each})
+                   for number, made in enumerate(places)})
+    changed = {key: value for key, value in labels.items() if value != container.labels.get(key)}
+    if not changed and spec == container.spec:
+        return container
+    # As nerdctl and dockerd have them: what is mounted in something comes after it.
+    spec.get("mounts", []).sort(key=lambda each: os.path.normpath(each.get("destination") or "/").count("/"))
+    container = rewrite_container(engine, container, spec, changed)
+    for key, name in views.items():
+        layers = chain_ids(engine.inventory.image(name).config)
+        with engine.containerd.leased() as leased:
+            leased.view_snapshot(container.record.snapshotter, key, layers[-1])
+    return container
+
+
+###############################################################################
+# Create options
+###############################################################################
 
 
 def _value(value: Any, flag: str) -> List[str]:
@@ -8851,9 +9530,9 @@ CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str], List[str]]], ...] = (
 IGNORED_FIELDS = ("DeviceCgroupRules", "StorageOpt", "CpuCount", "CpuPercent", "Cgroup")
 
 
-def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callable[[str], int]] = None) -> List[str]:
+def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callable[..., int]] = None) -> List[str]:
     """`--publish` words for PortBindings and, with PublishAllPorts, for every exposed port; `pick` finds a port of the
-    host where none is asked for. 400 for what is no port."""
+    host where none is asked for, or one of several. 400 for what is no port."""
     host = body.get("HostConfig") or {}
     for each in body.get("ExposedPorts") or {}:
         if not re.fullmatch(r"[0-9]{1,5}(-[0-9]{1,5})?(/(tcp|udp|sctp))?", each):
@@ -8875,6 +9554,11 @@ def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callab
             if number in ("", "0") and (pick or os.geteuid()) and "-" not in found.group(1):
                 # A rootless nerdctl picks no port by itself.
                 number = str((pick or free_port)(found.group(2) or "tcp"))
+            elif "-" in number and "-" not in found.group(1):
+                first, last = map(int, number.split("-"))
+                if not 0 < first <= last <= 65535:
+                    raise BadParameter(f"invalid port specification: {address}:{number}->{key}")
+                number = str(pick(found.group(2) or "tcp", range(first, last + 1)) if pick else first)
             number = "" if number == "0" else number
             place_words = [f"[{address}]" if ":" in address else address,
                            number] if address else [number] if number else []
@@ -8898,149 +9582,41 @@ def unused_port(kind: str) -> int:
         return sock.getsockname()[1]
 
 
-def pick_port(engine: Engine, kind: str) -> int:
-    """A free port of the host for a container. nerdctl's own choice leaves out what runs, so that two containers that
-    are created one after the other, and then started, would get the same."""
-    taken = {port["PublicPort"] for each in engine.inventory.containers().values() for port in each.ports}
+def is_bound(port: Dict[str, Any]) -> bool:
+    """Whether a process of this machine has the address of a published port."""
+    kind = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}.get(port["Type"])
+    if kind is None:
+        return False
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in port["IP"] else socket.AF_INET, kind) as sock:
+            if port["Type"] == "tcp":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if ":" in port["IP"]:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((port["IP"], port["PublicPort"]))
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
+
+
+def pick_port(engine: Engine, kind: str, among: Iterable[int] = ()) -> int:
+    """A free port of the host for a container, `among` these the first one. nerdctl's own choice leaves out what runs,
+    so that two containers that are created one after the other, and then started, would get the same."""
+    taken = {port["PublicPort"] for each in engine.inventory.containers().values() for port in each.ports
+             if port["Type"] == kind}
+    for port in among:
+        if port not in taken and not is_bound({"IP": "0.0.0.0", "PublicPort": port, "Type": kind}):
+            return port
     with engine.lock:
-        engine.picked.append(free_port(kind, taken.union(engine.picked)))
+        engine.picked.append(next(iter(among), 0) or free_port(kind, taken.union(engine.picked)))
         return engine.picked[-1]
 
 
-def check_target(path: str, prefix: str) -> None:
-    """400 for a place in a container where nothing can be mounted."""
-    if not path.startswith("/"):
-        raise BadParameter(f"{prefix}invalid mount path: '{path}' mount path must be absolute")
-    if os.path.normpath(path) in ("/", "//"):
-        raise BadParameter(prefix + "invalid specification: destination can't be '/'")
-
-
-PROPAGATION = re.compile("|r?(?:shared|slave|private)")
-
-
-def check_mount(mount: Dict[str, Any]) -> None:
-    """400 with dockerd's words for one of HostConfig.Mounts that cannot be, 501 for what nerdctl has not."""
-    kind, target, source = (mount.get(key) or "" for key in ("Type", "Target", "Source"))
-    prefix = f'invalid mount config for type "{kind}": '
-    if kind in ("image", "cluster", "npipe"):
-        raise NotImplementedHere(f"nerdctl has no mounts of type {kind}")
-    if kind not in ("bind", "volume", "tmpfs"):
-        raise BadParameter(prefix + "mount type unknown")
-    for each in ("bind", "volume", "tmpfs"):
-        if each != kind and each.capitalize() + "Options" in mount:
-            raise BadParameter(f'{each.capitalize()}Options must not be specified on mount type "{kind}"')
-    if not target:
-        raise BadParameter(prefix + "field Target must not be empty")
-    check_target(target, prefix)
-    bind, volume = mount.get("BindOptions") or {}, mount.get("VolumeOptions") or {}
-    if kind == "bind":
-        if not source:
-            raise BadParameter(prefix + "field Source must not be empty")
-        if not source.startswith("/"):
-            raise BadParameter(f"{prefix}invalid mount path: '{source}' mount path must be absolute")
-        if not os.path.lexists(source) and not bind.get("CreateMountpoint"):
-            raise BadParameter(f"{prefix}bind source path does not exist: {source}")
-        if not PROPAGATION.fullmatch(bind.get("Propagation") or ""):
-            raise BadParameter(f"{prefix}invalid propagation mode: {bind['Propagation']}")
-    elif kind == "tmpfs" and source:
-        raise BadParameter(prefix + "field Source must not be specified")
-    elif kind == "volume":
-        check_driver(source, (volume.get("DriverConfig") or {}).get("Name") or "")
-        if not source and mount.get("ReadOnly"):
-            raise BadParameter(prefix + "must not set ReadOnly mode when using anonymous volumes")
-        if source:
-            check_volume_name(source)
-        if volume.get("Subpath"):
-            raise NotImplementedHere("nerdctl cannot mount a part of a volume")
-
-
-def mount_word(mount: Dict[str, Any]) -> str:
-    """The value of `--mount` for one of HostConfig.Mounts."""
-    words = [f"type={mount['Type']}", f"target={mount['Target']}"]
-    bind, memory = mount.get("BindOptions") or {}, mount.get("TmpfsOptions") or {}
-    words += [f"bind-propagation={bind['Propagation']}"] if bind.get("Propagation") else []
-    words += ["bind-nonrecursive"] if bind.get("NonRecursive") else []
-    words += [f"tmpfs-size={memory['SizeBytes']}"] if memory.get("SizeBytes") else []
-    words += [f"tmpfs-mode={memory['Mode']:o}"] if memory.get("Mode") else []
-    words += [f"source={mount['Source']}"] if mount.get("Source") else []
-    words += ["readonly"] if mount.get("ReadOnly") else []
-    return ",".join(map(csv_word, words))
-
-
-def check_driver(name: str, driver: str) -> None:
-    """404 for a volume of a driver other than local: there are no others."""
-    if driver not in ("", "local"):
-        raise NotFound(f'create {name}: error looking up volume plugin {driver}: plugin "{driver}" not found')
-
-
-def check_volume_name(name: str) -> None:
-    """400 for what no volume can be called."""
-    if len(name) == 1:
-        raise BadParameter(f"create {name}: volume name is too short, names should be at least two alphanumeric "
-                           "characters")
-    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", name):
-        raise BadParameter(f'create {name}: "{name}" includes invalid characters for a local volume name, only '
-                           '"[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. '
-                           "If you intended to pass a host directory, use absolute path")
-
-
-def created_bind(mount: Dict[str, Any]) -> str:
-    """The word for a bind whose source is to be made, as only `--volume` does it; "" for any other mount."""
-    options, source = mount.get("BindOptions") or {}, mount.get("Source") or ""
-    if (mount["Type"] != "bind" or not options.get("CreateMountpoint") or os.path.lexists(source)
-            or ":" in source + mount["Target"]):
-        return ""
-    kept = [each for each in ("ro" if mount.get("ReadOnly") else "", options.get("Propagation") or "") if each]
-    return "--volume=" + ":".join([source, mount["Target"], *([",".join(kept)] if kept else [])])
-
-
-BIND_MODE = re.compile(r"|r[ow]|[zZ]|nocopy|cached|delegated|consistent|r?(?:shared|slave|private)|r?bind")
-
-
-def bind_word(text: str) -> str:
-    """The value of `--volume` for one of HostConfig.Binds, without the options that change nothing on Linux."""
-    parts = text.split(":")
-    if len(parts) > 3 or not all(parts[:2]):
-        raise BadParameter(f"invalid volume specification: '{text}'")
-    kind = "bind" if len(parts) > 1 and parts[0].startswith("/") else "volume"
-    check_target(parts[:2][-1], f"invalid volume specification: '{text}': invalid mount config for type \"{kind}\": ")
-    if len(parts) > 1 and not parts[0].startswith("/"):
-        check_volume_name(parts[0])
-    if len(parts) == 3:
-        if not all(BIND_MODE.fullmatch(each) for each in parts[2].split(",")):
-            raise BadParameter(f"invalid mode: {parts[2]}")
-        kept = [each for each in parts[2].split(",") if each
-                and each not in ("nocopy", "cached", "delegated", "consistent")]
-        parts[2:] = [",".join(kept)] if kept else []
-    return ":".join(parts)
-
-
-def mount_args(body: Dict[str, Any]) -> List[str]:
-    """Words for Binds, Mounts, Tmpfs and the anonymous Volumes, which are not made where something else is mounted."""
-    host = body.get("HostConfig") or {}
-    binds, mounts, memory = host.get("Binds") or [], host.get("Mounts") or [], host.get("Tmpfs") or {}
-    words = [f"--volume={bind_word(each)}" for each in binds]
-    for each in mounts:
-        check_mount(each)
-        words.append(created_bind(each) or f"--mount={mount_word(each)}")
-    for path in memory:
-        check_target(path, "")
-    targets = [os.path.normpath((each.split(":") + [""])[1] or each) for each in binds]
-    for place in [os.path.normpath(path) for path in memory] if binds else []:
-        if place in targets:
-            raise BadParameter(f"Duplicate mount point: {place}")
-    targets += [os.path.normpath(each["Target"]) for each in mounts]
-    for target in [each for each in targets if targets.count(each) > 1]:
-        raise BadParameter(f"Duplicate mount point: {target}")
-    words += [f"--tmpfs={path}:{options}" if options else f"--tmpfs={path}" for path, options in memory.items()
-              if os.path.normpath(path) not in targets]
-    targets += map(os.path.normpath, memory)
-    anonymous = [each for each in body.get("Volumes") or {} if os.path.normpath(each) not in targets]
-    for path in anonymous:
-        check_target(path, f"invalid volume specification: '{path}': ")
-    for name in [each.partition(":")[0] for each in binds if not each.startswith("/")] + anonymous:
-        check_driver(name, host.get("VolumeDriver") or "")
-    return words + [f"--volume={path}" for path in anonymous]
+def tmpfs_args(host: Dict[str, Any]) -> List[str]:
+    """Words for Tmpfs, but where one of Mounts is."""
+    taken = {os.path.normpath(each.get("Target") or "") for each in host.get("Mounts") or []}
+    return [f"--tmpfs={path}:{options}" if options else f"--tmpfs={path}"
+            for path, options in (host.get("Tmpfs") or {}).items() if os.path.normpath(path) not in taken]
 
 
 def health_check(body: Dict[str, Any], image: Dict[str, Any]) -> Dict[str, Any]:
@@ -9246,20 +9822,12 @@ def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]],
     if not all(each in networks for each in found):
         # They may be there at its start.
         return ["--network=none"]
-    words, first = [f"--network={csv_word(name)}" for name in found], next(iter(found.values()))
-    if len(found) == 1:
+    words, first = [f"--network={csv_word(name)}" for name in hooked_networks(found)], next(iter(found.values()))
+    if len(words) == 1:
         address = first.get("IPAMConfig") or {}
         words += _value(address.get("IPv4Address"), "--ip") + _value(address.get("IPv6Address"), "--ip6")
         words += _value(first.get("MacAddress") or body.get("MacAddress"), "--mac-address")
     return words
-
-
-def other_container(find: Callable[[str], Container], name: str) -> Container:
-    """A container that a request names; 400 and not 404 when there is none, which clients take for a missing image."""
-    try:
-        return find(name)
-    except NotFound as error:
-        raise BadParameter(str(error)) from None
 
 
 def namespace_args(host: Dict[str, Any], find: Callable[[str], Container]) -> List[str]:
@@ -9281,26 +9849,6 @@ def init_args(host: Dict[str, Any]) -> List[str]:
         return []
     static = next((each for each in STATIC_INITS if shutil.which(each)), "")
     return ["--init", *([f"--init-binary={static}"] if static else [])]
-
-
-def volumes_from_args(host: Dict[str, Any], find: Callable[[str], Container]) -> List[str]:
-    """Words for the mounts of other containers, with `:ro` or `:rw` behind their names, which nerdctl's flag does not
-    know."""
-    words = []
-    for each in host.get("VolumesFrom") or []:
-        name, _, mode = each.partition(":")
-        if mode not in ("", "ro", "rw"):
-            raise BadParameter(f"invalid mode: {mode}")
-        container = other_container(find, name)
-        if not mode:
-            words.append(f"--volumes-from={container.id}")
-            continue
-        for mount in parse_mounts(container.labels):
-            if mount.get("Type") in ("bind", "volume"):
-                source = mount.get("Name") or mount.get("Source") or ""
-                words.append(f"--volume={source}:{mount['Destination']}"
-                             + (":ro" if mode == "ro" or not mount.get("RW", True) else ""))
-    return words
 
 
 LOG_OPTIONS = {"max-size", "max-file", "labels", "labels-regex", "env", "env-regex", "compress", "tag", "log-path",
@@ -9442,15 +9990,10 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     # A name without a value would be taken from the daemon's own environment: amended_spec() takes it away.
     words += [f"--env={each}" for each in body.get("Env") or [] if "=" in each]
     words += hostname_args(body) + port_args(body, image, pick)
-    words += mount_args(body) + device_args(host)
+    words += tmpfs_args(host) + device_args(host)
     words += [f"--restart={policy_word(host)}"] if policy_word(host) not in ("", "no") else []
     words += network_args(body, networks, find) + namespace_args(host, find) + log_args(host)
-    for each in host.get("Links") or []:
-        try:
-            find(each.strip("/").partition(":")[0])
-        except NotFound as error:
-            raise BadParameter(f"could not get container for {each.partition(':')[0]}: {error}") from None
-    words += init_args(host) + volumes_from_args(host, find) + security_args(host)
+    words += init_args(host) + security_args(host)
     words += [f"--label={key}={value}" for key, value in labels.items()]
     flags, command = command_words(body, image)
     return words + flags, command
@@ -9463,9 +10006,6 @@ def create_warnings(body: Dict[str, Any]) -> List[str]:
     if (host.get("LogConfig") or {}).get("Type") == "local":
         found.append("the log driver local is not available: json-file is used")
     endpoints = field_of(body, "NetworkingConfig.EndpointsConfig") or {}
-    if len(endpoints) > 1 and any((each.get("IPAMConfig") or {}).get("IPv4Address")
-                                  for each in endpoints.values()):
-        found.append("addresses are not carried out for several networks: nerdctl sets one for a single network")
     found += [f"the option {key} of network {network} is not carried out: nerdctl has none for one container"
               for network, one in endpoints.items()
               for key in one.get("DriverOpts") or {}]
@@ -9493,14 +10033,15 @@ def check_name(engine: Engine, name: str) -> str:
 
 class Plan(NamedTuple):
     """What a container is made of: `words` between the command and the image, `image` its name, `command` the words
-    after it, `request` what is kept of the request, `health` the health check if there is one, `recursive`
-    whether read-only binds are so with all that is mounted below them."""
+    after it, `request` what is kept of the request, `health` the health check if there is one, `mounts` the Mounts,
+    `recursive` whether read-only binds are so with all that is mounted below them."""
 
     words: List[str]
     image: str
     command: List[str]
     request: Dict[str, Any]
     health: Dict[str, Any] = {}
+    mounts: Tuple[Dict[str, Any], ...] = ()
     recursive: bool = False
 
 
@@ -9520,6 +10061,16 @@ def shared_namespaces(engine: Engine, request: Dict[str, Any]) -> Dict[str, Cont
     return {flags[key]: engine.inventory.container(name) for key, name in shared_names(request).items()}
 
 
+def link_to(engine: Engine, text: str) -> str:
+    """One of HostConfig.Links (`name:alias`) with the id in place of the name, which may change; 400 with dockerd's
+    words where there is no such container."""
+    name, _, alias = text.strip("/").partition(":")
+    try:
+        return f"{engine.inventory.container(name).id}:{alias or name}"
+    except NotFound as error:
+        raise BadParameter(f"could not get container for {name}: {error}") from None
+
+
 def kept_request(engine: Engine, body: Dict[str, Any], image: Dict[str, Any]) -> Dict[str, Any]:
     """What is kept of a create request: with the ports that the image exposes, its health check and its shell, and with
     ids for the names of containers, which may change."""
@@ -9532,6 +10083,9 @@ def kept_request(engine: Engine, body: Dict[str, Any], image: Dict[str, Any]) ->
     for key, name in shared_names(body).items():
         with contextlib.suppress(NotFound):
             found["HostConfig"] = {**found["HostConfig"], key: f"container:{engine.inventory.container(name).id}"}
+    links = field_of(body, "HostConfig.Links")
+    if links and (field_of(body, "HostConfig.NetworkMode") or "default") in ("default", "bridge"):
+        found["HostConfig"] = {**found["HostConfig"], "Links": [link_to(engine, each) for each in links]}
     endpoints = field_of(found, "NetworkingConfig.EndpointsConfig")
     if isinstance(endpoints, dict):
         by_id = {each["Id"]: name for name, each in engine.inventory.networks().items()}
@@ -9560,16 +10114,16 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
     if platform:
         words.append(f"--platform={platform_text(parse_platform(platform))}")
     return Plan(words, full if full in group.names else group.names[0], command, kept_request(engine, body, image),
-                health_check(body, image))
+                health_check(body, image), tuple(request_mounts(body, engine.inventory.container)))
 
 
 def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
     """Create a container and return what is known of it without asking; `more` are further flags."""
     labels = [f"--label={key}={value}" for key, value in request_labels(plan.request).items()]
     names = [f"--name={name}"] if name else []
-    with profile_files(engine, plan.words) as words:
-        output = engine.nerdctl.run("create", "--pull=never", *names, *more, *words, *labels, "--", plan.image,
-                                    *plan.command)
+    with fillable(engine, make_volumes(engine, plan.mounts)) as mounts, profile_files(engine, plan.words) as words:
+        output = engine.nerdctl.run("create", "--pull=never", *names, *more, *words, *mount_words(mounts), *labels,
+                                    "--", plan.image, *plan.command)
     real = output.stdout.decode().strip().rpartition("\n")[2]
     if not re.fullmatch(r"[0-9a-f]{64}", real):
         raise ApiError(f"nerdctl created a container and printed no id: {real[:100]!r}")
@@ -9579,11 +10133,11 @@ def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Contain
             engine.containerd.update_container(real, {"nerdctl/healthcheck": json.dumps(plan.health)})
     engine.inventory.records.invalidate(real)
     container = Container(engine.containerd.get_container(real))
-    spec = amended_spec(container.spec, plan.request, plan.recursive)
     try:
-        return container if spec == container.spec else rewrite_container(engine, container, spec, {})
-    except ApiError:
-        engine.nerdctl.output("rm", "--force", "--", real)
+        return finish_mounts(engine, container, amended_spec(container.spec, plan.request, plan.recursive), mounts)
+    except BaseException:
+        engine.nerdctl.output("rm", "--force", "--volumes", "--", real)
+        engine.inventory.records.invalidate(real)
         raise
 
 
@@ -9651,6 +10205,13 @@ def create_container(engine: Engine, plan: Plan, name: str, *more: str) -> Conta
             raise
         words = [each for each in plan.words if not each.startswith(without)]
         container = make_container(engine, plan._replace(words=words), name, *more, later)
+    asked = field_of(container.request, "NetworkingConfig.EndpointsConfig") or {}
+    # The rest of them, where nerdctl could be told of the first one only.
+    rest = [each for each in asked if each not in ("default", *network_names(container))]
+    if rest and len(network_names(container)) == 1 and not {"host", "none"} & set(network_names(container)):
+        names = network_names(container) + rest
+        keep_networks(engine, container, {name: asked_endpoint(container, name) for name in names}, {})
+        container = engine.inventory.container(container.id)
     if LABEL_LATER in container.labels:
         try:
             container = complete_container(engine, container)
@@ -9687,16 +10248,6 @@ def give_ports(engine: Engine, container: Container) -> Dict[str, str]:
             json.dump({"portMappings": mappings}, file)
         os.replace(path + ".new", path)
     return {}
-
-
-def rewrite_container(engine: Engine, container: Container, spec: Dict[str, Any], labels: Dict[str, str]) -> Container:
-    """Set the OCI spec and labels of a container, which nerdctl's hooks read as annotations; the container as it is
-    then."""
-    annotations = {key: value for key, value in labels.items() if key.startswith("nerdctl/")}
-    spec = {**spec, "annotations": {**(spec.get("annotations") or {}), **annotations}}
-    engine.containerd.update_container(container.id, labels, json.dumps(spec).encode())
-    engine.inventory.records.invalidate(container.id)
-    return engine.inventory.container(container.id)
 
 
 def complete_networks(engine: Engine, container: Container) -> Container:
@@ -9827,7 +10378,7 @@ def renew_shm(container: Container) -> None:
             libc_call("umount2", os.fsencode(path), MNT_DETACH)
     os.makedirs(path, 0o700, exist_ok=True)
     size = str(ipc.get("shmSize") or HOST_CONFIG["ShmSize"]).lower().rstrip("ib")
-    mount_snapshot([{"type": "tmpfs", "source": "/dev/shm",
+    mount_all([{"type": "tmpfs", "source": "/dev/shm",
                      "options": ["nosuid", "nodev", "noexec", "mode=1777", f"size={size}"]}], path)
 
 
@@ -9837,23 +10388,6 @@ def overlap(one: Dict[str, Any], other: Dict[str, Any]) -> bool:
     return (one["PublicPort"] == other["PublicPort"] and one["Type"] == other["Type"]
             and len({":" in each for each in addresses}) == 1
             and (len(addresses) == 1 or not addresses.isdisjoint(("0.0.0.0", "::"))))
-
-
-def is_bound(port: Dict[str, Any]) -> bool:
-    """Whether a process of this machine has the address of a published port."""
-    kind = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}.get(port["Type"])
-    if kind is None:
-        return False
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in port["IP"] else socket.AF_INET, kind) as sock:
-            if port["Type"] == "tcp":
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if ":" in port["IP"]:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((port["IP"], port["PublicPort"]))
-    except OSError as error:
-        return error.errno == errno.EADDRINUSE
-    return False
 
 
 def take_down_network(engine: Engine, container: Container) -> None:
@@ -10686,7 +11220,8 @@ def start_container(engine: Engine, container: Container) -> None:
         if waiting or has_stdin(container):
             streams = open_streams(engine, container, waiting)
         try:
-            start_task(engine, container, streams.paths if streams else log_streams(container))
+            with mounted(engine, placed_mounts(container)):
+                start_task(engine, container, streams.paths if streams else log_streams(container))
         except ApiError as error:
             told = runtime_error(error)
             note_error(engine, container, str(told))
@@ -10988,15 +11523,33 @@ def remove_container(engine: Engine, container: Container, force: bool, volumes:
             # Somebody else has just started it.
             time.sleep(pause)
     engine.forget(container)
+    if placed_mounts(container):
+        release_places(engine)
+
+
+def remove_link(engine: Engine, name: str) -> None:
+    """Let a container no longer have a name for another one, `name/alias`, nor the line of its hosts file; 404 where it
+    has none."""
+    child = engine.inventory.container(name)
+    parent, _, alias = name.strip("/").partition("/")
+    if not alias or parent == child.name:
+        raise ApiError("Conflict, cannot remove the default link name of the container")
+    with engine.owning(parent) as container, engine.changing(container):
+        kept = [f"{other}:{each}" for each, other in container.links.items() if each != alias]
+        request = {**container.request, "HostConfig": {**container.host_config, "Links": kept}}
+        old = {key: "" for key in container.labels if key.startswith(LABEL_REQUEST + ".")}
+        engine.containerd.update_container(container.id, {**old, **request_labels(request)})
+    engine.hosts.refresh()
 
 
 @route("DELETE", "/containers/{id}")
 def container_delete(engine: Engine, request: Request, name: str) -> Response:
     """Remove it (`force`, `v` for anonymous volumes); 204, 409 while it runs."""
     gone = Conflict(f"removal of container {name} is already in progress")
+    if request.flag("link"):
+        remove_link(engine, name)
+        return Response(204)
     with engine.owning(name, gone=gone) as container:
-        if request.flag("link"):
-            raise NotImplementedHere("nerdctl has no links")
         if (container.running or container.state.kind == "restarting") and not request.flag("force"):
             word = container.state.kind
             raise Conflict(f'cannot remove container "/{container.name}": container is {word}: '
@@ -11789,10 +12342,15 @@ class Caretaker:
                 with contextlib.suppress(ApiError, OSError):
                     find_streams(self.engine, container)
                     sweep_streams(self.engine, container)
+                if needs_places(container) and not container.running:
+                    # After a restart of the machine containerd starts it, as soon as it can be started.
+                    with contextlib.suppress(ApiError, OSError), mounted(self.engine, placed_mounts(container)):
+                        pass
                 if container.running or container.state.kind == "restarting":
                     self.hold(container)
                 elif was_started(container) and gives_back(container):
                     self.changed.put(container.id)
+            release_places(self.engine)
             self.engine.hosts.refresh()
 
     def hold(self, container: Container) -> None:
@@ -11851,6 +12409,9 @@ class Caretaker:
                 continue
             if self._end(container):
                 self.release(container.id)
+        if real not in table:
+            # Removed by somebody else.
+            release_places(self.engine)
         known = {each.id for each in self.engine.inventory.containers().values()}
         for identity in [each for each in self.cared if each not in known]:
             self.release(identity)
@@ -11866,6 +12427,8 @@ class Caretaker:
         if removed and code is not None and container.id not in self.engine.tasks.ends:
             # Seen and not told, before the feed was live: with the container its exit status would be gone.
             self.engine.tasks.failed(container.id, code)
+        if placed_mounts(container):
+            release_places(self.engine)
         if gives_back(container):
             with contextlib.suppress(NotFound), self.engine.owning(container.id) as now:
                 if now.running or owner.restarting:
@@ -12066,25 +12629,6 @@ def running_pid(engine: Engine, container: Container) -> int:
     return task.pid if task and task.status in ("running", "paused", "pausing") else 0
 
 
-def rootless_argv(engine: Engine) -> List[str]:
-    """argv in front of a program that is to run where a user's own containerd does; [] for root's."""
-    pid = engine.containerd.rootless_pid()
-    return ["nsenter", "-U", "--preserve-credentials", "-m", "-t", str(pid), "--"] if pid else []
-
-
-def tree_error(process: Process, missing: ApiError) -> ApiError:
-    """What a process in a container's tree says went wrong, `missing` where a file is not there."""
-    process.wait()
-    lines = process.error_text().splitlines() or [f"it ended with status {process.popen.returncode}"]
-    try:
-        told = json.loads(lines[-1])
-        error = ApiError(told["message"])
-        error.status = told["status"]
-    except (ValueError, LookupError, TypeError):
-        return ApiError(f"the container's files cannot be reached: {lines[-1]}")
-    return missing if error.status == 404 else error
-
-
 @contextlib.contextmanager
 def opened_tree(engine: Engine, container: Container, missing: ApiError,
                 order: Dict[str, Any]) -> Iterator[Tuple[Process, List[Any], bytes]]:
@@ -12093,6 +12637,7 @@ def opened_tree(engine: Engine, container: Container, missing: ApiError,
     found = find_tree(engine, container, order["do"] == "changes")
     with contextlib.ExitStack() as stack:
         if not found["pid"]:
+            stack.enter_context(mounted(engine, placed_mounts(container)))
             found["folder"] = stack.enter_context(engine.workspace.temporary("tree"))
         process = stack.enter_context(engine.nerdctl.start_own("tree", rootless_argv(engine)))
         process.write(json_bytes({**found, "user_namespace": bool(os.geteuid()), **order}) + b"\n")
@@ -12625,20 +13170,28 @@ def network_create_args(body: Dict[str, Any], name: str) -> List[str]:
     ipam = body.get("IPAM") or {}
     if ipam.get("Driver", "") not in ("", "default", "host-local", "dhcp"):
         raise NotFound(f"plugin \"{ipam['Driver']}\" not found")
-    ranges = []
+    ranges, spare = [], {}
     for config in ipam.get("Config") or []:
         for key, flag in (("Subnet", "--subnet"), ("Gateway", "--gateway"), ("IPRange", "--ip-range")):
             words += _value(config.get(key), flag)
         ranges += [config["IPRange"]] if config.get("IPRange") else []
+        for host, text in (config.get("AuxiliaryAddresses") or {}).items():
+            with contextlib.suppress(ValueError):
+                if ipaddress.ip_address(text) in ipaddress.ip_network(config.get("Subnet") or "::/128", strict=False):
+                    spare.setdefault(config["Subnet"], {})[host] = text
+                    continue
+            raise BadParameter(f"no matching subnet for aux-address {host}={text}")
     if ipam.get("Driver") == "dhcp":
         words.append("--ipam-driver=dhcp")
     words += _switch(body.get("Internal"), "--internal") + _switch(body.get("EnableIPv6"), "--ipv6")
     options = body.get("Options") or {}
     words += network_options(options)
     labels = body.get("Labels") or {}
-    # nerdctl keeps neither.
+    # nerdctl keeps none of them.
     labels.update({"nerdctld/options": json.dumps(options)} if options else {})
     labels.update({"nerdctld/ip-range": ranges[0]} if ranges else {})
+    more = {"Options": ipam.get("Options"), "AuxiliaryAddresses": spare}
+    labels.update({"nerdctld/ipam": json.dumps(more)} if spare or more["Options"] != {} else {})
     return [*words, *(f"--label={key}={value}" for key, value in labels.items()), "--", name]
 
 
@@ -12687,9 +13240,31 @@ def network_create(engine: Engine, request: Request) -> Response:
         raise
     network = find_network(engine, name)
     engine.journal.emit("network", "create", network["Id"], {"name": name, "type": network["Driver"]})
-    spare = any(each.get("AuxiliaryAddresses") for each in field_of(body, "IPAM.Config") or [])
-    return Response(201, {"Id": network["Id"], "Warning": "auxiliary addresses are not carried out: nerdctl has none"
-                          if spare else ""})
+    return Response(201, {"Id": network["Id"], "Warning": keep_spare(engine, network)})
+
+
+# Where the plugin host-local notes which container has an address, in a file of its name.
+ADDRESSES = "/var/lib/cni/networks"
+
+
+def keep_spare(engine: Engine, network: Dict[str, Any], kept: bool = True) -> str:
+    """Let no container get an auxiliary address of a network, or (not `kept`) let the note of it go with the network; a
+    warning where that cannot be."""
+    folder = engine.containerd.root() + os.path.join(ADDRESSES, network["Name"])
+    for config in network["IPAM"]["Config"] or []:
+        for address in (config.get("AuxiliaryAddresses") or {}).values():
+            path = os.path.join(folder, address)
+            try:
+                if not kept:
+                    os.unlink(path)
+                    continue
+                os.makedirs(folder, 0o755, exist_ok=True)
+                with open(path, "x", encoding="ascii") as file:
+                    file.write("nerdctld\r\nauxiliary")
+            except OSError as error:
+                if kept:
+                    return f"auxiliary addresses are shown and not kept free: {error}"
+    return ""
 
 
 def local_subnet(engine: Engine) -> str:
@@ -12732,6 +13307,7 @@ def remove_network(engine: Engine, network: Dict[str, Any]) -> None:
         raise Forbidden(f"error while removing network: network {network['Name']} id {network['Id']} has active "
                         f"endpoints ({names})")
     engine.nerdctl.run("network", "rm", "--", network["Name"])
+    keep_spare(engine, network, kept=False)
     engine.journal.emit("network", "destroy", network["Id"], {"name": network["Name"], "type": network["Driver"]})
 
 
@@ -12786,12 +13362,6 @@ def rewiring(engine: Engine, body: Dict[str, Any]) -> Iterator[Tuple[Container, 
     engine.hosts.refresh()
 
 
-def tell_network(engine: Engine, action: str, container: Container, network: Dict[str, Any]) -> None:
-    """Tell an event of a network that has to do with a container."""
-    engine.journal.emit("network", action, network.get("Id") or "", {
-        "container": container.id, "name": network["Name"], "type": network.get("Driver") or ""})
-
-
 @route("POST", "/networks/{id}/connect")
 def network_connect(engine: Engine, request: Request, name: str) -> Response:
     """Put a container into a network, whatever its state; 403 for one that runs and is in it, 400 for networks that
@@ -12812,7 +13382,8 @@ def network_connect(engine: Engine, request: Request, name: str) -> Response:
         running = container.running and network["Name"] != "none"
         labels = attach_network(engine, container, network["Name"], asked, container.task.pid) if running else {}
         keep_networks(engine, container, {**endpoints, network["Name"]: asked}, labels)
-    tell_network(engine, "connect", container, network)
+        if container.running:
+            engine.tell_network(container, network, "connect")
     return Response(200)
 
 
@@ -12839,7 +13410,8 @@ def network_disconnect(engine: Engine, request: Request, name: str) -> Response:
         running = container.running and "Id" in network and network["Name"] != "none"
         labels = detach_network(engine, container, network["Name"]) if running else {}
         keep_networks(engine, container, endpoints, labels)
-    tell_network(engine, "disconnect", container, network)
+        if container.running:
+            engine.tell_network(container, network, "disconnect")
     return Response(200)
 
 
@@ -12851,7 +13423,7 @@ def network_disconnect(engine: Engine, request: Request, name: str) -> Response:
 def volume_users(engine: Engine) -> collections.Counter:
     """Volume name -> number of containers that mount it."""
     return collections.Counter(mount["Name"] for container in engine.inventory.containers().values()
-                               for mount in parse_mounts(container.labels) if mount.get("Name"))
+                               for mount in container.mounts if mount.get("Name"))
 
 
 VOLUME_FILTERS = ("dangling", "driver", "label", "name")
@@ -12890,34 +13462,24 @@ def volume_inspect(engine: Engine, request: Request, name: str) -> Response:
 
 @route("POST", "/volumes/create")
 def volume_create(engine: Engine, request: Request) -> Response:
-    """Make a volume, or find the one of that name; 201. 404 for a driver other than local, 501 for driver options."""
+    """Make a volume, or find the one of that name; 201. 404 for a driver other than local, 400 for options that the
+    driver has not."""
     body = request.json({"Name": str, "Driver": str, "DriverOpts": Named(str), "Labels": Named(str),
                          "ClusterVolumeSpec": Named(object)})
     name, driver = body.get("Name") or "", body.get("Driver") or ""
     labels, options = body.get("Labels") or {}, body.get("DriverOpts") or {}
-    if driver not in ("", "local"):
-        raise NotFound(f'create {name}: error looking up volume plugin {driver}: plugin "{driver}" not found')
+    check_volume(name, driver, options)
     if name:
         check_volume_name(name)
     if body.get("ClusterVolumeSpec"):
         raise Unavailable(NO_SWARM)
-    found = engine.inventory.volumes().get(name) if name else None
-    if found is None:
-        if options:
-            raise NotImplementedHere("nerdctl's volumes are folders: they take no driver options")
-        if not name:
-            name = os.urandom(32).hex()
-            labels = {**labels, ANONYMOUS: ""}
-        engine.nerdctl.run("volume", "create", *(f"--label={key}={value}" for key, value in labels.items()), "--", name)
-        found = find_volume(engine, name)
-        engine.journal.emit("volume", "create", name, {"driver": "local"})
-    return Response(201, found)
+    return Response(201, make_volume(engine, name, options, labels))
 
 
 def remove_volume(engine: Engine, name: str) -> None:
     """Remove a volume; 409 with dockerd's words while a container has it."""
     users = [each.id for each in engine.inventory.containers().values()
-             if any(mount.get("Name") == name for mount in parse_mounts(each.labels))]
+             if any(mount.get("Name") == name for mount in each.mounts)]
     if users:
         raise Conflict(f"remove {name}: volume is in use - [{', '.join(users)}]")
     engine.nerdctl.run("volume", "rm", "--", name)
@@ -12944,12 +13506,13 @@ def is_anonymous(volume: Dict[str, Any]) -> bool:
 
 @route("POST", "/volumes/prune")
 def volume_prune(engine: Engine, request: Request) -> Response:
-    """Remove the volumes that no container has: the anonymous ones, with the filter `all` every one."""
+    """Remove the volumes that no container has: the anonymous ones, with the filter `all` every one. As with dockerd,
+    those with options stay: what is in them is mostly not of this machine."""
     filters = request.filters("all", "label", "label!")
     everything = flag_filter(filters, "all", request.version < (1, 42))
     used, common, deleted, reclaimed = volume_users(engine), PruneFilter(filters), [], 0
     found = [volume for volume in list(engine.inventory.volumes().values())
-             if volume["Name"] not in used and (everything or is_anonymous(volume))
+             if volume["Name"] not in used and (everything or is_anonymous(volume)) and not volume["Options"]
              and common.passes(volume["Labels"] or {})]
     sizes = volume_sizes(engine) if found else {}
     for volume in found:
@@ -12962,8 +13525,9 @@ def volume_prune(engine: Engine, request: Request) -> Response:
 
 
 def volume_sizes(engine: Engine) -> Dict[str, int]:
-    """Volume name -> bytes in it."""
-    return {name: folder_size(volume["Mountpoint"]) for name, volume in engine.inventory.volumes().items()}
+    """Volume name -> bytes in it, of those without options."""
+    return {name: folder_size(volume["Mountpoint"]) for name, volume in engine.inventory.volumes().items()
+            if not volume["Options"]}
 
 
 def folder_size(path: str) -> int:
@@ -13006,7 +13570,7 @@ def system_df(engine: Engine, request: Request) -> Response:
     if everything or "volume" in kinds:
         users, sizes = volume_users(engine), volume_sizes(engine)
         answer["Volumes"] = [{**volume, "UsageData": {"Size": sizes.get(name, 0), "RefCount": users.get(name, 0)}}
-                             for name, volume in engine.inventory.volumes().items()]
+                             for name, volume in engine.inventory.volumes().items() if not volume["Options"]]
     if everything or "build-cache" in kinds:
         answer["BuildCache"] = build_cache(engine)
         if request.version < (1, 42):
