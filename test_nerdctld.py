@@ -14043,6 +14043,44 @@ def lured(box):
     shutil.rmtree(outside)
 
 
+class TestLiveMounts:
+    """Mounts that the daemon makes, with the real kernel."""
+
+    @pytest.fixture
+    def box(self, live):
+        """A docker CLI as a function, beside volumes that are removed at the end, when nothing may be mounted any more."""
+        docker = lambda *words: live.text(CLIENTS[0], *words).strip()
+        docker.fails = lambda *words: live.docker(CLIENTS[0], *words).stderr.decode()
+        try:
+            yield docker
+        finally:
+            for word, names in (("rm -f", ("tstmounter",)), ("volume rm -f", ("tstbound", "tstmemory", "tstodd", "tstparts"))):
+                live.docker(CLIENTS[0], *word.split(), *names)
+        assert until(lambda: "nerdctld-mounts/nerdctld-test" not in pathlib.Path("/proc/self/mountinfo").read_text())
+
+    def test_volumes_with_options(self, box, tmp_path):
+        (tmp_path / "file").write_text("there")
+        box("volume", "create", "-o", "type=none", "-o", "o=bind", "-o", f"device={tmp_path}", "tstbound")
+        assert box("run", "--rm", "-v", "tstbound:/m", BASE, "sh", "-c", "cat /m/file; touch /m/new") == "there" and (tmp_path / "new").exists()
+        box("volume", "create", "-o", "type=tmpfs", "-o", "device=tmpfs", "-o", "o=size=3m", "tstmemory")
+        box("run", "-d", "--name", "tstmounter", "-v", "tstmemory:/m", BASE, "sh", "-c", "touch /m/shared; sleep 300")
+        # Of two that run both have the same one.
+        assert box("run", "--rm", "-v", "tstmemory:/n", BASE, "sh", "-c", "ls /n; df /n | grep -o ' 3072 ' | head -1").split() == ["shared", "3072"]
+        box("restart", "-t", "0", "tstmounter")
+        assert box("volume", "inspect", "-f", "{{.Options.o}}", "tstmemory") == "size=3m"
+        box("volume", "create", "-o", "type=nosuchfs", "-o", "device=/x", "tstodd")
+        assert "failed to mount local volume: mount /x:" in box.fails("run", "--rm", "-v", "tstodd:/m", BASE, "true")
+
+    def test_parts_and_images(self, box):
+        box("run", "--rm", "-v", "tstparts:/m", BASE, "sh", "-c", "mkdir /m/sub; echo in >/m/sub/file; ln -s /etc /m/out")
+        part = lambda path: f"type=volume,src=tstparts,dst=/m,volume-subpath={path}"
+        assert box("run", "--rm", "--mount", part("sub"), BASE, "cat", "/m/file") == "in" == box("run", "--rm", "--mount", part("sub/file"), BASE, "cat", "/m")
+        assert "path concatenation escapes the base directory" in box.fails("run", "--rm", "--mount", part("out"), BASE, "true")
+        image = f"type=image,src={BASE},dst=/i,image-subpath=etc"
+        assert "passwd" in box("run", "--rm", "--mount", image, BASE, "ls", "/i") and "Read-only" in box.fails("run", "--rm", "--mount", image, BASE, "touch", "/i/x")
+        assert "passwd" not in box("run", "--rm", "--mount", "type=volume,dst=/etc,volume-nocopy", BASE, "ls", "/etc")
+
+
 class TestLiveTree:
     STATES = {"running": [], "paused": [["pause"]], "stopped": [["kill"], ["wait"]]}
 
