@@ -8849,7 +8849,7 @@ def docker_container(engine: Engine, container: Container, image: Optional[Image
 def docker_links(engine: Engine, container: Container) -> Optional[List[str]]:
     """HostConfig.Links: `/other:/name/alias` for each container in the default network that it is linked to, and as
     they were asked for in any other network."""
-    known, found = engine.inventory.containers(), []
+    known, found = engine.inventory.containers() if container.links else {}, []
     names = {each.name: each for each in known.values()}
     for alias, other in container.links.items():
         child = known.get(other) or names.get(other)
