@@ -11384,8 +11384,8 @@ class Builder:
         """Run buildkitd with a containerd worker, or with what `arguments` say."""
         config = self.folder / "buildkitd.toml"
         config.write_text(f'insecure-entitlements = ["network.host"]\n[registry."{REGISTRY}"]\n  http = true\n')
-        arguments = arguments or ("--oci-worker=false", "--containerd-worker=true", f"--containerd-worker-namespace={namespace}",
-                                  "--containerd-worker-addr=" + (os.environ.get("CONTAINERD_ADDRESS") or nerdctld.CONTAINERD_SOCKET))
+        arguments = arguments or ("--oci-worker=false", "--containerd-worker=true", f"--containerd-worker-namespace={namespace}")
+        arguments += ("--containerd-worker-addr=" + (os.environ.get("CONTAINERD_ADDRESS") or nerdctld.CONTAINERD_SOCKET),)
         with open(self.folder / "buildkitd.log", "ab") as output:
             self.buildkitd = subprocess.Popen(
                 ["buildkitd", "--config", str(config), "--root", str(self.folder / name), "--addr", self.address, *arguments],
@@ -13208,6 +13208,11 @@ def real(*words, namespace=NAMESPACE, timeout=60, data=None):
     return subprocess.run(["nerdctl", f"--namespace={namespace}", *words], capture_output=True, timeout=timeout, input=data)
 
 
+def real_containerd(namespace=NAMESPACE):
+    """The client of the containerd that the live tests are for."""
+    return nerdctld.Containerd(os.environ.get("CONTAINERD_ADDRESS") or "", namespace)
+
+
 def why_not_live():
     """Why live tests cannot run here, in one line; "" when they can."""
     if not shutil.which("nerdctl"):
@@ -13488,7 +13493,7 @@ class TestLiveContainers:
     def test_the_life_of_a_task(self, live, tmp_path, args, body):
         """What the fake containerd is tested with."""
         identity = real("create", "--net", "none", BASE, *args).stdout.decode().strip()
-        containerd = nerdctld.Containerd(namespace=NAMESPACE)
+        containerd = real_containerd()
         try:
             with contextlib.closing(ToldTopics(containerd, identity)) as told:
                 body(containerd, identity, tmp_path, told)
@@ -13959,7 +13964,7 @@ class TestLiveNetworks:
     @pytest.fixture
     def engine(self, live):
         """An engine beside the daemon."""
-        found = nerdctld.Engine(nerdctld.Nerdctl(["nerdctl"], NAMESPACE), nerdctld.Containerd("", NAMESPACE))
+        found = nerdctld.Engine(nerdctld.Nerdctl(["nerdctl"], NAMESPACE), real_containerd())
         yield found
         found.close()
 
@@ -14269,7 +14274,7 @@ class TestLivePlug:
             assert until(lambda: not left[0].exists(), 20)
             gone = nerdctld.exec_name(str(left[0]))
             with pytest.raises(nerdctld.NotFound):
-                nerdctld.Containerd("", namespace).delete_exec(folder.name, gone)
+                real_containerd(namespace).delete_exec(folder.name, gone)
         finally:
             for each in daemon.ask("GET", "/containers/json?all=1").json:
                 daemon.ask("DELETE", f"/containers/{each['Id']}?force=1")
