@@ -8868,8 +8868,8 @@ def linked_names(engine: Engine) -> Dict[str, List[str]]:
 
 def network_settings(container: Container, config: Dict[str, Any], attached: Dict[str, Any],
                      version: Tuple[int, int]) -> Dict[str, Any]:
-    """NetworkSettings, before API 1.52 with the fields of the default network once more, and before 1.45 with the short
-    id and the host name among the aliases of any other."""
+    """NetworkSettings, before API 1.52 with the fields of the default network, if it is in that, once more, and before
+    1.45 with the short id and the host name among the aliases of any other."""
     ports: Dict[str, Any] = {key: None for key in config.get("ExposedPorts") or {}}
     ports.update(port_bindings(container) if container.running else {})
     settings = {
@@ -8880,12 +8880,10 @@ def network_settings(container: Container, config: Dict[str, Any], attached: Dic
         for name in attached.keys() - {"bridge", "host", "none"}:
             more = [container.id[:12], config["Hostname"]]
             attached[name]["Aliases"] = list(dict.fromkeys([*(attached[name]["Aliases"] or []), *more]))
-    if version < (1, 52):
-        first = attached.get("bridge") or {}
-        for key, empty in (("EndpointID", ""), ("Gateway", ""), ("GlobalIPv6Address", ""), ("GlobalIPv6PrefixLen", 0),
-                           ("IPAddress", ""),
-                           ("IPPrefixLen", 0), ("IPv6Gateway", ""), ("MacAddress", "")):
-            settings[key] = first.get(key, empty)
+    if version < (1, 52) and "bridge" in attached:
+        settings.update({key: attached["bridge"][key] for key in (
+            "EndpointID", "Gateway", "GlobalIPv6Address", "GlobalIPv6PrefixLen", "IPAddress", "IPPrefixLen",
+            "IPv6Gateway", "MacAddress")})
     return settings
 
 

@@ -6064,7 +6064,7 @@ class TestContainers:
         assert "IPAddress" not in ask(furnished, "GET", "/v1.52/containers/tstweb/json").json["NetworkSettings"]
         told = ask(furnished, "GET", "/v1.50/containers/tstweb/json").json
         # Only of the default network.
-        assert told["NetworkSettings"]["IPAddress"] == "" and told["NetworkSettings"]["Networks"]["tstnet"]["IPAddress"]
+        assert "IPAddress" not in told["NetworkSettings"] and told["NetworkSettings"]["Networks"]["tstnet"]["IPAddress"]
         assert (told["Id"], told["Name"], told["Image"], told["Path"], told["Args"]) == (ID, "/tstweb", BB, "sleep", ["1000"])
         assert told["State"]["Running"] and not told["State"]["Restarting"] and told["State"]["Pid"] == 32149
         assert told["HostConfig"]["RestartPolicy"] == {"Name": "always", "MaximumRetryCount": 0}
@@ -6086,9 +6086,15 @@ class TestContainers:
 
     def test_shapes_of_versions(self, reading):
         old, new = (ask(reading, "GET", f"{version}/containers/tstweb/json").json for version in ("/v1.47", ""))
-        assert "IPAddress" in old["NetworkSettings"] and "IPAddress" not in new["NetworkSettings"]
         assert "ImageManifestDescriptor" in new and "ImageManifestDescriptor" not in old
         assert "Health" in ask(reading, "GET", "/containers/json").json[0] and "Health" not in ask(reading, "GET", "/v1.51/containers/json").json[0]
+
+    @pytest.mark.parametrize("network, version, shown", [("bridge", (1, 51), True), ("bridge", (1, 52), False), ("tstnet", (1, 51), False), ("host", (1, 24), False)])
+    def test_the_default_network_is_shown_twice(self, network, version, shown):
+        """As dockerd 29 does, in the recordings of compose and of docker inspect."""
+        fields = {"EndpointID": "e", "Gateway": "g", "GlobalIPv6Address": "", "GlobalIPv6PrefixLen": 0, "IPAddress": "a", "IPPrefixLen": 24, "IPv6Gateway": "", "MacAddress": "m"}
+        told = nerdctld.network_settings(container_of({}), {"Hostname": "h"}, {network: {**fields, "Aliases": None}}, version)
+        assert {key: told[key] for key in told.keys() & fields.keys()} == (fields if shown else {})
 
     def test_none(self, reading):
         answer = ask(reading, "GET", "/containers/nosuch/json")
