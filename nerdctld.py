@@ -12317,8 +12317,8 @@ def exec_inspect(engine: Engine, request: Request, name: str) -> Response:
 
 
 def gives_back(container: Container) -> bool:
-    """Whether there is something to be done at the end of a container."""
-    return auto_removed(container) or bool(container.ports or attached_networks(container))
+    """Whether a container that has ended holds something that others may want: ports, or networks of ours."""
+    return bool(container.ports or attached_networks(container))
 
 
 class Caretaker:
@@ -12346,7 +12346,7 @@ class Caretaker:
                         pass
                 if container.running or container.state.kind == "restarting":
                     self.hold(container)
-                elif was_started(container) and gives_back(container):
+                elif was_started(container) and (auto_removed(container) or gives_back(container)):
                     self.changed.put(container.id)
             release_places(self.engine)
             self.engine.hosts.refresh()
@@ -12427,7 +12427,7 @@ class Caretaker:
             self.engine.tasks.failed(container.id, code)
         if placed_mounts(container):
             release_places(self.engine)
-        if gives_back(container):
+        if removed or gives_back(container):
             with contextlib.suppress(NotFound), self.engine.owning(container.id) as now:
                 if now.running or owner.restarting:
                     # Started again meanwhile.
