@@ -551,16 +551,21 @@ def find_changes(order: Dict[str, Any]) -> List[Tuple[str, int]]:
 ###############################################################################
 
 
+def blocks_of(descriptor: int) -> Iterator[memoryview]:
+    """What comes on a descriptor, in blocks that hold until the next one."""
+    buffer = memoryview(bytearray(1 << 20))
+    for size in iter(lambda: os.readv(descriptor, [buffer]), 0):
+        yield buffer[:size]
+
+
 class TarInput:
-    """A tar on a descriptor, as the file that tarfile reads headers from, forward only."""
+    """A tar in blocks, as the file that tarfile reads headers from, forward only."""
 
     # How much tarfile may read for one entry, besides its content: long names, attributes, maps of sparse files.
     HEADER = 16 << 20
 
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
-        self.buffer = memoryview(bytearray(1 << 20))
-        self.left = self.buffer[:0]
+    def __init__(self, blocks: Iterator[Any]):
+        self.blocks, self.left = blocks, memoryview(b"")
         self.position = self.spent = 0
         self.last = b""
 
@@ -577,7 +582,7 @@ class TarInput:
     def more(self) -> bool:
         """Whether there is more of it."""
         if not self.left:
-            self.left = self.buffer[:os.readv(self.descriptor, [self.buffer])]
+            self.left = memoryview(next(self.blocks, b""))
         return bool(self.left)
 
     def line(self) -> bytes:
@@ -664,13 +669,20 @@ class Unpacker:
         import tarfile
 
         tar = tarfile.TarFile(fileobj=source, mode="r", encoding="utf-8", errors="surrogateescape")
-        for entry in iter(tar.next, None):
+        entry = tar.next()
+        while entry:
             tar.members.clear()
             self.entry(entry, source)
+            source.seek(tar.offset)
             source.spent = 0
-        # tarfile takes a header that it cannot read for the end.
-        if source.last.strip(b"\0") or len(source.last) not in (0, tarfile.BLOCKSIZE):
-            raise BadParameter("invalid archive: invalid tar header")
+            if not source.more():
+                # `docker build -f -` leaves out what fills the last block.
+                break
+            entry = tar.next()
+        else:
+            # tarfile takes a header that it cannot read for the end.
+            if source.last.strip(b"\0") or len(source.last) != tarfile.BLOCKSIZE:
+                raise BadParameter("invalid archive: invalid tar header")
         for path, times in self.folders:
             parent, _, name = path.rpartition("/")
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -999,8 +1011,7 @@ def carry_out(order: Dict[str, Any], source: TarInput) -> None:
         tell([])
         Unpacker("/", names, order["keep"], order["owner"], order["user_namespace"]).unpack(source)
         # What stands behind its end is nobody's, but was sent.
-        while os.readv(0, [source.buffer]):
-            pass
+        source.seek(sys.maxsize)
     elif order["do"] == "pack":
         Packer("/", 1, order["made_up"]).pack(path, tell)
     elif order["do"] == "export":
@@ -1017,7 +1028,7 @@ def tree_main() -> int:
             fcntl.fcntl(descriptor, 1031, 1 << 20)
     order: Dict[str, Any] = {}
     try:
-        source = TarInput(0)
+        source = TarInput(blocks_of(0))
         order.update(json.loads(source.line()))
         carry_out(order, source)
         return 0
@@ -1832,9 +1843,9 @@ def unpacked(blocks: Iterable[Any], begin: Callable[[], Any]) -> Iterator[bytes]
         raise BadParameter("invalid archive: its compressed data breaks off")
 
 
-def plain_blocks(body: Any) -> Iterator[Any]:
-    """The blocks of a tar body, unpacked where it came as gzip, bzip2 or xz; 400 for a broken one."""
-    blocks, first = body.blocks(), b""
+def plain_blocks(blocks: Iterator[Any]) -> Iterator[Any]:
+    """The blocks of a tar, unpacked where it came as gzip, bzip2 or xz; 400 for a broken one."""
+    first = b""
     for block in blocks:
         first += bytes(block)
         if len(first) >= 6:
@@ -2501,9 +2512,9 @@ class Nerdctl:
         options = [f"--platform={platform}", f"--unpack={'auto' if unpack else 'false'}"] if platform else []
         return self.start("pull", *options, "--", name, environment=environment, client=client)
 
-    def push(self, name: str, platforms: List[str], environment: Optional[Dict[str, str]],
+    def push(self, name: str, group: Any, platforms: List[str], environment: Optional[Dict[str, str]],
              client: Client) -> ContextManager[Process]:
-        """A running push, with its progress on stdout."""
+        """A running push of an image by one of its names, with its progress on stdout."""
         options = [f"--platform={each}" for each in platforms]
         return self.start("push", *options, "--", name, environment=environment, client=client)
 
@@ -4663,6 +4674,16 @@ class ImageGroup:
         return list(found)
 
     @property
+    def whole(self) -> List[ImageContent]:
+        """Those of its contents that are here with all that belongs to them: this machine's platform first,
+        attestations last."""
+        def by_use(content: ImageContent) -> Tuple[bool, bool]:
+            platform = platform_text(content.descriptor.get("platform"))
+            return platform == "unknown/unknown", not fits_machine(platform)
+
+        return sorted((each for each in self.contents if each.whole), key=by_use)
+
+    @property
     def config(self) -> Dict[str, Any]:
         """The image's configuration file, {} when unknown."""
         return self.content.config
@@ -4767,8 +4788,7 @@ class ImageStore:
                 group.content, group.contents = known[identity].content, known[identity].contents
         for group in wanted:
             group.contents = self._read_contents(group.target, present)
-            whole = sorted((each for each in group.contents if each.whole), key=lambda each: by_use(each.descriptor))
-            group.content = whole[0] if whole else NO_CONTENT
+            group.content = next(iter(group.whole), NO_CONTENT)
         self._forget(groups.values())
         hollow = any(group.content is NO_CONTENT for group in groups.values())
         self.groups, self.grouped = groups, names
@@ -4819,24 +4839,6 @@ class ImageStore:
             with contextlib.suppress(NotFound):
                 self.sizes[key] = self.containerd.snapshot_usage(self.snapshotter, key)
         return self.sizes.get(key, 0)
-
-
-def whole_manifests(descriptors: List[Dict[str, Any]], present: set,
-                    read: Callable[[str], Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """Those descriptors whose manifests, which `read` finds by their digests, are here with all that belongs to them:
-    this machine's platform first, attestations last."""
-    def is_whole(digest: str) -> bool:
-        manifest = read(digest) if digest in present else {}
-        parts = [manifest.get("config") or {}, *(manifest.get("layers") or [])]
-        return all(each.get("digest") in present for each in parts)
-
-    return sorted((each for each in descriptors if is_whole(each["digest"])), key=by_use)
-
-
-def by_use(descriptor: Dict[str, Any]) -> Tuple[bool, bool]:
-    """The order of an index's manifests: this machine's platform first, attestations last."""
-    platform = platform_text(descriptor.get("platform"))
-    return platform == "unknown/unknown", not fits_machine(platform)
 
 
 def chain_ids(config: Dict[str, Any]) -> List[str]:
@@ -7038,7 +7040,7 @@ def image_load(engine: Engine, request: Request) -> Response:
             with engine.nerdctl.load(platforms) as process:
                 taken, told = 0, time.monotonic()
                 try:
-                    for block in plain_blocks(request.body):
+                    for block in plain_blocks(request.body.blocks()):
                         archive.feed(block)
                         if not process.write(block):
                             break
@@ -7312,8 +7314,7 @@ class ImageWriter:
 
     def add(self, name: str, group: ImageGroup) -> None:
         """An image with its name, or "" for none."""
-        found = sorted((each for each in group.contents if each.whole and self._is_wanted(each)),
-                       key=lambda each: by_use(each.descriptor))
+        found = [each for each in group.whole if self._is_wanted(each)]
         if not found:
             what = familiar(name) or group.id
             raise NotFound(f"image with reference {what} was found but does not provide the specified platform "
@@ -7773,7 +7774,7 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
         with credentials_for(engine, request, reference.repository.partition("/")[0]) as environment:
             for each in names:
                 table = ProgressTable(PUSH_WORDS, registry_has(registry_of(request, reference), groups[each]))
-                with engine.nerdctl.push(each, platforms, environment, request.client) as process:
+                with engine.nerdctl.push(each, groups[each], platforms, environment, request.client) as process:
                     yield from follow_progress(process, table)
                     process.check()
                     for message in table.finish():
@@ -7795,101 +7796,28 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
 ###############################################################################
 
 
-class BodyFile(io.RawIOBase):
-    """A request body as a raw file, for tarfile."""
+class ContextUnpacker(Unpacker):
+    """Unpacks the tar of a build context. Owners are left out: BuildKit takes every file of a context as root's."""
 
-    def __init__(self, body: Any):
-        super().__init__()
-        self.body = body
+    def __init__(self, root: str):
+        super().__init__(root, [], owner=[-1, -1], user_namespace=bool(os.geteuid()))
 
-    def readable(self) -> bool:
-        return True
+    def entry(self, entry: Any, source: TarInput) -> None:
+        """Unpack one entry. Folders must stay writable for what comes below them and for the cleaning up."""
+        if entry.isdir():
+            entry.mode |= 0o700
+        super().entry(entry, source)
 
-    def readinto(self, view: Any) -> int:
-        return self.body.readinto(memoryview(view))
 
-
-def unpack_context(body: Any, root: str) -> None:
-    """Unpack the tar of a build context (plain, gzip, bzip2, xz) below `root`, and nothing anywhere else: no entry is
-    written through a link. 400 for what is no tar, or names a place outside; 500 when the disk is full."""
-    # Not at the top: only builds need it, and it costs memory.
-    import tarfile
-
+def unpack_context(blocks: Iterator[Any], root: str) -> None:
+    """Unpack the tar of a build context (plain, gzip, bzip2, xz) below `root`, and nothing anywhere else. 400 for what
+    is no tar, or names a place outside; 500 when the disk is full."""
     try:
-        with tarfile.open(fileobj=io.BufferedReader(BodyFile(body), 1 << 20), mode="r|*", bufsize=1 << 20) as archive:
-            member = None
-            try:
-                for member in archive:
-                    unpack_member(archive, member, root)
-            except tarfile.ReadError as error:
-                # `docker build -f -` leaves out what fills the last block. That the body is whole HTTP tells.
-                stream = archive.fileobj
-                if (str(error) != "unexpected end of data" or member is None or stream.comptype != "tar"
-                        or stream.pos < member.offset_data + member.size):
-                    raise
-    except tarfile.TarError as error:
-        raise BadParameter(f"invalid build context: {error}") from None
-    except (EOFError, UnicodeError, ValueError, TypeError, OverflowError, zlib.error) as error:
-        # The TypeError is tarfile's for a gzip header that breaks off.
-        raise BadParameter(f"invalid build context: {error}") from None
+        ContextUnpacker(root).unpack(TarInput(plain_blocks(blocks)))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ApiError("no space left on device while unpacking the build context (TMPDIR says where)") from None
         raise BadParameter(f"invalid build context: {error.strerror or error}") from None
-
-
-def inside(root: str, name: str) -> str:
-    """The place of an archive's entry below `root`; 400 when it is outside, or below a link. As with dockerd `a/../b`
-    is `b`, wherever a link `a` would lead."""
-    parts = [part for part in os.path.normpath(name).split("/") if part not in ("", ".")]
-    if ".." in parts or "\0" in name:
-        raise BadParameter(f"invalid build context: {name!r} is outside of it")
-    path = root
-    for part in parts[:-1]:
-        path = os.path.join(path, part)
-        try:
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
-                raise BadParameter(f"invalid build context: {name!r} is below what is no folder")
-        except FileNotFoundError:
-            os.mkdir(path, 0o755)
-    return os.path.join(path, parts[-1]) if parts else root
-
-
-def unpack_member(archive: Any, member: Any, root: str) -> None:
-    """Unpack one entry. Owners are left out: BuildKit takes every file of a context as root's."""
-    path = inside(root, member.name)
-    if member.isdir():
-        if os.path.islink(path) or (os.path.lexists(path) and not os.path.isdir(path)):
-            os.unlink(path)
-        if not os.path.isdir(path):
-            os.mkdir(path)
-        # Folders must stay writable for what comes below them and for the cleaning up.
-        os.chmod(path, (member.mode & 0o7777) | 0o700)
-        return
-    if path == root:
-        raise BadParameter("invalid build context: an entry stands for the whole of it")
-    if os.path.lexists(path):
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-        else:
-            os.unlink(path)
-    if member.issym():
-        os.symlink(member.linkname, path)
-    elif member.islnk():
-        source = inside(root, member.linkname)
-        if not os.path.lexists(source) or os.path.isdir(source):
-            raise BadParameter(f"invalid build context: {member.name!r} is a link to what is not there")
-        os.link(source, path, follow_symlinks=False)
-    elif member.isreg():
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            shutil.copyfileobj(archive.extractfile(member), file, 1 << 20)
-            os.fchmod(file.fileno(), member.mode & 0o7777)
-        os.utime(path, (member.mtime, member.mtime))
-    elif member.isfifo():
-        os.mkfifo(path, member.mode & 0o777)
-    else:
-        raise BadParameter(f"invalid build context: {member.name!r} is a device")
 
 
 def json_parameter(request: Request, name: str, shape: Any) -> Any:
@@ -8129,7 +8057,7 @@ def build_context(request: Request, folder: str) -> None:
     """Fill `folder` with the context of a build: the body unpacked, or what `remote` names (a tar, or a Dockerfile)."""
     remote = request.value("remote")
     if not remote or remote == "client-session":
-        unpack_context(request.body, folder)
+        unpack_context(request.body.blocks(), folder)
         return
     if re.match(r"git://|git@|ssh://|github\.com/|https?://[^\s#]+\.git(#\S*)?$", remote):
         raise NotImplementedHere("nerdctl cannot build from a git repository: clone it, or use docker buildx")
@@ -8139,15 +8067,16 @@ def build_context(request: Request, folder: str) -> None:
         with open_url(remote) as answer:
             if answer.status != 200:
                 raise BadParameter(f"unable to prepare context: cannot download {remote}: HTTP status {answer.status}")
-            source = io.BufferedReader(answer, 1 << 20) if not isinstance(answer, io.BufferedIOBase) else answer
             if (answer.headers.get("Content-Type") or "").startswith("text/plain"):
-                data = source.read(REMOTE_LIMIT + 1)
+                data = answer.read(REMOTE_LIMIT + 1)
                 if len(data) > REMOTE_LIMIT:
                     raise BadParameter("unable to prepare context: the Dockerfile is larger than 1 MiB")
-                with open(inside(folder, request.value("dockerfile") or "Dockerfile"), "wb") as file:
+                path = folder + os.path.normpath("/" + (request.value("dockerfile") or "Dockerfile"))
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "wb") as file:
                     file.write(data)
             else:
-                unpack_context(source, folder)
+                unpack_context(iter(lambda: answer.read(BLOCK), b""), folder)
     except (OSError, ValueError, http.client.HTTPException) as error:
         # The ValueError is urllib's for a URL that no request can be made of.
         raise BadParameter(f"unable to prepare context: cannot download {remote}: {error}") from None
@@ -12737,7 +12666,7 @@ def archive_put(engine: Engine, request: Request, name: str) -> Response:
     missing = not_there(name, path)
     with opened_tree(engine, container, missing, order) as (process, _, _):
         try:
-            for block in plain_blocks(request.body):
+            for block in plain_blocks(request.body.blocks()):
                 if not process.write(block):
                     break
         except BaseException:
@@ -15079,17 +15008,14 @@ class Ctr(Nerdctl):
         options = [*([f"--platform={platform}"] if platform else []), f"--snapshotter={self.snapshotter}"]
         return self._transfer("pull", name, options, environment, client)
 
-    def push(self, name: str, platforms: List[str], environment: Optional[Dict[str, str]],
+    def push(self, name: str, group: ImageGroup, platforms: List[str], environment: Optional[Dict[str, str]],
              client: Client) -> ContextManager[Process]:
         """A running push; of an index that is here in part, or for a platform, of one manifest in its place."""
-        def read(digest: str) -> Dict[str, Any]:
-            return json.loads(self.containerd.read_content(digest))
-
-        listed = read(self.containerd.get_image(name).target.digest).get("manifests") or []
-        whole, options = whole_manifests(listed, self.containerd.list_content(), read), []
-        if platforms and listed or len(whole) < len(listed):
+        described, options = [each.descriptor for each in group.whole], []
+        listed = [each for each in group.contents if each.descriptor["digest"] != group.id]
+        if platforms and listed or len(described) < len(listed):
             wanted = tuple(platforms) or ""
-            chosen = next((each for each in whole if platform_text(each.get("platform")).startswith(wanted)), None)
+            chosen = next((each for each in described if platform_text(each.get("platform")).startswith(wanted)), None)
             if chosen is None:
                 raise NotFound(f"{familiar(name)} has no content here for {', '.join(platforms) or 'any platform'}")
             options = [f"--manifest={chosen['digest']}", f"--manifest-type={chosen['mediaType']}"]
