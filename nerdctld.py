@@ -1992,6 +1992,8 @@ PLACEHOLDERS = {
     # An image name may have slashes, ports, tags and digests.
     "image": r"(?P<name>.+)",
     "name": r"(?P<name>[^/]+)",
+    # Of which no handler wants to know.
+    "any": r"[^/]+",
     # As dockerd has it: a client asks for a container by what may be the name of an image.
     "id": r"(?P<name>.+)",
 }
@@ -2029,7 +2031,10 @@ def split_version(path: str) -> Tuple[Tuple[int, int], str]:
 
 
 def find_route(method: str, path: str) -> Tuple[Callable[..., Response], Dict[str, str]]:
-    """The handler for a path and its arguments; 404 as dockerd says it, for a method that is not served too."""
+    """The handler for a path and its arguments; 404 as dockerd says it, for a method that is not served too. As there,
+    OPTIONS is answered for any path."""
+    if method == "OPTIONS":
+        return lambda *_: Response(200), {}
     for each in ROUTES:
         if each.method == method and path.startswith(each.prefix):
             found = re.fullmatch(each.pattern, path)
@@ -4189,6 +4194,8 @@ LABEL_REQUEST = "nerdctld/request"
 # Of a container that `nerdctl create` made without its ports, its networks, or the namespaces of others, until it has
 # them: "1", or why it cannot be started, for one without the user that it asked for.
 LABEL_LATER = "nerdctld/later"
+# Of a container that could not be started again: the process id of its last run, which is still told of.
+LABEL_REFUSED = "nerdctld/refused"
 # It was taken out of its last network, so that it has not even none: for nerdctl that is the same.
 LABEL_ALONE = "nerdctld/alone"
 # In front of the name of a network that the daemon attached a running container to, and has to detach it from: nerdctl
@@ -4380,7 +4387,9 @@ def container_state(labels: Dict[str, str], task: Optional[TaskRecord], started_
         return State("exited", exit_code=0, started_at=started_at) if started_at else State("created")
     if task.status == "stopped":
         kind = "restarting" if restarts_again(labels, task.exit_status) else "exited"
-        return State(kind, exit_code=task.exit_status, started_at=started_at, finished_at=task.exited_at or None)
+        error = labels.get("nerdctl/error") or "" if labels.get(LABEL_REFUSED) == str(task.pid) else ""
+        return State(kind, exit_code=task.exit_status or (refused_code(error) if error else 0), started_at=started_at,
+                     finished_at=task.exited_at or None, error=error)
     kind = {"created": "created", "running": "running", "paused": "paused", "pausing": "paused"}.get(task.status,
                                                                                                      "dead")
     if kind not in ("running", "paused"):
@@ -9454,7 +9463,7 @@ CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str], List[str]]], ...] = (
     ("HostConfig.PidsLimit", "--pids-limit", _value), ("HostConfig.BlkioWeight", "--blkio-weight", _value),
 )
 # Accepted by dockerd and without a counterpart in nerdctl.
-IGNORED_FIELDS = ("DeviceCgroupRules", "StorageOpt", "CpuCount", "CpuPercent", "Cgroup")
+IGNORED_FIELDS = ("StorageOpt", "CpuCount", "CpuPercent", "Cgroup")
 
 
 def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callable[..., int]] = None) -> List[str]:
@@ -9637,11 +9646,8 @@ def policy_word(host: Dict[str, Any]) -> str:
 
 
 def device_args(host: Dict[str, Any]) -> List[str]:
-    """Words for devices, their limits, GPUs and ulimits."""
+    """Words for the limits of devices, GPUs and ulimits. The devices themselves are looked at when it starts."""
     words = []
-    for device in host.get("Devices") or []:
-        parts = [device.get(key) or "" for key in ("PathOnHost", "PathInContainer", "CgroupPermissions")]
-        words.append("--device=" + csv_word(":".join(part for part in parts if part)))
     for request in host.get("DeviceRequests") or []:
         if request.get("Driver") == "cdi":
             words += [f"--device={csv_word(name)}" for name in request.get("DeviceIDs") or []]
@@ -9830,6 +9836,10 @@ def check_config(body: Dict[str, Any], host: Dict[str, Any]) -> None:
             ipaddress.ip_address("::" if address == "host-gateway" else address.strip("[]"))
         except ValueError:
             raise BadParameter(f'invalid IP address in add-host: "{address}"') from None
+    runtime = host.get("Runtime") or "runc"
+    # A name of containerd's, or a path, is for containerd to know.
+    if runtime != "runc" and not re.match(r"io\.containerd\.|/", runtime) and not shutil.which(runtime):
+        raise BadParameter(f"unknown or invalid runtime name: {runtime}")
     for key, word, modes in MODES:
         if not re.fullmatch(modes, host.get(key) or ""):
             raise BadParameter(f"invalid {word} mode: {host[key]}")
@@ -10103,7 +10113,65 @@ def amended_spec(spec: Dict[str, Any], request: Dict[str, Any], recursive: bool)
                       else each)
     found = {"linux": {**linux, **({"sysctl": sysctls} if sysctls else {})}, "mounts": mounts,
              "process": {**process, **({"env": environment} if environment else {})}}
-    return {**spec, **{key: value for key, value in found.items() if value}}
+    found = {**spec, **{key: value for key, value in found.items() if value}}
+    with contextlib.suppress(ApiError):
+        # Its start tells what is wrong with them.
+        found = with_devices(found, host)
+    return found
+
+
+def host_devices(path: str, target: str) -> List[Dict[str, Any]]:
+    """The device at a path of the host, or those in the folder there, as an OCI spec has them, with `target` in place
+    of the path; 500 with dockerd's words where there is none."""
+    real, found = os.path.realpath(path), []
+    places = [real, *(os.path.join(folder, name) for folder, _, names in os.walk(real) for name in names)]
+    for place in places:
+        try:
+            status = os.lstat(place)
+        except OSError as error:
+            failure = error.strerror.lower()
+            continue
+        kind, failure = "c" * stat.S_ISCHR(status.st_mode) or "b" * stat.S_ISBLK(status.st_mode), "not a device node"
+        if kind:
+            found.append({"path": target + place[len(real):], "type": kind, "major": os.major(status.st_rdev),
+                          "minor": os.minor(status.st_rdev), "fileMode": stat.S_IMODE(status.st_mode),
+                          "uid": status.st_uid, "gid": status.st_gid})
+    if not found:
+        raise ApiError(f'error gathering device information while adding custom device "{path}": {failure}')
+    return found
+
+
+def device_rule(text: str) -> Dict[str, Any]:
+    """One of HostConfig.DeviceCgroupRules, such as `c 1:* rwm`, as an OCI spec has it; 500 with dockerd's words for
+    what is none."""
+    found = re.fullmatch(r"([acb]) ([0-9]{1,9}|\*):([0-9]{1,9}|\*) ([rwm]{1,3})", text)
+    if not found:
+        raise ApiError(f"invalid device cgroup rule format: '{text}'")
+    numbers = {name: int(each) for name, each in zip(("major", "minor"), found.groups()[1:3]) if each != "*"}
+    return {"allow": True, "type": found[1], **numbers, "access": found[4]}
+
+
+def with_devices(spec: Dict[str, Any], host: Dict[str, Any]) -> Dict[str, Any]:
+    """The OCI spec of a container with the devices of its HostConfig as they are now, in place of those that it had of
+    them. 500 with dockerd's words where one is not there, or a rule is none."""
+    if not host.get("Devices") and not host.get("DeviceCgroupRules"):
+        return spec
+    linux, places, nodes, rules = spec.get("linux") or {}, (), [], []
+    for each in host.get("Devices") or []:
+        path = each.get("PathOnHost") or ""
+        target = os.path.normpath("/" + (each.get("PathInContainer") or path).lstrip("/"))
+        found, places = host_devices(path, target), (*places, target)
+        nodes += found
+        rules += [{"allow": True, **{key: node[key] for key in ("type", "major", "minor")},
+                   "access": each.get("CgroupPermissions") or "rwm"} for node in found]
+    rules += map(device_rule, host.get("DeviceCgroupRules") or [])
+    kept = [each for each in linux.get("devices") or [] if not (each["path"] + "/").startswith(
+        tuple(each + "/" for each in places))]
+    had = [each for each in linux.get("devices") or [] if each not in kept]
+    allowed = [each for each in (linux.get("resources") or {}).get("devices") or [] if each not in rules and not any(
+        {**each, "access": ""}.items() <= {**node, "allow": True, "access": ""}.items() for node in had)]
+    return {**spec, "linux": {**linux, "devices": kept + nodes, "resources": {
+        **(linux.get("resources") or {}), "devices": allowed + rules * (not host.get("Privileged"))}}}
 
 
 def unknown_user(request: Dict[str, Any], message: str) -> str:
@@ -10380,6 +10448,9 @@ def prepare_start(engine: Engine, container: Container) -> Container:
     cannot have the namespaces or the ports of its request."""
     if LABEL_LATER in container.labels:
         container = complete_container(engine, container)
+    spec = with_devices(container.spec, container.host_config)
+    if spec != container.spec:
+        container = rewrite_container(engine, container, spec, {})
     release_networks(engine, container)
     if container.ports and container.task is not None:
         # At a restart a process of its last run has them.
@@ -11150,10 +11221,9 @@ def start_container(engine: Engine, container: Container) -> None:
             with mounted(engine, placed_mounts(container)):
                 start_task(engine, container, streams.paths if streams else log_streams(container))
         except ApiError as error:
-            told = runtime_error(error)
-            note_error(engine, container, str(told))
-            raise told from None
-    except BaseException:
+            raise runtime_error(error) from None
+    except BaseException as error:
+        note_error(engine, container, str(error))
         if streams:
             streams.abandon()
         for each in waiting:
@@ -11169,9 +11239,12 @@ def start_container(engine: Engine, container: Container) -> None:
 
 
 def note_error(engine: Engine, container: Container, message: str) -> None:
-    """Keep with a container why it could not be started, where nerdctl keeps it too."""
+    """Keep with a container why it could not be started, where nerdctl keeps it too, and what is left of its last run,
+    if anything."""
     with contextlib.suppress(ApiError):
-        engine.containerd.update_container(container.id, {"nerdctl/error": message[:3000]})
+        task = engine.containerd.get_task(container.id)
+        engine.containerd.update_container(container.id, {"nerdctl/error": message[:3000],
+                                                          LABEL_REFUSED: str(task.pid) if task else ""})
 
 
 def start_refused(engine: Engine, container: Container, error: ApiError) -> None:
@@ -12629,8 +12702,12 @@ def archive_stat(engine: Engine, request: Request, name: str) -> Response:
 @route("GET", "/containers/{id}/archive")
 def archive_get(engine: Engine, request: Request, name: str) -> Response:
     """A path in a container as a tar, with its stat in a header; 404 where there is none."""
+    return packed(engine, name, check_path(request.value("path")), "archive-path")
+
+
+def packed(engine: Engine, name: str, path: str, event: str) -> Response:
+    """A path in a container, as a client names it, as a tar; 404 where there is none. `event` tells of it."""
     container = engine.inventory.container(name)
-    path = check_path(request.value("path"))
 
     def chunks() -> Iterator[Any]:
         order = {"do": "pack", "path": path}
@@ -12640,11 +12717,26 @@ def archive_get(engine: Engine, request: Request, name: str) -> Response:
             yield from process.pieces()
             if process.wait():
                 raise tree_error(process, not_there(name, path))
-        engine.tell(container, "archive-path")
+        engine.tell(container, event)
 
     tar = chunks()
     found = next(tar)
     return Response(200, Stream(tar), "application/x-tar", stat_header(found))
+
+
+@route("POST", "/containers/{id}/copy")
+def container_copy(engine: Engine, request: Request, name: str) -> Response:
+    """A file, or what is in a folder, as a tar for clients of before API 1.24; from then on 404."""
+    if request.version >= (1, 24):
+        raise NotFound("page not found")
+    path = request.json({"Resource": str}).get("Resource") or ""
+    if not path:
+        raise BadParameter("Path cannot be empty")
+    path = check_path(path)
+    found = path_stat(engine, engine.inventory.container(name), path, name)
+    if found.target:
+        path, found = found.target, path_stat(engine, engine.inventory.container(name), found.target, name)
+    return packed(engine, name, path.rstrip("/") + "/." if stat.S_ISDIR(found.mode) else path, "copy")
 
 
 def runs_as_user(engine: Engine, container: Container) -> bool:
@@ -13567,6 +13659,11 @@ def checkpoint_refused(engine: Engine, request: Request, name: str) -> Response:
                              "experimental mode in order to enable it.")
 
 
+def volume_refused(engine: Engine, request: Request, name: str) -> Response:
+    """503 with the words of a dockerd that is in no swarm."""
+    raise Unavailable("volume update only valid for cluster volumes, but swarm is unavailable")
+
+
 def plugin_missing(engine: Engine, request: Request, name: str) -> Response:
     """404 as for any plugin that is not installed."""
     raise NotFound(f'plugin "{name}" not found')
@@ -13590,7 +13687,9 @@ REFUSED = {
         "GET /configs",
         "POST /configs/create", "GET /configs/{id}", "DELETE /configs/{id}", "POST /configs/{id}/update"),
     swarm_leave: ("POST /swarm/leave",), swarm_unavailable: ("POST /swarm/init", "POST /swarm/join"),
-    checkpoint_refused: ("GET /containers/{id}/checkpoints", "POST /containers/{id}/checkpoints"),
+    volume_refused: ("PUT /volumes/{name}",),
+    checkpoint_refused: ("GET /containers/{id}/checkpoints", "POST /containers/{id}/checkpoints",
+                         "DELETE /containers/{id}/checkpoints/{any}"),
     plugin_missing: ("GET /plugins/{image}/json", "DELETE /plugins/{image}"),
     plugin_refused: (
         "GET /plugins/privileges", "POST /plugins/pull", "POST /plugins/create", "POST /plugins/{image}/enable",
@@ -13600,6 +13699,8 @@ REFUSED = {
 for _handler, _routes in REFUSED.items():
     for _route in _routes:
         route(*_route.split(" "))(_handler)
+        # Before those with fewer words, which take any name.
+        ROUTES.insert(0, ROUTES.pop())
 
 
 ###############################################################################

@@ -4470,7 +4470,10 @@ class TestState:
         # Docker's codes of a start that was refused.
         ({"nerdctl/error": 'exec: "x": executable file not found in $PATH'}, None, 5, "created", 127), ({"nerdctl/error": "x: permission denied"}, None, 5, "created", 126),
         ({"nerdctl/error": "no network found: x not found"}, None, 5, "created", 128), ({"nerdctl/error": ""}, None, 5, "exited", 0),
-        ({"nerdctl/error": "not found"}, ("stopped", 4), 5, "exited", 4), ({"nerdctl/error": "not found"}, None, None, "created", 128)]
+        ({"nerdctl/error": "not found"}, ("stopped", 4), 5, "exited", 4), ({"nerdctl/error": "not found"}, None, None, "created", 128),
+        # Of the run that is still told of, and of another one.
+        ({"nerdctl/error": "taken", nerdctld.LABEL_REFUSED: "0"}, ("stopped", 0), 5, "exited", 128),
+        ({"nerdctl/error": "taken", nerdctld.LABEL_REFUSED: "0"}, ("stopped", 4), 5, "exited", 4), ({"nerdctl/error": "taken", nerdctld.LABEL_REFUSED: "5"}, ("stopped", 0), 5, "exited", 0)]
 
     @pytest.mark.parametrize("labels, task, ago, kind, code", STATES, ids=str)
     def test_states(self, tmp_path, labels, task, ago, kind, code):
@@ -4480,7 +4483,7 @@ class TestState:
         task = task and nerdctld.TaskRecord(4 if task[0] != "stopped" else 0, task[0], task[1], 7 * 10**9 if task[0] == "stopped" else 0, "")
         state = container_of({"nerdctl/state-dir": str(tmp_path), **labels}, task).state
         assert (state.kind, state.exit_code) == (kind, code)
-        refused = kind == "created" and code is not None
+        refused = kind == "created" and code is not None or labels.get(nerdctld.LABEL_REFUSED) == "0"
         assert state.error == (labels["nerdctl/error"] if refused else "")
         assert state.started_at == (began if ago is not None and kind not in ("created", "dead") else None)
         assert (state.pid, state.finished_at) == (4 if kind in ("running", "paused") else 0, 7 * 10**9 if task and task.status == "stopped" else None)
@@ -6466,7 +6469,6 @@ class TestContainerCreate:
         (host(LogConfig={"Type": "journald", "Config": {"tag": "x"}}), "--log-driver=journald", "--log-opt=tag=x"),
         (host(LogConfig={"Type": "local", "Config": {"max-size": "1m"}}), "--log-opt=max-size=1m"), (host(Tmpfs={"/t": "size=1", "/u": ""}), "--tmpfs=/t:size=1", "--tmpfs=/u"),
         (host(Ulimits=[{"Name": "nofile", "Soft": 1, "Hard": -1}]), "--ulimit=nofile=1:-1"),
-        (host(Devices=[{"PathOnHost": "/dev/a", "PathInContainer": "/dev/b", "CgroupPermissions": "rwm"}]), "--device=/dev/a:/dev/b:rwm"),
         (host(DeviceRequests=[{"Count": -1, "Capabilities": [["gpu"]]}]), "--gpus=all"), (host(DeviceRequests=[{"Count": 2}]), "--gpus=2"),
         (host(DeviceRequests=[{"DeviceIDs": ["0", "1"]}]), '--gpus="device=0,1"'), (host(DeviceRequests=[{"Driver": "cdi", "DeviceIDs": ["v/c=x"]}]), "--device=v/c=x"),
         (host(BlkioDeviceReadBps=[{"Path": "/dev/a", "Rate": 5}]), "--device-read-bps=/dev/a:5"), (host(BlkioWeightDevice=[{"Path": "/dev/a", "Weight": 5}]), "--blkio-weight-device=/dev/a:5"),
@@ -6795,6 +6797,41 @@ class TestContainerCreate:
         assert [each for each in scripted.argv("create") if each.startswith("--network")] == ["--network=none"]
         answer = ask(furnished, "POST", "/containers/new/start")
         assert (answer.status, answer.message) == (404, "network later not found")
+        told = ask(furnished, "GET", "/containers/new/json").json["State"]
+        assert (told["Status"], told["Error"], told["ExitCode"]) == ("created", answer.message, 128)
+
+    def test_devices(self, furnished, scripted, fake, tmp_path):
+        """dockerd 20.10 and 29: 201, 500 at the start while one is not there, and then what there is."""
+        link, null = tmp_path / "device", os.stat("/dev/null")
+        asked = host(Devices=[{"PathOnHost": str(link), "PathInContainer": "/dev/x"}], DeviceCgroupRules=["c 10:* rw"])
+        default = {"allow": True, "type": "c", "major": 9, "minor": 9, "access": "rwm"}
+        creates(scripted, fake, "9" * 64, spec={"linux": {"resources": {"devices": [default]}}})
+        assert ask(furnished, "POST", "/containers/create?name=new", {**BODY, **asked}).status == 201
+        for text in ("no such file or directory", "not a device node"):
+            answer = ask(furnished, "POST", "/containers/new/start")
+            assert (answer.status, answer.message) == (500, f'error gathering device information while adding custom device "{link}": {text}')
+            told = ask(furnished, "GET", "/containers/new/json").json["State"]
+            assert (told["Status"], told["Error"]) == ("created", answer.message) and told["ExitCode"]
+            with contextlib.suppress(FileExistsError):
+                link.touch()
+        for device in ("/dev/zero", "/dev/null"):
+            link.unlink()
+            link.symlink_to(device)
+            spec = nerdctld.with_devices(json.loads(fake.containers["9" * 64].spec), asked["HostConfig"])
+            fake.containers["9" * 64] = fake.containers["9" * 64]._replace(spec=json.dumps(spec).encode())
+        node = {"type": "c", "major": os.major(null.st_rdev), "minor": os.minor(null.st_rdev)}
+        assert spec["linux"]["devices"] == [{"path": "/dev/x", **node, "fileMode": null.st_mode & 0o7777, "uid": 0, "gid": 0}]
+        assert spec["linux"]["resources"]["devices"] == [default, {"allow": True, **node, "access": "rwm"},
+                                                         {"allow": True, "type": "c", "major": 10, "access": "rw"}]
+
+    def test_a_folder_of_devices(self, tmp_path):
+        found = nerdctld.host_devices("/dev", "/dev/all")
+        assert {"/dev/all/null", "/dev/all/zero"} <= {each["path"] for each in found}
+
+    @pytest.mark.parametrize("text", ["", "a", "c 1:3 x", "c 1:3  rwm", "c 1:3 rwm "])
+    def test_no_device_rule(self, text):
+        with pytest.raises(nerdctld.ApiError, match=f"invalid device cgroup rule format: '{re.escape(text)}'"):
+            nerdctld.with_devices({}, {"DeviceCgroupRules": [text]})
 
     def test_a_network_that_has_come(self, furnished, scripted, fake, monkeypatch):
         creates(scripted, fake, "9" * 64, spec={"annotations": {"nerdctl/networks": '["none"]'}})
@@ -6875,11 +6912,13 @@ class TestContainerCreate:
     @pytest.mark.parametrize("body, message", [
         (host(CapAdd=["BOGUS"]), 'invalid CapAdd: unknown capability: "CAP_BOGUS"'), (host(CapDrop=["cap_x"]), 'invalid CapDrop: unknown capability: "CAP_X"'),
         (host(SecurityOpt=["bogus=1"]), 'invalid --security-opt 2: "bogus=1"'), (host(SecurityOpt=["no-new-privileges=x"]), "invalid --security-opt 2"),
-        (host(SecurityOpt=["seccomp"]), "invalid --security-opt 2"), (host(RestartPolicy={"Name": "no", "MaximumRetryCount": 3}), "can only be used with 'on-failure'"),
+        (host(SecurityOpt=["seccomp"]), "invalid --security-opt 2"), (host(Runtime="nosuch"), "unknown or invalid runtime name: nosuch"),
+        (host(RestartPolicy={"Name": "no", "MaximumRetryCount": 3}), "can only be used with 'on-failure'"),
         ({"NetworkingConfig": {"EndpointsConfig": {"none": {"IPAMConfig": {"IPv4Address": "1.2.3.4"}}}}, **host(NetworkMode="none")}, "user defined networks only")])
     def test_what_nerdctl_would_drop_in_silence(self, body, message):
         with pytest.raises(nerdctld.BadParameter, match=message):
             words_of(body)
+        words_of(host(Runtime="io.containerd.nosuch.v1"))
         words_of(host(CapAdd=["CAP_NET_ADMIN", "all", "sys_time"], SecurityOpt=["no-new-privileges", "seccomp=unconfined", "label:disable"]))
 
     def test_health_check_of_an_image(self):
@@ -7037,7 +7076,7 @@ class TestContainerCreate:
         assert ask(furnished, "POST", "/containers/create", BODY).status == status
 
     @pytest.mark.parametrize("body, words", [
-        (host(DeviceCgroupRules=["a"]), "DeviceCgroupRules is not carried out"), (host(StorageOpt={"size": "1"}), "StorageOpt"), (host(LogConfig={"Type": "local"}), "json-file is used"),
+        (host(StorageOpt={"size": "1"}), "StorageOpt"), (host(LogConfig={"Type": "local"}), "json-file is used"),
         ({"NetworkingConfig": {"EndpointsConfig": {"one": {"DriverOpts": {"com.docker.network.endpoint.ifname": "x0"}}}}}, "endpoint.ifname of network one is not carried out")])
     def test_warnings(self, body, words):
         found, = nerdctld.create_warnings(body)
@@ -8528,9 +8567,10 @@ class TestStreams:
     @pytest.mark.parametrize("path, status", [("tstpaused/attach?stream=1", 409), ("nosuch/attach?stream=1", 404), ("tstpaused/attach/ws?stream=1", 400), ("tstweb/attach/ws", 400), ("tstweb/resize?h=a&w=1", 400),
                                               ("tstdone/resize?h=1&w=1", 409), ("tstweb/resize?h=1&w=1", 200), ("tstweb/resize?h=70000&w=1", 400), ("tstweb/resize?h=-1&w=1", 400),
                                               ("tstweb/resize", 400), ("tstweb/resize?h=1&w=", 400), ("nosuch/resize?h=1", 400), ("nosuch/resize?h=1&w=1", 404), ("nosuch/attach?detachKeys=odd", 400),
-                                              ("tstweb/attach?stdout=1&detachKeys=ctrl-", 400), ("tstweb/start?checkpoint=../x", 400), ("tstweb/checkpoints", 501)])
+                                              ("tstweb/attach?stdout=1&detachKeys=ctrl-", 400), ("tstweb/start?checkpoint=../x", 400), ("tstweb/checkpoints", 501), ("DELETE tstweb/checkpoints/x", 501)])
     def test_answers(self, furnished, path, status):
-        assert ask(furnished, "GET" if "/ws" in path else "POST", "/containers/" + path).status == status
+        method, path = path.split() if " " in path else ("GET" if "/ws" in path else "POST", path)
+        assert ask(furnished, method, "/containers/" + path).status == status
 
     @pytest.mark.parametrize("task, held, refused", [("running", False, True), ("running", True, False), ("stopped", False, False), (None, False, False)])
     def test_input_out_of_reach(self, task, held, refused):
@@ -9512,6 +9552,18 @@ class TestArchive:
             entry = tar.getmembers()[0]
             assert (entry.linkname, entry.issym()) == (os.readlink(reached.root / os.path.normpath(path).strip("/")), True) if told["linkTarget"] else not entry.issym()
 
+    @pytest.mark.parametrize("path, names", [("/etc", [".", "./file", "./sub", "./up"]), ("abs/sub", ["."]), ("/etc/file", ["file"]), ("/rel", ["file"]), ("/deep", [".", "./file", "./sub", "./up"])])
+    def test_copy(self, reached, path, names):
+        """dockerd 20.10: a link is followed, and a folder stands for what is in it."""
+        answer = ask(reached, "POST", "/v1.23/containers/tstdone/copy", {"Resource": path})
+        assert (answer.status, names_of(answer.body)) == (200, names)
+
+    @pytest.mark.parametrize("version, body, status, message", [
+        ("1.24", {"Resource": "/etc"}, 404, "page not found"), ("1.12", {}, 400, "Path cannot be empty"), ("1.23", {"Resource": "/no"}, 404, "Could not find the file /no in container tstdone")])
+    def test_no_copy(self, reached, version, body, status, message):
+        answer = ask(reached, "POST", f"/v{version}/containers/tstdone/copy", body)
+        assert (answer.status, answer.message) == (status, message)
+
     def test_get_of_everything(self, reached):
         reached.spec["mounts"] = [{"type": "proc", "destination": "/etc/sub"}]
         (reached.root / "etc/sub/made-up").touch()
@@ -10492,6 +10544,7 @@ class TestSwarmAndPlugins:
         assert ask(engine, "GET", "/plugins").json == []
         assert ask(engine, "GET", "/plugins/a/b:1/json").status == 404
         assert ask(engine, "POST", "/plugins/pull?remote=x").status == 501
+        assert ask(engine, "PUT", "/volumes/x").message == "volume update only valid for cluster volumes, but swarm is unavailable"
 
 
 ###############################################################################
