@@ -5815,6 +5815,8 @@ class Engine:
         # By the ids of containers, and of execs.
         self.owners: Dict[str, ContainerOwner] = {}
         self.execs: Dict[str, Any] = {}
+        # What ends a build that runs, with the id that its client has given to it.
+        self.builds: List[Tuple[str, Callable[[], Any]]] = []
         # How many requests need a place that is mounted for containers.
         self.held: collections.Counter = collections.Counter()
         # Ports of containers that are being started, by their ids.
@@ -14251,10 +14253,39 @@ def build_in_session(engine: Engine, request: Request) -> Response:
     return Response(200, Stream(as_error_detail(chunks()), primed=True), "application/json")
 
 
+class BuildClient(Client):
+    """The client of a build with an id, which another one's `/build/cancel` ends as if it had left."""
+
+    def __init__(self, builds: List[Tuple[str, Callable[[], Any]]], name: str, client: Client):
+        self.builds, self.name, self.client = builds, name, client
+
+    @contextlib.contextmanager
+    def when_gone(self, callback: Callable[[], Any], half: bool = True) -> Iterator[None]:
+        with self.client.when_gone(callback, half):
+            self.builds.append((self.name, callback))
+            try:
+                yield
+            finally:
+                self.builds.remove((self.name, callback))
+
+
+@route("POST", "/build/cancel")
+def build_cancel(engine: Engine, request: Request) -> Response:
+    """End the build that was begun with this `id` as its `buildid`, if it runs."""
+    if not request.value("id"):
+        raise ApiError("build ID not provided")
+    for name, end in list(engine.builds):
+        if name == request.value("id"):
+            end()
+    return Response(200)
+
+
 @route("POST", "/build")
 def image_build(engine: Engine, request: Request) -> Response:
     """Build an image from a tar, a URL or a client's session: progress as a stream, the id in `aux`, a failure as its
     last message."""
+    if request.value("buildid"):
+        request.client = BuildClient(engine.builds, request.value("buildid"), request.client)
     if request.value("remote") == "client-session":
         return build_in_session(engine, request)
     return build_from_context(engine, request)

@@ -5762,6 +5762,19 @@ class TestBuild:
         assert ask(furnished, "POST", "/build", data, TAR).status == 400
         assert scripted.calls("build") == [] and os.listdir(furnished.workspace.folder()) == []
 
+    def test_cancel(self, furnished, scripted):
+        """As the docker command before buildx does it; another build goes on."""
+        scripted.on("build", stays=60)
+        thread = threading.Thread(target=ask, args=(furnished, "POST", "/build?buildid=one", CONTEXT, TAR))
+        thread.start()
+        assert until(lambda: furnished.builds and scripted.calls("build"))
+        assert ask(furnished, "POST", "/build/cancel?id=other").status == 200 and furnished.builds
+        assert ask(furnished, "POST", "/build/cancel?id=one").status == 200
+        thread.join(10)
+        assert not thread.is_alive() and not furnished.builds
+        answer = ask(furnished, "POST", "/build/cancel")
+        assert (answer.status, answer.message) == (500, "build ID not provided")
+
     def test_build(self, furnished, scripted):
         answer = ask(furnished, "POST", "/build?t=tst:a&t=localhost:5000/bb:1&dockerfile=Dockerfile&version=1", CONTEXT, TAR)
         assert answer.status == 200
