@@ -8,7 +8,7 @@ from importlib.machinery import SourceFileLoader
 cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 sys.pycache_prefix = os.path.join(cache if os.geteuid() else "/var/cache", "nerdctld")
 del sys.argv[0]
-__file__ = os.path.abspath(sys.argv[0])
+__file__ = os.path.realpath(sys.argv[0])
 __loader__ = SourceFileLoader(__name__, __file__)
 code, sys.pycache_prefix = __loader__.get_code(__name__), None
 exec(code)
@@ -2389,13 +2389,12 @@ class Nerdctl:
         self.processes: set = set()
 
     def missing(self, error: OSError) -> ApiError:
-        """The ApiError for a nerdctl, or a buildctl, that could not be started."""
+        """The ApiError for a nerdctl, or another program, that could not be started."""
         if error.errno == errno.E2BIG:
             return BadParameter("invalid value: it is longer than a command line may be")
         if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR):
-            advice = "install nerdctl on PATH, or say where it is with --nerdctl"
-            if self.command[0] == "buildctl":
-                advice = "install BuildKit's buildctl on PATH, and start a buildkitd"
+            others = {"buildctl": "install BuildKit's buildctl on PATH, and start a buildkitd", "ps": "install procps"}
+            advice = others.get(self.command[0], "install nerdctl on PATH, or say where it is with --nerdctl")
             return Unavailable(f"{self.command[0]} cannot be run ({error.strerror}): {advice}")
         return Unavailable(f"cannot start {self.command[0]}: {error.strerror}")
 
@@ -9165,14 +9164,16 @@ def make_volumes(engine: Engine, mounts: List[Dict[str, Any]]) -> List[Dict[str,
 
 
 def volume_mounts(volume: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """How a volume is mounted by its options. The kernel wants the address of a server and not its name."""
+    """How a volume is mounted by its options. The kernel wants the address of a server and not its name; of several
+    dockerd takes the first one of IPv4."""
     options = volume["Options"]
     kind, device, words = options["type"], options["device"], options.get("o") or ""
     name = re.search(r"(?:^|,)addr=([^,]+)", words)
     host = re.match(r"(?:cifs:)?//([^/]+)", device) if kind == "cifs" and not name else name
     if kind in ("nfs", "cifs") and host:
         try:
-            address = socket.getaddrinfo(host.group(1), None, type=socket.SOCK_STREAM)[0][4][0]
+            found = socket.getaddrinfo(host.group(1), None, type=socket.SOCK_STREAM)
+            address = min(found, key=lambda each: each[0] != socket.AF_INET)[4][0]
         except OSError as error:
             raise ApiError(f"error while mounting volume '{volume['Mountpoint']}': error resolving passed in network "
                            f"volume address: lookup {host.group(1)}: {error.strerror}") from None
@@ -15237,8 +15238,8 @@ def check_containerd(engine: Engine, whole: bool) -> Iterator[Finding]:
             f"({complaint}): mend that (modprobe overlay), or take another (--snapshotter native)"))
 
 
-def check_networks(engine: Engine) -> Iterator[Finding]:
-    """What nerdctl makes networks with."""
+def check_programs(engine: Engine) -> Iterator[Finding]:
+    """What nerdctl makes networks with, and what shows processes."""
     with contextlib.suppress(ApiError):
         folder = plugins_folder(engine)
         lacking = [each for each in NEEDED_PLUGINS if not os.path.exists(os.path.join(engine.containerd.root() + folder,
@@ -15246,8 +15247,10 @@ def check_networks(engine: Engine) -> Iterator[Finding]:
         yield Finding("CNI plugins", folder, lacking and (
             f"containers have no networks but host and none: there is no {', '.join(lacking)} in {folder}: install the "
             "CNI plugins (containernetworking-plugins)") or "")
-    path = shutil.which("iptables", path=system_path()["PATH"]) or ""
-    yield Finding("iptables", path, "" if path else "bridge networks and published ports do not work: install iptables")
+    for name, trouble in (("iptables", "bridge networks and published ports do not work: install iptables"),
+                          ("ps", "top does not work: install procps")):
+        path = shutil.which(name, path=system_path()["PATH"]) or ""
+        yield Finding(name, path, "" if path else trouble)
 
 
 def check_cgroups(engine: Engine) -> Finding:
@@ -15278,7 +15281,7 @@ def check(engine: Engine, whole: bool = True) -> List[Finding]:
         first = [each._replace(trouble=CTR_ONLY, found="") if each.name == "nerdctl" else each
                  for each in check_containerd(engine, whole) if each.name != "runc"]
         return [*first, check_buildkit(engine)]
-    return [*check_containerd(engine, whole), *check_networks(engine), check_cgroups(engine), check_buildkit(engine)]
+    return [*check_containerd(engine, whole), *check_programs(engine), check_cgroups(engine), check_buildkit(engine)]
 
 
 def print_check(engine: Engine) -> int:
@@ -15301,7 +15304,7 @@ ways to run it:
   nerdctld    --detach                            by hand: clients can connect when it returns
   nerdctld    --namespace k8s.io                  for the containers of a Kubernetes node
   nerdctld    --nerdctl ctr                       without nerdctl: images, listings and builds
-  nerdctld    check                               say what is there, and what does not work; 1 when something does not
+  nerdctld    --check                             say what is there, and what does not work; 1 when something does not
   docker -H ssh://user@host ps                    from elsewhere: runs nerdctld dial-stdio there, by the file nerdctl
 """
 
@@ -15321,6 +15324,7 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
     parser = Parser(prog="nerdctld", description="Docker Engine API on a unix socket, carried out by nerdctl.",
                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", choices=["dial-stdio", "check"], help=argparse.SUPPRESS)
+    parser.add_argument("--check", action="store_true", help="say what is there, and what does not work; also `check`")
     parser.add_argument("-H", "--addr", metavar="unix://PATH", default="",
                         help=f"socket to listen on (default: the one systemd hands over, else {default_socket_path()})")
     parser.add_argument("-G", "--group", default="", help="group that may use a socket of its own")
@@ -15430,7 +15434,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         if options.command == "dial-stdio":
             return dial_stdio(socket_path(options.addr) if options.addr else default_socket_path())
-        if options.command == "check":
+        if options.check or options.command == "check":
             return print_check(make_engine(options))
         signals = watch_signals()
         listener, path = listen(options.addr, options.group)

@@ -63,6 +63,7 @@ SOURCE = (HERE / "nerdctld.py").read_text()
 SHARED = HERE.parent / "shared"
 BASE = "localhost:5000/bb:1"
 STACK = pathlib.Path(os.environ.get("NERDCTLD_STACK_RUN") or "/run/nerdctld-stack")
+NEEDS_PS = pytest.mark.skipif(not shutil.which("ps"), reason="no ps: procps has it")
 # By which nerdctl, ctr and buildctl find the stack.
 with contextlib.suppress(OSError):
     for name, value in re.findall(r"^(\w+)=(.*)$", (STACK / "env").read_text(), re.M):
@@ -6416,6 +6417,10 @@ class TestMounts:
         with pytest.raises(nerdctld.ApiError, match="error resolving passed in network volume address: lookup no such"):
             nerdctld.volume_mounts(volume("nfs", ":/x", "addr=no such"))
 
+    def test_names_with_addresses_of_both_kinds(self, monkeypatch):
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET6, 1, 6, "", ("::1", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0))])
+        assert nerdctld.volume_mounts({"Options": {"type": "nfs", "device": ":/x", "o": "addr=server"}})[0]["options"] == ["addr=127.0.0.1"]
+
     def test_a_part_of_a_folder(self, house):
         """No link leads out of it; what cannot be mounted leaves nothing."""
         need_mounts()
@@ -7968,7 +7973,7 @@ class TestContainerLifecycle:
 
     @pytest.mark.parametrize("method, path, told", [
         ("POST", "stop", ["kill 15", "die", "stop"]), ("POST", "stop?signal=INT", ["kill 2", "die", "stop"]), ("POST", "restart", ["kill 15", "die", "stop", "start", "restart"]),
-        ("POST", "kill", ["kill 9", "die"]), ("POST", "kill?signal=CONT", ["kill 18"]), ("DELETE", "?force=1", ["kill 9", "die", "destroy"]), ("GET", "top", ["top"])])
+        ("POST", "kill", ["kill 9", "die"]), ("POST", "kill?signal=CONT", ["kill 18"]), ("DELETE", "?force=1", ["kill 9", "die", "destroy"]), pytest.param("GET", "top", ["top"], marks=NEEDS_PS)])
     def test_events(self, willing, method, path, told):
         assert ask(willing, method, "/containers/tstweb" + ("" if path.startswith("?") else "/") + path).status < 300
         willing.settle()
@@ -9895,6 +9900,13 @@ class TestStatistics:
         assert ask(furnished, "GET", "/containers/tstweb/stats?stream=1&one-shot=1").status == 400
         assert ask(furnished, "GET", "/containers/nosuch/stats?stream=0").status == 404
 
+    def test_top_without_ps(self, furnished, fake, monkeypatch):
+        fake.start(ID)
+        monkeypatch.setenv("PATH", "/nosuch")
+        answer = ask(furnished, "GET", "/containers/tstweb/top")
+        assert (answer.status, answer.message) == (503, "ps cannot be run (No such file or directory): install procps")
+
+    @NEEDS_PS
     def test_top(self, furnished, scripted, fake):
         # ps is this machine's own, and shows the process that stands for the container's among all others.
         fake.start(ID, pid=os.getpid())
@@ -13017,7 +13029,7 @@ class TestChecks:
     def machine(self, tmp_path, monkeypatch, engine, fake):
         """An engine on a machine that has everything, and the folders of its programs and plugins."""
         bin, plugins = tmp_path / "bin", tmp_path / "plugins"
-        for folder, names in ((bin, ("runc", "iptables", "buildctl")), (plugins, nerdctld.NEEDED_PLUGINS)):
+        for folder, names in ((bin, ("runc", "iptables", "ps", "buildctl")), (plugins, nerdctld.NEEDED_PLUGINS)):
             folder.mkdir()
             for name in names:
                 (folder / name).write_text("#!/bin/sh\n")
@@ -13038,15 +13050,15 @@ class TestChecks:
         engine, *_ = machine
         found = {each.name: each.found for each in nerdctld.check(engine)}
         assert self.troubles(engine) == {} and list(found) == [
-            "containerd", "nerdctl", "runc", "snapshotter", "CNI plugins", "iptables", "cgroups", "BuildKit"]
+            "containerd", "nerdctl", "runc", "snapshotter", "CNI plugins", "iptables", "ps", "cgroups", "BuildKit"]
         assert (found["nerdctl"], found["runc"]) == ("v2.3.5", "1.1.5+ds1") and found["containerd"].startswith("v2.3.1 at /")
 
     def test_what_is_not_there_is_told_with_what_to_install(self, machine, monkeypatch):
         engine, bin, plugins = machine
-        for path in (bin / "iptables", bin / "buildctl", plugins / "bridge", plugins / "tuning"):
+        for path in (bin / "iptables", bin / "ps", bin / "buildctl", plugins / "bridge", plugins / "tuning"):
             path.unlink()
         told = self.troubles(engine)
-        assert set(told) == {"iptables", "BuildKit", "CNI plugins"} and all("install" in each for each in told.values())
+        assert set(told) == {"iptables", "ps", "BuildKit", "CNI plugins"} and all("install" in each for each in told.values())
         assert "no bridge, tuning in" in told["CNI plugins"]
 
     @pytest.mark.parametrize("containerd, nerdctl, fits", [
@@ -13163,7 +13175,7 @@ class TestCommandLine:
             assert (done.returncode, done.stderr) == (2, "nerdctld: --namespace: 'a b' is not a containerd namespace: see nerdctld --help\n")
         cache = pathlib.Path("/var/cache/nerdctld" if os.geteuid() == 0 else tmp_path / ".cache/nerdctld")
         left = list(pathlib.Path(f"{cache}{program.parent}").glob("nerdctld*.pyc"))
-        assert os.geteuid() == 0 or [each for each in cache.rglob("*.pyc")] == left, "what comes with Python has its own"
+        assert os.geteuid() == 0 or list(cache.rglob("*.pyc")) == left, "what comes with Python has its own"
         if os.geteuid() == 0:
             shutil.rmtree(f"{cache}{tmp_path}")
         assert len(left) == 1
