@@ -4601,20 +4601,25 @@ PARENT_LABEL = "org.mobyproject.image.parent"
 
 class ImageContent(NamedTuple):
     """What is behind an image's target, of one platform: a manifest with its descriptor, the configuration, and the
-    bytes that each of its layers takes unpacked, the lowest first, 0 for one that is not unpacked; the bytes of it that
-    are here, and whether that is all. The parts that are not here are empty."""
+    bytes that each of its layers takes unpacked, the lowest first, 0 for one that is not unpacked; the bytes of its
+    blobs that are here by their digests, and whether these are all. The parts that are not here are empty."""
 
     descriptor: Dict[str, Any]
     manifest: Dict[str, Any]
     config: Dict[str, Any]
     layer_sizes: Tuple[int, ...]
-    size: int = 0
+    blobs: Dict[str, int] = {}
     whole: bool = False
 
     @property
     def layers(self) -> List[Dict[str, Any]]:
         """The descriptors of its compressed layers."""
         return self.manifest.get("layers") or []
+
+    @property
+    def size(self) -> int:
+        """Bytes of it that are here."""
+        return sum(self.blobs.values())
 
     @property
     def unpacked_size(self) -> int:
@@ -4840,7 +4845,8 @@ class ImageStore:
         known = len(parts) > 1 and parts[1] in here
         config = with_health_check(self._blob(manifest["config"]["digest"])) if known else {}
         return ImageContent(descriptor, manifest, config, tuple(map(self._layer_size, chain_ids(config))),
-                            sum(each.get("size") or 0 for each in here), known and len(here) == len(parts))
+                            {each["digest"]: each.get("size") or 0 for each in here},
+                            known and len(here) == len(parts))
 
     def _layer_size(self, key: str) -> int:
         if key not in self.sizes:
@@ -6585,14 +6591,29 @@ def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[st
     return found
 
 
+def image_parts(group: ImageGroup) -> Dict[Tuple[str, str], int]:
+    """The bytes of each blob of an image that is here, and of each of its snapshots, of all its platforms."""
+    found = {}
+    for each in group.contents:
+        found.update({("blob", digest): size for digest, size in each.blobs.items()})
+        found.update(zip((("snapshot", key) for key in chain_ids(each.config)), each.layer_sizes))
+    return found
+
+
 def shared_sizes(groups: Iterable[ImageGroup]) -> Dict[str, int]:
-    """Image id -> bytes of the layers it has in common with another one (compressed, as the registry counts them)."""
-    uses: collections.Counter = collections.Counter()
-    layers = {group.id: {each["digest"]: each.get("size") or 0 for each in group.content.layers} for group in groups}
-    for each in layers.values():
-        uses.update(each.keys())
-    return {identity: sum(size for digest, size in each.items() if uses[digest] > 1) for identity,
-            each in layers.items()}
+    """Image id -> bytes of what it has in common with another one."""
+    parts = {group.id: image_parts(group) for group in groups}
+    uses = collections.Counter(itertools.chain.from_iterable(parts.values()))
+    return {identity: sum(size for key, size in each.items() if uses[key] > 1) for identity, each in parts.items()}
+
+
+def images_size(engine: Engine) -> int:
+    """Bytes of all images, each blob and each snapshot once."""
+    found = {}
+    for group in engine.inventory.images.get().values():
+        found.update(image_parts(group))
+        found.update({("blob", group.id): group.target.size} if group.contents else {})
+    return sum(found.values())
 
 
 def image_users(engine: Engine) -> Dict[str, List[Container]]:
@@ -6852,13 +6873,12 @@ def image_prune(engine: Engine, request: Request) -> Response:
     else:
         filters["dangling"] = ["true"]
     users = image_users(engine)
-    deleted, reclaimed = [], 0
+    deleted, before = [], images_size(engine)
     for group in filter_images(engine, list(engine.inventory.images.get().values()), filters):
         if group.id not in users:
             with contextlib.suppress(ApiError):
-                told = remove_image(engine, group, list(group.names), False)
-                deleted += told
-                reclaimed += image_size(group) if any("Deleted" in each for each in told) else 0
+                deleted += remove_image(engine, group, list(group.names), False)
+    reclaimed = max(before - images_size(engine), 0) if deleted else 0
     engine.journal.emit("image", "prune", "", {"reclaimed": str(reclaimed)})
     return Response(200, {"ImagesDeleted": deleted or None, "SpaceReclaimed": reclaimed})
 
@@ -9106,7 +9126,7 @@ def mount_words(mounts: Iterable[Dict[str, Any]]) -> List[str]:
             words.append("--tmpfs=" + ":".join([mount["Target"], ",".join(told)] if told else [mount["Target"]]))
             continue
         if kind == "bind":
-            told += [options["Propagation"]] if options.get("Propagation") else []
+            told.append(options.get("Propagation") or "rprivate")
             told += ["bind"] if options.get("NonRecursive") else []
         told += [each for each in (mount.get("Mode") or "").split(",") if each in ("z", "Z")]
         places = [mount["Source"], mount["Target"]] if mount.get("Source") else [mount["Target"]]
@@ -9373,10 +9393,17 @@ def rewrite_container(engine: Engine, container: Container, spec: Dict[str, Any]
     return engine.inventory.container(container.id)
 
 
-def finish_mounts(engine: Engine, container: Container, spec: Dict[str, Any],
-                  mounts: List[Dict[str, Any]]) -> Container:
+def with_option(entry: Dict[str, Any], old: str, new: str) -> Dict[str, Any]:
+    """A mount of an OCI spec with another option in place of one."""
+    options = [new if each == old else each for each in entry.get("options") or []]
+    return {**entry, "options": options} if options else entry
+
+
+def finish_mounts(engine: Engine, container: Container, spec: Dict[str, Any], mounts: List[Dict[str, Any]],
+                  recursive: bool) -> Container:
     """Give a container that nerdctl has made this OCI spec, the mounts that it was not told of, and the places of those
-    that the daemon mounts; the container as it is then."""
+    that the daemon mounts, `recursive` read-only ones with all that is mounted below them; the container as it is
+    then."""
     spec, labels, views, places = json.loads(json.dumps(spec)), dict(container.labels), {}, []
     for number, mount in enumerate(mounts):
         made, target = place_mount(engine, container, mount, number), os.path.normpath(mount["Target"])
@@ -9391,6 +9418,9 @@ def finish_mounts(engine: Engine, container: Container, spec: Dict[str, Any],
         elif made:
             for each in spec.get("mounts") or []:
                 each.update({"source": source} if each.get("destination") == target else {})
+        if recursive and mount["Type"] != "tmpfs" and not mount_options(mount).get("ReadOnlyNonRecursive"):
+            spec["mounts"] = [with_option(each, "ro", "rro") if each.get("destination") == target else each
+                              for each in spec.get("mounts") or []]
         if mount.get("Anonymous"):
             others = json.loads(labels.get("nerdctl/anonymous-volumes") or "[]") or []
             labels["nerdctl/anonymous-volumes"] = json.dumps([*others, mount["Source"]])
@@ -9974,7 +10004,7 @@ def check_name(engine: Engine, name: str) -> str:
 class Plan(NamedTuple):
     """What a container is made of: `words` between the command and the image, `image` its name, `command` the words
     after it, `request` what is kept of the request, `health` the health check if there is one, `mounts` the Mounts,
-    `recursive` whether read-only binds are so with all that is mounted below them."""
+    `recursive` whether read-only ones are so with all that is mounted below them."""
 
     words: List[str]
     image: str
@@ -10074,26 +10104,16 @@ def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Contain
     engine.inventory.records.invalidate(real)
     container = Container(engine.containerd.get_container(real))
     try:
-        return finish_mounts(engine, container, amended_spec(container.spec, plan.request, plan.recursive), mounts)
+        return finish_mounts(engine, container, amended_spec(container.spec, plan.request), mounts, plan.recursive)
     except BaseException:
         engine.nerdctl.output("rm", "--force", "--volumes", "--", real)
         engine.inventory.records.invalidate(real)
         raise
 
 
-def read_only_binds(host: Dict[str, Any]) -> List[str]:
-    """Where a create request wants binds that are read-only with all that is mounted below them."""
-    found = [each["Target"] for each in host.get("Mounts") or [] if each["Type"] == "bind" and each.get("ReadOnly")
-             and not {"NonRecursive", "ReadOnlyNonRecursive"}.intersection(
-                 key for key, value in (each.get("BindOptions") or {}).items() if value)]
-    parts = [each.split(":") for each in host.get("Binds") or []]
-    return found + [each[1] for each in parts if len(each) == 3 and "ro" in each[2].split(",")]
-
-
-def amended_spec(spec: Dict[str, Any], request: Dict[str, Any], recursive: bool) -> Dict[str, Any]:
-    """The OCI spec of a new container with what a create request asks for and nerdctl has no options for; `recursive`
-    where read-only binds are to be so with all that is mounted below them."""
-    host, linux, mounts = request.get("HostConfig") or {}, dict(spec.get("linux") or {}), []
+def amended_spec(spec: Dict[str, Any], request: Dict[str, Any]) -> Dict[str, Any]:
+    """The OCI spec of a new container with what a create request asks for and nerdctl has no options for."""
+    host, linux = request.get("HostConfig") or {}, dict(spec.get("linux") or {})
     process, asked = spec.get("process") or {}, request.get("Env") or []
     gone = {each for each in asked if "=" not in each} - {each.partition("=")[0] for each in asked if "=" in each}
     environment = [each for each in process.get("env") or [] if each.partition("=")[0] not in gone]
@@ -10105,15 +10125,10 @@ def amended_spec(spec: Dict[str, Any], request: Dict[str, Any], recursive: bool)
         sysctls["kernel.domainname"] = request["Domainname"]
     if has_namespace(spec, "network") and not os.geteuid():
         sysctls.setdefault("net.ipv4.ping_group_range", "0 2147483647")
-    changed = dict.fromkeys(map(os.path.normpath, read_only_binds(host)), ("ro", "rro")) if recursive else {}
-    if any(each.split("=")[0] == "writable-cgroups" and each.lower().partition("=")[2] in ("", "1", "t", "true")
-           for each in host.get("SecurityOpt") or []):
-        changed["/sys/fs/cgroup"] = ("ro", "rw")
-    for each in spec.get("mounts") or []:
-        old, new = changed.get(each.get("destination"), ("", ""))
-        options = each.get("options") or []
-        mounts.append({**each, "options": [new if option == old else option for option in options]} if old in options
-                      else each)
+    open_cgroups = any(each.split("=")[0] == "writable-cgroups" and each.lower().partition("=")[2] in (
+        "", "1", "t", "true") for each in host.get("SecurityOpt") or [])
+    mounts = [with_option(each, "ro", "rw") if open_cgroups and each.get("destination") == "/sys/fs/cgroup" else each
+              for each in spec.get("mounts") or []]
     found = {"linux": {**linux, **({"sysctl": sysctls} if sysctls else {})}, "mounts": mounts,
              "process": {**process, **({"env": environment} if environment else {})}}
     found = {**spec, **{key: value for key, value in found.items() if value}}
@@ -13554,18 +13569,13 @@ def volume_sizes(engine: Engine) -> Dict[str, int]:
 
 def folder_size(path: str) -> int:
     """Bytes of the files in a folder and all below it; what cannot be seen, or goes meanwhile, counts nothing."""
-    total = 0
-    for folder, _, files in os.walk(path):
-        for name in files:
+    sizes = {}
+    for folder, links, files in os.walk(path):
+        for name in files + links:
             with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(folder, name)).st_size
-    return total
-
-
-def docker_usage(items: List[Dict[str, Any]], active: int, total: int, reclaimable: int) -> Dict[str, Any]:
-    """One of the summaries that API 1.52 added to `/system/df`."""
-    return {"ActiveCount": active, "TotalCount": len(items), "TotalSize": total, "Reclaimable": reclaimable,
-            "Items": items}
+                found = os.lstat(os.path.join(folder, name))
+                sizes.update({} if stat.S_ISDIR(found.st_mode) else {found.st_ino: found.st_size})
+    return sum(sizes.values())
 
 
 @route("GET", "/system/df")
@@ -13580,9 +13590,7 @@ def system_df(engine: Engine, request: Request) -> Response:
     groups = list(engine.inventory.images.get().values())
     if everything or "image" in kinds:
         users, shared = image_users(engine), shared_sizes(groups)
-        answer["LayersSize"] = sum({each["digest"]: each.get("size") or 0 for group in groups
-                                    for each in group.content.layers}.values()) + sum(
-            each.unpacked_size for group in groups for each in group.contents)
+        answer.update({"LayersSize": images_size(engine)} if groups else {})
         answer["Images"] = [docker_image_row(group, request.version, len(users.get(group.id, [])),
                                              shared.get(group.id, 0)) for group in groups]
     if everything or "container" in kinds:
@@ -13598,34 +13606,35 @@ def system_df(engine: Engine, request: Request) -> Response:
         if request.version < (1, 42):
             answer["BuilderSize"] = sum(each["Size"] for each in answer["BuildCache"])
     if request.version >= (1, 52):
-        answer.update(usage_summaries(answer))
+        # Who asks for `verbose` knows the new fields.
+        answer = {**({} if request.flag("verbose") else answer), **usage_summaries(answer)}
     return Response(200, answer)
 
 
+# A list of `/system/df` -> its summary since API 1.52: whether an item is in use, its size, and whether that is all its
+# own.
+USAGES: Dict[str, Tuple[str, Callable[..., Any], Callable[..., int], Callable[..., Any]]] = {
+    "Images": ("ImageUsage", lambda row: row["Containers"] > 0, lambda row: row["Size"] - row["SharedSize"],
+               lambda row: not row["Containers"]),
+    "Containers": ("ContainerUsage", lambda row: row["State"] in ("running", "paused", "restarting"),
+                   lambda row: row["SizeRw"], lambda row: True),
+    "Volumes": ("VolumeUsage", lambda row: row["UsageData"]["RefCount"], lambda row: row["UsageData"]["Size"],
+                lambda row: True),
+    "BuildCache": ("BuildCacheUsage", lambda row: row["InUse"], lambda row: row["Size"], lambda row: not row["Shared"]),
+}
+
+
 def usage_summaries(answer: Dict[str, Any]) -> Dict[str, Any]:
-    """The summaries of an answer's lists, as API 1.52 has them."""
+    """The summaries of an answer's lists, as API 1.52 has them: what is 0 is left out."""
     found = {}
-    if "Images" in answer:
-        rows = answer["Images"]
-        found["ImageUsage"] = docker_usage(rows, sum(row["Containers"] > 0 for row in rows), answer["LayersSize"],
-                                           sum(row["Size"] for row in rows if not row["Containers"]))
-    if "Containers" in answer:
-        rows = answer["Containers"]
-        found["ContainerUsage"] = docker_usage(rows, sum(row["State"] in ("running", "paused") for row in rows),
-                                               sum(row["SizeRw"] for row in rows),
-                                               sum(row["SizeRw"] for row in rows
-                                                   if row["State"] not in ("running", "paused")))
-    if "Volumes" in answer:
-        rows = answer["Volumes"]
-        found["VolumeUsage"] = docker_usage(rows, sum(row["UsageData"]["RefCount"] > 0 for row in rows),
-                                            sum(row["UsageData"]["Size"] for row in rows),
-                                            sum(row["UsageData"]["Size"] for row in rows
-                                                if not row["UsageData"]["RefCount"]))
-    if "BuildCache" in answer:
-        rows = answer["BuildCache"]
-        found["BuildCacheUsage"] = docker_usage(rows, sum(row["InUse"] for row in rows),
-                                                sum(row["Size"] for row in rows),
-                                                sum(row["Size"] for row in rows if not row["InUse"]))
+    for key, (name, is_active, size, is_own) in USAGES.items():
+        if key in answer:
+            rows = answer[key]
+            idle = [row for row in rows if not is_active(row)]
+            told = {"ActiveCount": len(rows) - len(idle), "TotalCount": len(rows), "Items": rows,
+                    "TotalSize": answer.get("LayersSize", 0) if key == "Images" else sum(map(size, rows)),
+                    "Reclaimable": sum(size(row) for row in idle if is_own(row))}
+            found[name] = {key: value for key, value in told.items() if value}
     return found
 
 

@@ -4957,6 +4957,21 @@ class TestSystem:
         assert new["BuildCacheUsage"]["TotalCount"] == 2 and new["ContainerUsage"]["ActiveCount"] == 2
         images = {each["Id"]: each["Containers"] for each in old["Images"]}
         assert images[BB] == 4
+        # Blobs and snapshots count once, the index too; what only one image has can be had back.
+        assert old["LayersSize"] == 2129920 + 2019328 + 422 + 333 + 430 + 120 + 521
+        assert {**new["ImageUsage"], "Items": 0} == {"ActiveCount": 1, "TotalCount": 2, "TotalSize": old["LayersSize"], "Reclaimable": 430 + 120, "Items": 0}
+        assert "Reclaimable" not in new["VolumeUsage"]
+        knowing = ask(furnished, "GET", "/system/df?verbose=1&type=image&type=volume").json
+        assert knowing == {key: new[key] for key in ("ImageUsage", "VolumeUsage")}
+
+    def test_size_of_a_folder(self, tmp_path):
+        """As dockerd counts it: a file with two names once, links as such, no folders."""
+        folder = tmp_path / "volume"
+        (folder / "in").mkdir(parents=True)
+        (folder / "in/file").write_bytes(b"x" * 1000)
+        os.link(folder / "in/file", folder / "again")
+        os.symlink("in", folder / "link")
+        assert nerdctld.folder_size(str(folder)) == 1002
 
     def test_events_that_nobody_reads(self, furnished, fake):
         follow(furnished, fake)
@@ -5264,10 +5279,11 @@ class TestImages:
     def test_delete_none(self, furnished):
         assert ask(furnished, "DELETE", "/images/-f").status == 404
 
-    def test_prune(self, furnished, scripted):
-        scripted.on("rmi")
+    def test_prune(self, furnished, scripted, fake):
+        scripted.on("rmi", does=lambda words: fake.images.pop(words[-1]))
         answer = ask(furnished, "POST", "/images/prune")
-        assert answer.status == 200
+        # As dockerd counts it: what other images have as well stays.
+        assert (answer.status, answer.json["SpaceReclaimed"]) == (200, 521 + 430 + 120)
         assert [each["argv"][-1].partition("@")[0] for each in scripted.calls("rmi")] == ["import"]
         ask(furnished, "POST", "/images/prune?" + filtered(dangling=["false"], **{"label!": ["base"]}))
         assert {each["argv"][-1].partition("@")[0] for each in scripted.calls("rmi")} == {"import"}, "what has the label or containers stays"
@@ -6291,7 +6307,7 @@ class TestMounts:
     MINE = "9" * 64
 
     @pytest.mark.parametrize("mount, words", [
-        ({"Type": "bind", "Source": "/", "Target": "/t", "ReadOnly": True}, "--volume=/:/t:ro"),
+        ({"Type": "bind", "Source": "/", "Target": "/t", "ReadOnly": True}, "--volume=/:/t:ro,rprivate"),
         ({"Type": "bind", "Source": "/", "Target": "/a,b", "BindOptions": {"Propagation": "rslave", "NonRecursive": True}}, "--volume=/:/a,b:rslave,bind"),
         ({"Type": "volume", "Source": "vo", "Target": "/t", "ReadOnly": True}, "--volume=vo:/t:ro"), ({"Type": "volume", "Target": "/t"}, "--volume=/t"),
         ({"Type": "tmpfs", "Target": "/t", "ReadOnly": True, "TmpfsOptions": {"SizeBytes": 9, "Mode": 0o1777, "Options": [["exec"]]}}, "--tmpfs=/t:ro,mode=1777,size=9,exec"),
@@ -6302,7 +6318,7 @@ class TestMounts:
 
     def test_binds(self):
         body = {"Volumes": {"/b": {}, "/c": {}}, **host(Binds=["/a:/b:ro,cached,z", "vol:/d:nocopy", "vol:/e"], Mounts=[{"Type": "volume", "Source": "vv", "Target": "/c"}])}
-        assert [each for each in words_of(body)] == ["--volume=/a:/b:ro,z", "--volume=vol:/e", "--volume=vv:/c"]
+        assert [each for each in words_of(body)] == ["--volume=/a:/b:ro,rprivate,z", "--volume=vol:/e", "--volume=vv:/c"]
 
     @pytest.mark.parametrize("body, message", [
         (host(Binds=["rel/x:/m"]), "includes invalid characters for a local volume name"), (host(Binds=["./x:/m"]), "includes invalid characters"),
@@ -6377,7 +6393,7 @@ class TestMounts:
         found = self.create(places, scripted, fake, {"mounts": [{"destination": "/proc", "type": "proc"}]}, Mounts=mounts)
         folder = places.inventory.places
         assert [(each["destination"], each.get("source", "")) for each in found.spec["mounts"]] == [("/proc", ""), ("/a", f"{folder}/{self.MINE}.1"), ("/a/b", f"{folder}/{self.MINE}.0")]
-        assert "ro" in found.spec["mounts"][1]["options"] and "ro" not in found.spec["mounts"][2]["options"]
+        assert "rro" in found.spec["mounts"][1]["options"] and "rro" not in found.spec["mounts"][2]["options"]
         assert [(each.place.rpartition("/")[2], each.base.rpartition("/")[2], each.subpath) for each in nerdctld.placed_mounts(found)] == [
             (f"{self.MINE}.0", "_data", "s"), ("volume.nfs", "", ""), (f"{self.MINE}.1", "volume.nfs", "t")]
         assert [(each["Type"], each["Name"], each["RW"]) for each in found.mounts] == [("volume", "tstvol", True), ("volume", "nfs", False)]
@@ -6516,7 +6532,7 @@ class TestContainerCreate:
     def test_variables_that_are_to_be_gone(self):
         request = {"Env": ["A", "B=1", "C", "D", "D=2"]}
         assert words_of(request) == ["--env=B=1", "--env=D=2"]
-        found = nerdctld.amended_spec({"process": {"args": ["a"], "env": ["PATH=/bin", "A=x", "B=1", "D=2"]}}, request, False)
+        found = nerdctld.amended_spec({"process": {"args": ["a"], "env": ["PATH=/bin", "A=x", "B=1", "D=2"]}}, request)
         assert found == {"process": {"args": ["a"], "env": ["PATH=/bin", "B=1", "D=2"]}}
 
     def test_ports_that_nobody_else_was_given(self, furnished, scripted, fake, monkeypatch):
@@ -6779,25 +6795,28 @@ class TestContainerCreate:
 
     @pytest.mark.parametrize("request_, told", [
         ({}, {}), (host(MaskedPaths=[], ReadonlyPaths=["/proc/x"]), {"maskedPaths": [], "readonlyPaths": ["/proc/x"]}), (host(MaskedPaths=[], Privileged=True), {}),
-        ({"Domainname": "d.test"}, {"kernel.domainname": "d.test"}), (host(SecurityOpt=["writable-cgroups=true"]), {"/sys/fs/cgroup": ["rw"]}), (host(SecurityOpt=["writable-cgroups=false"]), {}),
-        (host(Binds=["/s:/b/:ro", "/s:/c"]), {"/b": ["rbind", "rro"]}), (host(Mounts=[{"Type": "bind", "Target": "/b", "ReadOnly": True}]), {"/b": ["rbind", "rro"]}),
-        (host(Mounts=[{"Type": "bind", "Target": "/b", "ReadOnly": True, "BindOptions": {"ReadOnlyNonRecursive": True}}]), {})])
+        ({"Domainname": "d.test"}, {"kernel.domainname": "d.test"}), (host(SecurityOpt=["writable-cgroups=true"]), {"/sys/fs/cgroup": ["rw"]}), (host(SecurityOpt=["writable-cgroups=false"]), {})])
     def test_what_nerdctl_has_no_option_for(self, monkeypatch, request_, told):
         monkeypatch.setattr(nerdctld.os, "geteuid", lambda: 0)
         spec = {"linux": {"namespaces": [{"type": "uts"}, {"type": "network"}], "maskedPaths": ["/m"], "readonlyPaths": ["/r"]},
                 "mounts": [{"destination": "/b", "options": ["rbind", "ro"]}, {"destination": "/c", "options": ["ro"]}, {"destination": "/sys/fs/cgroup", "options": ["ro"]}, {"destination": "/proc"}]}
         tell = lambda spec: {**{key: spec["linux"][key] for key in ("maskedPaths", "readonlyPaths")}, **(spec["linux"].get("sysctl") or {}),
                              **{each["destination"]: each.get("options") for each in spec["mounts"]}}
-        found, before = tell(nerdctld.amended_spec(spec, request_, True)), {**tell(spec), "net.ipv4.ping_group_range": "0 2147483647"}
+        found, before = tell(nerdctld.amended_spec(spec, request_)), {**tell(spec), "net.ipv4.ping_group_range": "0 2147483647"}
         assert found == {**before, **told}
-        assert nerdctld.amended_spec(spec, host(Binds=["/s:/b:ro"]), False)["mounts"] == spec["mounts"] and nerdctld.amended_spec({}, {}, True) == {}
+        assert nerdctld.amended_spec({}, {}) == {}
 
-    @pytest.mark.parametrize("version, options", [("/v1.43", ["ro"]), ("/v1.44", ["rro"])])
-    def test_binds_that_are_read_only_all_the_way_down(self, furnished, scripted, fake, monkeypatch, version, options):
+    @pytest.mark.parametrize("version, mount, option", [
+        ("/v1.43", {}, "ro"), ("/v1.44", {}, "rro"), ("", {"BindOptions": {"ReadOnlyForceRecursive": True}}, "rro"), ("", {"BindOptions": {"ReadOnlyNonRecursive": True}}, "ro"),
+        ("", {"Type": "volume", "Source": "tstvol"}, "rro"), ("", {"Type": "volume", "Source": "tstvol", "VolumeOptions": {"NoCopy": True}}, "rro"), ("", {"Type": "tmpfs", "Source": ""}, "ro")])
+    def test_what_is_read_only_all_the_way_down(self, willing, scripted, fake, monkeypatch, version, mount, option):
+        """As dockerd, from API 1.44 on and where the kernel can, all but what is in memory."""
         monkeypatch.setattr(nerdctld.os, "uname", lambda: os.uname_result(("Linux", "x", "6.1.0-1", "", "x86_64")))
-        creates(scripted, fake, "9" * 64, spec={"mounts": [{"destination": "/b", "options": ["ro"]}]})
-        assert ask(furnished, "POST", version + "/containers/create", {**BODY, **host(Binds=["/:/b:ro"])}).status == 201
-        assert json.loads(fake.containers["9" * 64].spec)["mounts"][0]["options"] == options
+        creates(scripted, fake, "9" * 64, spec={"mounts": [{"destination": "/b", "options": ["rbind", "ro"]}, {"destination": "/c", "options": ["ro"]}]})
+        asked = {"Type": "bind", "Source": "/", "Target": "/b/", "ReadOnly": True, **mount}
+        assert ask(willing, "POST", version + "/containers/create", {**BODY, **host(Mounts=[asked])}).status == 201
+        told = {each["destination"]: each["options"] for each in json.loads(fake.containers["9" * 64].spec)["mounts"]}
+        assert option in told["/b"] and {"ro", "rro"} - {option} - set(told["/b"]) and told["/c"] == ["ro"]
 
     def test_a_spec_that_cannot_be_set(self, furnished, scripted, fake):
         """Nothing that is not as it was asked for is left."""
@@ -6906,7 +6925,7 @@ class TestContainerCreate:
 
     def test_no_volume_where_something_else_is_mounted(self):
         body = {"Volumes": {"/a": {}, "/b/": {}, "/c": {}, "/d": {}}, **host(Tmpfs={"/a/": ""}, Binds=["/:/b"], Mounts=[{"Type": "volume", "Target": "/c"}])}
-        assert words_of(body) == ["--tmpfs=/a/", "--volume=/:/b", "--volume=/c", "--volume=/d"]
+        assert words_of(body) == ["--tmpfs=/a/", "--volume=/:/b:rprivate", "--volume=/c", "--volume=/d"]
         assert words_of(host(Tmpfs={"/a/": ""}, Mounts=[{"Type": "volume", "Target": "/a"}])) == ["--volume=/a"]
 
     @pytest.mark.parametrize("body, image, words", [
