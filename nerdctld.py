@@ -2108,6 +2108,10 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
      "cannot remove container: container is {0}: stop the container before removing or force remove"),
     (r"conflict: (unable to delete [^\n]*)", Conflict, "conflict: {0}"),
     (r"cannot exec in a (?:stopped|paused)|is not (?:paused|running)|already paused", Conflict, ""),
+    (r'bind", "([^"]*)", "\S*"\): mountpoint "([^"]*)" doesn.t have optional field neither of \[shared:\]', ApiError,
+     "path {0} is mounted on {1} but it is not a shared mount"),
+    (r'bind", "([^"]*)", "\S*"\): mountpoint "([^"]*)" doesn.t have optional field', ApiError,
+     "path {0} is mounted on {1} but it is not a shared or slave mount"),
     (r"bind for :?(\S+) failed: port is already allocated", ApiError, "Bind for {0} failed: port is already allocated"),
     (r"source does not exist|no such file or directory: unknown", NotFound, ""),
     (r"multiple IDs found with provided prefix", BadParameter, ""),
@@ -4759,9 +4763,12 @@ class ImageStore:
         for digest in parts(content).difference(*map(parts, others)):
             with contextlib.suppress(NotFound):
                 self.containerd.delete_content(digest)
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Let the next get() see which content is here: no event tells of what was removed."""
         with self.lock:
-            # No event tells of content.
-            group.content, self.grouped = NO_CONTENT, None
+            self.groups, self.grouped = {}, None
 
     def invalidate(self, name: str = "") -> None:
         """An image is no longer as it was, or with "" any may be, of another containerd too."""
@@ -6872,6 +6879,7 @@ def image_prune(engine: Engine, request: Request) -> Response:
         filters.pop("dangling")
     else:
         filters["dangling"] = ["true"]
+    engine.inventory.images.look_again()
     users = image_users(engine)
     deleted, before = [], images_size(engine)
     for group in filter_images(engine, list(engine.inventory.images.get().values()), filters):
@@ -8304,18 +8312,17 @@ def status_text(state: State, now: float) -> str:
 
 def docker_mounts(container: Container) -> List[Dict[str, Any]]:
     """The mounts of a container as Docker shows them: of those in memory only what was asked for as a mount."""
-    host = container.host_config
-    shown = {each["Target"] for each in host.get("Mounts") or []}
-    modes = {parts[1]: parts[2] if len(parts) > 2 else "" for parts in (each.split(":") for each in host.get("Binds")
-                                                                        or []) if len(parts) > 1}
-    mounts = []
+    host, mounts = container.host_config, []
+    shown = [os.path.normpath(each["Target"]) for each in host.get("Mounts") or []]
+    binds = [each.split(":") for each in host.get("Binds") or []]
+    modes = {**{os.path.normpath(parts[:2][-1]): "".join(parts[2:]) for parts in binds}, **dict.fromkeys(shown, "")}
     for each in container.mounts:
-        if each["Type"] == "bind":
-            mode = "" if each["Destination"] in shown else modes.get(each["Destination"], each["Mode"])
-            mounts.append({**each, "Mode": mode, "Propagation": each["Propagation"] or "rprivate"})
-        elif each["Type"] != "tmpfs":
-            mounts.append({**each, "Mode": "z"} if each["Destination"] in shown and each["Type"] == "volume" else each)
-        elif each["Destination"] in shown:
+        target, kind = each["Destination"], each["Type"]
+        mode = modes.get(target, "" if container.request else each["Mode"])
+        if kind != "tmpfs":
+            mounts.append({**each, "Mode": mode or "z" * (kind == "volume" and target in modes),
+                           "Propagation": each["Propagation"] or "rprivate" * (kind == "bind")})
+        elif target in shown:
             mounts.append({**each, "Source": "", "Mode": ""})
     return mounts
 
@@ -8971,8 +8978,7 @@ def check_volume_name(name: str) -> None:
                            "If you intended to pass a host directory, use absolute path")
 
 
-BIND_MODES = (("ro", "rw"), ("z", "Z"), PROPAGATIONS, ("nocopy",), ("consistent", "cached", "delegated"),
-              ("bind", "rbind"))
+BIND_MODES = (("ro", "rw"), ("z", "Z"), PROPAGATIONS, ("nocopy",), ("consistent", "cached", "delegated"))
 
 
 def check_target(path: str, prefix: str) -> None:
@@ -8995,9 +9001,8 @@ def parse_bind(text: str, driver: str = "") -> Dict[str, Any]:
     if any(sum(each in words for each in group) > 1 for group in BIND_MODES) or not all(
             any(each in group for group in BIND_MODES) for each in words):
         raise BadParameter(f"invalid mode: {mode}")
-    options = {"CreateMountpoint": True, "NonRecursive": "bind" in words,
-               "Propagation": next((each for each in words if each in PROPAGATIONS), "")} if kind == "bind" else {
-        "NoCopy": "nocopy" in words, "DriverConfig": {"Name": driver}}
+    options = {"NoCopy": "nocopy" in words, "DriverConfig": {"Name": driver}} if kind == "volume" else {
+        "CreateMountpoint": True, "Propagation": next((each for each in words if each in PROPAGATIONS), "")}
     return {"Type": kind, "Source": source, "Target": target, "ReadOnly": "ro" in words, "Mode": mode,
             MOUNT_OPTIONS[kind]: options}
 
@@ -9018,6 +9023,7 @@ def check_mount(mount: Dict[str, Any]) -> None:
     check_target(target, prefix)
     own = mount_options(mount)
     subpath, read_only = own.get("Subpath") or "", mount.get("ReadOnly")
+    odd = next((each[0] for each in own.get("Options") or [] if each and each[0] not in ("exec", "noexec")), "")
     conflict = next((key for key in ("ReadOnlyNonRecursive", "ReadOnlyForceRecursive") if own.get(key)), "")
     for wrong, words in (
         (not source and kind in ("bind", "image"), "field Source must not be empty"),
@@ -9032,8 +9038,8 @@ def check_mount(mount: Dict[str, Any]) -> None:
         (subpath and kind == "volume" and not source, "must not set Subpath when using anonymous volumes"),
         (subpath.startswith("/") or os.path.normpath(subpath).startswith(".."),
          "subpath must be a relative path within the volume"),
-        (not {word for each in own.get("Options") or [] for word in each} <= {"exec", "noexec"},
-         "invalid option: " + "=".join((own.get("Options") or [[]])[0])),
+        (any(not 1 <= len(each) <= 2 for each in own.get("Options") or []), "invalid option array length"),
+        (odd, f"invalid option: {odd}"),
         (conflict and not read_only, f"mount options conflict: !ReadOnly && BindOptions.{conflict}"),
         (own.get("ReadOnlyNonRecursive") and own.get("ReadOnlyForceRecursive"),
          "mount options conflict: ReadOnlyNonRecursive && BindOptions.ReadOnlyForceRecursive"),
@@ -13587,6 +13593,7 @@ def system_df(engine: Engine, request: Request) -> Response:
         if each not in ("container", "image", "volume", "build-cache"):
             raise BadParameter(f"unknown object type: {each}")
     everything, answer = not kinds, {}
+    engine.inventory.images.look_again()
     groups = list(engine.inventory.images.get().values())
     if everything or "image" in kinds:
         users, shared = image_users(engine), shared_sizes(groups)
@@ -13594,9 +13601,11 @@ def system_df(engine: Engine, request: Request) -> Response:
         answer["Images"] = [docker_image_row(group, request.version, len(users.get(group.id, [])),
                                              shared.get(group.id, 0)) for group in groups]
     if everything or "container" in kinds:
-        containers = engine.inventory.containers()
-        sizes = {**dict.fromkeys(containers, (0, 0)), **container_sizes(engine, containers.values())}
-        answer["Containers"] = container_rows(engine, containers.values(), sizes, request.version)
+        containers = list_containers(engine, {}, True, -1)
+        sizes = {**dict.fromkeys((each.id for each in containers), (0, 0)), **container_sizes(engine, containers)}
+        answer["Containers"] = container_rows(engine, containers, sizes, request.version)
+        for row in answer["Containers"]:
+            row.pop("ImageManifestDescriptor", None)
     if everything or "volume" in kinds:
         users, sizes = volume_users(engine), volume_sizes(engine)
         answer["Volumes"] = [{**volume, "UsageData": {"Size": sizes.get(name, 0), "RefCount": users.get(name, 0)}}

@@ -1687,6 +1687,10 @@ FAILURES = [
     ("ps", fatal("rootless containerd not running? (hint: use `containerd-rootless-setuptool.sh install` to start rootless containerd): "
                  "stat /run/user/1/containerd-rootless: no such file or directory"), 503,
      "rootless containerd is not running: containerd-rootless-setuptool.sh install sets it up"),
+    ("create --volume=/mnt:/m:rshared", fatal('failed to parse volume options ("bind", "/mnt", "rshared"): mountpoint "/" doesn\'t have optional field neither of [shared:]'),
+     500, "path /mnt is mounted on / but it is not a shared mount"),
+    ("create --volume=/mnt:/m:ro,rslave", fatal('failed to parse volume options ("bind", "/mnt", "ro,rslave"): mountpoint "/" doesn\'t have optional field neither of [shared: master:]'),
+     500, "path /mnt is mounted on / but it is not a shared or slave mount"),
     ("build (worker in another namespace)", fatal("no image was built"), 500,
      "no image was built where nerdctl looks for it: buildkitd's first worker has to be a containerd worker in nerdctl's namespace (buildkitd.toml)"),
     ("ps -a (while a container goes)", fatal(f'container "{"5" * 64}" in namespace "default": not found'), 404, "No such container: " + "5" * 64),
@@ -4964,6 +4968,16 @@ class TestSystem:
         knowing = ask(furnished, "GET", "/system/df?verbose=1&type=image&type=volume").json
         assert knowing == {key: new[key] for key in ("ImageUsage", "VolumeUsage")}
 
+    def test_df_where_content_is_gone(self, furnished, fake):
+        """No event tells of it. The numbers are those of dockerd 29.9 after `ctr content rm`: what is not here counts nothing."""
+        told = lambda: next(each for each in ask(furnished, "GET", "/v1.51/system/df").json["Images"] if each["Id"] == BB)
+        assert told()["Size"] == 422 + 333 + 2129920 + 2019328
+        fake.content.pop(BB_CONFIG)
+        assert {key: told()[key] for key in ("Size", "SharedSize", "Containers", "Created", "Labels")} == {
+            "Size": 422 + 2129920, "SharedSize": 2129920, "Containers": 4, "Created": 0, "Labels": {}}
+        fake.content.pop(BB)
+        assert told()["Size"] == 0 and ask(furnished, "POST", "/containers/prune").status == 200
+
     def test_size_of_a_folder(self, tmp_path):
         """As dockerd counts it: a file with two names once, links as such, no folders."""
         folder = tmp_path / "volume"
@@ -6322,7 +6336,7 @@ class TestMounts:
 
     @pytest.mark.parametrize("body, message", [
         (host(Binds=["rel/x:/m"]), "includes invalid characters for a local volume name"), (host(Binds=["./x:/m"]), "includes invalid characters"),
-        (host(Binds=["/a:/b:bogus"]), "invalid mode: bogus"), (host(Binds=["/a:/b:ro,rw"]), "invalid mode: ro,rw"), (host(Binds=["/a:/x", "/b:/x/"]), "Duplicate mount point: /x"),
+        (host(Binds=["/a:/b:bind"]), "invalid mode: bind"), (host(Binds=["/a:/b:ro,rw"]), "invalid mode: ro,rw"), (host(Binds=["/a:/x", "/b:/x/"]), "Duplicate mount point: /x"),
         (host(Binds=["v:/x"]), "too short"), (host(Binds=["/a:/x"], Mounts=[{"Type": "tmpfs", "Target": "/x"}]), "Duplicate mount point: /x"),
         (host(Binds=["/a:/x"], Tmpfs={"/x": ""}), "Duplicate mount point: /x"), (host(VolumesFrom=["other:bogus"]), "invalid mode: bogus")])
     def test_what_cannot_be(self, body, message):
@@ -6338,7 +6352,8 @@ class TestMounts:
         ({"Type": "bind", "Source": "/", "Target": "/t", "BindOptions": {"Propagation": "odd"}}, "invalid propagation mode: odd"),
         ({"Type": "volume", "Target": "/t", "VolumeOptions": {"Subpath": "s"}}, "must not set Subpath when using anonymous volumes"),
         ({"Type": "volume", "Source": "vo", "Target": "/t", "VolumeOptions": {"Subpath": "a/../../b"}}, "subpath must be a relative path within the volume"),
-        ({"Type": "tmpfs", "Target": "/t", "TmpfsOptions": {"Options": [["suid"]]}}, "invalid option: suid")])
+        ({"Type": "tmpfs", "Target": "/t", "TmpfsOptions": {"Options": [["exec"], ["uid", "5"]]}}, "invalid option: uid"),
+        ({"Type": "tmpfs", "Target": "/t", "TmpfsOptions": {"Options": [["exec"], []]}}, "invalid option array length")])
     def test_mounts_that_cannot_be(self, mount, message):
         with pytest.raises(nerdctld.BadParameter, match=re.escape(message)):
             words_of(host(Mounts=[mount]))
