@@ -681,7 +681,9 @@ class Unpacker:
             entry = tar.next()
         else:
             # tarfile takes a header that it cannot read for the end.
-            if source.last.strip(b"\0") or len(source.last) != tarfile.BLOCKSIZE:
+            if len(source.last) != tarfile.BLOCKSIZE:
+                raise BadParameter("invalid archive: unexpected EOF")
+            if any(source.last):
                 raise BadParameter("invalid archive: invalid tar header")
         for path, times in self.folders:
             parent, _, name = path.rpartition("/")
@@ -729,12 +731,14 @@ class Unpacker:
             if self.keep and not entry.isdir():
                 raise BadParameter(f'cannot overwrite directory "{path}" with non-directory "{self.target}"')
             return
-        verb = MAKING.get(entry.type, "open")
+        verb = making = MAKING.get(entry.type, "open")
+        if entry.islnk() or entry.issym():
+            making += " " + (entry.linkname if entry.issym() else "/" + "/".join(self.place(entry.linkname, link=True)))
         try:
             folder, name = self.folder("/".join(parts[:-1])), parts[-1]
             verb = "unlinkat"
             there = self.clear(folder, name, entry.isdir(), path)
-            verb = MAKING.get(entry.type, "open")
+            verb = making
             if entry.isdir():
                 self.make_folder(entry, folder, name, there)
                 self.folders.append((path[1:], entry_times(entry)))
@@ -813,13 +817,14 @@ class Unpacker:
             *above, last = self.place(entry.linkname, link=True)
             with opened_below(self.root, "/".join(above), follow=True) as (descriptor, _):
                 os.link(last, name, src_dir_fd=descriptor, dst_dir_fd=folder, follow_symlinks=False)
-            if stat.S_ISREG(os.lstat(name, dir_fd=folder).st_mode):
+            found = os.lstat(name, dir_fd=folder)
+            if stat.S_ISREG(found.st_mode):
                 # The chown below would take the set-user-ID bit off the file that has both names.
                 descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
                 with os.fdopen(descriptor, "rb", 0):
+                    entry.mode = found.st_mode
                     self.settle(entry, descriptor)
-                    os.utime(descriptor, ns=entry_times(entry))
-                return
+            return
         elif entry.type in kinds:
             try:
                 device = os.makedev(entry.devmajor, entry.devminor)
@@ -14659,7 +14664,10 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         raw_path, _, raw_query = target.partition("?")
         try:
             path = urllib.parse.unquote(raw_path, errors="strict")
-            query = urllib.parse.parse_qs(raw_query, keep_blank_values=True, errors="strict", max_num_fields=1000)
+            query = urllib.parse.parse_qs(raw_query, keep_blank_values=True, errors="surrogateescape",
+                                          max_num_fields=1000)
+            # Only the name of a file may be no text.
+            "".join(itertools.chain(query, *(query[each] for each in query if each != "path"))).encode()
         except (UnicodeDecodeError, ValueError):
             raise BadParameter("malformed URL") from None
         if re.search(r"[\x00-\x1f\x7f]", path):

@@ -2068,6 +2068,14 @@ class TestTree:
             os.setxattr(house / "in", "user.some", b"")
             assert os.getxattr(house / "d/x", "user.some") == b"a\xffb"
 
+    def test_a_hard_link_changes_nothing_but_the_owner(self, house):
+        # As dockerd 20.10 does it in any folder but the root: of the file there is only one.
+        unpack(house, entries(("f", "0", b"x", {"mode": 0o4750, "mtime": 5}), ("h", "1", "f", {"mode": 0o644, "mtime": 9}), ("l", "2", "f"), ("k", "1", "l")))
+        assert [(found.st_nlink, stat.S_IMODE(found.st_mode), found.st_mtime) for found in map(os.stat, (house / "f", house / "h"))] == [(2, 0o4750, 5)] * 2
+        assert os.readlink(house / "k") == "f"
+        with pytest.raises(OSError, match="link /nothing /g: no such file or directory"):
+            unpack(house, entries(("g", "1", "nothing")))
+
     def test_owners(self, house):
         if os.geteuid():
             pytest.skip("not root")
@@ -2134,7 +2142,7 @@ class TestTree:
 
     @pytest.mark.parametrize("data, words", [
         (b"garbage" * 300, "invalid header|bad checksum"), (b"garbage", "truncated header"), (entries(("f", "0", b"x" * 5000))[:3000], "unexpected EOF"),
-        (entries(("f", "0", b"x" * 512), ("g", "0", b"y" * 512))[:1024] + b"q" * 512 + bytes(1024), "invalid tar header"), (entries(("f", "0", b"x" * 512), ("g", "0", b""))[:1300], "invalid tar header"),
+        (entries(("f", "0", b"x" * 512), ("g", "0", b"y" * 512))[:1024] + b"q" * 512 + bytes(1024), "invalid tar header"), (entries(("f", "0", b"x" * 512), ("g", "0", b""))[:1300], "unexpected EOF"),
         (entries(("f", "7", b"x")), "unhandled tar header type 55"), (entries(("f", "0", b"", {"pax_headers": {"comment": "x" * (17 << 20)}})), "too long")],
         ids=["garbage", "short", "cut", "garbage behind", "cut header", "kind", "long header"])
     def test_what_is_broken(self, house, data, words):
@@ -12076,6 +12084,10 @@ class TestHTTPServer:
                 sock.recv(1)
             sock.sendall(ARCHIVE[-1:])
             assert b"Loaded image: tst:a" in receive(sock)
+
+    def test_a_file_whose_name_is_no_text(self, shared):
+        answer = send(shared, b"HEAD /containers/nosuch/archive?path=%2Fcaf%E9 HTTP/1.1\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 404"), answer
 
     @pytest.mark.parametrize("data", [
         b"\r\n\r\n\r\n", b"garbage\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1 x\r\n\r\n", b"GET /\xff\xfe HTTP/1.1\r\n\r\n", b"\x00\x01\x02\r\n\r\n",
