@@ -793,17 +793,21 @@ class Unpacker:
     def make_file(self, entry: Any, folder: int, name: str, source: TarInput) -> None:
         """Make a file; what a sparse one leaves out stays a hole, and one that does not come whole is gone."""
         descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder)
-        with os.fdopen(descriptor, "wb", 0):
-            try:
-                for offset, size in [(0, entry.size)] if entry.sparse is None else entry.sparse:
+        try:
+            if entry.sparse is None:
+                source.copy(descriptor, entry.size)
+            else:
+                for offset, size in entry.sparse:
                     os.lseek(descriptor, offset, os.SEEK_SET)
                     source.copy(descriptor, size)
                 os.ftruncate(descriptor, entry.size)
-                self.settle(entry, descriptor)
-                os.utime(descriptor, ns=entry_times(entry))
-            except BaseException:
-                os.unlink(name, dir_fd=folder)
-                raise
+            self.settle(entry, descriptor)
+            os.utime(descriptor, ns=entry_times(entry))
+        except BaseException:
+            os.unlink(name, dir_fd=folder)
+            raise
+        finally:
+            os.close(descriptor)
 
     def make_other(self, entry: Any, folder: int, name: str, path: str) -> None:
         """Make a link, a FIFO or a device."""
@@ -851,6 +855,37 @@ def remove_entry(folder: int, name: str) -> None:
         finally:
             os.close(descriptor)
         os.rmdir(name, dir_fd=folder)
+
+
+# Bits of a POSIX mode -> the kind of a tar's entry.
+TAR_KINDS = {stat.S_IFDIR: b"5", stat.S_IFLNK: b"2", stat.S_IFIFO: b"6", stat.S_IFCHR: b"3", stat.S_IFBLK: b"4"}
+
+
+def tar_header(name: bytes, kind: bytes, link: bytes, numbers: Dict[str, int], records: Dict[str, bytes]) -> bytes:
+    """The header of a tar's entry with these numbers (`mode`, `uid`, `gid`, `size`, `mtime`, `major`, `minor`), behind
+    one of pax's with these records and what does not fit elsewhere."""
+    records = {**records, **{key: value for key, value in (("path", name), ("linkpath", link))
+                             if len(value) > 100 or not value.isascii()}}
+    digits = []
+    for key, value in numbers.items():
+        room = 11 if key in ("size", "mtime") else 7
+        if not 0 <= value < 8 ** room:
+            records[key], value = b"%d" % value, 0
+        digits.append(b"%0*o\0" % (room, value))
+    mode, uid, gid, size, mtime, major, minor = digits
+    head = b"".join((name[:100].ljust(100, b"\0"), mode, uid, gid, size, mtime, b"        ", kind,
+                     link[:100].ljust(100, b"\0"), b"ustar\x0000", bytes(64), major, minor, bytes(167)))
+    head = b"%b%06o\0 %b" % (head[:148], sum(head), head[156:])
+    if not records:
+        return head
+    text = b""
+    for key, value in records.items():
+        record = b" %b=%b\n" % (key.encode(), value)
+        # It begins with its own length.
+        size = len(record) + len(str(len(record)))
+        text += b"%d%b" % (len(record) + len(str(size)), record)
+    more = tar_header(b"././@PaxHeader", b"x", b"", {**dict.fromkeys(numbers, 0), "size": len(text)}, {})
+    return more + text + bytes(-len(text) % 512) + head
 
 
 class Packer:
@@ -927,22 +962,15 @@ class Packer:
             self.header(found, told)
 
     def header(self, found: os.stat_result, told: str, link: str = "",
-               attributes: Optional[Dict[str, str]] = None) -> None:
+               records: Optional[Dict[str, bytes]] = None) -> None:
         """Write the header of an entry; one with a `link` that is not symbolic is another name of that file."""
-        import tarfile
-
-        entry = tarfile.TarInfo(told)
-        kinds = ((stat.S_ISDIR, tarfile.DIRTYPE), (stat.S_ISLNK, tarfile.SYMTYPE), (stat.S_ISFIFO, tarfile.FIFOTYPE),
-                 (stat.S_ISCHR, tarfile.CHRTYPE), (stat.S_ISBLK, tarfile.BLKTYPE))
-        other = tarfile.LNKTYPE if link else tarfile.REGTYPE
-        entry.type = next((kind for test, kind in kinds if test(found.st_mode)), other)
-        entry.size = found.st_size if entry.type == tarfile.REGTYPE else 0
-        entry.mode, entry.uid, entry.gid = found.st_mode, found.st_uid, found.st_gid
-        entry.mtime, entry.linkname = int(found.st_mtime), link
-        if entry.type in (tarfile.CHRTYPE, tarfile.BLKTYPE):
-            entry.devmajor, entry.devminor = os.major(found.st_rdev), os.minor(found.st_rdev)
-        entry.pax_headers = attributes or {}
-        self.pending += entry.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+        kind = TAR_KINDS.get(stat.S_IFMT(found.st_mode), b"1" if link else b"0")
+        device = found.st_rdev if kind in (b"3", b"4") else 0
+        numbers = {"mode": stat.S_IMODE(found.st_mode), "uid": found.st_uid, "gid": found.st_gid,
+                   "size": found.st_size if kind == b"0" else 0, "mtime": int(found.st_mtime),
+                   "major": os.major(device), "minor": os.minor(device)}
+        name = told if kind != b"5" or told.endswith("/") else told + "/"
+        self.pending += tar_header(os.fsencode(name), kind, os.fsencode(link), numbers, records or {})
         if len(self.pending) > 1 << 18:
             self.flush()
 
@@ -953,11 +981,11 @@ class Packer:
             if first != told:
                 self.header(found, told, first)
                 return
-        attributes = {}
+        records = {}
         with contextlib.suppress(OSError):
-            value = os.getxattr(descriptor, "security.capability")
-            attributes[XATTR + "security.capability"] = value.decode("utf-8", "surrogateescape")
-        self.header(found, told, attributes=attributes)
+            if "security.capability" in os.listxattr(descriptor):
+                records[XATTR + "security.capability"] = os.getxattr(descriptor, "security.capability")
+        self.header(found, told, records=records)
         left = found.st_size
         if left < 1 << 16:
             data = os.read(descriptor, left)
@@ -996,8 +1024,9 @@ def carry_out(order: Dict[str, Any], source: TarInput) -> None:
         mount_place(order)
         return
     import resource
-    # Whatever is needed later: from the tree on nothing can be imported.
-    import tarfile  # noqa: F401
+    if order["do"] == "unpack":
+        # From the tree on nothing can be imported.
+        import tarfile  # noqa: F401
 
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))

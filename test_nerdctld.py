@@ -2195,6 +2195,19 @@ class TestTree:
         unpack(house, data, "/again")
         assert packed(house, "/again/d")[0] == data
 
+    @pytest.mark.parametrize("more", [
+        {}, {"size": 8 ** 11 - 1}, {"size": 8 ** 11}, {"size": 9 << 40, "mtime": -5, "uid": 8 ** 7, "gid": 4294967294}, {"name": "n" * 100, "link": "l" * 100}, {"name": "n" * 4095, "link": "l" * 4095},
+        {"name": "caf\udce9/\u65e5", "link": "\udcff"}, {"name": "x" * 91}, {"name": "x" * 90 + "\u65e5"}, {"name": "x" * 982}, {"major": 259, "minor": 0xfffff}])
+    def test_headers(self, more):
+        numbers = {"mode": 0o4755, "uid": 1, "gid": 2, "size": 0, "mtime": 3, "major": 4, "minor": 5, **{key: value for key, value in more.items() if key not in ("name", "link")}}
+        name, link = more.get("name", "some"), more.get("link", "where")
+        data = nerdctld.tar_header(os.fsencode(name), b"3", os.fsencode(link), numbers, {"SCHILY.xattr.security.capability": b"\xff\n=\0"} if link == "where" else {})
+        with tarfile.open(fileobj=io.BytesIO(data + bytes(1024)), errors="surrogateescape") as tar:
+            entry = tar.next()
+        assert (entry.name, entry.linkname, entry.type) == (name, link, b"3") and numbers == {
+            "mode": entry.mode, "uid": entry.uid, "gid": entry.gid, "size": entry.size, "mtime": entry.mtime, "major": entry.devmajor, "minor": entry.devminor}
+        assert entry.pax_headers.get("SCHILY.xattr.security.capability", "\udcff\n=\0") == "\udcff\n=\0"
+
     def test_mounts_of_many_layers(self, monkeypatch):
         seen = []
         monkeypatch.setattr(nerdctld, "libc_call", lambda name, *arguments: seen.append((*arguments[:3], arguments[3].value, arguments[4])))
@@ -14277,6 +14290,20 @@ class TestLiveTree:
             assert b"inside" in whole and b"of the host" not in whole
         finally:
             box("rmi", "tstlured:1")
+
+    def test_what_is_copied_is_committed_with_what_the_container_was_made_with(self, box, tmp_path):
+        (tmp_path / "greet").write_text("#!/bin/sh\necho $A $B; pwd; id -u; echo $@\n")
+        (tmp_path / "greet").chmod(0o755)
+        config = '{{json .Config.Env}} {{json .Config.Entrypoint}} {{json .Config.Cmd}} {{.Config.WorkingDir}} {{.Config.User}} {{index .Config.Labels "l"}} {{json .Config.ExposedPorts}}'
+        box("create", "--name", "tstmade", "--network", "none", "-e", "A=1", "-w", "/home", "-u", "1000", "--label", "l=m", "--expose", "81", "--entrypoint", "/bin/greet", BASE, "one", "two")
+        told = box("inspect", "-f", config, "tstmade")
+        try:
+            box("cp", str(tmp_path / "greet"), "tstmade:/bin/greet")
+            box("commit", "-c", "ENV B=$A", "tstmade", "tstmade:1")
+            assert box("image", "inspect", "-f", config, "tstmade:1") == told.replace("]", ',"B=1"]', 1)
+            assert box("run", "--rm", "--network", "none", "tstmade:1") == "1 1\n/home\n1000\none two"
+        finally:
+            box("rmi", "-f", "tstmade:1")
 
     def test_as_dockerd_does_it(self, box, tmp_path):
         # In one container of each: what was copied in comes out alike.
