@@ -14620,7 +14620,10 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             self.serve_grpc()
         elif self.parse_request():
             self.rfile = file
-            self.serve()
+            if self.request_version == "HTTP/0.9":
+                self.send_error(400, "malformed HTTP request")
+            else:
+                self.serve()
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
         """An error that http.server found in the head of a request."""
@@ -14683,9 +14686,6 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def make_request(self, body: Body) -> Request:
         """The request as handlers see it; 400 for a path or query that is not text."""
-        if self.request_version == "HTTP/0.9":
-            self.close_connection = True
-            raise BadParameter("malformed HTTP request")
         target = self.path
         if not target.startswith("/"):
             # Absolute form, as proxies send it.
