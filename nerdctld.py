@@ -1216,7 +1216,7 @@ def flag_filter(filters: Dict[str, List[str]], name: str, default: Optional[bool
     words = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
     told = {words.get(each.lower()) for each in values}
     if None in told or len(told) > 1:
-        raise BadParameter(f"invalid filter '{name}={json_bytes(values).decode()}'")
+        raise BadParameter(f"invalid filter '{name}=[{' '.join(values)}]'")
     return told.pop()
 
 
@@ -2130,7 +2130,8 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
     (r"failed to resolve (?:image|reference):? \"?([^\s\"]+?)\"?:(?: \S+:)? not found", NotFound,
      'failed to resolve reference "{0}": {0}: not found'),
     (r"no network found matching: (\S+)", NotFound, "network {0} not found"),
-    (r"no such network: [\\\\\"]*([^\\\\\"\s]+)", NotFound, "network {0} not found"),
+    (r"no such network: [\\\\\"]*([^\\\\\"\s]+)", NotFound,
+     "failed to set up container networking: network {0} not found"),
     (r"volume \"?([^\"\s/]+)\"? is in use", Conflict, "remove {0}: volume is in use"),
     (r"\"([^\"/]+)/volume.json\" does not exist", NotFound, "get {0}: no such volume"),
     (r"volume \"([^\"]+)\": not found", NotFound, "get {0}: no such volume"),
@@ -8368,6 +8369,11 @@ def request_labels(body: Dict[str, Any]) -> Dict[str, str]:
     return {f"{LABEL_REQUEST}.{number}": part for number, part in enumerate(parts)}
 
 
+def endpoint_id(container: Container, network: Dict[str, Any]) -> str:
+    """The id of a container's endpoint in a network."""
+    return sha256(f"{container.id}/{network.get('Id') or ''}".encode()).hexdigest()
+
+
 def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, Any],
              asked: Dict[str, Any]) -> Dict[str, Any]:
     """One entry of NetworkSettings.Networks. `network` is the snapshot's, `address` of its interface, `asked` the
@@ -8381,7 +8387,7 @@ def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, A
         "IPAMConfig": asked.get("IPAMConfig"), "Links": asked.get("Links"), "Aliases": asked.get("Aliases"),
         "DriverOpts": asked.get("DriverOpts"),
         "GwPriority": asked.get("GwPriority") or 0, "NetworkID": identity,
-        "EndpointID": sha256(f"{container.id}/{identity}".encode()).hexdigest() if running else "",
+        "EndpointID": endpoint_id(container, network) if running else "",
         "Gateway": config.get("Gateway") or "" if running else "", "IPAddress": address.get("ip") or "",
         "MacAddress": (address if running else {} if was_started(container)
                        else {"mac": asked.get("MacAddress")}).get("mac") or "",
@@ -10310,7 +10316,7 @@ def complete_networks(engine: Engine, container: Container) -> Container:
     endpoints = asked_networks(container.request, known)
     for name in endpoints:
         if name not in known:
-            raise NotFound(f"network {name} not found")
+            raise NotFound(f"failed to set up container networking: network {name} not found")
     keep_networks(engine, container, endpoints, {})
     engine.inventory.records.invalidate(container.id)
     return engine.inventory.container(container.id)
@@ -13192,7 +13198,7 @@ def match_network(network: Dict[str, Any], used: set, filters: Dict[str, List[st
 def network_list(engine: Engine, request: Request) -> Response:
     """Networks; bridge, host and none are always there."""
     filters = request.filters(*NETWORK_FILTERS)
-    used = {name for each in engine.inventory.containers().values()
+    used = {name for each in engine.inventory.containers().values() if each.running
             for name in network_names(each)} if "dangling" in filters else set()
     named, known = NameFilter(filters.get("name") or []), NameFilter(filters.get("id") or [])
     return Response(200, [each for each in engine.inventory.networks().values()
@@ -13369,23 +13375,18 @@ def route_ipv6(engine: Engine, name: str) -> None:
             return
 
 
-def network_users(engine: Engine, name: str) -> List[Container]:
-    """The containers that were given a network."""
-    return [each for each in engine.inventory.containers().values() if name in network_names(each)]
-
-
 def remove_network(engine: Engine, network: Dict[str, Any]) -> None:
     """Remove a network; 403 with dockerd's words for a pre-defined one or one with running containers."""
-    if network["Name"] in ("bridge", "host", "none"):
-        raise Forbidden(f"{network['Name']} is a pre-defined network and cannot be removed")
-    users = network_users(engine, network["Name"])
-    if any(each.running for each in users):
-        names = ", ".join(f'name:"{each.name}" endpoint:"{each.id[:12]}"' for each in users if each.running)
-        raise Forbidden(f"error while removing network: network {network['Name']} id {network['Id']} has active "
-                        f"endpoints ({names})")
-    engine.nerdctl.run("network", "rm", "--", network["Name"])
+    name = network["Name"]
+    if name in ("bridge", "host", "none"):
+        raise Forbidden(f"{name} is a pre-defined network and cannot be removed")
+    users = [f'name:"{each.name}" id:"{endpoint_id(each, network)[:12]}"'
+             for each in engine.inventory.containers().values() if each.running and name in network_names(each)]
+    if users:
+        raise Forbidden(f"error while removing network: network {name} has active endpoints ({', '.join(users)})")
+    engine.nerdctl.run("network", "rm", "--", name)
     keep_spare(engine, network, kept=False)
-    engine.journal.emit("network", "destroy", network["Id"], {"name": network["Name"], "type": network["Driver"]})
+    engine.journal.emit("network", "destroy", network["Id"], {"name": name, "type": network["Driver"]})
 
 
 @route("DELETE", "/networks/{id}")
@@ -13397,13 +13398,12 @@ def network_delete(engine: Engine, request: Request, name: str) -> Response:
 
 @route("POST", "/networks/prune")
 def network_prune(engine: Engine, request: Request) -> Response:
-    """Remove the networks that no container has, by the filters until, label and label!."""
+    """Remove the networks that no running container has, by the filters until, label and label!."""
     filters = request.filters("until", "label", "label!")
     common, deleted = PruneFilter(filters), []
     for network in list(engine.inventory.networks().values()):
         if (network["Name"] in ("bridge", "host", "none") or not network["Id"]
             or network["Id"] == made_up_id(network["Name"])
-                or network_users(engine, network["Name"])
                 or not common.passes(network["Labels"], nanoseconds_of(network["Created"]) or 0)):
             continue
         with contextlib.suppress(ApiError):

@@ -1741,7 +1741,7 @@ FAILURES = [
     ("run -p 18080:80 bb", fatal("failed to load networking flags: bind for :18080 failed: port is already allocated"), 500,
      "Bind for 18080 failed: port is already allocated"),
     ("start tstnew", fatal('1 errors:\nfailed to create shim task: error running hook #0: stderr: time="2026-11-25" level=fatal msg="no such network: \\"tstgone\\""'),
-     404, "network tstgone not found"),
+     404, "failed to set up container networking: network tstgone not found"),
     ("cp tstweb:/nosuch -", fatal("unable to copy: source does not exist"), 404, "source does not exist"),
     ("stop 0", fatal("1 errors:\nmultiple IDs found with provided prefix: 0"), 400, "multiple IDs found with provided prefix: 0"),
     ("ps --filter bad=1", fatal("invalid filter 'bad=1'"), 400, "invalid filter 'bad=1'"),
@@ -6869,7 +6869,7 @@ class TestContainerCreate:
         assert ask(furnished, "POST", "/containers/create?name=new", {**BODY, **host(NetworkMode="later")}).status == 201
         assert [each for each in scripted.argv("create") if each.startswith("--network")] == ["--network=none"]
         answer = ask(furnished, "POST", "/containers/new/start")
-        assert (answer.status, answer.message) == (404, "network later not found")
+        assert (answer.status, answer.message) == (404, "failed to set up container networking: network later not found")
         told = ask(furnished, "GET", "/containers/new/json").json["State"]
         assert (told["Status"], told["Error"], told["ExitCode"]) == ("created", answer.message, 128)
 
@@ -10122,7 +10122,8 @@ class TestNetworkChanges:
     def test_remove(self, furnished, scripted, fake):
         assert ask(furnished, "DELETE", "/networks/bridge").message == "bridge is a pre-defined network and cannot be removed"
         answer = ask(furnished, "DELETE", "/networks/tstnet")
-        assert answer.status == 403 and 'has active endpoints (name:"tstweb"' in answer.message
+        told = ask(furnished, "GET", "/networks/tstnet").json["Containers"][ID]["EndpointID"][:12]
+        assert (answer.status, answer.message) == (403, f'error while removing network: network tstnet has active endpoints (name:"tstweb" id:"{told}")')
         assert ask(furnished, "DELETE", "/networks/nosuch").status == 404
         fake.containers.clear()
         scripted.on("network rm")
@@ -10130,9 +10131,13 @@ class TestNetworkChanges:
         assert scripted.argv("network rm") == ["network", "rm", "--", "tstnet"]
 
     def test_prune(self, furnished, scripted, fake):
+        """As with dockerd, one that only ended containers have is not in use."""
         scripted.on("network rm")
         assert ask(furnished, "POST", "/networks/prune").json == {"NetworksDeleted": None}
-        fake.containers.clear()
+        assert [each["Name"] for each in ask(furnished, "GET", "/networks?" + filtered(dangling=["true"])).json] == []
+        fake.exit(ID, 0)
+        furnished.settle()
+        assert [each["Name"] for each in ask(furnished, "GET", "/networks?" + filtered(dangling=["true"])).json] == ["tstnet"]
         assert ask(furnished, "POST", '/networks/prune?filters={"label":["x"]}').json == {"NetworksDeleted": None}
         assert ask(furnished, "POST", "/networks/prune").json == {"NetworksDeleted": ["tstnet"]}
 
