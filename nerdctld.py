@@ -8612,15 +8612,17 @@ def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: b
 
 
 def container_sizes(engine: Engine, containers: Iterable[Container]) -> Dict[str, Tuple[int, int]]:
-    """containerd's id -> bytes written and bytes in all of these containers; read anew, since no event tells of
-    them."""
+    """containerd's id -> bytes written, -1 where that cannot be found, and bytes in all of these containers; read anew,
+    since no event tells of them."""
     found, below = {}, {}
     for container in containers:
         snapshotter, key = container.record.snapshotter, container.record.snapshot_key
         with contextlib.suppress(NotFound):
-            written = engine.containerd.snapshot_usage(snapshotter, key)
-            parent = engine.containerd.snapshot_parent(snapshotter, key)
-            found[container.id] = (written, written + layers_size(engine, snapshotter, parent, below))
+            parent, written = engine.containerd.snapshot_parent(snapshotter, key), -1
+            # containerd fails where a path is longer than the kernel takes in one piece.
+            with contextlib.suppress(ApiError):
+                written = engine.containerd.snapshot_usage(snapshotter, key)
+            found[container.id] = (written, max(written, 0) + layers_size(engine, snapshotter, parent, below))
     return found
 
 

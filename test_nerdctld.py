@@ -6140,6 +6140,14 @@ class TestContainers:
         rows = ask(reading, "GET", "/containers/json?all=1&size=1").json
         assert rows[-1]["SizeRw"] == 28672 and rows[-1]["SizeRootFs"] == 2019328 + 28672
 
+    def test_a_size_that_cannot_be_found(self, furnished, fake):
+        # containerd 2.3.1 with a path of 4,095 bytes in the container; dockerd 20.10 answers -1.
+        failures = iter(["lstat /var/lib/x: file name too long"])
+        furnished.inventory.images.get()
+        fake.before["Snapshots/Usage"] = lambda: fake.refuses(next(failures, ""))
+        told = ask(furnished, "GET", "/containers/tstweb/json?size=1").json
+        assert (told["SizeRw"], told["SizeRootFs"]) == (-1, 2019328)
+
     def test_inspect_of_a_running_one(self, furnished):
         assert "IPAddress" not in ask(furnished, "GET", "/v1.52/containers/tstweb/json").json["NetworkSettings"]
         told = ask(furnished, "GET", "/v1.50/containers/tstweb/json").json
