@@ -828,7 +828,7 @@ class Unpacker:
                 with os.fdopen(descriptor, "rb", 0):
                     entry.mode = found.st_mode
                     self.settle(entry, descriptor)
-            return
+                return
         elif entry.type in kinds:
             try:
                 device = os.makedev(entry.devmajor, entry.devminor)
@@ -840,7 +840,8 @@ class Unpacker:
         else:
             raise BadParameter(f"unhandled tar header type {entry.type[0]}")
         os.chown(name, *(self.owner or (entry.uid, entry.gid)), dir_fd=folder, follow_symlinks=False)
-        os.utime(name, ns=entry_times(entry), dir_fd=folder, follow_symlinks=False)
+        if not entry.islnk():
+            os.utime(name, ns=entry_times(entry), dir_fd=folder, follow_symlinks=False)
 
 
 def remove_entry(folder: int, name: str) -> None:
