@@ -378,9 +378,15 @@ def own_mount(folder: int) -> int:
     return found
 
 
+def remove_place(place: str) -> None:
+    """Remove an empty folder or a file, if there is one, where nothing is mounted any more."""
+    with contextlib.suppress(OSError):
+        (os.rmdir if os.path.isdir(place) else os.unlink)(place)
+
+
 def mount_part(base: str, subpath: str, place: str) -> None:
-    """Mount what a path in a folder leads to, a folder or a file, to a place that there is not yet. No link leads out
-    of the folder: neither one that is there, nor one that takes the place of another meanwhile."""
+    """Mount what a path in a folder leads to, a folder or a file, to a place where nothing is mounted. No link leads
+    out of the folder: neither one that is there, nor one that takes the place of another meanwhile."""
     base = os.path.realpath(base)
     path = os.path.join(base, subpath)
     real = os.path.realpath(path)
@@ -388,6 +394,8 @@ def mount_part(base: str, subpath: str, place: str) -> None:
         raise ApiError(f"path concatenation escapes the base directory, base: {base}, subpath: {subpath}")
     try:
         with opened_below(base, os.path.relpath(real, base)) as (descriptor, _):
+            # A restart of the machine leaves it.
+            remove_place(place)
             if stat.S_ISDIR(os.fstat(descriptor).st_mode):
                 os.mkdir(place, 0o700)
             else:
@@ -415,9 +423,8 @@ def mount_place(order: Dict[str, Any]) -> None:
     if failed or not (order.get("base") or order.get("mounts")):
         with contextlib.suppress(OSError):
             libc_call("umount2", os.fsencode(place), MNT_DETACH)
-        with contextlib.suppress(OSError):
-            if not order.get("keep"):
-                (os.rmdir if os.path.isdir(place) else os.unlink)(place)
+        if not order.get("keep"):
+            remove_place(place)
     if failed:
         raise failed
 

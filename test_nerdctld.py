@@ -6492,8 +6492,11 @@ class TestMounts:
             return (output.stdout or output.stderr.strip().splitlines()[-1]).strip()
         (house / "in/file").write_text("x")
         for subpath in ("in", "var/good", "var/../in"):
-            assert done(base=str(house), subpath=subpath) == "['file']"
-            place.rmdir()
+            # It is left, as a restart of the machine leaves it.
+            assert done(base=str(house), subpath=subpath) == "['file']" and place.is_dir()
+        place.rmdir()
+        place.write_text("")
+        assert done(base=str(house), subpath="in") == "['file']"
         for subpath in ("abs", "var/up", "chain", "proc"):
             assert "escapes the base directory" in done(base=str(house), subpath=subpath) and not place.exists()
         assert done(base=str(house), subpath="dangling").endswith("no such file or directory")
@@ -14252,6 +14255,113 @@ class TestLiveMounts:
         image = f"type=image,src={BASE},dst=/i,image-subpath=etc"
         assert "passwd" in box("run", "--rm", "--mount", image, BASE, "ls", "/i") and "Read-only" in box.fails("run", "--rm", "--mount", image, BASE, "touch", "/i/x")
         assert "passwd" not in box("run", "--rm", "--mount", "type=volume,dst=/etc,volume-nocopy", BASE, "ls", "/etc")
+
+
+    @pytest.fixture
+    def shared(self, tmp_path):
+        """A folder whose mounts others get, with a mount below it."""
+        (tmp_path / "shared").mkdir()
+        run = lambda *words: subprocess.run(words, check=True, timeout=20)
+        run("mount", "-t", "tmpfs", "tst", tmp_path / "shared")
+        try:
+            run("mount", "--make-shared", tmp_path / "shared")
+            (tmp_path / "shared/below").mkdir()
+            run("mount", "-t", "tmpfs", "tst", tmp_path / "shared/below")
+            yield tmp_path / "shared"
+        finally:
+            run("umount", "-R", tmp_path / "shared")
+
+    @staticmethod
+    def told(box, *options):
+        """The mounts below /t of a container with these options: by their places ro or rw, their propagation, and with the memory's
+        options where that was asked for."""
+        found = {}
+        for line in box("run", "--rm", *QUIET, *options, BASE, "cat", "/proc/self/mountinfo").splitlines():
+            words, _, kind = line.partition(" - ")
+            words = words.split()
+            if words[4].startswith("/t"):
+                found[words[4]] = words[5].split(",") + [each.partition(":")[0] for each in words[6:]] + kind.split()[2].split(",")[1:]
+        return {place: " ".join(each for each in words if each != "relatime") for place, words in sorted(found.items())}
+
+    def test_propagation(self, box, shared):
+        """As in containers of dockerd 29.9 on the same folder."""
+        below = {"private": "rw master", "rprivate": "rw", "slave": "rw master", "rslave": "rw master", "shared": "rw shared", "rshared": "rw shared"}
+        for name, expected in below.items():
+            own = {"private": "rw"}.get(name, expected)
+            assert self.told(box, "-v", f"{shared}:/t:{name}") == {"/t": own, "/t/below": expected}, name
+        both = self.told(box, "-v", f"{shared}:/t/a:rshared", "-v", f"{shared}:/t/b")
+        assert both == {"/t/a": "rw shared", "/t/a/below": "rw shared", "/t/b": "rw", "/t/b/below": "rw"}
+        assert "but it is not a shared mount" in box.fails("run", "--rm", "-v", "/proc:/t:rshared", BASE, "true")
+        assert "but it is not a shared or slave mount" in box.fails("run", "--rm", "-v", "/proc:/t:rslave", BASE, "true")
+
+    @pytest.mark.parametrize("mode, expected", [
+        ("enabled", {"/t": "ro", "/t/below": "ro"}), ("readonly,bind-propagation=rprivate", {"/t": "ro", "/t/below": "ro"}),
+        ("writable", {"/t": "ro", "/t/below": "rw"}), ("disabled", {"/t": "ro"})])
+    def test_read_only(self, box, shared, mode, expected):
+        assert self.told(box, "--mount", f"type=bind,src={shared},dst=/t,readonly,bind-recursive={mode}") == expected
+
+    def test_memory(self, box):
+        odd = "rw nosuid nodev noexec"
+        assert self.told(box, "--tmpfs", "/t", "--tmpfs", "/t2:size=1m,mode=1770,uid=1000,gid=10,exec", "--tmpfs", "/t3:ro,nr_inodes=10", "--mount", "type=tmpfs,dst=/t4",
+                         "--mount", "type=tmpfs,dst=/t5,tmpfs-size=1m,tmpfs-mode=0700,readonly") == {
+            "/t": odd, "/t2": "rw nosuid nodev size=1024k mode=1770 uid=1000 gid=10", "/t3": "ro nosuid nodev noexec nr_inodes=10", "/t4": odd,
+            "/t5": "ro nosuid nodev noexec size=1024k mode=700"}
+
+    def test_those_of_others(self, box, tmp_path):
+        box("create", "--name", "tstmounter", "-v", "tstparts:/t", "-v", f"{tmp_path}:/t2:ro", BASE, "true")
+        assert {place: words.split()[0] for place, words in self.told(box, "--volumes-from", "tstmounter").items()} == {"/t": "rw", "/t2": "ro"}
+        assert {place: words.split()[0] for place, words in self.told(box, "--volumes-from", "tstmounter:ro", "-v", f"{tmp_path}:/t2").items()} == {"/t": "ro", "/t2": "rw"}
+
+    def test_what_cannot_be_mounted(self, box):
+        box("volume", "create", "-o", "type=nfs", "-o", "device=:/x", "-o", "o=addr=127.0.0.1,soft,timeo=1,retrans=0", "--label", "a=b", "tstodd")
+        assert box("volume", "inspect", "-f", "{{json .Labels}} {{.Options.type}}", "tstodd") == '{"a":"b"} nfs'
+        box("create", "--name", "tstmounter", *QUIET, "-v", "tstodd:/m", BASE, "true")
+        told = box.fails("start", "tstmounter")
+        assert "error while mounting volume" in told and "failed to mount local volume: mount :/x:" in told and "addr=127.0.0.1" in told
+        assert "quota size requested but no quota support" in box.fails("volume", "create", "-o", "size=10m", "tstmemory")
+
+    def test_restarts(self, live_daemons, tmp_path, tmp_path_factory):
+        """Of the daemon, which leaves mounts as they are, and of the machine, after which nothing runs and nothing is mounted."""
+        namespace, (client, _) = NAMESPACE + "-restart", CLIENTS
+        real("load", data=(STACK / "base.tar").read_bytes(), namespace=namespace)
+        daemon = Live(tmp_path_factory.mktemp("restart"), "--namespace", namespace)
+        box = lambda *words: daemon.text(client, *words).strip()
+        seen = lambda: box("exec", "tstmounter", "sh", "-c", "cd /m; echo *; cat /b/kept; ls /i; cat /s/kept")
+        try:
+            (tmp_path / "kept").write_text("kept\n")
+            box("volume", "create", "--label", "a=b", "-o", "type=tmpfs", "-o", "device=tmpfs", "-o", "o=size=1m", "tstmemory")
+            box("volume", "create", "-o", "type=none", "-o", "o=bind", "-o", f"device={tmp_path}", "tstbound")
+            box("run", "-d", "--name", "tstmounter", "--restart", "always", *QUIET, "-v", "tstmemory:/m", "-v", "tstbound:/b", "--mount",
+                f"type=image,src={BASE},dst=/i,image-subpath=home", "--mount", "type=volume,src=tstbound,dst=/s,volume-subpath=.", BASE, "sh", "-c", "touch /m/$(date +%s%N); sleep 300")
+            before, volumes = seen(), box("volume", "inspect", "tstmemory", "tstbound")
+            pid = box("inspect", "-f", "{{.State.Pid}}", "tstmounter")
+            daemon.process.kill()
+            daemon.process.wait(5)
+            daemon = Live(tmp_path_factory.mktemp("restart"), "--namespace", namespace)
+            assert seen() == before and box("inspect", "-f", "{{.State.Pid}}", "tstmounter") == pid
+            identity = box("inspect", "-f", "{{.Id}}", "tstmounter")
+            daemon.process.kill()
+            daemon.process.wait(5)
+            mounts = lambda: [line.split()[4] for line in pathlib.Path("/proc/self/mountinfo").read_text().splitlines() if f"nerdctld-mounts/{namespace}/" in line]
+            for place in reversed(mounts()):
+                subprocess.run(["umount", "-l", place], check=True, timeout=20)
+            containerd = real_containerd(namespace)
+            containerd.kill_task(identity, signal.SIGKILL)
+            assert until(lambda: containerd.get_task(identity).status == "stopped") and mounts() == []
+            daemon = Live(tmp_path_factory.mktemp("restart"), "--namespace", namespace)
+            assert box("volume", "inspect", "tstmemory", "tstbound") == volumes
+            # containerd looks each ten seconds.
+            assert until(lambda: box("inspect", "-f", "{{.State.Status}}", "tstmounter") == "running", 30)
+            after = seen()
+            assert after != before and after.splitlines()[1:] == before.splitlines()[1:] and len(after.split()) == len(before.split())
+        finally:
+            daemon.docker(client, "rm", "-f", "tstmounter")
+            daemon.docker(client, "volume", "rm", "tstmemory", "tstbound")
+            left = until(lambda: mounts() == []) if "mounts" in locals() else True
+            daemon.end()
+            real("rmi", "-f", *real("images", "--format", "{{.Name}}", namespace=namespace).stdout.decode().split(), namespace=namespace)
+            real("namespace", "rm", namespace)
+        assert left
 
 
 class TestLiveTree:
