@@ -2109,7 +2109,10 @@ def error_response(error: ApiError) -> Response:
 # `{0}` is its first group. Words that clients match on are dockerd's. Each line was seen from a real nerdctl.
 NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
     (r"cannot access containerd socket \"?([^\"\s:]+)", Unavailable,
-     "containerd is not running at {0}: start it (systemctl start containerd), or say where it is with --address"),
+     "containerd is not running at {0}: install or start it (systemctl start containerd), or say where it is with "
+     "--address"),
+    (r"unknown service containerd\.services\.(?:streaming|transfer)\.", NotImplementedHere,
+     "this nerdctl needs containerd 1.7 or newer for it: install that, or nerdctl 1.7"),
     (r"(?:connection error|failed to dial|connection refused|error reading server preface).{0,400}?(containerd\.sock)",
      Unavailable,
      "containerd does not answer: see systemctl status containerd"),
@@ -2119,7 +2122,8 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
      "rootless containerd is not running: containerd-rootless-setuptool.sh install sets it up"),
     (r"(?:no buildkit host is available|failed to ping to host|buildctl.* executable file not found|"
      r"could not connect to buildkit|listing workers)", Unavailable,
-     "buildkitd does not answer: start it with a containerd worker, or say where it is with --buildkit-host"),
+     "buildkitd does not answer: install or start it with a containerd worker, or say where it is with "
+     "--buildkit-host"),
     (r"no image was built", ApiError,
      "no image was built where nerdctl looks for it: buildkitd's first worker has to be a containerd worker in "
      "nerdctl's namespace (buildkitd.toml)"),
@@ -3692,8 +3696,8 @@ class Containerd:
             if error.errno in (errno.EACCES, errno.EPERM):
                 raise Unavailable(f"containerd's socket {self.address} may not be used by this user: run nerdctld as "
                                   "root, or set up rootless containerd") from None
-            raise Unavailable(f"containerd is not running at {self.address}: start it (systemctl start containerd), "
-                              "or say where it is with --address") from None
+            raise Unavailable(f"containerd is not running at {self.address}: install or start it (systemctl start "
+                              "containerd), or say where it is with --address") from None
         except BaseException:
             sock.close()
             raise
@@ -8324,7 +8328,8 @@ def build_prune(engine: Engine, request: Request) -> Response:
     output = engine.nerdctl.buildctl().output(*arguments, timeout=600)
     if output.status:
         raise nerdctl_error(output.stderr) if "dial" not in output.stderr else Unavailable(
-            "buildkitd does not answer: start it with a containerd worker, or say where it is with --buildkit-host")
+            "buildkitd does not answer: install or start it with a containerd worker, or say where it is with "
+            "--buildkit-host")
     rows = [each for row in parse_rows(output.stdout) for each in (row if isinstance(row, list) else [row])]
     engine.journal.emit("builder", "prune", "", {"reclaimed": str(sum(row.get("size") or 0 for row in rows))})
     return Response(200, {"CachesDeleted": [row.get("id") for row in rows] or None,
@@ -14080,7 +14085,7 @@ class Relay:
 # BuildKit
 ###############################################################################
 
-NO_BUILDKIT = "start it with a containerd worker, or say where it is with --buildkit-host"
+NO_BUILDKIT = "install or start it with a containerd worker, or say where it is with --buildkit-host"
 WORKER_LABEL = "org.mobyproject.buildkit.worker.containerd."
 
 
@@ -14982,23 +14987,28 @@ def inherited_socket() -> Optional[socket.socket]:
 def own_socket(path: str, group: str = "") -> socket.socket:
     """A listening socket at `path`, 0660 from its first moment, and of a group. StartError when somebody answers there
     already, there is no such group or the place cannot be used; a stale socket is replaced."""
-    elsewhere, taken = "or choose another place with -H unix://PATH", "another daemon is listening there: end it"
+    elsewhere, taken = "choose another place with -H unix://PATH", "another daemon is listening there: end it, or"
+
+    def refused(error: OSError) -> StartError:
+        return StartError(f"cannot listen on {path}: {error.strerror or error}: "
+                          f"{'run nerdctld as root, or ' * isinstance(error, PermissionError)}{elsewhere}")
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
-        raise StartError(f"cannot listen on {path}: {folder} is not a folder: make it, {elsewhere}")
+        raise StartError(f"cannot listen on {path}: {folder} is not a folder: make it, or {elsewhere}")
     if os.path.lexists(path):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise StartError(f"cannot listen on {path}: it is in the way and not a socket: remove it, {elsewhere}")
+            raise StartError(f"cannot listen on {path}: it is in the way and not a socket: remove it, or "
+                             f"{elsewhere}")
         probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with probe:
             probe.settimeout(5)
             try:
                 probe.connect(path)
-                raise StartError(f"cannot listen on {path}: {taken}, {elsewhere}")
+                raise StartError(f"cannot listen on {path}: {taken} {elsewhere}")
             except (ConnectionRefusedError, FileNotFoundError):
                 pass
             except OSError as error:
-                raise StartError(f"cannot listen on {path}: {error.strerror or taken}, {elsewhere}") from None
+                raise refused(error) from None
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # Made under another name and moved into place: nobody can connect before the mode is right, and of two daemons that
     # start at once one is left.
@@ -15019,8 +15029,7 @@ def own_socket(path: str, group: str = "") -> socket.socket:
             os.unlink(temporary)
         if isinstance(error, LookupError):
             raise StartError(f"there is no group {group}: make it (groupadd --system {group})") from None
-        advice = f": run nerdctld as root, {elsewhere}" if isinstance(error, PermissionError) else ""
-        raise StartError(f"cannot listen on {path}: {error.strerror or error}{advice}") from None
+        raise refused(error) from None
     finally:
         os.umask(before)
     return listener

@@ -1679,9 +1679,11 @@ def level(name, message):
 ID = "da8682ceeebe247ed0c1fe3251e8c813f2a5a2acb39c61be740b59cf1ace498b"
 FAILURES = [
     ("ps", fatal('cannot access containerd socket "/nosuch/c.sock": no such file or directory'), 503,
-     "containerd is not running at /nosuch/c.sock: start it (systemctl start containerd), or say where it is with --address"),
+     "containerd is not running at /nosuch/c.sock: install or start it (systemctl start containerd), or say where it is with --address"),
     ("ps", fatal('connection error: desc = "transport: Error while dialing: dial unix /run/containerd/containerd.sock: connect: connection refused"'),
      503, "containerd does not answer: see systemctl status containerd"),
+    ("load (containerd 1.6)", fatal("unknown service containerd.services.streaming.v1.Streaming"), 501,
+     "this nerdctl needs containerd 1.7 or newer for it: install that, or nerdctl 1.7"),
     ("ps", fatal('connection error: desc = "transport: Error while dialing: dial unix /tmp/dead.sock: connect: connection refused"'), 503,
      "containerd does not answer at /tmp/dead.sock: see systemctl status containerd"),
     ("ps", fatal("rootless containerd not running? (hint: use `containerd-rootless-setuptool.sh install` to start rootless containerd): "
@@ -1697,10 +1699,10 @@ FAILURES = [
     ("build .", level("error", "`buildctl` needs to be installed and `buildkitd` needs to be running, see https://github.com/moby/buildkit") +
      fatal("no buildkit host is available, tried 2 candidates: failed to ping to host unix:///run/buildkit-default/buildkitd.sock: exit "
            "status 1\nfailed to ping to host unix:///run/buildkit/buildkitd.sock: exit status 1"), 503,
-     "buildkitd does not answer: start it with a containerd worker, or say where it is with --buildkit-host"),
+     "buildkitd does not answer: install or start it with a containerd worker, or say where it is with --buildkit-host"),
     ("build . (no buildctl)", fatal('no buildkit host is available, tried 1 candidates: failed to ping to host unix:///run/buildkit/'
                                     'buildkitd.sock: exec: "buildctl": executable file not found in $PATH'), 503,
-     "buildkitd does not answer: start it with a containerd worker, or say where it is with --buildkit-host"),
+     "buildkitd does not answer: install or start it with a containerd worker, or say where it is with --buildkit-host"),
     ("exec tstweb nosuchprog", fatal('OCI runtime exec failed: exec failed: unable to start container process: exec: "nosuchprog": '
                                      'executable file not found in $PATH'), 400,
      'OCI runtime exec failed: exec failed: unable to start container process: exec: "nosuchprog": executable file not found in $PATH'),
@@ -4431,7 +4433,7 @@ class TestState:
         assert until(lambda: not furnished.feed.live)
         for path in self.PATHS:
             answer = ask(furnished, "GET", path)
-            assert (answer.status, answer.message) == (503, f"containerd is not running at {fake.path}: start it (systemctl start containerd), or say where it is with --address"), path
+            assert (answer.status, answer.message) == (503, f"containerd is not running at {fake.path}: install or start it (systemctl start containerd), or say where it is with --address"), path
         for path in ("/_ping", "/version", "/networks", "/volumes"):
             assert ask(furnished, "GET", path).status == 200, path
         fake.label(ID, later="1")
@@ -12354,6 +12356,7 @@ class TestSockets:
     def test_places_that_cannot_be(self, address, words):
         done = subprocess.run([sys.executable, compiled(), "-H", address], capture_output=True, text=True, timeout=20)
         assert done.returncode == 1 and re.fullmatch(f"nerdctld: .*{re.escape(words)}.*\n", done.stderr)
+        assert address.startswith("tcp") or "unix://x" in address or "choose another place with -H unix://PATH" in done.stderr
 
     @pytest.mark.parametrize("error, words", [(PermissionError(13, "Permission denied"), "run nerdctld as root"), (LookupError(), "groupadd --system docker"),
                                               (OSError(28, "No space left on device"), "No space left on device")])
