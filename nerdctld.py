@@ -91,7 +91,7 @@ API_NEWEST = (1, 56)
 ENGINE_VERSION = "29.9.0"
 # As dockerd had it until its release 25: some clients ask for a version of their own time (skopeo for 1.22).
 API_OLDEST = (1, 12)
-JSON_LIMIT = 16 << 20
+JSON_LIMIT = 4 << 20
 BLOCK = 1 << 18
 
 
@@ -4200,7 +4200,9 @@ def parse_reference(text: str, default_tag: str = "latest") -> Reference:
         domain = "docker.io"
     if domain == "docker.io" and "/" not in path:
         path = "library/" + path
-    if not DOMAIN.fullmatch(domain) or not REPOSITORY.fullmatch(path) or len(domain) + len(path) > 254:
+    if len(domain) + len(path) > 254:
+        raise BadParameter("repository name must not be longer than 255 characters")
+    if not DOMAIN.fullmatch(domain) or not REPOSITORY.fullmatch(path):
         if path.lower() != path and REPOSITORY.fullmatch(path.lower()):
             raise BadParameter(f"invalid reference format: repository name ({path}) must be lowercase")
         raise BadParameter("invalid reference format")
@@ -4412,10 +4414,28 @@ def restarts_again(labels: Dict[str, str], exit_code: int) -> bool:
         or name == "on-failure" and exit_code != 0 and (not limit or count < limit))
 
 
+# What a runtime says of a process that it cannot start -> the exit code that Docker gives it, and what dockerd adds.
+# All of it is the client's fault.
+REFUSED_STARTS = (
+    ("permission denied", 126, ""), ("is a directory", 126, ": permission denied"),
+    ("not a directory", 127, ": Are you trying to mount a directory onto a file (or vice-versa)? Check if the "
+                             "specified host path exists and is the expected type"),
+    ("executable file not found|no such file or directory|failed to run runc create/exec call", 127, ""))
+
+
+def refused_start(error: str) -> Tuple[int, Optional[str]]:
+    """The exit code that Docker gives a container whose start failed with these words, and what dockerd adds to them,
+    None where it is not for the client to know better."""
+    if re.search("task|shim|exec", error):
+        for pattern, code, hint in REFUSED_STARTS:
+            if re.search(pattern, error.lower()):
+                return code, hint
+    return 128, None
+
+
 def refused_code(error: str) -> int:
     """The exit code that Docker gives a container whose start failed with these words."""
-    return 127 if re.search("executable file not found|no such file or directory",
-                            error) else 126 if "denied" in error else 128
+    return refused_start(error)[0]
 
 
 def container_state(labels: Dict[str, str], task: Optional[TaskRecord], started_at: Optional[int]) -> State:
@@ -9053,6 +9073,9 @@ def parse_bind(text: str, driver: str = "") -> Dict[str, Any]:
     kind = "bind" if source.startswith("/") else "volume"
     check_target(target, f"invalid volume specification: '{text}': invalid mount config for type \"{kind}\": ")
     words = mode.split(",") if mode else []
+    if kind == "volume" and set(words).intersection(PROPAGATIONS):
+        raise BadParameter(f"invalid volume specification: '{text}': invalid mount config for type \"volume\": field "
+                           "BindOptions must not be specified")
     if any(sum(each in words for each in group) > 1 for group in BIND_MODES) or not all(
             any(each in group for group in BIND_MODES) for each in words):
         raise BadParameter(f"invalid mode: {mode}")
@@ -9237,11 +9260,25 @@ def make_volumes(engine: Engine, mounts: List[Dict[str, Any]]) -> List[Dict[str,
         if mount["Type"] == "volume" and (is_untold(mount) or any(wanted)):
             name = make_volume(engine, mount.get("Source") or "", *wanted)["Name"]
             mount = {**mount, "Source": name, "Anonymous": not mount.get("Source")}
-        elif mount.get("Type") == "bind" and options.get("CreateMountpoint"):
-            with contextlib.suppress(FileExistsError, PermissionError, NotADirectoryError):
-                os.makedirs(mount["Source"], 0o755)
+        make_source(mount)
         made.append(mount)
     return made
+
+
+def make_source(mount: Dict[str, Any]) -> None:
+    """Make the folder of the host that a Mount has, where that is wanted."""
+    if mount["Type"] == "bind" and mount_options(mount).get("CreateMountpoint"):
+        with contextlib.suppress(FileExistsError, PermissionError, NotADirectoryError):
+            os.makedirs(mount["Source"], 0o755)
+
+
+def renew_sources(host: Dict[str, Any]) -> None:
+    """Make the folders of the host that the Binds of a HostConfig have, as at its creation; 400 for a source of its
+    Mounts that is gone."""
+    for each in [*map(parse_bind, host.get("Binds") or []), *(host.get("Mounts") or [])]:
+        if each.get("Type") == "bind":
+            check_mount(each)
+            make_source(each)
 
 
 def volume_mounts(volume: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -9551,7 +9588,7 @@ CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str], List[str]]], ...] = (
     ("HostConfig.CpuRealtimeRuntime", "--cpu-rt-runtime", _value), ("HostConfig.CpusetCpus", "--cpuset-cpus", _value),
     ("HostConfig.CpusetMems", "--cpuset-mems", _value), ("HostConfig.Memory", "--memory", _value),
     ("HostConfig.MemoryReservation", "--memory-reservation", _value),
-    ("HostConfig.MemorySwap", "--memory-swap", _value),
+    ("HostConfig.MemorySwap", "--memory-swap", lambda value, flag: _value(max(-1, value or 0), flag)),
     ("HostConfig.KernelMemory", "--kernel-memory", _value),
     ("HostConfig.OomKillDisable", "--oom-kill-disable", _switch),
     ("HostConfig.PidsLimit", "--pids-limit", _value), ("HostConfig.BlkioWeight", "--blkio-weight", _value),
@@ -9573,7 +9610,7 @@ def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callab
         bindings = {**{key: [{}] for key in exposed}, **bindings}
     words = []
     for key, places in bindings.items():
-        found = re.fullmatch(r"(\d{1,5}(?:-\d{1,5})?)(?:/(tcp|udp|sctp))?", key.lower())
+        found = re.fullmatch(r"(\d{1,5})(?:/(tcp|udp|sctp))?", key.lower())
         if not found:
             raise BadParameter(f'invalid port specification: "{key}"')
         for place in places or [{}]:
@@ -9581,10 +9618,10 @@ def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callab
             ends = [int(each) for each in number.split("-")] if re.fullmatch(r"\d{1,5}(-\d{1,5})?", number) else [-1]
             if number and not 0 <= ends[0] <= ends[-1] <= 65535 or not re.fullmatch(r"[0-9a-fA-F.:]*", address):
                 raise BadParameter(f'invalid port specification: "{number or address}"')
-            if number in ("", "0") and (pick or os.geteuid()) and "-" not in found.group(1):
+            if number in ("", "0") and (pick or os.geteuid()):
                 # A rootless nerdctl picks no port by itself.
                 number = str((pick or free_port)(found.group(2) or "tcp"))
-            elif "-" in number and "-" not in found.group(1):
+            elif "-" in number:
                 first, last = map(int, number.split("-"))
                 if not 0 < first <= last <= 65535:
                     raise BadParameter(f"invalid port specification: {address}:{number}->{key}")
@@ -9691,7 +9728,8 @@ def security_args(host: Dict[str, Any]) -> List[str]:
     for each in host.get("SecurityOpt") or []:
         name, sign, value = re.fullmatch("(?s)([^=:]*)([=:]?)(.*)", "label=disable" if each == "disable"
                                          else each).groups()
-        known = name in SECURITY_OPTIONS and (sign or name not in ("apparmor", "label", "seccomp"))
+        known = name in SECURITY_OPTIONS and (sign or name not in ("apparmor", "label", "seccomp")) and (
+            name != "systempaths" or value == "unconfined")
         if not known or name == "no-new-privileges" and sign and value.lower() not in ("1", "t", "true", "0", "f",
                                                                                        "false"):
             raise BadParameter(f'invalid --security-opt 2: "{each}"')
@@ -9809,15 +9847,17 @@ def network_asked(body: Dict[str, Any]) -> bool:
 
 def asked_networks(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
     """The EndpointSettings of each network of a create request, that of its mode first; those that are not among
-    `networks` by the name that the client has for them."""
-    mode, endpoints = field_of(body, "HostConfig.NetworkMode"), field_of(body, "NetworkingConfig.EndpointsConfig") or {}
-    if mode in (None, "", "default"):
-        mode = next((each for each in endpoints if each != "default"), "default")
-    by_id, found = {each["Id"]: name for name, each in networks.items()}, {}
-    for key in (mode, *endpoints):
-        name = "bridge" if key == "default" else key if key in networks else by_id.get(key, key)
-        found[name] = found.get(name) or endpoints.get(key) or {}
-    return found
+    `networks` by the name that the client has for them. As with dockerd, where EndpointsConfig names any, the mode is
+    none besides."""
+    endpoints = field_of(body, "NetworkingConfig.EndpointsConfig") or {}
+    by_id = {each["Id"]: name for name, each in networks.items()}
+
+    def named(key: str) -> str:
+        key = field_of(body, "HostConfig.NetworkMode") or "default" if key == "default" else key
+        return "bridge" if key == "default" else key if key in networks else by_id.get(key, key)
+
+    found = {named(key): each or {} for key, each in endpoints.items()} or {named("default"): {}}
+    return dict(sorted(found.items(), key=lambda each: each[0] != named("default")))
 
 
 def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]],
@@ -10047,7 +10087,8 @@ def create_warnings(body: Dict[str, Any]) -> List[str]:
 # Container create
 ###############################################################################
 
-CONTAINER_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
+# Longer ones are no names of files, by which nerdctl keeps them.
+CONTAINER_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,254}")
 
 
 def check_name(engine: Engine, name: str) -> str:
@@ -10193,6 +10234,9 @@ def amended_spec(spec: Dict[str, Any], request: Dict[str, Any]) -> Dict[str, Any
     found = {"linux": {**linux, **({"sysctl": sysctls} if sysctls else {})}, "mounts": mounts,
              "process": {**process, **({"env": environment} if environment else {})}}
     found = {**spec, **{key: value for key, value in found.items() if value}}
+    if not has_namespace(spec, "uts"):
+        # nerdctl gives it a host name nevertheless, with which no runtime starts it.
+        found.pop("hostname", None)
     with contextlib.suppress(ApiError):
         # Its start tells what is wrong with them.
         found = with_devices(found, host)
@@ -10253,12 +10297,29 @@ def with_devices(spec: Dict[str, Any], host: Dict[str, Any]) -> Dict[str, Any]:
         **(linux.get("resources") or {}), "devices": allowed + rules * (not host.get("Privileged"))}}}
 
 
-def unknown_user(request: Dict[str, Any], message: str) -> str:
-    """dockerd's words for a user or group of a create request of which nerdctl says that there is none."""
+# What `nerdctl create` refuses and dockerd only at the start -> the words that it is made without, and dockerd's words,
+# "" for what it gets then.
+REFUSED_LATER = (
+    ("port is already allocated", "--publish=", ""),
+    ("no users found", "--user=", "unable to find user {user}: no matching entries in passwd file"),
+    ("no groups found", "--user=", "unable to find group {group}: no matching entries in group file"),
+    ("unable to find group (.*)", "--group-add=", "Unable to find group {0}: no matching entries in group file"),
+    ("no known GPU vendor", "--gpus=", 'could not select device driver "{driver}" with capabilities: {capabilities}'),
+    ("bad format for device path: ([^:]*)", "--device-", "stat {0}: no such file or directory"))
+
+
+def refused_later(request: Dict[str, Any], message: str) -> Tuple[str, str]:
+    """How the words begin that a container has to be made without, where nerdctl refused them with this message, and
+    what its start is to say of that, "" for none of both."""
     user, _, group = (request.get("User") or "").partition(":")
-    if "groups" in message:
-        return f"unable to find group {group}: no matching entries in group file"
-    return f"unable to find user {user}: no matching entries in passwd file"
+    device = next(iter(field_of(request, "HostConfig.DeviceRequests") or []), {})
+    capabilities = " ".join("[%s]" % " ".join(each) for each in device.get("Capabilities") or [])
+    for pattern, words, told in REFUSED_LATER:
+        found = re.search(pattern, message)
+        if found:
+            return words, told.format(*found.groups(), user=user, group=group, driver=device.get("Driver") or "",
+                                      capabilities=f"[{capabilities}]")
+    return "", ""
 
 
 def create_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
@@ -10271,13 +10332,11 @@ def create_container(engine: Engine, plan: Plan, name: str, *more: str) -> Conta
     try:
         container = make_container(engine, plan, name, *more)
     except ApiError as error:
-        if "port is already allocated" in str(error):
-            without = "--publish="
-        elif "no users found" in str(error) or "no groups found" in str(error):
-            without, later = "--user=", f"--label={LABEL_LATER}={unknown_user(plan.request, str(error))}"
-        else:
+        without, told = refused_later(plan.request, str(error))
+        if not without:
             raise
         words = [each for each in plan.words if not each.startswith(without)]
+        later = f"--label={LABEL_LATER}={told or 1}"
         container = make_container(engine, plan._replace(words=words), name, *more, later)
     asked = field_of(container.request, "NetworkingConfig.EndpointsConfig") or {}
     # The rest of them, where nerdctl could be told of the first one only.
@@ -10296,16 +10355,14 @@ def create_container(engine: Engine, plan: Plan, name: str, *more: str) -> Conta
 
 
 def parse_publish(words: Iterable[str], pick: Callable[[str], int]) -> List[Dict[str, Any]]:
-    """`--publish` words as nerdctl keeps them, an entry for each port of a range."""
+    """`--publish` words as nerdctl keeps them."""
     found = []
     for word in words:
         text, _, kind = word.partition("=")[2].partition("/")
         place, _, inner = text.rpartition(":")
         address, _, outer = place.rpartition(":")
-        first, _, last = inner.partition("-")
-        found += [{"HostPort": int(outer.partition("-")[0]) + step if outer else pick(kind),
-                   "ContainerPort": int(first) + step, "Protocol": kind, "HostIP": address.strip("[]") or "0.0.0.0"}
-                  for step in range(int(last or first) - int(first) + 1)]
+        found.append({"HostPort": int(outer) if outer else pick(kind), "ContainerPort": int(inner), "Protocol": kind,
+                      "HostIP": address.strip("[]") or "0.0.0.0"})
     return found
 
 
@@ -10341,7 +10398,8 @@ def complete_container(engine: Engine, container: Container) -> Container:
     """Give a container the namespaces and ports that `nerdctl create` made it without: it is as if nerdctl had done so,
     and a bare `nerdctl start` finds it so."""
     if container.labels[LABEL_LATER] != "1":
-        raise BadParameter(container.labels[LABEL_LATER])
+        told = container.labels[LABEL_LATER]
+        raise (BadParameter if told.startswith("unable") else ApiError)(told)
     if network_names(container) == ["none"] and network_asked(container.request):
         container = complete_networks(engine, container)
     spec, labels = json.loads(container.record.spec), {LABEL_LATER: ""}
@@ -10527,6 +10585,7 @@ def prepare_start(engine: Engine, container: Container) -> Container:
     cannot have the namespaces or the ports of its request."""
     if LABEL_LATER in container.labels:
         container = complete_container(engine, container)
+    renew_sources(container.host_config)
     spec = with_devices(container.spec, container.host_config)
     if spec != container.spec:
         container = rewrite_container(engine, container, spec, {})
@@ -11265,7 +11324,9 @@ def runtime_error(error: ApiError) -> ApiError:
     dockerd."""
     if isinstance(error, (Unavailable, NotImplementedHere)):
         return error
-    return nerdctl_error(f'time="" level=fatal msg={json.dumps(str(error))}')
+    told = nerdctl_error(f'time="" level=fatal msg={json.dumps(str(error))}')
+    hint = refused_start(str(told))[1]
+    return told if hint is None else BadParameter(str(told) + hint)
 
 
 def start_task(engine: Engine, container: Container, streams: TaskStreams) -> None:
@@ -12148,13 +12209,6 @@ def exec_process(instance: Exec, container: Container) -> Dict[str, Any]:
     return process
 
 
-def exec_failure(message: str) -> int:
-    """The exit status of a command that could not be started, as dockerd gives it for the runtime's words."""
-    if re.search(r"executable file not found|no such file or directory", message):
-        return 127
-    return 126
-
-
 def docker_exec(instance: Exec) -> Dict[str, Any]:
     """An exec as `/exec/{id}/json` shows it."""
     config, command = instance.config, instance.command
@@ -12231,7 +12285,7 @@ def run_exec(engine: Engine, instance: Exec, streams: TaskStreams) -> None:
                 engine.containerd.delete_exec(identity, instance.id)
             raise runtime_error(error) from None
     except BaseException as error:
-        instance.running, instance.code = False, exec_failure(str(error))
+        instance.running, instance.code = False, 127 if refused_code(str(error)) == 127 else 126
         instance.done.set()
         raise
     threading.Thread(target=await_exec, args=(engine, instance), name="exec", daemon=True).start()

@@ -4494,9 +4494,11 @@ class TestState:
         ({}, None, None, "created", None), ({}, ("created", 0), None, "created", None), ({}, ("running", 0), 5, "running", None), ({}, ("paused", 0), 5, "paused", None),
         ({}, ("pausing", 0), 5, "paused", None), ({}, ("unknown", 0), 5, "dead", None), ({}, ("stopped", 0), 5, "exited", 0), ({}, ("stopped", 137), 5, "exited", 137),
         # The task went with a restart of the machine.
-        ({}, None, 10**9, "exited", 0), ({"nerdctl/error": "not found"}, None, 10**9, "exited", 0), ({"nerdctl/error": "no such file or directory"}, None, 5, "created", 127),
+        ({}, None, 10**9, "exited", 0), ({"nerdctl/error": "not found"}, None, 10**9, "exited", 0), ({"nerdctl/error": "failed to create shim task: OCI runtime create failed: stat /x: no such file or directory"}, None, 5, "created", 127),
         # Docker's codes of a start that was refused.
-        ({"nerdctl/error": 'exec: "x": executable file not found in $PATH'}, None, 5, "created", 127), ({"nerdctl/error": "x: permission denied"}, None, 5, "created", 126),
+        ({"nerdctl/error": 'exec: "x": executable file not found in $PATH'}, None, 5, "created", 127), ({"nerdctl/error": 'exec: "x": permission denied'}, None, 5, "created", 126),
+        # dockerd 20.10, of a device.
+        ({"nerdctl/error": 'error gathering device information while adding custom device "/nosuch": no such file or directory'}, None, 5, "created", 128),
         ({"nerdctl/error": "no network found: x not found"}, None, 5, "created", 128), ({"nerdctl/error": ""}, None, 5, "exited", 0),
         ({"nerdctl/error": "not found"}, ("stopped", 4), 5, "exited", 4), ({"nerdctl/error": "not found"}, None, None, "created", 128),
         # Of the run that is still told of, and of another one.
@@ -4814,11 +4816,19 @@ class TestState:
     def test_references(self, text, name):
         assert nerdctld.parse_reference(text).name == name
 
-    @pytest.mark.parametrize("text", ["", "-x", "--all", "A", "a:", "a:b c", "a@sha256:1", "a//b", "/a", "a/", "a:" + "x" * 129, "http://a/b", "a" * 300,
+    @pytest.mark.parametrize("text", ["", "-x", "--all", "A", "a:", "a:b c", "a@sha256:1", "a//b", "/a", "a/", "a:" + "x" * 129, "http://a/b",
                                       "a\nb", "a:1:2", "é"])
     def test_no_references(self, text):
         with pytest.raises(nerdctld.BadParameter, match="invalid reference format"):
             nerdctld.parse_reference(text)
+
+    @pytest.mark.parametrize("text", ["a" * 300, "a/" * 10**6, "a." * 10**6, "a--" * 10**6 + "_"])
+    def test_long_references(self, text):
+        """Looked at by their length only: an expression over all of it, for seconds, would hold up everybody else."""
+        began = time.thread_time()
+        with pytest.raises(nerdctld.BadParameter, match="repository name must not be longer than 255 characters"):
+            nerdctld.parse_reference(text)
+        assert time.thread_time() - began < 0.1
 
     @pytest.mark.parametrize("command, kept", [("version", "tools"), ("info", "machine")])
     def test_what_could_not_be_read_again_is_not_believed(self, furnished, scripted, command, kept):
@@ -6544,7 +6554,7 @@ class TestContainerCreate:
         (host(Annotations={"a": "b"}), "--annotation=a=b"), (host(CgroupParent="/p"), "--cgroup-parent=/p"), (host(CpuShares=5), "--cpu-shares=5"),
         (host(CpuPeriod=5000), "--cpu-period=5000"), (host(CpuQuota=5000), "--cpu-quota=5000"), (host(CpuRealtimePeriod=5), "--cpu-rt-period=5"),
         (host(CpuRealtimeRuntime=5), "--cpu-rt-runtime=5"), (host(CpusetCpus="0-1"), "--cpuset-cpus=0-1"), (host(CpusetMems="0"), "--cpuset-mems=0"),
-        (host(Memory=7000000), "--memory=7000000"), (host(MemoryReservation=7000000), "--memory-reservation=7000000"), (host(MemorySwap=-1), "--memory-swap=-1"),
+        (host(Memory=7000000), "--memory=7000000"), (host(MemoryReservation=7000000), "--memory-reservation=7000000"), (host(MemorySwap=-1), "--memory-swap=-1"), (host(MemorySwap=-2), "--memory-swap=-1"),
         (host(KernelMemory=5), "--kernel-memory=5"), (host(OomKillDisable=True), "--oom-kill-disable"), (host(PidsLimit=5), "--pids-limit=5"),
         (host(BlkioWeight=5), "--blkio-weight=5"), (host(NanoCpus=1500000000), "--cpus=1.5"),
         (host(MemorySwappiness=0), "--memory-swappiness=0"), (host(MemorySwappiness=-1),),
@@ -6701,7 +6711,6 @@ class TestContainerCreate:
 
     @pytest.mark.parametrize("word, found", [
         ("8080:80/tcp", [(8080, 80, "tcp", "0.0.0.0")]), ("127.0.0.1:8080:80/udp", [(8080, 80, "udp", "127.0.0.1")]), ("[::1]:8080:80/tcp", [(8080, 80, "tcp", "::1")]), ("80/tcp", [(7, 80, "tcp", "0.0.0.0")]),
-        ("8000-8001:80-81/tcp", [(8000, 80, "tcp", "0.0.0.0"), (8001, 81, "tcp", "0.0.0.0")]), ("80-81/tcp", [(7, 80, "tcp", "0.0.0.0"), (8, 81, "tcp", "0.0.0.0")]), ("8000-8010:80/tcp", [(8000, 80, "tcp", "0.0.0.0")]),
         ("127.0.0.1::80/tcp", [(7, 80, "tcp", "127.0.0.1")])])
     def test_ports_as_nerdctl_keeps_them(self, word, found):
         picks = iter((7, 8))
@@ -6928,6 +6937,37 @@ class TestContainerCreate:
         found = nerdctld.complete_container(furnished, furnished.inventory.container("new"))
         assert nerdctld.network_names(found) == json.loads(found.spec["annotations"]["nerdctl/networks"]) == ["tstnet"] and nerdctld.LABEL_LATER not in found.labels
 
+    @pytest.mark.parametrize("asked, said, without, words", [
+        (host(GroupAdd=["nope"]), "unable to find group nope", "--group-add=", "Unable to find group nope: no matching entries in group file"),
+        (host(DeviceRequests=[{"Count": -1, "Capabilities": [["gpu", "x"], ["y"]]}]), "no known GPU vendor found in CDI specs", "--gpus=", 'could not select device driver "" with capabilities: [[gpu x] [y]]'),
+        (host(BlkioDeviceReadBps=[{"Path": "/no", "Rate": 5}]), "invalid read bps device: bad format for device path: /no:5", "--device-", "stat /no: no such file or directory")])
+    def test_what_is_refused_at_the_start(self, furnished, scripted, fake, asked, said, without, words):
+        """dockerd 20.10: 201, and its words at the start. What nerdctl 2.3.5 create says."""
+        scripted.on("create", stderr=fatal(said), status=1, does=lambda words: creates(scripted, fake, "9" * 64))
+        assert ask(furnished, "POST", "/containers/create?name=new", {**BODY, **asked}).status == 201
+        assert [any(word.startswith(without) for word in each["argv"]) for each in scripted.calls("create")] == [True, False]
+        answer = ask(furnished, "POST", "/containers/new/start")
+        assert (answer.status, answer.message) == (500, words)
+        told = ask(furnished, "GET", "/containers/new/json").json["State"]
+        assert (told["Error"], told["ExitCode"]) == (words, 128)
+
+    def test_sources_are_looked_at_again(self, furnished, scripted, fake, tmp_path):
+        """dockerd 20.10: what Binds name is made at each start, and what Mounts name has to be there."""
+        (tmp_path / "mount").mkdir()
+        creates(scripted, fake, "9" * 64)
+        asked = host(Binds=[f"{tmp_path}/bind:/b"], Mounts=[{"Type": "bind", "Source": f"{tmp_path}/mount", "Target": "/m"}])
+        assert ask(furnished, "POST", "/containers/create?name=new", {**BODY, **asked}).status == 201
+        (tmp_path / "bind").rmdir(), (tmp_path / "mount").rmdir()
+        answer = ask(furnished, "POST", "/containers/new/start")
+        assert (answer.status, answer.message) == (400, f'invalid mount config for type "bind": bind source path does not exist: {tmp_path}/mount')
+        assert (tmp_path / "bind").is_dir()
+
+    def test_the_hosts_own_name(self):
+        """nerdctl 2.3.5 create --uts host: no namespace, and a host name that runc refuses without one."""
+        spec = {"hostname": "0123456789ab", "linux": {"namespaces": [{"type": "uts"}]}}
+        assert nerdctld.amended_spec(spec, {})["hostname"] == "0123456789ab"
+        assert "hostname" not in nerdctld.amended_spec({**spec, "linux": {}}, host(UTSMode="host"))
+
     @pytest.mark.parametrize("user, said, words", [("nope:x", "no users found", "unable to find user nope: no matching entries in passwd file"),
                                                    ("root:nope", "no groups found", "unable to find group nope: no matching entries in group file")])
     def test_a_user_that_is_not_there(self, furnished, scripted, fake, user, said, words):
@@ -6953,7 +6993,9 @@ class TestContainerCreate:
         (host(RestartPolicy={"Name": "always", "MaximumRetryCount": -1}), "invalid restart policy: maximum retry count can only be used with 'on-failure' and cannot be negative"),
         ({"Env": ["=x"]}, "invalid environment variable: =x"), ({"Env": [""]}, "invalid environment variable: "), ({"WorkingDir": "w"}, "the working directory 'w' is invalid, it needs to be an absolute path"),
         ({"StopSignal": "ODD"}, "invalid signal: ODD"), (host(ExtraHosts=["x"]), 'bad format for add-host: "x"'), (host(ExtraHosts=["x:y"]), 'invalid IP address in add-host: "y"'),
-        (host(Links=["a:b:c"]), "bad format for links: a:b:c"),
+        (host(Links=["a:b:c"]), "bad format for links: a:b:c"), (host(PortBindings={"80-81/tcp": [{"HostPort": "80-81"}]}), 'invalid port specification: "80-81/tcp"'),
+        (host(SecurityOpt=["systempaths=x"]), 'invalid --security-opt 2: "systempaths=x"'),
+        (host(Binds=["vol:/x:shared"]), "invalid volume specification: 'vol:/x:shared': invalid mount config for type \"volume\": field BindOptions must not be specified"),
         (host(NetworkMode="host", Links=["other:x"]), "conflicting options: host type networking can't be used with links. This would result in undefined behavior"),
         ({"Hostname": "h", **host(UTSMode="host")}, "conflicting options: hostname and the UTS mode"), (host(NetworkMode="container:"), "invalid network mode: invalid container format container:<name|id>"),
         (host(PortBindings={"80/tcp": [{"HostPort": "70000"}]}), 'invalid port specification: "70000"'), (host(PortBindings={"80/tcp": [{"HostPort": "90-80"}]}), 'invalid port specification: "90-80"'),
@@ -7076,6 +7118,10 @@ class TestContainerCreate:
         (host(NetworkMode="one"), ["--network=one"]), (host(NetworkMode="1" * 64), ["--network=one"]), (host(NetworkMode="default"), []), (host(NetworkMode="none"), ["--network=none"]),
         (host(NetworkMode="container:other"), ["--network=none"]), ({"NetworkDisabled": True}, ["--network=none"]),
         ({**host(NetworkMode="one"), "NetworkingConfig": {"EndpointsConfig": {"one": {}, "two": {}}}}, ["--network=one", "--network=two"]),
+        # k3d 5.9 asks for the second one so. As with dockerd, the mode is none besides.
+        ({**host(NetworkMode="two"), "NetworkingConfig": {"EndpointsConfig": {"one": {}, "1" * 64: None, "two": {}}}}, ["--network=two", "--network=one"]),
+        ({**host(NetworkMode="bridge"), "NetworkingConfig": {"EndpointsConfig": {"one": {}}}}, ["--network=one"]),
+        ({**host(NetworkMode="one"), "NetworkingConfig": {"EndpointsConfig": {"default": {}, "two": {}}}}, ["--network=one", "--network=two"]),
         ({"NetworkingConfig": {"EndpointsConfig": {"two": {"IPAMConfig": {"IPv4Address": "1.2.3.4", "IPv6Address": "::1"}, "MacAddress": "02:00:00:00:00:01"}}}},
          ["--network=two", "--ip=1.2.3.4", "--ip6=::1", "--mac-address=02:00:00:00:00:01"]),
         ({"NetworkingConfig": {"EndpointsConfig": {"default": {}}}, "MacAddress": "02:00:00:00:00:02"}, ["--mac-address=02:00:00:00:00:02"])])
@@ -9137,11 +9183,13 @@ class TestExec:
         ('OCI runtime exec failed: exec failed: unable to start container process: exec: "program": executable file not found in $PATH', 400, 127),
         ('OCI runtime exec failed: exec failed: unable to start container process: exec: "/x": stat /x: no such file or directory', 400, 127),
         ('OCI runtime exec failed: exec failed: unable to start container process: exec: "/x": permission denied', 400, 126),
-        ('OCI runtime exec failed: exec failed: unable to start container process: exec: "/x": is a directory', 500, 126), ("something odd", 500, 126)])
+        ('OCI runtime exec failed: exec failed: unable to start container process: exec: "/x": is a directory', 400, 126), ("something odd", 500, 126)])
     def test_what_cannot_run(self, box, fake, words, status, code):
         fake.refuse["program", "a b"] = words
         name = self.made(box)
         answer = self.detached(box, name)
+        # As dockerd does: the docker command looks for these words.
+        words += ": permission denied" * words.endswith("is a directory")
         assert (answer.status, answer.message) == (status, words) and self.inspect(box, name, "ExitCode") == code
         for config in ({}, {"AttachStdout": False}):
             name = self.made(box, **config)
