@@ -1742,9 +1742,9 @@ class Request:
             raise BadParameter(f"invalid value for {name}: {text!r} is not a timestamp")
         return found
 
-    def json(self, shape: Any, required: bool = True) -> Dict[str, Any]:
-        """The body as a JSON object of a shape, {} where there is none and it may be absent; 400 with dockerd's words
-        otherwise."""
+    def json(self, shape: Any) -> Dict[str, Any]:
+        """The body as a JSON object of a shape, as with dockerd {} where there is none; 400 with its words for what is
+        no such object."""
         data = read_limited(self.body, JSON_LIMIT)
         kind = (self.headers.get("Content-Type") or "").partition(";")[0].strip().lower()
         if kind and kind != "application/json":
@@ -1752,7 +1752,7 @@ class Request:
         if data and not kind:
             raise BadParameter("malformed Content-Type header (): mime: no media type")
         if not data.strip():
-            if required:
+            if data:
                 raise BadParameter("invalid JSON: got EOF while reading request body")
             return {}
         return shaped(parse_json(data), shape)
@@ -2056,19 +2056,16 @@ def route(method: str, path: str):
 def split_version(path: str) -> Tuple[Tuple[int, int], str]:
     """('/v1.44/info') -> ((1, 44), '/info'); a path without version is of the newest. 400 with dockerd's words for a
     version out of range."""
-    found = re.match(r"/v(\d{1,4})\.(\d{1,4})(?=/)", path)
+    found = re.match(r"/v(\d[\d.]{0,9})(?=/)", path)
     if not found:
         return API_NEWEST, path
-    version = (int(found.group(1)), int(found.group(2)))
-    newest, oldest = ("%d.%d" % API_NEWEST), ("%d.%d" % API_OLDEST)
-    asked = "%d.%d" % version
+    version = (*(int(each or 0) for each in found.group(1).split(".")), 0)[:2]
     if version > API_NEWEST:
-        raise BadParameter(f"client version {asked} is too new. Maximum supported API version is {newest}")
+        raise BadParameter(f"client version {found.group(1)} is too new. Maximum supported API version is "
+                           "%d.%d" % API_NEWEST)
     if version < API_OLDEST:
-        raise BadParameter(
-            f"client version {asked} is too old. Minimum supported API version is {oldest}, "
-            "please upgrade your client to a newer version"
-        )
+        raise BadParameter(f"client version {found.group(1)} is too old. Minimum supported API version is "
+                           "%d.%d, please upgrade your client to a newer version" % API_OLDEST)
     return version, path[found.end():]
 
 
@@ -2166,7 +2163,8 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
      BadParameter, ""),
     (r"no space left on device", ApiError, ""),
     (r"invalid argument \"|invalid (?:ulimit type|tmpfs option|mode \"|user mode|MAC address|hostPort)|"
-     r"mixed network types|failed to set label|is not correctly formatted|failed to parse (?:device|subnet)",
+     r"mixed network types|failed to set label|is not correctly formatted|failed to parse (?:device|subnet|gateway)|"
+     r"no matching subnet for|without subnet|unsupported scheme",
      BadParameter, ""),
 ]
 LOGRUS = re.compile(r'^time="[^"]*" level=(\w+) msg=(?:"((?:[^"\\]|\\.)*)"|(\S+))(?: error="((?:[^"\\]|\\.)*)")?')
@@ -5145,7 +5143,8 @@ class Inventory:
         raise NotFound(f"No such container: {wanted}")
 
     def image(self, name: str) -> ImageGroup:
-        """The image of a name, a digest, an id or the beginning of one; 404 with dockerd's words."""
+        """The image of a name, a digest, an id or the beginning of one; 404 with dockerd's words, 400 for what is no
+        reference."""
         groups = self.images.get()
         with contextlib.suppress(BadParameter):
             wanted = parse_reference(name)
@@ -5164,6 +5163,7 @@ class Inventory:
                 return exact[0]
             if exact:
                 raise BadParameter(f"ambiguous image ID prefix: {name}")
+        parse_reference(name)
         raise NotFound(f"No such image: {with_tag(name)}")
 
     @property
@@ -6966,6 +6966,10 @@ def image_tag(engine: Engine, request: Request, name: str) -> Response:
     target = parse_reference(f"{repository}:{tag}" if tag else repository)
     if target.digest:
         raise BadParameter("refusing to create a tag with a digest reference")
+    if familiar(target.repository) == "sha256":
+        raise BadParameter("refusing to create an ambiguous tag using digest algorithm as name")
+    if re.fullmatch("[0-9a-f]{64}", familiar(target.repository)):
+        raise BadParameter(f"invalid repository name ({repository}), cannot specify 64-byte hexadecimal strings")
     with engine.changing_images([target.name]):
         engine.nerdctl.tag(group.names[0], target.name)
     engine.journal.emit("image", "tag", group.id, {"name": familiar(target.name)})
@@ -9089,7 +9093,7 @@ def check_mount(mount: Dict[str, Any]) -> None:
     """400 with dockerd's words for a mount that cannot be, 501 for one that nothing here has."""
     kind, target, source = (mount.get(key) or "" for key in ("Type", "Target", "Source"))
     prefix = f'invalid mount config for type "{kind}": '
-    if kind in ("cluster", "npipe"):
+    if kind == "cluster":
         raise NotImplementedHere(f"there are no mounts of type {kind} on this machine")
     if kind not in MOUNT_OPTIONS:
         raise BadParameter(prefix + "mount type unknown")
@@ -9134,6 +9138,8 @@ def check_mount(mount: Dict[str, Any]) -> None:
 def mounts_from(text: str, find: Callable[[str], Container]) -> List[Dict[str, Any]]:
     """The mounts of another container, by one of HostConfig.VolumesFrom (its name, with a mode behind a colon)."""
     name, _, mode = text.partition(":")
+    if not name:
+        raise BadParameter("volumes-from specification cannot be an empty string")
     if mode and not set(mode.split(",")) <= {"ro", "rw", "z", "Z", "cached", "delegated", "consistent"}:
         raise BadParameter(f"invalid mode: {mode}")
     other, found = other_container(find, name), []
@@ -9602,8 +9608,9 @@ def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callab
     host where none is asked for, or one of several. 400 for what is no port."""
     host = body.get("HostConfig") or {}
     for each in body.get("ExposedPorts") or {}:
-        if not re.fullmatch(r"[0-9]{1,5}(-[0-9]{1,5})?(/(tcp|udp|sctp))?", each):
-            raise BadParameter(f'invalid port specification: "{each}"')
+        number = re.fullmatch(r"([0-9]{1,18})(/(tcp|udp|sctp))?", each)
+        if not number or int(number[1]) > 65535:
+            raise BadParameter(f"invalid port '{each}': " + ("value out of range" if number else "invalid syntax"))
     bindings = dict(host.get("PortBindings") or {})
     if host.get("PublishAllPorts"):
         exposed = {**(image.get("ExposedPorts") or {}), **(body.get("ExposedPorts") or {})}
@@ -9691,15 +9698,14 @@ def health_check(body: Dict[str, Any], image: Dict[str, Any]) -> Dict[str, Any]:
     asked = body.get("Healthcheck") or {}
     check = {**(image.get("Healthcheck") or {}), **{key: value for key, value in asked.items() if value}}
     test = check.get("Test") or []
-    if test and test[0] not in ("NONE", "CMD", "CMD-SHELL"):
-        raise BadParameter(f"unknown health check type: {test[0]!r}")
     for key in ("Interval", "Timeout", "StartPeriod", "StartInterval"):
         duration = check.get(key) or 0
         if duration and duration < 10**6:
             raise BadParameter(f"{key} in Healthcheck cannot be less than 1ms")
     if (check.get("Retries") or 0) < 0:
         raise BadParameter("Retries in Healthcheck cannot be negative")
-    return check if test else {}
+    # One of another kind is none, as with dockerd.
+    return check if test and test[0] in ("NONE", "CMD", "CMD-SHELL") else {}
 
 
 # In the order of their numbers.
@@ -9928,9 +9934,11 @@ def log_args(host: Dict[str, Any]) -> List[str]:
     kind = config.get("Type") or ""
     if kind not in ("", "local", "json-file", "journald", "fluentd", "syslog", "none"):
         raise BadParameter(f"logger: no log driver named '{kind}' is registered")
-    for each in config.get("Config") or {} if kind in ("", "json-file") else ():
-        if each not in LOG_OPTIONS:
+    for each in config.get("Config") or {}:
+        if kind in ("", "json-file") and each not in LOG_OPTIONS:
             raise BadParameter(f"unknown log opt '{each}' for json-file log driver")
+        if kind == "local" and each not in ("max-size", "max-file", "compress"):
+            raise BadParameter(f"unknown log opt '{each}' for log driver local")
     words = [f"--log-driver={kind}"] if kind not in ("", "local", "json-file") else []
     return words + _pairs(config.get("Config"), "--log-opt")
 
@@ -9958,6 +9966,8 @@ def check_config(body: Dict[str, Any], host: Dict[str, Any]) -> None:
             raise BadParameter(f"invalid environment variable: {each}")
     if body.get("WorkingDir") and not body["WorkingDir"].startswith("/"):
         raise BadParameter(f"the working directory '{body['WorkingDir']}' is invalid, it needs to be an absolute path")
+    if len((body.get("Hostname") or "").encode()) > 64:
+        raise BadParameter(f"hostname \"{body['Hostname']}\" is too long (maximum 64 bytes)")
     if body.get("StopSignal"):
         check_signal(body["StopSignal"])
     if "" in (host.get("Annotations") or {}):
@@ -10022,7 +10032,7 @@ def check_limits(host: Dict[str, Any], update: bool = False) -> None:
         (cpus and period, "Conflicting options: Nano CPUs and CPU Period cannot both be set"),
         (cpus and quota, "Conflicting options: Nano CPUs and CPU Quota cannot both be set"),
         (not 0 <= cpus <= processors * 10**9,
-         f"Range of CPUs is from 0.01 to {processors}.00, as there are only {processors} CPUs available"),
+         f"range of CPUs is from 0.01 to {processors}.00, as there are only {processors} CPUs available"),
         (period and not 1000 <= period <= 10**6,
          "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)"),
         (0 < quota < 1000, "CPU cfs quota can not be less than 1ms (i.e. 1000)"),
@@ -11484,10 +11494,11 @@ def stop_container(engine: Engine, request: Request, container: Container) -> No
 def container_stop(engine: Engine, request: Request, name: str) -> Response:
     """Stop it within `t` seconds, then kill it; 204, 304 when it does not run."""
     read_limited(request.body, JSON_LIMIT)
+    request.integer("t")
     with engine.owning(name) as container:
-        stop_seconds(request, container), stop_signal(request, container)
         if not container.running and container.state.kind != "restarting":
             raise NotModified()
+        stop_signal(request, container)
         with engine.changing(container):
             hold_policy(engine, container)
     if container.running:
@@ -11499,8 +11510,9 @@ def container_stop(engine: Engine, request: Request, name: str) -> Response:
 def container_restart(engine: Engine, request: Request, name: str) -> Response:
     """Stop it if it runs, and start it; 204."""
     read_limited(request.body, JSON_LIMIT)
+    request.integer("t")
     with engine.owning(name) as container:
-        stop_seconds(request, container), stop_signal(request, container)
+        stop_signal(request, container)
         count = engine.tasks.now()
         # Until it is started again here, nobody else is to do so.
         hold_policy(engine, container)
@@ -11800,8 +11812,8 @@ def container_logs(engine: Engine, request: Request, name: str) -> Response:
     """Its output so far, and with `follow` what is to come: frames, or bytes as they are for a terminal."""
     if not request.flag("stdout") and not request.flag("stderr"):
         raise BadParameter("Bad parameters: you must choose at least one stream")
-    container = engine.inventory.container(name)
     request.timestamp("since"), request.timestamp("until")
+    container = engine.inventory.container(name)
     if (container.host_config.get("LogConfig") or {}).get("Type") == "none":
         raise NotImplementedHere("configured logging driver does not support reading")
     tty = is_terminal(container)
@@ -12097,7 +12109,7 @@ def terminal_size(request: Request) -> Tuple[int, int]:
     """Height and width of a resize; 400 with dockerd's words for what is no size."""
     for name, word in (("h", "height"), ("w", "width")):
         text = request.value(name)
-        if not re.fullmatch("[0-9]+", text) or int(text[-18:]) > 65535 or len(text) > 18:
+        if not re.fullmatch("[0-9]{1,18}", text) or int(text) >= 1 << 32:
             problem = "value out of range" if re.fullmatch("[0-9]+", text) else "invalid syntax"
             raise BadParameter(f'invalid resize {word} "{text}": strconv.ParseUint: parsing "{text}": {problem}')
     return int(request.value("h")), int(request.value("w"))
@@ -12372,7 +12384,7 @@ def check_unstarted(instance: Exec) -> None:
 def exec_start(engine: Engine, request: Request, name: str) -> Response:
     """Run it: with its streams on this connection, or detached (200 once it runs). 409 when it has run, or the
     container stopped."""
-    options = request.json(EXEC_START, required=False)
+    options = request.json(EXEC_START)
     instance = find_exec(engine, name)
     container = engine.inventory.container(instance.container.id)
     if container.state.kind == "paused":
@@ -12984,7 +12996,7 @@ def paused(engine: Engine, container: Container) -> Iterator[None]:
 def image_commit(engine: Engine, request: Request) -> Response:
     """Make an image of a container, whatever its state; 201 with its id. Its config is that of the container, above it
     that of the body, above that the instructions of `changes`."""
-    asked = image_config(request.json(CONFIG, required=False))
+    asked = image_config(request.json(CONFIG))
     changes, repository = request.values("changes"), request.value("repo")
     target = parse_reference(f"{repository}:{request.value('tag')}" if repository and request.value("tag")
                              else repository).name if repository else ""
@@ -14395,7 +14407,7 @@ class BuildClient(Client):
 def build_cancel(engine: Engine, request: Request) -> Response:
     """End the build that was begun with this `id` as its `buildid`, if it runs."""
     if not request.value("id"):
-        raise ApiError("build ID not provided")
+        raise BadParameter("build ID not provided")
     for name, end in list(engine.builds):
         if name == request.value("id"):
             end()
