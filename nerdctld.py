@@ -4526,7 +4526,9 @@ def parse_mounts(labels: Dict[str, str]) -> List[Dict[str, Any]]:
     found: List[Dict[str, Any]] = []
     with contextlib.suppress(ValueError):
         if labels.get("nerdctl/mounts"):
-            found = json.loads(labels["nerdctl/mounts"]) or []
+            # 1.7 notes that none can be written to.
+            found = [{**each, "RW": "ro" not in (each.get("Mode") or "").split(",")}
+                     for each in json.loads(labels["nerdctl/mounts"]) or []]
         for number in itertools.count():
             if f"nerdctl/mounts.{number}" not in labels:
                 break
@@ -5635,6 +5637,23 @@ def attach_network(engine: "Engine", container: Container, network: str, asked: 
     return interface_label(network, made)
 
 
+def stop_masquerading(engine: "Engine", container: Container, network: str, kept: Iterable[str] = ()) -> None:
+    """Remove the rules by which a container went out of a network, but for those of the addresses that are `kept`. The
+    bridge plugin leaves them where the network namespace is gone, and marks them by a comment."""
+    comment = f'name: "{network}" id: "{engine.nerdctl.namespace}-{container.id}"'
+    for name in ("iptables", "ip6tables"):
+        tool = engine.nerdctl.program(*plugins_argv(engine), name, "-w", "-t", "nat")
+        run = functools.partial(tool.run, environment=system_path())
+        with contextlib.suppress(ApiError, ValueError):
+            rules = [shlex.split(line)[1:] for line in run("-S", "POSTROUTING").stdout.decode().splitlines()]
+            rules = [each for each in rules if comment in each]
+            over = [each for each in rules if not {word.partition("/")[0] for word in each}.intersection(kept)]
+            chains = {each[-1] for each in over} - {each[-1] for each in rules if each not in over}
+            for words in [["-D", *each] for each in over] + [[flag, chain] for chain in chains
+                                                             for flag in ("-F", "-X")]:
+                run(*words)
+
+
 def detach_network(engine: "Engine", container: Container, network: str) -> Dict[str, str]:
     """Take a running container's interface in a network away, whoever made it; the label that is no longer needed."""
     pid, result = container.task.pid if container.task else 0, noted_results(container).get(network) or {}
@@ -5642,6 +5661,9 @@ def detach_network(engine: "Engine", container: Container, network: str) -> Dict
     if made is None or made.pid != pid:
         inside = next((each.get("name") for each in result.get("interfaces") or [] if each.get("sandbox")), "")
         made = Interface(inside or f"eth{network_names(container).index(network)}", pid)
+    # nerdctl 1.7 leaves the rule of an earlier run, with which the plugin could not remove its chain.
+    addresses = parse_result(result or made.result)
+    stop_masquerading(engine, container, network, [addresses[key] for key in ("ip", "ip6") if key in addresses])
     _, failed = run_plugins(engine, container, network, made._replace(result=result or made.result), "DEL", pid)
     if failed:
         raise failed
@@ -5687,21 +5709,6 @@ def attach_networks(engine: "Engine", container: Container, pid: int) -> None:
     if labels:
         with engine.changing(container):
             engine.containerd.update_container(container.id, labels)
-
-
-def stop_masquerading(engine: "Engine", container: Container, network: str) -> None:
-    """Remove the rules by which a container went out of a network. The bridge plugin leaves them where the network
-    namespace is gone, and marks them by a comment."""
-    comment = f'name: "{network}" id: "{engine.nerdctl.namespace}-{container.id}"'
-    for name in ("iptables", "ip6tables"):
-        tool = engine.nerdctl.program(*plugins_argv(engine), name, "-w", "-t", "nat")
-        run = functools.partial(tool.run, environment=system_path())
-        with contextlib.suppress(ApiError, ValueError):
-            rules = [shlex.split(line)[1:] for line in run("-S", "POSTROUTING").stdout.decode().splitlines()]
-            rules = [each for each in rules if comment in each]
-            for words in [["-D", *each] for each in rules] + [[flag, chain] for chain in {each[-1] for each in rules}
-                                                              for flag in ("-F", "-X")]:
-                run(*words)
 
 
 def release_networks(engine: "Engine", container: Container) -> None:
@@ -9477,7 +9484,8 @@ def untold_mount(engine: Engine, mount: Dict[str, Any], source: str) -> Tuple[Di
     propagation = (options.get("Propagation") or "rprivate") if kind != "volume" else ""
     told = ["bind" if options.get("NonRecursive") else "rbind", *["ro"] * read_only, propagation or "rprivate",
             *locked_flags(engine, source)]
-    row = {"Type": kind, "Source": source, "Destination": target, "Mode": mount.get("Mode") or "",
+    mode = dict.fromkeys([*filter(None, (mount.get("Mode") or "").split(",")), *["ro"] * read_only])
+    row = {"Type": kind, "Source": source, "Destination": target, "Mode": ",".join(mode),
            "RW": not read_only, "Propagation": propagation}
     if kind == "volume":
         row.update({"Name": mount["Source"], "Driver": "local"})
@@ -13465,7 +13473,14 @@ def remove_network(engine: Engine, network: Dict[str, Any]) -> None:
              for each in engine.inventory.containers().values() if each.running and name in network_names(each)]
     if users:
         raise Forbidden(f"error while removing network: network {name} has active endpoints ({', '.join(users)})")
-    engine.nerdctl.run("network", "rm", "--", name)
+    for patient in (True, True, False):
+        try:
+            engine.nerdctl.run("network", "rm", "--", name)
+            break
+        except ApiError as error:
+            # It asks for every task of every namespace, and fails where one of them ends meanwhile or is slow.
+            if not patient or not re.search("task .*not found|deadline exceeded", str(error)):
+                raise
     keep_spare(engine, network, kept=False)
     engine.journal.emit("network", "destroy", network["Id"], {"name": name, "type": network["Driver"]})
 

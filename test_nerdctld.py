@@ -4861,6 +4861,9 @@ class TestState:
         noted = [{"Type": "bind", "Source": "/tmp", "Destination": "/host", "Mode": "ro", "RW": False, "Propagation": ""}]
         container = container_of({"a": "b,c", "nerdctl/mounts": json.dumps(noted)})
         assert nerdctld.parse_mounts(container.labels) == noted and container.visible_labels == {"a": "b,c"}
+        # What 1.7.7 notes of `-v vol:/v` and of a bind with a propagation.
+        noted = [{"Type": kind, "Destination": "/v", "Mode": mode, "RW": False} for kind, mode in (("volume", ""), ("bind", "rprivate"), ("bind", "ro,rprivate"))]
+        assert [each["RW"] for each in nerdctld.parse_mounts({"nerdctl/mounts": json.dumps(noted)})] == [True, True, False]
 
 
 ###############################################################################
@@ -10214,6 +10217,14 @@ class TestNetworkChanges:
         assert ask(furnished, "DELETE", "/networks/tstnet").status == 204
         assert scripted.argv("network rm") == ["network", "rm", "--", "tstnet"]
 
+    @pytest.mark.parametrize("words, calls", [(f"task {'6' * 64} not found: not found", 3), ("context deadline exceeded", 3), ("permission denied", 1)])
+    def test_remove_while_tasks_of_others_end(self, furnished, scripted, fake, words, calls):
+        # nerdctl 2.3.5: it asks for the tasks of all namespaces.
+        fake.containers.clear()
+        scripted.on("network rm", stderr=fatal(words), status=1)
+        answer = ask(furnished, "DELETE", "/networks/tstnet")
+        assert answer.status >= 400 and words in answer.message and len(scripted.calls("network rm")) == calls
+
     def test_prune(self, furnished, scripted, fake):
         """As with dockerd, one that only ended containers have is not in use."""
         scripted.on("network rm")
@@ -10483,6 +10494,16 @@ class TestCni:
         assert self.kept(fake) == (["tstnet", "back"], {"nerdctl/networks": '["tstnet", "back"]'}, {}) and "network back of container" in capfd.readouterr().err
         nerdctld.release_networks(furnished, furnished.inventory.container("mine"))
         assert not plugins.calls
+
+    def test_the_rule_of_an_earlier_run(self, furnished, fake, plugins, tmp_path, monkeypatch):
+        """nerdctl 1.7.7 leaves it; the bridge plugin removes the present one, and no chain that another rule leads to."""
+        self.run(fake, tmp_path, monkeypatch)
+        self.change(furnished, "connect")
+        rule = f'-s {{}}/32 -m comment --comment "name: \\"back\\" id: \\"default-{self.MINE}\\"" -j CNI-1\n'
+        plugins.rules.write_text("".join(f"-A POSTROUTING {rule.format(each)}" for each in ("10.88.0.8", "10.88.0.9")))
+        self.change(furnished, "disconnect")
+        said = [line.split()[4:8] for line in plugins.tools.read_text().splitlines() if line.startswith("iptables")]
+        assert said == [["-S", "POSTROUTING"], ["-D", "POSTROUTING", "-s", "10.88.0.8/32"]]
 
     @pytest.mark.parametrize("way_out, priority, routes", [(True, 0, 0), (True, 1, 1), (False, 0, 1)])
     def test_the_default_route(self, furnished, fake, plugins, tmp_path, monkeypatch, way_out, priority, routes):
@@ -14241,6 +14262,20 @@ class TestLiveNetworks:
         self.reach(nets, "tstpeer", "tstmine")
         nets("network", "disconnect", self.TWO, "tstmine")
 
+    def test_created_in_the_default_network_and_moved(self, nets):
+        """What Terraform's docker provider does: its next plan compares the mode with what was asked for."""
+        nets("create", "--name", "tstmine", BASE, "sleep", "300")
+        nets("network", "disconnect", "bridge", "tstmine")
+        for number, name in enumerate((self.ONE, self.TWO)):
+            nets("network", "connect", "--ip", f"10.203.{number}.44", "--alias", f"al{number}", name, "tstmine")
+        for word in ("start", "restart"):
+            nets(word, "tstmine")
+            assert self.told(nets) == {self.ONE: "10.203.0.44", self.TWO: "10.203.1.44"}
+            inside = nets("exec", "tstmine", "ip", "addr")
+            assert "10.203.0.44/24" in inside and "10.203.1.44/24" in inside and "eth2" not in inside
+            assert nets("inspect", "-f", "{{.HostConfig.NetworkMode}}", "tstmine") == "bridge"
+        self.reach(nets, "tstpeer", "al1")
+
     def test_nothing_is_left_after_its_end(self, nets, engine):
         nets("run", "-d", "--name", "tstmine", "--network", self.ONE, BASE, "sleep", "300")
         rules = lambda: subprocess.run(["iptables-save"], capture_output=True, text=True, timeout=20).stdout
@@ -14306,7 +14341,7 @@ class TestLiveMounts:
         finally:
             for word, names in (("rm -f", ("tstmounter",)), ("volume rm -f", ("tstbound", "tstmemory", "tstodd", "tstparts"))):
                 live.docker(CLIENTS[0], *word.split(), *names)
-        assert until(lambda: "nerdctld-mounts/nerdctld-test" not in pathlib.Path("/proc/self/mountinfo").read_text())
+        assert until(lambda: f"nerdctld-mounts/{NAMESPACE}/" not in pathlib.Path("/proc/self/mountinfo").read_text())
 
     def test_volumes_with_options(self, box, tmp_path):
         (tmp_path / "file").write_text("there")
@@ -14670,6 +14705,39 @@ volumes: {data: {}}
 networks: {back: {}, front: {}}
 """ % (BASE, BASE)
 
+COMPOSE_MOUNTS = f"""
+services:
+  box:
+    image: {BASE}
+    command: sleep 300
+    networks:
+      fixed: {{ipv4_address: 10.203.9.44}}
+    volumes:
+    - bound:/bound
+    - memory:/memory
+    - {{type: volume, source: bound, target: /part, volume: {{subpath: ., nocopy: true}}}}
+    - {{type: bind, source: FOLDER, target: /plain, read_only: true, bind: {{propagation: rprivate}}}}
+    - {{type: image, source: {BASE}, target: /image, image: {{subpath: home}}}}
+    - {{type: tmpfs, target: /t, tmpfs: {{size: 1m, mode: 448}}}}
+  beside:
+    image: {BASE}
+    command: sleep 300
+    network_mode: service:box
+    volumes_from: [box:ro]
+  many:
+    image: {BASE}
+    command: sleep 300
+    scale: 2
+    networks: [fixed]
+volumes:
+  bound: {{driver_opts: {{type: none, o: bind, device: FOLDER}}, labels: {{a: b}}}}
+  memory: {{driver_opts: {{type: tmpfs, device: tmpfs, o: size=3m}}}}
+networks:
+  fixed:
+    driver_opts: {{com.docker.network.driver.mtu: "1400"}}
+    ipam: {{config: [{{subnet: 10.203.9.0/24, gateway: 10.203.9.1, aux_addresses: {{spare: 10.203.9.2}}}}]}}
+"""
+
 
 class TestLiveCompose:
     def test_project(self, live, tmp_path):
@@ -14692,6 +14760,28 @@ class TestLiveCompose:
         finally:
             done = compose("down", "-v")
         assert done.returncode == 0 and live.ask("GET", "/containers/json?all=1").json == []
+
+    def test_networks_and_volumes(self, live, tmp_path):
+        if subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=20).returncode:
+            pytest.skip("no docker compose")
+        (tmp_path / "compose.yaml").write_text(COMPOSE_MOUNTS.replace("FOLDER", str(tmp_path)))
+        (tmp_path / "kept").write_text("kept\n")
+        compose = lambda *words: live.docker("docker", "compose", "-p", "tstcmp", "-f", str(tmp_path / "compose.yaml"), *words, timeout=90)
+        inside = lambda *words: compose("exec", "-T", "box", *words).stdout.decode()
+        try:
+            for words in (("up", "-d"), ("up", "-d"), ("restart", "-t", "0"), ("up", "-d")):
+                done = compose(*words)
+                assert done.returncode == 0, done.stderr.decode()
+                assert words == ("up", "-d") or b"Recreate" not in done.stderr
+            assert inside("cat", "/bound/kept", "/part/kept", "/plain/kept") == "kept\n" * 3
+            assert "10.203.9.44/24" in inside("ip", "addr") and inside("sh", "-c", "ls /image; df -k /memory | tail -1 | awk '{print $2}'") == "user\n3072\n"
+            assert compose("exec", "-T", "beside", "sh", "-c", "ip addr").stdout.decode().count("10.203.9.44/24") == 1
+            # Each of a service that is scaled has its own line under their name.
+            assert until(lambda: inside("grep", "-c", "many", "/etc/hosts").strip() == "2")
+        finally:
+            done = compose("down", "-v", "-t", "0")
+        assert done.returncode == 0 and live.ask("GET", "/containers/json?all=1").json == [] and (tmp_path / "kept").exists()
+        assert not [each for each in live.ask("GET", "/volumes").json["Volumes"] if each["Name"].startswith("tstcmp")]
 
 
 class TestLiveDockerPy:
@@ -14726,6 +14816,54 @@ box.remove()
 """
         done = subprocess.run([python, "-c", script, "unix://" + live.socket, BASE], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
+
+    def test_networks_and_volumes(self, live, tmp_path):
+        (tmp_path / "kept").write_text("kept\n")
+        script = """
+import docker, sys
+from docker.types import EndpointConfig, IPAMConfig, IPAMPool, Mount
+client = docker.DockerClient(base_url=sys.argv[1], timeout=60)
+image, folder = sys.argv[2:]
+pool = IPAMPool(subnet="10.203.8.0/24", gateway="10.203.8.1", aux_addresses={"router": "10.203.8.2"})
+one = client.networks.create("tstpyone", ipam=IPAMConfig(pool_configs=[pool]), labels={"tstpy": ""}, check_duplicate=True)
+two = client.networks.create("tstpytwo", driver="bridge", internal=True, options={"com.docker.network.driver.mtu": "1400"}, labels={"tstpy": ""})
+own = client.volumes.create("tstpyown", driver_opts={"type": "none", "o": "bind", "device": folder}, labels={"tstpy": "own"})
+memory = client.volumes.create("tstpymemory", driver_opts={"type": "tmpfs", "device": "tmpfs"})
+try:
+    settings = {"tstpyone": client.api.create_endpoint_config(ipv4_address="10.203.8.44", aliases=["al"])}
+    mounts = [Mount("/m", "tstpymemory"), Mount("/p", "tstpyplain", no_copy=True, labels={"tstpy": "made"}), Mount("/t", None, type="tmpfs", tmpfs_size="1m", tmpfs_mode=0o700),
+              Mount("/b", folder, type="bind", propagation="rprivate", read_only=True)]
+    box = client.containers.run(image, ["sleep", "300"], detach=True, name="tstpy", network="tstpyone", networking_config=settings, mounts=mounts, volumes={"tstpyown": {"bind": "/own", "mode": "ro"}})
+    assert box.exec_run(["cat", "/own/kept", "/b/kept"]).output == b"kept\\nkept\\n" and box.exec_run(["touch", "/own/x"]).exit_code
+    assert b"10.203.8.44/24" in box.exec_run(["ip", "addr"]).output
+    two.connect(box, aliases=["other"])
+    box.reload()
+    assert list(box.attrs["NetworkSettings"]["Networks"]) == ["tstpyone", "tstpytwo"] and box.attrs["HostConfig"]["NetworkMode"] == "tstpyone"
+    two.reload()
+    assert [each.name for each in two.containers] == ["tstpy"] and one.attrs["IPAM"]["Config"] == [
+        {"Subnet": "10.203.8.0/24", "Gateway": "10.203.8.1", "AuxiliaryAddresses": {"router": "10.203.8.2"}}]
+    assert client.containers.run(image, ["ping", "-c1", "al"], remove=True, network="tstpyone").count(b"1 packets received")
+    assert client.containers.run(image, ["ls", "/own", "/m"], remove=True, volumes_from=["tstpy:ro"], network_mode="none") == b"/m:\\n\\n/own:\\nkept\\n"
+    assert client.networks.prune({"label": "tstpy"})["NetworksDeleted"] is None and client.volumes.prune({"all": True})["VolumesDeleted"] is None
+    for network in (one, two):
+        network.disconnect(box)
+    try:
+        own.remove()
+        raise AssertionError("removed")
+    except docker.errors.APIError as error:
+        assert error.status_code == 409 and "volume is in use" in error.explanation
+    kinds = client.df()["Volumes"]
+    assert {each["Name"]: each["UsageData"]["RefCount"] for each in kinds if each["Name"].startswith("tstpy")} == {"tstpyplain": 1}
+    assert [each.name for each in client.volumes.list(filters={"label": "tstpy=made"})] == ["tstpyplain"]
+finally:
+    client.containers.get("tstpy").remove(force=True, v=True)
+    assert sorted(client.networks.prune({"label": "tstpy"})["NetworksDeleted"]) == ["tstpyone", "tstpytwo"]
+    assert client.volumes.prune({"all": True, "label": "tstpy"})["VolumesDeleted"] == ["tstpyplain"]
+    own.remove(); memory.remove(force=True)
+"""
+        done = subprocess.run([python_with("docker"), "-c", script, "unix://" + live.socket, BASE, str(tmp_path)], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "kept").exists()
 
 
 CACHE = pathlib.Path(os.environ.get("NERDCTLD_STACK_CACHE") or "/var/cache/nerdctld-stack")
