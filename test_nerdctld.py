@@ -9078,7 +9078,7 @@ class TestExec:
             assert (answer.status, answer.message) == (409, f"exec command {name} is already running")
         box.containerd.kill_task(ID, 4, name)
         assert until(lambda: not self.inspect(box, name, "Running"))
-        assert (self.inspect(box, name, "ExitCode"), self.inspect(box, name, "Pid")) == (4, 0) and not fake.execs
+        assert (self.inspect(box, name, "ExitCode"), self.inspect(box, name, "Pid")) == (4, 0) and until(lambda: not fake.execs)
         answer = self.detached(box, name)
         assert (answer.status, answer.message) == (409, f"exec command {name} has already run")
         assert actions(box, "execID", "exitCode")[-3:] == [
