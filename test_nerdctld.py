@@ -13466,7 +13466,8 @@ class TestWrapper:
 ###############################################################################
 
 NAMESPACE = "nerdctld-test"
-CLIENTS = ("/usr/local/bin/docker", "/usr/bin/docker")
+# Another release than the distribution's may be before it. Most tests take the first one there is.
+CLIENTS = [each for each in ("/usr/local/bin/docker", "/usr/bin/docker") if os.access(each, os.X_OK)] or ["/usr/bin/docker"]
 
 
 def real(*words, namespace=NAMESPACE, timeout=60, data=None):
@@ -13547,7 +13548,7 @@ def building(live_daemons):
         real("rmi", "-f", *names, namespace="default")
 
 
-@pytest.fixture(params=CLIENTS, ids=["docker of /usr/local", "docker of /usr"])
+@pytest.fixture(params=CLIENTS)
 def client(request):
     """A docker CLI."""
     if not os.access(request.param, os.X_OK):
@@ -14431,7 +14432,7 @@ class TestLiveMounts:
 
     def test_restarts(self, live_daemons, tmp_path, tmp_path_factory):
         """Of the daemon, which leaves mounts as they are, and of the machine, after which nothing runs and nothing is mounted."""
-        namespace, (client, _) = NAMESPACE + "-restart", CLIENTS
+        namespace, client = NAMESPACE + "-restart", CLIENTS[0]
         real("load", data=(STACK / "base.tar").read_bytes(), namespace=namespace)
         daemon = Live(tmp_path_factory.mktemp("restart"), "--namespace", namespace)
         box = lambda *words: daemon.text(client, *words).strip()
