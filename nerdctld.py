@@ -872,17 +872,18 @@ TAR_KINDS = {stat.S_IFDIR: b"5", stat.S_IFLNK: b"2", stat.S_IFIFO: b"6", stat.S_
 def tar_header(name: bytes, kind: bytes, link: bytes, numbers: Dict[str, int], records: Dict[str, bytes]) -> bytes:
     """The header of a tar's entry with these numbers (`mode`, `uid`, `gid`, `size`, `mtime`, `major`, `minor`), behind
     one of pax's with these records and what does not fit elsewhere."""
-    records = {**records, **{key: value for key, value in (("path", name), ("linkpath", link))
-                             if len(value) > 100 or not value.isascii()}}
-    digits = []
-    for key, value in numbers.items():
-        room = 11 if key in ("size", "mtime") else 7
-        if not 0 <= value < 8 ** room:
-            records[key], value = b"%d" % value, 0
-        digits.append(b"%0*o\0" % (room, value))
-    mode, uid, gid, size, mtime, major, minor = digits
-    head = b"".join((name[:100].ljust(100, b"\0"), mode, uid, gid, size, mtime, b"        ", kind,
-                     link[:100].ljust(100, b"\0"), b"ustar\x0000", bytes(64), major, minor, bytes(167)))
+    records = dict(records)
+    for key, text in (("path", name), ("linkpath", link)):
+        if len(text) > 100 or not text.isascii():
+            records[key] = text
+    for key, limit in (("uid", 1 << 21), ("gid", 1 << 21), ("size", 1 << 33), ("mtime", 1 << 33)):
+        if not 0 <= numbers[key] < limit:
+            records[key] = b"%d" % numbers[key]
+            numbers = {**numbers, key: 0}
+    fields = b"%07o\0%07o\0%07o\0%011o\0%011o\0        %b%bustar\x0000%b%07o\0%07o\0" % (
+        numbers["mode"], numbers["uid"], numbers["gid"], numbers["size"], numbers["mtime"], kind,
+        link[:100].ljust(100, b"\0"), bytes(64), numbers["major"], numbers["minor"])
+    head = (name[:100].ljust(100, b"\0") + fields).ljust(512, b"\0")
     head = b"%b%06o\0 %b" % (head[:148], sum(head), head[156:])
     if not records:
         return head
