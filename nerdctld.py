@@ -2675,8 +2675,11 @@ def own_bytecode() -> int:
     import importlib.util
     import marshal
 
+    # The one that the lines of shell at the top have run, where they have: else it would be compiled anew, and kept
+    # beside the file.
+    code = globals().get("code") or __loader__.get_code(__name__)
     compiled = os.memfd_create("nerdctld.pyc")
-    os.write(compiled, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(__loader__.get_code(__name__)))
+    os.write(compiled, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
     return compiled
 
 

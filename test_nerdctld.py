@@ -2364,6 +2364,16 @@ class TestErrors:
 
 
 class TestNerdctlProcess:
+    def test_bytecode_is_that_which_runs(self, monkeypatch):
+        monkeypatch.setattr(nerdctld, "code", compile("x = 1", "name", "exec"), raising=False)
+        nerdctld.own_bytecode.cache_clear()
+        try:
+            descriptor = nerdctld.own_bytecode()
+            assert marshal.loads(os.pread(descriptor, 1 << 20, 16)).co_consts == (1, None)
+            os.close(descriptor)
+        finally:
+            nerdctld.own_bytecode.cache_clear()
+
     def test_argv(self):
         nerdctl = nerdctld.Nerdctl(["lima", "nerdctl"], "k8s.io", "/run/c.sock", "native")
         assert nerdctl.argv(["ps"]) == ["lima", "nerdctl", "--namespace=k8s.io", "--address=/run/c.sock", "--snapshotter=native", "ps"]
