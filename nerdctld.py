@@ -2582,14 +2582,6 @@ class Nerdctl:
         options = [f"--platform={each}" for each in platforms] or ["--all-platforms"]
         return self.start("load", *options, stdin=subprocess.PIPE)
 
-    def tag(self, source: str, name: str) -> None:
-        """Let `name` stand for what `source` stands for."""
-        self.run("tag", "--", source, name)
-
-    def remove_images(self, names: List[str], force: bool = False) -> None:
-        """Remove names of images, and what nothing else needs any more."""
-        self.run("rmi", *(["--force"] if force else []), "--", *names)
-
     def build(self, options: List[str], names: List[str], folder: str, environment: Optional[Dict[str, str]],
               client: Client) -> ContextManager[Process]:
         """A running build of a context with nerdctl's `options` of build; its progress is on stderr."""
@@ -3869,6 +3861,12 @@ class Containerd:
         """Remove a name; with `sync` also what nothing else needs any more, before the answer comes."""
         self.call("images.v1.Images/Delete", encode_field(1, name) + encode_field(2, sync), 120.0)
 
+    def delete_images(self, names: List[str]) -> None:
+        """Remove names, those that are there, and with the last of them what nothing else needs any more."""
+        for name in names:
+            with contextlib.suppress(NotFound):
+                self.delete_image(name, sync=name == names[-1])
+
     def list_content(self) -> set:
         """The digests of all content there is."""
         return {read_text(read_message(info.value), 1) for message in self.stream("content.v1.Content/List", timeout=10)
@@ -4252,6 +4250,8 @@ LABEL_LATER = "nerdctld/later"
 LABEL_REFUSED = "nerdctld/refused"
 # It was taken out of its last network, so that it has not even none: for nerdctl that is the same.
 LABEL_ALONE = "nerdctld/alone"
+# The id of the image that it was made of, whose name may come to stand for another one.
+LABEL_IMAGE = "nerdctld/image"
 # In front of the name of a network that the daemon attached a running container to, and has to detach it from: nerdctl
 # does so for those only that it was started with.
 LABEL_ATTACHED = "nerdctld/attached."
@@ -4651,6 +4651,11 @@ class Container:
         return {**empty, **{key: value for key, value in self.labels.items() if not key.startswith(HIDDEN_LABELS)}}
 
     @property
+    def asked_image(self) -> str:
+        """The image as the client named it, else as people write it."""
+        return self.request.get("Image") or familiar(self.image)
+
+    @property
     def folder(self) -> str:
         """Where nerdctl keeps what belongs to it (log, hosts, lifecycle), "" when unknown."""
         return self.labels.get("nerdctl/state-dir") or ""
@@ -4817,6 +4822,10 @@ class ImageStore:
                 self._group(names)
             return self.groups
 
+    def by_name(self) -> Dict[str, ImageGroup]:
+        """The image of each name."""
+        return {name: group for group in self.get().values() for name in group.names}
+
     def records(self) -> Dict[str, ImageRecord]:
         """All images by name; the same dict as before where nothing has changed."""
         if not self._all_are_told():
@@ -4937,6 +4946,13 @@ def chain_ids(config: Dict[str, Any]) -> List[str]:
     """The keys of an image's snapshots by its configuration, from the lowest layer up."""
     link = lambda below, layer: "sha256:" + sha256(f"{below} {layer}".encode()).hexdigest()
     return list(itertools.accumulate((config.get("rootfs") or {}).get("diff_ids") or [], link))
+
+
+def image_id(container: Container, named: Dict[str, ImageGroup]) -> str:
+    """The id of the image that a container was made of; of one that others made, of what its name stands for now, ""
+    for nothing."""
+    found = named.get(container.image)
+    return container.labels.get(LABEL_IMAGE) or (found.id if found else "")
 
 
 def platform_text(platform: Optional[Dict[str, Any]]) -> str:
@@ -6124,7 +6140,7 @@ class Engine:
 
     def actor(self, container: Container) -> Dict[str, str]:
         """The attributes of a container in an event: its labels, image and name."""
-        return {**container.visible_labels, "image": container.image, "name": container.name}
+        return {**container.visible_labels, "image": container.asked_image, "name": container.name}
 
     def tell(self, container: Container, action: str, **more: str) -> None:
         """Tell an event of a container, after those that have happened before."""
@@ -6703,12 +6719,9 @@ def images_size(engine: Engine) -> int:
 
 def image_users(engine: Engine) -> Dict[str, List[Container]]:
     """Image id -> the containers made of it."""
-    by_name = {name: group.id for group in engine.inventory.images.get().values() for name in group.names}
-    found: Dict[str, List[Container]] = {}
+    named, found = engine.inventory.images.by_name(), {}
     for container in engine.inventory.containers().values():
-        identity = by_name.get(container.image)
-        if identity:
-            found.setdefault(identity, []).append(container)
+        found.setdefault(image_id(container, named), []).append(container)
     return found
 
 
@@ -6871,28 +6884,28 @@ def image_history(engine: Engine, request: Request, name: str) -> Response:
     return Response(200, docker_history(group, platform_content(group, platform, name)))
 
 
-def delete_conflict(group: ImageGroup, name: str, users: List[Container], by_name: bool, force: bool) -> None:
-    """409 with dockerd's words where an image may not be removed."""
-    short = group.id[7:19]
-    if not by_name and max(len(group.repo_tags), len(group.repo_digests)) > 1 and not force:
-        raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is referenced in multiple "
-                       "repositories")
-    for container in users:
-        if container.running and (force or not by_name):
-            raise Conflict(f"conflict: unable to delete {short} (cannot be forced) - image is being used by running "
-                           f"container {container.id[:12]}")
-        if not force:
-            if by_name:
-                raise Conflict(f'conflict: unable to remove repository reference "{name}" (must force) - container '
-                               f"{container.id[:12]} is using its referenced image {short}")
-            raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is being used by stopped "
-                           f"container {container.id[:12]}")
+def check_unused(group: ImageGroup, name: str, users: List[Container], force: bool) -> None:
+    """409 with dockerd's words where an image may not be removed: by the last of its names, or with "" as a whole."""
+    short, user = group.id[7:19], next(iter(users), None)
+    running = next((each for each in users if each.running and not name), None)
+    if running:
+        raise Conflict(f"conflict: unable to delete {short} (cannot be forced) - image is being used by running "
+                       f"container {running.id[:12]}")
+    if name and user and not force:
+        raise Conflict(f"conflict: unable to delete {name} (must be forced) - container {user.id[:12]} is using its "
+                       f"referenced image {short}")
+    if user and not force:
+        raise Conflict(f"conflict: unable to delete {short} (must be forced) - image is being used by stopped "
+                       f"container {user.id[:12]}")
 
 
-def remove_image(engine: Engine, group: ImageGroup, names: List[str], force: bool) -> List[Dict[str, str]]:
-    """Remove names of an image, with one nerdctl; what was untagged and, with the last name, deleted."""
+def remove_image(engine: Engine, group: ImageGroup, names: List[str], stays: bool = False) -> List[Dict[str, str]]:
+    """Remove names of an image; what was untagged and, with the last name, deleted. One that `stays` is then one
+    without a name."""
+    if stays:
+        engine.keep_images(names)
     with engine.changing_images(names, "untag"):
-        engine.nerdctl.remove_images(names, force)
+        engine.containerd.delete_images(names)
     left = engine.inventory.images.get().get(group.id)
     named = [name for name in names if not IMPORTED.match(name)
              and not name.startswith((DANGLING + "@", WORKING_NAME))]
@@ -6938,14 +6951,17 @@ def image_delete(engine: Engine, request: Request, name: str) -> Response:
     if contents:
         return Response(200, [{"Deleted": digest} for digest in contents])
     names = referenced_names(group, name)
-    left = [each for each in group.names if each not in names]
-    if names and all(each.startswith(DANGLING + "@") for each in left):
-        # With the last name goes that of none.
-        names += left
-    users = [each for each in engine.inventory.containers().values() if each.image in (names or group.names)]
-    if not names or len(names) == len(group.names):
-        delete_conflict(group, name, users, bool(names), force)
-    return Response(200, remove_image(engine, group, names or list(group.names), force or bool(users)))
+    left = [each for each in group.names if each not in names and not each.startswith(DANGLING + "@")]
+    users = image_users(engine).get(group.id, [])
+    single = len(names) == 1 and "@" not in name
+    if not left or not names:
+        check_unused(group, familiar(names[0]) if single else "", users, force)
+    if not names and max(len(group.repo_tags), len(group.repo_digests)) > 1 and not force:
+        raise Conflict(f"conflict: unable to delete {group.id[7:19]} (must be forced) - image is referenced in "
+                       "multiple repositories")
+    stays = single and bool(users)
+    # With the last name goes that of none.
+    return Response(200, remove_image(engine, group, names if left and names or stays else list(group.names), stays))
 
 
 @route("POST", "/images/prune")
@@ -6963,7 +6979,7 @@ def image_prune(engine: Engine, request: Request) -> Response:
     for group in filter_images(engine, list(engine.inventory.images.get().values()), filters):
         if group.id not in users:
             with contextlib.suppress(ApiError):
-                deleted += remove_image(engine, group, list(group.names), False)
+                deleted += remove_image(engine, group, list(group.names))
     reclaimed = max(before - images_size(engine), 0) if deleted else 0
     engine.journal.emit("image", "prune", "", {"reclaimed": str(reclaimed)})
     return Response(200, {"ImagesDeleted": deleted or None, "SpaceReclaimed": reclaimed})
@@ -6982,7 +6998,7 @@ def image_tag(engine: Engine, request: Request, name: str) -> Response:
     if re.fullmatch("[0-9a-f]{64}", familiar(target.repository)):
         raise BadParameter(f"invalid repository name ({repository}), cannot specify 64-byte hexadecimal strings")
     with engine.changing_images([target.name]):
-        engine.nerdctl.tag(group.names[0], target.name)
+        engine.containerd.set_image(engine.containerd.get_image(group.names[0])._replace(name=target.name))
     engine.journal.emit("image", "tag", group.id, {"name": familiar(target.name)})
     return Response(201)
 
@@ -7048,7 +7064,7 @@ def remove_extra_names(engine: Engine, extra: List[str]) -> None:
     if extra:
         with engine.changing_images(extra, "untag"):
             with contextlib.suppress(ApiError):
-                engine.nerdctl.remove_images(extra)
+                engine.containerd.delete_images(extra)
 
 
 def parse_loaded(text: str) -> List[str]:
@@ -7620,8 +7636,7 @@ def registry_path(reference: Reference) -> str:
 def pull_image(engine: Engine, request: Request, reference: Reference, platform: str,
                environment: Optional[Dict[str, str]]) -> Iterator[bytes]:
     """Pull one reference; yields Docker's messages."""
-    before = {name: group.id for group in engine.inventory.images.get().values()
-              for name in group.names}.get(reference.name)
+    before = engine.inventory.images.by_name().get(reference.name)
     begin = {"status": f"Pulling from {registry_path(reference)}", "id": reference.tag or reference.digest}
     with engine.changing_images([reference.name]):
         running = engine.nerdctl.pull(reference.name, platform, fits_machine(platform), environment, request.client)
@@ -7629,7 +7644,7 @@ def pull_image(engine: Engine, request: Request, reference: Reference, platform:
     group = engine.inventory.image(reference.name)
     name = familiar(reference.name)
     yield message_line({"status": f"Digest: {group.id}"})
-    word = "Image is up to date" if before == group.id else "Downloaded newer image"
+    word = "Image is up to date" if before and before.id == group.id else "Downloaded newer image"
     yield message_line({"status": f"Status: {word} for {name}"})
     engine.journal.emit("image", "pull", name, {**group.labels, "name": name})
 
@@ -7881,7 +7896,7 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
     if tag:
         reference = parse_reference(f"{reference.repository}:{tag}")
     names = [reference.name] if reference.tag else None
-    groups = {each: group for group in engine.inventory.images.get().values() for each in group.names}
+    groups = engine.inventory.images.by_name()
     if names is None:
         names = sorted(each for each in groups if each.startswith(reference.repository + ":") and "@" not in each)
     if not names or names[0] not in groups:
@@ -8530,7 +8545,7 @@ def lasting_row(container: Container) -> Dict[str, Any]:
     """What `/containers/json` lists of a container that stays so until an event tells of it."""
     if "row" not in container.memo:
         container.memo["row"] = {
-            "Id": container.id, "Names": ["/" + container.name], "Image": shown_image(container), "ImageID": "",
+            "Id": container.id, "Names": ["/" + container.name], "Image": container.asked_image, "ImageID": "",
             "Command": quoted_command(container),
             "Created": container.created // 10**9, "Ports": open_ports(container), "Labels": container.visible_labels,
             "State": container.state.kind, "Status": "", "HostConfig": {"NetworkMode": network_mode(container)},
@@ -8542,7 +8557,7 @@ def lasting_row(container: Container) -> Dict[str, Any]:
 def docker_container_row(container: Container, image: Optional[ImageGroup], networks: Dict[str, Any], now: float,
                          version: Tuple[int, int]) -> Dict[str, Any]:
     """A container as `/containers/json` lists it."""
-    row = {**lasting_row(container), "ImageID": image.id if image else "", "Status": status_text(container.state, now),
+    row = {**lasting_row(container), "Status": status_text(container.state, now),
            "NetworkSettings": {"Networks": networks}}
     annotations = container.host_config.get("Annotations")
     if annotations and version >= (1, 46):
@@ -8557,22 +8572,19 @@ def docker_container_row(container: Container, image: Optional[ImageGroup], netw
 def container_rows(engine: Engine, containers: Iterable[Container], sizes: Dict[str, Tuple[int, int]],
                    version: Tuple[int, int]) -> List[Dict[str, Any]]:
     """Containers as `/containers/json` lists them, with their sizes where they are known."""
-    groups, networks = engine.inventory.images.get(), engine.inventory.networks()
-    images = {name: group for group in groups.values() for name in group.names}
+    images, networks = engine.inventory.images, engine.inventory.networks()
+    groups, named = images.get(), images.by_name()
     rows, now, linked = [], time.time(), linked_names(engine)
     for container in containers:
-        row = docker_container_row(container, images.get(container.image), docker_networks(container, networks), now,
-                                   version)
+        image, shown = image_id(container, named), named.get(container.image)
+        row = docker_container_row(container, groups.get(image), docker_networks(container, networks), now, version)
+        # As with dockerd, a name that stands for another image by now says nothing of this one.
+        row.update({"ImageID": image, **({"Image": image} if image and (not shown or shown.id != image) else {})})
         row["Names"] = [*row["Names"], *linked.get(container.id, ()), *linked.get(container.name, ())]
         if container.id in sizes:
             row["SizeRw"], row["SizeRootFs"] = sizes[container.id]
         rows.append(row)
     return rows
-
-
-def shown_image(container: Container) -> str:
-    """The image as the client named it, else as people write it."""
-    return container.request.get("Image") or familiar(container.image)
 
 
 CONTAINER_FILTERS = ("ancestor", "before", "expose", "exited", "health", "id", "isolation", "is-task", "label", "name",
@@ -8626,19 +8638,20 @@ def match_container(engine: Engine, container: Container, filters: Dict[str, Lis
                                      for each in wanted for mount in container.mounts),
         "publish": lambda wanted: match_port(container.ports, "PublicPort", wanted),
         "expose": lambda wanted: match_port(container.ports, "PrivatePort", wanted),
-        "ancestor": lambda wanted: any(container.image in ancestor_names(engine, each) for each in wanted),
+        "ancestor": lambda wanted: image_id(container, engine.inventory.images.by_name()) in ancestors(engine, wanted),
         "isolation": lambda wanted: True,
         "is-task": lambda wanted: "false" in [each.lower() for each in wanted] or "0" in wanted,
     }
     return all(checks[key](wanted) for key, wanted in filters.items() if key in checks and wanted)
 
 
-def ancestor_names(engine: Engine, name: str) -> List[str]:
-    """All names of the image of an ancestor filter, [] when there is no such image."""
-    try:
-        return engine.inventory.image(name).names
-    except ApiError:
-        return []
+def ancestors(engine: Engine, names: List[str]) -> Set[str]:
+    """The ids of the images of an ancestor filter, of those that there are."""
+    found = set()
+    for name in names:
+        with contextlib.suppress(ApiError):
+            found.add(engine.inventory.image(name).id)
+    return found
 
 
 def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: bool, limit: int) -> List[Container]:
@@ -8832,7 +8845,7 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
         "Tty": bool(asked.get("Tty", process.get("terminal", False))), "OpenStdin": bool(asked.get("OpenStdin", False)),
         "StdinOnce": bool(asked.get("StdinOnce", False)),
         "Env": environment or None,
-        "Cmd": command, "Image": shown_image(container), "Volumes": asked.get("Volumes") or image.get("Volumes"),
+        "Cmd": command, "Image": container.asked_image, "Volumes": asked.get("Volumes") or image.get("Volumes"),
         "WorkingDir": asked.get("WorkingDir") or (image.get("WorkingDir") if asked else process.get("cwd")) or "",
         "Entrypoint": entrypoint,
         # nerdctl 1.7 does not keep those of the image.
@@ -8880,7 +8893,7 @@ def docker_container(engine: Engine, container: Container, image: Optional[Image
         "Id": container.id, "Created": rfc3339(container.created), "Path": arguments[0], "Args": arguments[1:],
         "State": docker_state(container.state, container.id in engine.inventory.out_of_memory,
                               docker_health(container)),
-        "Image": image.id if image else "",
+        "Image": image.id if image else image_id(container, {}),
         "ResolvConfPath": os.path.join(container.folder, "resolv.conf") if container.folder else "",
         "HostnamePath": os.path.join(container.folder, "hostname") if container.folder else "", "HostsPath": hosts,
         "LogPath": log_path(container), "Name": "/" + container.name,
@@ -8990,10 +9003,8 @@ def note_health(engine: Engine, container: Container, status: str = "starting", 
 
 def image_of(engine: Engine, container: Container) -> Optional[ImageGroup]:
     """The image of a container, None when it is there no more."""
-    for group in engine.inventory.images.get().values():
-        if container.image in group.names:
-            return group
-    return None
+    images = engine.inventory.images
+    return images.get().get(image_id(container, images.by_name()))
 
 
 @route("GET", "/containers/{id}/json")
@@ -10128,7 +10139,7 @@ def check_name(engine: Engine, name: str) -> str:
 class Plan(NamedTuple):
     """What a container is made of: `words` between the command and the image, `image` its name, `command` the words
     after it, `request` what is kept of the request, `health` the health check if there is one, `mounts` the Mounts,
-    `recursive` whether read-only ones are so with all that is mounted below them."""
+    `image_id` the image's id, `recursive` whether read-only ones are so with all that is mounted below them."""
 
     words: List[str]
     image: str
@@ -10136,6 +10147,7 @@ class Plan(NamedTuple):
     request: Dict[str, Any]
     health: Dict[str, Any] = {}
     mounts: Tuple[Dict[str, Any], ...] = ()
+    image_id: str = ""
     recursive: bool = False
 
 
@@ -10208,12 +10220,13 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
     if platform:
         words.append(f"--platform={platform_text(parse_platform(platform))}")
     return Plan(words, full if full in group.names else group.names[0], command, kept_request(engine, body, image),
-                health_check(body, image), tuple(request_mounts(body, engine.inventory.container)))
+                health_check(body, image), tuple(request_mounts(body, engine.inventory.container)), group.id)
 
 
 def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
     """Create a container and return what is known of it without asking; `more` are further flags."""
-    labels = [f"--label={key}={value}" for key, value in request_labels(plan.request).items()]
+    labels = [f"--label={key}={value}" for key, value in {**request_labels(plan.request),
+                                                          LABEL_IMAGE: plan.image_id}.items()]
     names = [f"--name={name}"] if name else []
     with fillable(engine, make_volumes(engine, plan.mounts)) as mounts, profile_files(engine, plan.words) as words:
         output = engine.nerdctl.run("create", "--pull=never", *names, *more, *words, *mount_words(mounts), *labels,
@@ -12970,7 +12983,8 @@ def base_of(engine: Engine, container: Container, parent: str) -> Optional[Image
     """The image that has the snapshot `parent` below a container, first the one that it was made of: its name may
     stand for another one by now. None where there is none any more."""
     found = [group for group in engine.inventory.images.get().values() if chain_ids(group.config)[-1:] == [parent]]
-    return next((group for group in found if container.image in group.names), found[0] if found else None)
+    wanted = image_id(container, engine.inventory.images.by_name())
+    return next((group for group in found if group.id == wanted), found[0] if found else None)
 
 
 def commit_layers(containerd: Containerd, container: Container,
@@ -15322,15 +15336,6 @@ class Ctr(Nerdctl):
         options = ["--digests", "--skip-digest-for-named", f"--snapshotter={self.snapshotter}",
                    *([f"--platform={each}" for each in platforms] or ["--all-platforms"])]
         return self._images("import", *options, "--", "-", stdin=subprocess.PIPE)
-
-    def tag(self, source: str, name: str) -> None:
-        """Let `name` stand for what `source` stands for."""
-        self.containerd.set_image(self.containerd.get_image(source)._replace(name=name))
-
-    def remove_images(self, names: List[str], force: bool = False) -> None:
-        """Remove names of images, and with the last of them what nothing else needs any more."""
-        for name in names:
-            self.containerd.delete_image(name, sync=name == names[-1])
 
     @contextlib.contextmanager
     def build(self, options: List[str], names: List[str], folder: str, environment: Optional[Dict[str, str]],
