@@ -4749,10 +4749,15 @@ class ImageGroup:
         self.content, self.contents = NO_CONTENT, []
 
     @property
+    def name(self) -> str:
+        """One of its names, where there is one that people would know such a one: nerdctl takes no other, as `:`."""
+        return min(self.names, key=is_nameless)
+
+    @property
     def repo_tags(self) -> List[str]:
         """Names with a tag, as people write them."""
         return [familiar(name) for name in self.names
-                if "@" not in name and ":" in name.rpartition("/")[2] and not name.startswith(NAMELESS)]
+                if "@" not in name and ":" in name.rpartition("/")[2] and not is_nameless(name)]
 
     @property
     def repo_digests(self) -> List[str]:
@@ -6998,7 +7003,7 @@ def image_tag(engine: Engine, request: Request, name: str) -> Response:
     if re.fullmatch("[0-9a-f]{64}", familiar(target.repository)):
         raise BadParameter(f"invalid repository name ({repository}), cannot specify 64-byte hexadecimal strings")
     with engine.changing_images([target.name]):
-        engine.containerd.set_image(engine.containerd.get_image(group.names[0])._replace(name=target.name))
+        engine.containerd.set_image(engine.containerd.get_image(group.name)._replace(name=target.name))
     engine.journal.emit("image", "tag", group.id, {"name": familiar(target.name)})
     return Response(201)
 
@@ -9631,7 +9636,7 @@ def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callab
     host where none is asked for, or one of several. 400 for what is no port."""
     host = body.get("HostConfig") or {}
     for each in body.get("ExposedPorts") or {}:
-        number = re.fullmatch(r"([0-9]{1,18})(/(tcp|udp|sctp))?", each)
+        number = re.fullmatch(r"([0-9]{1,18})(/(tcp|udp|sctp))?", each.lower())
         if not number or int(number[1]) > 65535:
             raise BadParameter(f"invalid port '{each}': " + ("value out of range" if number else "invalid syntax"))
     bindings = dict(host.get("PortBindings") or {})
@@ -10219,7 +10224,7 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
             raise BadParameter(f"image {name} has the label {key}: names that begin with nerdctl/ are nerdctl's own")
     if platform:
         words.append(f"--platform={platform_text(parse_platform(platform))}")
-    return Plan(words, full if full in group.names else group.names[0], command, kept_request(engine, body, image),
+    return Plan(words, full if full in group.names else group.name, command, kept_request(engine, body, image),
                 health_check(body, image), tuple(request_mounts(body, engine.inventory.container)), group.id)
 
 
