@@ -4965,6 +4965,27 @@ def platform_text(platform: Optional[Dict[str, Any]]) -> str:
     return "/".join(filter(None, map((platform or {}).get, ("os", "architecture", "variant"))))
 
 
+# In front of the name that a network with any other name than nerdctl takes has for nerdctl and the CNI plugins.
+SPELLED = "nerdctld-"
+
+
+def cni_name(name: str) -> str:
+    """nerdctl's name of a network: the same, or with `_` and two digits for each byte that nerdctl does not take."""
+    if re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", name):
+        return name
+    return SPELLED + re.sub(rb"[^a-zA-Z0-9.-]", lambda found: b"_%02x" % found[0][0],
+                            name.encode("utf-8", "surrogateescape")).decode()
+
+
+def network_name(text: str) -> str:
+    """The name of a network, by nerdctl's."""
+    name = re.sub("_([0-9a-f]{2})", lambda found: chr(int(found[1], 16)), text[len(SPELLED):])
+    with contextlib.suppress(UnicodeError):
+        name = name.encode("latin-1").decode()
+        return name if text.startswith(SPELLED) and cni_name(name) == text else text
+    return text
+
+
 def made_up_id(name: str) -> str:
     """A stable id for what nerdctl gives none: host, none, and networks of other CNI users."""
     return sha256(f"nerdctld network {name}".encode()).hexdigest()
@@ -4973,7 +4994,7 @@ def made_up_id(name: str) -> str:
 def parse_network(native: Dict[str, Any], written: int) -> Dict[str, Any]:
     """A CNI configuration list that nerdctl wrote as Docker shows a network, without its members. It has no time of
     making but that at which its file was written, in nanoseconds since 1970."""
-    name, plugin = native.get("name") or "", (native.get("plugins") or [{}])[0]
+    name, plugin = network_name(native.get("name") or ""), (native.get("plugins") or [{}])[0]
     driver = {"host": "host", "none": "null"}.get(name) or plugin.get("type") or "bridge"
     labels, identity = native.get("nerdctlLabels") or {}, native.get("nerdctlID")
     config, ipam = [], label_fields(labels, "nerdctld/ipam")
@@ -5224,7 +5245,7 @@ class Inventory:
                         if isinstance(config, dict) and isinstance(config.get("name"),
                                                                    str) and isinstance(config.get("plugins"), list):
                             parse_network(config, written)
-                            found[config["name"]] = config, written
+                            found[network_name(config["name"])] = config, written
         return found
 
     @property
@@ -5261,7 +5282,7 @@ def network_names(container: Container) -> List[str]:
         with contextlib.suppress(ValueError):
             names = json.loads(container.labels.get("nerdctl/networks") or "[]")
         known = isinstance(names, list) and LABEL_ALONE not in container.labels
-        container.memo["network names"] = [str(each) for each in names] if known else []
+        container.memo["network names"] = [network_name(str(each)) for each in names] if known else []
     return container.memo["network names"]
 
 
@@ -5307,8 +5328,9 @@ def noted_results(container: Container) -> Dict[str, Dict[str, Any]]:
         if container.running and folder:
             note = read_json_file(os.path.join(folder, "meta.json"))
         noted = note.get("Networks") if isinstance(note, dict) else None
+        noted = {network_name(name): each for name, each in noted.items()} if isinstance(noted, dict) else {}
         container.memo["results"] = {name: noted[name] for name in network_names(container)
-                                     if isinstance(noted, dict) and isinstance(noted.get(name), dict)}
+                                     if isinstance(noted.get(name), dict)}
     return container.memo["results"]
 
 
@@ -5425,8 +5447,9 @@ def renote(container: Container, network: str, result: Optional[Dict[str, Any]])
             "ID": container.id, "Name": container.name, "Hostname": container.labels.get("nerdctl/hostname") or ""}
         if not isinstance(note, dict):
             return
-        noted = {name: each for name, each in (note.get("Networks") or {}).items() if name != network}
-        note["Networks"] = {**noted, network: result} if result else noted
+        name = cni_name(network)
+        noted = {each: found for each, found in (note.get("Networks") or {}).items() if each != name}
+        note["Networks"] = {**noted, name: result} if result else noted
         with open(path + ".nerdctld", "w", encoding="utf-8") as file:
             os.fchmod(file.fileno(), 0o600)
             json.dump(note, file)
@@ -5613,7 +5636,7 @@ def run_plugins(engine: "Engine", container: Container, network: str, made: Inte
             # What nerdctl noted has the newest version, which plugins of the network's own do not read.
             more = {"runtimeConfig": {key: value for key, value in given.items() if value and able.get(key)},
                     "prevResult": {**result, "cniVersion": version} if result else None}
-            config = {**plugin, "name": network, "cniVersion": version,
+            config = {**plugin, "name": found["name"], "cniVersion": version,
                       **{key: value for key, value in more.items() if value}}
             if dropped and (plugin.get("ipam") or {}).get("routes"):
                 routes = [each for each in plugin["ipam"]["routes"] if each.get("dst") not in dropped]
@@ -5665,7 +5688,7 @@ def attach_network(engine: "Engine", container: Container, network: str, asked: 
 def stop_masquerading(engine: "Engine", container: Container, network: str, kept: Iterable[str] = ()) -> None:
     """Remove the rules by which a container went out of a network, but for those of the addresses that are `kept`. The
     bridge plugin leaves them where the network namespace is gone, and marks them by a comment."""
-    comment = f'name: "{network}" id: "{engine.nerdctl.namespace}-{container.id}"'
+    comment = f'name: "{cni_name(network)}" id: "{engine.nerdctl.namespace}-{container.id}"'
     for name in ("iptables", "ip6tables"):
         tool = engine.nerdctl.program(*plugins_argv(engine), name, "-w", "-t", "nat")
         run = functools.partial(tool.run, environment=system_path())
@@ -5693,7 +5716,7 @@ def detach_network(engine: "Engine", container: Container, network: str) -> Dict
     if failed:
         raise failed
     # What nerdctl's hook would read at the end of the container: the address may be another one's by then.
-    kept = f"{network}-{engine.nerdctl.namespace}-{container.id}-{made.name}"
+    kept = f"{cni_name(network)}-{engine.nerdctl.namespace}-{container.id}-{made.name}"
     with contextlib.suppress(OSError):
         os.unlink(engine.containerd.root() + os.path.join("/var/lib/cni/results", kept))
     renote(container, network, None)
@@ -5725,8 +5748,9 @@ def restore_route(engine: "Engine", container: Container, pid: int, left: str) -
 def attach_networks(engine: "Engine", container: Container, pid: int) -> None:
     """Attach a container whose process `pid` has been made, and best not started yet, to those of its networks to which
     neither nerdctl's hook has nor the daemon."""
-    there, labels = json.loads((container.spec.get("annotations") or {}).get("nerdctl/networks") or "[]"), {}
-    there += [name for name, each in attached_networks(container).items() if each.pid == pid]
+    told, labels = json.loads((container.spec.get("annotations") or {}).get("nerdctl/networks") or "[]"), {}
+    there = [*map(network_name, told),
+             *(name for name, each in attached_networks(container).items() if each.pid == pid)]
     for network in network_names(container):
         if there and network not in there:
             labels.update(attach_network(engine, container, network, asked_endpoint(
@@ -8494,9 +8518,11 @@ def keep_networks(engine: Engine, container: Container, endpoints: Dict[str, Dic
     only = endpoints[names[0]] if len(hooked) == 1 else {}
     address = only.get("IPAMConfig") or {}
     mac = only.get("MacAddress") or (request.get("MacAddress") if len(hooked) == 1 else "")
-    told = {"nerdctl/networks": json.dumps(hooked or ["none"]), "nerdctl/ip": address.get("IPv4Address") or "",
-            "nerdctl/ip6": address.get("IPv6Address") or "", "nerdctl/mac-address": mac or ""}
-    labels = {**told, "nerdctl/networks": json.dumps(names or ["none"]), LABEL_ALONE: "" if names else "true", **more}
+    told = {"nerdctl/networks": json.dumps([*map(cni_name, hooked)] or ["none"]),
+            "nerdctl/ip": address.get("IPv4Address") or "", "nerdctl/ip6": address.get("IPv6Address") or "",
+            "nerdctl/mac-address": mac or ""}
+    labels = {**told, "nerdctl/networks": json.dumps([*map(cni_name, names)] or ["none"]),
+              LABEL_ALONE: "" if names else "true", **more}
     if request:
         host = {**container.host_config, "NetworkMode": network_mode(container)}
         kept = request_labels({**request, "HostConfig": host, "NetworkingConfig": {"EndpointsConfig": endpoints}})
@@ -9923,7 +9949,7 @@ def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]],
     if not all(each in networks for each in found):
         # They may be there at its start.
         return ["--network=none"]
-    words, first = [f"--network={csv_word(name)}" for name in hooked_networks(found)], next(iter(found.values()))
+    words, first = [f"--network={cni_name(name)}" for name in hooked_networks(found)], next(iter(found.values()))
     if len(words) == 1:
         address = first.get("IPAMConfig") or {}
         words += _value(address.get("IPv4Address"), "--ip") + _value(address.get("IPv6Address"), "--ip6")
@@ -13415,9 +13441,10 @@ def network_create(engine: Engine, request: Request) -> Response:
     """Make a network; 201 with its id. 409 for a name in use, 403 for a pre-defined name or a subnet in use."""
     body = request.json(NETWORK_CREATE)
     name = body.get("Name") or ""
-    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*", name):
-        raise BadParameter(f'invalid network name: "{name}": only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed' if name
-                           else "name is required")
+    if not name.strip():
+        raise BadParameter("invalid name: name is empty" if name else "name is required")
+    if network_name(cni_name(name)) != name or len(cni_name(name)) > 200:
+        raise BadParameter(f'invalid network name: "{name}": nerdctl has it as the name of a file')
     if name in ("bridge", "host", "none", "default"):
         raise Forbidden(f"operation is not permitted on predefined {name} network")
     if name in engine.inventory.networks():
@@ -13425,10 +13452,10 @@ def network_create(engine: Engine, request: Request) -> Response:
     configs = field_of(body, "IPAM.Config") or []
     if body.get("EnableIPv6") and not any(":" in (each.get("Subnet") or "") for each in configs):
         body["IPAM"] = {**(body.get("IPAM") or {}), "Config": [*configs, {"Subnet": local_subnet(engine)}]}
-    arguments = network_create_args(body, name)
+    arguments = network_create_args(body, cni_name(name))
     try:
         engine.nerdctl.run(*arguments)
-        route_ipv6(engine, name)
+        route_ipv6(engine, cni_name(name))
     except ApiError as error:
         if re.search(r"overlaps with other one|subnet .* overlap", str(error)):
             raise Forbidden("invalid pool request: Pool overlaps with other one on this address space") from None
@@ -13445,7 +13472,7 @@ ADDRESSES = "/var/lib/cni/networks"
 def keep_spare(engine: Engine, network: Dict[str, Any], kept: bool = True) -> str:
     """Let no container get an auxiliary address of a network, or (not `kept`) let the note of it go with the network; a
     warning where that cannot be."""
-    folder = engine.containerd.root() + os.path.join(ADDRESSES, network["Name"])
+    folder = engine.containerd.root() + os.path.join(ADDRESSES, cni_name(network["Name"]))
     for config in network["IPAM"]["Config"] or []:
         for address in (config.get("AuxiliaryAddresses") or {}).values():
             path = os.path.join(folder, address)
@@ -13498,7 +13525,7 @@ def remove_network(engine: Engine, network: Dict[str, Any]) -> None:
         raise Forbidden(f"error while removing network: network {name} has active endpoints ({', '.join(users)})")
     for patient in (True, True, False):
         try:
-            engine.nerdctl.run("network", "rm", "--", name)
+            engine.nerdctl.run("network", "rm", "--", cni_name(name))
             break
         except ApiError as error:
             # It asks for every task of every namespace, and fails where one of them ends meanwhile or is slow.

@@ -10236,11 +10236,32 @@ class TestNetworkChanges:
         assert found == ["network", "create", *words.split(), "--", "net"]
 
     @pytest.mark.parametrize("body, status", [
-        ({"Name": "tstnet"}, 409), ({"Name": "bridge"}, 403), ({"Name": "host"}, 403), ({"Name": ""}, 400), ({"Name": "-x"}, 400), ({"Name": "a b"}, 400), ({"Name": "x", "Driver": "overlay"}, 404),
+        ({"Name": "tstnet"}, 409), ({"Name": "bridge"}, 403), ({"Name": "host"}, 403), ({"Name": ""}, 400), ({"Name": " "}, 400), ({"Name": "nerdctld-a_20b"}, 400), ({"Name": "ü" * 99}, 400), ({"Name": "x", "Driver": "overlay"}, 404),
         ({"Name": "x", "ConfigOnly": True}, 501), ({"Name": "x", "IPAM": {"Driver": "odd"}}, 404), ({"Name": "x", "Scope": "swarm"}, 403), ({"Name": "x", "IPAM": {"Config": {}}}, 400), ({"Name": "x", "Options": []}, 400)])
     def test_refused(self, furnished, scripted, body, status):
         assert ask(furnished, "POST", "/networks/create", body).status == status
         assert not scripted.calls("network create")
+
+    @pytest.mark.parametrize("name, told", [
+        ("tst", "tst"), ("nerdctld-tst", "nerdctld-tst"), ("test 01", "nerdctld-test_2001"), ("a/b", "nerdctld-a_2fb"), ("ümlaut", "nerdctld-_c3_bcmlaut"), ("-x_", "nerdctld--x_5f"), ("x", "nerdctld-x")])
+    def test_names(self, furnished, scripted, fake, tmp_path, name, told):
+        """Docker takes any; what nerdctl does not take it has spelled."""
+        assert nerdctld.cni_name(name) == told and nerdctld.network_name(told) == name
+        scripted.on("network create", does=lambda words: write_json(tmp_path / f"networks/default/nerdctl-{told}.conflist", {
+            "name": words[-1], "nerdctlID": "c" * 64, "plugins": [{"type": "bridge", "ipam": {"ranges": [[{"subnet": "10.9.0.0/24"}]]}}]}))
+        assert ask(furnished, "POST", "/networks/create", {"Name": name}).status == 201 and scripted.argv("network create")[-1] == told
+        assert ask(furnished, "GET", "/networks/" + urllib.parse.quote(name)).json["Name"] == name
+        creates(scripted, fake, "9" * 64)
+        body = {**BODY, "HostConfig": {"NetworkMode": name}, "NetworkingConfig": {"EndpointsConfig": {name: {"Aliases": ["al"]}}}}
+        assert ask(furnished, "POST", "/containers/create", body).status == 201 and f"--network={told}" in scripted.argv("create")
+        inspect = ask(furnished, "GET", f"/containers/{'9' * 64}/json").json
+        assert inspect["HostConfig"]["NetworkMode"] == name and inspect["NetworkSettings"]["Networks"][name]["Aliases"] == ["al"]
+        path = urllib.parse.quote(name)
+        change = lambda word, network: ask(furnished, "POST", f"/networks/{network}/{word}", {"Container": "9" * 64}).status
+        assert (change("disconnect", path), change("connect", "tstnet"), change("connect", path)) == (200, 200, 200)
+        assert json.loads(fake.containers["9" * 64].labels["nerdctl/networks"]) == ["tstnet", told]
+        scripted.on("network rm")
+        assert ask(furnished, "DELETE", "/networks/" + path).status == 204 and scripted.argv("network rm")[-1] == told
 
     def test_overlap(self, furnished, scripted):
         scripted.on("network create", stderr=fatal("subnet 10.4.0.0/24 overlaps with other one on this address space"), status=1)
@@ -14336,6 +14357,20 @@ class TestLiveNetworks:
         self.reach(nets, "tstpeer", "tstmine")
         nets("rm", "-f", "tstmine")
         assert self.leases(identity) == [] and identity not in rules()
+
+    @pytest.mark.parametrize("name", ["tst 01", "tst/a", "tstümlaut"])
+    def test_names_that_nerdctl_has_spelled(self, nets, live, name):
+        nets("network", "create", name)
+        try:
+            nets("run", "-d", "--name", "tstmine", "--network", name, "--network-alias", "other", BASE, "sleep", "300")
+            assert "1 packets received" in nets("run", "--rm", "--network", name, BASE, "ping", "-c1", "-W3", "other")
+            for word, count in (("disconnect", 0), ("connect", 1)):
+                nets("network", word, name, "tstmine")
+                assert nets("exec", "tstmine", "ip", "-o", "-4", "addr").count("eth") == count == len(self.told(nets))
+            assert "tstmine" in nets("network", "inspect", name) and nets("network", "ls", "-f", f"name={name}", "--format", "{{.Name}}") == name
+        finally:
+            live.docker(CLIENTS[0], "rm", "-f", "tstmine")
+            nets("network", "rm", name)
 
     def test_addresses_of_their_own_in_several_networks(self, nets, engine):
         nets("create", "--name", "tstmine", "--network", self.ONE, "--ip", "10.203.0.55", BASE, "sleep", "300")
