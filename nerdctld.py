@@ -9334,7 +9334,8 @@ def make_source(mount: Dict[str, Any]) -> None:
 def renew_sources(host: Dict[str, Any]) -> None:
     """Make the folders of the host that the Binds of a HostConfig have, as at its creation; 400 for a source of its
     Mounts that is gone."""
-    for each in [*map(parse_bind, host.get("Binds") or []), *(host.get("Mounts") or [])]:
+    binds = [parse_bind(each) for each in host.get("Binds") or [] if each.startswith("/")]
+    for each in binds + (host.get("Mounts") or []):
         if each.get("Type") == "bind":
             check_mount(each)
             make_source(each)

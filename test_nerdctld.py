@@ -2318,6 +2318,12 @@ class TestRoutes:
     def test_unknown(self, engine, method, path):
         answer = ask(engine, method, path)
         assert (answer.status, answer.json) == (404, {"message": "page not found"})
+        assert ask(engine, "OPTIONS", path).status == 200
+
+    @pytest.mark.parametrize("path", ["/containers/json/", "/info/", "/networks/", "/volumes/", "/images/json/", "/_ping/"])
+    def test_slashes_behind(self, furnished, path):
+        """dockerd 20.10."""
+        assert ask(furnished, "GET", path).status == (200 if path == "/networks/" else 404)
 
     @pytest.mark.parametrize("name", ["localhost:5000/a/b:1", "busybox", "a/b@sha256:" + "0" * 64])
     def test_image_names_in_the_path(self, name):
