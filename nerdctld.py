@@ -2125,6 +2125,7 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
     (r"no image was built", ApiError,
      "no image was built where nerdctl looks for it: buildkitd's first worker has to be a containerd worker in "
      "nerdctl's namespace (buildkitd.toml)"),
+    (r"unknown flag: (--\S+)", NotImplementedHere, "this nerdctl has no option {0}: newer ones have"),
     (r"executable file not found in \$PATH", BadParameter, ""),
     (r"exec: \"[^\"]*\": (?:permission denied|stat \S+: no such file or directory)|permission denied: unknown",
      BadParameter, ""),

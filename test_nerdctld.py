@@ -1689,6 +1689,7 @@ FAILURES = [
     ("ps", fatal("rootless containerd not running? (hint: use `containerd-rootless-setuptool.sh install` to start rootless containerd): "
                  "stat /run/user/1/containerd-rootless: no such file or directory"), 503,
      "rootless containerd is not running: containerd-rootless-setuptool.sh install sets it up"),
+    ("network create --internal (2.0.5)", fatal("unknown flag: --internal"), 501, "this nerdctl has no option --internal: newer ones have"),
     ("create --volume=/mnt:/m:rshared", fatal('failed to parse volume options ("bind", "/mnt", "rshared"): mountpoint "/" doesn\'t have optional field neither of [shared:]'),
      500, "path /mnt is mounted on / but it is not a shared mount"),
     ("create --volume=/mnt:/m:ro,rslave", fatal('failed to parse volume options ("bind", "/mnt", "ro,rslave"): mountpoint "/" doesn\'t have optional field neither of [shared: master:]'),
@@ -7275,7 +7276,7 @@ class TestContainerCreate:
         assert (answer.status, answer.message) == (400, "no command specified")
 
     @pytest.mark.parametrize("message, status", [("bind for :80 failed: port is already allocated", 500), ('name "x" is already used by ID "y"', 409), ('image not available: "x"', 404),
-                                                 ("unknown flag: --odd", 400)])
+                                                 ("unknown flag: --odd", 501)])
     def test_nerdctl_refuses(self, furnished, scripted, message, status):
         scripted.on("create", stderr=fatal(message), status=1)
         assert ask(furnished, "POST", "/containers/create", BODY).status == status
@@ -14909,7 +14910,7 @@ client = docker.DockerClient(base_url=sys.argv[1], timeout=60)
 image, folder = sys.argv[2:]
 pool = IPAMPool(subnet="10.203.8.0/24", gateway="10.203.8.1", aux_addresses={"router": "10.203.8.2"})
 one = client.networks.create("tstpyone", ipam=IPAMConfig(pool_configs=[pool]), labels={"tstpy": ""}, check_duplicate=True)
-two = client.networks.create("tstpytwo", driver="bridge", internal=True, options={"com.docker.network.driver.mtu": "1400"}, labels={"tstpy": ""})
+two = client.networks.create("tstpytwo", driver="bridge", options={"com.docker.network.driver.mtu": "1400"}, labels={"tstpy": ""})
 own = client.volumes.create("tstpyown", driver_opts={"type": "none", "o": "bind", "device": folder}, labels={"tstpy": "own"})
 memory = client.volumes.create("tstpymemory", driver_opts={"type": "tmpfs", "device": "tmpfs"})
 try:
