@@ -8001,7 +8001,7 @@ class TestContainerLifecycle:
 
     def test_events_of_networks_and_volumes(self, willing, fake):
         # In the order and with the attributes of dockerd 20.10.24.
-        mounts = json.dumps([{"Type": "volume", "Name": "tstvol", "Source": "/v", "Destination": "/d", "RW": False}, {"Type": "bind", "Source": "/s", "Destination": "/e"}])
+        mounts = json.dumps([{"Type": "volume", "Name": "tstvol", "Source": "/v", "Destination": "/d", "Mode": "ro", "RW": False}, {"Type": "bind", "Source": "/s", "Destination": "/e"}])
         fake.create(self.LINKED, {"nerdctl/name": "web", "nerdctl/networks": '["tstnet"]', "nerdctl/mounts": mounts})
         fake.mounts["overlayfs", fake.containers[self.LINKED].snapshot_key] = []
         willing.settle()
