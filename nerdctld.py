@@ -9663,10 +9663,6 @@ def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callab
     """`--publish` words for PortBindings and, with PublishAllPorts, for every exposed port; `pick` finds a port of the
     host where none is asked for, or one of several. 400 for what is no port."""
     host = body.get("HostConfig") or {}
-    for each in body.get("ExposedPorts") or {}:
-        number = re.fullmatch(r"([0-9]{1,18})(/(tcp|udp|sctp))?", each.lower())
-        if not number or int(number[1]) > 65535:
-            raise BadParameter(f"invalid port '{each}': " + ("value out of range" if number else "invalid syntax"))
     bindings = dict(host.get("PortBindings") or {})
     if host.get("PublishAllPorts"):
         exposed = {**(image.get("ExposedPorts") or {}), **(body.get("ExposedPorts") or {})}
@@ -9679,16 +9675,14 @@ def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callab
         for place in places or [{}]:
             number, address = place.get("HostPort") or "", (place.get("HostIp") or "").strip("[]")
             ends = [int(each) for each in number.split("-")] if re.fullmatch(r"\d{1,5}(-\d{1,5})?", number) else [-1]
-            if number and not 0 <= ends[0] <= ends[-1] <= 65535 or not re.fullmatch(r"[0-9a-fA-F.:]*", address):
+            if (number and not len(ends) - 1 <= ends[0] <= ends[-1] <= 65535
+                    or not re.fullmatch(r"[0-9a-fA-F.:]*", address)):
                 raise BadParameter(f'invalid port specification: "{number or address}"')
             if number in ("", "0") and (pick or os.geteuid()):
                 # A rootless nerdctl picks no port by itself.
                 number = str((pick or free_port)(found.group(2) or "tcp"))
             elif "-" in number:
-                first, last = map(int, number.split("-"))
-                if not 0 < first <= last <= 65535:
-                    raise BadParameter(f"invalid port specification: {address}:{number}->{key}")
-                number = str(pick(found.group(2) or "tcp", range(first, last + 1)) if pick else first)
+                number = str(pick(found.group(2) or "tcp", range(ends[0], ends[1] + 1)) if pick else ends[0])
             number = "" if number == "0" else number
             place_words = [f"[{address}]" if ":" in address else address,
                            number] if address else [number] if number else []
@@ -10028,6 +10022,10 @@ def check_config(body: Dict[str, Any], host: Dict[str, Any]) -> None:
         check_signal(body["StopSignal"])
     if "" in (host.get("Annotations") or {}):
         raise BadParameter("invalid Annotations: the empty string is not permitted as an annotation key")
+    for each in body.get("ExposedPorts") or {}:
+        number = re.fullmatch(r"([0-9]{1,18})(/(tcp|udp|sctp))?", each.lower())
+        if not number or int(number[1]) > 65535:
+            raise BadParameter(f"invalid port '{each}': " + ("value out of range" if number else "invalid syntax"))
     for each in host.get("ExtraHosts") or []:
         name, _, address = each.partition(":")
         if not name or not address:
