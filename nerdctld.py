@@ -4838,7 +4838,7 @@ class ImageStore:
             self.names.invalidate()
         return self.names.get()
 
-    def remove_content(self, group: ImageGroup, content: ImageContent) -> None:
+    def remove_content(self, content: ImageContent) -> None:
         """Remove what is here of one platform of an image, but for what other images or platforms need."""
         def parts(content: ImageContent) -> Set[str]:
             found = (content.descriptor, content.manifest.get("config") or {}, *content.layers)
@@ -6977,7 +6977,7 @@ def image_delete(engine: Engine, request: Request, name: str) -> Response:
     contents = {content.descriptor["digest"]: content
                 for content in (platform_content(group, each, name) for each in platforms)}
     for content in contents.values():
-        engine.inventory.images.remove_content(group, content)
+        engine.inventory.images.remove_content(content)
     if contents:
         return Response(200, [{"Deleted": digest} for digest in contents])
     names = referenced_names(group, name)
@@ -9916,10 +9916,9 @@ def asked_networks(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]]) ->
     return dict(sorted(found.items(), key=lambda each: each[0] != named("default")))
 
 
-def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]],
-                 find: Callable[[str], Container]) -> List[str]:
-    """Words for the networks: the mode first, then what else EndpointsConfig names. `networks` by name; `find` looks up
-    a container, for `container:NAME`, whose network it gets later."""
+def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]]) -> List[str]:
+    """Words for the networks: the mode first, then what else EndpointsConfig names. `networks` by name; that of another
+    container comes later."""
     host = body.get("HostConfig") or {}
     mode = host.get("NetworkMode") or ""
     endpoints = field_of(body, "NetworkingConfig.EndpointsConfig") or {}
@@ -10127,7 +10126,7 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     words += hostname_args(body) + port_args(body, image, pick)
     words += tmpfs_args(host) + device_args(host)
     words += [f"--restart={policy_word(host)}"] if policy_word(host) not in ("", "no") else []
-    words += network_args(body, networks, find) + namespace_args(host, find) + log_args(host)
+    words += network_args(body, networks) + namespace_args(host, find) + log_args(host)
     words += init_args(host) + security_args(host)
     words += [f"--label={key}={value}" for key, value in labels.items()]
     flags, command = command_words(body, image)
@@ -13768,29 +13767,29 @@ def folder_size(path: str) -> int:
 def system_df(engine: Engine, request: Request) -> Response:
     """What images, containers, volumes and build cache take; `type` restricts it. Sizes are read anew, no event tells
     of them."""
-    kinds = [each for each in request.values("type") if each and request.version >= (1, 42)]
+    objects, answer = ("container", "image", "volume", "build-cache"), {}
+    kinds = [each for each in request.values("type") if each and request.version >= (1, 42)] or objects
     for each in kinds:
-        if each not in ("container", "image", "volume", "build-cache"):
+        if each not in objects:
             raise BadParameter(f"unknown object type: {each}")
-    everything, answer = not kinds, {}
     engine.inventory.images.look_again()
     groups = list(engine.inventory.images.get().values())
-    if everything or "image" in kinds:
+    if "image" in kinds:
         users, shared = image_users(engine), shared_sizes(groups)
         answer.update({"LayersSize": images_size(engine)} if groups else {})
         answer["Images"] = [docker_image_row(group, request.version, len(users.get(group.id, [])),
                                              shared.get(group.id, 0)) for group in groups]
-    if everything or "container" in kinds:
+    if "container" in kinds:
         containers = list_containers(engine, {}, True, -1)
         sizes = {**dict.fromkeys((each.id for each in containers), (0, 0)), **container_sizes(engine, containers)}
         answer["Containers"] = container_rows(engine, containers, sizes, request.version)
         for row in answer["Containers"]:
             row.pop("ImageManifestDescriptor", None)
-    if everything or "volume" in kinds:
+    if "volume" in kinds:
         users, sizes = volume_users(engine), volume_sizes(engine)
         answer["Volumes"] = [{**volume, "UsageData": {"Size": sizes.get(name, 0), "RefCount": users.get(name, 0)}}
                              for name, volume in engine.inventory.volumes().items() if not volume["Options"]]
-    if everything or "build-cache" in kinds:
+    if "build-cache" in kinds:
         answer["BuildCache"] = build_cache(engine)
         if request.version < (1, 42):
             answer["BuilderSize"] = sum(each["Size"] for each in answer["BuildCache"])
