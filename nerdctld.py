@@ -833,7 +833,11 @@ class Unpacker:
                 # The chown below would take the set-user-ID bit off the file that has both names.
                 descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
                 with os.fdopen(descriptor, "rb", 0):
-                    entry.mode = found.st_mode
+                    # dockerd looks for the file in the root folder only, to give it the entry's mode and times.
+                    if self.names:
+                        entry.mode = found.st_mode
+                    else:
+                        os.utime(descriptor, ns=entry_times(entry))
                     self.settle(entry, descriptor)
                 return
         elif entry.type in kinds:

@@ -2071,11 +2071,13 @@ class TestTree:
             os.setxattr(house / "in", "user.some", b"")
             assert os.getxattr(house / "d/x", "user.some") == b"a\xffb"
 
-    def test_a_hard_link_changes_nothing_but_the_owner(self, house):
-        # As dockerd 20.10 does it in any folder but the root: of the file there is only one.
-        unpack(house, entries(("f", "0", b"x", {"mode": 0o4750, "mtime": 5}), ("h", "1", "f", {"mode": 0o644, "mtime": 9}), ("l", "2", "f"), ("k", "1", "l")))
-        assert [(found.st_nlink, stat.S_IMODE(found.st_mode), found.st_mtime) for found in map(os.stat, (house / "f", house / "h"))] == [(2, 0o4750, 5)] * 2
-        assert os.readlink(house / "k") == "f"
+    @pytest.mark.parametrize("path, found", [("/", (0o644, 9)), ("/in", (0o4750, 5))])
+    def test_hard_links(self, house, path, found):
+        # As with dockerd 20.10, in the root folder and in any other.
+        unpack(house, entries(("f", "0", b"x", {"mode": 0o4750, "mtime": 5}), ("h", "1", "f", {"mode": 0o644, "mtime": 9}), ("l", "2", "f"), ("k", "1", "l")), path)
+        folder = house / path[1:]
+        assert [(each.st_nlink, stat.S_IMODE(each.st_mode), each.st_mtime) for each in map(os.stat, (folder / "f", folder / "h"))] == [(2, *found)] * 2
+        assert os.readlink(folder / "k") == "f"
         with pytest.raises(OSError, match="link /nothing /g: no such file or directory"):
             unpack(house, entries(("g", "1", "nothing")))
 
@@ -14611,13 +14613,13 @@ class TestLiveTree:
         (tmp_path / "greet").write_text("#!/bin/sh\necho $A $B; pwd; id -u; echo $@\n")
         (tmp_path / "greet").chmod(0o755)
         config = '{{json .Config.Env}} {{json .Config.Entrypoint}} {{json .Config.Cmd}} {{.Config.WorkingDir}} {{.Config.User}} {{index .Config.Labels "l"}} {{json .Config.ExposedPorts}}'
-        box("create", "--name", "tstmade", "--network", "none", "-e", "A=1", "-w", "/home", "-u", "1000", "--label", "l=m", "--expose", "81", "--entrypoint", "/bin/greet", BASE, "one", "two")
-        told = box("inspect", "-f", config, "tstmade")
+        box.text("create", "--name", "tstmade", "--network", "none", "-e", "A=1", "-w", "/home", "-u", "1000", "--label", "l=m", "--expose", "81", "--entrypoint", "/bin/greet", BASE, "one", "two")
+        told = box.text("inspect", "-f", config, "tstmade")
         try:
-            box("cp", str(tmp_path / "greet"), "tstmade:/bin/greet")
-            box("commit", "-c", "ENV B=$A", "tstmade", "tstmade:1")
-            assert box("image", "inspect", "-f", config, "tstmade:1") == told.replace("]", ',"B=1"]', 1)
-            assert box("run", "--rm", "--network", "none", "tstmade:1") == "1 1\n/home\n1000\none two"
+            box.text("cp", str(tmp_path / "greet"), "tstmade:/bin/greet")
+            box.text("commit", "-c", "ENV B=$A", "tstmade", "tstmade:1")
+            assert box.text("image", "inspect", "-f", config, "tstmade:1") == told.replace("]", ',"B=1"]', 1)
+            assert box.text("run", "--rm", "--network", "none", "tstmade:1").split() == "1 1 /home 1000 one two".split()
         finally:
             box("rmi", "-f", "tstmade:1")
 
