@@ -9557,9 +9557,9 @@ def rewrite_container(engine: Engine, container: Container, spec: Dict[str, Any]
     return engine.inventory.container(container.id)
 
 
-def with_option(entry: Dict[str, Any], old: str, new: str) -> Dict[str, Any]:
-    """A mount of an OCI spec with another option in place of one."""
-    options = [new if each == old else each for each in entry.get("options") or []]
+def with_access(entry: Dict[str, Any], word: str) -> Dict[str, Any]:
+    """A read-only mount of an OCI spec with `ro`, `rro` or `rw` in place of what it has."""
+    options = [word if each in ("ro", "rro") else each for each in entry.get("options") or []]
     return {**entry, "options": options} if options else entry
 
 
@@ -9582,8 +9582,10 @@ def finish_mounts(engine: Engine, container: Container, spec: Dict[str, Any], mo
         elif made:
             for each in spec.get("mounts") or []:
                 each.update({"source": source} if each.get("destination") == target else {})
-        if recursive and mount["Type"] != "tmpfs" and not mount_options(mount).get("ReadOnlyNonRecursive"):
-            spec["mounts"] = [with_option(each, "ro", "rro") if each.get("destination") == target else each
+        if mount["Type"] != "tmpfs":
+            # nerdctl 2.3 has the one for all, and the next one the other.
+            word = "rro" if recursive and not mount_options(mount).get("ReadOnlyNonRecursive") else "ro"
+            spec["mounts"] = [with_access(each, word) if each.get("destination") == target else each
                               for each in spec.get("mounts") or []]
         if mount.get("Anonymous"):
             others = json.loads(labels.get("nerdctl/anonymous-volumes") or "[]") or []
@@ -10298,7 +10300,7 @@ def amended_spec(spec: Dict[str, Any], request: Dict[str, Any]) -> Dict[str, Any
         sysctls.setdefault("net.ipv4.ping_group_range", "0 2147483647")
     open_cgroups = any(each.split("=")[0] == "writable-cgroups" and each.lower().partition("=")[2] in (
         "", "1", "t", "true") for each in host.get("SecurityOpt") or [])
-    mounts = [with_option(each, "ro", "rw") if open_cgroups and each.get("destination") == "/sys/fs/cgroup" else each
+    mounts = [with_access(each, "rw") if open_cgroups and each.get("destination") == "/sys/fs/cgroup" else each
               for each in spec.get("mounts") or []]
     found = {"linux": {**linux, **({"sysctl": sysctls} if sysctls else {})}, "mounts": mounts,
              "process": {**process, **({"env": environment} if environment else {})}}
