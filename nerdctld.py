@@ -13440,7 +13440,7 @@ def network_create(engine: Engine, request: Request) -> Response:
     name = body.get("Name") or ""
     if not name.strip():
         raise BadParameter("invalid name: name is empty" if name else "name is required")
-    if network_name(cni_name(name)) != name or len(cni_name(name)) > 200:
+    if len(name) > 200 or network_name(cni_name(name)) != name or len(cni_name(name)) > 200:
         raise BadParameter(f'invalid network name: "{name}": nerdctl has it as the name of a file')
     if name in ("bridge", "host", "none", "default"):
         raise Forbidden(f"operation is not permitted on predefined {name} network")

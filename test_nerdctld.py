@@ -10687,6 +10687,12 @@ class TestVolumeChanges:
 
 
 class TestNetworks:
+    def test_a_long_name(self, furnished):
+        """It is looked at by its length alone: spelling all of it would take seconds."""
+        began = time.thread_time()
+        answer = ask(furnished, "POST", "/networks/create", {"Name": "a/" * 10**6})
+        assert answer.status == 400 and time.thread_time() - began < 0.5
+
     def test_list(self, furnished, scripted, tmp_path):
         rows = {each["Name"]: each for each in ask(furnished, "GET", "/networks").json}
         assert sorted(rows) == ["bridge", "host", "none", "tstnet"]
