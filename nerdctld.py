@@ -391,7 +391,7 @@ def mount_part(base: str, subpath: str, place: str) -> None:
     path = os.path.join(base, subpath)
     real = os.path.realpath(path)
     if not (real + "/").startswith(base.rstrip("/") + "/"):
-        raise ApiError(f"path concatenation escapes the base directory, base: {base}, subpath: {subpath}")
+        raise BadParameter(f"path concatenation escapes the base directory, base: {base}, subpath: {subpath}")
     try:
         with opened_below(base, os.path.relpath(real, base)) as (descriptor, _):
             # A restart of the machine leaves it.
@@ -401,6 +401,8 @@ def mount_part(base: str, subpath: str, place: str) -> None:
             else:
                 os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             mount(f"/proc/self/fd/{descriptor}", place, None, MS_BIND)
+    except FileNotFoundError:
+        raise NotFound(f"cannot access path {path}: lstat {path}: no such file or directory") from None
     except OSError as error:
         raise ApiError(f"cannot access path {path}: {(error.strerror or '').lower()}") from None
 
@@ -9385,8 +9387,8 @@ def rootless_argv(engine: Engine) -> List[str]:
     return ["nsenter", "-U", "--preserve-credentials", "-m", "-t", str(pid), "--"] if pid else []
 
 
-def tree_error(process: Process, missing: ApiError) -> ApiError:
-    """What a process of ours (`nerdctld.py tree`) says went wrong, `missing` where a file is not there."""
+def tree_error(process: Process, missing: Optional[ApiError] = None) -> ApiError:
+    """What a process of ours (`nerdctld.py tree`) says went wrong; `missing`, if given, where a file is not there."""
     process.wait()
     lines = process.error_text().splitlines() or [f"it ended with status {process.popen.returncode}"]
     try:
@@ -9395,24 +9397,24 @@ def tree_error(process: Process, missing: ApiError) -> ApiError:
         error.status = told["status"]
     except (ValueError, LookupError, TypeError):
         return ApiError(f"the container's files cannot be reached: {lines[-1]}")
-    return missing if error.status == 404 else error
+    return missing if missing and error.status == 404 else error
 
 
 def carry_out_mount(engine: Engine, place: str, **order: Any) -> None:
     """Have mount_place() done by a process where containerd is; 500 with the words of dockerd and of the kernel where
-    it fails."""
+    it fails, for a part of a folder 404 where it is not there and 400 where it is outside."""
     with engine.nerdctl.start_own("tree", rootless_argv(engine)) as process:
         process.write(json_bytes({"do": "mount", "place": place, **order}) + b"\n")
         if process.wait(SHORT_CALL) == 0:
             return
-        failed = ApiError("it does not end") if process.popen.returncode is None else tree_error(process, NotFound(""))
+        failed = ApiError("it does not end") if process.popen.returncode is None else tree_error(process)
     words = str(failed)
     for each in order.get("mounts") or []:
         flags, data = mount_flags(each["options"])
         told = re.sub("(?<=password=)[^,]+", "********", ",".join(data))
         words = (f"mount {each['source']}:{place}" + (f", flags: {flags:#x}" if flags else "")
                  + (f", data: {told}" if told else "") + f": {words}")
-    raise ApiError(words)
+    raise ApiError(words) if order.get("mounts") else failed
 
 
 def is_mounted(engine: Engine, place: str) -> bool:
@@ -11428,11 +11430,11 @@ def start_container(engine: Engine, container: Container) -> None:
         engine.hosts.refresh(container)
         if waiting or has_stdin(container):
             streams = open_streams(engine, container, waiting)
-        try:
-            with mounted(engine, placed_mounts(container)):
+        with mounted(engine, placed_mounts(container)):
+            try:
                 start_task(engine, container, streams.paths if streams else log_streams(container))
-        except ApiError as error:
-            raise runtime_error(error) from None
+            except ApiError as error:
+                raise runtime_error(error) from None
     except BaseException as error:
         note_error(engine, container, str(error))
         if streams:
