@@ -12905,23 +12905,22 @@ def archive_get(engine: Engine, request: Request, name: str) -> Response:
     return packed(engine, name, check_path(request.value("path")), "archive-path")
 
 
+def packed_tree(engine: Engine, name: str, order: Dict[str, Any], event: str) -> Iterator[Any]:
+    """The answer to an order that packs, and then the tar; `event` tells of it in the end."""
+    container, missing = engine.inventory.container(name), not_there(name, order["path"])
+    with opened_tree(engine, container, missing, order) as (process, told, data):
+        yield told
+        yield data
+        yield from process.pieces()
+        if process.wait():
+            raise tree_error(process, missing)
+    engine.tell(container, event)
+
+
 def packed(engine: Engine, name: str, path: str, event: str) -> Response:
     """A path in a container, as a client names it, as a tar; 404 where there is none. `event` tells of it."""
-    container = engine.inventory.container(name)
-
-    def chunks() -> Iterator[Any]:
-        order = {"do": "pack", "path": path}
-        with opened_tree(engine, container, not_there(name, path), order) as (process, told, data):
-            yield PathStat(*told)
-            yield data
-            yield from process.pieces()
-            if process.wait():
-                raise tree_error(process, not_there(name, path))
-        engine.tell(container, event)
-
-    tar = chunks()
-    found = next(tar)
-    return Response(200, Stream(tar), "application/x-tar", stat_header(found))
+    tar = packed_tree(engine, name, {"do": "pack", "path": path}, event)
+    return Response(200, Stream(tar), "application/x-tar", stat_header(PathStat(*next(tar))))
 
 
 @route("POST", "/containers/{id}/copy")
@@ -12974,17 +12973,9 @@ def archive_put(engine: Engine, request: Request, name: str) -> Response:
 @route("GET", "/containers/{id}/export")
 def container_export(engine: Engine, request: Request, name: str) -> Response:
     """Its whole file system as a tar, without volumes."""
-    container = engine.inventory.container(name)
-
-    def chunks() -> Iterator[Any]:
-        with opened_tree(engine, container, not_there(name, "/"), {"do": "export", "path": "/"}) as (process, _, data):
-            yield data
-            yield from process.pieces()
-            if process.wait():
-                raise tree_error(process, not_there(name, "/"))
-        engine.tell(container, "export")
-
-    return Response(200, Stream(chunks(), primed=True), "application/octet-stream")
+    tar = packed_tree(engine, name, {"do": "export", "path": "/"}, "export")
+    next(tar)
+    return Response(200, Stream(tar), "application/octet-stream")
 
 
 # Where nerdctl mounts what is not of the container.
