@@ -6011,7 +6011,7 @@ class TestBuild:
     @pytest.mark.parametrize("query, status", [
         ("t=A", 400), ("t=a@" + BB, 400), ("dockerfile=nothing", 400), ("dockerfile=../x", 400), ("dockerfile=a%00b", 400), ("dockerfile=/etc/passwd", 400), ("buildargs=[", 400),
         ("buildargs=[]", 400), ("labels=" + urllib.parse.quote('{"a":1}'), 400), ("platform=;", 400), ("remote=ftp://x", 400), ("remote=git://x/y", 501),
-        ("remote=-x", 400), ("squash=1", 501), ("networkmode=container:x", 501), ("outputs=x", 501)])
+        ("remote=-x", 400), ("squash=1", 501), ("networkmode=container:x", 501), ("networkmode=tstnet", 501), ("outputs=x", 501)])
     def test_refuses(self, furnished, scripted, query, status):
         answer = ask(furnished, "POST", "/build?" + query, CONTEXT, TAR)
         assert answer.status == status and answer.message
