@@ -10171,6 +10171,11 @@ def check_name(engine: Engine, name: str) -> str:
         if each.name == name:
             raise Conflict(f'Conflict. The container name "/{name}" is already in use by container "{each.id}". '
                            "You have to remove (or rename) that container to be able to reuse that name.")
+    # nerdctl keeps the name of a container whose creation was killed.
+    path = os.path.join(engine.inventory.store, "names", engine.nerdctl.namespace, name)
+    with contextlib.suppress(OSError):
+        if time.time() - os.stat(path).st_mtime > SHORT_CALL:
+            os.unlink(path)
     return name
 
 
@@ -10286,6 +10291,10 @@ def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Contain
         raise
 
 
+# With the host's IPC namespace nerdctl takes the host's mount of it, which there need not be.
+MQUEUE = {"type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]}
+
+
 def amended_spec(spec: Dict[str, Any], request: Dict[str, Any]) -> Dict[str, Any]:
     """The OCI spec of a new container with what a create request asks for and nerdctl has no options for."""
     host, linux = request.get("HostConfig") or {}, dict(spec.get("linux") or {})
@@ -10302,7 +10311,8 @@ def amended_spec(spec: Dict[str, Any], request: Dict[str, Any]) -> Dict[str, Any
         sysctls.setdefault("net.ipv4.ping_group_range", "0 2147483647")
     open_cgroups = any(each.split("=")[0] == "writable-cgroups" and each.lower().partition("=")[2] in (
         "", "1", "t", "true") for each in host.get("SecurityOpt") or [])
-    mounts = [with_access(each, "rw") if open_cgroups and each.get("destination") == "/sys/fs/cgroup" else each
+    mounts = [with_access(each, "rw") if open_cgroups and each.get("destination") == "/sys/fs/cgroup" else
+              {**each, **MQUEUE} if each.get("source") == "/dev/mqueue" and not os.path.exists("/dev/mqueue") else each
               for each in spec.get("mounts") or []]
     found = {"linux": {**linux, **({"sysctl": sysctls} if sysctls else {})}, "mounts": mounts,
              "process": {**process, **({"env": environment} if environment else {})}}
@@ -10377,7 +10387,7 @@ REFUSED_LATER = (
     ("no users found", "--user=", "unable to find user {user}: no matching entries in passwd file"),
     ("no groups found", "--user=", "unable to find group {group}: no matching entries in group file"),
     ("unable to find group (.*)", "--group-add=", "Unable to find group {0}: no matching entries in group file"),
-    ("no known GPU vendor", "--gpus=", 'could not select device driver "{driver}" with capabilities: {capabilities}'),
+    ("no known GPU vendor", "--gpus=", "failed to discover GPU vendor from CDI: no known GPU vendor found"),
     ("bad format for device path: ([^:]*)", "--device-", "stat {0}: no such file or directory"))
 
 
@@ -10385,13 +10395,10 @@ def refused_later(request: Dict[str, Any], message: str) -> Tuple[str, str]:
     """How the words begin that a container has to be made without, where nerdctl refused them with this message, and
     what its start is to say of that, "" for none of both."""
     user, _, group = (request.get("User") or "").partition(":")
-    device = next(iter(field_of(request, "HostConfig.DeviceRequests") or []), {})
-    capabilities = " ".join("[%s]" % " ".join(each) for each in device.get("Capabilities") or [])
     for pattern, words, told in REFUSED_LATER:
         found = re.search(pattern, message)
         if found:
-            return words, told.format(*found.groups(), user=user, group=group, driver=device.get("Driver") or "",
-                                      capabilities=f"[{capabilities}]")
+            return words, told.format(*found.groups(), user=user, group=group)
     return "", ""
 
 

@@ -7012,7 +7012,7 @@ class TestContainerCreate:
 
     @pytest.mark.parametrize("asked, said, without, words", [
         (host(GroupAdd=["nope"]), "unable to find group nope", "--group-add=", "Unable to find group nope: no matching entries in group file"),
-        (host(DeviceRequests=[{"Count": -1, "Capabilities": [["gpu", "x"], ["y"]]}]), "no known GPU vendor found in CDI specs", "--gpus=", 'could not select device driver "" with capabilities: [[gpu x] [y]]'),
+        (host(DeviceRequests=[{"Count": -1, "Capabilities": [["gpu", "x"], ["y"]]}]), "no known GPU vendor found in CDI specs", "--gpus=", "failed to discover GPU vendor from CDI: no known GPU vendor found"),
         (host(BlkioDeviceReadBps=[{"Path": "/no", "Rate": 5}]), "invalid read bps device: bad format for device path: /no:5", "--device-", "stat /no: no such file or directory")])
     def test_what_is_refused_at_the_start(self, furnished, scripted, fake, asked, said, without, words):
         """dockerd 20.10: 201, and its words at the start. What nerdctl 2.3.5 create says."""
@@ -7040,6 +7040,22 @@ class TestContainerCreate:
         spec = {"hostname": "0123456789ab", "linux": {"namespaces": [{"type": "uts"}]}}
         assert nerdctld.amended_spec(spec, {})["hostname"] == "0123456789ab"
         assert "hostname" not in nerdctld.amended_spec({**spec, "linux": {}}, host(UTSMode="host"))
+
+    @pytest.mark.parametrize("there", [True, False])
+    def test_message_queues_of_the_host(self, monkeypatch, there):
+        monkeypatch.setattr(nerdctld.os.path, "exists", lambda path: there)
+        had = {"destination": "/dev/mqueue", "type": "bind", "source": "/dev/mqueue", "options": ["rbind"]}
+        found = nerdctld.amended_spec({"mounts": [had]}, host(IpcMode="host"))["mounts"]
+        assert found == [had if there else {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]}]
+
+    @pytest.mark.parametrize("age, kept", [(10, True), (1000, False)])
+    def test_the_name_of_one_whose_creation_was_killed(self, furnished, scripted, fake, age, kept):
+        place = pathlib.Path(furnished.inventory.store, "names", "default", "new")
+        place.parent.mkdir(parents=True)
+        place.write_text("9" * 64)
+        os.utime(place, (time.time() - age,) * 2)
+        creates(scripted, fake, "9" * 64)
+        assert ask(furnished, "POST", "/containers/create?name=new", BODY).status == 201 and place.exists() == kept
 
     @pytest.mark.parametrize("user, said, words", [("nope:x", "no users found", "unable to find user nope: no matching entries in passwd file"),
                                                    ("root:nope", "no groups found", "unable to find group nope: no matching entries in group file")])
