@@ -17013,7 +17013,7 @@ class Bench:
         for number in range(self.options.rounds):
             path = self.folder / f"start-{number}"
             process = subprocess.Popen(["systemd-socket-activate", "-l", str(path), *(f"--setenv={name}" for name in ("PATH", "HOME")),
-                                        *TestUnits.command(self.folder), f"--namespace={NAMESPACE}"], stderr=subprocess.DEVNULL)
+                                        *TestUnits.command(), f"--namespace={NAMESPACE}"], stderr=subprocess.DEVNULL)
             assert until(path.exists)
             time.sleep(0.2)
             found = Daemon.__new__(Daemon)
