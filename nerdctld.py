@@ -10171,10 +10171,14 @@ def check_name(engine: Engine, name: str) -> str:
         if each.name == name:
             raise Conflict(f'Conflict. The container name "/{name}" is already in use by container "{each.id}". '
                            "You have to remove (or rename) that container to be able to reuse that name.")
-    # nerdctl keeps the name of a container whose creation was killed.
-    path = os.path.join(engine.inventory.store, "names", engine.nerdctl.namespace, name)
-    with contextlib.suppress(OSError):
-        if time.time() - os.stat(path).st_mtime > SHORT_CALL:
+    # nerdctl keeps the name of a container whose creation was killed, and the old one of one that is started after it
+    # was renamed, also when that is gone. One that is being made has a folder, and a little time.
+    store, namespace = engine.inventory.store, engine.nerdctl.namespace
+    path = os.path.join(store, "names", namespace, name)
+    with contextlib.suppress(OSError), open(path, encoding="ascii", errors="replace") as file:
+        identity = file.read(64)
+        if (identity in engine.inventory.containers() or time.time() - os.fstat(file.fileno()).st_mtime > SHORT_CALL
+                or not os.path.exists(os.path.join(store, "containers", namespace, identity))):
             os.unlink(path)
     return name
 

@@ -7048,11 +7048,15 @@ class TestContainerCreate:
         found = nerdctld.amended_spec({"mounts": [had]}, host(IpcMode="host"))["mounts"]
         assert found == [had if there else {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]}]
 
-    @pytest.mark.parametrize("age, kept", [(10, True), (1000, False)])
-    def test_the_name_of_one_whose_creation_was_killed(self, furnished, scripted, fake, age, kept):
-        place = pathlib.Path(furnished.inventory.store, "names", "default", "new")
-        place.parent.mkdir(parents=True)
-        place.write_text("9" * 64)
+    @pytest.mark.parametrize("owner, folder, age, kept", [
+        ("9" * 64, True, 10, True), ("9" * 64, True, 1000, False), ("9" * 64, False, 10, False), (ID, True, 10, False)])
+    def test_a_name_that_is_nobodys(self, furnished, scripted, fake, owner, folder, age, kept):
+        """nerdctl 2.3.5: what is killed in mid create, renamed and started again, or removed after that, leaves its name."""
+        store = pathlib.Path(furnished.inventory.store)
+        place = store / "names" / "default" / "new"
+        for each in (place.parent, store / "containers" / "default" / (owner if folder else "other")):
+            each.mkdir(parents=True, exist_ok=True)
+        place.write_text(owner)
         os.utime(place, (time.time() - age,) * 2)
         creates(scripted, fake, "9" * 64)
         assert ask(furnished, "POST", "/containers/create?name=new", BODY).status == 201 and place.exists() == kept
