@@ -8610,8 +8610,8 @@ def docker_container_row(container: Container, image: Optional[ImageGroup], netw
 def container_rows(engine: Engine, containers: Iterable[Container], sizes: Dict[str, Tuple[int, int]],
                    version: Tuple[int, int]) -> List[Dict[str, Any]]:
     """Containers as `/containers/json` lists them, with their sizes where they are known."""
-    images, networks = engine.inventory.images, engine.inventory.networks()
-    groups, named = images.get(), images.by_name()
+    named, networks = engine.inventory.images.by_name(), engine.inventory.networks()
+    groups = {group.id: group for group in named.values()}
     rows, now, linked = [], time.time(), linked_names(engine)
     for container in containers:
         image, shown = image_id(container, named), named.get(container.image)
@@ -8657,8 +8657,8 @@ def match_port(ports: List[Dict[str, Any]], key: str, wanted: List[str]) -> bool
 
 
 def match_container(engine: Engine, container: Container, filters: Dict[str, List[str]], named: NameFilter) -> bool:
-    """Whether a container passes the filters of the list, of which `named` is that by name, but for before and
-    since."""
+    """Whether a container passes the filters of the list, of which `named` is that by name, but for before, since and
+    ancestor."""
     if not filters:
         return True
     state, networks = container.state, network_names(container)
@@ -8676,7 +8676,6 @@ def match_container(engine: Engine, container: Container, filters: Dict[str, Lis
                                      for each in wanted for mount in container.mounts),
         "publish": lambda wanted: match_port(container.ports, "PublicPort", wanted),
         "expose": lambda wanted: match_port(container.ports, "PrivatePort", wanted),
-        "ancestor": lambda wanted: image_id(container, engine.inventory.images.by_name()) in ancestors(engine, wanted),
         "isolation": lambda wanted: True,
         "is-task": lambda wanted: "false" in [each.lower() for each in wanted] or "0" in wanted,
     }
@@ -8702,6 +8701,9 @@ def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: b
         for name in filters.get(key) or []:
             moment = engine.inventory.container(name).created
             table = [each for each in table if (each.created > moment if later else each.created < moment)]
+    if filters.get("ancestor"):
+        images, wanted = engine.inventory.images.by_name(), ancestors(engine, filters["ancestor"])
+        table = [each for each in table if image_id(each, images) in wanted]
     if limit > 0 or filters.get("status") or filters.get("exited") or filters.get("before") or filters.get("since"):
         everything = True
     found = [each for each in table
@@ -9041,8 +9043,9 @@ def note_health(engine: Engine, container: Container, status: str = "starting", 
 
 def image_of(engine: Engine, container: Container) -> Optional[ImageGroup]:
     """The image of a container, None when it is there no more."""
-    images = engine.inventory.images
-    return images.get().get(image_id(container, images.by_name()))
+    named = engine.inventory.images.by_name()
+    wanted = image_id(container, named)
+    return next((group for group in named.values() if group.id == wanted), None)
 
 
 @route("GET", "/containers/{id}/json")
