@@ -13836,21 +13836,6 @@ def usage_summaries(answer: Dict[str, Any]) -> Dict[str, Any]:
 ###############################################################################
 
 
-def swarm_refused(engine: Engine, request: Request, name: str = "") -> Response:
-    """503 with the words of a dockerd that is in no swarm."""
-    raise Unavailable(NO_SWARM)
-
-
-def swarm_leave(engine: Engine, request: Request) -> Response:
-    """503: there is none to leave."""
-    raise Unavailable("This node is not part of a swarm")
-
-
-def swarm_unavailable(engine: Engine, request: Request) -> Response:
-    """501: containerd has no swarm."""
-    raise NotImplementedHere("swarm mode is not available: nerdctl has none")
-
-
 @route("GET", "/plugins")
 def plugin_list(engine: Engine, request: Request) -> Response:
     """No plugins."""
@@ -13858,52 +13843,42 @@ def plugin_list(engine: Engine, request: Request) -> Response:
     return Response(200, [])
 
 
-def checkpoint_refused(engine: Engine, request: Request, name: str) -> Response:
-    """501 with the words of a dockerd that is not in experimental mode."""
-    raise NotImplementedHere("This experimental feature is disabled by default. Start the Docker daemon in "
-                             "experimental mode in order to enable it.")
-
-
-def volume_refused(engine: Engine, request: Request, name: str) -> Response:
-    """503 with the words of a dockerd that is in no swarm."""
-    raise Unavailable("volume update only valid for cluster volumes, but swarm is unavailable")
-
-
-def plugin_missing(engine: Engine, request: Request, name: str) -> Response:
-    """404 as for any plugin that is not installed."""
-    raise NotFound(f'plugin "{name}" not found')
-
-
-def plugin_refused(engine: Engine, request: Request, name: str = "") -> Response:
-    """501: nerdctl has no Docker plugins."""
-    raise NotImplementedHere("Docker plugins are not available: nerdctl has none")
-
-
-# Handler -> what it is for: the methods and the path of each.
-REFUSED = {
-    swarm_refused: (
+# What is refused on a machine without swarm, plugins or experimental features, in dockerd's words where it has them,
+# and the methods and paths of the requests for it.
+REFUSALS: Tuple[Tuple[Type[ApiError], str, Tuple[str, ...]], ...] = (
+    (Unavailable, NO_SWARM, (
         "GET /swarm", "POST /swarm/update", "GET /swarm/unlockkey", "POST /swarm/unlock", "GET /nodes",
-        "GET /nodes/{id}", "DELETE /nodes/{id}",
-        "POST /nodes/{id}/update", "GET /services", "POST /services/create", "GET /services/{id}",
-        "DELETE /services/{id}",
-        "POST /services/{id}/update", "GET /services/{id}/logs", "GET /tasks", "GET /tasks/{id}",
-        "GET /tasks/{id}/logs", "GET /secrets",
-        "POST /secrets/create", "GET /secrets/{id}", "DELETE /secrets/{id}", "POST /secrets/{id}/update",
-        "GET /configs",
-        "POST /configs/create", "GET /configs/{id}", "DELETE /configs/{id}", "POST /configs/{id}/update"),
-    swarm_leave: ("POST /swarm/leave",), swarm_unavailable: ("POST /swarm/init", "POST /swarm/join"),
-    volume_refused: ("PUT /volumes/{name}",),
-    checkpoint_refused: ("GET /containers/{id}/checkpoints", "POST /containers/{id}/checkpoints",
-                         "DELETE /containers/{id}/checkpoints/{any}"),
-    plugin_missing: ("GET /plugins/{image}/json", "DELETE /plugins/{image}"),
-    plugin_refused: (
+        "GET /nodes/{id}", "DELETE /nodes/{id}", "POST /nodes/{id}/update", "GET /services", "POST /services/create",
+        "GET /services/{id}", "DELETE /services/{id}", "POST /services/{id}/update", "GET /services/{id}/logs",
+        "GET /tasks", "GET /tasks/{id}", "GET /tasks/{id}/logs", "GET /secrets", "POST /secrets/create",
+        "GET /secrets/{id}", "DELETE /secrets/{id}", "POST /secrets/{id}/update", "GET /configs",
+        "POST /configs/create", "GET /configs/{id}", "DELETE /configs/{id}", "POST /configs/{id}/update")),
+    (Unavailable, "This node is not part of a swarm", ("POST /swarm/leave",)),
+    (NotImplementedHere, "swarm mode is not available: nerdctl has none", ("POST /swarm/init", "POST /swarm/join")),
+    (Unavailable, "volume update only valid for cluster volumes, but swarm is unavailable", ("PUT /volumes/{name}",)),
+    (NotImplementedHere, "This experimental feature is disabled by default. Start the Docker daemon in experimental "
+     "mode in order to enable it.", (
+         "GET /containers/{id}/checkpoints", "POST /containers/{id}/checkpoints",
+         "DELETE /containers/{id}/checkpoints/{any}")),
+    (NotFound, 'plugin "{0}" not found', ("GET /plugins/{image}/json", "DELETE /plugins/{image}")),
+    (NotImplementedHere, "Docker plugins are not available: nerdctl has none", (
         "GET /plugins/privileges", "POST /plugins/pull", "POST /plugins/create", "POST /plugins/{image}/enable",
         "POST /plugins/{image}/disable", "POST /plugins/{image}/upgrade", "POST /plugins/{image}/push",
-        "POST /plugins/{image}/set"),
-}
-for _handler, _routes in REFUSED.items():
+        "POST /plugins/{image}/set")),
+)
+
+
+def refusing(kind: Type[ApiError], words: str) -> Callable[..., Response]:
+    """A handler that refuses whatever is asked of it; the name in its path takes the place of `{0}`."""
+    def refuse(engine: Engine, request: Request, name: str = "") -> Response:
+        raise kind(words.format(name))
+
+    return refuse
+
+
+for _kind, _words, _routes in REFUSALS:
     for _route in _routes:
-        route(*_route.split(" "))(_handler)
+        route(*_route.split(" "))(refusing(_kind, _words))
         # Before those with fewer words, which take any name.
         ROUTES.insert(0, ROUTES.pop())
 

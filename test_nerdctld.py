@@ -17242,7 +17242,7 @@ class Malformed:
     def target(self):
         """A method and a target; those that ask a registry name one of this machine that is not there."""
         route = self.random.choice(nerdctld.ROUTES)
-        if route.handler is nerdctld.swarm_refused:
+        if route.handler.__name__ == "refuse":
             route = self.random.choice(nerdctld.ROUTES)
         if route.path in ("/distribution/{image}/json", "/images/create", "/images/{image}/push", "/images/search", "/auth"):
             nowhere = urllib.parse.quote("localhost:1/" + (self.word().strip("/") or "x"), errors="surrogatepass", safe="/:")
