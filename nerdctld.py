@@ -10744,9 +10744,18 @@ def container_create(engine: Engine, request: Request) -> Response:
 # reads and writes. They are in nerdctl's folder of the container, where the next daemon finds them. All other
 # containers write to nerdctl's logging program, and clients are sent what that has written.
 STDOUT, STDERR = 1, 2
-# What stands before a piece of output: its stream and its length.
-FRAME = struct.Struct(">B3xI")
 FIFO_FOLDER = "nerdctld-"
+Packing = Callable[[int, bytes], Tuple[bytes, ...]]
+
+
+def multiplexed(kind: int, data: bytes) -> Tuple[bytes, ...]:
+    """Output of a stream as a frame of Docker's own."""
+    return struct.pack(">B3xI", kind, len(data)), data
+
+
+def as_it_is(kind: int, data: bytes) -> Tuple[bytes, ...]:
+    """Output of a stream as the process wrote it."""
+    return (data,)
 
 
 class DetachKeys:
@@ -10778,17 +10787,16 @@ class DetachKeys:
 
 
 class Attachment:
-    """A client on the streams of a container or exec: which of them it wants, and whether in frames. Output waits here
-    until the client takes it, also before its connection has been handed over."""
+    """A client on the streams of a container or exec: which of them it wants, and how they are packed for it. Output
+    waits here until the client takes it, also before its connection has been handed over."""
 
     # How many bytes may wait before the process that writes them has to wait, too: as many as with dockerd.
     MOST = 1 << 20
 
-    def __init__(self, stdout: bool, stderr: bool, framed: bool, stdin: bool = False):
+    def __init__(self, stdout: bool, stderr: bool, pack: Packing, stdin: bool = False):
         self.connection: Optional[Connection] = None
         self.wanted = {STDOUT: stdout, STDERR: stderr}
-        self.framed = framed
-        self.stdin = stdin
+        self.pack, self.stdin = pack, stdin
         self.lock = threading.Lock()
         self.waiting: Deque[bytes] = collections.deque()
         self.size = 0
@@ -10816,14 +10824,18 @@ class Attachment:
 
     def put(self, kind: int, data: bytes) -> None:
         """Send some output, or as much of it as the client takes now."""
-        if self.gone or not self.wanted[kind] or not data:
-            return
+        if self.wanted[kind] and data:
+            self.send(*self.pack(kind, data))
+
+    def send(self, *parts: bytes) -> None:
+        """Send some bytes behind all that waits, or as much of them as the client takes now."""
         with self.lock:
             first = not self.waiting
-            self.waiting.extend((FRAME.pack(kind, len(data)), data) if self.framed else (data,))
-            self.size += len(data)
-            if first:
-                self._send()
+            if not self.gone:
+                self.waiting.extend(parts)
+                self.size += sum(map(len, parts))
+                if first:
+                    self._send()
 
     def send_waiting(self) -> None:
         """Send what waits, as much as the client takes now."""
@@ -11894,6 +11906,7 @@ def container_logs(engine: Engine, request: Request, name: str) -> Response:
     if (container.host_config.get("LogConfig") or {}).get("Type") == "none":
         raise NotImplementedHere("configured logging driver does not support reading")
     tty = is_terminal(container)
+    pack = as_it_is if tty else multiplexed
     details = log_details(container) if request.flag("details") else b""
     follow = request.flag("follow")
 
@@ -11906,7 +11919,7 @@ def container_logs(engine: Engine, request: Request, name: str) -> Response:
                 text = details + line.text
                 if request.flag("timestamps"):
                     text = rfc3339_full(line.time).encode() + b" " + text
-                parts.append(text if tty else FRAME.pack(line.kind, len(text)) + text)
+                parts += pack(line.kind, text)
             if parts and (not line.text or len(parts) > 500):
                 yield b"".join(parts)
                 parts = []
@@ -11928,16 +11941,27 @@ def check_attach(container: Container, stdin: bool, held: bool) -> None:
                                  "restart policy, has started it: attach with --no-stdin, or use exec")
 
 
-class WebSocket(Connection):
-    """A connection whose bytes travel in WebSocket frames (RFC 6455)."""
+def websocket_frame(kind: int, data: bytes) -> Tuple[bytes, bytes]:
+    """A frame of RFC 6455, by the number of its kind, as a server sends it."""
+    size = len(data)
+    length = bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big") if size < 65536 else (
+        b"\x7f" + size.to_bytes(8, "big"))
+    return bytes([0x80 | kind]) + length, data
 
-    def __init__(self, connection: Connection):
+
+def websocket_message(kind: int, data: bytes) -> Tuple[bytes, ...]:
+    """Output of a stream as a binary message."""
+    return websocket_frame(2, data)
+
+
+class WebSocket(Connection):
+    """A connection whose input comes in WebSocket frames (RFC 6455). They are answered by way of the attachment, behind
+    the whole frames that wait there."""
+
+    def __init__(self, connection: Connection, attachment: Attachment):
         super().__init__(connection.sock, connection.early)
-        self.lock = threading.Lock()
+        self.attachment = attachment
         self.closed = False
-        # Of a frame with data that was begun: what is left of its head, and how much of its payload. Frames that have
-        # to wait for its end.
-        self.head, self.owed, self.held = b"", 0, b""
 
     def _exactly(self, count: int) -> bytes:
         data = b""
@@ -11960,61 +11984,37 @@ class WebSocket(Connection):
                     length = int.from_bytes(self._exactly(8), "big")
                 kind = first & 0x0F
                 if not second & 0x80 or length > 1 << 20 or first & 0x70 or (kind >= 8 and length > 125):
-                    self._frame(8, (1002).to_bytes(2, "big"))
+                    self._close((1002).to_bytes(2, "big"))
                     break
                 mask, data = self._exactly(4), self._exactly(length)
                 data = bytes(each ^ mask[index % 4] for index, each in enumerate(data))
                 if kind == 8:
-                    self._frame(8, data[:2])
-                    break
-                if kind == 9:
-                    self._frame(10, data)
+                    self._close(data[:2])
+                # A client that does not read gets no answer either.
+                elif kind == 9 and not self.attachment.full:
+                    self.attachment.send(*websocket_frame(10, data))
                 elif kind in (0, 1, 2) and data:
                     return data
-            self.closed = True
-        except (EOFError, ClientGone):
+        except EOFError:
             # Also when nothing more is wanted of it: then it is told goodbye.
             pass
         return b""
 
-    @staticmethod
-    def _head(kind: int, size: int) -> bytes:
-        length = bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big") if size < 65536 else (
-            b"\x7f" + size.to_bytes(8, "big"))
-        return bytes([0x80 | kind]) + length
-
-    def _frame(self, kind: int, data: bytes) -> None:
-        with self.lock:
-            self.held += self._head(kind, len(data)) + data
-            if not self.owed:
-                self.held = super().send_now(self.held)
-            if len(self.held) > 1 << 16:
-                # It asks and does not read.
-                raise ClientGone()
-
-    def send_now(self, *parts: bytes) -> bytes:
-        """The parts as a binary frame, as much of it as the client takes now; the rest, with which the next call has to
-        begin."""
-        data = b"".join(parts)
-        with self.lock:
-            if not self.owed:
-                self.head, self.owed, self.held = self.held + self._head(2, len(data)), len(data), b""
-            size = self.owed
-            left = len(super().send_now(self.head, data[:size]))
-            self.owed = min(left, size)
-            self.head = self.head[len(self.head) - (left - self.owed):]
-            return data[size - self.owed:]
+    def _close(self, status: bytes) -> None:
+        self.closed = True
+        self.attachment.send(*websocket_frame(8, status))
 
     def drop_input(self) -> None:
         """Read until the client closes."""
         while self.recv():
             pass
+        self.attachment.leave()
 
     def close(self) -> None:
-        """Say goodbye, if the client is still there."""
-        if not self.closed:
+        """Say goodbye, if the client is still there and has read everything else."""
+        if not self.closed and not self.attachment.size:
             with contextlib.suppress(ClientGone):
-                self._frame(8, (1000).to_bytes(2, "big"))
+                self.send_now(*websocket_frame(8, (1000).to_bytes(2, "big")))
 
 
 def follow_attached(engine: Engine, container: Container, attachment: Attachment, file: LogFile,
@@ -12075,15 +12075,15 @@ def serve_attachment(engine: Engine, request: Request, container: Container, att
         attachment.drain()
 
 
-def attach(engine: Engine, request: Request, name: str,
-           framed: bool) -> Tuple[Attachment, Callable[[Connection], None], Callable[[], None], str]:
+def attach(engine: Engine, request: Request, name: str, pack: Optional[Packing] = None,
+           ) -> Tuple[Attachment, Callable[[Connection], None], Callable[[], None], str]:
     """What the two ways to attach share: the client, how it is served, what is done where it has left before that, and
     the media type. From here on it is waited for, so that a start that comes right behind loses nothing."""
     since = engine.tasks.now()
     container, tty, keys = prepare_attach(engine, request, name)
     stream, logs = request.flag("stream"), request.flag("logs")
-    attachment = Attachment(request.flag("stdout"), request.flag("stderr"), framed and not tty, request.flag("stdin")
-                            and stream and has_stdin(container))
+    attachment = Attachment(request.flag("stdout"), request.flag("stderr"), pack or (as_it_is if tty else multiplexed),
+                            request.flag("stdin") and stream and has_stdin(container))
     waits, began = stream and not container.running, time.time_ns()
     if waits:
         engine.add_waiting(container.id, attachment)
@@ -12096,7 +12096,7 @@ def attach(engine: Engine, request: Request, name: str,
         try:
             if waits and logs:
                 # Before the connection: what a process that starts meanwhile writes is for later.
-                past = Attachment(attachment.wanted[STDOUT], attachment.wanted[STDERR], attachment.framed)
+                past = Attachment(attachment.wanted[STDOUT], attachment.wanted[STDERR], attachment.pack)
                 past.connect(connection)
                 send_past(engine, container, past, began)
                 past.drain()
@@ -12128,7 +12128,7 @@ def prepare_attach(engine: Engine, request: Request, name: str) -> Tuple[Contain
 def container_attach(engine: Engine, request: Request, name: str) -> Response:
     """Take the connection over for the container's streams; also before its start. 404, 409, or 501 where its stdin is
     out of reach."""
-    _, serve, abandon, media_type = attach(engine, request, name, framed=True)
+    _, serve, abandon, media_type = attach(engine, request, name)
     return Response(101, Hijack(serve, abandon=abandon), media_type)
 
 
@@ -12153,17 +12153,16 @@ def container_attach_websocket(engine: Engine, request: Request, name: str) -> R
     """The same over a WebSocket, without frames of our own: output in binary messages."""
     engine.inventory.container(name)
     key = websocket_key(request)
-    attachment, serve, abandon, _ = attach(engine, request, name, framed=False)
+    attachment, serve, abandon, _ = attach(engine, request, name, websocket_message)
     import hashlib
 
     accept = base64.b64encode(hashlib.sha1((key + WEBSOCKET_KEY).encode()).digest()).decode()
 
     def serve_frames(connection: Connection) -> None:
-        sock = WebSocket(connection)
+        sock = WebSocket(connection, attachment)
         if not attachment.stdin:
             # Somebody has to answer pings and notice the closing.
-            threading.Thread(target=lambda: (sock.drop_input(), attachment.leave()), name="websocket",
-                             daemon=True).start()
+            threading.Thread(target=sock.drop_input, name="websocket", daemon=True).start()
         serve(sock)
         sock.close()
 
@@ -12478,8 +12477,8 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
 def serve_exec(engine: Engine, request: Request, instance: Exec, connection: Connection, raw: bool) -> None:
     """Run a command with its streams on a client's connection, to its end or until the client leaves."""
     config = instance.config
-    attachment = Attachment(bool(config.get("AttachStdout")), bool(config.get("AttachStderr")) and not raw, not raw,
-                            bool(config.get("AttachStdin")))
+    attachment = Attachment(bool(config.get("AttachStdout")), bool(config.get("AttachStderr")) and not raw,
+                            as_it_is if raw else multiplexed, bool(config.get("AttachStdin")))
     attachment.connect(connection)
     keys = DetachKeys(config.get("DetachKeys") or "") if instance.tty and attachment.stdin else None
 

@@ -7444,7 +7444,7 @@ class TestProcessStreams:
         def client(connected=True, wanted=(True, True), framed=True, stdin=False):
             connection, far = pair()
             socks.extend((connection.sock, far))
-            attachment = nerdctld.Attachment(*wanted, framed, stdin)
+            attachment = nerdctld.Attachment(*wanted, nerdctld.multiplexed if framed else nerdctld.as_it_is, stdin)
             if connected:
                 attachment.connect(connection)
             attachment.near = connection
@@ -7473,7 +7473,7 @@ class TestProcessStreams:
         assert attachment.done.wait(10)
         attachment.drain()
         attachment.near.sock.shutdown(socket.SHUT_RDWR)
-        return unframe(drain(far)) if attachment.framed else drain(far)
+        return unframe(drain(far)) if attachment.pack is nerdctld.multiplexed else drain(far)
 
     @pytest.mark.parametrize("keys, data, passed, detached", [
         ("", b"ab\x10\x11cd", b"ab", True), ("", b"\x10x", b"\x10x", False), ("", b"\x10\x10\x11", b"\x10", True), ("ctrl-a,b", b"x\x01bz", b"x", True),
@@ -7497,7 +7497,7 @@ class TestProcessStreams:
         attachment.put(1, b"out")
         attachment.put(2, b"err")
         attachment.put(2, b"")
-        assert attachment.size == 6 and not attachment.full
+        assert attachment.size == 8 + 3 + 8 + 3 and not attachment.full
         attachment.connect(attachment.near)
         attachment.put(1, b"more")
         attachment.finish()
@@ -7676,7 +7676,7 @@ class TestProcessStreams:
         assert [each.exists() for each in folders] == [True, False, True] and engine.owner(ID).streams is None
         streams = nerdctld.find_streams(engine, engine.inventory.container("x"))
         assert streams is engine.owner(ID).streams is nerdctld.find_streams(engine, engine.inventory.container("x"))
-        assert streams.started.is_set() and streams.write(b"in", nerdctld.Attachment(True, True, True)) and os.read(ends[0], 10) == b"in"
+        assert streams.started.is_set() and streams.write(b"in", nerdctld.Attachment(True, True, nerdctld.multiplexed)) and os.read(ends[0], 10) == b"in"
         for each in (*ends, lives):
             os.close(each)
         assert streams.ended.wait(5) and until(lambda: engine.owner(ID).streams is None) and not folders[0].exists()
@@ -7697,7 +7697,7 @@ class TestProcessStreams:
         pump.join(10)
         assert shim.stdin.read(10) == b"" and shim.closings == [True]
         shim.streams.close_stdin()
-        assert shim.closings == [True] and not shim.streams.write(b"x", nerdctld.Attachment(True, True, True))
+        assert shim.closings == [True] and not shim.streams.write(b"x", nerdctld.Attachment(True, True, nerdctld.multiplexed))
 
     def test_input_of_one_client_after_the_other(self, shims, clients):
         shim = shims()
@@ -8982,7 +8982,7 @@ class TestStreams:
 
     def test_logs_of_one_attached_before_the_start_come_first(self, logged):
         request = nerdctld.Request("POST", "/", query={"stream": ["1"], "logs": ["1"], "stdout": ["1"]})
-        attachment, serve, _, _ = nerdctld.attach(logged, request, "tstdone", framed=True)
+        attachment, serve, _, _ = nerdctld.attach(logged, request, "tstdone")
         assert logged.take_waiting(identity(logged, "tstdone")) == [attachment]
         connection, far = pair()
         starter = threading.Thread(target=lambda: (attachment.put(1, b"new"), attachment.finish()))
@@ -8997,12 +8997,15 @@ class TestStreams:
         told = []
         monkeypatch.setattr(nerdctld, "follow_attached", lambda engine, container, attachment, file, follow: (told.append(follow), file.close(), attachment.finish()))
         for query in ({"logs": ["1"]}, {"logs": ["1"], "stream": ["1"]}):
-            nerdctld.attach(logged, nerdctld.Request("POST", "/", query=query), "tstweb", framed=False)[1](pair()[0])
+            nerdctld.attach(logged, nerdctld.Request("POST", "/", query=query), "tstweb")[1](pair()[0])
         assert told == [False, True]
 
     def websocket(self):
         connection, far = pair()
-        return nerdctld.WebSocket(connection), far
+        attachment = nerdctld.Attachment(True, True, nerdctld.websocket_message)
+        sock = nerdctld.WebSocket(connection, attachment)
+        attachment.connect(sock)
+        return sock, far
 
     @pytest.mark.parametrize("size", [1, 125, 126, 65535, 65536, 300000])
     def test_websocket_frames(self, size):
@@ -9012,12 +9015,13 @@ class TestStreams:
         sender.start()
         assert sock.recv() == payload
         sender.join(5)
-        data, rest = b"", sock.send_now(payload[:1], payload[1:])
-        assert size < 300000 or rest
+        sock.attachment.put(1, payload)
+        assert size < 300000 or sock.attachment.size
+        data = b""
         while len(data) < size + (2 if size < 126 else 4 if size < 65536 else 10):
             data += far.recv(65536)
-            rest = rest and sock.send_now(rest)
-        assert data[0] == 0x82 and data[-size:] == payload and not rest
+            sock.attachment.send_waiting()
+        assert data[0] == 0x82 and data[-size:] == payload and not sock.attachment.size
         assert data[1] == (size if size < 126 else 126 if size < 65536 else 127)
 
     def test_websocket_frames_are_not_mixed(self, monkeypatch):
@@ -9033,13 +9037,21 @@ class TestStreams:
         monkeypatch.setattr(nerdctld.Connection, "send_now", send_now)
         for first in (0, 1, 2, 3, 5):
             taken[:] = first, 1
-            rest = sock.send_now(b"da", b"ta")
+            sock.attachment.put(1, b"data")
             far.send(client_frame(b"hi", 9) + client_frame(b"in"))
             assert sock.recv() == b"in"
-            rest = sock.send_now(rest, b"more")
-            while rest:
-                rest = sock.send_now(rest)
+            sock.close()
+            sock.attachment.put(2, b"more")
+            while sock.attachment.size:
+                sock.attachment.send_waiting()
             assert far.recv(1000) == b"\x82\x04data\x8a\x02hi\x82\x04more", first
+
+    def test_websocket_client_that_asks_and_does_not_read(self):
+        """Pings of one that is behind are not answered: nothing grows with them."""
+        sock, far = self.websocket()
+        sock.attachment.size = sock.attachment.MOST + 1
+        far.sendall(client_frame(b"hi", 9) + client_frame(b"in"))
+        assert sock.recv() == b"in" and not sock.attachment.waiting
 
     def test_websocket_control_frames(self):
         sock, far = self.websocket()
