@@ -13913,15 +13913,13 @@ class GrpcProxy(Bridge):
     """/grpc: two HTTP/2 connections, each stream of the one with the same number on the other.
 
     `prepare(message)` takes a SolveRequest and returns the one to send and, unless it is None, a function to be called
-    with buildkitd's answer; its ApiError ends the stream. As it may take its time, it is called by `run(work, done)`,
-    which gives the result of `work()` to `done` later."""
+    with buildkitd's answer; its ApiError ends the stream. The whole connection waits for it."""
 
     SERVICE = "/moby.buildkit.v1.Control/"
     MAX_REQUEST = 1 << 25
 
-    def __init__(self, prepare: Callable[[bytes], Tuple[bytes, Optional[Callable[[bytes], None]]]],
-                 run: Callable[[Callable[[], Any], Callable[[Any], None]], None]):
-        self.prepare, self.run = prepare, run
+    def __init__(self, prepare: Callable[[bytes], Tuple[bytes, Optional[Callable[[bytes], None]]]]):
+        self.prepare = prepare
         self.client, self.server = Http2Connection(client=False), Http2Connection(client=True)
         super().__init__(self.client.out, self.server.out)
         # Of Solve and Status: the path and what has come of the request.
@@ -13971,29 +13969,20 @@ class GrpcProxy(Bridge):
         elif path.endswith("Status"):
             self.server.send_data(number, bytes(request), True)
         else:
-            self.run(functools.partial(self._prepare, message), functools.partial(self._solve, number))
+            self._solve(number, build, message)
 
-    def _prepare(self, message: bytes) -> Any:
-        """What `prepare` returns or raises."""
+    def _solve(self, number: int, build: bytes, message: bytes) -> None:
+        """Prepare a SolveRequest and send it, or refuse it and all else that is of its build."""
         try:
-            return self.prepare(message)
-        except ApiError as error:
-            return error
-        except Exception:
-            log(traceback.format_exc())
-            return ApiError("internal error: see the log of nerdctld")
-
-    def _solve(self, number: int, prepared: Any) -> None:
-        """Send a SolveRequest as it was prepared, unless the client has taken it back."""
-        build = self.builds.get(number)
-        if build is None:
-            return
-        if isinstance(prepared, ApiError):
+            message, answered = self.prepare(message)
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log(traceback.format_exc())
+                error = ApiError("internal error: see the log of nerdctld")
             self.refused.add(build)
             for other in [other for other, its in self.builds.items() if its == build]:
-                self._refuse(other, prepared if other == number else None)
+                self._refuse(other, error if other == number else None)
             return
-        message, answered = prepared
         if answered:
             self.answers[number] = bytearray(), answered
         self.server.send_data(number, grpc_message(message), True)
@@ -14090,8 +14079,7 @@ class SessionBridge(Bridge):
 
 
 class Relay:
-    """Carries bytes between a client and buildkitd, if there is one, through a bridge: a loop in one thread that waits
-    for nothing but the sockets."""
+    """Carries bytes between a client and buildkitd, if there is one, through a bridge: a loop in one thread."""
 
     # How long the client is answered after buildkitd's end, and buildkitd sent the rest after the client's; in seconds.
     LINGER = 10.0
@@ -14099,35 +14087,22 @@ class Relay:
     def __init__(self, client: socket.socket, server: Optional[socket.socket]):
         self.client = client
         self.server = server
-        self.results: "queue.SimpleQueue[Tuple[Callable[[Any], None], Any]]" = queue.SimpleQueue()
-        self.wakeup, self.waker = socket.socketpair()
         for sock in filter(None, (client, server)):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
             sock.setblocking(False)
 
-    def run(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
-        """Do some work in a thread of its own, and then call `done` with its result in the loop."""
-        def target() -> None:
-            self.results.put((done, work()))
-            # The relay may be over by now.
-            with contextlib.suppress(OSError):
-                self.waker.send(b"\0")
-
-        threading.Thread(target=target, name="solve", daemon=True).start()
-
     def carry(self, bridge: Bridge, early: bytes = b"") -> None:
         """Carry bytes, first those that were read `early`, until one side has ended; then close buildkitd's."""
         try:
-            if early:
-                bridge.from_client(early)
+            bridge.from_client(early)
             self._loop(bridge)
         except (ValueError, TypeError, GrpcError) as error:
             log(f"build: {error}")
             with contextlib.suppress(OSError):
                 bridge.client_out.send(self.client)
         finally:
-            for sock in filter(None, (self.server, self.wakeup, self.waker)):
-                sock.close()
+            if self.server:
+                self.server.close()
 
     def _loop(self, bridge: Bridge) -> None:
         deadline = None if self.server else time.monotonic() + self.LINGER
@@ -14146,11 +14121,6 @@ class Relay:
                     bridge.server_out.clear()
             bridge.replenish()
             readable = self._wait(bridge, 1.0 if deadline else None)
-            if self.wakeup in readable:
-                self.wakeup.recv(64)
-            while not self.results.empty():
-                done, result = self.results.get()
-                done(result)
             if self.server in readable and not self._receive(self.server, bridge.from_server):
                 self.server.close()
                 self.server, deadline = None, time.monotonic() + self.LINGER
@@ -14166,9 +14136,7 @@ class Relay:
 
     def _wait(self, bridge: Bridge, timeout: Optional[float]) -> List[socket.socket]:
         """Wait until something can be done; the sockets from which something, or their end, can be read."""
-        poller = select.poll()
-        poller.register(self.wakeup, select.POLLIN)
-        sides = {self.wakeup.fileno(): self.wakeup}
+        poller, sides = select.poll(), {}
         for sock, room, out in zip((self.client, self.server), bridge.room(), (bridge.client_out, bridge.server_out)):
             if sock:
                 poller.register(sock, (select.POLLIN if room else 0) | (select.POLLOUT if out else 0))
@@ -14486,12 +14454,11 @@ def grpc_hijack(engine: Engine) -> Hijack:
         server, address, failure = None, "", error
 
     def serve(connection: Connection) -> None:
-        relay = Relay(connection.sock, server)
-        proxy = GrpcProxy(functools.partial(prepare_solve, engine, address), relay.run)
+        proxy = GrpcProxy(functools.partial(prepare_solve, engine, address))
         if failure:
             log(f"build: {failure}")
             proxy.server_ended(failure)
-        relay.carry(proxy, connection.early)
+        Relay(connection.sock, server).carry(proxy, connection.early)
 
     return Hijack(serve, protocol="h2c")
 

@@ -10925,11 +10925,6 @@ def rewrite(message):
     return nerdctld.rewrite_solve(message)[0], None
 
 
-def done_at_once(work, done):
-    """Does for a proxy at once what a relay does in a thread."""
-    done(work())
-
-
 def settle(client, proxy, server, credits=True, piece=5000, rounds=2000):
     """Carry bytes to and fro, in pieces, until nobody has any left; the server credits what it gets when `credits`."""
     def carry(data, to):
@@ -11021,7 +11016,7 @@ class TestBuildKit:
 
     def proxied(self, prepare=rewrite, **options):
         """A client, a proxy that prepares at once, and a server."""
-        return Peer(False), nerdctld.GrpcProxy(prepare, done_at_once), Peer(True, **options)
+        return Peer(False), nerdctld.GrpcProxy(prepare), Peer(True, **options)
 
     @pytest.mark.parametrize("path", [FOLLOW, OTHER])
     @pytest.mark.parametrize("recorded", [SOLVE_TAGGED, STATUS, *PASSED])
@@ -11262,25 +11257,6 @@ class TestBuildKit:
         assert told == [answer] and nerdctld.solved_digest(answer) == "sha256:1" and bytes(client.received[1]) == grpc(answer)
         assert nerdctld.solved_digest(b"") == nerdctld.solved_digest(b"\x0b") == nerdctld.solved_digest(b"\x08\x01") == ""
 
-    def test_others_go_on_while_a_solve_is_prepared(self):
-        """Whoever takes back the request meanwhile is asked for nothing."""
-        client, proxy, server = self.proxied()
-        waiting = []
-        proxy.run = lambda work, done: waiting.append((work, done))
-        client.open(1, SOLVE_TAGGED, path=SOLVE)
-        client.open(3, SOLVE_TAGGED, path=SOLVE)
-        client.open(5, STATUS)
-        settle(client, proxy, server)
-        assert bytes(server.received[5]) == STATUS and len(waiting) == 2
-        assert 1 in server.heads and 1 not in server.received
-        client.out += frame(RST_STREAM, 0, 3, struct.pack(">I", 8))
-        settle(client, proxy, server)
-        for work, done in waiting:
-            done(work())
-        settle(client, proxy, server)
-        assert bytes(server.received[1]) == grpc(rewrite(SOLVE_TAGGED[5:])[0])
-        assert 3 not in server.received and server.reset == {3: 8}
-
     def test_a_fault_of_ours_ends_the_build_only(self, capfd):
         client, proxy, server = self.proxied(lambda message: 1 // 0)
         client.open(1, SOLVE_TAGGED, path=SOLVE)
@@ -11308,7 +11284,7 @@ class TestBuildKit:
         """Over sockets: SETTINGS first, then every call ends with the reason; the client's end ends the relay."""
         ours, theirs = socket.socketpair()
         relay = nerdctld.Relay(ours, None)
-        proxy = nerdctld.GrpcProxy(keep, relay.run)
+        proxy = nerdctld.GrpcProxy(keep)
         proxy.server_ended(nerdctld.Unavailable("start it"))
         thread = threading.Thread(target=relay.carry, args=(proxy, nerdctld.PREFACE[:5]), daemon=True)
         thread.start()
@@ -11340,10 +11316,10 @@ class TestBuildKit:
             for each in (client, server):
                 each.close()
             thread.join(10)
-            assert not thread.is_alive() and far.fileno() == relay.wakeup.fileno() == relay.waker.fileno() == -1
+            assert not thread.is_alive() and far.fileno() == -1
             near.close()
 
-    BRIDGES = {"grpc": lambda relay: nerdctld.GrpcProxy(keep, relay.run),
+    BRIDGES = {"grpc": lambda relay: nerdctld.GrpcProxy(keep),
                "session": lambda relay: nerdctld.SessionBridge([("X-Docker-Expose-Session-Uuid", "u")])}
 
     def drive(self, peers, done):
@@ -11375,45 +11351,9 @@ class TestBuildKit:
         client.__init__(False)
         client.open(1, grpc(message), path=SOLVE)
         del client.out[:100]
-        with self.relayed(lambda relay: nerdctld.GrpcProxy(rewrite, relay.run), early) as (near, far, _):
+        with self.relayed(lambda relay: nerdctld.GrpcProxy(rewrite), early) as (near, far, _):
             self.drive([(near, client), (far, server)], lambda: 1 in server.ended)
         assert bytes(server.received[1]) == grpc(rewrite(message)[0])
-
-    def test_a_solve_that_takes_its_time_holds_nobody_up(self):
-        ready = threading.Event()
-
-        def prepare(message):
-            assert ready.wait(20)
-            return rewrite(message)
-
-        client, server = Peer(False), Peer(True)
-        client.open(1, SOLVE_TAGGED, path=SOLVE)
-        with self.relayed(lambda relay: nerdctld.GrpcProxy(prepare, relay.run)) as (near, far, _):
-            self.drive([(near, client), (far, server)], lambda: 1 in server.heads)
-            client.open(3, STATUS)
-            self.drive([(near, client), (far, server)], lambda: 3 in server.ended)
-            assert 1 not in server.received
-            ready.set()
-            self.drive([(near, client), (far, server)], lambda: 1 in server.ended)
-        assert bytes(server.received[1]) == grpc(rewrite(SOLVE_TAGGED[5:])[0])
-
-    def test_a_relay_may_end_before_its_solve_is_prepared(self):
-        ready, ended = threading.Event(), threading.Event()
-
-        def prepare(message):
-            ready.wait(20)
-            ended.set()
-            return message, None
-
-        client, server = Peer(False), Peer(True)
-        client.open(1, SOLVE_TAGGED, path=SOLVE)
-        with self.relayed(lambda relay: nerdctld.GrpcProxy(prepare, relay.run)) as (near, far, thread):
-            self.drive([(near, client), (far, server)], lambda: 1 in server.heads)
-            near.close()
-            thread.join(10)
-            assert not thread.is_alive()
-        ready.set()
-        assert ended.wait(10)
 
     def test_a_client_that_breaks_the_rules_is_told(self, capfd):
         with self.relayed(self.BRIDGES["grpc"]) as (near, far, thread):
@@ -11512,7 +11452,7 @@ class TestBuildKit:
 
     def test_client_is_answered_after_a_buildkitd_that_read_nothing(self):
         def make(relay):
-            proxy = nerdctld.GrpcProxy(keep, relay.run)
+            proxy = nerdctld.GrpcProxy(keep)
             proxy.LIMIT = 100000
             return proxy
 
