@@ -9670,44 +9670,43 @@ CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str], List[str]]], ...] = (
 IGNORED_FIELDS = ("StorageOpt", "CpuCount", "CpuPercent", "Cgroup")
 
 
-def port_args(body: Dict[str, Any], image: Dict[str, Any], pick: Optional[Callable[..., int]] = None) -> List[str]:
-    """`--publish` words for PortBindings and, with PublishAllPorts, for every exposed port; `pick` finds a port of the
-    host where none is asked for, or one of several. 400 for what is no port."""
+def published_ports(body: Dict[str, Any], image: Dict[str, Any],
+                    pick: Callable[[str, Iterable[int]], int]) -> List[Dict[str, Any]]:
+    """What PortBindings and, with PublishAllPorts, every exposed port publish, as nerdctl keeps it; `pick` finds a port
+    of the host where none is asked for, or one of several. 400 for what is no port."""
     host = body.get("HostConfig") or {}
     bindings = dict(host.get("PortBindings") or {})
     if host.get("PublishAllPorts"):
         exposed = {**(image.get("ExposedPorts") or {}), **(body.get("ExposedPorts") or {})}
         bindings = {**{key: [{}] for key in exposed}, **bindings}
-    words = []
+    ports: List[Dict[str, Any]] = []
     for key, places in bindings.items():
         found = re.fullmatch(r"(\d{1,5})(?:/(tcp|udp|sctp))?", key.lower())
         if not found:
             raise BadParameter(f'invalid port specification: "{key}"')
+        inner, kind = int(found.group(1)), found.group(2) or "tcp"
         for place in places or [{}]:
             number, address = place.get("HostPort") or "", (place.get("HostIp") or "").strip("[]")
             ends = [int(each) for each in number.split("-")] if re.fullmatch(r"\d{1,5}(-\d{1,5})?", number) else [-1]
             if (number and not len(ends) - 1 <= ends[0] <= ends[-1] <= 65535
                     or not re.fullmatch(r"[0-9a-fA-F.:]*", address)):
                 raise BadParameter(f'invalid port specification: "{number or address}"')
-            if number in ("", "0") and (pick or os.geteuid()):
-                # A rootless nerdctl picks no port by itself.
-                number = str((pick or free_port)(found.group(2) or "tcp"))
-            elif "-" in number:
-                number = str(pick(found.group(2) or "tcp", range(ends[0], ends[1] + 1)) if pick else ends[0])
-            number = "" if number == "0" else number
-            place_words = [f"[{address}]" if ":" in address else address,
-                           number] if address else [number] if number else []
-            words.append("--publish=" + ":".join([*place_words, found.group(1)]) + "/" + (found.group(2) or "tcp"))
-    return list(dict.fromkeys(words))
+            outer = (pick(kind, ()) if number in ("", "0") else pick(kind, range(ends[0], ends[1] + 1))
+                     if "-" in number else ends[0])
+            port = {"HostPort": outer, "ContainerPort": inner, "Protocol": kind, "HostIP": address or "0.0.0.0"}
+            ports += [port] if port not in ports else []
+    return ports
 
 
-def free_port(kind: str, taken: Iterable[int] = ()) -> int:
-    """A port of this machine that nobody uses now and that is none of `taken`."""
-    for _ in range(100):
-        port = unused_port(kind)
-        if port not in taken:
-            break
-    return port
+def publish_args(ports: Iterable[Dict[str, Any]]) -> List[str]:
+    """Words for published ports."""
+    return [f"--publish={host_text(each['HostIP']) + ':' if each['HostIP'] != '0.0.0.0' else ''}"
+            f"{each['HostPort']}:{each['ContainerPort']}/{each['Protocol']}" for each in ports]
+
+
+def host_text(address: str) -> str:
+    """An address as it stands in front of a port."""
+    return f"[{address}]" if ":" in address else address
 
 
 def unused_port(kind: str) -> int:
@@ -9734,16 +9733,19 @@ def is_bound(port: Dict[str, Any]) -> bool:
     return False
 
 
-def pick_port(engine: Engine, kind: str, among: Iterable[int] = ()) -> int:
-    """A free port of the host for a container, `among` these the first one. nerdctl's own choice leaves out what runs,
-    so that two containers that are created one after the other, and then started, would get the same."""
+def pick_port(engine: Engine, kind: str, among: Iterable[int]) -> int:
+    """A free port of the host for a container, `among` these, if there are any, the first one. nerdctl's own choice
+    leaves out what runs only, so that two containers that are created one after the other, and then started, would get
+    the same; and a rootless nerdctl has none."""
     taken = {port["PublicPort"] for each in engine.inventory.containers().values() for port in each.ports
              if port["Type"] == kind}
     for port in among:
         if port not in taken and not is_bound({"IP": "0.0.0.0", "PublicPort": port, "Type": kind}):
             return port
     with engine.lock:
-        engine.picked.append(next(iter(among), 0) or free_port(kind, taken.union(engine.picked)))
+        taken.update(engine.picked)
+        free = (each for each in (unused_port(kind) for _ in range(100)) if each not in taken)
+        engine.picked.append(next(iter(among), 0) or next(free, 0) or unused_port(kind))
         return engine.picked[-1]
 
 
@@ -10113,7 +10115,7 @@ def check_limits(host: Dict[str, Any], update: bool = False) -> None:
 
 def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str, Dict[str, Any]],
                 find: Callable[[str], Container],
-                pick: Optional[Callable[[str], int]] = None) -> Tuple[List[str], List[str]]:
+                pick: Callable[[str, Iterable[int]], int]) -> Tuple[List[str], List[str]]:
     """argv between `create` and the image's name, and the words after it, of a create request; `image` is the image's
     own configuration, `pick` finds ports. 400 for bad values."""
     host = body.get("HostConfig") or {}
@@ -10134,7 +10136,7 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
         raise BadParameter("invalid label: names that begin with nerdctl/ are nerdctl's own")
     # A name without a value would be taken from the daemon's own environment: amended_spec() takes it away.
     words += [f"--env={each}" for each in body.get("Env") or [] if "=" in each]
-    words += hostname_args(body) + port_args(body, image, pick)
+    words += hostname_args(body) + publish_args(published_ports(body, image, pick))
     words += tmpfs_args(host) + device_args(host)
     words += [f"--restart={policy_word(host)}"] if policy_word(host) not in ("", "no") else []
     words += network_args(body, networks) + namespace_args(host, find) + log_args(host)
@@ -10441,23 +10443,10 @@ def create_container(engine: Engine, plan: Plan, name: str, *more: str) -> Conta
     return container
 
 
-def parse_publish(words: Iterable[str], pick: Callable[[str], int]) -> List[Dict[str, Any]]:
-    """`--publish` words as nerdctl keeps them."""
-    found = []
-    for word in words:
-        text, _, kind = word.partition("=")[2].partition("/")
-        place, _, inner = text.rpartition(":")
-        address, _, outer = place.rpartition(":")
-        found.append({"HostPort": int(outer) if outer else pick(kind), "ContainerPort": int(inner), "Protocol": kind,
-                      "HostIP": address.strip("[]") or "0.0.0.0"})
-    return found
-
-
 def give_ports(engine: Engine, container: Container) -> Dict[str, str]:
     """Publish the ports that a create request asks for; the labels that are to be set for it. nerdctl has them in a
     file, which its `create` always writes, and before 2.1.3 in a label."""
-    pick = functools.partial(pick_port, engine)
-    mappings = parse_publish(port_args(container.request, {}, pick), pick)
+    mappings = published_ports(container.request, {}, functools.partial(pick_port, engine))
     path = os.path.join(container.folder, "network-config.json")
     if not os.path.exists(path):
         return {"nerdctl/ports": json.dumps(mappings)} if mappings else {}
@@ -10647,8 +10636,7 @@ def taken_port(engine: Engine, container: Container) -> str:
         others += [port for identity, ports in engine.claimed.items() if identity != container.id for port in ports]
         for port in mine:
             if any(overlap(port, each) for each in others) or is_bound(port):
-                address = f"[{port['IP']}]" if ":" in port["IP"] else port["IP"]
-                return f"{address}:{port['PublicPort']}"
+                return f"{host_text(port['IP'])}:{port['PublicPort']}"
         engine.claimed[container.id] = mine
     return ""
 

@@ -6379,7 +6379,7 @@ def words_of(body, image=None, networks=NETWORKS):
         return container_of({"nerdctl/name": "other", }, id="f" * 64)
 
     body = nerdctld.shaped({**BODY, **body}, nerdctld.CREATE_REQUEST)
-    words, _ = nerdctld.create_args(body, image or {}, networks, find)
+    words, _ = nerdctld.create_args(body, image or {}, networks, find, lambda kind, among: next(iter(among), 7))
     mounts = nerdctld.mount_words(nerdctld.request_mounts(body, find))
     return [each for each in words if each != "--network=bridge"] + mounts
 
@@ -6605,7 +6605,7 @@ class TestContainerCreate:
         ({"CpuQuota": 10}, "CPU cfs quota can not be less"), ({"ShmSize": -1}, "SHM size can not be less than 0"), ({"OomScoreAdj": 5000}, "Invalid value 5000, range for oom")])
     def test_limits_that_cannot_be(self, limits, words):
         with pytest.raises(nerdctld.BadParameter, match=re.escape(words)):
-            nerdctld.create_args({"HostConfig": limits}, {}, NETWORKS, None)
+            nerdctld.create_args({"HostConfig": limits}, {}, NETWORKS, None, None)
 
     @pytest.mark.parametrize("limits", [{"Memory": 10**8, "MemorySwap": -1, "MemorySwappiness": -1}, {"CpuQuota": -1, "CpuPeriod": 1000}, {"NanoCpus": 5 * 10**8}, {"MemorySwappiness": None}])
     def test_limits_that_can(self, limits):
@@ -6647,8 +6647,7 @@ class TestContainerCreate:
         {"NetworkingConfig": {"EndpointsConfig": {"one": {}, "bridge": None}}, **host(NetworkMode="bridge")}, {"StopTimeout": 0}, host(MemorySwappiness=0),
         {"Entrypoint": [], "Cmd": ["x"]}, host(LogConfig={"Type": "json-file", "Config": {"max-size": ""}}), host(PortBindings={"80/tcp": None}),
         {"Healthcheck": {"Test": ["NONE"], "Interval": 0}}, host(MaskedPaths=[], ReadonlyPaths=[])])
-    def test_a_container_made_of_what_is_kept_is_the_same(self, body, monkeypatch):
-        monkeypatch.setattr(nerdctld, "free_port", lambda kind: 40000)
+    def test_a_container_made_of_what_is_kept_is_the_same(self, body):
         whole = {**BODY, "Tty": False, "Domainname": "", **body}
         kept = nerdctld.shaped(json.loads(json.dumps(nerdctld.shaped(whole, nerdctld.CREATE_REQUEST))), nerdctld.CREATE_REQUEST)
         assert words_of(kept) == words_of(whole)
@@ -6779,13 +6778,6 @@ class TestContainerCreate:
         body = {**BODY, **body, "HostConfig": {**body.get("HostConfig", {}), "NetworkMode": "container:tstweb"}}
         answer = ask(furnished, "POST", "/containers/create", body)
         assert answer.status == 400 and answer.message.startswith(f"conflicting options: {words}") and not scripted.calls("create")
-
-    @pytest.mark.parametrize("word, found", [
-        ("8080:80/tcp", [(8080, 80, "tcp", "0.0.0.0")]), ("127.0.0.1:8080:80/udp", [(8080, 80, "udp", "127.0.0.1")]), ("[::1]:8080:80/tcp", [(8080, 80, "tcp", "::1")]), ("80/tcp", [(7, 80, "tcp", "0.0.0.0")]),
-        ("127.0.0.1::80/tcp", [(7, 80, "tcp", "127.0.0.1")])])
-    def test_ports_as_nerdctl_keeps_them(self, word, found):
-        picks = iter((7, 8))
-        assert [tuple(each.values()) for each in nerdctld.parse_publish(["--publish=" + word], lambda kind: next(picks))] == found
 
     @pytest.mark.parametrize("file", [True, False])
     def test_ports_that_others_had_at_the_creation(self, furnished, scripted, fake, tmp_path, monkeypatch, file):
@@ -7162,22 +7154,15 @@ class TestContainerCreate:
         assert {flag for _, flag, _ in nerdctld.CREATE_FLAGS} <= told
 
     @pytest.mark.parametrize("bindings, words", [
-        ({"80/tcp": [{"HostPort": "8080"}]}, ["8080:80/tcp"]), ({"80": [{"HostIp": "127.0.0.1", "HostPort": ""}]}, ["127.0.0.1::80/tcp"]),
-        ({"80/udp": [{"HostIp": "::1", "HostPort": "1"}]}, ["[::1]:1:80/udp"]), ({"80/tcp": [{"HostPort": "0"}]}, ["80/tcp"]), ({"80/tcp": []}, ["80/tcp"]),
-        ({"80/tcp": None}, ["80/tcp"]), ({"80/tcp": [{"HostPort": "1"}, {"HostPort": "2"}]}, ["1:80/tcp", "2:80/tcp"]), ({"80/tcp": [{"HostPort": "1-9"}]}, ["1:80/tcp"])])
-    def test_ports(self, monkeypatch, bindings, words):
-        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        ({"80/tcp": [{"HostPort": "8080"}]}, ["8080:80/tcp"]), ({"80": [{"HostIp": "127.0.0.1", "HostPort": ""}]}, ["127.0.0.1:7:80/tcp"]),
+        ({"80/udp": [{"HostIp": "::1", "HostPort": "1"}]}, ["[::1]:1:80/udp"]), ({"80/tcp": [{"HostPort": "0", "HostIp": "0.0.0.0"}]}, ["7:80/tcp"]), ({"80/tcp": []}, ["7:80/tcp"]),
+        ({"80/tcp": None}, ["7:80/tcp"]), ({"80/tcp": [{"HostPort": "1"}, {"HostPort": "2"}, {"HostPort": "1"}]}, ["1:80/tcp", "2:80/tcp"]), ({"80/tcp": [{"HostPort": "1-9"}]}, ["1:80/tcp"])])
+    def test_ports(self, bindings, words):
         assert words_of(host(PortBindings=bindings)) == ["--publish=" + each for each in words]
 
-    def test_ports_of_a_rootless_nerdctl(self, monkeypatch):
-        monkeypatch.setattr(os, "geteuid", lambda: 1000)
-        word, = words_of(host(PortBindings={"80/tcp": [{"HostPort": "0"}]}))
-        assert re.fullmatch(r"--publish=[1-9]\d+:80/tcp", word)
-
-    def test_all_exposed_ports(self, monkeypatch):
-        monkeypatch.setattr(os, "geteuid", lambda: 0)
+    def test_all_exposed_ports(self):
         body = {"ExposedPorts": {"81/tcp": {}}, **host(PublishAllPorts=True, PortBindings={"80/tcp": [{"HostPort": "8"}]})}
-        assert sorted(words_of(body, {"ExposedPorts": {"80/tcp": {}, "82/udp": {}}})) == ["--publish=81/tcp", "--publish=82/udp", "--publish=8:80/tcp"]
+        assert sorted(words_of(body, {"ExposedPorts": {"80/tcp": {}, "82/udp": {}}})) == ["--publish=7:81/tcp", "--publish=7:82/udp", "--publish=8:80/tcp"]
 
     def test_health(self):
         check = {"Test": ["CMD", "a", "b c"], "Interval": 10**9, "Timeout": 2 * 10**9, "StartPeriod": 10**6, "Retries": 4}
