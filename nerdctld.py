@@ -11176,87 +11176,58 @@ def parse_log_lines(lines: List[bytes]) -> List[LogLine]:
 
 
 class LogFile:
-    """A json-file log that is read while it is written and rotated."""
+    """A json-file log, which may come later, that is read while it is written and rotated: from its beginning or its
+    end."""
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, at_end: bool = False):
+        self.path, self.rest = path, b""
         self.file: Any = None
-        self.rest = b""
+        if self._open() and at_end:
+            self.file.seek(0, os.SEEK_END)
 
-    def open(self, at_end: bool = False) -> "LogFile":
-        """Open it if it is there already."""
+    def _open(self) -> bool:
+        self.close()
         with contextlib.suppress(OSError):
             self.file = open(self.path, "rb", buffering=0)
-            if at_end:
-                self.file.seek(0, os.SEEK_END)
-        return self
+        return self.file is not None
 
     def seek_tail(self, count: int) -> None:
         """Go to where the last `count` lines begin."""
-        if not self.file:
-            return
-        position = self.file.seek(0, os.SEEK_END)
-        found = 0
-        while position > 0 and found <= count:
+        position, ends, data = self.file.seek(0, os.SEEK_END) if self.file else 0, 0, b""
+        while position > 0 and ends <= count:
             size = min(65536, position)
-            position -= size
-            self.file.seek(position)
+            position = self.file.seek(position - size)
             data = self.file.read(size)
-            found += data.count(b"\n")
-        self.file.seek(position)
-        surplus = found - count
-        while surplus > 0:
-            block = self.file.read(65536)
-            for _ in range(block.count(b"\n")):
-                index = block.index(b"\n") + 1
-                position += index
-                block = block[index:]
-                surplus -= 1
-                if not surplus:
-                    break
-            else:
-                position += len(block)
-            if not block and surplus:
-                break
-        self.file.seek(position)
+            ends += data.count(b"\n")
+            self.file.seek(position)
+        if ends > count:
+            # They begin in the block that was read last.
+            self.file.seek(position + len(b"\n".join(data.split(b"\n")[:ends - count])) + 1)
 
     def lines(self) -> List[LogLine]:
         """What was written since the last call, at most some 256 KiB of it; [] when there is nothing new."""
-        if self.file is None:
-            self.open()
-            if self.file is None:
-                return []
-        data = self.file.read(BLOCK)
-        if not data and self._rotated():
-            # The old one may have grown before it was put aside.
+        data = self.file.read(BLOCK) if self.file else b""
+        if not data and self._goes_on():
             data = self.file.read(BLOCK)
-            if not data:
-                self.close()
-                self.open()
-                data = self.file.read(BLOCK) if self.file else b""
         if not data:
             return []
         *whole, self.rest = (self.rest + data).split(b"\n")
         # Not empty while there is more to read.
         return parse_log_lines([line for line in whole if line]) or [NO_LINE]
 
-    def _rotated(self) -> bool:
-        """Whether the file was put aside for a new one; one that was cut short is read from its beginning."""
+    def _goes_on(self) -> bool:
+        """Whether there is more behind the end of the file: it was put aside for a new one, or was cut short and is
+        read from its beginning."""
+        if not self.file:
+            return self._open()
         try:
             now, mine = os.stat(self.path), os.fstat(self.file.fileno())
         except OSError:
             return False
         if now.st_ino == mine.st_ino:
-            if now.st_size >= self.file.tell():
-                return False
-            self.file.seek(0)
-            return True
-        if mine.st_size > self.file.tell():
-            # Written after we looked and before it was put aside.
-            return True
-        self.close()
-        self.open()
-        return self.file is not None
+            return now.st_size < self.file.tell() and self.file.seek(0) == 0
+        # Else it was written to after we looked and before it was put aside.
+        return mine.st_size > self.file.tell() or self._open()
 
     def close(self) -> None:
         """Let the file go."""
@@ -11841,7 +11812,7 @@ def log_lines(engine: Engine, request: Request, container: Container) -> Iterato
         stack.enter_context(request.client.when_gone(gone.set))
         path = log_path(container)
         if path and os.access(path, os.R_OK):
-            file = LogFile(path).open()
+            file = LogFile(path)
             stack.callback(file.close)
             if tail is not None:
                 file.seek_tail(tail)
@@ -12005,27 +11976,20 @@ class WebSocket(Connection):
                 self.send_now(*websocket_frame(8, (1000).to_bytes(2, "big")))
 
 
-def follow_attached(engine: Engine, container: Container, attachment: Attachment, file: LogFile,
-                    follow: bool = True) -> None:
-    """Send an attached client what is written to a container's log, to its end."""
+def send_log(engine: Engine, container: Container, attachment: Attachment, file: LogFile, follow: bool = True,
+             until: int = 0) -> None:
+    """Send an attached client what is written to a container's log, to its end, which is the client's, or up to a
+    moment, in nanoseconds since 1970."""
     try:
         with contextlib.closing(file):
             for line in follow_log(engine, container, file, follow, attachment.done.is_set):
+                if until and line.text and line.time > until:
+                    break
                 attachment.put(line.kind, line.text)
                 attachment.drain()
-    except Exception:
-        log(traceback.format_exc())
     finally:
-        attachment.finish()
-
-
-def send_past(engine: Engine, container: Container, attachment: Attachment, until: int) -> None:
-    """Send a client what a container wrote up to a moment, in nanoseconds since 1970."""
-    with contextlib.closing(LogFile(log_path(container)).open()) as file:
-        for line in follow_log(engine, container, file, False, attachment.done.is_set):
-            if line.text and line.time > until:
-                break
-            attachment.put(line.kind, line.text)
+        if not until:
+            attachment.finish()
 
 
 def await_start(engine: Engine, container: Container, attachment: Attachment, file: LogFile, since: int) -> None:
@@ -12036,7 +12000,7 @@ def await_start(engine: Engine, container: Container, attachment: Attachment, fi
         if streams and streams.join(attachment):
             return
         if streams is None and engine.tasks.started_since(container.id, since):
-            follow_attached(engine, container, attachment, file)
+            send_log(engine, container, attachment, file)
         elif engine.feed.live and container.id not in engine.inventory.containers():
             attachment.finish()
 
@@ -12046,13 +12010,13 @@ def serve_attachment(engine: Engine, request: Request, container: Container, att
     """Serve an attached client to its end: by the streams of the container's process, or from its log. It came when the
     count of what happened to tasks was `since`."""
     engine.tell(container, "attach")
-    file = LogFile(log_path(container)).open(at_end=not logs)
+    file = LogFile(log_path(container), at_end=not logs)
     streams = find_streams(engine, container)
     with request.client.when_gone(attachment.leave, half=False):
         if logs or (container.running and not (streams and streams.join(attachment))):
             attachment.streams = streams
             attachment.ready.set()
-            threading.Thread(target=follow_attached, args=(engine, container, attachment, file, request.flag("stream")),
+            threading.Thread(target=send_log, args=(engine, container, attachment, file, request.flag("stream")),
                              name="attach", daemon=True).start()
         elif not container.running:
             await_start(engine, container, attachment, file, since)
@@ -12086,8 +12050,7 @@ def attach(engine: Engine, request: Request, name: str, pack: Optional[Packing] 
                 # Before the connection: what a process that starts meanwhile writes is for later.
                 past = Attachment(attachment.wanted[STDOUT], attachment.wanted[STDERR], attachment.pack)
                 past.connect(connection)
-                send_past(engine, container, past, began)
-                past.drain()
+                send_log(engine, container, past, LogFile(log_path(container)), follow=False, until=began)
             attachment.connect(connection)
             if stream or logs:
                 serve_attachment(engine, request, container, attachment, logs and not waits, keys, since)

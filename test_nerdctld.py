@@ -7740,7 +7740,7 @@ class TestProcessStreams:
         assert self.rows(path) == [("stdout", "one\n"), ("stdout", "two\n"), ("stdout", "thr"), ("stderr", '"q"\t\\\n'), ("stdout", "ee\n"), ("stdout", "\n"), ("stdout", "\x1b[0m\0\x7f")]
         stamp = nerdctld.nanoseconds_of(json.loads(path.read_text().splitlines()[0])["time"])
         assert abs(stamp - time.time_ns()) < 60 * 10**9
-        file = nerdctld.LogFile(str(path)).open()
+        file = nerdctld.LogFile(str(path))
         assert b"".join(each.text for each in file.lines() if each.kind == 1) == b"one\ntwo\nthree\n\n\x1b[0m\0\x7f"
         file.close()
 
@@ -7760,7 +7760,7 @@ class TestProcessStreams:
     def test_log_that_rotates(self, tmp_path, files, kept):
         path = tmp_path / "log"
         keep = nerdctld.JsonLog(str(path), 100, files)
-        file = nerdctld.LogFile(str(path)).open()
+        file = nerdctld.LogFile(str(path))
         read = []
         for text in (b"a\n", b"b\n", b"c\n", b"d\n"):
             keep(1, text)
@@ -7874,7 +7874,7 @@ class TestProcessStreams:
     def test_log_that_is_rotated(self, tmp_path):
         path = tmp_path / "log"
         path.write_text(self.log_line("1\n"))
-        file = nerdctld.LogFile(str(path)).open()
+        file = nerdctld.LogFile(str(path))
         assert self.texts(file) == [b"1\n"]
         with open(path, "a") as more:
             more.write(self.log_line("2\n"))
@@ -7890,7 +7890,7 @@ class TestProcessStreams:
     def test_log_that_grows_while_it_is_put_aside(self, tmp_path, monkeypatch):
         path = tmp_path / "log"
         path.write_text(self.log_line("1\n"))
-        file = nerdctld.LogFile(str(path)).open()
+        file = nerdctld.LogFile(str(path))
         self.texts(file)
         stat_of, put_aside = os.stat, []
 
@@ -7911,7 +7911,7 @@ class TestProcessStreams:
     def test_tail(self, tmp_path, count):
         path = tmp_path / "log"
         path.write_text("".join(self.log_line(f"{number}\n", number % 60) for number in range(2000)))
-        file = nerdctld.LogFile(str(path)).open()
+        file = nerdctld.LogFile(str(path))
         file.seek_tail(count)
         found = []
         while True:
@@ -8980,7 +8980,7 @@ class TestStreams:
 
     def test_logs_alone_do_not_wait(self, logged, monkeypatch):
         told = []
-        monkeypatch.setattr(nerdctld, "follow_attached", lambda engine, container, attachment, file, follow: (told.append(follow), file.close(), attachment.finish()))
+        monkeypatch.setattr(nerdctld, "send_log", lambda engine, container, attachment, file, follow: (told.append(follow), file.close(), attachment.finish()))
         for query in ({"logs": ["1"]}, {"logs": ["1"], "stream": ["1"]}):
             nerdctld.attach(logged, nerdctld.Request("POST", "/", query=query), "tstweb")[1](pair()[0])
         assert told == [False, True]
