@@ -8547,15 +8547,10 @@ STATIC_INITS = ("docker-init", "tini-static")
 INIT_WORDS = [[f"/sbin/{each}", "--"] for each in ("tini", *STATIC_INITS)]
 
 
-def has_init(container: Container) -> bool:
-    """Whether an init process was asked for."""
-    return bool(container.host_config.get("Init"))
-
-
 def own_arguments(container: Container) -> List[str]:
     """The words of its command line without the init process that was asked for."""
     words = container.arguments
-    return words[2:] if has_init(container) and words[:2] in INIT_WORDS else words
+    return words[2:] if container.host_config.get("Init") and words[:2] in INIT_WORDS else words
 
 
 def quoted_command(container: Container) -> str:
@@ -8745,26 +8740,14 @@ def container_list(engine: Engine, request: Request) -> Response:
     return Response(200, container_rows(engine, found, sizes, request.version) if found else [])
 
 
+# The HostConfig of a container for which nothing was asked: with Go's zero values, but for what dockerd leaves out and
+# for these.
+LEFT_OUT = ("Annotations", "Init", "KernelMemory", "Mounts", "StorageOpt", "Sysctls", "Tmpfs")
 HOST_CONFIG: Dict[str, Any] = {
-    "AutoRemove": False, "Binds": None, "BlkioDeviceReadBps": None, "BlkioDeviceReadIOps": None,
-    "BlkioDeviceWriteBps": None,
-    "BlkioDeviceWriteIOps": None, "BlkioWeight": 0, "BlkioWeightDevice": [], "CapAdd": None, "CapDrop": None,
-    "Cgroup": "",
-    "CgroupParent": "", "CgroupnsMode": "private", "ConsoleSize": [0, 0], "ContainerIDFile": "", "CpuCount": 0,
-    "CpuPercent": 0, "CpuPeriod": 0,
-    "CpuQuota": 0, "CpuRealtimePeriod": 0, "CpuRealtimeRuntime": 0, "CpuShares": 0, "CpusetCpus": "", "CpusetMems": "",
-    "DeviceCgroupRules": None, "DeviceRequests": None, "Devices": [], "Dns": [], "DnsOptions": [], "DnsSearch": [],
-    "ExtraHosts": None,
-    "GroupAdd": None, "IOMaximumBandwidth": 0, "IOMaximumIOps": 0, "IpcMode": "private", "Isolation": "", "Links": None,
-    "LogConfig": {"Config": {}, "Type": "json-file"}, "MaskedPaths": [], "Memory": 0, "MemoryReservation": 0,
-    "MemorySwap": 0,
-    "MemorySwappiness": None, "NanoCpus": 0, "NetworkMode": "bridge", "OomKillDisable": False, "OomScoreAdj": 0,
-    "PidMode": "",
-    "PidsLimit": None, "PortBindings": {}, "Privileged": False, "PublishAllPorts": False, "ReadonlyPaths": [],
-    "ReadonlyRootfs": False,
-    "RestartPolicy": {"MaximumRetryCount": 0, "Name": "no"}, "Runtime": "runc", "SecurityOpt": None,
-    "ShmSize": 67108864,
-    "UTSMode": "", "Ulimits": [], "UsernsMode": "", "VolumeDriver": "", "VolumesFrom": None,
+    **{key: shape() if isinstance(shape, type) else None for key, shape in HOST_CONFIG_FIELDS.items()
+       if key not in LEFT_OUT},
+    **{key: [] for key in ("BlkioWeightDevice", "Devices", "Dns", "DnsOptions", "DnsSearch", "Ulimits")},
+    "ConsoleSize": [0, 0], "MemorySwappiness": None, "Runtime": "runc", "ShmSize": 64 << 20,
 }
 
 
@@ -8793,30 +8776,18 @@ UPDATED_FIELDS = ("NanoCpus", "CpuShares", "CpusetCpus", "CpusetMems", "Memory",
                   "PidsLimit")
 
 
-def ipc_settings(container: Container) -> Dict[str, Any]:
-    """What nerdctl notes of a container's IPC namespace: its mode and the container that it shares it with, or the
-    folder of its /dev/shm."""
-    found = None
-    with contextlib.suppress(ValueError):
-        found = json.loads(container.labels.get("nerdctl/ipc") or "{}")
-    return found if isinstance(found, dict) else {}
-
-
 def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, Any]:
     """HostConfig: what the OCI spec and nerdctl's labels tell, under what the client asked for."""
     labels, linux = container.labels, spec.get("linux") or {}
     resources = linux.get("resources") or {}
     memory, cpu = resources.get("memory") or {}, resources.get("cpu") or {}
-    found = dict(HOST_CONFIG)
-    log = {}
-    with contextlib.suppress(ValueError):
-        log = json.loads(labels.get("nerdctl/log-config") or "{}")
+    found, logged = dict(HOST_CONFIG), label_fields(labels, "nerdctl/log-config")
     found.update({
         "AutoRemove": labels.get("nerdctl/auto-remove") == "true", "CpuPeriod": cpu.get("period") or 0,
         "CpuQuota": cpu.get("quota") or 0,
         "CpuShares": cpu.get("shares") or 0, "CpusetCpus": cpu.get("cpus") or "", "CpusetMems": cpu.get("mems") or "",
-        "IpcMode": ipc_settings(container).get("mode") or "private",
-        "LogConfig": {"Type": log.get("driver") or "json-file", "Config": log.get("opts") or {}},
+        "IpcMode": label_fields(container.labels, "nerdctl/ipc").get("mode") or "private",
+        "LogConfig": {"Type": logged.get("driver") or "json-file", "Config": logged.get("opts") or {}},
         "MaskedPaths": linux.get("maskedPaths") or [], "ReadonlyPaths": linux.get("readonlyPaths") or [],
         "Memory": memory.get("limit") or 0, "MemoryReservation": memory.get("reservation") or 0,
         "MemorySwap": memory.get("swap") or 0,
@@ -8998,9 +8969,7 @@ def network_settings(container: Container, config: Dict[str, Any], attached: Dic
 
 def log_path(container: Container) -> str:
     """The json-file log of a container, "" where its log driver is another one."""
-    driver = "json-file"
-    with contextlib.suppress(ValueError):
-        driver = json.loads(container.labels.get("nerdctl/log-config") or "{}").get("driver") or driver
+    driver = label_fields(container.labels, "nerdctl/log-config").get("driver") or "json-file"
     if driver != "json-file" or not container.folder or container.labels.get("nerdctl/log-uri") == "none":
         return ""
     return os.path.join(container.folder, container.id + "-json.log")
@@ -10486,7 +10455,7 @@ def complete_container(engine: Engine, container: Container) -> Container:
         elif flag == "--pid":
             labels["nerdctl/pid-container"] = other.id
         else:
-            labels["nerdctl/ipc"] = json.dumps({**ipc_settings(container), "mode": "container",
+            labels["nerdctl/ipc"] = json.dumps({**label_fields(container.labels, "nerdctl/ipc"), "mode": "container",
                                                 "victimContainerId": other.id})
     return rewrite_container(engine, container, spec, {**give_ports(engine, container), **labels})
 
@@ -10526,7 +10495,7 @@ def joins_pid(container: Container) -> bool:
 def joined_containers(container: Container) -> Dict[str, str]:
     """The ids of the containers whose namespaces a container has, by their kinds in the OCI spec, as nerdctl's labels
     have them."""
-    network, ipc = (network_names(container) or [""])[0], ipc_settings(container)
+    network, ipc = (network_names(container) or [""])[0], label_fields(container.labels, "nerdctl/ipc")
     found = {"network": network[len("container:"):] if network.startswith("container:") else "",
              "ipc": str(ipc.get("victimContainerId")) if ipc.get("mode") == "container" else "",
              "pid": container.labels.get("nerdctl/pid-container") or "" if joins_pid(container) else ""}
@@ -10577,7 +10546,7 @@ def join_namespaces(engine: Engine, container: Container) -> Container:
 def renew_shm(container: Container) -> None:
     """Mount an empty /dev/shm for a container that others may share it with: nerdctl mounts it at the creation, and
     again at each start."""
-    ipc = ipc_settings(container)
+    ipc = label_fields(container.labels, "nerdctl/ipc")
     path = str(ipc.get("hostShmPath") or "")
     if ipc.get("mode") != "shareable" or not path or os.geteuid():
         return
@@ -10875,7 +10844,7 @@ class ProcessStreams:
     LINGER = 2.0
 
     def __init__(self, folder: str, stdin: bool, terminal: bool, once: bool, attachments: Iterable[Attachment] = (),
-                 keep: Callable[[int, bytes], None] = lambda kind, data: None,
+                 keep: Optional[Callable[[int, bytes], None]] = None,
                  close_stdin: Callable[[], None] = lambda: None, on_end: Callable[[], None] = lambda: None,
                  found: Optional[TaskStreams] = None):
         self.lock = threading.Lock()
@@ -11041,7 +11010,8 @@ class ProcessStreams:
                     self.attachments = [each for each in self.attachments if not each.gone]
 
     def _put(self, kind: int, data: bytes) -> None:
-        self.keep(kind, data)
+        if self.keep:
+            self.keep(kind, data)
         for attachment in self.attachments:
             attachment.put(kind, data)
 
@@ -11122,18 +11092,8 @@ class JsonLog:
         os.close(self.lock_file)
 
 
-class NoLog:
-    """The log of a container that has none."""
-
-    def __call__(self, kind: int, data: bytes) -> None:
-        """Drop some output."""
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
 def open_log(nerdctl: Nerdctl, container: Container) -> Any:
-    """What writes a container's log: called with the stream and its bytes, and closed at the end."""
+    """What writes a container's log: called with the stream and its bytes, and closed at the end. None for no log."""
     found = read_json_file(os.path.join(container.folder, "log-config.json")) if container.folder else None
     found = found if isinstance(found, dict) else {}
     options = found.get("opts") or {}
@@ -11141,7 +11101,7 @@ def open_log(nerdctl: Nerdctl, container: Container) -> Any:
     if path:
         return JsonLog(path, size_bytes(str(options.get("max-size") or "")),
                        int_or_zero(str(options.get("max-file") or "")) or 1)
-    return nerdctl.start_logger(uri, container.id) if uri.startswith("binary://") else NoLog()
+    return nerdctl.start_logger(uri, container.id) if uri.startswith("binary://") else None
 
 
 class LogLine(NamedTuple):
@@ -11331,7 +11291,8 @@ def open_streams(engine: Engine, container: Container, attachments: Iterable[Att
         raise ApiError(f"failed to initialize logging driver: {error}") from None
 
     def ended() -> None:
-        keep.close()
+        if keep:
+            keep.close()
         engine.leave_streams(container.id, streams)
         if engine.caretaker:
             engine.caretaker.changed.put(container.id)
@@ -11342,7 +11303,8 @@ def open_streams(engine: Engine, container: Container, attachments: Iterable[Att
                                  bool(container.request.get("StdinOnce")) and not tty, attachments, keep,
                                  functools.partial(engine.containerd.close_stdin, container.id), ended, found)
     except BaseException:
-        keep.close()
+        if keep:
+            keep.close()
         raise
     engine.owner(container.id).streams = streams
     return streams
@@ -12957,7 +12919,7 @@ def container_changes(engine: Engine, request: Request, name: str) -> Response:
             order = {"do": "changes", "path": "/", "below": [parse_mount(each) for each in below],
                      "ignored": MOUNT_POINTS}
             with opened_tree(engine, container, not_there(name, "/"), order) as (_, found, _):
-                return Response(200, [{"Path": path, "Kind": kind} for path, kind in found] or json_null())
+                return Response(200, [{"Path": path, "Kind": kind} for path, kind in found] or b"null\n")
 
 
 # The digest of a tar without entries.
@@ -13034,11 +12996,6 @@ def image_commit(engine: Engine, request: Request) -> Response:
     group = engine.inventory.image(working)
     engine.tell(container, "commit", comment=request.value("comment"), imageID=group.id, imageRef=familiar(target))
     return Response(201, {"Id": group.id})
-
-
-def json_null() -> bytes:
-    """The JSON null, which dockerd has for an empty list here."""
-    return b"null\n"
 
 
 ###############################################################################

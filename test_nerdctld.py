@@ -7601,7 +7601,7 @@ class TestProcessStreams:
     def test_a_log_that_fails(self, shims, clients, capfd):
         first, far = clients()
         shim = shims(attachments=[first], on_end=lambda: 1 / 0)
-        shim.streams.keep = None
+        shim.streams.keep = lambda kind, data: None + data
         shim.files[1].write(b"x")
         assert first.done.wait(5) and shim.streams.ended.is_set()
         assert "TypeError" in capfd.readouterr().err
@@ -7820,10 +7820,11 @@ class TestProcessStreams:
         assert (tmp_path / f"{ID}-json.log.1").exists() == (options.get("max-file") == "3")
 
     def test_no_log(self, engine, tmp_path):
-        keep = nerdctld.open_log(engine.nerdctl, container_of({"nerdctl/state-dir": str(tmp_path), "nerdctl/log-config": '{"driver":"none"}'}))
-        keep(1, b"x")
-        keep.close()
-        assert not [each for each in tmp_path.iterdir() if each.name.startswith(ID)]
+        container = container_of({"nerdctl/state-dir": str(tmp_path), "nerdctl/log-config": '{"driver":"none"}'})
+        assert nerdctld.open_log(engine.nerdctl, container) is None
+        streams = nerdctld.open_streams(engine, container)
+        streams.abandon()
+        assert streams.ended.wait(5) and not [each for each in tmp_path.iterdir() if each.name.startswith(ID)]
 
     def test_logging_program(self, tmp_path):
         program = tmp_path / "logger"
