@@ -60,6 +60,7 @@ if not TREE:
     import codecs
     import collections
     import functools
+    import gc
     import http.client
     import http.server
     import io
@@ -4558,6 +4559,11 @@ def parse_mounts(labels: Dict[str, str]) -> List[Dict[str, Any]]:
     return mounts
 
 
+# How Go's encoder writes the beginning of an OCI spec.
+SPEC_PROCESS = re.compile(rb'{"ociVersion":"[ -!#-\[\]-~]*","process":')
+JSON = json.JSONDecoder()
+
+
 class Container:
     """A container as containerd and nerdctl's files tell it: `created` in nanoseconds since 1970; `labels` all of them,
     nerdctl's own too."""
@@ -4603,9 +4609,19 @@ class Container:
         return {}
 
     @property
+    def process(self) -> Dict[str, Any]:
+        """How its own process is started, as the OCI spec has it; {} where it does not say."""
+        begun, found = None if "spec" in self.__dict__ else SPEC_PROCESS.match(self.record.spec), None
+        with contextlib.suppress(ValueError):
+            # All that a list needs of a spec is at its beginning: to read 300 whole ones takes 50 ms.
+            found = (JSON.raw_decode(str(self.record.spec, "utf-8"), begun.end())[0] if begun
+                     else self.spec.get("process"))
+        return found if isinstance(found, dict) else {}
+
+    @property
     def arguments(self) -> List[str]:
         """The words of its command line."""
-        return (self.spec.get("process") or {}).get("args") or []
+        return self.process.get("args") or []
 
     @functools.cached_property
     def ports(self) -> List[Dict[str, Any]]:
@@ -11273,7 +11289,7 @@ def is_terminal(container: Container) -> bool:
     """Whether a container has a pseudo-terminal."""
     if container.request:
         return bool(container.request.get("Tty"))
-    return bool((container.spec.get("process") or {}).get("terminal"))
+    return bool(container.process.get("terminal"))
 
 
 def console_size(container: Container) -> Tuple[int, int]:
@@ -12182,7 +12198,7 @@ def find_user(container: Container, text: str) -> Dict[str, Any]:
 
 def exec_process(instance: Exec, container: Container) -> Dict[str, Any]:
     """The command as a process of an OCI spec: what is not asked for is that of the container's own process."""
-    config, own = instance.config, container.spec.get("process") or {}
+    config, own = instance.config, container.process
     process = {**own, "args": instance.command, "terminal": instance.tty,
                "cwd": config.get("WorkingDir") or own.get("cwd") or "/"}
     process.pop("consoleSize", None)
@@ -12735,7 +12751,7 @@ def stat_header(found: PathStat) -> Dict[str, str]:
 def find_tree(engine: Engine, container: Container, stored: bool) -> Dict[str, Any]:
     """Where the tree of a container is, as enter_tree() is told, or with `stored` its snapshot in any case; `owner` is
     the user that it runs as."""
-    mounts, user = container.spec.get("mounts") or [], (container.spec.get("process") or {}).get("user") or {}
+    mounts, user = container.spec.get("mounts") or [], container.process.get("user") or {}
     binds = [each for each in mounts if each.get("type") == "bind"
              or {"bind", "rbind"} & set(each.get("options") or ())]
     found = {"pid": 0 if stored else running_pid(engine, container), "owner": [user.get("uid", 0), user.get("gid", 0)],
@@ -15468,6 +15484,8 @@ def make_engine(options: argparse.Namespace) -> Engine:
 
 def look_around(engine: Engine) -> None:
     """What a daemon does when it has begun: it finds what is to be cared for, and says what will not work."""
+    # What is read once every change is told is kept; before, it would only be in the way of the first client's reads.
+    engine.feed.wait_live()
     engine.caretaker.look()
     engine.troubles = lambda: [each.trouble for each in check(engine) if each.trouble]
     for each in check(engine, whole=False):
@@ -15493,6 +15511,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     except StartError as error:
         log(str(error))
         return 1
+    # The collector need not look at the program itself each time that a long list is made.
+    gc.freeze()
     engine = make_engine(options)
     engine.workspace.sweep()
     engine.caretaker = Caretaker(engine)

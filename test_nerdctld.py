@@ -4516,6 +4516,18 @@ class TestState:
         assert engine.inventory.containers() == {} and engine.inventory.images.get() == {}
         engine.close()
 
+    @pytest.mark.parametrize("spec, words", [
+        (b'{"ociVersion":"1.2.0","process":{"args":["sh","-c","\xc3\xa9 \\"}\\""],"env":[]},"linux":{}}', ["sh", "-c", 'é "}"']),
+        (b'{"ociVersion":"1.2.0","process":{"args":["sh"],"env":["A=\\"process\\":{"]},"hooks":{"createRuntime":[{"args":["x"]}]}}', ["sh"]),
+        (b'{"process": {"args": ["sh"]}, "ociVersion": "1.2.0"}', ["sh"]),
+        (b'{"linux":{"process":{"args":["x"]}},"ociVersion":"\\"process\\":{}","process":{"args":["sh"]}}', ["sh"]),
+        (b'{"ociVersion":"1.2.0","process":null}', []), (b'{"ociVersion":"1.2.0","process":{"args":null}}', []),
+        (b'{"ociVersion":"1.2.0","process":[', []), (b'{"ociVersion":"1.2.0","process":', []), (b'{"ociVersion":"1.2.0","process":"x"}', []),
+        (b'{"ociVersion":"1.2.0","process":{"args":["\xff"]}}', []), (b"[]", []), (b"", []), (b"x", [])])
+    def test_arguments_in_a_spec(self, spec, words):
+        record = nerdctld.ContainerRecord(ID, {}, BASE, "io.containerd.runc.v2", spec, "overlayfs", ID, 0)
+        assert nerdctld.Container(record).arguments == words
+
     def test_many_containers(self, furnished, fake):
         for number in range(300):
             fake.create(f"{number:064x}", {"nerdctl/name": f"many{number}"}, spec={"process": {"args": ["x"]}, "annotations": {"long": "y" * 14600}})
