@@ -8618,12 +8618,12 @@ def docker_container_row(container: Container, image: Optional[ImageGroup], netw
     return row
 
 
-def container_rows(engine: Engine, containers: Iterable[Container], sizes: Dict[str, Tuple[int, int]],
-                   version: Tuple[int, int]) -> List[Dict[str, Any]]:
-    """Containers as `/containers/json` lists them, with their sizes where they are known."""
+def container_rows(engine: Engine, containers: Iterable[Container], among: Iterable[Container],
+                   sizes: Dict[str, Tuple[int, int]], version: Tuple[int, int]) -> List[Dict[str, Any]]:
+    """Containers, of all that there are, as `/containers/json` lists them, with their sizes where they are known."""
     named, networks = engine.inventory.images.by_name(), engine.inventory.networks()
     groups = {group.id: group for group in named.values()}
-    rows, now, linked = [], time.time(), linked_names(engine)
+    rows, now, linked = [], time.time(), linked_names(among)
     for container in containers:
         image, shown = image_id(container, named), named.get(container.image)
         row = docker_container_row(container, groups.get(image), docker_networks(container, networks), now, version)
@@ -8702,12 +8702,12 @@ def ancestors(engine: Engine, names: List[str]) -> Set[str]:
     return found
 
 
-def list_containers(engine: Engine, filters: Dict[str, List[str]], everything: bool, limit: int) -> List[Container]:
-    """The containers of a list request, newest first."""
+def list_containers(engine: Engine, among: Iterable[Container], filters: Dict[str, List[str]], everything: bool,
+                    limit: int) -> List[Container]:
+    """The containers of a list request, of all that there are, newest first."""
     check_container_filters(filters)
     named = NameFilter(filters.get("name") or [])
-    table = list(engine.inventory.containers().values())
-    table.sort(key=lambda each: -each.created)
+    table = sorted(among, key=lambda each: -each.created)
     for key, later in (("before", False), ("since", True)):
         for name in filters.get(key) or []:
             moment = engine.inventory.container(name).created
@@ -8751,9 +8751,10 @@ def container_list(engine: Engine, request: Request) -> Response:
     """Containers, newest first: the running ones, or `all`; `limit`, `size`, and all of the API's filters."""
     filters = request.filters(*CONTAINER_FILTERS)
     limit = request.integer("limit", -1)
-    found = list_containers(engine, filters, request.flag("all"), limit)
+    containers = engine.inventory.containers().values()
+    found = list_containers(engine, containers, filters, request.flag("all"), limit)
     sizes = container_sizes(engine, found) if request.flag("size") else {}
-    return Response(200, container_rows(engine, found, sizes, request.version) if found else [])
+    return Response(200, container_rows(engine, found, containers, sizes, request.version) if found else [])
 
 
 # The HostConfig of a container for which nothing was asked: with Go's zero values, but for what dockerd leaves out and
@@ -8953,10 +8954,10 @@ def docker_links(engine: Engine, container: Container) -> Optional[List[str]]:
     return found or (None if container.links else container.host_config.get("Links") or None)
 
 
-def linked_names(engine: Engine) -> Dict[str, List[str]]:
-    """By their names and ids the names that containers have for others, `/name/alias`."""
+def linked_names(containers: Iterable[Container]) -> Dict[str, List[str]]:
+    """By their names and ids the names that these containers have for others, `/name/alias`."""
     found: Dict[str, List[str]] = {}
-    for each in engine.inventory.containers().values():
+    for each in containers:
         for alias, other in each.links.items():
             found.setdefault(other, []).append(f"/{each.name}/{alias}")
     return found
@@ -13708,9 +13709,9 @@ def system_df(engine: Engine, request: Request) -> Response:
         answer["Images"] = [docker_image_row(group, request.version, len(users.get(group.id, [])),
                                              shared.get(group.id, 0)) for group in groups]
     if "container" in kinds:
-        containers = list_containers(engine, {}, True, -1)
+        containers = list_containers(engine, engine.inventory.containers().values(), {}, True, -1)
         sizes = {**dict.fromkeys((each.id for each in containers), (0, 0)), **container_sizes(engine, containers)}
-        answer["Containers"] = container_rows(engine, containers, sizes, request.version)
+        answer["Containers"] = container_rows(engine, containers, containers, sizes, request.version)
         for row in answer["Containers"]:
             row.pop("ImageManifestDescriptor", None)
     if "volume" in kinds:

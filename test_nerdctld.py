@@ -4532,7 +4532,10 @@ class TestState:
         for number in range(300):
             fake.create(f"{number:064x}", {"nerdctl/name": f"many{number}"}, spec={"process": {"args": ["x"]}, "annotations": {"long": "y" * 14600}})
         assert sum(len(each.spec) for each in fake.containers.values()) > 4.3e6
+        asked = fake.calls["Containers/List"]
         assert len(ask(furnished, "GET", "/containers/json?all=1").json) == 304
+        # Before events are followed, too.
+        assert not furnished.feed.live and fake.calls["Containers/List"] == asked + 1
         assert ask(furnished, "GET", "/containers/many299/json").json["Path"] == "x"
 
     def test_what_goes_while_it_is_read(self, furnished, fake):
