@@ -3654,6 +3654,18 @@ def parse_event(message: Any, namespace: str) -> Optional[ContainerdEvent]:
     return None if BUILD_STEP.fullmatch(event.container) and not payload.get("image") else event
 
 
+def unix_connection(path: str, timeout: Optional[float] = None) -> socket.socket:
+    """A connection to a unix socket, of which each step may take `timeout` seconds; OSError where nobody answers."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(path)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
 class Containerd:
     """containerd's services for one namespace, called over its own socket. Every call has a connection of its own, so
     that calls of several threads do not wait for each other. Methods raise NotFound, Conflict or another ApiError for
@@ -3688,21 +3700,14 @@ class Containerd:
 
     def dial(self, timeout: float = 5.0) -> socket.socket:
         """A connection to containerd; 503 where nobody answers."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.settimeout(timeout)
-            sock.connect(self.root() + self.address)
-            return sock
+            return unix_connection(self.root() + self.address, timeout)
         except OSError as error:
-            sock.close()
             if error.errno in (errno.EACCES, errno.EPERM):
                 raise Unavailable(f"containerd's socket {self.address} may not be used by this user: run nerdctld as "
                                   "root, or set up rootless containerd") from None
             raise Unavailable(f"containerd is not running at {self.address}: install or start it (systemctl start "
                               "containerd), or say where it is with --address") from None
-        except BaseException:
-            sock.close()
-            raise
 
     @property
     def headers(self) -> List[Tuple[str, str]]:
@@ -5779,8 +5784,7 @@ def attach_networks(engine: "Engine", container: Container, pid: int) -> None:
             labels.update(attach_network(engine, container, network, asked_endpoint(
                 container, network, engine.inventory.networks().get(network, {}).get("Id") or ""), pid))
     if labels:
-        with engine.changing(container):
-            engine.containerd.update_container(container.id, labels)
+        engine.update(container, labels)
 
 
 def release_networks(engine: "Engine", container: Container) -> None:
@@ -5804,8 +5808,8 @@ def release_networks(engine: "Engine", container: Container) -> None:
             with contextlib.suppress(OSError):
                 renote(container, network, None)
     if made:
-        with contextlib.suppress(NotFound), engine.changing(container):
-            engine.containerd.update_container(container.id, {LABEL_ATTACHED + network: "" for network in made})
+        with contextlib.suppress(NotFound):
+            engine.update(container, {LABEL_ATTACHED + network: "" for network in made})
 
 
 ###############################################################################
@@ -6121,10 +6125,10 @@ class Engine:
 
     @contextlib.contextmanager
     def owning(self, name: str, gone: Optional[ApiError] = None) -> Iterator[Container]:
-        """Context in which nobody else changes a container, which is looked up anew when its turn has come. 404 when
-        there is none. `gone` is raised at once while the one before removes it, and when it has done so; without it
-        that is a 404, too. 503 when the turn does not come. Whoever waits for a client, or for a container to end, does
-        so outside, since others may want to kill it."""
+        """Context in which nobody else changes a container, which is looked up anew when its turn has come; whoever
+        reads after it sees what was changed. 404 when there is none. `gone` is raised at once while the one before
+        removes it, and when it has done so; without it that is a 404, too. 503 when the turn does not come. Whoever
+        waits for a client, or for a container to end, does so outside, since others may want to kill it."""
         identity = self.inventory.container(name).id
         owner = self.owner(identity)
         if gone and owner.removing:
@@ -6138,6 +6142,7 @@ class Engine:
                 raise gone or NotFound(f"No such container: {name.lstrip('/')}") from None
             yield container
         finally:
+            self.inventory.records.invalidate(identity)
             owner.removing = False
             owner.lock.release()
 
@@ -6148,6 +6153,12 @@ class Engine:
             yield
         finally:
             self.inventory.records.invalidate(container.id)
+
+    def update(self, container: Container, labels: Dict[str, str], spec: Optional[Dict[str, Any]] = None) -> None:
+        """Set labels of a container, of which "" takes one away, and its OCI spec, if there is another: whoever reads
+        after it sees it."""
+        with self.changing(container):
+            self.containerd.update_container(container.id, labels, None if spec is None else json_bytes(spec))
 
     def add_waiting(self, identity: str, attachment: Any) -> None:
         """A client waits for the start of a container."""
@@ -6178,11 +6189,6 @@ class Engine:
         finally:
             with self.lock:
                 owner.restarting -= 1
-
-    def hold_if_needed(self, container: Container) -> None:
-        """A container is about to start: somebody has to look after it."""
-        if self.caretaker:
-            self.caretaker.hold(container)
 
     def forget(self, container: Container) -> None:
         """A container was removed."""
@@ -8552,9 +8558,7 @@ def keep_networks(engine: Engine, container: Container, endpoints: Dict[str, Dic
         labels.update({**{key: "" for key in container.labels if key.startswith(LABEL_REQUEST + ".")}, **kept})
     annotations = {**(container.spec.get("annotations") or {}), **told}
     annotations = {key: value for key, value in annotations.items() if value or key not in told}
-    with engine.changing(container):
-        engine.containerd.update_container(container.id, labels,
-                                           json_bytes({**container.spec, "annotations": annotations}))
+    engine.update(container, labels, {**container.spec, "annotations": annotations})
 
 
 # Init processes that need no libc of the image.
@@ -9023,8 +9027,7 @@ def note_health(engine: Engine, container: Container, status: str = "starting", 
     told = json.dumps({"Status": status, "FailingStreak": failing, "Pid": pid,
                        "InStartPeriod": status == "starting" and bool(check.get("StartPeriod"))})
     if check and told != container.labels.get("nerdctl/healthstate"):
-        with engine.changing(container):
-            engine.containerd.update_container(container.id, {"nerdctl/healthstate": told})
+        engine.update(container, {"nerdctl/healthstate": told})
 
 
 def image_of(engine: Engine, container: Container) -> Optional[ImageGroup]:
@@ -9542,9 +9545,7 @@ def rewrite_container(engine: Engine, container: Container, spec: Dict[str, Any]
     """Set the OCI spec and labels of a container, which nerdctl's hooks read as annotations; the container as it is
     then."""
     annotations = {key: value for key, value in labels.items() if key.startswith("nerdctl/")}
-    spec = {**spec, "annotations": {**(spec.get("annotations") or {}), **annotations}}
-    engine.containerd.update_container(container.id, labels, json.dumps(spec).encode())
-    engine.inventory.records.invalidate(container.id)
+    engine.update(container, labels, {**spec, "annotations": {**(spec.get("annotations") or {}), **annotations}})
     return engine.inventory.container(container.id)
 
 
@@ -9554,12 +9555,12 @@ def with_access(entry: Dict[str, Any], word: str) -> Dict[str, Any]:
     return {**entry, "options": options} if options else entry
 
 
-def finish_mounts(engine: Engine, container: Container, spec: Dict[str, Any], mounts: List[Dict[str, Any]],
-                  recursive: bool) -> Container:
-    """Give a container that nerdctl has made this OCI spec, the mounts that it was not told of, and the places of those
-    that the daemon mounts, `recursive` read-only ones with all that is mounted below them; the container as it is
-    then."""
-    spec, labels, views, places = json.loads(json.dumps(spec)), dict(container.labels), {}, []
+def finish_container(engine: Engine, container: Container, spec: Dict[str, Any], own: Dict[str, str],
+                     mounts: List[Dict[str, Any]], recursive: bool) -> Container:
+    """Give a container that nerdctl has made this OCI spec, labels of its `own`, the mounts that nerdctl was not told
+    of, and the places of those that the daemon mounts, `recursive` read-only ones with all that is mounted below them;
+    the container as it is then."""
+    spec, labels, views, places = json.loads(json.dumps(spec)), {**container.labels, **own}, {}, []
     for number, mount in enumerate(mounts):
         made, target = place_mount(engine, container, mount, number), os.path.normpath(mount["Target"])
         places += made
@@ -10189,20 +10190,11 @@ class Plan(NamedTuple):
     recursive: bool = False
 
 
-SHARED_NAMESPACES = (("NetworkMode", "--network"), ("IpcMode", "--ipc"), ("PidMode", "--pid"))
-
-
 def shared_names(request: Dict[str, Any]) -> Dict[str, str]:
     """The names of the containers whose namespaces a create request wants to have, by the fields that name them."""
     host = request.get("HostConfig") or {}
-    return {key: host[key].partition(":")[2] for key, _ in SHARED_NAMESPACES
+    return {key: host[key].partition(":")[2] for key in ("NetworkMode", "IpcMode", "PidMode")
             if (host.get(key) or "").startswith("container:")}
-
-
-def shared_namespaces(engine: Engine, request: Dict[str, Any]) -> Dict[str, Container]:
-    """These containers, by nerdctl's flags; 404 when there is none of a name."""
-    flags = dict(SHARED_NAMESPACES)
-    return {flags[key]: engine.inventory.container(name) for key, name in shared_names(request).items()}
 
 
 def link_to(engine: Engine, text: str) -> str:
@@ -10261,25 +10253,24 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
                 health_check(body, image), tuple(request_mounts(body, engine.inventory.container)), group.id)
 
 
-def make_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
-    """Create a container and return what is known of it without asking; `more` are further flags."""
-    labels = [f"--label={key}={value}" for key, value in {**request_labels(plan.request),
-                                                          LABEL_IMAGE: plan.image_id}.items()]
-    names = [f"--name={name}"] if name else []
+def make_container(engine: Engine, plan: Plan, name: str, later: str) -> Container:
+    """Create a container and return what is known of it without asking. `later` says what is missing of it, "" for
+    nothing."""
+    told = {**request_labels(plan.request), LABEL_IMAGE: plan.image_id, **({LABEL_LATER: later} if later else {})}
+    labels, names = [f"--label={key}={value}" for key, value in told.items()], [f"--name={name}"] if name else []
     with fillable(engine, make_volumes(engine, plan.mounts)) as mounts, profile_files(engine, plan.words) as words:
-        output = engine.nerdctl.run("create", "--pull=never", *names, *more, *words, *mount_words(mounts), *labels,
+        output = engine.nerdctl.run("create", "--pull=never", *names, *words, *mount_words(mounts), *labels,
                                     "--", plan.image, *plan.command)
     real = output.stdout.decode().strip().rpartition("\n")[2]
     if not re.fullmatch(r"[0-9a-f]{64}", real):
         raise ApiError(f"nerdctl created a container and printed no id: {real[:100]!r}")
-    if plan.health:
-        # Where nerdctl keeps it, word by word, and also by one that has no flags for it.
-        with contextlib.suppress(BadParameter):
-            engine.containerd.update_container(real, {"nerdctl/healthcheck": json.dumps(plan.health)})
     engine.inventory.records.invalidate(real)
-    container = Container(engine.containerd.get_container(real))
+    container, health = Container(engine.containerd.get_container(real)), json.dumps(plan.health)
+    # Where nerdctl keeps it, word by word, and also by one that has no flags for it.
+    own = {"nerdctl/healthcheck": health} if plan.health and len(health) <= REQUEST_PART else {}
     try:
-        return finish_mounts(engine, container, amended_spec(container.spec, plan.request), mounts, plan.recursive)
+        return finish_container(engine, container, amended_spec(container.spec, plan.request), own, mounts,
+                                plan.recursive)
     except BaseException:
         engine.nerdctl.output("rm", "--force", "--volumes", "--", real)
         engine.inventory.records.invalidate(real)
@@ -10397,22 +10388,19 @@ def refused_later(request: Dict[str, Any], message: str) -> Tuple[str, str]:
     return "", ""
 
 
-def create_container(engine: Engine, plan: Plan, name: str, *more: str) -> Container:
+def create_container(engine: Engine, plan: Plan, name: str) -> Container:
     """Create a container. Where it is to have namespaces of others, or ports that others have now, `nerdctl create`
     makes it without them, since it wants these others to run and those ports to be free; it gets them in place, for
     its start."""
-    later = f"--label={LABEL_LATER}=1"
     absent = "--network=none" in plan.words and network_asked(plan.request)
-    more = (*more, later) if absent or shared_names(plan.request) else more
     try:
-        container = make_container(engine, plan, name, *more)
+        container = make_container(engine, plan, name, "1" if absent or shared_names(plan.request) else "")
     except ApiError as error:
         without, told = refused_later(plan.request, str(error))
         if not without:
             raise
         words = [each for each in plan.words if not each.startswith(without)]
-        later = f"--label={LABEL_LATER}={told or 1}"
-        container = make_container(engine, plan._replace(words=words), name, *more, later)
+        container = make_container(engine, plan._replace(words=words), name, told or "1")
     asked = field_of(container.request, "NetworkingConfig.EndpointsConfig") or {}
     # The rest of them, where nerdctl could be told of the first one only.
     rest = [each for each in asked if each not in ("default", *network_names(container))]
@@ -10452,7 +10440,6 @@ def complete_networks(engine: Engine, container: Container) -> Container:
         if name not in known:
             raise NotFound(f"failed to set up container networking: network {name} not found")
     keep_networks(engine, container, endpoints, {})
-    engine.inventory.records.invalidate(container.id)
     return engine.inventory.container(container.id)
 
 
@@ -10465,11 +10452,12 @@ def complete_container(engine: Engine, container: Container) -> Container:
     if network_names(container) == ["none"] and network_asked(container.request):
         container = complete_networks(engine, container)
     spec, labels = json.loads(container.record.spec), {LABEL_LATER: ""}
-    for flag, other in shared_namespaces(engine, container.request).items():
-        if flag == "--network":
+    for key, name in shared_names(container.request).items():
+        other = engine.inventory.container(name)
+        if key == "NetworkMode":
             labels.update({"nerdctl/networks": json.dumps([f"container:{other.id}"]), "nerdctl/hostname": ""})
             share_network_files(container, spec, other)
-        elif flag == "--pid":
+        elif key == "PidMode":
             labels["nerdctl/pid-container"] = other.id
         else:
             labels["nerdctl/ipc"] = json.dumps({**label_fields(container.labels, "nerdctl/ipc"), "mode": "container",
@@ -10670,19 +10658,15 @@ def hold_policy(engine: Engine, container: Container) -> None:
     """Before somebody ends a container: containerd's restart monitor is to leave it alone, whatever its policy is.
     Without a status it does not look at a container; resume_policy(), or `nerdctl start`, sets it again."""
     if any(RESTART_LABEL + key in container.labels for key in ("policy", "status")):
-        engine.containerd.update_container(container.id, {RESTART_LABEL + "status": "",
-                                                          RESTART_LABEL + "explicitly-stopped": "true"})
-        engine.inventory.records.invalidate(container.id)
+        engine.update(container, {RESTART_LABEL + "status": "", RESTART_LABEL + "explicitly-stopped": "true"})
 
 
 def resume_policy(engine: Engine, container: Container) -> None:
     """After a container was started by somebody: containerd's restart monitor is to carry its policy out, and to count
     from 0 as dockerd does."""
     if RESTART_LABEL + "policy" in container.labels:
-        engine.containerd.update_container(container.id, {
-            RESTART_LABEL + "status": "running", RESTART_LABEL + "explicitly-stopped": "false",
-            RESTART_LABEL + "count": ""})
-        engine.inventory.records.invalidate(container.id)
+        engine.update(container, {RESTART_LABEL + "status": "running", RESTART_LABEL + "explicitly-stopped": "false",
+                                  RESTART_LABEL + "count": ""})
 
 
 def policy_labels(container: Container, policy: str) -> Dict[str, str]:
@@ -11420,8 +11404,7 @@ def note_error(engine: Engine, container: Container, message: str) -> None:
     if anything."""
     with contextlib.suppress(ApiError):
         task = engine.containerd.get_task(container.id)
-        engine.containerd.update_container(container.id, {"nerdctl/error": message[:3000],
-                                                          LABEL_REFUSED: str(task.pid) if task else ""})
+        engine.update(container, {"nerdctl/error": message[:3000], LABEL_REFUSED: str(task.pid) if task else ""})
 
 
 def start_refused(engine: Engine, container: Container, error: ApiError) -> None:
@@ -11432,7 +11415,6 @@ def start_refused(engine: Engine, container: Container, error: ApiError) -> None
         with contextlib.suppress(ApiError):
             remove_container(engine, container, force=False, volumes=True)
     if engine.caretaker:
-        engine.caretaker.release(container.id)
         engine.caretaker.changed.put(container.id)
     engine.tasks.failed(container.id, refused_code(str(error)), spared and auto_removed(container))
 
@@ -11454,13 +11436,11 @@ def container_start(engine: Engine, request: Request, name: str) -> Response:
             raise Conflict("cannot start a paused container, try unpause instead")
         if container.running:
             raise NotModified()
-        engine.hold_if_needed(container)
-        with engine.changing(container):
-            try:
-                start_container(engine, container)
-            except ApiError as error:
-                start_refused(engine, container, error)
-                raise
+        try:
+            start_container(engine, container)
+        except ApiError as error:
+            start_refused(engine, container, error)
+            raise
     engine.hosts.refresh()
     return Response(204)
 
@@ -11526,8 +11506,7 @@ def container_stop(engine: Engine, request: Request, name: str) -> Response:
         if not container.running and container.state.kind != "restarting":
             raise NotModified()
         stop_signal(request, container)
-        with engine.changing(container):
-            hold_policy(engine, container)
+        hold_policy(engine, container)
     if container.running:
         stop_container(engine, request, container)
     return Response(204)
@@ -11549,7 +11528,7 @@ def container_restart(engine: Engine, request: Request, name: str) -> Response:
             stop_container(engine, request, container)
         if streams:
             streams.ended.wait(5)
-        with engine.owning(container.id) as container, engine.changing(container):
+        with engine.owning(container.id) as container:
             # Another start, or restart, may have come first.
             if not (container.running and engine.tasks.started_since(container.id, count)):
                 try:
@@ -11572,7 +11551,7 @@ def require_running(container: Container) -> None:
 def container_kill(engine: Engine, request: Request, name: str) -> Response:
     """Send it a signal; 204, 409 when it does not run."""
     read_limited(request.body, JSON_LIMIT)
-    with engine.owning(name) as container, engine.changing(container):
+    with engine.owning(name) as container:
         number = signal_number(check_signal(request.value("signal") or "KILL"))
         refusal = Conflict(f"cannot kill container: {name}: container {container.id} is not running")
         if not container.running and request.version < (1, 20):
@@ -11603,7 +11582,7 @@ def ends_by(container: Container) -> int:
 @route("POST", "/containers/{id}/pause")
 def container_pause(engine: Engine, request: Request, name: str) -> Response:
     """Freeze it; 204, 409 when it does not run or is paused already."""
-    with engine.owning(name) as container, engine.changing(container):
+    with engine.owning(name) as container:
         require_running(container)
         if container.state.kind == "paused":
             raise Conflict(f"container {container.id} is already paused")
@@ -11614,7 +11593,7 @@ def container_pause(engine: Engine, request: Request, name: str) -> Response:
 @route("POST", "/containers/{id}/unpause")
 def container_unpause(engine: Engine, request: Request, name: str) -> Response:
     """Let it go on; 204, 409 when it is not paused."""
-    with engine.owning(name) as container, engine.changing(container):
+    with engine.owning(name) as container:
         if container.state.kind != "paused":
             raise Conflict(f"container {container.id} is not paused")
         engine.containerd.resume_task(container.id)
@@ -11624,7 +11603,7 @@ def container_unpause(engine: Engine, request: Request, name: str) -> Response:
 @route("POST", "/containers/{id}/rename")
 def container_rename(engine: Engine, request: Request, name: str) -> Response:
     """Give it another name; 204, 409 for one in use."""
-    with engine.owning(name) as container, engine.changing(container):
+    with engine.owning(name) as container:
         if not request.value("name"):
             raise BadParameter("Neither old nor new names may be empty")
         wanted = request.value("name").lstrip("/")
@@ -11653,12 +11632,12 @@ def container_update(engine: Engine, request: Request, name: str) -> Response:
     if body.get("NanoCpus"):
         # nerdctl 2.3.5 update takes --cpus and does nothing.
         words += ["--cpu-period=100000", f"--cpu-quota={body['NanoCpus'] // 10**4}"]
-    with engine.owning(name) as container, engine.changing(container):
+    with engine.owning(name) as container:
         policy = policy_word({"RestartPolicy": body.get("RestartPolicy"), "AutoRemove": auto_removed(container)})
         if words:
             engine.nerdctl.run("update", *words, "--", container.id)
         if policy:
-            engine.containerd.update_container(container.id, policy_labels(container, policy))
+            engine.update(container, policy_labels(container, policy))
     engine.tell(container, "update")
     return Response(200, {"Warnings": None})
 
@@ -11690,17 +11669,16 @@ def remove_container(engine: Engine, container: Container, force: bool, volumes:
     words = ["rm", *(["--force"] if force else []), *(["--volumes"] if volumes else []), "--", container.id]
     engine.owner(container.id).removing = True
     release_networks(engine, container)
-    with engine.changing(container):
-        for pause in (0.1, 0.5, 0.0):
-            output = engine.nerdctl.run(*words)
-            # With --force nerdctl 2.3 has the status 0 whatever comes of it: only what it removed it prints.
-            if output.stdout.strip() or "level=error" not in output.stderr:
-                break
-            error = nerdctl_error(output.stderr)
-            if isinstance(error, NotFound) or not pause:
-                raise error
-            # Somebody else has just started it.
-            time.sleep(pause)
+    for pause in (0.1, 0.5, 0.0):
+        output = engine.nerdctl.run(*words)
+        # With --force nerdctl 2.3 has the status 0 whatever comes of it: only what it removed it prints.
+        if output.stdout.strip() or "level=error" not in output.stderr:
+            break
+        error = nerdctl_error(output.stderr)
+        if isinstance(error, NotFound) or not pause:
+            raise error
+        # Somebody else has just started it.
+        time.sleep(pause)
     engine.forget(container)
     if placed_mounts(container):
         release_places(engine)
@@ -11713,11 +11691,11 @@ def remove_link(engine: Engine, name: str) -> None:
     parent, _, alias = name.strip("/").partition("/")
     if not alias or parent == child.name:
         raise ApiError("Conflict, cannot remove the default link name of the container")
-    with engine.owning(parent) as container, engine.changing(container):
+    with engine.owning(parent) as container:
         kept = [f"{other}:{each}" for each, other in container.links.items() if each != alias]
         request = {**container.request, "HostConfig": {**container.host_config, "Links": kept}}
         old = {key: "" for key in container.labels if key.startswith(LABEL_REQUEST + ".")}
-        engine.containerd.update_container(container.id, {**old, **request_labels(request)})
+        engine.update(container, {**old, **request_labels(request)})
     engine.hosts.refresh()
 
 
@@ -11784,7 +11762,8 @@ def log_lines(engine: Engine, request: Request, container: Container) -> Iterato
     follow = request.flag("follow") and container.running
     since, until = request.timestamp("since"), request.timestamp("until")
     first, last = max(0, since or 0), max(0, until or 0)
-    tail = tail_count(request)
+    # What is no number means all of them.
+    tail = int(request.value("tail")) if re.fullmatch(r"\+?[0-9]{1,18}", request.value("tail")) else None
     wanted = {STDOUT: request.flag("stdout"), STDERR: request.flag("stderr")}
     gone = threading.Event()
     with contextlib.ExitStack() as stack:
@@ -11815,12 +11794,6 @@ def nerdctl_log(engine: Engine, request: Request, container: Container, follow: 
             moment, _, rest = text.partition(" ")
             yield LogLine(moment, STDOUT, rest.encode("utf-8", "surrogateescape") + b"\n")
         process.check()
-
-
-def tail_count(request: Request) -> Optional[int]:
-    """How many lines from the end are asked for, None for all of them: also what is no number means that."""
-    text = request.value("tail")
-    return int(text) if re.fullmatch(r"\+?[0-9]{1,18}", text) else None
 
 
 def log_details(container: Container) -> bytes:
@@ -12479,7 +12452,7 @@ class Caretaker:
         threading.Thread(target=self._reap, name="caretaker", daemon=True).start()
 
     def look(self) -> None:
-        """Find what is to be cared for among the containers there are; for the start of the daemon."""
+        """Take over what a daemon before this one has left; for the start of the daemon."""
         with contextlib.suppress(ApiError):
             for container in self.engine.inventory.containers().values():
                 with contextlib.suppress(ApiError, OSError):
@@ -12489,15 +12462,11 @@ class Caretaker:
                     # After a restart of the machine containerd starts it, as soon as it can be started.
                     with contextlib.suppress(ApiError, OSError), mounted(self.engine, placed_mounts(container)):
                         pass
-                if container.running or container.state.kind == "restarting":
-                    self.hold(container)
-                elif was_started(container) and (auto_removed(container) or gives_back(container)):
-                    self.changed.put(container.id)
-            release_places(self.engine)
+            self.changed.put("")
             self.engine.hosts.refresh()
 
     def hold(self, container: Container) -> None:
-        """Care for a container that runs, or is about to."""
+        """Care for a container that runs or is being restarted."""
         with self.lock:
             watch = self.cared.get(container.id)
             if watch and (watch.pid != container.state.pid or container.state.kind != "running"):
@@ -12518,8 +12487,7 @@ class Caretaker:
     def on_event(self, event: Optional[ContainerdEvent]) -> None:
         """Note the starts and ends of containers; the work is done in a thread of its own."""
         if event is None:
-            if self.cared:
-                self.changed.put("")
+            self.changed.put("")
         elif event.topic in ("/tasks/exit", "/containers/delete") and event.payload.get("id") in (None, "",
                                                                                                   event.container):
             self.changed.put(event.container)
@@ -12539,18 +12507,14 @@ class Caretaker:
     def _settle(self, real: str) -> None:
         """After the end of a container (any, for ""): remove it if it is to be, and stop caring for what does not run.
         After its start: care for it. While it is paused nobody checks its health."""
-        if not real and not self.cared:
-            return
         table = self.engine.inventory.containers()
         for container in [table[real]] if real in table else list(table.values()) if not real else []:
-            if container.running:
+            if container.running or container.state.kind == "restarting":
                 self.hold(container)
                 if container.state.kind == "paused":
                     # As with dockerd, it is so until the next check.
                     note_health(self.engine, container, "unhealthy", container.state.failing, container.state.pid)
-            if container.running or container.state.kind in ("restarting", "created"):
-                continue
-            if self._end(container):
+            elif container.state.kind != "created" and self._end(container):
                 self.release(container.id)
         if real not in table:
             # Removed by somebody else.
@@ -13177,27 +13141,23 @@ def container_stats(engine: Engine, request: Request, name: str) -> Response:
     if stream and one_shot:
         raise BadParameter("cannot have stream=true and one-shot=true")
 
-    def sample(before: Dict[str, Any]) -> Dict[str, Any]:
-        now = engine.inventory.container(container.id)
-        return docker_stats(now, now.state.pid, before)
-
     def chunks() -> Iterator[bytes]:
         gone = threading.Event()
         before: Dict[str, Any] = {}
         with request.client.when_gone(gone.set):
             while not gone.is_set() and not engine.closing.is_set():
-                try:
-                    found = sample(before)
-                except NotFound:
+                now = engine.inventory.containers().get(container.id)
+                if now is None:
                     return
-                if not stream and not one_shot and not before and found["read"] != ZERO_TIME:
-                    before = found
-                    gone.wait(1.0)
-                    continue
-                yield json_bytes(found) + b"\n"
-                if not stream:
-                    return
-                before = found if found["read"] != ZERO_TIME else {}
+                found = docker_stats(now, now.state.pid, before)
+                runs = found["read"] != ZERO_TIME
+                # The only sample that is asked for has one before it.
+                told = stream or one_shot or bool(before) or not runs
+                if told:
+                    yield json_bytes(found) + b"\n"
+                    if not stream:
+                        return
+                before = found if runs else {}
                 gone.wait(1.0)
 
     return Response(200, Stream(chunks(), primed=True), "application/json")
@@ -13274,11 +13234,8 @@ def network_list(engine: Engine, request: Request) -> Response:
 def find_network(engine: Engine, name: str) -> Dict[str, Any]:
     """The network of a name, an id or the beginning of one; 404 and 400 with dockerd's words."""
     networks = list(engine.inventory.networks().values())
-    for key in ("Name", "Id"):
-        for each in networks:
-            if each[key] == name:
-                return each
-    found = [each for each in networks if each["Id"].startswith(name)]
+    exact = [each for key in ("Name", "Id") for each in networks if each[key] == name]
+    found = exact[:1] or [each for each in networks if each["Id"].startswith(name)]
     if len(found) > 1:
         raise BadParameter(f"network {name} is ambiguous ({len(found)} matches found based on ID prefix)")
     if not found:
@@ -13334,7 +13291,8 @@ def network_create_args(body: Dict[str, Any], name: str) -> List[str]:
         words.append("--ipam-driver=dhcp")
     words += _switch(body.get("Internal"), "--internal") + _switch(body.get("EnableIPv6"), "--ipv6")
     options = body.get("Options") or {}
-    words += network_options(options)
+    # What nerdctl does not carry out is only kept.
+    words += [f"--opt={DRIVER_OPTIONS[key]}={value}" for key, value in options.items() if key in DRIVER_OPTIONS]
     labels = body.get("Labels") or {}
     # nerdctl keeps none of them.
     labels.update({"nerdctld/options": json.dumps(options)} if options else {})
@@ -13349,11 +13307,6 @@ DRIVER_OPTIONS = {"com.docker.network.driver.mtu": "mtu", "com.docker.network.br
                   "com.docker.network.bridge.enable_icc": "icc", "parent": "parent", "macvlan_mode": "macvlan_mode",
                   "ipvlan_mode": "ipvlan_mode",
                   "mtu": "mtu"}
-
-
-def network_options(options: Dict[str, str]) -> List[str]:
-    """`--opt` words for the options that nerdctl carries out; the rest is only kept."""
-    return [f"--opt={DRIVER_OPTIONS[key]}={value}" for key, value in options.items() if key in DRIVER_OPTIONS]
 
 
 NETWORK_CREATE = {
@@ -13650,11 +13603,6 @@ def volume_delete(engine: Engine, request: Request, name: str) -> Response:
     return Response(204)
 
 
-def is_anonymous(volume: Dict[str, Any]) -> bool:
-    """Whether a volume was made without a name."""
-    return ANONYMOUS in (volume["Labels"] or {})
-
-
 @route("POST", "/volumes/prune")
 def volume_prune(engine: Engine, request: Request) -> Response:
     """Remove the volumes that no container has: the anonymous ones, with the filter `all` every one. As with dockerd,
@@ -13663,8 +13611,8 @@ def volume_prune(engine: Engine, request: Request) -> Response:
     everything = flag_filter(filters, "all", request.version < (1, 42))
     used, common, deleted, reclaimed = volume_users(engine), PruneFilter(filters), [], 0
     found = [volume for volume in list(engine.inventory.volumes().values())
-             if volume["Name"] not in used and (everything or is_anonymous(volume)) and not volume["Options"]
-             and common.passes(volume["Labels"] or {})]
+             if volume["Name"] not in used and not volume["Options"] and common.passes(volume["Labels"] or {})
+             and (everything or ANONYMOUS in (volume["Labels"] or {}))]
     sizes = volume_sizes(engine) if found else {}
     for volume in found:
         with contextlib.suppress(ApiError):
@@ -14151,22 +14099,15 @@ def rewrite_solve(message: bytes) -> Tuple[bytes, Optional[List[str]]]:
     return b"".join([*kept, *(encode_field(13, each) for each, _ in rewritten)]), told
 
 
-def dial(address: str, timeout: float = 5.0) -> socket.socket:
+def dial(address: str) -> socket.socket:
     """A connection to a buildkitd; 503 with the reason."""
     kind, _, place = address.partition("://")
     try:
         if kind == "unix":
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                sock.settimeout(timeout)
-                sock.connect(place)
-            except BaseException:
-                sock.close()
-                raise
-            return sock
+            return unix_connection(place, 5.0)
         if kind == "tcp":
             host, _, port = place.rstrip("/").rpartition(":")
-            sock = socket.create_connection((host.strip("[]"), int(port)), timeout)
+            sock = socket.create_connection((host.strip("[]"), int(port)), 5.0)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             return sock
@@ -14196,7 +14137,7 @@ def list_workers(address: str, timeout: float = 10.0) -> List[Dict[str, str]]:
     """The labels of a buildkitd's workers; 503 when it does not tell them in time."""
     try:
         with dial(address) as sock:
-            return parse_workers(grpc_call(sock, "/moby.buildkit.v1.Control/ListWorkers", b"", timeout=timeout))
+            return parse_workers(grpc_call(sock, GrpcProxy.SERVICE + "ListWorkers", b"", timeout=timeout))
     except (OSError, ValueError, GrpcError) as error:
         raise Unavailable(f"buildkitd at {address} does not tell its workers ({error}): see its log") from None
 
@@ -14749,31 +14690,25 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             body.expects = False
             body.drain(1 << 26, 2.0)
 
-    def head(self, response: Response, *extra: Tuple[str, str]) -> bytes:
-        """Status line and headers."""
-        lines = [f"HTTP/1.1 {response.status} {http.client.responses.get(response.status, 'Unknown')}"]
-        headers = {
-            "Api-Version": "%d.%d" % API_NEWEST,
-            "Docker-Experimental": "false",
-            "Ostype": "linux",
-            "Server": self.version_string(),
-            "Date": self.date_time_string(),
-        }
-        if response.media_type:
-            headers["Content-Type"] = response.media_type
-        headers.update(response.headers)
-        if self.close_connection:
-            headers["Connection"] = "close"
-        lines += [f"{name}: {value}" for name, value in [*headers.items(), *extra]]
+    def head(self, status: str, headers: Dict[str, str]) -> bytes:
+        """Status line and headers, with those that every answer has."""
+        found = {"Api-Version": "%d.%d" % API_NEWEST, "Docker-Experimental": "false", "Ostype": "linux",
+                 "Server": self.version_string(), **headers}
+        lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in found.items())]
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+
+    def response_head(self, response: Response, framing: Dict[str, str]) -> bytes:
+        """The head of a response, with the headers that say where its body ends."""
+        headers = {"Date": self.date_time_string(),
+                   **({"Content-Type": response.media_type} if response.media_type else {}), **response.headers,
+                   **({"Connection": "close"} if self.close_connection else {}), **framing}
+        return self.head(f"{response.status} {http.client.responses.get(response.status, 'Unknown')}", headers)
 
     def send_whole(self, response: Response) -> None:
         """A response whose body is at hand."""
-        body = response.body or b""
-        if response.status in (204, 304):
-            head, body = self.head(response), b""
-        else:
-            head = self.head(response, ("Content-Length", str(len(body))))
+        body = b"" if response.status in (204, 304) else response.body or b""
+        length = {} if response.status in (204, 304) else {"Content-Length": str(len(body))}
+        head = self.response_head(response, length)
         with contextlib.suppress(OSError):
             if self.command == "HEAD" or not body:
                 self.wfile.write(head)
@@ -14799,7 +14734,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             if body is not None:
                 # What makes the stream may read the body later, and inside of the answer there is no place for a 100.
                 body.invite()
-            self.wfile.write(self.head(response, *([("Transfer-Encoding", "chunked")] if chunked else [])))
+            self.wfile.write(self.response_head(response, {"Transfer-Encoding": "chunked"} if chunked else {}))
             for chunk in itertools.chain(first, stream.chunks):
                 if chunk:
                     self.send_chunk(chunk, chunked)
@@ -14843,17 +14778,11 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         early = self.rfile.peek()
         self.connection.setblocking(True)
         upgraded = "Upgrade" in self.headers
-        lines = ["HTTP/1.1 101 UPGRADED" if upgraded else "HTTP/1.1 200 OK"]
+        headers = {"Connection": "Upgrade", "Upgrade": response.body.protocol} if upgraded else {}
         if response.media_type:
-            lines.append(f"Content-Type: {response.media_type if upgraded else 'application/vnd.docker.raw-stream'}")
-        if upgraded:
-            lines += ["Connection: Upgrade", f"Upgrade: {response.body.protocol}"]
-        told = {"Api-Version": "%d.%d" % API_NEWEST, "Docker-Experimental": "false", "Ostype": "linux",
-                "Server": self.version_string(),
-                **response.headers}
-        lines += [f"{name}: {value}" for name, value in told.items()]
+            headers["Content-Type"] = response.media_type if upgraded else RAW_STREAM
         try:
-            self.wfile.write(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+            self.wfile.write(self.head("101 UPGRADED" if upgraded else "200 OK", {**headers, **response.headers}))
         except OSError:
             response.body.abandon()
             return 499
@@ -15000,16 +14929,13 @@ def own_socket(path: str, group: str = "") -> socket.socket:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise StartError(f"cannot listen on {path}: it is in the way and not a socket: remove it, or "
                              f"{elsewhere}")
-        probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with probe:
-            probe.settimeout(5)
-            try:
-                probe.connect(path)
-                raise StartError(f"cannot listen on {path}: {taken} {elsewhere}")
-            except (ConnectionRefusedError, FileNotFoundError):
-                pass
-            except OSError as error:
-                raise refused(error) from None
+        try:
+            unix_connection(path, 5.0).close()
+            raise StartError(f"cannot listen on {path}: {taken} {elsewhere}")
+        except (ConnectionRefusedError, FileNotFoundError):
+            pass
+        except OSError as error:
+            raise refused(error) from None
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # Made under another name and moved into place: nobody can connect before the mode is right, and of two daemons that
     # start at once one is left.
@@ -15063,9 +14989,8 @@ def notify_systemd(message: str, address: str) -> None:
 def dial_stdio(path: str) -> int:
     """Join standard input and output to the socket, with half-closes passed on: the far end of `docker -H ssh://`.
     Returns the exit status."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.connect(path)
+        sock = unix_connection(path)
     except OSError as error:
         advice = ("be root or in the group that it belongs to" if isinstance(error, PermissionError)
                   else "start nerdctld (systemctl start nerdctl.socket), or name its socket with -H unix://PATH")

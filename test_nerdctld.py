@@ -11499,7 +11499,7 @@ class TestBuildKit:
     @pytest.mark.parametrize("address", ["unix:///nonexistent.sock", "tcp://127.0.0.1:1", "ssh://x", "tcp://x", "docker-container://b", ""])
     def test_dial_of_nothing(self, address):
         with pytest.raises(nerdctld.Unavailable) as caught:
-            nerdctld.dial(address, 2.0)
+            nerdctld.dial(address)
         assert address in str(caught.value)
 
     @pytest.mark.parametrize("workers, words", [
