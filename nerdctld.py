@@ -1706,7 +1706,7 @@ class Client:
 
 class Request:
     """One request. `version` is a pair such as (1, 44); `query` maps each name to its list of values; `body` has
-    `read(n)` and `readinto(view)`; `headers` compares names without case."""
+    `read(n)` and `blocks()`; `headers` compares names without case."""
 
     def __init__(self, method: str, path: str, version: Tuple[int, int] = API_NEWEST,
                  query: Optional[Dict[str, List[str]]] = None,
@@ -2091,10 +2091,11 @@ def find_route(method: str, path: str) -> Tuple[Callable[..., Response], Dict[st
 
 
 def dispatch(engine: "Engine", request: Request) -> Response:
-    """Answer a request. ApiErrors become error responses here and nowhere else."""
+    """Answer a request: with 204 where the handler returns nothing. ApiErrors become error responses here and nowhere
+    else."""
     try:
         handler, arguments = find_route(request.method, request.path)
-        return handler(engine, request, **arguments)
+        return handler(engine, request, **arguments) or Response(204)
     except ApiError as error:
         return error_response(error)
 
@@ -5321,10 +5322,10 @@ def network_mode(container: Container) -> str:
     return asked if asked != "default" else next(iter(network_names(container)), "bridge")
 
 
-def asked_endpoint(container: Container, name: str, identity: str = "") -> Dict[str, Any]:
+def asked_endpoint(container: Container, name: str) -> Dict[str, Any]:
     """The EndpointSettings that a client gave for a network of a container, {} for none."""
     asked = (container.request.get("NetworkingConfig") or {}).get("EndpointsConfig") or {}
-    return asked.get(name) or asked.get(identity) or (asked.get("default") if name == "bridge" else None) or {}
+    return asked.get(name) or (asked.get("default") if name == "bridge" else None) or {}
 
 
 def parse_result(result: Dict[str, Any]) -> Dict[str, Any]:
@@ -5781,8 +5782,7 @@ def attach_networks(engine: "Engine", container: Container, pid: int) -> None:
              *(name for name, each in attached_networks(container).items() if each.pid == pid)]
     for network in network_names(container):
         if there and network not in there:
-            labels.update(attach_network(engine, container, network, asked_endpoint(
-                container, network, engine.inventory.networks().get(network, {}).get("Id") or ""), pid))
+            labels.update(attach_network(engine, container, network, asked_endpoint(container, network), pid))
     if labels:
         engine.update(container, labels)
 
@@ -8497,8 +8497,8 @@ def endpoint_id(container: Container, network: Dict[str, Any]) -> str:
 
 def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, Any],
              asked: Dict[str, Any]) -> Dict[str, Any]:
-    """One entry of NetworkSettings.Networks. `network` is the snapshot's, `address` of its interface, `asked` the
-    request's EndpointSettings."""
+    """One entry of NetworkSettings.Networks: of a network as Docker shows it, the address of the container's interface
+    in it, and the EndpointSettings that were asked for."""
     running = bool(address)
     identity = network.get("Id") or ""
     configs = (network.get("IPAM") or {}).get("Config") or []
@@ -8527,8 +8527,8 @@ def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -
     for name in network_names(container):
         if not network_mode(container).startswith("container:"):
             network = networks.get(name) or {}
-            found[network.get("Name") or name] = endpoint(container, network, addresses.get(name, {}), asked_endpoint(
-                container, name, network.get("Id") or ""))
+            found[network.get("Name") or name] = endpoint(container, network, addresses.get(name, {}),
+                                                          asked_endpoint(container, name))
     return found
 
 
@@ -8641,22 +8641,20 @@ def container_rows(engine: Engine, containers: Iterable[Container], among: Itera
 
 
 CONTAINER_FILTERS = ("ancestor", "before", "expose", "exited", "health", "id", "isolation", "is-task", "label", "name",
-                     "network", "publish",
-                     "since", "status", "volume")
+                     "network", "publish", "since", "status", "volume")
 STATES = ("created", "running", "paused", "restarting", "removing", "exited", "dead")
+HEALTH_STATES = ("none", "starting", "healthy", "unhealthy")
 
 
 def check_container_filters(filters: Dict[str, List[str]]) -> None:
     """400 with dockerd's words for a filter value that cannot be."""
-    for each in filters.get("status") or []:
-        if each not in STATES:
-            raise BadParameter(f"invalid value for state ({each}): must be one of {', '.join(STATES)}")
+    for key, word, known in (("status", "state", STATES), ("health", "health", HEALTH_STATES)):
+        for each in filters.get(key) or []:
+            if each not in known:
+                raise BadParameter(f"invalid value for {word} ({each}): must be one of {', '.join(known)}")
     for each in filters.get("exited") or []:
         if not re.fullmatch(r"-?\d+", each):
             raise BadParameter(f"invalid filter 'exited={each}'")
-    for each in filters.get("health") or []:
-        if each not in ("none", "starting", "healthy", "unhealthy"):
-            raise BadParameter(f"invalid value for health ({each}): must be one of none, starting, healthy, unhealthy")
 
 
 def match_port(ports: List[Dict[str, Any]], key: str, wanted: List[str]) -> bool:
@@ -9032,9 +9030,8 @@ def note_health(engine: Engine, container: Container, status: str = "starting", 
 
 def image_of(engine: Engine, container: Container) -> Optional[ImageGroup]:
     """The image of a container, None when it is there no more."""
-    named = engine.inventory.images.by_name()
-    wanted = image_id(container, named)
-    return next((group for group in named.values() if group.id == wanted), None)
+    images = engine.inventory.images
+    return images.get().get(image_id(container, images.by_name()))
 
 
 @route("GET", "/containers/{id}/json")
@@ -11420,7 +11417,7 @@ def start_refused(engine: Engine, container: Container, error: ApiError) -> None
 
 
 @route("POST", "/containers/{id}/start")
-def container_start(engine: Engine, request: Request, name: str) -> Response:
+def container_start(engine: Engine, request: Request, name: str) -> None:
     """Start it; 204, 304 when it runs already, 400 when its command cannot be run."""
     if len(read_limited(request.body, JSON_LIMIT)) > 7:
         raise BadParameter("starting container with non-empty request body was deprecated since API v1.22 and removed "
@@ -11442,7 +11439,6 @@ def container_start(engine: Engine, request: Request, name: str) -> Response:
             start_refused(engine, container, error)
             raise
     engine.hosts.refresh()
-    return Response(204)
 
 
 def stop_seconds(request: Request, container: Container) -> float:
@@ -11498,7 +11494,7 @@ def stop_container(engine: Engine, request: Request, container: Container) -> No
 
 
 @route("POST", "/containers/{id}/stop")
-def container_stop(engine: Engine, request: Request, name: str) -> Response:
+def container_stop(engine: Engine, request: Request, name: str) -> None:
     """Stop it within `t` seconds, then kill it; 204, 304 when it does not run."""
     read_limited(request.body, JSON_LIMIT)
     request.integer("t")
@@ -11509,11 +11505,10 @@ def container_stop(engine: Engine, request: Request, name: str) -> Response:
         hold_policy(engine, container)
     if container.running:
         stop_container(engine, request, container)
-    return Response(204)
 
 
 @route("POST", "/containers/{id}/restart")
-def container_restart(engine: Engine, request: Request, name: str) -> Response:
+def container_restart(engine: Engine, request: Request, name: str) -> None:
     """Stop it if it runs, and start it; 204."""
     read_limited(request.body, JSON_LIMIT)
     request.integer("t")
@@ -11538,7 +11533,6 @@ def container_restart(engine: Engine, request: Request, name: str) -> Response:
                     raise
     engine.hosts.refresh()
     engine.tell(container, "restart")
-    return Response(204)
 
 
 def require_running(container: Container) -> None:
@@ -11548,14 +11542,14 @@ def require_running(container: Container) -> None:
 
 
 @route("POST", "/containers/{id}/kill")
-def container_kill(engine: Engine, request: Request, name: str) -> Response:
+def container_kill(engine: Engine, request: Request, name: str) -> None:
     """Send it a signal; 204, 409 when it does not run."""
     read_limited(request.body, JSON_LIMIT)
     with engine.owning(name) as container:
         number = signal_number(check_signal(request.value("signal") or "KILL"))
         refusal = Conflict(f"cannot kill container: {name}: container {container.id} is not running")
         if not container.running and request.version < (1, 20):
-            return Response(204)
+            return
         if not container.running:
             raise refusal
         count, ends = engine.tasks.now(), number in (signal.SIGKILL, ends_by(container))
@@ -11569,7 +11563,6 @@ def container_kill(engine: Engine, request: Request, name: str) -> Response:
     if number == signal.SIGKILL:
         # As dockerd does: who is told that it was killed finds it so.
         engine.tasks.ended_since(container.id, count, engine.tasks.DYING)
-    return Response(204)
 
 
 def ends_by(container: Container) -> int:
@@ -11580,28 +11573,26 @@ def ends_by(container: Container) -> int:
 
 
 @route("POST", "/containers/{id}/pause")
-def container_pause(engine: Engine, request: Request, name: str) -> Response:
+def container_pause(engine: Engine, request: Request, name: str) -> None:
     """Freeze it; 204, 409 when it does not run or is paused already."""
     with engine.owning(name) as container:
         require_running(container)
         if container.state.kind == "paused":
             raise Conflict(f"container {container.id} is already paused")
         engine.containerd.pause_task(container.id)
-    return Response(204)
 
 
 @route("POST", "/containers/{id}/unpause")
-def container_unpause(engine: Engine, request: Request, name: str) -> Response:
+def container_unpause(engine: Engine, request: Request, name: str) -> None:
     """Let it go on; 204, 409 when it is not paused."""
     with engine.owning(name) as container:
         if container.state.kind != "paused":
             raise Conflict(f"container {container.id} is not paused")
         engine.containerd.resume_task(container.id)
-    return Response(204)
 
 
 @route("POST", "/containers/{id}/rename")
-def container_rename(engine: Engine, request: Request, name: str) -> Response:
+def container_rename(engine: Engine, request: Request, name: str) -> None:
     """Give it another name; 204, 409 for one in use."""
     with engine.owning(name) as container:
         if not request.value("name"):
@@ -11611,14 +11602,12 @@ def container_rename(engine: Engine, request: Request, name: str) -> Response:
             raise BadParameter("Renaming a container with the same name as its current name")
         engine.nerdctl.run("rename", "--", container.id, check_name(engine, wanted))
     engine.tell(engine.inventory.container(container.id), "rename", oldName="/" + container.name)
-    return Response(204)
 
 
 UPDATE_FLAGS = tuple((path.partition(".")[2], flag, render) for path, flag, render in CREATE_FLAGS
                      if flag in ("--cpu-shares", "--cpu-period", "--cpu-quota", "--cpuset-cpus", "--cpuset-mems",
-                                 "--memory",
-                                 "--memory-reservation", "--memory-swap", "--pids-limit", "--blkio-weight",
-                                 "--kernel-memory"))
+                                 "--memory", "--memory-reservation", "--memory-swap", "--pids-limit",
+                                 "--blkio-weight", "--kernel-memory"))
 
 
 @route("POST", "/containers/{id}/update")
@@ -11700,12 +11689,12 @@ def remove_link(engine: Engine, name: str) -> None:
 
 
 @route("DELETE", "/containers/{id}")
-def container_delete(engine: Engine, request: Request, name: str) -> Response:
+def container_delete(engine: Engine, request: Request, name: str) -> None:
     """Remove it (`force`, `v` for anonymous volumes); 204, 409 while it runs."""
     gone = Conflict(f"removal of container {name} is already in progress")
     if request.flag("link"):
         remove_link(engine, name)
-        return Response(204)
+        return
     with engine.owning(name, gone=gone) as container:
         if (container.running or container.state.kind == "restarting") and not request.flag("force"):
             word = container.state.kind
@@ -11715,7 +11704,6 @@ def container_delete(engine: Engine, request: Request, name: str) -> Response:
         if container.running:
             engine.tell(container, "kill", signal=str(int(signal.SIGKILL)))
         remove_container(engine, container, request.flag("force"), request.flag("v"))
-    return Response(204)
 
 
 def prunable(engine: Engine, container: Container) -> bool:
@@ -12132,24 +12120,22 @@ EXEC_CREATE = {"User": str, "Privileged": bool, "Tty": bool, "ConsoleSize": [UNS
                "Cmd": [str]}
 
 
-def account_rows(container: Container, path: str) -> Optional[List[List[str]]]:
-    """The lines of a running container's /etc/passwd or /etc/group, as fields; None where it cannot be read."""
-    try:
-        with opened_below(f"/proc/{container.state.pid}/root", path, follow=True) as (descriptor, _):
-            # The container's own: it may be a FIFO, on which one would wait for ever, or without an end.
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return None
+def account_rows(container: Container, path: str) -> List[List[str]]:
+    """The lines of a running container's /etc/passwd or /etc/group, as fields; [] where it cannot be read."""
+    root, data = f"/proc/{container.state.pid}/root", b""
+    with contextlib.suppress(OSError), opened_below(root, path, follow=True) as (descriptor, _):
+        # The container's own: it may be a FIFO, on which one would wait for ever, or without an end.
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
             with open(f"/proc/self/fd/{descriptor}", "rb") as file:
-                return [line.split(":") for line in file.read(1 << 20).decode("utf-8", "replace").splitlines()]
-    except OSError:
-        return None
+                data = file.read(1 << 20)
+    return [line.split(":") for line in data.decode("utf-8", "replace").splitlines()]
 
 
 def find_user(container: Container, text: str) -> Dict[str, Any]:
     """The user of an OCI process for `user`, `uid`, `user:group` …, also in the groups that the container was given;
     400 with dockerd's words where the container has none of that name."""
     name, _, group = text.partition(":")
-    passwd, groups = account_rows(container, "/etc/passwd") or [], account_rows(container, "/etc/group") or []
+    passwd, groups = account_rows(container, "/etc/passwd"), account_rows(container, "/etc/group")
 
     def group_id(group: str) -> int:
         row = next((each for each in groups if len(each) > 2 and group in (each[0], each[2])), None)
@@ -13417,10 +13403,9 @@ def remove_network(engine: Engine, network: Dict[str, Any]) -> None:
 
 
 @route("DELETE", "/networks/{id}")
-def network_delete(engine: Engine, request: Request, name: str) -> Response:
+def network_delete(engine: Engine, request: Request, name: str) -> None:
     """Remove a network; 204."""
     remove_network(engine, find_network(engine, name))
-    return Response(204)
 
 
 @route("POST", "/networks/prune")
@@ -13460,9 +13445,7 @@ def rewiring(engine: Engine, body: Dict[str, Any]) -> Iterator[Tuple[Container, 
     name = body.get("Container") or ""
     gone = ApiError(f"Container {name} is marked for removal and cannot be connected or disconnected to the network")
     with engine.owning(name, gone) as container:
-        known = engine.inventory.networks()
-        yield container, {each: asked_endpoint(container, each, (known.get(each) or {}).get("Id") or "")
-                          for each in network_names(container)}
+        yield container, {each: asked_endpoint(container, each) for each in network_names(container)}
     engine.hosts.refresh()
 
 
@@ -13591,16 +13574,15 @@ def remove_volume(engine: Engine, name: str) -> None:
 
 
 @route("DELETE", "/volumes/{name}")
-def volume_delete(engine: Engine, request: Request, name: str) -> Response:
+def volume_delete(engine: Engine, request: Request, name: str) -> None:
     """Remove a volume; 204, with `force` also when there is none; 409 while it is in use."""
     try:
         find_volume(engine, name)
     except NotFound:
         if request.flag("force"):
-            return Response(204)
+            return
         raise
     remove_volume(engine, name)
-    return Response(204)
 
 
 @route("POST", "/volumes/prune")
@@ -14360,8 +14342,8 @@ def buildkit_session(engine: Engine, request: Request) -> Response:
 
 
 class Body:
-    """The body of a request, read as it comes: Content-Length or chunked. Nothing is held beyond the caller's buffer.
-    The 100 that a client waits for is sent with the first read. ClientGone when it breaks off."""
+    """The body of a request, read as it comes: Content-Length or chunked. The 100 that a client waits for is sent with
+    the first read. ClientGone when it breaks off."""
 
     def __init__(self, handler: "RequestHandler", length: Optional[int], chunked: bool, expects: bool):
         self.handler = handler
@@ -14370,21 +14352,21 @@ class Body:
         self.expects = expects
         self.ended = not chunked and not length
 
-    def readinto(self, view: memoryview) -> int:
-        """Fill a part of `view`; 0 at the end of the body."""
-        if self.ended or not len(view):
-            return 0
+    def read(self, size: int = BLOCK) -> bytes:
+        """Up to `size` bytes as soon as there are any, b"" at the end."""
+        if self.ended:
+            return b""
         try:
             self.invite()
             if self.chunked and not self.left:
                 self.left = self._chunk_size()
                 if not self.left:
                     self._trailers()
-                    return 0
-            got = self.handler.rfile.readinto1(view[: self.left])
-            if not got:
+                    return b""
+            data = self.handler.rfile.read1(min(size, self.left))
+            if not data:
                 raise ClientGone()
-            self.left -= got
+            self.left -= len(data)
             if not self.left:
                 if not self.chunked:
                     self.ended = True
@@ -14396,27 +14378,17 @@ class Body:
         except (BadParameter, ClientGone):
             self._broken()
             raise
-        return got
+        return data
+
+    def blocks(self) -> Iterator[bytes]:
+        """The rest of the body as it comes."""
+        return iter(self.read, b"")
 
     def invite(self) -> None:
         """Send the 100 that the client waits for, if it does."""
         if self.expects and not self.ended:
             self.expects = False
             self.handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def read(self, size: int = BLOCK) -> bytes:
-        """Up to `size` bytes, b"" at the end."""
-        buffer = bytearray(max(0, min(size, BLOCK)))
-        return bytes(memoryview(buffer)[: self.readinto(memoryview(buffer))])
-
-    def blocks(self, size: int = BLOCK) -> Iterator[memoryview]:
-        """The body in views of one buffer, each to be used up before the next."""
-        buffer = memoryview(bytearray(size))
-        while True:
-            got = self.readinto(buffer)
-            if not got:
-                return
-            yield buffer[:got]
 
     def drain(self, limit: int, seconds: float) -> bool:
         """Read and drop what is left, within bounds; whether the end was reached."""
@@ -14425,7 +14397,7 @@ class Body:
         deadline = time.monotonic() + seconds
         with contextlib.suppress(ClientGone, ApiError, OSError):
             self.handler.connection.settimeout(seconds)
-            for block in self.blocks() if not self.ended else ():
+            for block in self.blocks():
                 limit -= len(block)
                 if limit < 0 or time.monotonic() > deadline:
                     break
