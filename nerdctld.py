@@ -10841,12 +10841,12 @@ class ProcessStreams:
     # How long after the end of the process output may come that others hold open; dockerd waits as long.
     LINGER = 2.0
 
-    def __init__(self, folder: str, stdin: bool, terminal: bool, once: bool, attachments: Iterable[Attachment] = (),
+    def __init__(self, folder: str, stdin: bool, terminal: bool, once: bool,
                  keep: Optional[Callable[[int, bytes], None]] = None,
                  close_stdin: Callable[[], None] = lambda: None, on_end: Callable[[], None] = lambda: None,
                  found: Optional[TaskStreams] = None):
         self.lock = threading.Lock()
-        self.attachments = list(attachments)
+        self.attachments: List[Attachment] = []
         self.keep, self.tell_stdin_closed, self.on_end = keep, close_stdin, on_end
         self.once = once
         self.started, self.ended = threading.Event(), threading.Event()
@@ -10877,9 +10877,6 @@ class ProcessStreams:
             os.set_blocking(end, False)
         self.paths = found or TaskStreams(*(os.path.join(self.folder, name) if name in names else ""
                                             for name in ("stdin", "stdout", "stderr")), terminal)
-        for each in self.attachments:
-            each.streams = self
-            each.ready.set()
         threading.Thread(target=self._follow, name="streams", daemon=True).start()
 
     def join(self, attachment: Attachment) -> bool:
@@ -11280,8 +11277,7 @@ def console_size(container: Container) -> Tuple[int, int]:
     return (size[0], size[1]) if len(size) == 2 and all(isinstance(each, int) for each in size) else (0, 0)
 
 
-def open_streams(engine: Engine, container: Container, attachments: Iterable[Attachment] = (),
-                 found: Optional[TaskStreams] = None) -> ProcessStreams:
+def open_streams(engine: Engine, container: Container, found: Optional[TaskStreams] = None) -> ProcessStreams:
     """FIFOs for a container's process, or those that it has already, with its log."""
     try:
         keep = open_log(engine.nerdctl, container)
@@ -11298,7 +11294,7 @@ def open_streams(engine: Engine, container: Container, attachments: Iterable[Att
     try:
         tty = is_terminal(container)
         streams = ProcessStreams(container.folder or engine.workspace.folder(), has_stdin(container), tty,
-                                 bool(container.request.get("StdinOnce")) and not tty, attachments, keep,
+                                 bool(container.request.get("StdinOnce")) and not tty, keep,
                                  functools.partial(engine.containerd.close_stdin, container.id), ended, found)
     except BaseException:
         if keep:
@@ -11322,7 +11318,7 @@ def find_streams(engine: Engine, container: Container) -> Optional[ProcessStream
         with contextlib.suppress(ApiError), engine.owning(container.id) as now:
             if owner.streams is None and now.running and now.task.stdout == container.task.stdout:
                 found = found_streams(os.path.dirname(now.task.stdout), is_terminal(now))
-                streams = open_streams(engine, now, found=found)
+                streams = open_streams(engine, now, found)
                 streams.begin()
                 if not runs(engine, now):
                     # Its end was told before there was anybody to hear of it.
@@ -11374,7 +11370,9 @@ def start_container(engine: Engine, container: Container) -> None:
         note_health(engine, container)
         engine.hosts.refresh(container)
         if waiting or has_stdin(container):
-            streams = open_streams(engine, container, waiting)
+            streams = open_streams(engine, container)
+            for each in waiting:
+                streams.join(each)
         with mounted(engine, placed_mounts(container)):
             try:
                 start_task(engine, container, streams.paths if streams else log_streams(container))
@@ -12092,25 +12090,13 @@ class Exec:
 
     def __init__(self, container: Container, config: Dict[str, Any]):
         self.id = os.urandom(32).hex()
-        self.container = container
-        self.config = config
-        self.started = False
-        self.running = False
+        self.container, self.config = container, config
+        self.command, self.tty = config["Cmd"], bool(config.get("Tty"))
+        self.started = self.running = False
         self.code: Optional[int] = None
-        self.pid = 0
-        self.size = (0, 0)
+        self.pid, self.size = 0, (0, 0)
         # Set when it has ended, or could not be started.
         self.done = threading.Event()
-
-    @property
-    def tty(self) -> bool:
-        """Whether it has a terminal."""
-        return bool(self.config.get("Tty"))
-
-    @property
-    def command(self) -> List[str]:
-        """The words of its command line."""
-        return self.config.get("Cmd") or []
 
 
 EXECS_KEPT = 1000
@@ -12375,10 +12361,11 @@ def serve_exec(engine: Engine, request: Request, instance: Exec, connection: Con
         streams = None
         try:
             streams = ProcessStreams(instance.container.folder or engine.workspace.folder(), attachment.stdin,
-                                     instance.tty, not instance.tty, [attachment],
+                                     instance.tty, not instance.tty,
                                      close_stdin=functools.partial(engine.containerd.close_stdin,
                                                                    instance.container.id, instance.id),
                                      on_end=instance.done.wait)
+            streams.join(attachment)
             run_exec(engine, instance, streams.paths)
         except ApiError as error:
             # Whatever the client wants: there is no other place for it.
@@ -12485,6 +12472,9 @@ class Caretaker:
             real = self.changed.get()
             try:
                 self._settle(real)
+            except Unavailable:
+                # All of them are looked at when containerd is there again.
+                pass
             except ApiError as error:
                 log(f"{real[:12]}: {error}")
             except Exception:
@@ -13235,10 +13225,10 @@ def network_inspect(engine: Engine, request: Request, name: str) -> Response:
     network = dict(find_network(engine, name))
     if request.value("scope") not in ("", "local"):
         raise NotFound(f"network {name} not found")
-    members = {}
+    members, networks = {}, engine.inventory.networks()
     for container in engine.inventory.containers().values():
         if container.running and network["Name"] in network_names(container):
-            told = docker_networks(container, engine.inventory.networks()).get(network["Name"]) or {}
+            told = docker_networks(container, networks).get(network["Name"]) or {}
             members[container.id] = {
                 "Name": container.name, "EndpointID": told.get("EndpointID") or "",
                 "MacAddress": told.get("MacAddress") or "",

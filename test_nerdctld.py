@@ -7397,8 +7397,10 @@ class Shim:
 
     def __init__(self, folder, stdin=True, terminal=False, once=False, attachments=(), on_end=lambda: None, **options):
         self.kept, self.closings = [], []
-        self.streams = nerdctld.ProcessStreams(str(folder), stdin, terminal, once, attachments, lambda kind, data: self.kept.append((kind, data)),
+        self.streams = nerdctld.ProcessStreams(str(folder), stdin, terminal, once, lambda kind, data: self.kept.append((kind, data)),
                                                lambda: self.closings.append(True), on_end, **options)
+        for each in attachments:
+            self.streams.join(each)
         paths = self.streams.paths
         self.files = {kind: open(path, "wb", buffering=0) for kind, path in ((1, paths.stdout), (2, paths.stderr)) if path}
         self.stdin = open(os.open(paths.stdin, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) if paths.stdin else None
