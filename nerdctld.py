@@ -11497,7 +11497,8 @@ def container_stop(engine: Engine, request: Request, name: str) -> None:
     read_limited(request.body, JSON_LIMIT)
     request.integer("t")
     with engine.owning(name) as container:
-        if not container.running and container.state.kind != "restarting":
+        # In the middle of a restart it counts as one that runs.
+        if not (container.running or container.state.kind == "restarting" or engine.owner(container.id).restarting):
             raise NotModified()
         stop_signal(request, container)
         hold_policy(engine, container)
