@@ -8510,8 +8510,8 @@ def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, A
         "GwPriority": asked.get("GwPriority") or 0, "NetworkID": identity,
         "EndpointID": endpoint_id(container, network) if running else "",
         "Gateway": config.get("Gateway") or "" if running else "", "IPAddress": address.get("ip") or "",
-        "MacAddress": (address if running else {} if was_started(container)
-                       else {"mac": asked.get("MacAddress")}).get("mac") or "",
+        "MacAddress": (address.get("mac") if running or container.state.kind != "created" or container.state.error
+                       else asked.get("MacAddress")) or "",
         "IPPrefixLen": address.get("prefix") or 0, "GlobalIPv6Address": address.get("ip6") or "",
         "IPv6Gateway": config6.get("Gateway") or "" if address.get("ip6") else "",
         "GlobalIPv6PrefixLen": address.get("prefix6") or 0, "DNSNames": None if network.get("Name") in (
@@ -8774,12 +8774,6 @@ HOST_CONFIG: Dict[str, Any] = {
 DEFAULT_RUNTIME = {"io.containerd.runc.v2": "runc"}
 
 
-def restart_policy(container: Container) -> Dict[str, Any]:
-    """Docker's RestartPolicy from containerd's label."""
-    name, _, count = (container.labels.get("containerd.io/restart.policy") or "no").partition(":")
-    return {"Name": name, "MaximumRetryCount": int(count) if count.isdigit() else 0}
-
-
 def port_bindings(container: Container) -> Dict[str, Any]:
     """Docker's port map of what is published."""
     found: Dict[str, Any] = {}
@@ -8801,6 +8795,7 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
     resources = linux.get("resources") or {}
     memory, cpu = resources.get("memory") or {}, resources.get("cpu") or {}
     found, logged = dict(HOST_CONFIG), label_fields(labels, "nerdctl/log-config")
+    policy, _, tries = (labels.get("containerd.io/restart.policy") or "no").partition(":")
     found.update({
         "AutoRemove": labels.get("nerdctl/auto-remove") == "true", "CpuPeriod": cpu.get("period") or 0,
         "CpuQuota": cpu.get("quota") or 0,
@@ -8815,7 +8810,7 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         "PortBindings": {} if container.request else port_bindings(container),
         "Privileged": labels.get("nerdctl/privileged") == "true",
         "ReadonlyRootfs": bool((spec.get("root") or {}).get("readonly")),
-        "RestartPolicy": restart_policy(container),
+        "RestartPolicy": {"Name": policy, "MaximumRetryCount": int_or_zero(tries)},
         "Runtime": DEFAULT_RUNTIME.get(container.runtime, container.runtime) or found["Runtime"],
         "Binds": [f"{mount['Source']}:{mount['Destination']}" + ("" if mount["RW"] else ":ro")
                   for mount in container.mounts if mount["Type"] == "bind" and not container.request] or None,
@@ -8891,11 +8886,6 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
     if not asked and container.health_check:
         found["Healthcheck"] = container.health_check
     return found
-
-
-def was_started(container: Container) -> bool:
-    """Whether a container has run before."""
-    return container.state.kind != "created" or bool(container.state.error)
 
 
 def docker_state(state: State, out_of_memory: bool, health: Optional[Dict[str, Any]]) -> Dict[str, Any]:
@@ -11271,12 +11261,6 @@ def is_terminal(container: Container) -> bool:
     return bool(container.process.get("terminal"))
 
 
-def console_size(container: Container) -> Tuple[int, int]:
-    """Height and width that a container's terminal has at its start, (0, 0) where nobody has said."""
-    size = container.host_config.get("ConsoleSize") or []
-    return (size[0], size[1]) if len(size) == 2 and all(isinstance(each, int) for each in size) else (0, 0)
-
-
 def open_streams(engine: Engine, container: Container, found: Optional[TaskStreams] = None) -> ProcessStreams:
     """FIFOs for a container's process, or those that it has already, with its log."""
     try:
@@ -11348,8 +11332,8 @@ def start_task(engine: Engine, container: Container, streams: TaskStreams) -> No
     pid = engine.containerd.create_task(container.record, streams)
     try:
         attach_networks(engine, container, pid)
-        size = console_size(container)
-        if streams.terminal and all(size):
+        size = container.host_config.get("ConsoleSize") or []
+        if streams.terminal and len(size) == 2 and all(size):
             engine.containerd.resize_terminal(container.id, *size)
         engine.containerd.start_task(container.id)
     except BaseException:
@@ -11359,6 +11343,18 @@ def start_task(engine: Engine, container: Container, streams: TaskStreams) -> No
         with contextlib.suppress(ApiError):
             engine.containerd.delete_task(container.id)
         raise
+
+
+def start_refused(engine: Engine, container: Container, error: ApiError) -> None:
+    """After a start that failed: a container that was to be removed at its end is removed now, unless it runs, by
+    another hand, or it was containerd that could not be reached for it."""
+    spared = isinstance(error, (Unavailable, NotImplementedHere))
+    if auto_removed(container) and not spared:
+        with contextlib.suppress(ApiError):
+            remove_container(engine, container, force=False, volumes=True)
+    if engine.caretaker:
+        engine.caretaker.changed.put(container.id)
+    engine.tasks.failed(container.id, refused_code(str(error)), spared and auto_removed(container))
 
 
 def start_container(engine: Engine, container: Container) -> None:
@@ -11385,6 +11381,8 @@ def start_container(engine: Engine, container: Container) -> None:
         for each in waiting:
             each.finish()
         engine.claimed.pop(container.id, None)
+        if isinstance(error, ApiError):
+            start_refused(engine, container, error)
         raise
     if streams:
         streams.begin()
@@ -11400,18 +11398,6 @@ def note_error(engine: Engine, container: Container, message: str) -> None:
     with contextlib.suppress(ApiError):
         task = engine.containerd.get_task(container.id)
         engine.update(container, {"nerdctl/error": message[:3000], LABEL_REFUSED: str(task.pid) if task else ""})
-
-
-def start_refused(engine: Engine, container: Container, error: ApiError) -> None:
-    """After a start that failed: a container that was to be removed at its end is removed now, unless it runs, by
-    another hand, or it was containerd that could not be reached for it."""
-    spared = isinstance(error, (Unavailable, NotImplementedHere))
-    if auto_removed(container) and not spared:
-        with contextlib.suppress(ApiError):
-            remove_container(engine, container, force=False, volumes=True)
-    if engine.caretaker:
-        engine.caretaker.changed.put(container.id)
-    engine.tasks.failed(container.id, refused_code(str(error)), spared and auto_removed(container))
 
 
 @route("POST", "/containers/{id}/start")
@@ -11431,11 +11417,7 @@ def container_start(engine: Engine, request: Request, name: str) -> None:
             raise Conflict("cannot start a paused container, try unpause instead")
         if container.running:
             raise NotModified()
-        try:
-            start_container(engine, container)
-        except ApiError as error:
-            start_refused(engine, container, error)
-            raise
+        start_container(engine, container)
     engine.hosts.refresh()
 
 
@@ -11525,11 +11507,7 @@ def container_restart(engine: Engine, request: Request, name: str) -> None:
         with engine.owning(container.id) as container:
             # Another start, or restart, may have come first.
             if not (container.running and engine.tasks.started_since(container.id, count)):
-                try:
-                    start_container(engine, container)
-                except ApiError as error:
-                    start_refused(engine, container, error)
-                    raise
+                start_container(engine, container)
     engine.hosts.refresh()
     engine.tell(container, "restart")
 
@@ -11546,11 +11524,10 @@ def container_kill(engine: Engine, request: Request, name: str) -> None:
     read_limited(request.body, JSON_LIMIT)
     with engine.owning(name) as container:
         number = signal_number(check_signal(request.value("signal") or "KILL"))
-        refusal = Conflict(f"cannot kill container: {name}: container {container.id} is not running")
-        if not container.running and request.version < (1, 20):
-            return
         if not container.running:
-            raise refusal
+            if request.version < (1, 20):
+                return
+            raise Conflict(f"cannot kill container: {name}: container {container.id} is not running")
         count, ends = engine.tasks.now(), number in (signal.SIGKILL, ends_by(container))
         engine.tell(container, "kill", signal=str(number))
         if ends:
@@ -12336,7 +12313,7 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
     require_running(container)
     check_unstarted(instance)
     size = options.get("ConsoleSize") or instance.config.get("ConsoleSize") or []
-    if len(size) == 2 and all(isinstance(each, int) for each in size):
+    if len(size) == 2:
         instance.size = (size[0], size[1])
     if options.get("Detach"):
         run_exec(engine, instance, TaskStreams(terminal=instance.tty))
@@ -12406,11 +12383,6 @@ def exec_inspect(engine: Engine, request: Request, name: str) -> Response:
 ###############################################################################
 # Supervision
 ###############################################################################
-
-
-def gives_back(container: Container) -> bool:
-    """Whether a container that has ended holds something that others may want: ports, or networks of ours."""
-    return bool(container.ports or attached_networks(container))
 
 
 class Caretaker:
@@ -12513,7 +12485,8 @@ class Caretaker:
             self.engine.tasks.failed(container.id, code)
         if placed_mounts(container):
             release_places(self.engine)
-        if removed or gives_back(container):
+        # Ports, or networks that the daemon attached it to, others may want.
+        if removed or container.ports or attached_networks(container):
             with contextlib.suppress(NotFound), self.engine.owning(container.id) as now:
                 if now.running or owner.restarting:
                     # Started again meanwhile.
@@ -14141,14 +14114,6 @@ def solved_digest(answer: bytes) -> str:
     return ""
 
 
-def replaced_images(engine: Engine, names: List[str]) -> Dict[str, str]:
-    """The ids of the images that have these names now."""
-    with contextlib.suppress(ApiError):
-        images = engine.inventory.images.records()
-        return {name: images[name].target.digest for name in names if name in images}
-    return {}
-
-
 def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, Optional[Callable[[bytes], None]]]:
     """What a GrpcProxy asks of a SolveRequest. 400 for a bad tag; 409 when the image would get lost; 503 when buildkitd
     does not say where it would go."""
@@ -14162,17 +14127,16 @@ def prepare_solve(engine: Engine, address: str, message: bytes) -> Tuple[bytes, 
     complaint = worker_complaint(list_workers(address), engine.nerdctl.namespace, containerd)
     if complaint:
         raise Conflict(complaint)
-    before, kept = replaced_images(engine, names), engine.keep_images(names)
+    before, kept = engine.inventory.images.records(), engine.keep_images(names)
 
     def answered(answer: bytes) -> None:
         digest = solved_digest(answer)
         engine.drop_images(kept)
         # A name that is new is told by containerd.
-        for name in names if digest else ():
-            if before.get(name, digest) != digest:
-                engine.journal.emit("image", "untag", before[name], {"name": familiar(name)})
-            if name in before:
-                engine.journal.emit("image", "tag", digest, {"name": familiar(name)})
+        for name in [each for each in names if each in before] if digest else ():
+            if before[name].target.digest != digest:
+                engine.journal.emit("image", "untag", before[name].target.digest, {"name": familiar(name)})
+            engine.journal.emit("image", "tag", digest, {"name": familiar(name)})
 
     return message, answered
 
@@ -14993,11 +14957,6 @@ CTR_ONLY = f"{NO_NERDCTL}: over containerd's ctr there are images, listings and 
 K3S_SOCKET = "/run/k3s/containerd/containerd.sock"
 
 
-def find_ctr() -> List[str]:
-    """argv of the ctr on PATH, or of k3s's; [] where there is none."""
-    return next((words for words in (["ctr"], ["k3s", "ctr"]) if shutil.which(words[0])), [])
-
-
 def buildctl_args(options: List[str], names: List[str], folder: str) -> List[str]:
     """argv of a build by buildctl with nerdctl's options, which writes the archive of the image to stdout."""
     path = next((each for each in options if each.startswith("--file=")), "").partition("=")[2]
@@ -15359,7 +15318,8 @@ def serve_until_told(server: Server, idle_timeout: float, signals: int) -> None:
 
 def make_engine(options: argparse.Namespace) -> Engine:
     """The engine over nerdctl or, where that is missing or a ctr was named, over ctr, with a warning in the log."""
-    command = shlex.split(options.nerdctl) or (not shutil.which("nerdctl") and find_ctr()) or ["nerdctl"]
+    known = (["nerdctl"], ["ctr"], ["k3s", "ctr"])
+    command = shlex.split(options.nerdctl) or next((each for each in known if shutil.which(each[0])), known[0])
     if os.path.basename(command[-1]) != "ctr":
         nerdctl = Nerdctl(command, options.namespace, options.address, options.snapshotter, options.buildkit_host,
                           options.debug)
