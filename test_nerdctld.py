@@ -8386,7 +8386,7 @@ class TestContainerLifecycle:
         fake.label(real, **nerdctld.request_labels({"Image": BASE, "HostConfig": {"AutoRemove": True}}))
         willing.caretaker = nerdctld.Caretaker(willing)
         assert [ask(willing, "POST", "/containers/tstnew/start").status for _ in range(2)] == [204, 304]
-        assert set(willing.caretaker.cared) == {real}
+        assert until(lambda: set(willing.caretaker.cared) == {real})
         assert ask(willing, "POST", "/containers/tstnew/restart").status == 204
         willing.settle()
         assert not scripted.calls("rm")
