@@ -3896,8 +3896,13 @@ class Containerd:
         self.call("snapshots.v1.Snapshots/View", self._snapshot(snapshotter, key) + encode_field(3, parent))
 
     def read_content(self, digest: str) -> bytes:
-        """Content by its digest, as far as memory is to hold it: manifests and configurations."""
-        return b"".join(self.content(digest))
+        """Content by its digest, as far as memory is to hold it: manifests and configurations. 400 for more."""
+        data = b""
+        for part in self.content(digest):
+            data += part
+            if len(data) > JSON_LIMIT:
+                raise BadParameter(f"content {digest} is larger than {JSON_LIMIT >> 20} MiB")
+        return data
 
     def write_content(self, media_type: str, data: bytes, labels: Dict[str, str]) -> Descriptor:
         """New content, with the labels by which it needs other content and snapshots."""
@@ -4752,14 +4757,24 @@ class ImageContent(NamedTuple):
 NO_CONTENT = ImageContent({}, {}, {}, ())
 
 
+# Images come from anywhere: of their JSON nothing is believed that is not of these shapes.
+PLATFORM = {"os": str, "architecture": str, "variant": str, "os.version": str, "os.features": [str]}
+DESCRIPTOR = {"mediaType": str, "digest": str, "size": int, "platform": PLATFORM, "annotations": Named(str),
+              "artifactType": str, "urls": [str]}
+MANIFEST = {"mediaType": str, "schemaVersion": int, "config": DESCRIPTOR, "layers": [DESCRIPTOR],
+            "manifests": [DESCRIPTOR]}
+IMAGE = {**PLATFORM, "created": str, "author": str, "config": CONFIG, "rootfs": {"type": str, "diff_ids": [str]},
+         "history": [{"created": str, "created_by": str, "author": str, "comment": str, "empty_layer": bool}]}
+
+
 def with_health_check(config_file: Dict[str, Any]) -> Dict[str, Any]:
     """An image's configuration with the health check that nerdctl keeps as a label, since OCI has no field for it."""
     config = config_file.get("config") or {}
     if "nerdctl/healthcheck" not in (config.get("Labels") or {}):
         return config_file
     labels = dict(config["Labels"])
-    with contextlib.suppress(ValueError):
-        check = json.loads(labels.pop("nerdctl/healthcheck"))
+    with contextlib.suppress(BadParameter):
+        check = shaped(parse_json(labels.pop("nerdctl/healthcheck").encode()), HEALTH_CHECK)
         return {**config_file, "config": {**config, "Healthcheck": check, "Labels": labels}}
     return config_file
 
@@ -4939,13 +4954,11 @@ class ImageStore:
         self.blobs = {digest: value for digest, value in self.blobs.items() if digest in digests}
         self.sizes = {key: size for key, size in self.sizes.items() if key in keys}
 
-    def _blob(self, digest: str) -> Dict[str, Any]:
-        """A manifest or a configuration, {} where it is none."""
+    def _blob(self, digest: str, shape: Dict[str, Any]) -> Dict[str, Any]:
+        """A manifest or a configuration; 400 where it is none."""
         if digest not in self.blobs:
-            with contextlib.suppress(ValueError):
-                found = json.loads(self.containerd.read_content(digest))
-                self.blobs[digest] = found if isinstance(found, dict) else {}
-        return self.blobs.get(digest) or {}
+            self.blobs[digest] = shaped(parse_json(self.containerd.read_content(digest)), shape)
+        return self.blobs[digest]
 
     def _read_contents(self, target: Descriptor, present: set) -> List[ImageContent]:
         if target.digest not in present:
@@ -4953,18 +4966,18 @@ class ImageStore:
         descriptor = {"mediaType": target.media_type, "digest": target.digest, "size": target.size}
         found = []
         # What was removed while it was read, or makes no sense, is not told of.
-        with contextlib.suppress(NotFound, TypeError):
-            for each in self._blob(target.digest).get("manifests", [descriptor]):
-                with contextlib.suppress(NotFound, KeyError, TypeError, AttributeError):
+        with contextlib.suppress(NotFound, BadParameter):
+            for each in self._blob(target.digest, MANIFEST).get("manifests", [descriptor]):
+                with contextlib.suppress(NotFound, BadParameter, KeyError):
                     found.append(self._read_content(each, present))
         return found
 
     def _read_content(self, descriptor: Dict[str, Any], present: set) -> ImageContent:
-        manifest = self._blob(descriptor["digest"]) if descriptor["digest"] in present else {}
+        manifest = self._blob(descriptor["digest"], MANIFEST) if descriptor["digest"] in present else {}
         parts = [descriptor, *filter(None, [manifest.get("config")]), *(manifest.get("layers") or [])]
         here = [each for each in parts if each["digest"] in present]
         known = len(parts) > 1 and parts[1] in here
-        config = with_health_check(self._blob(manifest["config"]["digest"])) if known else {}
+        config = with_health_check(self._blob(manifest["config"]["digest"], IMAGE)) if known else {}
         return ImageContent(descriptor, manifest, config, tuple(map(self._layer_size, chain_ids(config))),
                             {each["digest"]: each.get("size") or 0 for each in here},
                             known and len(here) == len(parts))
@@ -6866,7 +6879,6 @@ def docker_image(group: ImageGroup, version: Tuple[int, int],
     return image
 
 
-PLATFORM = {"os": str, "architecture": str, "variant": str}
 SYSTEMS = ("linux", "windows", "darwin", "freebsd", "netbsd", "openbsd", "solaris", "android", "dragonfly", "plan9")
 
 
@@ -7856,9 +7868,6 @@ def next_query(link: str) -> str:
 def registry_of(request: Request, reference: Reference) -> Registry:
     """The registry of a reference, with the request's credentials."""
     return Registry(reference, decode_auth(request))
-
-
-MANIFEST = {"mediaType": str, "config": {"digest": str}, "manifests": [{"platform": PLATFORM}]}
 
 
 @route("GET", "/distribution/{image}/json")

@@ -4783,6 +4783,25 @@ class TestState:
         fake.tag("docker.io/library/odd:1", digest)
         assert len(ask(furnished, "GET", "/images/json").json) == 3 and ask(furnished, "GET", "/images/odd:1/json").status in (200, 404)
 
+    DEEP = b"[" * 5000 + b"]" * 5000
+
+    @pytest.mark.parametrize("config", [
+        DEEP, b'{"more":' + DEEP + b"}", b'{"config":{"Labels":{"nerdctl/healthcheck":"' + DEEP + b'"}}}', b'{"config":"x"}', b'{"config":{"Labels":["a"]}}',
+        b'{"config":{"Labels":{"a":5}}}', b'{"config":{"Labels":{"nerdctl/healthcheck":"[1]"}}}', b'{"config":{"Labels":{"nerdctl/healthcheck":"{\\"Test\\":5}"}}}',
+        b'{"created":5}', b'{"history":"x"}', b'{"history":[5]}', b'{"rootfs":{"diff_ids":5}}', b'{"rootfs":{"diff_ids":[5]}}', b'{"architecture":5}', b'{"author":{}}',
+        b'{"config":{"Env":5}}', b'{"config":{"Healthcheck":{"Interval":"y"}}}', b'{"config":{"ExposedPorts":["80"]}}', b'{"config":{"User":["x"]}}',
+        b'{"author":"' + b"x" * nerdctld.JSON_LIMIT + b'"}'])
+    def test_an_image_whose_configuration_makes_no_sense(self, furnished, fake, config):
+        # One of them must not spoil what is told of the others, nor be there for ever.
+        digests = ["sha256:" + hashlib.sha256(data).hexdigest() for data in (config, config + b"m")]
+        fake.content[digests[0]] = config
+        fake.content[digests[1]] = json.dumps({"config": {"digest": digests[0]}, "layers": []}).encode()
+        fake.tag("docker.io/library/odd:1", digests[1])
+        for path in ("/images/json", "/images/json?" + filtered(label=["a"]), "/system/df", "/images/odd:1/json", "/images/odd:1/history", "/images/tst:a/json"):
+            assert ask(furnished, "GET", path).status == 200, path
+        told = next(each for each in ask(furnished, "GET", "/images/json").json if each["RepoTags"] == ["odd:1"])
+        assert type(told["Created"]) is int and {str} >= set(map(type, dict(told["Labels"] or {}).values()))
+
     def test_an_index_that_is_completed_later(self, engine, fake):
         follow(engine, fake)
         ours, later = self.platform(fake, "s390x"), self.platform(fake, nerdctld.GO_ARCHITECTURES.get(os.uname().machine, os.uname().machine))
