@@ -1095,7 +1095,7 @@ class Answer:
 class BlockBody(io.BytesIO):
     """A request body in memory with the interface of the server's."""
 
-    def blocks(self, size=1 << 18):
+    def blocks(self, size=1 << 16):
         return iter(lambda: self.read(size), b"")
 
 
@@ -2758,15 +2758,13 @@ class TestPatterns:
         ("/containers/json", {"name": ["(a+)+b$"]}, 0), ("/containers/json", {"name": ["(a+)+$"]}, 1), ("/volumes", {"name": EVIL}, 0),
         ("/networks", {"id": ["([0-9a-f]+)+$"]}, 4), ("/networks", {"id": ["([0-9a-f]+)+x"]}, 0), ("/images/json", {"reference": ["a*" * 30 + "b"]}, 0),
         ("/images/json", {"reference": ["*:5000/*b*b"]}, 1)])
-    def test_nobody_waits_for_a_filter(self, daemon, scripted, fake, tmp_path, path, filters, count):
-        furnish(scripted, fake, tmp_path)
+    def test_nobody_waits_for_a_filter(self, furnished, fake, path, filters, count):
         fake.label(ID, **{"nerdctl/name": "a" * 40})
         fake.untag("docker.io/library/tst:a")
         fake.tag("docker.io/library/" + "a" * 60 + ":a", BB)
-        daemon.ask("GET", path)
         began = time.monotonic()
-        told = daemon.ask("GET", f"{path}?all=1&{filtered(**filters)}").json
-        assert len(told["Volumes"] if "Volumes" in told else told) == count and daemon.ask("GET", "/_ping").status == 200
+        told = ask(furnished, "GET", f"{path}?all=1&{filtered(**filters)}").json
+        assert len(told["Volumes"] if "Volumes" in told else told) == count
         assert time.monotonic() - began < 10
 
 
@@ -5518,15 +5516,16 @@ class TestImages:
         ask(furnished, "POST", "/images/load", b"x")
         assert [each.partition("@")[0] for each in loaded.keys() - fake.images.keys()] == ["import"]
 
-    @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, functools.partial(lzma.compress, preset=0)], ids=["plain", "gzip", "bzip2", "xz"])
+    # How an archive is packed, and what nerdctl tells, have nothing to do with each other.
+    @pytest.mark.parametrize("pack, told", [(bytes, ""), (gzip.compress, ""), (bz2.compress, ""), (functools.partial(lzma.compress, preset=0), ""),
+                                            (bytes, "Loaded image: docker.io/library/tst:a\n"), (bytes, V17_LOAD.stdout)], ids=["plain", "gzip", "bzip2", "xz", "one", "1.7"])
     @pytest.mark.parametrize("files", [("oci-layout", "index.json"), ("oci-layout", "index.json", "manifest.json"), ("manifest.json",)])
-    @pytest.mark.parametrize("told", ["", "Loaded image: docker.io/library/tst:a\n", V17_LOAD.stdout])
     def test_load_tells_the_names_in_the_archive_in_its_order(self, furnished, scripted, fake, pack, files, told):
         names = ["localhost:5000/bb:1", "docker.io/library/tst:a", "docker.io/library/gone:1"]
         scripted.on("load", stdout=told, reads=True)
         before = dict(fake.images)
         for order in (names, names[::-1]):
-            data = image_archive(*order, files=files, layer=os.urandom(300000))
+            data = image_archive(*order, files=files, layer=os.urandom(100000))
             answer = ask(furnished, "POST", "/images/load", pack(data))
             assert answer.lines == [{"stream": f"Loaded image: {nerdctld.familiar(name)}\n"} for name in order if "gone" not in name]
             assert scripted.calls("load")[-1]["stdin"] == len(data) and fake.images == before
@@ -6623,20 +6622,23 @@ class TestMounts:
         place = house.parent / "places" / "one"
 
         def done(**order):
-            script = f"import sys; sys.argv = ['x']; sys.path.insert(0, {str(HERE)!r}); import nerdctld; nerdctld.mount_place({dict(order, place=str(place))!r})"
-            output = subprocess.run(["unshare", "-m", sys.executable, "-c", script + f"; print(sorted(__import__('os').listdir({str(place)!r})))"], capture_output=True, text=True, timeout=60)
-            return (output.stdout or output.stderr.strip().splitlines()[-1]).strip()
+            # What is mounted is gone with the shell's mount namespace.
+            words = ["unshare", "-m", "sh", "-c", '"$@" && ls "$0"', str(place), sys.executable, "-IS", compiled(), "tree"]
+            output = subprocess.run(words, input=json.dumps({"do": "mount", "place": str(place), **order}) + "\n", capture_output=True, text=True, timeout=60)
+            return output.stdout.split() or tuple(json.loads(output.stderr).values())
         (house / "in/file").write_text("x")
         for subpath in ("in", "var/good", "var/../in"):
             # It is left, as a restart of the machine leaves it.
-            assert done(base=str(house), subpath=subpath) == "['file']" and place.is_dir()
+            assert done(base=str(house), subpath=subpath) == ["file"] and place.is_dir()
         place.rmdir()
         place.write_text("")
-        assert done(base=str(house), subpath="in") == "['file']"
+        assert done(base=str(house), subpath="in") == ["file"]
         for subpath in ("abs", "var/up", "chain", "proc"):
-            assert done(base=str(house), subpath=subpath).startswith("nerdctld.BadParameter: path concatenation escapes the base directory") and not place.exists()
-        assert re.match("nerdctld.NotFound: cannot access path (.*): lstat \\1: no such file or directory", done(base=str(house), subpath="dangling"))
-        assert done(mounts=[{"type": "nosuchfs", "source": "x", "options": []}]).endswith("no such device") and not place.exists()
+            status, message = done(base=str(house), subpath=subpath)
+            assert status == 400 and message.startswith("path concatenation escapes the base directory") and not place.exists()
+        status, message = done(base=str(house), subpath="dangling")
+        assert status == 404 and re.match("cannot access path (.*): lstat \\1: no such file or directory", message)
+        assert done(mounts=[{"type": "nosuchfs", "source": "x", "options": []}])[1].endswith("no such device") and not place.exists()
 
 
 class TestContainerCreate:
@@ -11647,8 +11649,8 @@ class TestBuildKit:
         ([], "no upgrade proto in request"), (["Connection: Upgrade"], "no upgrade proto in request"), (["Upgrade:"], "no upgrade proto in request"),
         (["Connection: Upgrade", "Upgrade: tcp"], "protocol tcp not supported"), (["Upgrade: H2C"], "protocol H2C not supported"), (["Upgrade: h2c"], None),
         (["Connection: Upgrade", "Upgrade: h2c"], None)])
-    def test_without_the_right_upgrade(self, daemon, path, status, headers, message):
-        with contextlib.closing(daemon.connect()) as sock:
+    def test_without_the_right_upgrade(self, shared, path, status, headers, message):
+        with contextlib.closing(shared.connect()) as sock:
             sock.settimeout(10)
             sock.sendall("\r\n".join([f"POST {path} HTTP/1.1", "Host: x", *headers, "", ""]).encode())
             response = http.client.HTTPResponse(sock, method="POST")
