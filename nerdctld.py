@@ -195,17 +195,16 @@ CLEARED_FLAGS = {"rw": MS_RDONLY, "suid": 2, "dev": 4, "exec": 8, "async": 16, "
 XATTR = "SCHILY.xattr."
 # Names of the kinds of a tar's entries in errors, as dockerd has them.
 MAKING = {b"1": "link", b"2": "symlink", b"3": "mknod", b"4": "mknod", b"5": "mkdir", b"6": "mknod"}
-# What the kernel makes up, which dockerd does not see as files of a container.
-KERNEL_MOUNTS = ("proc", "sysfs", "cgroup", "cgroup2", "mqueue", "devpts")
 LINKS_FOLLOWED = 40
 
 
 @contextlib.contextmanager
-def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[int, List[str]]]:
+def opened_below(root: str, path: str, follow: bool = False,
+                 barred: Iterable[str] = ()) -> Iterator[Tuple[int, List[str]]]:
     """A path below a root folder as an O_PATH descriptor, with the names on the way to it; a link at its end is
     followed if that is asked for. Links are taken as inside of the root, and each step is opened by itself, so that
-    nobody inside can lead it out. FileNotFoundError, with the path that there would have to be, and other OSErrors as
-    lstat has."""
+    nobody inside can lead it out. FileNotFoundError, with the path that there would have to be, EXDEV for a way through
+    one of the `barred` paths, and other OSErrors as lstat has."""
     left = [part for part in path.split("/") if part]
     stack = [os.open(root, os.O_PATH | os.O_DIRECTORY)]
     names: List[str] = []
@@ -225,6 +224,8 @@ def opened_below(root: str, path: str, follow: bool = False) -> Iterator[Tuple[i
                 raise
             stack.append(entry)
             names.append(part)
+            if barred and "/" + "/".join(names) in barred:
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
             mode = os.fstat(entry).st_mode
             if stat.S_ISLNK(mode):
                 if not (left or follow or path.endswith("/")):
@@ -261,13 +262,14 @@ class PathStat(NamedTuple):
     target: str
 
 
-def path_stat_of(root: str, path: str, names: List[str], found: os.stat_result) -> PathStat:
+def path_stat_of(root: str, path: str, names: List[str], found: os.stat_result,
+                 barred: Iterable[str] = ()) -> PathStat:
     """The stat of what a path led to, with the `names` on the way to it. The target of a link is what it leads to in
     the end, whether that is there or not."""
     target = ""
     if stat.S_ISLNK(found.st_mode):
         try:
-            with opened_below(root, path, follow=True) as (_, leads):
+            with opened_below(root, path, True, barred) as (_, leads):
                 target = "/" + "/".join(leads)
         except FileNotFoundError as error:
             target = error.filename
@@ -275,11 +277,16 @@ def path_stat_of(root: str, path: str, names: List[str], found: os.stat_result) 
     return PathStat(name, found.st_size, found.st_mode, found.st_mtime_ns, target)
 
 
-def stat_below(root: str, path: str) -> PathStat:
-    """The stat of a path below a root folder, with links taken as inside of it. FileNotFoundError and other OSErrors
-    as lstat has."""
-    with opened_below(root, path) as (descriptor, names):
-        return path_stat_of(root, path, names, os.fstat(descriptor))
+def path_error(path: str, error: OSError) -> ApiError:
+    """What dockerd answers where a path cannot be reached: 404 where there is none, 500 else."""
+    message = f"lstat {path}: {os.strerror(error.errno or 0).lower()}"
+    return NotFound(message) if isinstance(error, FileNotFoundError) else ApiError(message)
+
+
+def stat_below(root: str, path: str, barred: Iterable[str] = ()) -> PathStat:
+    """The stat of a path below a root folder, with links taken as inside of it. OSErrors as opened_below() has."""
+    with opened_below(root, path, False, barred) as (descriptor, names):
+        return path_stat_of(root, path, names, os.fstat(descriptor), barred)
 
 
 def libc_call(name: str, *arguments: Any) -> None:
@@ -353,30 +360,21 @@ def make_below(root: str, path: str, file: bool = False) -> None:
                     os.mkdir(parts[count - 1], 0o755, dir_fd=folder)
 
 
-def mount_binds(root: str, binds: List[Tuple[str, str, bool]]) -> None:
-    """Mount volumes and binds (source, destination, whether read-only) below the root of a container that does not
-    run, where they will be once it does."""
+def mount_binds(whole: str, root: str, binds: List[Tuple[str, str, bool]]) -> None:
+    """Mount what a container's root folder has in it (source, destination, whether read-only), where that is there: the
+    sources are paths below `whole`; what has none keeps what is below its destination, where it can be neither removed
+    nor replaced. The working folder is that of the descriptors."""
+    fixed = []
     for source, destination, read_only in binds:
-        if not os.path.exists(source):
-            continue
-        make_below(root, destination, not os.path.isdir(source))
-        with opened_below(root, destination, follow=True) as (descriptor, _):
-            mount(source, f"/proc/self/fd/{descriptor}", None, MS_BIND | MS_REC)
-        if read_only:
-            with opened_below(root, destination, follow=True) as (descriptor, _):
-                mount(None, f"/proc/self/fd/{descriptor}", None, MS_REMOUNT | MS_BIND | MS_RDONLY)
-
-
-def own_mount(folder: int) -> int:
-    """A mount of the file system that an open folder is on without those that are mounted in it, as a descriptor. For
-    Linux 5.2."""
-    import ctypes
-
-    # open_tree, with AT_EMPTY_PATH and OPEN_TREE_CLONE.
-    found = ctypes.CDLL(None, use_errno=True).syscall(428, folder, b"", 0x1001)
-    if found < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return found
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), \
+                opened_below(whole if source else root, source or destination, True) as (found, _):
+            make_below(root, destination, not stat.S_ISDIR(os.fstat(found).st_mode))
+            with opened_below(root, destination, True) as (place, _):
+                mount(str(found), str(place), None, MS_BIND | MS_REC)
+            fixed += [destination] * read_only
+    for destination in fixed:
+        with opened_below(root, destination, True) as (place, _):
+            mount(None, str(place), None, MS_REMOUNT | MS_BIND | MS_RDONLY)
 
 
 def remove_place(place: str) -> None:
@@ -433,31 +431,47 @@ def mount_place(order: Dict[str, Any]) -> None:
 
 
 def enter_tree(order: Dict[str, Any]) -> None:
-    """Make a container's tree this process's root folder: that of its running process, or its snapshot, which is
-    mounted for this process alone and gone with it however it ends. What is to be exported has no volumes."""
+    """Make a container's tree this process's root folder: its file system, that of its running process or its
+    snapshot, and what is mounted in it of `binds`. All of it is mounted for this process alone and gone with it however
+    it ends. What is to be exported has none of the binds."""
+    descriptors = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY)
+    os.chdir("/")
     if order.get("pid"):
-        root = os.open(f"/proc/{order['pid']}/root", os.O_PATH | os.O_DIRECTORY)
-        # In the same namespace, so that what is mounted in the container can be neither removed nor replaced.
+        seen = os.open(f"/proc/{order['pid']}/root", os.O_PATH | os.O_DIRECTORY)
         namespace = os.open(f"/proc/{order['pid']}/ns/mnt", os.O_RDONLY)
         libc_call("setns", namespace, CLONE_NEWNS)
-        os.close(namespace)
-        if order["do"] == "export":
-            root = own_mount(root)
-    else:
-        libc_call("unshare", CLONE_NEWNS)
-        mount("none", "/", None, MS_REC | MS_PRIVATE)
-        mount_all(order["mounts"], order["folder"])
-        mount_binds(order["folder"], order["binds"] if order["do"] != "export" else [])
+        above = os.open("/", os.O_PATH | os.O_DIRECTORY)
+        os.fchdir(seen)
+        os.chroot(".")
+        os.fchdir(above)
+        for each in (seen, namespace, above):
+            os.close(each)
+    libc_call("unshare", CLONE_NEWNS)
+    mount("none", ".", None, MS_REC | MS_PRIVATE)
+    whole = os.open("/", os.O_PATH | os.O_DIRECTORY)
+    if order.get("pid"):
+        # Above itself, without what is mounted in it.
+        mount("/", "/", None, MS_BIND)
+        folder = "/.."
         if order["read_only"]:
-            mount(None, order["folder"], None, MS_REMOUNT | MS_BIND | MS_RDONLY)
-        root = os.open(order["folder"], os.O_PATH | os.O_DIRECTORY)
+            # Until everything is mounted in it.
+            mount(None, folder, None, MS_REMOUNT | MS_BIND)
+    else:
+        folder = order["folder"]
+        mount_all(order["mounts"], folder)
+    root = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    os.fchdir(descriptors)
+    mount_binds(str(whole), str(root), order["binds"] if order["do"] != "export" else [])
+    if order["read_only"]:
+        mount(None, str(root), None, MS_REMOUNT | MS_BIND | MS_RDONLY)
     # From here on no import may find a file: it would be the container's.
     sys.path.clear()
     sys.meta_path.clear()
     os.fchdir(root)
     os.chroot(".")
     os.chdir("/")
-    os.close(root)
+    for each in (descriptors, whole, root):
+        os.close(each)
 
 
 CHANGED, ADDED, DELETED = 0, 1, 2
@@ -905,11 +919,10 @@ def tar_header(name: bytes, kind: bytes, link: bytes, numbers: Dict[str, int], r
 
 
 class Packer:
-    """Writes files below `root` as a tar to a descriptor, by dockerd's rules. What stands at the paths of `made_up`
-    the kernel makes up: of those only the folder is told."""
+    """Writes files below `root` as a tar to a descriptor, by dockerd's rules."""
 
-    def __init__(self, root: str, output: int, made_up: Iterable[str] = ()):
-        self.root, self.output, self.made_up = root, output, set(made_up)
+    def __init__(self, root: str, output: int):
+        self.root, self.output = root, output
         self.pending = bytearray()
         # Device and inode -> name of what has several names.
         self.linked: Dict[Tuple[int, int], str] = {}
@@ -924,7 +937,7 @@ class Packer:
         with opened_below(self.root, "/".join(names[:-1])) as (folder, _):
             entry = names[-1] if names else "."
             tell(path_stat_of(self.root, path, names, os.lstat(entry, dir_fd=folder)))
-            self.entry(folder, entry, name, "/" + "/".join(names))
+            self.entry(folder, entry, name)
         self.finish()
 
     def pack_all(self) -> None:
@@ -932,7 +945,7 @@ class Packer:
         with opened_below(self.root, "/") as (folder, _):
             descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
         try:
-            self.entries(descriptor, "", "/")
+            self.entries(descriptor, "")
         finally:
             os.close(descriptor)
         self.finish()
@@ -949,13 +962,13 @@ class Packer:
             view = view[os.write(self.output, view):]
         self.pending = bytearray()
 
-    def entries(self, folder: int, told: str, path: str) -> None:
-        """Write what is in a folder; `told` and `path` are what stands before the names."""
+    def entries(self, folder: int, told: str) -> None:
+        """Write what is in a folder; `told` is what stands before the names."""
         for each in sorted(os.listdir(folder)):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                self.entry(folder, each, told + each, path + each)
+                self.entry(folder, each, told + each)
 
-    def entry(self, folder: int, name: str, told: str, path: str) -> None:
+    def entry(self, folder: int, name: str, told: str) -> None:
         """Write one entry, by the name `told`, and what is below it; one that is gone meanwhile is left out, and a
         socket, which no tar can have."""
         found = os.lstat(name, dir_fd=folder)
@@ -966,8 +979,7 @@ class Packer:
                 found = os.fstat(descriptor)
                 if stat.S_ISDIR(found.st_mode):
                     self.header(found, told)
-                    if path not in self.made_up:
-                        self.entries(descriptor, told.rstrip("/") + "/", path.rstrip("/") + "/")
+                    self.entries(descriptor, told.rstrip("/") + "/")
                 elif stat.S_ISREG(found.st_mode):
                     self.file(descriptor, found, told)
             finally:
@@ -1057,13 +1069,13 @@ def carry_out(order: Dict[str, Any], source: TarInput) -> None:
     except OSError as error:
         raise ApiError(f"the container's files cannot be reached: {error.strerror or error}") from None
     if order["do"] == "unpack":
-        names = folder_for("/", path, [destination for _, destination, _ in order["binds"]])
+        names = folder_for("/", path, [destination for source, destination, _ in order["binds"] if source])
         tell([])
         Unpacker("/", names, order["keep"], order["owner"], order["user_namespace"]).unpack(source)
         # What stands behind its end is nobody's, but was sent.
         source.seek(sys.maxsize)
     elif order["do"] == "pack":
-        Packer("/", 1, order["made_up"]).pack(path, tell)
+        Packer("/", 1).pack(path, tell)
     elif order["do"] == "export":
         tell([])
         Packer("/", 1).pack_all()
@@ -1088,8 +1100,8 @@ def tree_main() -> int:
         # That of an entry in the archive says where; any other is about the path that was asked for.
         status, message = 500, error.strerror or str(error)
         if message == os.strerror(error.errno or 0):
-            status = {errno.ENOENT: 404, errno.ENOTDIR: 404, errno.ELOOP: 400}.get(error.errno, 500)
-            message = f"{order.get('path')}: {message.lower()}"
+            told = path_error(order.get("path", ""), error)
+            status, message = told.status, str(told)
     except Exception as error:
         # No traceback: it would read the container's files.
         status, message = 500, repr(error)
@@ -9405,12 +9417,10 @@ def carry_out_mount(engine: Engine, place: str, **order: Any) -> None:
     raise ApiError(words) if order.get("mounts") else failed
 
 
-def is_mounted(engine: Engine, place: str) -> bool:
-    """Whether something is mounted at a place."""
-    with open(f"/proc/{engine.containerd.rootless_pid() or 'self'}/mountinfo", encoding="utf-8",
-              errors="surrogateescape") as file:
-        return any(re.sub(r"\\(\d{3})", lambda code: chr(int(code.group(1), 8)), line.split()[4]) == place
-                   for line in file)
+def mount_points(pid: Any) -> Set[str]:
+    """Where something is mounted, as a process sees it."""
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        return {re.sub(r"\\(\d{3})", lambda code: chr(int(code.group(1), 8)), line.split()[4]) for line in file}
 
 
 def needs_places(container: Container) -> bool:
@@ -9446,7 +9456,7 @@ def mounted(engine: Engine, places: List[PlacedMount]) -> Iterator[None]:
     try:
         for made in places:
             with engine.owner(made.place).lock:
-                if is_mounted(engine, made.place):
+                if made.place in mount_points(engine.containerd.rootless_pid() or "self"):
                     continue
                 try:
                     carry_out_mount(engine, made.place, **mount_order(engine, made))
@@ -12667,25 +12677,35 @@ def go_mode(mode: int) -> int:
 
 def stat_header(found: PathStat) -> Dict[str, str]:
     """The X-Docker-Container-Path-Stat header."""
-    told = {**found._asdict(), "mode": go_mode(found.mode), "mtime": rfc3339(found.mtime)}
-    told["linkTarget"] = told.pop("target")
+    name, target = (os.fsencode(each).decode("utf-8", "replace") for each in (found.name, found.target))
+    told = {"name": name, "size": found.size, "mode": go_mode(found.mode), "mtime": rfc3339(found.mtime),
+            "linkTarget": target}
     return {"X-Docker-Container-Path-Stat": base64.b64encode(json_bytes(told)).decode()}
+
+
+def is_tree_mount(mount: Dict[str, Any]) -> bool:
+    """Whether a mount of an OCI spec belongs to a container's tree: binds do, and while it runs its tmpfs, but neither
+    the /dev of the runtime nor what the kernel makes up."""
+    kind, place = mount.get("type"), os.path.normpath(mount["destination"])
+    bind = kind == "bind" or bool({"bind", "rbind"} & set(mount.get("options") or ()))
+    return (bind or kind == "tmpfs" and place != "/dev") and not (place + "/").startswith(("/proc/", "/sys/"))
 
 
 def find_tree(engine: Engine, container: Container, stored: bool) -> Dict[str, Any]:
     """Where the tree of a container is, as enter_tree() is told, or with `stored` its snapshot in any case; `owner` is
     the user that it runs as."""
-    mounts, user = container.spec.get("mounts") or [], container.process.get("user") or {}
-    binds = [each for each in mounts if each.get("type") == "bind"
-             or {"bind", "rbind"} & set(each.get("options") or ())]
+    user = container.process.get("user") or {}
     found = {"pid": 0 if stored else running_pid(engine, container), "owner": [user.get("uid", 0), user.get("gid", 0)],
-             "made_up": [each["destination"] for each in mounts if each.get("type") in KERNEL_MOUNTS],
-             "binds": [(each["source"], each["destination"], bool({"ro", "rro"} & set(each.get("options") or ())))
-                       for each in binds]}
+             "read_only": bool((container.spec.get("root") or {}).get("readonly")), "binds": []}
+    for each in container.spec.get("mounts") or []:
+        place, fixed = each["destination"], bool({"ro", "rro"} & set(each.get("options") or ()))
+        if not is_tree_mount(each):
+            found["binds"] += [("", place, found["read_only"])] if found["pid"] else []
+        elif found["pid"] or each.get("type") != "tmpfs":
+            found["binds"].append((place if found["pid"] else each["source"], place, fixed))
     if not found["pid"]:
         found["mounts"] = [parse_mount(each) for each in engine.containerd.snapshot_mounts(
             container.record.snapshotter, container.record.snapshot_key)]
-        found["read_only"] = bool((container.spec.get("root") or {}).get("readonly"))
     return found
 
 
@@ -12731,11 +12751,15 @@ def check_path(text: str) -> str:
     return os.path.normpath("/" + text.lstrip("/")).rstrip("/") + (end if end.startswith("/") else "") or "/"
 
 
-def container_root(engine: Engine, container: Container) -> str:
-    """The root of a running container as this process may see it, "" else."""
+def running_root(engine: Engine, container: Container) -> Tuple[str, Set[str]]:
+    """The root of a running container as this process may see it, "" else, and what is mounted in it that does not
+    belong to its tree."""
     pid = container.state.pid
     root = f"/proc/{pid}/root/"
-    return root if pid and os.access(root, os.X_OK) else ""
+    if not (pid and os.access(root, os.X_OK)):
+        return "", set()
+    own = [os.path.normpath(each["destination"]) for each in container.spec.get("mounts") or [] if is_tree_mount(each)]
+    return root, {each for each in mount_points(pid) if not any((each + "/").startswith(place + "/") for place in own)}
 
 
 def not_there(name: str, path: str) -> NotFound:
@@ -12746,16 +12770,18 @@ def not_there(name: str, path: str) -> NotFound:
 def path_stat(engine: Engine, container: Container, path: str, name: str) -> PathStat:
     """The stat of a path in a container; 404 where there is none, with the `name` that the client gave the
     container."""
-    root = container_root(engine, container)
-    if not root:
-        with opened_tree(engine, container, not_there(name, path), {"do": "stat", "path": path}) as (_, told, _):
-            return PathStat(*told)
+    # It takes a hundredth of the time that a process takes, which a path needs that what is mounted stands in front of.
+    root, barred = running_root(engine, container)
     try:
-        return stat_below(root, path)
-    except (FileNotFoundError, NotADirectoryError):
+        if root:
+            return stat_below(root, path, barred)
+    except FileNotFoundError:
         raise not_there(name, path) from None
     except OSError as error:
-        raise BadParameter(f"{path}: {error.strerror}") from None
+        if error.errno != errno.EXDEV:
+            raise path_error(path, error) from None
+    with opened_tree(engine, container, not_there(name, path), {"do": "stat", "path": path}) as (_, told, _):
+        return PathStat(*told)
 
 
 @route("HEAD", "/containers/{id}/archive")

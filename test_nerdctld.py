@@ -6457,7 +6457,7 @@ class Places:
     def __init__(self, monkeypatch):
         self.orders, self.mounted, self.refuse = [], {}, ""
         monkeypatch.setattr(nerdctld, "carry_out_mount", self.carry_out)
-        monkeypatch.setattr(nerdctld, "is_mounted", lambda engine, place: place in self.mounted)
+        monkeypatch.setattr(nerdctld, "mount_points", lambda pid: set(self.mounted))
 
     def carry_out(self, engine, place, keep=False, **order):
         """Mount or unmount."""
@@ -9781,8 +9781,11 @@ def rooted(furnished, tmp_path, monkeypatch):
     for name, target in (("abs", "/etc"), ("rel", "etc/file"), ("loop", "loop"), ("out", "../../../secret"), ("dangling", "nowhere"), ("etc/up", "../etc/sub"), ("deep", "/abs/up/..")):
         (root / name).symlink_to(target)
     os.mkfifo(root / "fifo")
-    monkeypatch.setattr(nerdctld, "container_root", lambda engine, container: str(root))
+    monkeypatch.setattr(nerdctld, "running_root", lambda engine, container: (str(root), set()))
     return furnished
+
+
+RUNNING_ROOT = nerdctld.running_root
 
 
 @pytest.fixture
@@ -9818,7 +9821,7 @@ class TestArchive:
         assert (answer.status, told["name"], told["size"], told["linkTarget"]) == (200, name, size, target)
         assert told["mode"] & ~0o777 == mode & ~0o777 and (target or name == "fifo" or told["mode"] == mode)
 
-    @pytest.mark.parametrize("path, status", [("/no", 404), ("/etc/no/x", 404), ("/etc/file/x", 404), ("/etc/file/", 404), ("/rel/", 404), ("/dangling/x", 404), ("/out/", 404), ("/loop/x", 400), ("/loop", 400), ("", 400), ("a%00b", 400), ("/out/x", 404)])
+    @pytest.mark.parametrize("path, status", [("/no", 404), ("/etc/no/x", 404), ("/etc/file/x", 500), ("/etc/file/", 500), ("/rel/", 500), ("/dangling/x", 404), ("/out/", 404), ("/loop/x", 500), ("/loop", 500), ("", 400), ("a%00b", 400), ("/out/x", 404)])
     def test_no_stat(self, rooted, path, status):
         assert ask(rooted, "HEAD", "/containers/tstweb/archive?path=" + path).status == status
 
@@ -9855,19 +9858,19 @@ class TestArchive:
         assert (answer.status, answer.message) == (status, message)
 
     def test_get_of_everything(self, reached):
-        reached.spec["mounts"] = [{"type": "proc", "destination": "/etc/sub"}]
-        (reached.root / "etc/sub/made-up").touch()
         with tarfile.open(fileobj=io.BytesIO(ask(reached, "GET", "/containers/tstdone/archive?path=/").body)) as tar:
             # tarfile takes the slash off that stands for the root.
             assert {each.name for each in tar} == {"", "/abs", "/rel", "/loop", "/out", "/dangling", "/deep", "/fifo", "/etc", "/etc/file", "/etc/sub", "/etc/up"}
             assert tar.extractfile("/etc/file").read() == b"12345"
 
-    @pytest.mark.parametrize("path, status", [("/no", 404), ("/etc/file/x", 404), ("/dangling/x", 404), ("/out/", 404), ("/loop/x", 400)])
+    @pytest.mark.parametrize("path, words", [
+        ("/no", ""), ("/etc/file/x", "not a directory"), ("/dangling/x", ""), ("/out/", ""), ("/loop/x", "too many levels of symbolic links"), ("/" + "n" * 256, "file name too long")])
     @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT"])
-    def test_none_of_one_that_does_not_run(self, reached, method, path, status):
+    def test_none(self, reached, method, path, words):
+        """dockerd 20.10."""
         answer = ask(reached, method, "/containers/tstdone/archive?path=" + path, tar_with("x") if method == "PUT" else b"")
-        assert answer.status == status
-        assert status == 400 or method == "HEAD" or answer.message == f"Could not find the file {path} in container tstdone"
+        assert answer.status == (500 if words else 404)
+        assert method == "HEAD" or answer.message == (f"lstat {path}: {words}" if words else f"Could not find the file {path} in container tstdone")
 
     @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
     def test_put(self, reached, pack):
@@ -10001,16 +10004,49 @@ class TestArchive:
         assert until(lambda: [each["Action"] for each in reached.journal.history] == ["export"])
         assert ask(reached, "GET", "/containers/nosuch/export").status == 404
 
-    def test_export_of_one_that_runs_has_no_volumes(self, reached, fake):
-        # In a mount namespace of its own, where the root folder is a mount and something is mounted in it.
-        script = 'mount --bind "$R" "$R"; mount -t tmpfs none "$R/etc"; exec "$0" -c "import os; os.chroot(os.environ[\'R\']); print(1, flush=True); input()"'
+    @pytest.fixture
+    def running(self, reached, fake, monkeypatch):
+        """The same, and it runs: in a mount namespace of its own, where the root folder is a mount; its root as it sees it."""
+        monkeypatch.setattr(nerdctld, "running_root", RUNNING_ROOT)
+        mounts = {"proc": "proc", "dev": "tmpfs", "dev/shm": "tmpfs", "etc/sub": "tmpfs", "sys": "tmpfs", "sys/fs": "tmpfs"}
+        make_tree(reached.root, {"proc/below": b"", "dev/below": b"", "sys/below": b"", "etc/sub/below": b""})
+        script = "; ".join(['mount --bind "$R" "$R"', *(f'mkdir -p "$R/{name}"; mount -t {kind} none "$R/{name}"; touch "$R/{name}/above"' for name, kind in mounts.items()),
+                            'exec "$0" -c "import os; os.chroot(os.environ[\'R\']); print(1, flush=True); input()"'])
+        kinds = {**mounts, "sys": "bind"}
+        reached.spec["mounts"] = [{"type": kinds[name], "destination": "/" + name} for name in mounts]
         with subprocess.Popen(["unshare", "-m", "sh", "-c", script, sys.executable], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               env={**os.environ, "R": str(reached.root)}) as process:
             assert process.stdout.readline() == b"1\n"
             fake.start(reached.inventory.container("tstdone").id, process.pid)
-            names = names_of(ask(reached, "GET", "/containers/tstdone/export").body)
+            yield pathlib.Path(f"/proc/{process.pid}/root")
             process.stdin.close()
-        assert "etc/file" in names and "etc/up" in names
+
+    def test_export_of_one_that_runs_has_no_volumes(self, reached, running):
+        names = names_of(ask(reached, "GET", "/containers/tstdone/export").body)
+        assert {"etc/file", "etc/up", "etc/sub/below", "proc/below", "dev/below"} < set(names) and not [each for each in names if each.endswith("above")]
+
+    def test_the_tree_of_one_that_runs(self, reached, running):
+        found = {each.strip("/") for each in names_of(ask(reached, "GET", "/containers/tstdone/archive?path=/").body)}
+        assert {each for each in found if each.endswith(("above", "below"))} == {"proc/below", "sys/below", "dev/below", "dev/shm/above", "etc/sub/above"} and "etc/file" in found
+
+    @pytest.mark.parametrize("method", ["HEAD", "GET"])
+    def test_what_the_kernel_makes_up_is_not_there(self, reached, running, method):
+        (running / "link").symlink_to("/proc/version")
+        for path, status in (("/proc/version", 404), ("/proc/self/root/etc/file", 404), ("/sys/above", 404), ("/dev/above", 404), ("/dev/shm/above", 200), ("/etc/sub/below", 404), ("/proc/below", 200), ("/proc", 200)):
+            assert ask(reached, method, "/containers/tstdone/archive?path=" + path).status == status, path
+        assert told_stat(ask(reached, method, "/containers/tstdone/archive?path=/link"))["linkTarget"] == "/proc/version"
+
+    @pytest.mark.parametrize("fixed", [False, True], ids=["writable", "read-only"])
+    def test_copies_into_one_that_runs(self, reached, running, fixed):
+        put = lambda path, name: (lambda answer: (answer.status, answer.message if answer.status >= 400 else ""))(ask(reached, "PUT", "/containers/tstdone/archive?path=" + path, tar_with(name)))
+        reached.spec["root"]["readonly"] = fixed
+        for path, name in (("/dev/shm", "x"), ("/etc/sub", "x")):
+            assert put(path, name) == (200, "") and (running / path[1:] / "x").read_bytes() == b"x"
+        wanted = (400, "container rootfs is marked read-only") if fixed else (200, "")
+        assert put("/dev", "null") == put("/proc", "version") == wanted and (reached.root / "dev/null").exists() is not fixed and not (running / "dev/null").exists()
+        for name in ("proc", "dev", "etc/sub"):
+            # The process would be without it.
+            assert put("/", name) == (wanted if fixed else (500, f"unlinkat /{name}: device or resource busy")) and (running / name).is_dir()
 
 
 def make_tree(root, files):
