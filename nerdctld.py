@@ -2820,11 +2820,23 @@ def decode_varint(data: Any, start: int) -> Tuple[int, int]:
 
 
 def encode_field(number: int, value: Any) -> bytes:
-    """A field with an int or bool as varint, or with text, bytes or an encoded message."""
+    """A field with an int or bool as varint, or with text, bytes or an encoded message; a list is a repeated field, a
+    dict the message with these fields by their numbers or, with text for keys, a map."""
     if isinstance(value, int):
         return encode_varint(number << 3) + encode_varint(value)
+    if isinstance(value, dict) and not any(isinstance(key, int) for key in value):
+        value = [{1: key, 2: each} for key, each in value.items()]
+    if isinstance(value, list):
+        return b"".join(encode_field(number, each) for each in value)
+    if isinstance(value, dict):
+        value = encode_message(value)
     data = value.encode() if isinstance(value, str) else value
     return b"".join((encode_varint(number << 3 | 2), encode_varint(len(data)), data))
+
+
+def encode_message(fields: Dict[int, Any]) -> bytes:
+    """A message with these fields by their numbers."""
+    return b"".join(itertools.starmap(encode_field, fields.items()))
 
 
 def decode_fields(data: Any) -> Iterator[ProtoField]:
@@ -2853,11 +2865,6 @@ def decode_fields(data: Any) -> Iterator[ProtoField]:
             raise ValueError("not a protobuf message")
         yield ProtoField(tag >> 3, value if not wire else data[at:end], data[start:end])
         at = end
-
-
-def encode_map_entry(number: int, key: str, value: Any) -> bytes:
-    """An entry of the map in field `number`."""
-    return encode_field(number, encode_field(1, key) + encode_field(2, value))
 
 
 def decode_map_entry(data: Any) -> Tuple[str, str]:
@@ -3101,11 +3108,8 @@ class Http2Connection:
         stream = self.streams.get(number)
         if stream is None or stream.ending:
             return
-        stream.answered, stream.ending = True, end
-        if stream.queue:
-            stream.trailers = encode_headers(headers)
-        else:
-            self._write_headers(stream, encode_headers(headers))
+        stream.answered, stream.ending, stream.trailers = True, end, encode_headers(headers)
+        self._send_queue(stream)
 
     def send_data(self, number: int, data: bytes, end: bool = False) -> None:
         """Send data on a stream as the windows of the peer have room. Dropped on one that has ended."""
@@ -3355,7 +3359,6 @@ class GrpcError(Exception):
     def __init__(self, code: int, message: str):
         super().__init__(message)
         self.code = code
-        self.message = message
 
 
 class GrpcDecoder:
@@ -3621,11 +3624,6 @@ def parse_descriptor(message: Any) -> Descriptor:
     return Descriptor(read_text(found, 1), read_text(found, 2), found.get(3, 0))
 
 
-def encode_descriptor(descriptor: Descriptor) -> bytes:
-    """A types.Descriptor."""
-    return b"".join(itertools.starmap(encode_field, enumerate(descriptor, 1)))
-
-
 def parse_mount(message: Any) -> Dict[str, Any]:
     """A types.Mount: its `type`, `source` and `options`."""
     found = {"type": "", "source": "", "options": []}
@@ -3646,10 +3644,9 @@ def parse_image(message: Any) -> ImageRecord:
                        tuple(decode_map_entry(each.value) for each in decode_fields(message) if each.number == 2))
 
 
-def encode_image(image: ImageRecord) -> bytes:
-    """A request that has an images.v1.Image as its first field; containerd sets the times."""
-    labels = b"".join(encode_map_entry(2, key, value) for key, value in image.labels)
-    return encode_field(1, encode_field(1, image.name) + labels + encode_field(3, encode_descriptor(image.target)))
+def numbered(values: Iterable[Any], first: int = 1) -> Dict[int, Any]:
+    """Values as fields of a message with numbers from `first` on."""
+    return dict(enumerate(values, first))
 
 
 def parse_event(message: Any, namespace: str) -> Optional[ContainerdEvent]:
@@ -3732,13 +3729,13 @@ class Containerd:
         """Context with a client by which new content and snapshots stay until its end; from then on only as long as
         something needs them. What a daemon that was killed has left goes after an hour."""
         lease = f"nerdctld-{os.urandom(8).hex()}"
-        until = encode_map_entry(3, "containerd.io/gc.expire", rfc3339(time.time_ns() + 3600 * 10**9))
-        self.call("leases.v1.Leases/Create", encode_field(1, lease) + until)
+        until = rfc3339(time.time_ns() + 3600 * 10**9)
+        self.call("leases.v1.Leases/Create", {1: lease, 3: {"containerd.io/gc.expire": until}})
         try:
             yield Containerd(self.given_address, self.namespace, lease)
         finally:
             with contextlib.suppress(ApiError):
-                self.call("leases.v1.Leases/Delete", encode_field(1, lease))
+                self.call("leases.v1.Leases/Delete", {1: lease})
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
@@ -3748,144 +3745,131 @@ class Containerd:
         except GrpcError as error:
             kind = {3: BadParameter, 5: NotFound, 6: Conflict, 9: Conflict, 12: NotImplementedHere,
                     14: Unavailable}.get(error.code, ApiError)
-            raise kind(error.message) from None
+            raise kind(str(error)) from None
         except (OSError, ValueError) as error:
             raise Unavailable(f"containerd does not answer at {self.address} ({error}): see systemctl status "
                               "containerd") from None
 
-    def call(self, method: str, message: bytes = b"", timeout: Optional[float] = 10.0) -> bytes:
-        """The answer to a call of `Service/Method` below containerd.services; 503 when there is none within `timeout`
-        seconds."""
+    def stream(self, method: str, fields: Dict[int, Any], timeout: Optional[float] = None) -> Iterator[bytes]:
+        """The messages that answer a call of `Service/Method` below containerd.services with a message of these
+        fields; 503 when they have not come within `timeout` seconds."""
         with self.dial() as sock, self.errors():
-            return grpc_call(sock, "/containerd.services." + method, message, self.headers, timeout)
+            yield from grpc_stream(sock, "/containerd.services." + method, encode_message(fields), self.headers,
+                                   timeout)
 
-    def stream(self, method: str, message: bytes = b"", timeout: Optional[float] = None) -> Iterator[bytes]:
-        """The messages that answer a call."""
+    def call(self, method: str, fields: Dict[int, Any], timeout: Optional[float] = 10.0) -> memoryview:
+        """The one message that answers a call."""
         with self.dial() as sock, self.errors():
-            yield from grpc_stream(sock, "/containerd.services." + method, message, self.headers, timeout)
+            return memoryview(grpc_call(sock, "/containerd.services." + method, encode_message(fields), self.headers,
+                                        timeout))
+
+    def ask(self, method: str, fields: Dict[int, Any], timeout: Optional[float] = 10.0) -> Dict[int, Any]:
+        """The fields of the answer to a call by number."""
+        return read_message(self.call(method, fields, timeout))
+
+    def ask_all(self, method: str, fields: Dict[int, Any]) -> List[Any]:
+        """The first field of the answer to a call, which is repeated."""
+        return [each.value for each in decode_fields(self.call(method, fields)) if each.number == 1]
 
     def list_containers(self) -> List[ContainerRecord]:
         """All containers of the namespace."""
-        return [parse_container(each.value)
-                for each in decode_fields(memoryview(self.call("containers.v1.Containers/List")))]
+        return list(map(parse_container, self.ask_all("containers.v1.Containers/List", {})))
 
     def get_container(self, identity: str) -> ContainerRecord:
         """One container."""
-        return parse_container(read_message(self.call("containers.v1.Containers/Get",
-                                                      encode_field(1, identity))).get(1, b""))
-
-    def list_tasks(self) -> Dict[str, TaskRecord]:
-        """The tasks of the namespace by their containers' ids."""
-        return dict(parse_task(each.value) for each in decode_fields(self.call("tasks.v1.Tasks/List"))
-                    if each.number == 1)
-
-    def get_task(self, identity: str) -> Optional[TaskRecord]:
-        """The task of a container, None where it has none."""
-        try:
-            answer = self.call("tasks.v1.Tasks/Get", encode_field(1, identity))
-        except NotFound:
-            return None
-        return parse_task(read_message(answer).get(1, b""))[1]
+        return parse_container(self.ask("containers.v1.Containers/Get", {1: identity}).get(1, b""))
 
     def update_container(self, identity: str, labels: Dict[str, str], spec: Optional[bytes] = None) -> None:
         """Set these labels of a container, of which "" takes one away, and with `spec` its OCI spec as JSON text; what
         is not named stays."""
-        paths, fields = ["labels." + key for key in labels], [encode_map_entry(2, *each) for each in labels.items()]
-        if spec is not None:
-            paths.append("spec")
-            fields.append(encode_field(5, encode_field(1, SPEC_URL + "Spec") + encode_field(2, spec)))
-        mask = b"".join(encode_field(1, path) for path in paths)
-        self.call("containers.v1.Containers/Update",
-                  encode_field(1, encode_field(1, identity) + b"".join(fields)) + encode_field(2, mask))
+        changed = {1: identity, 2: labels, 5: [] if spec is None else {1: SPEC_URL + "Spec", 2: spec}}
+        paths = ["labels." + key for key in labels] + ([] if spec is None else ["spec"])
+        self.call("containers.v1.Containers/Update", {1: changed, 2: {1: paths}})
+
+    def list_tasks(self) -> Dict[str, TaskRecord]:
+        """The tasks of the namespace by their containers' ids."""
+        return dict(map(parse_task, self.ask_all("tasks.v1.Tasks/List", {})))
+
+    def get_task(self, identity: str) -> Optional[TaskRecord]:
+        """The task of a container, None where it has none."""
+        with contextlib.suppress(NotFound):
+            return parse_task(self.ask("tasks.v1.Tasks/Get", {1: identity}).get(1, b""))[1]
+        return None
 
     def create_task(self, record: ContainerRecord, streams: TaskStreams, timeout: float = SHORT_CALL) -> int:
         """Have the runtime make a container's process, with its snapshot for root, and not start it yet; its process
         id."""
-        mounts = b"".join(encode_field(3, each) for each in self.snapshot_mounts(record.snapshotter,
-                                                                                 record.snapshot_key))
-        answer = self.call("tasks.v1.Tasks/Create", encode_field(1, record.id) + mounts
-                           + b"".join(itertools.starmap(encode_field, enumerate(streams, 4))), timeout)
-        return read_message(answer).get(2, 0)
+        mounts = self.snapshot_mounts(record.snapshotter, record.snapshot_key)
+        return self.ask("tasks.v1.Tasks/Create", {1: record.id, 3: mounts, **numbered(streams, 4)}, timeout).get(2, 0)
 
     def start_task(self, identity: str, exec_id: str = "", timeout: float = SHORT_CALL) -> int:
         """Start a container's process that was made, or a command in it; its process id."""
-        return read_message(self.call("tasks.v1.Tasks/Start", self._process(identity, exec_id), timeout)).get(1, 0)
+        return self.ask("tasks.v1.Tasks/Start", {1: identity, 2: exec_id}, timeout).get(1, 0)
 
     def delete_task(self, identity: str) -> None:
         """Take a task away that has ended, or was never started."""
-        self.call("tasks.v1.Tasks/Delete", encode_field(1, identity), SHORT_CALL)
+        self.call("tasks.v1.Tasks/Delete", {1: identity}, SHORT_CALL)
 
     def kill_task(self, identity: str, number: int, exec_id: str = "") -> None:
         """Send a signal to a container's process, or to a command in it."""
-        self.call("tasks.v1.Tasks/Kill", self._process(identity, exec_id) + encode_field(3, number))
+        self.call("tasks.v1.Tasks/Kill", {1: identity, 2: exec_id, 3: number})
 
     def list_pids(self, identity: str) -> Set[int]:
         """The process ids of all processes in a container."""
-        answer = self.call("tasks.v1.Tasks/ListPids", encode_field(1, identity))
-        return {read_message(each.value).get(1, 0) for each in decode_fields(answer)}
+        return {read_message(each).get(1, 0) for each in self.ask_all("tasks.v1.Tasks/ListPids", {1: identity})}
 
     def pause_task(self, identity: str) -> None:
         """Freeze a container."""
-        self.call("tasks.v1.Tasks/Pause", encode_field(1, identity))
+        self.call("tasks.v1.Tasks/Pause", {1: identity})
 
     def resume_task(self, identity: str) -> None:
         """Let a container that is frozen go on."""
-        self.call("tasks.v1.Tasks/Resume", encode_field(1, identity))
+        self.call("tasks.v1.Tasks/Resume", {1: identity})
 
     def resize_terminal(self, identity: str, height: int, width: int, exec_id: str = "") -> None:
         """Set the size of a process's terminal in characters."""
-        self.call("tasks.v1.Tasks/ResizePty",
-                  self._process(identity, exec_id) + encode_field(3, width) + encode_field(4, height))
+        self.call("tasks.v1.Tasks/ResizePty", {1: identity, 2: exec_id, 3: width, 4: height})
 
     def close_stdin(self, identity: str, exec_id: str = "") -> None:
         """Let a process find the end of its standard input when it has read what is in its FIFO."""
-        self.call("tasks.v1.Tasks/CloseIO", self._process(identity, exec_id) + encode_field(3, True), 5.0)
+        self.call("tasks.v1.Tasks/CloseIO", {1: identity, 2: exec_id, 3: True}, 5.0)
 
     def add_exec(self, identity: str, exec_id: str, process: Dict[str, Any], streams: TaskStreams) -> None:
         """Prepare a command in a running container, with the `process` of an OCI spec."""
-        spec = encode_field(1, SPEC_URL + "Process") + encode_field(2, json.dumps(process))
-        self.call("tasks.v1.Tasks/Exec", encode_field(1, identity)
-                  + b"".join(itertools.starmap(encode_field, enumerate(streams, 2))) + encode_field(6, spec)
-                  + encode_field(7, exec_id), SHORT_CALL)
+        spec = {1: SPEC_URL + "Process", 2: json.dumps(process)}
+        self.call("tasks.v1.Tasks/Exec", {1: identity, **numbered(streams, 2), 6: spec, 7: exec_id}, SHORT_CALL)
 
     def wait_process(self, identity: str, exec_id: str = "", timeout: Optional[float] = None) -> int:
         """Wait for the end of a process; its exit status."""
-        return read_message(self.call("tasks.v1.Tasks/Wait", self._process(identity, exec_id), timeout)).get(1, 0)
+        return self.ask("tasks.v1.Tasks/Wait", {1: identity, 2: exec_id}, timeout).get(1, 0)
 
     def delete_exec(self, identity: str, exec_id: str) -> int:
         """Take a command away that has ended; its exit status."""
         # The shim waits ten seconds for those who hold the streams open.
-        answer = self.call("tasks.v1.Tasks/DeleteProcess", self._process(identity, exec_id), 30.0)
-        return read_message(answer).get(3, 0)
-
-    @staticmethod
-    def _process(identity: str, exec_id: str) -> bytes:
-        return encode_field(1, identity) + (encode_field(2, exec_id) if exec_id else b"")
+        return self.ask("tasks.v1.Tasks/DeleteProcess", {1: identity, 2: exec_id}, 30.0).get(3, 0)
 
     def list_images(self) -> Dict[str, ImageRecord]:
         """All names of images, by name."""
-        found = (parse_image(each.value) for each in decode_fields(self.call("images.v1.Images/List"))
-                 if each.number == 1)
-        return {image.name: image for image in sorted(found)}
+        return {image.name: image for image in sorted(map(parse_image, self.ask_all("images.v1.Images/List", {})))}
 
     def get_image(self, name: str) -> ImageRecord:
         """One name of an image."""
-        return parse_image(read_message(self.call("images.v1.Images/Get", encode_field(1, name))).get(1, b""))
+        return parse_image(self.ask("images.v1.Images/Get", {1: name}).get(1, b""))
 
-    def create_image(self, image: ImageRecord) -> None:
-        """Give an image a new name; Conflict where there is that name."""
-        self.call("images.v1.Images/Create", encode_image(image))
+    def create_image(self, image: ImageRecord, method: str = "Create") -> None:
+        """Give an image a new name; Conflict where there is that name. containerd sets the times."""
+        self.call("images.v1.Images/" + method, {1: {1: image.name, 2: dict(image.labels), 3: numbered(image.target)}})
 
     def set_image(self, image: ImageRecord) -> None:
         """Let a name stand for an image, whatever it stood for."""
         try:
             self.create_image(image)
         except Conflict:
-            self.call("images.v1.Images/Update", encode_image(image))
+            self.create_image(image, "Update")
 
     def delete_image(self, name: str, sync: bool = True) -> None:
         """Remove a name; with `sync` also what nothing else needs any more, before the answer comes."""
-        self.call("images.v1.Images/Delete", encode_field(1, name) + encode_field(2, sync), 120.0)
+        self.call("images.v1.Images/Delete", {1: name, 2: sync}, 120.0)
 
     def delete_images(self, names: List[str]) -> None:
         """Remove names, those that are there, and with the last of them what nothing else needs any more."""
@@ -3893,19 +3877,15 @@ class Containerd:
             with contextlib.suppress(NotFound):
                 self.delete_image(name, sync=name == names[-1])
 
-    def list_content(self) -> set:
+    def list_content(self) -> Set[str]:
         """The digests of all content there is."""
-        return {read_text(read_message(info.value), 1) for message in self.stream("content.v1.Content/List", timeout=10)
+        return {read_text(read_message(info.value), 1) for message in self.stream("content.v1.Content/List", {}, 10.0)
                 for info in decode_fields(message) if info.number == 1}
 
     def content(self, digest: str) -> Iterator[Any]:
         """Content by its digest, in pieces."""
-        for message in self.stream("content.v1.Content/Read", encode_field(1, digest)):
+        for message in self.stream("content.v1.Content/Read", {1: digest}):
             yield from (field.value for field in decode_fields(memoryview(message)) if field.number == 2)
-
-    def view_snapshot(self, snapshotter: str, key: str, parent: str) -> None:
-        """Make a snapshot that shows its parent and cannot be written to."""
-        self.call("snapshots.v1.Snapshots/View", self._snapshot(snapshotter, key) + encode_field(3, parent))
 
     def read_content(self, digest: str) -> bytes:
         """Content by its digest, as far as memory is to hold it: manifests and configurations. 400 for more."""
@@ -3919,81 +3899,76 @@ class Containerd:
     def write_content(self, media_type: str, data: bytes, labels: Dict[str, str]) -> Descriptor:
         """New content, with the labels by which it needs other content and snapshots."""
         found = Descriptor(media_type, "sha256:" + sha256(data).hexdigest(), len(data))
-        fields = enumerate((2, "nerdctld-" + found.digest, found.size, found.digest, 0, data), 1)
+        fields = {1: 2, 2: "nerdctld-" + found.digest, 3: found.size, 4: found.digest, 6: data, 7: labels}
         with contextlib.suppress(Conflict):
             # What was written is told, and then that it is kept.
-            list(self.stream("content.v1.Content/Write", b"".join(itertools.starmap(encode_field, fields))
-                             + b"".join(encode_map_entry(7, *each) for each in labels.items()), 10))
+            list(self.stream("content.v1.Content/Write", fields, 10.0))
         return found
+
+    def delete_content(self, digest: str) -> None:
+        """Remove a blob, whatever refers to it."""
+        self.call("content.v1.Content/Delete", {1: digest})
 
     def make_layer(self, below: List[bytes], above: List[bytes]) -> Tuple[Descriptor, str]:
         """A layer of what differs between the mounts of two snapshots, packed by gzip; it and the digest of its
         tar."""
-        answer = self.call("diff.v1.Diff/Diff", b"".join(
-            [*(encode_field(1, each) for each in below), *(encode_field(2, each) for each in above),
-             encode_field(3, LAYER_TYPE), encode_field(4, f"nerdctld-{os.urandom(8).hex()}")]), None)
-        layer = parse_descriptor(read_message(answer).get(3, b""))
-        info = read_message(self.call("content.v1.Content/Info", encode_field(1, layer.digest))).get(1, b"")
+        layer = parse_descriptor(self.ask("diff.v1.Diff/Diff", {
+            1: below, 2: above, 3: LAYER_TYPE, 4: f"nerdctld-{os.urandom(8).hex()}"}, None).get(3, b""))
+        info = self.ask("content.v1.Content/Info", {1: layer.digest}).get(1, b"")
         labels = dict(decode_map_entry(each.value) for each in decode_fields(info) if each.number == 5)
         return layer, labels["containerd.io/uncompressed"]
 
     def unpack_layer(self, layer: Descriptor, snapshotter: str, parent: str, name: str) -> None:
         """Make the snapshot `name` of a layer above another snapshot, unless it is there."""
         with self.snapshot("Prepare", snapshotter, parent) as (key, mounts):
-            self.call("diff.v1.Diff/Apply", encode_field(1, encode_descriptor(layer))
-                      + b"".join(encode_field(2, each) for each in mounts), None)
+            self.call("diff.v1.Diff/Apply", {1: numbered(layer), 2: mounts}, None)
             with contextlib.suppress(Conflict):
-                self.call("snapshots.v1.Snapshots/Commit", self._snapshot(snapshotter, name) + encode_field(3, key))
+                self.call("snapshots.v1.Snapshots/Commit", {1: snapshotter, 2: name, 3: key})
 
-    def delete_content(self, digest: str) -> None:
-        """Remove a blob, whatever refers to it."""
-        self.call("content.v1.Content/Delete", encode_field(1, digest))
+    def view_snapshot(self, snapshotter: str, key: str, parent: str) -> None:
+        """Make a snapshot that shows its parent and cannot be written to."""
+        self.call("snapshots.v1.Snapshots/View", {1: snapshotter, 2: key, 3: parent})
 
     def snapshot_usage(self, snapshotter: str, key: str) -> int:
         """Bytes that a snapshot takes without those below it."""
-        return read_message(self.call("snapshots.v1.Snapshots/Usage", self._snapshot(snapshotter, key))).get(1, 0)
+        return self.ask("snapshots.v1.Snapshots/Usage", {1: snapshotter, 2: key}).get(1, 0)
 
     def snapshot_parent(self, snapshotter: str, key: str) -> str:
         """The key of the snapshot below a snapshot, "" for the lowest."""
-        return read_text(read_message(read_message(self.call("snapshots.v1.Snapshots/Stat",
-                                                             self._snapshot(snapshotter, key))).get(1, b"")), 2)
+        info = self.ask("snapshots.v1.Snapshots/Stat", {1: snapshotter, 2: key}).get(1, b"")
+        return read_text(read_message(info), 2)
 
     def snapshot_mounts(self, snapshotter: str, key: str) -> List[bytes]:
         """How a snapshot is mounted, as containerd's other services take it."""
-        return [each.value for each in decode_fields(self.call("snapshots.v1.Snapshots/Mounts",
-                                                               self._snapshot(snapshotter, key)))]
+        return self.ask_all("snapshots.v1.Snapshots/Mounts", {1: snapshotter, 2: key})
 
     @contextlib.contextmanager
     def snapshot(self, verb: str, snapshotter: str, parent: str) -> Iterator[Tuple[str, List[bytes]]]:
         """Context with a new snapshot above another one, "" for none, that is gone at its end: a "View", or one to be
         written that is to "Prepare"; its key and its mounts. For a client with a lease."""
         key = f"nerdctld-{os.urandom(8).hex()}"
-        answer = self.call("snapshots.v1.Snapshots/" + verb, self._snapshot(snapshotter, key) + encode_field(3, parent))
+        mounts = self.ask_all("snapshots.v1.Snapshots/" + verb, {1: snapshotter, 2: key, 3: parent})
         try:
-            yield key, [each.value for each in decode_fields(answer)]
+            yield key, mounts
         finally:
             # One that was committed has its name instead of the key.
             with contextlib.suppress(ApiError):
-                self.call("snapshots.v1.Snapshots/Remove", self._snapshot(snapshotter, key))
-
-    def _snapshot(self, snapshotter: str, key: str) -> bytes:
-        return encode_field(1, snapshotter) + encode_field(2, key)
+                self.call("snapshots.v1.Snapshots/Remove", {1: snapshotter, 2: key})
 
     def version(self) -> Tuple[str, str]:
         """containerd's version and the revision of its source."""
-        found = read_message(self.call("version.v1.Version/Version"))
+        found = self.ask("version.v1.Version/Version", {})
         return read_text(found, 1), read_text(found, 2)
 
     def plugin_complaint(self, kind: str, name: str) -> str:
         """Why one of containerd's plugins does not work, "" when it does."""
-        asked = encode_field(1, f"type=={kind},id=={name}")
-        for each in decode_fields(self.call("introspection.v1.Introspection/Plugins", asked)):
-            return read_text(read_message(read_message(each.value).get(7) or b""), 2)
+        for each in self.ask_all("introspection.v1.Introspection/Plugins", {1: f"type=={kind},id=={name}"}):
+            return read_text(read_message(read_message(each).get(7) or b""), 2)
         return "containerd has none of that name"
 
     def uuid(self) -> str:
         """The UUID by which this containerd is known."""
-        return read_text(read_message(self.call("introspection.v1.Introspection/Server")), 1)
+        return read_text(self.ask("introspection.v1.Introspection/Server", {}), 1)
 
     def events(self, sock: Any) -> Iterator[bytes]:
         """The envelopes of all events, over a connection that ends with it."""
@@ -8234,17 +8209,14 @@ TRACE_FIELDS: Dict[str, Tuple[int, Dict[str, Tuple[int, Any]]]] = {
 
 def encode_trace(status: Dict[str, Any]) -> bytes:
     """BuildKit's StatusResponse of its progress in JSON."""
-    def encode(number: int, kind: Any, value: Any) -> bytes:
-        if kind is list:
-            return b"".join(encode_field(number, each) for each in value)
+    def value_of(kind: Any, value: Any) -> Any:
         if kind is None:
-            seconds, rest = divmod(nanoseconds_of(value) or 0, 10**9)
-            value = encode_field(1, seconds) + encode_field(2, rest)
-        return encode_field(number, base64.b64decode(value) if kind is bytes else value)
+            return numbered(divmod(nanoseconds_of(value) or 0, 10**9))
+        return base64.b64decode(value) if kind is bytes else value
 
-    return b"".join(encode_field(number, b"".join(
-        encode(*fields[key], each[key]) for key in fields if each.get(key)))
-        for name, (number, fields) in TRACE_FIELDS.items() for each in status.get(name) or ())
+    return encode_message({number: [{fields[key][0]: value_of(fields[key][1], each[key])
+                                     for key in fields if each.get(key)} for each in status.get(name) or ()]
+                           for name, (number, fields) in TRACE_FIELDS.items()})
 
 
 FAILED_STEP = '" did not complete successfully: exit code: '
@@ -14058,8 +14030,7 @@ def rewrite_exporter(exporter: bytes) -> Tuple[bytes, Optional[List[str]]]:
     changed["danging-name-empty-only"] = "true"
     kept = [each.raw for each in parts
             if each.number != 1 and not (each.number == 2 and decode_map_entry(each.value)[0] in changed)]
-    added = [encode_map_entry(2, key, value) for key, value in changed.items()]
-    return b"".join([encode_field(1, b"image"), *kept, *added]), names
+    return b"".join([encode_field(1, b"image"), *kept, encode_field(2, changed)]), names
 
 
 def rewrite_solve(message: bytes) -> Tuple[bytes, Optional[List[str]]]:
@@ -14184,14 +14155,10 @@ def session_solve(engine: Engine, request: Request, reference: str) -> bytes:
     tags = build_tags(request)
     exporters = json_parameter(request, "outputs", [{"Type": str, "Attrs": Named(str)}]) or [
         {"Type": "moby", "Attrs": {"name": ",".join(tags)} if tags else {}}]
-    message = [encode_field(1, reference), encode_field(5, request.value("session")), encode_field(6, "dockerfile.v0")]
-    message += [encode_map_entry(7, key, value) for key, value in attributes.items()]
-    message += [encode_field(8, encode_field(4, encode_field(1, "registry") + encode_map_entry(2, "ref", each)))
-                for each in caches] + [encode_field(9, each) for each in allowed]
-    for each in exporters:
-        message.append(encode_field(13, encode_field(1, each.get("Type") or "moby") + b"".join(
-            encode_map_entry(2, key, value) for key, value in (each.get("Attrs") or {}).items())))
-    return b"".join(message)
+    return encode_message({
+        1: reference, 5: request.value("session"), 6: "dockerfile.v0", 7: attributes,
+        8: {4: [{1: "registry", 2: {"ref": each}} for each in caches]}, 9: allowed,
+        13: [{1: each.get("Type") or "moby", 2: each.get("Attrs") or {}} for each in exporters]})
 
 
 def build_in_session(engine: Engine, request: Request) -> Response:
