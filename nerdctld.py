@@ -1253,6 +1253,22 @@ def json_bytes(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
+def json_of(kind: type, text: Any) -> Any:
+    """The JSON value in a text, an empty one of this kind where it is no such value. Anybody can write a label."""
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(text or "null")
+        if isinstance(found, kind):
+            return found
+    return kind()
+
+
+def read_json_file(path: str) -> Dict[str, Any]:
+    """The JSON object in a file, {} where it cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return json_of(dict, file.read())
+    return {}
+
+
 class Named(NamedTuple):
     """The shape of a JSON object whose keys are the client's own words, such as labels: that of its values."""
 
@@ -4475,18 +4491,10 @@ def container_state(labels: Dict[str, str], task: Optional[TaskRecord], started_
     return State(kind, task.pid, started_at=started_at or process_start(task.pid))
 
 
-def label_fields(labels: Dict[str, str], key: str) -> Dict[str, Any]:
-    """The JSON object in a label, {} where there is none."""
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(labels.get(key) or "{}")
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
 def container_health(labels: Dict[str, str], state: State) -> Tuple[str, int]:
     """`health` and `failing` of a container with health checks that has been started. nerdctl keeps them in a label;
     `Pid` is ours and tells of which process, since a container may be started again by others."""
-    found = label_fields(labels, "nerdctl/healthstate")
+    found = json_of(dict, labels.get("nerdctl/healthstate"))
     failing = found.get("FailingStreak")
     failing = failing if isinstance(failing, int) else 0
     if state.kind != "running":
@@ -4509,22 +4517,6 @@ def process_start(pid: int) -> Optional[int]:
     return booted + ticks * 10**9 // os.sysconf("SC_CLK_TCK")
 
 
-def read_json_file(path: str) -> Any:
-    """The value in a JSON file, None where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return None
-
-
-def noted_start(folder: str) -> Optional[int]:
-    """When nerdctl noted that a container was last started, in nanoseconds since 1970; None when never or not known."""
-    found = read_json_file(os.path.join(folder, "lifecycle.json")) if folder else None
-    started = nanoseconds_of(str(found.get("started_at") or "")) if isinstance(found, dict) else None
-    return started if started and started > 0 else None
-
-
 def kubernetes_name(labels: Dict[str, str]) -> str:
     """The name that nerdctl shows for a container of Kubernetes, "" for any other."""
     parts = [labels.get("io.kubernetes." + key) for key in ("pod.namespace", "pod.name", "container.name")]
@@ -4533,16 +4525,11 @@ def kubernetes_name(labels: Dict[str, str]) -> str:
 
 def parse_mounts(labels: Dict[str, str]) -> List[Dict[str, Any]]:
     """The mounts that nerdctl noted in labels, of 2.3 (one a label) and before (one list), as Docker's MountPoints."""
-    found: List[Dict[str, Any]] = []
-    with contextlib.suppress(ValueError):
-        if labels.get("nerdctl/mounts"):
-            # 1.7 notes that none can be written to.
-            found = [{**each, "RW": "ro" not in (each.get("Mode") or "").split(",")}
-                     for each in json.loads(labels["nerdctl/mounts"]) or []]
-        for number in itertools.count():
-            if f"nerdctl/mounts.{number}" not in labels:
-                break
-            found.append(json.loads(labels[f"nerdctl/mounts.{number}"]))
+    # 1.7 notes that none can be written to.
+    found = [{**each, "RW": "ro" not in (each.get("Mode") or "").split(",")}
+             for each in json_of(list, labels.get("nerdctl/mounts"))]
+    numbered = map(labels.get, map("nerdctl/mounts.{}".format, itertools.count()))
+    found += [json_of(dict, each) for each in itertools.takewhile(bool, numbered)]
     mounts = []
     for each in found:
         mount = {"Type": each.get("Type") or "bind"}
@@ -4577,7 +4564,8 @@ class Container:
     @functools.cached_property
     def state(self) -> State:
         """What it is doing, and how it is."""
-        state = container_state(self.labels, self.task, noted_start(self.folder))
+        started = nanoseconds_of(str(self.read_file("lifecycle.json").get("started_at") or "")) or 0
+        state = container_state(self.labels, self.task, started if started > 0 else None)
         if state.kind == "created" or not self.health_check:
             return state
         health, failing = container_health(self.labels, state)
@@ -4586,7 +4574,8 @@ class Container:
     @functools.cached_property
     def health_check(self) -> Dict[str, Any]:
         """How its health is checked, {} where it is not."""
-        check = {**label_fields(self.labels, "nerdctl/healthcheck"), **(self.request.get("Healthcheck") or {})}
+        check = {**json_of(dict, self.labels.get("nerdctl/healthcheck")),
+                 **(self.request.get("Healthcheck") or {})}
         test = check.get("Test")
         if not (isinstance(test, list) and test[:1] in (["CMD"], ["CMD-SHELL"])
                 and all(isinstance(each, str) for each in test)):
@@ -4601,10 +4590,7 @@ class Container:
     @functools.cached_property
     def spec(self) -> Dict[str, Any]:
         """The OCI spec, {} where it is none."""
-        with contextlib.suppress(ValueError):
-            found = json.loads(self.record.spec or b"{}")
-            return found if isinstance(found, dict) else {}
-        return {}
+        return json_of(dict, self.record.spec)
 
     @property
     def process(self) -> Dict[str, Any]:
@@ -4624,15 +4610,11 @@ class Container:
     @functools.cached_property
     def ports(self) -> List[Dict[str, Any]]:
         """Its published ports as Docker's list. nerdctl keeps them in a file from 2.2 on, and in a label before."""
-        found = None
-        if self.folder:
-            kept = read_json_file(os.path.join(self.folder, "network-config.json"))
-            found = kept.get("portMappings") if isinstance(kept, dict) else None
-        with contextlib.suppress(ValueError):
-            found = found or json.loads(self.labels.get("nerdctl/ports") or "[]")
-        found = [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+        found = self.read_file("network-config.json").get("portMappings") or json_of(
+            list, self.labels.get("nerdctl/ports"))
         return [{"IP": each.get("HostIP") or "0.0.0.0", "PrivatePort": each.get("ContainerPort") or 0,
-                 "PublicPort": each.get("HostPort") or 0, "Type": each.get("Protocol") or "tcp"} for each in found]
+                 "PublicPort": each.get("HostPort") or 0, "Type": each.get("Protocol") or "tcp"}
+                for each in found if isinstance(each, dict)]
 
     @functools.cached_property
     def mounts(self) -> List[Dict[str, Any]]:
@@ -4647,17 +4629,14 @@ class Container:
         told = (each.strip("/").partition(":") for each in self.host_config.get("Links") or [])
         return {alias or name: name for name, _, alias in told}
 
-    @property
+    @functools.cached_property
     def request(self) -> Dict[str, Any]:
         """The create request that it was made with, {} for one that others made."""
-        if "request" not in self.memo:
-            labels = (self.labels.get(f"{LABEL_REQUEST}.{number}") for number in itertools.count())
-            parts = itertools.takewhile(lambda part: part is not None, labels)
-            # Anybody can write a label: one container must not spoil the list of all.
-            self.memo["request"] = {}
-            with contextlib.suppress(BadParameter):
-                self.memo["request"] = shaped(parse_json("".join(parts).encode() or b"{}"), CREATE_REQUEST)
-        return self.memo["request"]
+        parts = map(self.labels.get, map((LABEL_REQUEST + ".{}").format, itertools.count()))
+        # Anybody can write a label: one container must not spoil the list of all.
+        with contextlib.suppress(BadParameter):
+            return shaped(json_of(dict, "".join(itertools.takewhile(bool, parts))), CREATE_REQUEST)
+        return {}
 
     @property
     def host_config(self) -> Dict[str, Any]:
@@ -4680,6 +4659,10 @@ class Container:
     def folder(self) -> str:
         """Where nerdctl keeps what belongs to it (log, hosts, lifecycle), "" when unknown."""
         return self.labels.get("nerdctl/state-dir") or ""
+
+    def read_file(self, name: str) -> Dict[str, Any]:
+        """The JSON object in a file of that folder, {} where there is none."""
+        return read_json_file(os.path.join(self.folder, name)) if self.folder else {}
 
 
 ###############################################################################
@@ -5026,7 +5009,7 @@ def parse_network(native: Dict[str, Any], written: int) -> Dict[str, Any]:
     name, plugin = network_name(native.get("name") or ""), (native.get("plugins") or [{}])[0]
     driver = {"host": "host", "none": "null"}.get(name) or plugin.get("type") or "bridge"
     labels, identity = native.get("nerdctlLabels") or {}, native.get("nerdctlID")
-    config, ipam = [], label_fields(labels, "nerdctld/ipam")
+    config, ipam = [], json_of(dict, labels.get("nerdctld/ipam"))
     spare = ipam.get("AuxiliaryAddresses") or {}
     for each in sorted(itertools.chain.from_iterable((plugin.get("ipam") or {}).get("ranges") or []),
                        key=lambda each: ":" in str(each.get("subnet"))):
@@ -5035,9 +5018,7 @@ def parse_network(native: Dict[str, Any], written: int) -> Dict[str, Any]:
                  "AuxiliaryAddresses": spare.get(each.get("subnet") or "")}
         config.append({key: value for key, value in entry.items() if value
                        and (key != "IPRange" or ":" not in entry["Subnet"])})
-    options = {}
-    with contextlib.suppress(ValueError):
-        options = json.loads(labels.get("nerdctld/options") or "{}")
+    options = json_of(dict, labels.get("nerdctld/options"))
     if name == "bridge":
         options = {"com.docker.network.bridge.default_bridge": "true",
                    "com.docker.network.bridge.name": plugin.get("bridge") or "nerdctl0"}
@@ -5059,16 +5040,14 @@ ANONYMOUS = "com.docker.volume.anonymous"
 def parse_volume(name: str, config: Any, mountpoint: str, written: int) -> Dict[str, Any]:
     """A volume as Docker shows it, from the volume.json that nerdctl wrote, and when. Those that nerdctl made for a
     container carry no label, but a name that nobody would type."""
-    labels, options = (config.get("labels") if isinstance(config, dict) else None) or {}, None
+    labels = (config.get("labels") if isinstance(config, dict) else None) or {}
     if not labels and re.fullmatch(r"[0-9a-f]{64}", name):
         labels = {ANONYMOUS: ""}
-    with contextlib.suppress(ValueError):
-        options = json.loads(labels.get("nerdctld/options") or "null")
     return {
         "CreatedAt": whole_seconds(written), "Driver": "local",
         "Labels": {key: value for key, value in labels.items() if not key.startswith(HIDDEN_LABELS)} or None,
         "Mountpoint": mountpoint,
-        "Name": name, "Options": options, "Scope": "local",
+        "Name": name, "Options": json_of(dict, labels.get("nerdctld/options")) or None, "Scope": "local",
     }
 
 
@@ -5307,11 +5286,8 @@ class Inventory:
 def network_names(container: Container) -> List[str]:
     """The names of the networks a container was given, in the order of its interfaces."""
     if "network names" not in container.memo:
-        names = None
-        with contextlib.suppress(ValueError):
-            names = json.loads(container.labels.get("nerdctl/networks") or "[]")
-        known = isinstance(names, list) and LABEL_ALONE not in container.labels
-        container.memo["network names"] = [network_name(str(each)) for each in names] if known else []
+        names = json_of(list, container.labels.get("nerdctl/networks")) if LABEL_ALONE not in container.labels else ()
+        container.memo["network names"] = [network_name(str(each)) for each in names]
     return container.memo["network names"]
 
 
@@ -5353,11 +5329,9 @@ def noted_results(container: Container) -> Dict[str, Dict[str, Any]]:
     """By the names of its networks CNI's results of a running container, which nerdctl notes for the hosts files of its
     peers."""
     if "results" not in container.memo:
-        folder, note = hosts_folder(container), None
-        if container.running and folder:
-            note = read_json_file(os.path.join(folder, "meta.json"))
-        noted = note.get("Networks") if isinstance(note, dict) else None
-        noted = {network_name(name): each for name, each in noted.items()} if isinstance(noted, dict) else {}
+        folder = hosts_folder(container) if container.running else ""
+        noted = read_json_file(os.path.join(folder, "meta.json")).get("Networks") if folder else None
+        noted = {network_name(name): each for name, each in (noted or {}).items()}
         container.memo["results"] = {name: noted[name] for name in network_names(container)
                                      if isinstance(noted.get(name), dict)}
     return container.memo["results"]
@@ -5474,7 +5448,7 @@ def renote(container: Container, network: str, result: Optional[Dict[str, Any]])
         path = os.path.join(folder, "meta.json")
         note = read_json_file(path) if os.path.exists(path) or result is None else {
             "ID": container.id, "Name": container.name, "Hostname": container.labels.get("nerdctl/hostname") or ""}
-        if not isinstance(note, dict):
+        if not note:
             return
         name = cni_name(network)
         noted = {each: found for each, found in (note.get("Networks") or {}).items() if each != name}
@@ -5485,9 +5459,8 @@ def renote(container: Container, network: str, result: Optional[Dict[str, Any]])
         os.replace(file.name, path)
         store = os.path.dirname(folder)
         notes = {each: read_json_file(os.path.join(store, each, "meta.json")) for each in sorted(os.listdir(store))}
-        notes = {each: found for each, found in notes.items() if isinstance(found, dict)}
-        for each, found in notes.items():
-            own = nerdctl_lines(found, list(notes.values()))
+        for each in filter(notes.get, notes):
+            own = nerdctl_lines(notes[each], list(notes.values()))
             rewrite_hosts(os.path.join(store, each), functools.partial(with_own_part, own))
 
 
@@ -5633,10 +5606,7 @@ def run_plugin(engine: "Engine", config: Dict[str, Any], environment: Dict[str, 
         raise ApiError(f'failed to find plugin "{kind}" in path [{environment["CNI_PATH"]}]')
     output = engine.nerdctl.program(*plugins_argv(engine), path).output(data=json_bytes(config),
                                                                         environment=environment)
-    told: Any = {}
-    with contextlib.suppress(ValueError):
-        told = json.loads(output.stdout or b"{}")
-    told = told if isinstance(told, dict) else {}
+    told = json_of(dict, output.stdout)
     if output.status:
         words = ": ".join(filter(None, map(told.get, ("msg", "details")))) or output.stderr.strip()[-500:]
         raise ApiError(f'plugin type="{kind}" failed ({command.lower()}): {words}')
@@ -5777,7 +5747,7 @@ def restore_route(engine: "Engine", container: Container, pid: int, left: str) -
 def attach_networks(engine: "Engine", container: Container, pid: int) -> None:
     """Attach a container whose process `pid` has been made, and best not started yet, to those of its networks to which
     neither nerdctl's hook has nor the daemon."""
-    told, labels = json.loads((container.spec.get("annotations") or {}).get("nerdctl/networks") or "[]"), {}
+    told, labels = json_of(list, (container.spec.get("annotations") or {}).get("nerdctl/networks")), {}
     there = [*map(network_name, told),
              *(name for name, each in attached_networks(container).items() if each.pid == pid)]
     for network in network_names(container):
@@ -8290,13 +8260,10 @@ def build_messages(process: Process, progress: Callable[[Dict[str, Any]], Iterab
     last: Deque[str] = collections.deque(maxlen=200)
     begun, held = False, []
     for line in process.lines(process.stderr):
-        try:
-            status = json.loads(line) if line.startswith("{") else None
-        except ValueError:
-            status = None
-        if status is None:
+        status = json_of(dict, line)
+        if not status:
             last.append(line)
-        for message in progress(status or {}):
+        for message in progress(status):
             begun = True
             if quiet:
                 held.append(message)
@@ -8787,13 +8754,13 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
     labels, linux = container.labels, spec.get("linux") or {}
     resources = linux.get("resources") or {}
     memory, cpu = resources.get("memory") or {}, resources.get("cpu") or {}
-    found, logged = dict(HOST_CONFIG), label_fields(labels, "nerdctl/log-config")
+    found, logged = dict(HOST_CONFIG), json_of(dict, labels.get("nerdctl/log-config"))
     policy, _, tries = (labels.get("containerd.io/restart.policy") or "no").partition(":")
     found.update({
         "AutoRemove": labels.get("nerdctl/auto-remove") == "true", "CpuPeriod": cpu.get("period") or 0,
         "CpuQuota": cpu.get("quota") or 0,
         "CpuShares": cpu.get("shares") or 0, "CpusetCpus": cpu.get("cpus") or "", "CpusetMems": cpu.get("mems") or "",
-        "IpcMode": label_fields(container.labels, "nerdctl/ipc").get("mode") or "private",
+        "IpcMode": json_of(dict, container.labels.get("nerdctl/ipc")).get("mode") or "private",
         "LogConfig": {"Type": logged.get("driver") or "json-file", "Config": logged.get("opts") or {}},
         "MaskedPaths": linux.get("maskedPaths") or [], "ReadonlyPaths": linux.get("readonlyPaths") or [],
         "Memory": memory.get("limit") or 0, "MemoryReservation": memory.get("reservation") or 0,
@@ -8971,7 +8938,7 @@ def network_settings(container: Container, config: Dict[str, Any], attached: Dic
 
 def log_path(container: Container) -> str:
     """The json-file log of a container, "" where its log driver is another one."""
-    driver = label_fields(container.labels, "nerdctl/log-config").get("driver") or "json-file"
+    driver = json_of(dict, container.labels.get("nerdctl/log-config")).get("driver") or "json-file"
     if driver != "json-file" or not container.folder or container.labels.get("nerdctl/log-uri") == "none":
         return ""
     return os.path.join(container.folder, container.id + "-json.log")
@@ -10438,8 +10405,8 @@ def complete_container(engine: Engine, container: Container) -> Container:
         elif key == "PidMode":
             labels["nerdctl/pid-container"] = other.id
         else:
-            labels["nerdctl/ipc"] = json.dumps({**label_fields(container.labels, "nerdctl/ipc"), "mode": "container",
-                                                "victimContainerId": other.id})
+            noted = json_of(dict, container.labels.get("nerdctl/ipc"))
+            labels["nerdctl/ipc"] = json.dumps({**noted, "mode": "container", "victimContainerId": other.id})
     return rewrite_container(engine, container, spec, {**give_ports(engine, container), **labels})
 
 
@@ -10478,7 +10445,7 @@ def joins_pid(container: Container) -> bool:
 def joined_containers(container: Container) -> Dict[str, str]:
     """The ids of the containers whose namespaces a container has, by their kinds in the OCI spec, as nerdctl's labels
     have them."""
-    network, ipc = (network_names(container) or [""])[0], label_fields(container.labels, "nerdctl/ipc")
+    network, ipc = (network_names(container) or [""])[0], json_of(dict, container.labels.get("nerdctl/ipc"))
     found = {"network": network[len("container:"):] if network.startswith("container:") else "",
              "ipc": str(ipc.get("victimContainerId")) if ipc.get("mode") == "container" else "",
              "pid": container.labels.get("nerdctl/pid-container") or "" if joins_pid(container) else ""}
@@ -10529,7 +10496,7 @@ def join_namespaces(engine: Engine, container: Container) -> Container:
 def renew_shm(container: Container) -> None:
     """Mount an empty /dev/shm for a container that others may share it with: nerdctl mounts it at the creation, and
     again at each start."""
-    ipc = label_fields(container.labels, "nerdctl/ipc")
+    ipc = json_of(dict, container.labels.get("nerdctl/ipc"))
     path = str(ipc.get("hostShmPath") or "")
     if ipc.get("mode") != "shareable" or not path or os.geteuid():
         return
@@ -11070,9 +11037,7 @@ class JsonLog:
 
 def open_log(nerdctl: Nerdctl, container: Container) -> Any:
     """What writes a container's log: called with the stream and its bytes, and closed at the end. None for no log."""
-    found = read_json_file(os.path.join(container.folder, "log-config.json")) if container.folder else None
-    found = found if isinstance(found, dict) else {}
-    options = found.get("opts") or {}
+    options = container.read_file("log-config.json").get("opts") or {}
     path, uri = log_path(container), container.labels.get("nerdctl/log-uri") or ""
     if path:
         return JsonLog(path, size_bytes(str(options.get("max-size") or "")),
@@ -13342,7 +13307,7 @@ def route_ipv6(engine: Engine, name: str) -> None:
     for path in (os.path.join(cni_folder(), engine.nerdctl.namespace, f"nerdctl-{name}.conflist"),
                  os.path.join(cni_folder(), f"nerdctl-{name}.conflist")):
         config = read_json_file(path)
-        ipam = ((config.get("plugins") or [{}])[0].get("ipam") or {}) if isinstance(config, dict) else {}
+        ipam = (config.get("plugins") or [{}])[0].get("ipam") or {}
         routes, ranges = ipam.get("routes") or [], ipam.get("ranges") or []
         if {"dst": "0.0.0.0/0"} in routes and any(":" in each.get("subnet", "") for row in ranges for each in row):
             routes.append({"dst": "::/0"})
@@ -14975,7 +14940,7 @@ def registry_login(host: str, environment: Optional[Dict[str, str]]) -> Tuple[st
     an identity token."""
     folder = (environment or os.environ).get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
     told = read_json_file(os.path.join(folder, "config.json"))
-    for key, entry in ((told.get("auths") if isinstance(told, dict) else None) or {}).items():
+    for key, entry in (told.get("auths") or {}).items():
         if re.sub(r"^https?://(index\.(?=docker\.io))?", "", key).partition("/")[0] == host:
             if entry.get("identitytoken"):
                 raise NotImplementedHere(f"{NO_NERDCTL}, and ctr cannot be given the identity token for {host}")
