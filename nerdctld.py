@@ -1352,24 +1352,19 @@ def int_or_zero(text: str) -> int:
 
 # Clients filter by expressions of Go's regexp, which takes a time linear in the text for any of them. Python's re
 # does not, and nothing else runs while it searches. So an expression is compiled to a program here, and all
-# instructions that a text can have come to are followed at once. A Character consumes one character, a string is a
-# boundary that has to be there, a tuple holds the offsets of the instructions to go on at, and the end of the program
-# is the match. Nobody asks where a match is, so a lazy repetition is like any other. The classes of Unicode (\p{...})
-# are not known.
-Ranges = Tuple[Tuple[str, str], ...]
+# instructions that a text can have come to are followed at once. An expression of re consumes one character, a string
+# is a boundary that has to be there, a tuple holds the offsets of the instructions to go on at, and the end of the
+# program is the match. Nobody asks where a match is, so a lazy repetition is like any other. The classes of Unicode
+# (\p{...}) are not known.
 Program = List[Any]
-PERL_CLASSES: Dict[str, Ranges] = {
-    "d": (("0", "9"),), "s": (("\t", "\n"), ("\f", "\r"), (" ", " ")),
-    "w": (("0", "9"), ("A", "Z"), ("_", "_"), ("a", "z")),
+# What stands in brackets for a class: of POSIX by its name, of Perl by its letter behind a colon.
+CLASSES = {
+    ":d": r"0-9", ":s": r"\t\n\f\r ", ":w": r"0-9A-Z_a-z", "alnum": r"0-9A-Za-z", "alpha": r"A-Za-z",
+    "ascii": r"\0-\x7f", "blank": r"\t ", "cntrl": r"\0-\x1f\x7f", "digit": r"0-9", "graph": r"!-~", "lower": r"a-z",
+    "print": r" -~", "punct": r"!-/:-@\[-`{-~", "space": r"\t-\r ", "upper": r"A-Z", "word": r"0-9A-Z_a-z",
+    "xdigit": r"0-9A-Fa-f",
 }
-POSIX_CLASSES: Dict[str, Ranges] = {
-    "alnum": (("0", "9"), ("A", "Z"), ("a", "z")), "alpha": (("A", "Z"), ("a", "z")), "ascii": (("\0", "\x7f"),),
-    "blank": (("\t", "\t"), (" ", " ")), "cntrl": (("\0", "\x1f"), ("\x7f", "\x7f")), "digit": (("0", "9"),),
-    "graph": (("!", "~"),), "lower": (("a", "z"),), "print": ((" ", "~"),),
-    "punct": (("!", "/"), (":", "@"), ("[", "`"), ("{", "~")), "space": (("\t", "\r"), (" ", " ")),
-    "upper": (("A", "Z"),), "word": PERL_CLASSES["w"], "xdigit": (("0", "9"), ("A", "F"), ("a", "f")),
-}
-POSIX_CLASS = re.compile(r"\[:(\^?)([^\]:]*):\]")
+CLASS = re.compile(r"\[:(?P<not>\^?)(?P<posix>[^\]:]*):\]|\\(?P<perl>[dDsSwW])")
 GROUP_HEAD = re.compile(r"\?(?:P?<(?P<name>\w+)>|(?P<on>[imsU]*)(?:-(?P<off>[imsU]+))?(?P<end>[:)]))", re.ASCII)
 COUNTS = re.compile(r"(0|[1-9][0-9]*)(?:(,)(0|[1-9][0-9]*)?)?\}")
 CODE = re.compile(r"x\{([0-9A-Fa-f]+)\}|x([0-9A-Fa-f]{2})|([1-7][0-7]{1,2}|0[0-7]{0,2})")
@@ -1380,43 +1375,6 @@ PROGRAM_LIMIT, REPEAT_LIMIT, GROUP_LIMIT = 10000, 1000, 1000
 
 class PatternError(ValueError):
     """What Go's regexp does not compile."""
-
-
-class Character(NamedTuple):
-    """The instruction for one character: it is in one of the ranges, which are in order and apart, or, `negated`, in
-    none of them. `folded` takes it in upper and lower case."""
-
-    ranges: Ranges
-    folded: bool = False
-    negated: bool = False
-
-    def accepts(self, text: str) -> bool:
-        """Whether a character is one of these."""
-        return any(map(self._has, {text, text.lower(), text.upper()} if self.folded else (text,))) != self.negated
-
-    def _has(self, text: str) -> bool:
-        place = bisect.bisect_right(self.ranges, (text, chr(sys.maxunicode))) - 1
-        return place >= 0 and self.ranges[place][0] <= text <= self.ranges[place][1]
-
-
-def merged(ranges: Iterable[Tuple[str, str]]) -> Ranges:
-    """Ranges of characters in order and apart."""
-    found: List[Tuple[str, str]] = []
-    for low, high in sorted(ranges):
-        if found and low <= found[-1][1]:
-            low, high = found[-1][0], max(high, found.pop()[1])
-        found.append((low, high))
-    return tuple(found)
-
-
-def complement(ranges: Ranges) -> Ranges:
-    """The characters that are in none of these ranges, which are in order and apart."""
-    found, code = [], 0
-    for low, high in ranges:
-        if ord(low) > code:
-            found.append((chr(code), chr(ord(low) - 1)))
-        code = ord(high) + 1
-    return (*found, (chr(code), chr(sys.maxunicode)))
 
 
 class OpenGroup:
@@ -1489,6 +1447,10 @@ class Compiler:
         self.spend(1)
         self.add([instruction])
 
+    def add_character(self, expression: str) -> None:
+        """Put the instruction for one character there, by an expression of Python's re."""
+        self.add_one(re.compile(expression, re.I if "i" in self.flags else 0))
+
     def step(self) -> None:
         """Read one element of the expression."""
         letter, repeated, self.repeated = self.text[self.at], self.repeated, False
@@ -1513,13 +1475,9 @@ class Compiler:
         elif letter in "^$":
             self.add_one(letter if "m" in self.flags else {"^": "A", "$": "z"}[letter])
         elif letter == ".":
-            self.add_one(Character(() if "s" in self.flags else (("\n", "\n"),), negated=True))
+            self.add_character("(?s:.)" if "s" in self.flags else ".")
         else:
-            self.add_one(self.bracket() if letter == "[" else self.literal(letter))
-
-    def literal(self, letter: str) -> Character:
-        """The instruction for a character that stands for itself."""
-        return Character(((letter, letter),), "i" in self.flags)
+            self.add_character(self.bracket() if letter == "[" else re.escape(letter))
 
     def repeat(self, low: int, high: Optional[int]) -> None:
         """Repeat the last piece from `low` to `high` times, None for without end."""
@@ -1568,15 +1526,13 @@ class Compiler:
             quoted = self.text[self.at + 1:end if end >= 0 else len(self.text)]
             self.at = end + 2 if end >= 0 else len(self.text)
             for each in quoted:
-                self.add_one(self.literal(each))
+                self.add_character(re.escape(each))
         elif letter in ("A", "z", "b", "B"):
             self.at += 1
             self.add_one(letter)
-        elif letter.lower() in PERL_CLASSES:
-            self.at += 1
-            self.add_one(Character(PERL_CLASSES[letter.lower()], "i" in self.flags, letter.isupper()))
         else:
-            self.add_one(self.literal(self.escaped()))
+            self.at -= 1
+            self.add_character(self.known_class() or re.escape(self.member()))
 
     def escaped(self) -> str:
         """Read what stands behind a backslash for one character."""
@@ -1594,33 +1550,35 @@ class Compiler:
             raise PatternError("invalid escape sequence")
         return named or letter
 
-    def bracket(self) -> Character:
+    def known_class(self) -> str:
+        """Read a class that has a name, which stands for some characters or for all others; "" where none is."""
+        found = self.take(CLASS)
+        if not found:
+            return ""
+        perl = found.group("perl") or ""
+        name = ":" + perl.lower() if perl else found.group("posix")
+        if name not in CLASSES:
+            raise PatternError("invalid character class range")
+        return f"[{'^' if found.group('not') or perl.isupper() else ''}{CLASSES[name]}]"
+
+    def bracket(self) -> str:
         """Read the rest of a class in brackets."""
         negated = self.text.startswith("^", self.at)
         self.at += negated
-        begin, ranges = self.at, []
+        begin, members = self.at, []
         while self.at == begin or not self.text.startswith("]", self.at):
-            posix = self.take(POSIX_CLASS)
-            letter = self.text[self.at + 1:self.at + 2] if self.text.startswith("\\", self.at) else ""
-            if posix:
-                if posix.group(2) not in POSIX_CLASSES:
-                    raise PatternError("invalid character class range")
-                known = POSIX_CLASSES[posix.group(2)]
-                ranges += complement(known) if posix.group(1) else known
-            elif letter.lower() in PERL_CLASSES:
-                self.at += 2
-                known = PERL_CLASSES[letter.lower()]
-                ranges += complement(known) if letter.isupper() else known
-            else:
+            member = self.known_class()
+            if not member:
                 low = high = self.member()
                 if self.text.startswith("-", self.at) and self.text[self.at + 1:self.at + 2] not in ("", "]"):
                     self.at += 1
                     high = self.member()
                 if high < low:
                     raise PatternError("invalid character class range")
-                ranges.append((low, high))
+                member = f"[{re.escape(low)}-{re.escape(high)}]"
+            members.append(member)
         self.at += 1
-        return Character(merged(ranges), "i" in self.flags, negated)
+        return f"(?!{'|'.join(members)})(?s:.)" if negated else "|".join(members)
 
     def member(self) -> str:
         """Read one character in brackets."""
@@ -1671,8 +1629,8 @@ class Pattern:
                 return frozenset((place,))
             instruction = self.program[place]
             following: Iterable[int] = ()
-            if isinstance(instruction, Character):
-                if after and instruction.accepts(after):
+            if isinstance(instruction, re.Pattern):
+                if instruction.match(after):
                     found.add(place + 1)
             elif isinstance(instruction, str):
                 following = (place + 1,) if is_boundary(instruction, before, after) else ()
