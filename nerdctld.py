@@ -7061,7 +7061,7 @@ def parse_loaded(text: str) -> List[str]:
 
 
 class ImageArchive:
-    """What an archive of images says of itself, noted from its tar as the bytes pass by. Of what is packed it knows
+    """What an archive of images says of itself, noted from its tar as that passes by. Of what is packed it knows
     nothing."""
 
     # containerd reads no more of a JSON file.
@@ -7070,64 +7070,31 @@ class ImageArchive:
 
     def __init__(self) -> None:
         self.files: Dict[str, bytes] = {}
-        # How many of the next bytes are of an entry that is not looked at; None when nothing more is.
-        self.opaque: Optional[int] = 0
-        self._entry: Any = None
-        self._buffer, self._wanted = bytearray(), 512
-        self._long_size = 0
+
+    def read(self, source: TarInput) -> Iterator[None]:
+        """Read all of it, a piece a step."""
+        # Not at the top: only archives need it, and it costs memory.
+        import tarfile
+
+        # What is no tar is for nerdctl to complain of.
+        with contextlib.suppress(tarfile.TarError):
+            tar = tarfile.TarFile(fileobj=source, mode="r", encoding="utf-8", errors="surrogateescape")
+            for entry in iter(tar.next, None):
+                tar.members.clear()
+                name = os.path.normpath(entry.name)
+                if entry.isreg() and name in self.FILES and entry.size <= self.LIMIT:
+                    self.files[name] = b"".join(map(bytes, source.pieces(entry.size)))
+                for _ in source.pieces(tar.offset - source.position):
+                    yield
+                source.spent = 0
+        for _ in source.pieces(sys.maxsize):
+            yield
 
     @property
     def index(self) -> str:
         """The name that nerdctl gives to the archive's index, "" for an archive without one."""
         digest = sha256(self.files.get("index.json", b"")).hexdigest()
         return f"import@sha256:{digest}" if "oci-layout" in self.files else ""
-
-    def feed(self, data: Any) -> None:
-        """The next bytes of the tar."""
-        view = memoryview(data)
-        while view and self.opaque is not None:
-            if self.opaque:
-                passed = min(self.opaque, len(view))
-                self.opaque -= passed
-            else:
-                passed = min(self._wanted - len(self._buffer), len(view))
-                self._buffer += view[:passed]
-                if len(self._buffer) == self._wanted:
-                    self._next(bytes(self._buffer))
-            view = view[passed:]
-
-    def _next(self, data: bytes) -> None:
-        """A header, or the content of an entry that is looked at, has come whole."""
-        entry, self._entry = self._entry, None
-        self._buffer, self._wanted = bytearray(), 512
-        if entry is None:
-            if any(data):
-                self._header(data)
-        elif entry.isreg():
-            self.files[os.path.normpath(entry.name)] = data[:entry.size]
-        else:
-            found = re.search(rb"(?:^|\n)\d+ size=(\d{1,18})\n", data)
-            self._long_size = int(found.group(1)) if found else 0
-
-    def _header(self, data: bytes) -> None:
-        # Not at the top: only archives need it, and it costs memory.
-        import tarfile
-
-        try:
-            entry = tarfile.TarInfo.frombuf(data, "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            self.opaque = None
-            return
-        without = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE,
-                   tarfile.FIFOTYPE)
-        size = 0 if entry.type in without else self._long_size or entry.size
-        self._long_size = 0
-        blocks = -(-size // 512) * 512
-        known = entry.type == tarfile.XHDTYPE or (entry.isreg() and os.path.normpath(entry.name) in self.FILES)
-        if known and 0 < size <= self.LIMIT:
-            self._entry, self._wanted = entry, blocks
-        else:
-            self.opaque = blocks if size >= 0 else None
 
     @property
     def names(self) -> List[str]:
@@ -7159,15 +7126,12 @@ def image_load(engine: Engine, request: Request) -> Response:
             # Not ended when the client leaves: that is seen when the body breaks off, and what has come whole is
             # loaded.
             with engine.nerdctl.load(platforms) as process:
-                taken, told = 0, time.monotonic()
+                told = time.monotonic()
+                source = TarInput(itertools.takewhile(process.write, plain_blocks(request.body.blocks())))
                 try:
-                    for block in plain_blocks(request.body.blocks()):
-                        archive.feed(block)
-                        if not process.write(block):
-                            break
-                        taken += len(block)
+                    for _ in archive.read(source):
                         if not quiet and time.monotonic() - told > 0.5:
-                            told = time.monotonic()
+                            told, taken = time.monotonic(), source.position
                             yield message_line({"status": "Loading layer", "id": "archive",
                                                 "progressDetail": {"current": taken, "total": taken},
                                                 "progress": decimal_size(taken)})
@@ -7487,12 +7451,8 @@ class ImageWriter:
 
     @staticmethod
     def _header(name: str, size: int, mode: int) -> bytes:
-        import tarfile
-
-        entry = tarfile.TarInfo(name)
-        entry.size, entry.mode = size, mode
-        entry.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
-        return entry.tobuf(tarfile.PAX_FORMAT)
+        numbers = {**dict.fromkeys(("uid", "gid", "mtime", "major", "minor"), 0), "size": size, "mode": mode}
+        return tar_header(name.encode(), b"5" if name.endswith("/") else b"0", b"", numbers, {})
 
 
 def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
