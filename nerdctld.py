@@ -9168,19 +9168,21 @@ def make_volume(engine: Engine, name: str, options: Dict[str, str], labels: Dict
                   **({"nerdctld/options": json.dumps(options)} if options else {})}
         name = name or os.urandom(32).hex()
         engine.nerdctl.run("volume", "create", *(f"--label={key}={value}" for key, value in labels.items()), "--", name)
+        # nerdctl makes it 0700, so that no user but root could read what is in it.
+        with contextlib.suppress(OSError):
+            os.chmod(engine.inventory.volume_folder(name), 0o755)
         found = engine.inventory.volumes().get(name) or {}
         engine.journal.emit("volume", "create", name, {"driver": "local"})
     return found
 
 
-def make_volumes(engine: Engine, mounts: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """Make what a container's mounts need and nerdctl does not make with the container: folders, and volumes with
-    options or labels or that nerdctl is not told of. The mounts, with the names of volumes."""
+def make_volumes(engine: Engine, mounts: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Make what a container's mounts need: folders of the host and volumes. The mounts, with the names of volumes."""
     made = []
     for mount in mounts:
         options = mount_options(mount)
         wanted = (options.get("DriverConfig") or {}).get("Options") or {}, options.get("Labels") or {}
-        if mount["Type"] == "volume" and (is_untold(mount) or any(wanted)):
+        if mount["Type"] == "volume":
             name = make_volume(engine, mount.get("Source") or "", *wanted)["Name"]
             mount = {**mount, "Source": name, "Anonymous": not mount.get("Source")}
         make_source(mount)
@@ -9330,7 +9332,7 @@ def mounted(engine: Engine, places: List[PlacedMount]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fillable(engine: Engine, mounts: List[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]]:
+def fillable(engine: Engine, mounts: Iterable[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]]:
     """Context in which volumes with options are mounted where nerdctl has them, so that it fills new ones from the
     image: the mounts, of which nerdctl is not told where that cannot be; the start of the container will say why."""
     volumes, told = engine.inventory.volumes(), []
@@ -10121,7 +10123,7 @@ def make_container(engine: Engine, plan: Plan, name: str, later: str) -> Contain
     nothing."""
     told = {**request_labels(plan.request), LABEL_IMAGE: plan.image_id, **({LABEL_LATER: later} if later else {})}
     labels, names = [f"--label={key}={value}" for key, value in told.items()], [f"--name={name}"] if name else []
-    with fillable(engine, make_volumes(engine, plan.mounts)) as mounts, profile_files(engine, plan.words) as words:
+    with fillable(engine, plan.mounts) as mounts, profile_files(engine, plan.words) as words:
         output = engine.nerdctl.run("create", "--pull=never", *names, *words, *mount_words(mounts), *labels,
                                     "--", plan.image, *plan.command)
     real = output.stdout.decode().strip().rpartition("\n")[2]
@@ -10256,14 +10258,21 @@ def create_container(engine: Engine, plan: Plan, name: str) -> Container:
     makes it without them, since it wants these others to run and those ports to be free; it gets them in place, for
     its start."""
     absent = "--network=none" in plan.words and network_asked(plan.request)
+    plan = plan._replace(mounts=tuple(make_volumes(engine, plan.mounts)))
     try:
-        container = make_container(engine, plan, name, "1" if absent or shared_names(plan.request) else "")
-    except ApiError as error:
-        without, told = refused_later(plan.request, str(error))
-        if not without:
-            raise
-        words = [each for each in plan.words if not each.startswith(without)]
-        container = make_container(engine, plan._replace(words=words), name, told or "1")
+        try:
+            container = make_container(engine, plan, name, "1" if absent or shared_names(plan.request) else "")
+        except ApiError as error:
+            without, told = refused_later(plan.request, str(error))
+            if not without:
+                raise
+            words = [each for each in plan.words if not each.startswith(without)]
+            container = make_container(engine, plan._replace(words=words), name, told or "1")
+    except BaseException:
+        for mount in plan.mounts:
+            if mount.get("Anonymous"):
+                engine.nerdctl.output("volume", "rm", "--", mount["Source"])
+        raise
     asked = field_of(container.request, "NetworkingConfig.EndpointsConfig") or {}
     # The rest of them, where nerdctl could be told of the first one only.
     rest = [each for each in asked if each not in ("default", *network_names(container))]

@@ -6599,6 +6599,38 @@ class TestMounts:
         assert words[2:5] == ["--label=a=b", "--label=com.docker.volume.anonymous=", '--label=nerdctld/options={"type": "tmpfs", "device": "tmpfs"}']
         assert json.loads(found.labels["nerdctl/anonymous-volumes"]) == [words[-1]] and found.spec["mounts"][0]["destination"] == "/v"
 
+    def volumes_made(self, scripted, fake, tmp_path):
+        """Where volumes are that nerdctl makes from here on, as it makes them."""
+        folder = store_of(fake, tmp_path) / "volumes/default"
+
+        def make(words):
+            write_json(folder / words[-1] / "volume.json", {"labels": {}})
+            (folder / words[-1] / "_data").mkdir(0o700)
+
+        scripted.on("volume create", does=make)
+        return folder
+
+    def test_volumes_can_be_read_by_every_user(self, places, scripted, fake, tmp_path):
+        folder = self.volumes_made(scripted, fake, tmp_path)
+        self.create(places, scripted, fake, {"mounts": []}, Binds=["named:/n"], Mounts=[{"Type": "volume", "Target": "/a"}])
+        made = [each["argv"][-1] for each in scripted.calls("volume create")]
+        assert len(made) == 2 and {(folder / each / "_data").stat().st_mode & 0o777 for each in made} == {0o755}
+        assert [each for each in scripted.argv("create") if each.startswith("--volume=")] == [f"--volume={made[0]}:/n", f"--volume={made[1]}:/a"]
+
+    @pytest.mark.parametrize("said, status, removed", [("no users found", 201, 0), ("odd", 500, 1)])
+    def test_no_volume_is_left_of_a_container_that_cannot_be_made(self, places, scripted, fake, tmp_path, said, status, removed):
+        """One for which nerdctl is asked twice has one."""
+        self.volumes_made(scripted, fake, tmp_path)
+        scripted.on("volume rm")
+        scripted.on("create", stderr=fatal(said), status=1, does=lambda words: creates(scripted, fake, self.MINE))
+        mounts = [{"Type": "volume", "Target": f"/{each}", "VolumeOptions": {"NoCopy": each == "a"}} for each in "ab"]
+        body = {**BODY, "User": "x", **host(Binds=["named:/n"], Mounts=mounts)}
+        if status == 500:
+            scripted.on("create", stderr=fatal(said), status=1)
+        assert ask(places, "POST", "/containers/create", body).status == status
+        made = [each["argv"][-1] for each in scripted.calls("volume create")]
+        assert len(made) == 3 and [each["argv"][-1] for each in scripted.calls("volume rm")] == made[1:] * removed
+
     @pytest.mark.parametrize("options, flags, data", [(["ro", "nosuid", "size=1m"], 3, ["size=1m"]), (["ro", "rw", "bind"], 4096, []), (["suid", "nosuid", "suid", ""], 0, [])])
     def test_flags(self, options, flags, data):
         assert nerdctld.mount_flags(options) == (flags, data)
