@@ -6463,7 +6463,7 @@ def match_event(event: Dict[str, Any], filters: Dict[str, List[str]]) -> bool:
             if not any(each == text or re.fullmatch(re.escape(each) + r":[^:/]+", text) for each in wanted
                        for text in told):
                 return False
-        elif kind != key or not any(each in (identity, name) or identity.startswith(each) for each in wanted):
+        elif kind != key or not (identity.startswith(tuple(wanted)) or name.startswith(tuple(wanted))):
             return False
     return True
 
@@ -9838,23 +9838,45 @@ def init_args(host: Dict[str, Any]) -> List[str]:
     return ["--init", *([f"--init-binary={static}"] if static else [])]
 
 
-LOG_OPTIONS = {"max-size", "max-file", "labels", "labels-regex", "env", "env-regex", "compress", "tag", "log-path",
-               "mode", "max-buffer-size"}
+LOG_OPTIONS = {
+    "json-file": "max-size max-file compress labels labels-regex env env-regex tag log-path",
+    "local": "max-size max-file compress", "journald": "labels labels-regex env env-regex tag",
+    "syslog": "env env-regex labels labels-regex syslog-address syslog-facility syslog-tls-ca-cert syslog-tls-cert "
+              "syslog-tls-key syslog-tls-skip-verify tag syslog-format",
+    "fluentd": "env env-regex labels labels-regex tag fluentd-address fluentd-async fluentd-async-connect "
+               "fluentd-async-reconnect-interval fluentd-buffer-limit fluentd-max-retries fluentd-request-ack "
+               "fluentd-retry-wait fluentd-sub-second-precision fluentd-write-timeout",
+}
+
+
+def check_log(kind: str, options: Dict[str, str]) -> None:
+    """400 and 500 with dockerd's words for a log driver that there is not, and for options with which nerdctl's logging
+    program would end: the container would go on without a log."""
+    known = (*LOG_OPTIONS.get(kind, " ".join(options)).split(), "mode", "max-buffer-size")
+    unknown = next((each for each in options if each not in known), "")
+    if kind not in (*LOG_OPTIONS, "none"):
+        raise BadParameter(f"logger: no log driver named '{kind}' is registered")
+    if unknown:
+        raise BadParameter(f"unknown log opt '{unknown}' for "
+                           + ("log driver local" if kind == "local" else f"{kind} log driver"))
+    size, count = options.get("max-size", "1m"), options.get("max-file", "1")
+    for wrong, words in (
+        (not re.fullmatch(r"\d+(\.\d+)? ?[kmgtp]?i?b?", size.lower()), f"invalid size: '{size}'"),
+        (not re.search("[1-9]", size), "max-size must be a positive number"),
+        (not re.fullmatch(r"[+-]?\d{1,9}", count), f'strconv.Atoi: parsing "{count}": invalid syntax'),
+        (not int_or_zero(count.lstrip("+")), "max-file cannot be less than 1"),
+    ):
+        if wrong and kind in ("json-file", "local"):
+            raise ApiError(f"failed to initialize logging driver: {words}")
 
 
 def log_args(host: Dict[str, Any]) -> List[str]:
     """Words for the log driver. Docker's `local` and `json-file` are one to nerdctl."""
     config = host.get("LogConfig") or {}
-    kind = config.get("Type") or ""
-    if kind not in ("", "local", "json-file", "journald", "fluentd", "syslog", "none"):
-        raise BadParameter(f"logger: no log driver named '{kind}' is registered")
-    for each in config.get("Config") or {}:
-        if kind in ("", "json-file") and each not in LOG_OPTIONS:
-            raise BadParameter(f"unknown log opt '{each}' for json-file log driver")
-        if kind == "local" and each not in ("max-size", "max-file", "compress"):
-            raise BadParameter(f"unknown log opt '{each}' for log driver local")
-    words = [f"--log-driver={kind}"] if kind not in ("", "local", "json-file") else []
-    return words + _pairs(config.get("Config"), "--log-opt")
+    kind, options = config.get("Type") or "json-file", config.get("Config") or {}
+    check_log(kind, options)
+    words = [f"--log-driver={kind}"] if kind not in ("local", "json-file") else []
+    return words + _pairs(options, "--log-opt")
 
 
 def command_words(body: Dict[str, Any], image: Dict[str, Any]) -> Tuple[List[str], List[str]]:
@@ -10024,19 +10046,22 @@ def check_name(engine: Engine, name: str) -> str:
     name = name[1:] if name.startswith("/") else name
     if not CONTAINER_NAME.fullmatch(name):
         raise BadParameter(f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
+    # nerdctl keeps the name of a container whose creation was killed, and the old one of one that is started after it
+    # was renamed, also when that is gone. One that is being made has a folder, and a little time.
+    store, namespace = engine.inventory.store, engine.nerdctl.namespace
+    folder = os.path.join(store, "names", namespace)
+    # The lock is nerdctl's: the name may be another one's as soon as it is let go.
+    with contextlib.suppress(OSError), locked(folder), open(os.path.join(folder, name), encoding="ascii",
+                                                            errors="replace") as file:
+        identity = file.read(64)
+        known = engine.inventory.containers().get(identity)
+        if (known.name != name if known else time.time() - os.fstat(file.fileno()).st_mtime > SHORT_CALL
+                or not os.path.exists(os.path.join(store, "containers", namespace, identity))):
+            os.unlink(file.name)
     for each in engine.inventory.containers().values():
         if each.name == name:
             raise Conflict(f'Conflict. The container name "/{name}" is already in use by container "{each.id}". '
                            "You have to remove (or rename) that container to be able to reuse that name.")
-    # nerdctl keeps the name of a container whose creation was killed, and the old one of one that is started after it
-    # was renamed, also when that is gone. One that is being made has a folder, and a little time.
-    store, namespace = engine.inventory.store, engine.nerdctl.namespace
-    path = os.path.join(store, "names", namespace, name)
-    with contextlib.suppress(OSError), open(path, encoding="ascii", errors="replace") as file:
-        identity = file.read(64)
-        if (identity in engine.inventory.containers() or time.time() - os.fstat(file.fileno()).st_mtime > SHORT_CALL
-                or not os.path.exists(os.path.join(store, "containers", namespace, identity))):
-            os.unlink(path)
     return name
 
 
@@ -10133,6 +10158,8 @@ def make_container(engine: Engine, plan: Plan, name: str, later: str) -> Contain
     container, health = Container(engine.containerd.get_container(real)), json.dumps(plan.health)
     # Where nerdctl keeps it, word by word, and also by one that has no flags for it.
     own = {"nerdctl/healthcheck": health} if plan.health and len(health) <= REQUEST_PART else {}
+    domain = plan.request.get("Domainname") or ""
+    own.update({"nerdctl/domainname": domain} if HOST_NAME.fullmatch(domain) else {})
     try:
         return finish_container(engine, container, amended_spec(container.spec, plan.request), own, mounts,
                                 plan.recursive)

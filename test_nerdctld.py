@@ -4038,7 +4038,7 @@ class TestEvents:
 
     @pytest.mark.parametrize("filters, count", [
         ({}, 5), ({"type": ["container"]}, 4), ({"type": ["image", "container"]}, 5), ({"event": ["start"]}, 3), ({"event": ["exec_create"]}, 1),
-        ({"container": ["n1"]}, 1), ({"container": ["c0", "c1"]}, 3), ({"image": ["localhost:5000/bb"]}, 4), ({"image": ["localhost:5000/bb:1"]}, 3),
+        ({"container": ["n1"]}, 1), ({"container": ["n"]}, 4), ({"container": ["1", "0", "x"]}, 0), ({"container": ["c0", "c1"]}, 3), ({"image": ["localhost:5000/bb"]}, 4), ({"image": ["localhost:5000/bb:1"]}, 3),
         ({"image": ["localhost"]}, 0), ({"label": ["x=y"]}, 3), ({"label": ["x"], "container": ["n2"]}, 1), ({"scope": ["swarm"]}, 0),
         ({"network": ["a"]}, 0), ({"scope": ["local"]}, 5)])
     def test_filters(self, engine, filters, count):
@@ -6730,7 +6730,7 @@ class TestContainerCreate:
     @pytest.mark.parametrize("body", [
         host(Tmpfs={"/a": ""}, Sysctls={"a": ""}), {"Volumes": {"/data": {}}, "ExposedPorts": {"81/tcp": {}}, **host(PublishAllPorts=True)}, {"Labels": {"a": "", "b": "c"}},
         {"NetworkingConfig": {"EndpointsConfig": {"one": {}, "bridge": None}}, **host(NetworkMode="bridge")}, {"StopTimeout": 0}, host(MemorySwappiness=0),
-        {"Entrypoint": [], "Cmd": ["x"]}, host(LogConfig={"Type": "json-file", "Config": {"max-size": ""}}), host(PortBindings={"80/tcp": None}),
+        {"Entrypoint": [], "Cmd": ["x"]}, host(LogConfig={"Type": "json-file", "Config": {"max-size": "1m"}}), host(PortBindings={"80/tcp": None}),
         {"Healthcheck": {"Test": ["NONE"], "Interval": 0}}, host(MaskedPaths=[], ReadonlyPaths=[])])
     def test_a_container_made_of_what_is_kept_is_the_same(self, body):
         whole = {**BODY, "Tty": False, "Domainname": "", **body}
@@ -7112,6 +7112,26 @@ class TestContainerCreate:
         assert (answer.status, answer.message) == (400, f'invalid mount config for type "bind": bind source path does not exist: {tmp_path}/mount')
         assert (tmp_path / "bind").is_dir()
 
+    @pytest.mark.parametrize("kind", ["", "json-file", "local"])
+    @pytest.mark.parametrize("options, words", [
+        ({"max-size": "abc"}, "invalid size: 'abc'"), ({"max-size": "-1"}, "invalid size: '-1'"), ({"max-size": ""}, "invalid size: ''"), ({"max-size": "1x"}, "invalid size: '1x'"),
+        ({"max-size": "0k"}, "max-size must be a positive number"), ({"max-file": "x"}, 'strconv.Atoi: parsing "x": invalid syntax'), ({"max-file": ""}, 'strconv.Atoi: parsing "": invalid syntax'),
+        ({"max-file": "0"}, "max-file cannot be less than 1"), ({"max-file": "-2"}, "max-file cannot be less than 1"),
+        *((each, "") for each in ({"max-size": "1k", "max-file": "2"}, {"max-size": "1.5 MiB"}, {"max-size": "1TB"}, {"max-size": "10"}, {"max-file": "+3"}, {"mode": "blocking"}))])
+    def test_options_of_a_log(self, furnished, scripted, fake, kind, options, words):
+        """dockerd 20.10's words. With such options nerdctl 2.3.5 starts a container, and its logging program ends: nothing is logged."""
+        creates(scripted, fake, "9" * 64)
+        answer = ask(furnished, "POST", "/containers/create", {**BODY, **host(LogConfig={"Type": kind, "Config": options})})
+        assert answer.status == (500 if words else 201) and (not words or answer.message == "failed to initialize logging driver: " + words)
+
+    def test_a_domain_is_noted_where_nerdctl_looks_for_it(self, furnished, scripted, fake):
+        for name, told in (("dd.ee", "dd.ee"), ("a\n1.2.3.4 b", None)):
+            creates(scripted, fake, "9" * 64)
+            assert ask(furnished, "POST", "/containers/create", {**BODY, "Hostname": "h", "Domainname": name}).status == 201
+            container = furnished.inventory.container("9" * 64)
+            assert container.labels.get("nerdctl/domainname") == (container.spec.get("annotations") or {}).get("nerdctl/domainname") == told
+            assert ask(furnished, "GET", f"/containers/{'9' * 64}/json").json["Config"]["Domainname"] == name
+
     def test_the_hosts_own_name(self):
         """nerdctl 2.3.5 create --uts host: no namespace, and a host name that runc refuses without one."""
         spec = {"hostname": "0123456789ab", "linux": {"namespaces": [{"type": "uts"}]}}
@@ -7137,6 +7157,20 @@ class TestContainerCreate:
         os.utime(place, (time.time() - age,) * 2)
         creates(scripted, fake, "9" * 64)
         assert ask(furnished, "POST", "/containers/create?name=new", BODY).status == 201 and place.exists() == kept
+
+    def test_a_name_that_somebody_gets_meanwhile(self, furnished, fake, monkeypatch):
+        """Of two who ask for a name at once, one gets it."""
+        store, there = pathlib.Path(furnished.inventory.store), furnished.inventory.containers
+        told = iter([there()])
+        place = store / "names" / "default" / "new"
+        for each in (place.parent, store / "containers" / "default" / ("9" * 64)):
+            each.mkdir(parents=True, exist_ok=True)
+        place.write_text("9" * 64)
+        fake.create("9" * 64, {"nerdctl/name": "new"})
+        monkeypatch.setattr(furnished.inventory, "containers", lambda: next(told, None) or there())
+        with pytest.raises(nerdctld.Conflict, match="already in use"):
+            nerdctld.check_name(furnished, "new")
+        assert place.exists()
 
     @pytest.mark.parametrize("user, said, words", [("nope:x", "no users found", "unable to find user nope: no matching entries in passwd file"),
                                                    ("root:nope", "no groups found", "unable to find group nope: no matching entries in group file")])
@@ -7323,6 +7357,7 @@ class TestContainerCreate:
         (host(RestartPolicy={"Name": "always", "MaximumRetryCount": 1}), "maximum retry count can only be used with 'on-failure'"),
         (host(RestartPolicy={"Name": "always"}, AutoRemove=True), "can't create 'AutoRemove' container with restart policy"),
         (host(Ulimits=[{"Name": "nofile", "Soft": 2, "Hard": 1}]), "soft limit must be less"), (host(LogConfig={"Type": "splunk"}), "no log driver named 'splunk'"),
+        *((host(LogConfig={"Type": kind, "Config": {"odd": "1"}}), f"unknown log opt 'odd' for {kind} log driver") for kind in ("journald", "syslog", "fluentd")),
         ({"Labels": {"nerdctl/x": "y"}}, "nerdctl's own"),
         ({"Volumes": {"v": {}}}, "absolute"),
         ({"Env": ["A=\0"]}, "NUL")])
