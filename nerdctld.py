@@ -193,6 +193,8 @@ MOUNT_FLAGS = {"ro": MS_RDONLY, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16
 CLEARED_FLAGS = {"rw": MS_RDONLY, "suid": 2, "dev": 4, "exec": 8, "async": 16, "atime": 1024, "diratime": 2048,
                  "norelatime": 1 << 21, "nostrictatime": 1 << 24}
 XATTR = "SCHILY.xattr."
+# What begins data that is packed with it.
+ZSTD = b"\x28\xb5\x2f\xfd"
 # Names of the kinds of a tar's entries in errors, as dockerd has them.
 MAKING = {b"1": "link", b"2": "symlink", b"3": "mknod", b"4": "mknod", b"5": "mkdir", b"6": "mknod"}
 LINKS_FOLLOWED = 40
@@ -676,6 +678,8 @@ class Unpacker:
 
         try:
             if source.more():
+                if bytes(source.left[:4]) == ZSTD:
+                    raise BadParameter("invalid archive: to unpack zstd nerdctld needs Python 3.14")
                 self.entries(source)
         except tarfile.TarError as error:
             raise BadParameter(f"invalid archive: {error}") from None
@@ -972,6 +976,11 @@ class Packer:
         """Write one entry, by the name `told`, and what is below it; one that is gone meanwhile is left out, and a
         socket, which no tar can have."""
         found = os.lstat(name, dir_fd=folder)
+        if found.st_nlink > 1 and not stat.S_ISDIR(found.st_mode):
+            first = self.linked.setdefault((found.st_dev, found.st_ino), told)
+            if first != told:
+                self.header(found, told, first, kind=b"1")
+                return
         if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):
             flags = os.O_DIRECTORY if stat.S_ISDIR(found.st_mode) else os.O_NONBLOCK | os.O_NOCTTY
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | flags, dir_fd=folder)
@@ -989,10 +998,10 @@ class Packer:
         elif not stat.S_ISSOCK(found.st_mode):
             self.header(found, told)
 
-    def header(self, found: os.stat_result, told: str, link: str = "",
-               records: Optional[Dict[str, bytes]] = None) -> None:
-        """Write the header of an entry; one with a `link` that is not symbolic is another name of that file."""
-        kind = TAR_KINDS.get(stat.S_IFMT(found.st_mode), b"1" if link else b"0")
+    def header(self, found: os.stat_result, told: str, link: str = "", records: Optional[Dict[str, bytes]] = None,
+               kind: bytes = b"") -> None:
+        """Write the header of an entry; one of kind 1 is another name of the file `link`."""
+        kind = kind or TAR_KINDS.get(stat.S_IFMT(found.st_mode), b"0")
         device = found.st_rdev if kind in (b"3", b"4") else 0
         numbers = {"mode": stat.S_IMODE(found.st_mode), "uid": found.st_uid, "gid": found.st_gid,
                    "size": found.st_size if kind == b"0" else 0, "mtime": int(found.st_mtime),
@@ -1004,11 +1013,6 @@ class Packer:
 
     def file(self, descriptor: int, found: os.stat_result, told: str) -> None:
         """Write an open file, as long as it was when its header was written."""
-        if found.st_nlink > 1:
-            first = self.linked.setdefault((found.st_dev, found.st_ino), told)
-            if first != told:
-                self.header(found, told, first)
-                return
         records = {}
         with contextlib.suppress(OSError):
             if "security.capability" in os.listxattr(descriptor):
@@ -1846,6 +1850,11 @@ def decompressor(head: bytes) -> Optional[Callable[[], Any]]:
         import lzma
 
         return lzma.LZMADecompressor
+    if head.startswith(ZSTD):
+        with contextlib.suppress(ImportError):
+            from compression import zstd  # type: ignore
+
+            return zstd.ZstdDecompressor
     return None
 
 
@@ -1880,7 +1889,8 @@ def unpacked(blocks: Iterable[Any], begin: Callable[[], Any]) -> Iterator[bytes]
 
 
 def plain_blocks(blocks: Iterator[Any]) -> Iterator[Any]:
-    """The blocks of a tar, unpacked where it came as gzip, bzip2 or xz; 400 for a broken one."""
+    """The blocks of a tar, unpacked where it came as gzip, bzip2, xz or, with Python 3.14, zstd; 400 for one that is
+    broken."""
     first = b""
     for block in blocks:
         first += bytes(block)
@@ -1895,7 +1905,7 @@ def plain_blocks(blocks: Iterator[Any]) -> Iterator[Any]:
     except (zlib.error, OSError, ValueError, EOFError) as error:
         raise BadParameter(f"invalid archive: {error}") from None
     except Exception as error:
-        if type(error).__name__ != "LZMAError":
+        if type(error).__name__ not in ("LZMAError", "ZstdError"):
             raise
         raise BadParameter(f"invalid archive: {error}") from None
 
@@ -12574,6 +12584,10 @@ def stat_header(found: PathStat) -> Dict[str, str]:
     return {"X-Docker-Container-Path-Stat": base64.b64encode(json_bytes(told)).decode()}
 
 
+# Where nerdctl mounts what is not of the container.
+MOUNT_POINTS = ("/dev", "/dev/shm", "/proc", "/sys", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf")
+
+
 def is_tree_mount(mount: Dict[str, Any]) -> bool:
     """Whether a mount of an OCI spec belongs to a container's tree: binds do, and while it runs its tmpfs, but neither
     the /dev of the runtime nor what the kernel makes up."""
@@ -12584,15 +12598,16 @@ def is_tree_mount(mount: Dict[str, Any]) -> bool:
 
 def find_tree(engine: Engine, container: Container, stored: bool) -> Dict[str, Any]:
     """Where the tree of a container is, as enter_tree() is told, or with `stored` its snapshot in any case; `owner` is
-    the user that it runs as."""
-    user = container.process.get("user") or {}
+    the user that it runs as. One that was never started has no files of nerdctl's yet: those of another container may
+    be unpacked into it."""
+    user, fresh = container.process.get("user") or {}, container.state.kind == "created"
     found = {"pid": 0 if stored else running_pid(engine, container), "owner": [user.get("uid", 0), user.get("gid", 0)],
              "read_only": bool((container.spec.get("root") or {}).get("readonly")), "binds": []}
     for each in container.spec.get("mounts") or []:
         place, fixed = each["destination"], bool({"ro", "rro"} & set(each.get("options") or ()))
         if not is_tree_mount(each):
             found["binds"] += [("", place, found["read_only"])] if found["pid"] else []
-        elif found["pid"] or each.get("type") != "tmpfs":
+        elif found["pid"] or each.get("type") != "tmpfs" and not (fresh and place in MOUNT_POINTS):
             found["binds"].append((place if found["pid"] else each["source"], place, fixed))
     if not found["pid"]:
         found["mounts"] = [parse_mount(each) for each in engine.containerd.snapshot_mounts(
@@ -12759,10 +12774,6 @@ def container_export(engine: Engine, request: Request, name: str) -> Response:
     tar = packed_tree(engine, name, {"do": "export", "path": "/"}, "export")
     next(tar)
     return Response(200, Stream(tar), "application/octet-stream")
-
-
-# Where nerdctl mounts what is not of the container.
-MOUNT_POINTS = ("/dev", "/proc", "/sys", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf")
 
 
 @route("GET", "/containers/{id}/changes")
