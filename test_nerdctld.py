@@ -849,7 +849,10 @@ class FakeContainerd:
                 process.ended = True
             self.refuses(refused)
             process.open()
-            self.record(key, pid=next(self.pids))
+            with self.lock:
+                # It may have been taken away while it waited for somebody to open its FIFOs.
+                self.process(*key)
+                self.record(key, pid=next(self.pids))
         with self.lock:
             pid = self.record(key, status="running").pid
             if key[1]:
@@ -1211,6 +1214,10 @@ def compiled():
     return py_compile.compile(str(HERE / "nerdctld.py"), os.path.join(folder, "nerdctld.pyc"), doraise=True)
 
 
+# As the lines of shell at the top of the daemon's file start it: what else is installed for Python is not looked for.
+PYTHON = [sys.executable, "-IS"]
+
+
 class Daemon:
     """nerdctld.py as a process of its own."""
 
@@ -1218,7 +1225,7 @@ class Daemon:
         self.socket = str(folder / "nd.sock")
         self.log = folder / "nd.log"
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(command or [sys.executable, compiled(), "-H", "unix://" + self.socket, *options],
+            self.process = subprocess.Popen(command or [*PYTHON, compiled(), "-H", "unix://" + self.socket, *options],
                                             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                             env={**os.environ, **(away(folder) if "--nerdctl" in options else {}), **(environment or {})})
         deadline = time.monotonic() + 20
@@ -1227,7 +1234,7 @@ class Daemon:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 self.ask("GET", "/_ping")
                 return
-            time.sleep(0.02)
+            time.sleep(0.005)
         raise AssertionError("the daemon did not start: " + self.log.read_text())
 
     def connect(self):
@@ -1261,11 +1268,12 @@ class Daemon:
         """Ask it to end; its status."""
         if self.process.poll() is None:
             self.process.terminate()
-        try:
-            return self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait(5)
+            # It is told at once; Popen.wait() looks now and then.
+            descriptor = os.pidfd_open(self.process.pid)
+            if not nerdctld.poll_readable(descriptor, 20):
+                self.process.kill()
+            os.close(descriptor)
+        return self.process.wait(5)
 
 
 @pytest.fixture
@@ -1278,12 +1286,13 @@ def daemon(tmp_path, scripted, fake):
 
 def until(condition, seconds=10.0):
     """Wait for a condition; its value."""
-    deadline = time.monotonic() + seconds
+    deadline, pause = time.monotonic() + seconds, 0.0002
     while True:
         value = condition()
         if value or time.monotonic() > deadline:
             return value
-        time.sleep(0.005)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.005)
 
 
 ###############################################################################
@@ -6660,7 +6669,7 @@ class TestMounts:
 
         def done(**order):
             # What is mounted is gone with the shell's mount namespace.
-            words = ["unshare", "-m", "sh", "-c", '"$@" && ls "$0"', str(place), sys.executable, "-IS", compiled(), "tree"]
+            words = ["unshare", "-m", "sh", "-c", '"$@" && ls "$0"', str(place), *PYTHON, compiled(), "tree"]
             output = subprocess.run(words, input=json.dumps({"do": "mount", "place": str(place), **order}) + "\n", capture_output=True, text=True, timeout=60)
             return output.stdout.split() or tuple(json.loads(output.stderr).values())
         (house / "in/file").write_text("x")
@@ -9523,10 +9532,11 @@ class Checked:
         assert ask(self.engine, "POST", "/containers/x/start").status == 204
 
     def start_unwatched(self, pid=4242):
-        """Have others start it while no daemon looks."""
+        """Have others start it while no daemon looks, and begin as the next one that has not looked yet."""
+        self.engine.caretaker.hold = lambda container: None
         self.fake.start(ID, pid)
-        assert until(lambda: self.engine.caretaker.cared.get(ID))
-        self.engine.caretaker.release(ID)
+        self.engine.settle()
+        self.engine.caretaker = nerdctld.Caretaker(self.engine)
 
     @property
     def health(self):
@@ -9750,7 +9760,7 @@ class TestSupervision:
         thread = threading.Thread(target=start, daemon=True)
         thread.start()
         if starting:
-            time.sleep(0.1)
+            assert until(lambda: checked.fake.calls["Tasks/Start"])
         else:
             thread.join(10)
             for each in ends:
@@ -9944,7 +9954,7 @@ class TestArchive:
         assert answer.status == (500 if words else 404)
         assert method == "HEAD" or answer.message == (f"lstat {path}: {words}" if words else f"Could not find the file {path} in container tstdone")
 
-    @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+    @pytest.mark.parametrize("pack", [bytes, gzip.compress])
     def test_put(self, reached, pack):
         assert ask(reached, "PUT", "/containers/tstdone/archive?path=/abs/sub", pack(tar_with("some-name"))).status == 200
         assert (reached.root / "etc/sub/some-name").read_bytes() == b"some-name"
@@ -10026,10 +10036,16 @@ class TestArchive:
         assert sizes == (3 << 20) + 3 and last.endswith(b"end")
 
     @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
-    def test_put_of_what_breaks_off(self, reached, pack):
-        reached.journal.history.clear()
+    def test_what_breaks_off(self, pack):
         whole = pack(tar_with("some-name"))
-        for body in (whole[:-1], whole + whole[:-1], whole + b"x", whole[:5]):
+        for body in (whole[:-1], whole + whole[:-1], whole + b"x", whole[:5], whole[:6] + bytes(100)):
+            with pytest.raises(nerdctld.BadParameter, match="^invalid archive: "):
+                list(nerdctld.plain_blocks(iter([memoryview(body)])))
+
+    def test_put_of_what_breaks_off(self, reached):
+        reached.journal.history.clear()
+        whole = gzip.compress(tar_with("some-name"))
+        for body in (whole[:-1], whole + b"x"):
             answer = ask(reached, "PUT", "/containers/tstdone/archive?path=/etc", body)
             assert answer.status == 400 and answer.message.startswith("invalid archive: "), body
         reached.settle()
@@ -10053,7 +10069,7 @@ class TestArchive:
     def test_put_of_nothing(self, reached, body):
         assert ask(reached, "PUT", "/containers/tstdone/archive?path=/etc", body).status == 200
 
-    @pytest.mark.parametrize("body", [b"\x1f\x8b" + bytes(100), b"BZh9" + bytes(100), b"\xfd7zXZ" + bytes(100), b"no tar" * 200])
+    @pytest.mark.parametrize("body", [b"\x1f\x8b" + bytes(100), b"no tar" * 200])
     def test_put_of_what_is_broken(self, reached, body):
         assert ask(reached, "PUT", "/containers/tstdone/archive?path=/etc", body).status == 400
 
@@ -12569,13 +12585,13 @@ if kind == "file":
 os.dup2(found.fileno(), 3)
 os.set_inheritable(3, True)
 os.environ.update(LISTEN_FDS=count, LISTEN_PID=str(os.getpid()) if pid == "own" else pid, LISTEN_FDNAMES="nerdctl.socket")
-os.execv(sys.executable, [sys.executable, *sys.argv[5:]])
+os.execv(sys.executable, [sys.executable, "-IS", *sys.argv[5:]])
 """
 
 
 class TestSockets:
     def hand_over(self, path, kind="stream", count="1", pid="own", options=()):
-        return [sys.executable, "-c", HAND_OVER, kind, count, pid, str(path), compiled(), *options]
+        return [*PYTHON, "-c", HAND_OVER, kind, count, pid, str(path), compiled(), *options]
 
     def test_socket_of_systemd(self, tmp_path, scripted):
         scripted.on("version", VERSION_TOLD)
@@ -12634,8 +12650,8 @@ class TestSockets:
         assert found.process.wait(10) == 0
         assert "idle for 0.2 seconds" in found.log.read_text()
 
-    def test_mode(self, daemon):
-        assert stat.S_IMODE(os.stat(daemon.socket).st_mode) == 0o660
+    def test_mode(self, shared):
+        assert stat.S_IMODE(os.stat(shared.socket).st_mode) == 0o660
 
     def test_stale_file_is_replaced(self, tmp_path):
         with socket.socket(socket.AF_UNIX) as dead:
@@ -12644,10 +12660,10 @@ class TestSockets:
         assert found.ask("GET", "/_ping").status == 200
         assert found.end() == 0 and not (tmp_path / "nd.sock").exists()
 
-    def test_live_one_is_never_stolen(self, daemon):
-        done = subprocess.run([sys.executable, compiled(), "-H", "unix://" + daemon.socket], capture_output=True, text=True, timeout=20)
-        assert done.returncode == 1 and "another daemon is listening there" in done.stderr
-        assert daemon.ask("GET", "/_ping").status == 200
+    def test_live_one_is_never_stolen(self, shared, monkeypatch, capsys):
+        monkeypatch.setattr(nerdctld, "watch_signals", lambda: None)
+        assert nerdctld.main(["-H", "unix://" + shared.socket]) == 1 and "another daemon is listening there" in capsys.readouterr().err
+        assert shared.ask("GET", "/_ping").status == 200
 
     def test_removed_only_if_ours(self, tmp_path):
         found = Daemon(tmp_path)
@@ -12660,10 +12676,12 @@ class TestSockets:
     @pytest.mark.parametrize("address, words", [("tcp://127.0.0.1:2375", "only unix:///PATH is served"), ("unix://x.sock", "only unix:///PATH"),
                                                 ("unix:///nosuch/x.sock", "/nosuch is not a folder"), ("unix://" + str(HERE / "README.md"), "not a socket"),
                                                 ("unix:///tmp/" + "x" * 200, "cannot listen")])
-    def test_places_that_cannot_be(self, address, words):
-        done = subprocess.run([sys.executable, compiled(), "-H", address], capture_output=True, text=True, timeout=20)
-        assert done.returncode == 1 and re.fullmatch(f"nerdctld: .*{re.escape(words)}.*\n", done.stderr)
-        assert address.startswith("tcp") or "unix://x" in address or "choose another place with -H unix://PATH" in done.stderr
+    def test_places_that_cannot_be(self, monkeypatch, capsys, address, words):
+        monkeypatch.setattr(nerdctld, "watch_signals", lambda: None)
+        assert nerdctld.main(["-H", address]) == 1
+        told = capsys.readouterr().err
+        assert re.fullmatch(f"nerdctld: .*{re.escape(words)}.*\n", told)
+        assert address.startswith("tcp") or "unix://x" in address or "choose another place with -H unix://PATH" in told
 
     @pytest.mark.parametrize("error, words", [(PermissionError(13, "Permission denied"), "run nerdctld as root"), (LookupError(), "groupadd --system docker"),
                                               (OSError(28, "No space left on device"), "No space left on device")])
@@ -12732,8 +12750,8 @@ class TestSockets:
             found.end()
             assert manager.recv(100) == b"STOPPING=1"
 
-    def test_dial_stdio(self, daemon):
-        process = subprocess.Popen([sys.executable, compiled(), "-H", "unix://" + daemon.socket, "dial-stdio"], stdin=subprocess.PIPE,
+    def test_dial_stdio(self, shared):
+        process = subprocess.Popen([*PYTHON, compiled(), "-H", "unix://" + shared.socket, "dial-stdio"], stdin=subprocess.PIPE,
                                    stdout=subprocess.PIPE)
         process.stdin.write(b"GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n")
         process.stdin.close()
@@ -12741,10 +12759,9 @@ class TestSockets:
         process.stdout.close()
         assert process.wait(10) == 0
 
-    def test_dial_stdio_to_nobody(self, tmp_path):
-        done = subprocess.run([sys.executable, compiled(), "-H", f"unix://{tmp_path}/no.sock", "dial-stdio"], capture_output=True, text=True,
-                              timeout=20, stdin=subprocess.DEVNULL)
-        assert done.returncode == 1 and re.fullmatch("nerdctld: cannot connect to .*: start nerdctld .*\n", done.stderr)
+    def test_dial_stdio_to_nobody(self, tmp_path, capsys):
+        assert nerdctld.main(["-H", f"unix://{tmp_path}/no.sock", "dial-stdio"]) == 1
+        assert re.fullmatch("nerdctld: cannot connect to .*: start nerdctld .*\n", capsys.readouterr().err)
 
 
 ###############################################################################
@@ -13526,7 +13543,7 @@ class TestCommandLine:
         (tmp_path / "nerdctl.toml").mkdir()
         assert nerdctld.nerdctl_settings() == {}
 
-    @pytest.mark.parametrize("argv", [["--nothing"], ["x"], ["--namespace", "-a"], ["--namespace", "a/b"], ["--namespace", ""], ["--nerdctl", " "], ["--idle-timeout", "x"]])
+    @pytest.mark.parametrize("argv", [["--nothing"], ["x"], ["--namespace", "-a"], ["--namespace", "a/b"], ["--namespace", ""], ["--nerdctl", " "], ["--nerdctl", "a 'b"], ["--idle-timeout", "x"]])
     def test_refuses(self, argv, capsys):
         with pytest.raises(SystemExit) as caught:
             nerdctld.parse_args(argv)
@@ -13534,7 +13551,7 @@ class TestCommandLine:
         assert caught.value.code == 2 and re.fullmatch(r"nerdctld: .+: see nerdctld --help\n", told), told
 
     def test_version(self):
-        done = subprocess.run([sys.executable, compiled(), "--version"], capture_output=True, text=True, timeout=20)
+        done = subprocess.run([*PYTHON, compiled(), "--version"], capture_output=True, text=True, timeout=20)
         assert (done.returncode, done.stdout) == (0, f"nerdctld {nerdctld.VERSION}\n")
 
     def test_help_has_an_example_for_each_way_to_run_it(self, capsys):
@@ -13567,7 +13584,7 @@ class TestCommandLine:
 
     def test_detached_it_returns_when_clients_can_connect(self, tmp_path, scripted, fake):
         path = str(tmp_path / "nd.sock")
-        done = subprocess.run([sys.executable, compiled(), "--detach", "-H", "unix://" + path, "--nerdctl", str(scripted.program), "--address", fake.path],
+        done = subprocess.run([*PYTHON, compiled(), "--detach", "-H", "unix://" + path, "--nerdctl", str(scripted.program), "--address", fake.path],
                               env={**os.environ, **away(tmp_path), "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=20)
         # Its own child is left, which leads a session and reads from nowhere.
         found = [int(each) for each in os.listdir("/proc") if each.isdigit() and path in command_line(each)]
@@ -13586,10 +13603,6 @@ class TestCommandLine:
         monkeypatch.setattr(os, "geteuid", lambda: euid)
         monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1")
         assert nerdctld.default_socket_path() == path
-
-    def test_quotes_that_do_not_end(self):
-        done = subprocess.run([sys.executable, compiled(), "--nerdctl", "a 'b"], capture_output=True, text=True, timeout=20)
-        assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
 ###############################################################################
@@ -13662,11 +13675,11 @@ class TestWrapper:
         if shutil.which("nerdctl", path="/usr/bin:/bin") is None:
             assert done.returncode == 127 and "not on PATH" in done.stderr
 
-    def test_dial_stdio(self, place, daemon):
+    def test_dial_stdio(self, place, shared):
         path, environment = place
         environment["NERDCTLD"] = str(HERE / "nerdctld.py")
         environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment['PATH']}"
-        done = self.run(path, "--host", "unix://" + daemon.socket, "system", "dial-stdio", env=environment, input="GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n")
+        done = self.run(path, "--host", "unix://" + shared.socket, "system", "dial-stdio", env=environment, input="GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n")
         assert done.stdout.endswith("OK") and done.returncode == 0
 
     def test_dial_stdio_without_daemon(self, place):
