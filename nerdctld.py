@@ -183,7 +183,7 @@ class ClientGone(Exception):
 # tar on stdin or stdout. The kernel keeps it inside; and since `/proc` of the host, where a container has it, leads
 # out of every root folder by its links (`/proc/1/root`), no path is ever left to the kernel either: each step is
 # opened by itself, and links are read as text.
-CLONE_NEWNS = 0x20000
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 # Those of mount(8); a bit that one sets, another one clears.
@@ -439,14 +439,20 @@ def enter_tree(order: Dict[str, Any]) -> None:
     descriptors = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY)
     os.chdir("/")
     if order.get("pid"):
-        seen = os.open(f"/proc/{order['pid']}/root", os.O_PATH | os.O_DIRECTORY)
-        namespace = os.open(f"/proc/{order['pid']}/ns/mnt", os.O_RDONLY)
-        libc_call("setns", namespace, CLONE_NEWNS)
+        process = f"/proc/{order['pid']}"
+        seen = os.open(process + "/root", os.O_PATH | os.O_DIRECTORY)
+        users, mounts = (os.open(process + "/ns/" + each, os.O_RDONLY) for each in ("user", "mnt"))
+        if not os.path.samestat(os.fstat(users), os.stat("/proc/self/ns/user")):
+            # Its root, to whom its mounts are not locked.
+            libc_call("setns", users, CLONE_NEWUSER)
+            os.setresgid(0, 0, 0)
+            os.setresuid(0, 0, 0)
+        libc_call("setns", mounts, CLONE_NEWNS)
         above = os.open("/", os.O_PATH | os.O_DIRECTORY)
         os.fchdir(seen)
         os.chroot(".")
         os.fchdir(above)
-        for each in (seen, namespace, above):
+        for each in (seen, users, mounts, above):
             os.close(each)
     libc_call("unshare", CLONE_NEWNS)
     mount("none", ".", None, MS_REC | MS_PRIVATE)
