@@ -1575,7 +1575,8 @@ class Compiler:
         """Read the rest of a class in brackets."""
         negated = self.text.startswith("^", self.at)
         self.at += negated
-        begin, members = self.at, []
+        # Each of them once: re takes its time for every one.
+        begin, members = self.at, {}
         while self.at == begin or not self.text.startswith("]", self.at):
             member = self.known_class()
             if not member:
@@ -1586,7 +1587,7 @@ class Compiler:
                 if high < low:
                     raise PatternError("invalid character class range")
                 member = f"[{re.escape(low)}-{re.escape(high)}]"
-            members.append(member)
+            members[member] = None
         self.at += 1
         return f"(?!{'|'.join(members)})(?s:.)" if negated else "|".join(members)
 
