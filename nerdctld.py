@@ -4014,6 +4014,8 @@ class EventFeed:
     # containerd says nothing when it has subscribed us. Until this many seconds have passed, nothing is believed to be
     # covered.
     SETTLE = 0.5
+    # Half of the first pause before it subscribes again, in seconds.
+    RETRY = 0.1
 
     def __init__(self, containerd: Containerd, handle: Callable[[Optional[ContainerdEvent]], None]):
         self.containerd = containerd
@@ -4056,7 +4058,7 @@ class EventFeed:
                 sock.sock.shutdown(socket.SHUT_RDWR)
 
     def _run(self) -> None:
-        pause = 0.1
+        pause = self.RETRY
         while not self.closed.is_set():
             began = time.monotonic()
             try:
@@ -4066,7 +4068,7 @@ class EventFeed:
                     log(f"events: {error}")
             self.live_from = float("inf")
             self._handle(None)
-            pause = 0.1 if time.monotonic() - began > 10 else min(2.0, pause * 2)
+            pause = self.RETRY if time.monotonic() - began > 10 else min(2.0, pause * 2)
             self.closed.wait(pause)
 
     def _follow(self) -> None:

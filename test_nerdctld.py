@@ -638,7 +638,8 @@ class FakeContainerd:
             return [b"".join(infos[at:at + 100]) for at in range(0, len(infos), 100)]
         if method == "Content/Read":
             data = self.known(self.content, text[1], f"content {text[1]}: not found")
-            return [message((1, at), (2, data[at:at + 1000])) for at in range(0, len(data), 1000)]
+            size = max(1000, len(data) // 100)
+            return [message((1, at), (2, data[at:at + size])) for at in range(0, len(data), size)]
         if method == "Images/Create":
             image = nerdctld.parse_image(asked[1])
             if image.name in self.images:
@@ -1171,7 +1172,7 @@ def engine(scripted, fake):
 
 def follow(engine, fake):
     """Let an engine follow events; it covers everything that happens from now on."""
-    engine.feed.SETTLE = 0.0
+    engine.feed.SETTLE, engine.feed.RETRY = 0.0, 0.01
     engine.feed.start()
     assert until(lambda: fake.subscribers and engine.feed.live)
     engine.settle()
@@ -2524,7 +2525,7 @@ class TestNerdctlProcess:
         nerdctl = nerdctld.Nerdctl([str(program)])
         before = time.monotonic()
         with pytest.raises(nerdctld.Unavailable, match="did not end within"):
-            nerdctl.run("ps", timeout=0.3)
+            nerdctl.run("ps", timeout=0.1)
         assert time.monotonic() - before < 3
         assert not nerdctl.processes
 
@@ -3469,8 +3470,8 @@ class TestGrpc:
         with FakeGrpcServer(lambda connection: None) as server:
             began = time.monotonic()
             with pytest.raises(OSError):
-                nerdctld.grpc_call(server.sock, "/a.B/C", b"", timeout=0.2)
-            assert 0.1 < time.monotonic() - began < 5
+                nerdctld.grpc_call(server.sock, "/a.B/C", b"", timeout=0.1)
+            assert 0.05 < time.monotonic() - began < 5
 
     def test_call_that_is_answered_for_ever(self):
         """The time is over however often something comes."""
@@ -3487,7 +3488,7 @@ class TestGrpc:
             thread.start()
             began = time.monotonic()
             with pytest.raises(OSError):
-                nerdctld.grpc_call(ours, "/a.B/C", b"", timeout=0.3)
+                nerdctld.grpc_call(ours, "/a.B/C", b"", timeout=0.1)
             assert time.monotonic() - began < 5
             stop.set()
             thread.join(10)
@@ -8539,7 +8540,7 @@ class TestContainerLifecycle:
         fake.label(real, **nerdctld.request_labels({"Image": BASE, "HostConfig": {"AutoRemove": True}}))
 
         def refuse():
-            time.sleep(0.1)
+            time.sleep(0.03)
             raise nerdctld.GrpcError(2 if message else 14, message or "the server takes no more calls")
         fake.before["Tasks/Create"] = refuse
         found, thread = self.waiting(willing, "/containers/tstnew/wait?condition=removed")
@@ -9642,8 +9643,8 @@ class TestSupervision:
         told = json.loads(checked.fake.containers[ID].labels["nerdctl/healthstate"])
         assert told == {"Status": "healthy", "FailingStreak": 0, "Pid": checked.fake.tasks[ID].pid, "InStartPeriod": False}
         # Nobody is told what has not changed.
-        updates = checked.fake.calls["Containers/Update"]
-        time.sleep(0.3)
+        updates, checks = checked.fake.calls["Containers/Update"], checked.fake.calls["Tasks/Exec"]
+        assert until(lambda: checked.fake.calls["Tasks/Exec"] > checks + 2)
         assert checked.fake.calls["Containers/Update"] == updates and checked.events.count("health_status: healthy") == 1
 
     def test_over_a_stop_and_a_start(self, checked):
@@ -9733,7 +9734,8 @@ class TestSupervision:
         checked.start()
         assert running.wait(10)
         checked.fake.stop_serving()
-        time.sleep(0.2)
+        # A call, or the next check, finds nobody there.
+        time.sleep(0.1)
         checked.fake.start_serving()
         gate.set()
         assert until(lambda: checked.health == ("healthy", 0)) and until(checked.nothing_left)
@@ -9801,7 +9803,7 @@ class TestSupervision:
         (tmp_path / f"{ID}.timer").touch()
         checked.program = said(1)
         checked.start()
-        time.sleep(0.3)
+        time.sleep(0.15)
         assert checked.health == ("starting", 0) and not checked.fake.calls["Tasks/Exec"]
         checked.fake.label(ID, **{"nerdctl/healthstate": '{"Status":"healthy","FailingStreak":0,"InStartPeriod":false}'})
         assert until(lambda: "health_status: healthy" in checked.events)
@@ -11608,7 +11610,7 @@ class TestBuildKit:
         with self.relayed(self.BRIDGES["session"]) as (near, far, _):
             near.setblocking(False)
             sent = 0
-            while select.select([], [near], [], 0.4)[1]:
+            while select.select([], [near], [], 0.2)[1]:
                 sent += near.send(b"x" * 65536)
                 assert sent < 3 << 20
 
@@ -11638,7 +11640,7 @@ class TestBuildKit:
             client.open(1, b"x" * 5_000_000)
             far.sendall(frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 1 << 30)))
             far.sendall(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 30)))
-            deadline = time.monotonic() + 0.4
+            deadline = time.monotonic() + 0.2
             self.drive([(near, client)], lambda: time.monotonic() > deadline)
             far.close()
             client.open(3, STATUS)
@@ -11721,7 +11723,7 @@ class TestBuildKit:
         with self.fake_buildkitd(path, {}, answers=False):
             began = time.monotonic()
             with pytest.raises(nerdctld.Unavailable):
-                nerdctld.list_workers("unix://" + path, 0.5)
+                nerdctld.list_workers("unix://" + path, 0.1)
             assert time.monotonic() - began < 5
 
     @pytest.fixture
@@ -12433,7 +12435,7 @@ class TestHTTPServer:
         shared.scripted.on("load", LOAD, reads=True)
         with shared.connect() as sock:
             sock.sendall(b"POST /images/load HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(ARCHIVE), ARCHIVE[:-1]))
-            sock.settimeout(0.5)
+            sock.settimeout(0.2)
             with pytest.raises(socket.timeout):
                 sock.recv(1)
             sock.sendall(ARCHIVE[-1:])
@@ -12509,7 +12511,7 @@ class TestHTTPServer:
             shared.scripted.on(command, stdout="x\n", stays=600)
         with shared.connect() as sock:
             sock.sendall(request_line + b" HTTP/1.1\r\nHost: x\r\n\r\n")
-            time.sleep(0.1)
+            assert until(lambda: request_line == b"GET /events" or shared.children())
         assert until(lambda: not [each for each in shared.children() if "sleep" not in each]), shared.children()
 
     def test_descriptors_do_not_leak(self, shared):
@@ -12646,9 +12648,9 @@ class TestSockets:
             silent.sendall(b"GET /_ping HTTP/1.1\r\n\r\n")
 
     def test_idle_timeout(self, tmp_path):
-        found = Daemon(tmp_path, command=self.hand_over(tmp_path / "nd.sock", options=["--idle-timeout", "0.2"]))
+        found = Daemon(tmp_path, command=self.hand_over(tmp_path / "nd.sock", options=["--idle-timeout", "0.1"]))
         assert found.process.wait(10) == 0
-        assert "idle for 0.2 seconds" in found.log.read_text()
+        assert "idle for 0.1 seconds" in found.log.read_text()
 
     def test_mode(self, shared):
         assert stat.S_IMODE(os.stat(shared.socket).st_mode) == 0o660
