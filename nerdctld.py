@@ -76,7 +76,6 @@ if not TREE:
     import struct
     import subprocess
     import tempfile
-    import termios
     import threading
     import time
     import traceback
@@ -1917,29 +1916,13 @@ def plain_blocks(blocks: Iterator[Any]) -> Iterator[Any]:
         raise BadParameter(f"invalid archive: {error}") from None
 
 
-class Piped(NamedTuple):
-    """A piece of a stream that is still in a pipe: `size` bytes, all there, which the kernel moves on without a
-    copy."""
-
-    descriptor: int
-    size: int
-    # Less than this is copied sooner than moved.
-    WORTH = 1 << 15
-
-    def move(self, target: int) -> None:
-        """Move all of it to another descriptor; OSError when nobody reads there."""
-        left = self.size
-        while left:
-            left -= os.splice(self.descriptor, target, left)
-
-
 class Stream:
     """A body that is made while it is sent.
 
-    `chunks` yields bytes, and Piped of pipes that it goes on with afterwards; a generator is closed in any case, so its
-    own `finally` does the cleaning up, and while it waits for something else than the client it stands in
-    `request.client.when_gone()`. A `primed` stream yields its first chunk before the headers go out: an ApiError raised
-    until then is an ordinary error response, later it can only break the stream off."""
+    `chunks` yields bytes; a generator is closed in any case, so its own `finally` does the cleaning up, and while it
+    waits for something else than the client it stands in `request.client.when_gone()`. A `primed` stream yields its
+    first chunk before the headers go out: an ApiError raised until then is an ordinary error response, later it can
+    only break the stream off."""
 
     def __init__(self, chunks: Iterable[bytes], primed: bool = False):
         self.chunks = iter(chunks)
@@ -2303,31 +2286,6 @@ class Process:
         """Up to `size` bytes of stdout as soon as there are any; b"" at its end."""
         return os.read(self.stdout.fileno(), size)
 
-    def pieces(self) -> Iterator[Any]:
-        """Stdout to its end: as Piped where there is much at once, else as bytes."""
-        descriptor = self.stdout.fileno()
-        enlarge_pipe(descriptor)
-        pause, total = 0.0005, 0
-        while True:
-            if total > 1 << 20 and waiting_bytes(descriptor) < Piped.WORTH:
-                # nerdctl writes 32 KiB at a time or less: to be woken by each would cost both of us more than they are
-                # worth.
-                poll_readable(descriptor, None)
-                time.sleep(pause)
-                found = waiting_bytes(descriptor)
-                pause = min(2 * pause, 0.004) if found < BLOCK else max(pause / 2,
-                                                                        0.00025) if found > 2 * BLOCK else pause
-            waiting = waiting_bytes(descriptor)
-            if waiting >= Piped.WORTH and hasattr(os, "splice"):
-                total += waiting
-                yield Piped(descriptor, waiting)
-                continue
-            data = self.read()
-            if not data:
-                return
-            total += len(data)
-            yield data
-
     def lines(self, source: Any = None) -> Iterator[str]:
         """The lines of stdout, or of another of its pipes, as they come and without line ends."""
         rest, descriptor = b"", (source or self.stdout).fileno()
@@ -2416,11 +2374,6 @@ def poll_readable(descriptor: int, timeout: Optional[float]) -> bool:
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
     return bool(poller.poll(None if timeout is None else max(0, int(timeout * 1000))))
-
-
-def waiting_bytes(descriptor: int) -> int:
-    """How much can be read from a pipe at once."""
-    return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 class Nerdctl:
@@ -12718,7 +12671,7 @@ def packed_tree(engine: Engine, name: str, order: Dict[str, Any], event: str) ->
     with opened_tree(engine, container, missing, order) as (process, told, data):
         yield told
         yield data
-        yield from process.pieces()
+        yield from iter(process.read, b"")
         if process.wait():
             raise tree_error(process, missing)
     engine.tell(container, event)
@@ -14627,12 +14580,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         return response.status
 
     def send_chunk(self, chunk: Any, chunked: bool) -> None:
-        """One chunk, bytes or Piped, in as few system calls as its size allows."""
-        if isinstance(chunk, Piped):
-            self.wfile.write(b"%x\r\n" % chunk.size if chunked else b"")
-            chunk.move(self.connection.fileno())
-            self.wfile.write(b"\r\n" if chunked else b"")
-        elif not chunked:
+        """One chunk in as few system calls as its size allows."""
+        if not chunked:
             self.wfile.write(chunk)
         elif len(chunk) < 65536:
             self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))

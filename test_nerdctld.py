@@ -2449,38 +2449,6 @@ class TestNerdctlProcess:
         assert [line for line in text.splitlines() if line.isdigit()] == ["0", "1", "2", "3"]
         assert "LISTEN_FDS" not in text
 
-    @pytest.mark.parametrize("splice", [True, False])
-    @pytest.mark.parametrize("size", [0, 1000, 70000, 3000001])
-    def test_pieces_are_the_whole_output(self, size, splice, monkeypatch):
-        if splice and not hasattr(os, "splice"):
-            pytest.skip("os.splice came with Python 3.10")
-        if not splice:
-            monkeypatch.delattr(os, "splice", raising=False)
-        expected = (b"0123456789abcde\n" * (size // 16 + 1))[:size]
-        near, far = socket.socketpair()
-        got = []
-        reader = threading.Thread(target=lambda: got.append(drain(far)))
-        reader.start()
-        script = f"yes 0123456789abcde | head -c {size}"
-        with contextlib.closing(far), nerdctld.Nerdctl(["sh", "-c", script]).start() as process:
-            kinds = []
-            for piece in process.pieces():
-                kinds.append(isinstance(piece, nerdctld.Piped))
-                piece.move(near.fileno()) if kinds[-1] else near.sendall(piece)
-            near.close()
-            reader.join(20)
-        assert got == [expected]
-        assert not any(kinds) or splice
-        assert any(kinds) or not splice or size < 1 << 20
-
-    def test_a_piece_that_nobody_reads(self):
-        near, far = socket.socketpair()
-        far.close()
-        with contextlib.closing(near), nerdctld.Nerdctl(["sh", "-c", "head -c 200000 /dev/zero"]).start() as process:
-            with pytest.raises(OSError):
-                for piece in process.pieces():
-                    piece.move(near.fileno()) if isinstance(piece, nerdctld.Piped) else near.sendall(piece)
-
     def test_nothing_beside_a_removed_folder_is_touched(self, tmp_path):
         beside, tree = tmp_path / "beside", tmp_path / "around" / "tree"
         beside.mkdir(mode=0o755)
