@@ -2399,8 +2399,6 @@ class Nerdctl:
         # A listing is one question to containerd after the other: on one thread it costs nerdctl a fifth less.
         self.listing = {} if "GOMAXPROCS" in self.environment else {"GOMAXPROCS": "1"}
         self.places = threading.BoundedSemaphore(max(4, 2 * (os.cpu_count() or 1)))
-        # Those that mostly wait for something else stand in nobody's way.
-        self.waiting_places = threading.BoundedSemaphore(64)
         self.processes: set = set()
 
     def missing(self, error: OSError) -> ApiError:
@@ -2455,16 +2453,14 @@ class Nerdctl:
             raise ApiError(f"failed to initialize logging driver: {found.path}: {error.strerror}") from None
 
     def output(self, *arguments: str, data: bytes = b"", timeout: float = SHORT_CALL,
-               environment: Optional[Dict[str, str]] = None, waits: bool = False) -> Output:
-        """Run to the end, whatever its status. 503 when no place becomes free or it does not end within `timeout`. One
-        that mostly `waits` takes no place of those that work."""
-        places = self.waiting_places if waits else self.places
-        if not places.acquire(timeout=timeout):
+               environment: Optional[Dict[str, str]] = None) -> Output:
+        """Run to the end, whatever its status. 503 when no place becomes free or it does not end within `timeout`."""
+        if not self.places.acquire(timeout=timeout):
             raise Unavailable("too many nerdctl processes are running")
         try:
             return self._output(arguments, data, timeout, environment)
         finally:
-            places.release()
+            self.places.release()
 
     def _output(self, arguments, data, timeout, environment) -> Output:
         stdin: Any = subprocess.DEVNULL
@@ -2491,10 +2487,9 @@ class Nerdctl:
                 raise Unavailable(f"{what} did not end within {timeout:.0f} seconds")
             return Output(status, b"".join(parts), process.error_text())
 
-    def run(self, *arguments: str, data: bytes = b"", timeout: float = SHORT_CALL,
-            environment: Optional[Dict[str, str]] = None, waits: bool = False) -> Output:
-        """Run to the end; the ApiError of the table above for a status other than 0."""
-        output = self.output(*arguments, data=data, timeout=timeout, environment=environment, waits=waits)
+    def run(self, *arguments: str, **how: Any) -> Output:
+        """output(); the ApiError of the table above for a status other than 0."""
+        output = self.output(*arguments, **how)
         if output.status:
             raise nerdctl_error(output.stderr)
         return output
@@ -2515,8 +2510,9 @@ class Nerdctl:
 
     def login(self, host: str, user: str, password: str, environment: Dict[str, str]) -> None:
         """Have a registry check credentials; 401 where it refuses them."""
-        output = self.output("login", "--username", user, "--password-stdin", "--", host, data=password.encode(),
-                             timeout=60, environment=environment, waits=True)
+        # Not in one of the places: it mostly waits for the registry.
+        output = self._output(("login", "--username", user, "--password-stdin", "--", host), password.encode(), 60.0,
+                              environment)
         if output.status:
             error = nerdctl_error(output.stderr)
             if isinstance(error, Unavailable):

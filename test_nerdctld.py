@@ -1053,12 +1053,12 @@ class InProcess(nerdctld.Nerdctl):
         super().__init__([str(scripted.program)], namespace)
         self.scripted = scripted
 
-    def output(self, *arguments, data=b"", timeout=nerdctld.SHORT_CALL, environment=None, waits=False):
+    def output(self, *arguments, data=b"", timeout=nerdctld.SHORT_CALL, environment=None):
         """What the script says, noted as a call."""
         self.argv(arguments)
         rule = self.scripted.rule(arguments)
         if rule and rule["stays"] or self.command != [str(self.scripted.program)]:
-            return super().output(*arguments, data=data, timeout=timeout, environment=environment, waits=waits)
+            return super().output(*arguments, data=data, timeout=timeout, environment=environment)
         self.scripted.note(list(arguments), data, environment or {})
         if rule is None:
             return nerdctld.Output(1, b"", fatal("not in the script: " + " ".join(arguments)))
