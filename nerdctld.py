@@ -1154,6 +1154,11 @@ def nanoseconds_of(text: str) -> Optional[int]:
     return seconds * 10**9 + int((found.group(7) or "0").ljust(9, "0"))
 
 
+def seconds_or_zero(text: Optional[str]) -> int:
+    """Whole seconds since 1970 of a timestamp, 0 where there is none."""
+    return (nanoseconds_of(text or "") or 0) // 10**9
+
+
 def rfc3339(nanoseconds: Optional[int]) -> str:
     """`2026-11-23T19:00:00.123456789Z`, the zero time for None."""
     if nanoseconds is None:
@@ -3452,6 +3457,11 @@ class Descriptor(NamedTuple):
     digest: str
     size: int
 
+    @property
+    def json(self) -> Dict[str, Any]:
+        """The same as manifests and clients have it."""
+        return {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
+
 
 class ContainerRecord(NamedTuple):
     """containerd's own record of a container: `spec` is the OCI spec as JSON text, `created_at` nanoseconds since
@@ -4727,6 +4737,11 @@ class ImageGroup:
         return self.content.config
 
     @property
+    def created(self) -> int:
+        """When the image was made, in whole seconds since 1970, 0 where it does not say."""
+        return seconds_or_zero(self.config.get("created"))
+
+    @property
     def labels(self) -> Dict[str, str]:
         """The labels of the image."""
         return (self.config.get("config") or {}).get("Labels") or {}
@@ -4859,11 +4874,10 @@ class ImageStore:
     def _read_contents(self, target: Descriptor, present: set) -> List[ImageContent]:
         if target.digest not in present:
             return []
-        descriptor = {"mediaType": target.media_type, "digest": target.digest, "size": target.size}
         found = []
         # What was removed while it was read, or makes no sense, is not told of.
         with contextlib.suppress(NotFound, BadParameter):
-            for each in self._blob(target.digest, MANIFEST).get("manifests", [descriptor]):
+            for each in self._blob(target.digest, MANIFEST).get("manifests", [target.json]):
                 with contextlib.suppress(NotFound, BadParameter, KeyError):
                     found.append(self._read_content(each, present))
         return found
@@ -6502,17 +6516,6 @@ def system_events(engine: Engine, request: Request) -> Response:
 ###############################################################################
 
 
-def seconds_or_zero(text: str) -> int:
-    """Whole seconds since 1970 of a timestamp, 0 where there is none."""
-    return (nanoseconds_of(text or "") or 0) // 10**9
-
-
-def docker_descriptor(group: ImageGroup) -> Dict[str, Any]:
-    """The OCI descriptor of an image's target."""
-    return {"mediaType": group.target.media_type or "application/vnd.oci.image.manifest.v1+json", "digest": group.id,
-            "size": group.target.size}
-
-
 def image_size(group: ImageGroup) -> int:
     """Bytes an image takes, unpacked and compressed, of all its platforms, as dockerd's containerd store counts
     them."""
@@ -6562,14 +6565,14 @@ def docker_image_row(group: ImageGroup, version: Tuple[int, int], containers: in
     if version < (1, 43) and not tags:
         tags, digests = ["<none>:<none>"], digests or ["<none>@<none>"]
     row = {
-        "Containers": containers, "Created": seconds_or_zero(group.config.get("created") or ""), "Id": group.id,
+        "Containers": containers, "Created": group.created, "Id": group.id,
         "Labels": group.labels, "ParentId": group.parent, "RepoDigests": digests, "RepoTags": tags,
         "SharedSize": shared, "Size": image_size(group),
     }
     if version < (1, 44):
         row["VirtualSize"] = row["Size"]
     if version >= (1, 48):
-        row["Descriptor"] = docker_descriptor(group)
+        row["Descriptor"] = group.target.json
     return row
 
 
@@ -6629,21 +6632,16 @@ def match_reference(names: List[str], patterns: List[Pattern]) -> List[str]:
 def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[str, List[str]]) -> List[ImageGroup]:
     """The images that pass the filters of list and prune."""
     dangling = flag_filter(filters, "dangling")
-    before = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "")
-              for each in filters.get("before") or []]
-    since = [seconds_or_zero(engine.inventory.image(each).config.get("created") or "") for each in filters.get("since")
-             or []]
+    before, since = ([engine.inventory.image(each).created for each in filters.get(key) or []]
+                     for key in ("before", "since"))
     common, references = PruneFilter(filters), reference_patterns(filters.get("reference") or [])
-    found = []
-    for group in groups:
-        created = seconds_or_zero(group.config.get("created") or "")
-        if (dangling is not None and dangling != (not group.repo_tags)
-                or not common.passes(group.labels, created * 10**9)
-                or (references and not match_reference([*group.repo_tags, *group.repo_digests], references))
-                or any(created >= each for each in before) or any(created <= each for each in since)):
-            continue
-        found.append(group)
-    return found
+
+    def passes(group: ImageGroup) -> bool:
+        return (dangling in (None, not group.repo_tags) and common.passes(group.labels, group.created * 10**9)
+                and (not references or bool(match_reference([*group.repo_tags, *group.repo_digests], references)))
+                and all(group.created < each for each in before) and all(group.created > each for each in since))
+
+    return list(filter(passes, groups))
 
 
 def image_parts(group: ImageGroup) -> Dict[Tuple[str, str], int]:
@@ -6752,7 +6750,7 @@ def docker_image(group: ImageGroup, version: Tuple[int, int],
     if version < (1, 45):
         image.update({"Container": "", "ContainerConfig": image["Config"]})
     if version >= (1, 48):
-        image["Descriptor"] = content.descriptor if content else docker_descriptor(group)
+        image["Descriptor"] = content.descriptor if content else group.target.json
     if version >= (1, 52):
         # From here on dockerd leaves out what is empty, and the driver where containerd has the images.
         del image["GraphDriver"]
@@ -7281,9 +7279,8 @@ def write_image(containerd: Containerd, snapshotter: str, name: str, config: Dic
     chain = chain_ids(config)[-1:]
     snapshot = {f"containerd.io/gc.ref.snapshot.{snapshotter}": each for each in chain}
     found = containerd.write_content(CONFIG_TYPE, json_bytes(config), snapshot)
-    told = {"mediaType": found.media_type, "digest": found.digest, "size": found.size}
-    manifest = {"schemaVersion": 2, "mediaType": MANIFEST_TYPE, "config": told, "layers": layers}
-    needed = enumerate([told, *layers])
+    manifest = {"schemaVersion": 2, "mediaType": MANIFEST_TYPE, "config": found.json, "layers": layers}
+    needed = enumerate([found.json, *layers])
     target = containerd.write_content(MANIFEST_TYPE, json_bytes(manifest), {
         f"containerd.io/gc.ref.content.{number}": each["digest"] for number, each in needed})
     containerd.set_image(ImageRecord(name, target, labels=((PARENT_LABEL, parent),) if parent else ()))
@@ -7372,7 +7369,7 @@ class ImageWriter:
             what = familiar(name) or group.id
             raise NotFound(f"image with reference {what} was found but does not provide the specified platform "
                            f"({', '.join(self.platforms)})" if self.platforms else f"{what} has no content here")
-        root = docker_descriptor(group)
+        root = group.target.json
         if len(self.platforms) == 1:
             found = found[:1]
             root = {key: found[0].descriptor[key] for key in root}
@@ -7827,7 +7824,7 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
                     pushed = engine.nerdctl.pushed_digest(process)
                 group, short = groups[each], each.rpartition(":")[2]
                 digest = pushed or group.id
-                descriptor = docker_descriptor(group) if digest == group.id else group.content.descriptor
+                descriptor = group.target.json if digest == group.id else group.content.descriptor
                 size = descriptor.get("size") or 0
                 yield message_line({"status": f"{short}: digest: {digest} size: {size}"})
                 yield message_line({"progressDetail": {}, "aux": {"Tag": short, "Digest": digest, "Size": size}})
@@ -12770,7 +12767,7 @@ def commit_layers(containerd: Containerd, container: Container,
     with containerd.snapshot("View", snapshotter, parent) as (_, below):
         layer, diff_id = containerd.make_layer(below, containerd.snapshot_mounts(snapshotter, key))
     if diff_id != NO_CHANGES:
-        layers.append({"mediaType": layer.media_type, "digest": layer.digest, "size": layer.size})
+        layers.append(layer.json)
         diff_ids.append(diff_id)
         containerd.unpack_layer(layer, snapshotter, parent, chain_ids({"rootfs": {"diff_ids": diff_ids}})[-1])
     return layers, diff_ids
