@@ -2306,20 +2306,9 @@ class Process:
 
     def wait(self, timeout: Optional[float] = None) -> Optional[int]:
         """The exit status, negative for a signal; None when it still runs after `timeout` seconds."""
-        if timeout is not None and self.popen.returncode is None:
-            try:
-                # Popen.wait(timeout) sleeps in growing steps; a pidfd tells at once.
-                descriptor = os.pidfd_open(self.popen.pid)
-            except OSError:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    return self.popen.wait(timeout)
-                return None
-            try:
-                if not poll_readable(descriptor, timeout):
-                    return None
-            finally:
-                os.close(descriptor)
-        return self.popen.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.popen.wait(timeout)
+        return None
 
     def error_text(self) -> str:
         """Everything written to stderr so far, at most its last 64 KiB."""
