@@ -2233,21 +2233,16 @@ class Process:
     # How long it may take to end when it is asked to, in seconds.
     GRACE = 2.0
 
-    def __init__(self, runner: "Nerdctl", argv: List[str], environment: Dict[str, str], stdin: Any, stdout: Any,
-                 stderr: Any,
-                 client: Client, descriptors: Tuple[int, ...] = ()):
-        self.runner = runner
-        self.argv = argv
+    def __init__(self, runner: "Nerdctl", argv: List[str], client: Client, stderr: Any = None, **how: Any):
+        self.runner, self.argv = runner, argv
         self.began = time.monotonic()
-        self.messages = None
-        if stderr is None:
-            self.messages = stderr = os.memfd_create("stderr")
+        self.messages = None if stderr else os.fdopen(os.memfd_create("stderr"), "rb", 0)
         try:
-            self.popen = subprocess.Popen(argv, stdin=stdin, stdout=stdout, stderr=stderr, env=environment, bufsize=0,
-                                          start_new_session=True, pass_fds=descriptors)
+            self.popen = subprocess.Popen(argv, stderr=stderr or self.messages, bufsize=0, start_new_session=True,
+                                          **how)
         except OSError as error:
-            self.popen = None
-            self._release()
+            if self.messages:
+                self.messages.close()
             raise runner.missing(error) from None
         self.stdin, self.stdout, self.stderr = self.popen.stdin, self.popen.stdout, self.popen.stderr
         if self.stdin:
@@ -2293,16 +2288,8 @@ class Process:
 
     def lines(self, source: Any = None) -> Iterator[str]:
         """The lines of stdout, or of another of its pipes, as they come and without line ends."""
-        rest, descriptor = b"", (source or self.stdout).fileno()
-        while True:
-            data = os.read(descriptor, 65536)
-            if not data:
-                break
-            *whole, rest = (rest + data).split(b"\n")
-            for line in whole:
-                yield line.decode(errors="replace")
-        if rest:
-            yield rest.decode(errors="replace")
+        for line in io.BufferedReader(source or self.stdout, 65536):
+            yield line.rstrip(b"\n").decode(errors="replace")
 
     def wait(self, timeout: Optional[float] = None) -> Optional[int]:
         """The exit status, negative for a signal; None when it still runs after `timeout` seconds."""
@@ -2312,10 +2299,10 @@ class Process:
 
     def error_text(self) -> str:
         """Everything written to stderr so far, at most its last 64 KiB."""
-        if self.messages is None:
+        if not self.messages or self.messages.closed:
             return ""
-        size = os.fstat(self.messages).st_size
-        return os.pread(self.messages, 65536, max(0, size - 65536)).decode(errors="replace")
+        size = os.fstat(self.messages.fileno()).st_size
+        return os.pread(self.messages.fileno(), 65536, max(0, size - 65536)).decode(errors="replace")
 
     def check(self) -> None:
         """Wait for the end; raise the ApiError for a status other than 0."""
@@ -2336,23 +2323,12 @@ class Process:
             if self.wait(self.GRACE) is None:
                 self.kill()
                 self.popen.wait()
-        self._close_pipes()
         if self in self.runner.processes:
             self.runner.tell(self)
-        self._release()
+        for each in filter(None, (self.stdin, self.stdout, self.stderr, self.messages)):
+            with contextlib.suppress(OSError):
+                each.close()
         self.runner.processes.discard(self)
-
-    def _close_pipes(self) -> None:
-        for each in (self.stdin, self.stdout, self.stderr):
-            if each:
-                with contextlib.suppress(OSError):
-                    each.close()
-
-    def _release(self) -> None:
-        """Let the memory of stderr go."""
-        if self.messages is not None:
-            os.close(self.messages)
-            self.messages = None
 
 
 def enlarge_pipe(descriptor: int) -> None:
@@ -2426,15 +2402,15 @@ class Nerdctl:
         """A running process for a stream. stderr None keeps it in memory for check(). It is killed when `client`
         leaves."""
         merged = {**self.environment, **environment} if environment else self.environment
-        return Process(self, self.argv(arguments), merged, stdin, stdout, stderr, client)
+        return Process(self, self.argv(arguments), client, stderr, env=merged, stdin=stdin, stdout=stdout)
 
     def start_own(self, command: str, before: Iterable[str] = (), client: Client = Client()) -> Process:
         """This file as a process of its own, `nerdctld.py COMMAND`, with its standard streams as pipes and errors in
         memory; `before` is the argv of a program that starts it. It is killed when `client` leaves."""
         code = own_bytecode()
         argv = [*before, sys.executable, "-IS", f"/proc/self/fd/{code}", command]
-        pipe = subprocess.PIPE
-        return Process(self, argv, self.environment, pipe, pipe, None, client, descriptors=(code,))
+        return Process(self, argv, client, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                       pass_fds=(code,))
 
     def start_logger(self, uri: str, identity: str) -> "LoggingProgram":
         """The logging program that a container's label names, to be given its output here."""
