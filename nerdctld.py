@@ -6184,13 +6184,11 @@ def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
     machine = os.uname()
     architecture = GO_ARCHITECTURES.get(machine.machine, machine.machine)
     client, server = told.get("Client") or {}, told.get("Server") or {}
-    details = {
+    engine = {
         "ApiVersion": "%d.%d" % API_NEWEST, "MinAPIVersion": "%d.%d" % API_OLDEST, "Os": "linux", "Arch": architecture,
-        "KernelVersion": machine.release, "Experimental": "false", "GitCommit": "",
-        "GoVersion": client.get("GoVersion") or "",
-        "BuildTime": "",
+        "KernelVersion": machine.release, "GitCommit": "", "GoVersion": client.get("GoVersion") or "", "BuildTime": "",
     }
-    components = [{"Name": "Engine", "Version": ENGINE_VERSION, "Details": details},
+    components = [{"Name": "Engine", "Version": ENGINE_VERSION, "Details": {**engine, "Experimental": "false"}},
                   {"Name": "nerdctld", "Version": VERSION, "Details": {"GitCommit": ""}}]
     if client.get("Version"):
         components.append({"Name": "nerdctl", "Version": client["Version"],
@@ -6200,16 +6198,8 @@ def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
             "Name": each.get("Name") or "", "Version": each.get("Version") or "",
             "Details": {"GitCommit": "", **(each.get("Details") or {})},
         })
-    answer = {
-        "Platform": {"Name": platform_name(components) + (f" ({problem})" if problem else "")},
-        "Components": components,
-        "Version": ENGINE_VERSION, "ApiVersion": "%d.%d" % API_NEWEST, "MinAPIVersion": "%d.%d" % API_OLDEST,
-        "GitCommit": "",
-        "GoVersion": client.get("GoVersion") or "", "Os": "linux", "Arch": architecture,
-        "KernelVersion": machine.release,
-        "BuildTime": "",
-    }
-    return answer
+    return {"Platform": {"Name": platform_name(components) + (f" ({problem})" if problem else "")},
+            "Components": components, "Version": ENGINE_VERSION, **engine}
 
 
 @route("GET", "/version")
@@ -6258,8 +6248,7 @@ def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
             info["OSVersion"] = found.group(1) if found else ""
     runtime = {"path": "runc"}
     info.update({
-        "NFd": 0, "NGoroutines": 0, "GenericResources": None, "ExperimentalBuild": False, "Labels": [],
-        "HttpProxy": "", "HttpsProxy": "", "NoProxy": "", "IndexServerAddress": "https://index.docker.io/v1/",
+        "GenericResources": None, "ExperimentalBuild": False, "IndexServerAddress": "https://index.docker.io/v1/",
         "RegistryConfig": {
             "InsecureRegistryCIDRs": ["127.0.0.0/8", "::1/128"],
             "IndexConfigs": {"docker.io": {"Name": "docker.io", "Mirrors": [], "Secure": True, "Official": True}},
@@ -6440,14 +6429,9 @@ def system_events(engine: Engine, request: Request) -> Response:
     since, until = request.timestamp("since"), request.timestamp("until")
     if since is not None and until is not None and until < since:
         raise BadParameter("`since` time cannot be after `until` time")
-    sequence = "application/json-seq" in (request.headers.get("Accept") or "")
-    if request.version < (1, 52):
-        media_type = "application/json"
-    elif sequence:
-        media_type = "application/json-seq"
-    else:
-        media_type = "application/x-ndjson" if "x-ndjson" in (request.headers.get("Accept")
-                                                              or "") else "application/jsonl"
+    accepted = request.headers.get("Accept") or ""
+    media_type = "application/json" if request.version < (1, 52) else next(
+        (each for each in ("application/json-seq", "application/x-ndjson") if each in accepted), "application/jsonl")
     lead = b"\x1e" if media_type == "application/json-seq" else b""
 
     def chunks() -> Iterator[bytes]:
@@ -7420,7 +7404,7 @@ def image_save(engine: Engine, request: Request, name: str) -> Response:
 ###############################################################################
 
 PROGRESS_LINE = re.compile(
-    r"(?P<kind>manifest|config|layer|index|attestation)-(?P<digest>sha256:[0-9a-f]+):?\s+(?P<state>[a-z ]+?)\s*"
+    r"layer-(?P<digest>sha256:[0-9a-f]+):?\s+(?P<state>[a-z ]+?)\s*"
     r"(?:\|.*\|\s*(?:(?P<current>[\d.]+ ?[KMGT]?i?B)/(?P<total>[\d.]+ ?[KMGT]?i?B))?\s*)?$")
 PULL_WORDS = {"waiting": "Waiting", "downloading": "Downloading", "extracting": "Extracting", "resolving": "Waiting",
               "resolved": "Waiting",
@@ -7437,20 +7421,19 @@ class ProgressTable:
 
     def __init__(self, words: Dict[str, str], pushed: bool = False):
         self.words = {key: "Layer already exists" for key in words if words[key] == "Pushed"} if pushed else words
-        self.last = "Layer already exists" if pushed else "Pushed" if words is PUSH_WORDS else "Pull complete"
         self.told: Dict[str, Tuple] = {}
         self.done: set = set()
 
     def messages(self, line: str) -> List[Dict[str, Any]]:
         """The messages that a line of output makes due, [] for most."""
         found = PROGRESS_LINE.search(ANSI.sub("", line).rstrip())
-        if not found or found.group("kind") not in ("layer", "config"):
+        if not found:
             return []
         identity = found.group("digest")[7:19]
         current, total = size_bytes(found.group("current") or ""), size_bytes(found.group("total") or "")
         word = self.words.get(found.group("state").strip(), "")
         state = (word, current, total)
-        if not word or identity in self.done or self.told.get(identity) == state or (found.group("kind") == "config"):
+        if not word or identity in self.done or self.told.get(identity) == state:
             return []
         messages = []
         if identity not in self.told and self.words is PULL_WORDS and word != "Already exists":
@@ -7468,7 +7451,7 @@ class ProgressTable:
 
     def finish(self) -> List[Dict[str, Any]]:
         """The messages that complete every layer begun: nerdctl's last redraw may come before its last change."""
-        return [{"status": self.last, "progressDetail": {}, "id": identity} for identity in self.told
+        return [{"status": self.words["done"], "progressDetail": {}, "id": identity} for identity in self.told
                 if identity not in self.done]
 
 
@@ -7480,42 +7463,25 @@ def progress_bar(current: int, total: int) -> str:
 
 
 def follow_progress(process: Process, table: ProgressTable) -> Iterator[bytes]:
-    """The progress messages of a running pull or push, until nerdctl has closed its stdout."""
+    """The progress messages of a running pull or push. Raises the ApiError when it fails."""
     for line in process.lines():
-        for message in table.messages(line):
-            yield message_line(message)
-
-
-def run_progress(running: ContextManager[Process], table: ProgressTable, begin: Dict[str, Any]) -> Iterator[bytes]:
-    """The messages of a running pull: `begin` first, once it has begun to move something (an error until then is an
-    ordinary error response), then the layers. Raises the ApiError when it fails."""
-    with running as process:
-        begun = False
-        for data in follow_progress(process, table):
-            if not begun:
-                begun = True
-                yield message_line(begin)
-            yield data
-        process.check()
-        if not begun:
-            yield message_line(begin)
-        for message in table.finish():
-            yield message_line(message)
-
-
-def registry_path(reference: Reference) -> str:
-    """The repository without its registry: `bb` of `localhost:5000/bb`, `library/busybox`."""
-    return reference.repository.partition("/")[2]
+        yield from map(message_line, table.messages(line))
+    process.check()
+    yield from map(message_line, table.finish())
 
 
 def pull_image(engine: Engine, request: Request, reference: Reference, platform: str,
                environment: Optional[Dict[str, str]]) -> Iterator[bytes]:
     """Pull one reference; yields Docker's messages."""
     before = engine.inventory.images.by_name().get(reference.name)
-    begin = {"status": f"Pulling from {registry_path(reference)}", "id": reference.tag or reference.digest}
-    with engine.changing_images([reference.name]):
-        running = engine.nerdctl.pull(reference.name, platform, fits_machine(platform), environment, request.client)
-        yield from run_progress(running, ProgressTable(PULL_WORDS), begin)
+    path = reference.repository.partition("/")[2]
+    with engine.changing_images([reference.name]), engine.nerdctl.pull(
+            reference.name, platform, fits_machine(platform), environment, request.client) as process:
+        messages = follow_progress(process, ProgressTable(PULL_WORDS))
+        # An error until something moves is an ordinary error response.
+        first = list(itertools.islice(messages, 1))
+        yield message_line({"status": f"Pulling from {path}", "id": reference.tag or reference.digest})
+        yield from itertools.chain(first, messages)
     group = engine.inventory.image(reference.name)
     name = familiar(reference.name)
     yield message_line({"status": f"Digest: {group.id}"})
@@ -7713,20 +7679,11 @@ def image_create(engine: Engine, request: Request) -> Response:
         if not reference.tag and not reference.digest:
             tags = registry_of(request, reference).tags()
             references = [reference._replace(tag=each) for each in sorted(tags) if TAG.fullmatch(each)]
-        begun = False
         with credentials_for(engine, request, reference.repository.partition("/")[0]) as environment:
             for each in references:
-                try:
-                    for data in pull_image(engine, request, each, platform, environment):
-                        begun = True
-                        yield data
-                except ApiError as error:
-                    if not begun:
-                        raise
-                    yield error_line(str(error))
-                    return
+                yield from pull_image(engine, request, each, platform, environment)
 
-    return Response(200, Stream(chunks(), primed=True), "application/json")
+    return Response(200, Stream(as_error_detail(chunks()), primed=True), "application/json")
 
 
 @route("GET", "/images/search")
@@ -7767,25 +7724,20 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
     reference = parse_reference(name, "")
     if tag:
         reference = parse_reference(f"{reference.repository}:{tag}")
-    names = [reference.name] if reference.tag else None
     groups = engine.inventory.images.by_name()
-    if names is None:
-        names = sorted(each for each in groups if each.startswith(reference.repository + ":") and "@" not in each)
+    names = [reference.name] if reference.tag else sorted(
+        each for each in groups if each.startswith(reference.repository + ":") and "@" not in each)
     if not names or names[0] not in groups:
         raise NotFound(f"An image does not exist locally with the tag: {familiar(reference.repository)}")
     platforms = wanted_platforms(request)
 
     def chunks() -> Iterator[bytes]:
-        begin = {"status": f"The push refers to repository [{reference.repository}]"}
-        yield message_line(begin)
+        yield message_line({"status": f"The push refers to repository [{reference.repository}]"})
         with credentials_for(engine, request, reference.repository.partition("/")[0]) as environment:
             for each in names:
                 table = ProgressTable(PUSH_WORDS, registry_has(registry_of(request, reference), groups[each]))
                 with engine.nerdctl.push(each, groups[each], platforms, environment, request.client) as process:
                     yield from follow_progress(process, table)
-                    process.check()
-                    for message in table.finish():
-                        yield message_line(message)
                     pushed = engine.nerdctl.pushed_digest(process)
                 group, short = groups[each], each.rpartition(":")[2]
                 digest = pushed or group.id
@@ -8118,7 +8070,10 @@ def build_messages(process: Process, progress: Callable[[Dict[str, Any]], Iterab
             else:
                 yield message
     if process.wait():
-        raise_unavailable(last)
+        # With BUILDKIT_HOST set, nerdctl ends without a word when nobody answers there.
+        error = nerdctl_error("\n".join(last) or "no buildkit host is available")
+        if isinstance(error, Unavailable):
+            raise error
         failure = build_failure(last)
         if not begun:
             raise BadParameter(re.sub("^failed to solve: ", "", failure["error"]))
@@ -8180,14 +8135,6 @@ def build_tags(request: Request) -> List[str]:
 def trace_line(message: Any) -> bytes:
     """A StatusResponse of BuildKit as clients of BuildKit read it in the stream of a build."""
     return message_line({"id": "moby.buildkit.trace", "aux": base64.b64encode(message).decode()})
-
-
-def raise_unavailable(lines: Iterable[str]) -> None:
-    """503 when a build failed because there is no buildkitd, which is not the build's fault."""
-    # With BUILDKIT_HOST set, nerdctl ends without a word when nobody answers there.
-    error = nerdctl_error("\n".join(lines) or "no buildkit host is available")
-    if isinstance(error, Unavailable):
-        raise error
 
 
 def docker_cache(record: Dict[str, Any]) -> Dict[str, Any]:
