@@ -2404,11 +2404,11 @@ class Nerdctl:
         merged = {**self.environment, **environment} if environment else self.environment
         return Process(self, self.argv(arguments), client, stderr, env=merged, stdin=stdin, stdout=stdout)
 
-    def start_own(self, command: str, before: Iterable[str] = (), client: Client = Client()) -> Process:
-        """This file as a process of its own, `nerdctld.py COMMAND`, with its standard streams as pipes and errors in
+    def start_own(self, before: Iterable[str] = (), client: Client = Client()) -> Process:
+        """This file as a process of its own, `nerdctld.py tree`, with its standard streams as pipes and errors in
         memory; `before` is the argv of a program that starts it. It is killed when `client` leaves."""
         code = own_bytecode()
-        argv = [*before, sys.executable, "-IS", f"/proc/self/fd/{code}", command]
+        argv = [*before, sys.executable, "-IS", f"/proc/self/fd/{code}", "tree"]
         return Process(self, argv, client, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                        pass_fds=(code,))
 
@@ -2593,16 +2593,18 @@ class LoggingProgram:
 
 @functools.lru_cache(maxsize=None)
 def own_bytecode() -> int:
-    """A descriptor of this file as bytecode in memory: compiling it would be half of the time of each process that
-    runs it."""
+    """A descriptor of this file as bytecode in memory, without what stands below the end of `nerdctld.py tree`:
+    compiling it, or reading all of it, would be half of the time of each process that runs it."""
     import importlib.util
     import marshal
 
     # The one that the lines of shell at the top have run, where they have: else it would be compiled anew, and kept
     # beside the file.
     code = globals().get("code") or __loader__.get_code(__name__)
+    end = tree_main.__code__.co_firstlineno
+    kept = (None if getattr(each, "co_firstlineno", 0) > end else each for each in code.co_consts)
     compiled = os.memfd_create("nerdctld.pyc")
-    os.write(compiled, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
+    os.write(compiled, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code.replace(co_consts=tuple(kept))))
     return compiled
 
 
@@ -9139,7 +9141,7 @@ def tree_error(process: Process, missing: Optional[ApiError] = None) -> ApiError
 def carry_out_mount(engine: Engine, place: str, **order: Any) -> None:
     """Have mount_place() done by a process where containerd is; 500 with the words of dockerd and of the kernel where
     it fails, for a part of a folder 404 where it is not there and 400 where it is outside."""
-    with engine.nerdctl.start_own("tree", rootless_argv(engine)) as process:
+    with engine.nerdctl.start_own(rootless_argv(engine)) as process:
         process.write(json_bytes({"do": "mount", "place": place, **order}) + b"\n")
         if process.wait(SHORT_CALL) == 0:
             return
@@ -12498,7 +12500,7 @@ def opened_tree(engine: Engine, container: Container, missing: ApiError,
         if not found["pid"]:
             stack.enter_context(mounted(engine, placed_mounts(container)))
             found["folder"] = stack.enter_context(engine.workspace.temporary("tree"))
-        process = stack.enter_context(engine.nerdctl.start_own("tree", rootless_argv(engine)))
+        process = stack.enter_context(engine.nerdctl.start_own(rootless_argv(engine)))
         process.write(json_bytes({**found, "user_namespace": bool(os.geteuid()), **order}) + b"\n")
         head, end, rest = b"", b"", b""
         for data in iter(process.read, b""):
