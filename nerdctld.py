@@ -8522,11 +8522,22 @@ LEFT_OUT = ("Annotations", "Init", "KernelMemory", "Mounts", "StorageOpt", "Sysc
 HOST_CONFIG: Dict[str, Any] = {
     **{key: shape() if isinstance(shape, type) else None for key, shape in HOST_CONFIG_FIELDS.items()
        if key not in LEFT_OUT},
-    **{key: [] for key in ("BlkioWeightDevice", "Devices", "Dns", "DnsOptions", "DnsSearch", "Ulimits")},
-    "ConsoleSize": [0, 0], "MemorySwappiness": None, "Runtime": "runc", "ShmSize": 64 << 20,
+    **{key: [] for key in ("BlkioWeightDevice", "Devices", "Dns", "DnsOptions", "DnsSearch", "MaskedPaths",
+                           "ReadonlyPaths", "Ulimits")},
+    "ConsoleSize": [0, 0], "MemorySwappiness": None, "PidsLimit": None, "Runtime": "runc", "ShmSize": 64 << 20,
 }
 
 
+# Field of a HostConfig -> where an OCI spec has it.
+SPEC_FIELDS = {
+    "CpuPeriod": "linux.resources.cpu.period", "CpuQuota": "linux.resources.cpu.quota",
+    "CpuShares": "linux.resources.cpu.shares", "CpusetCpus": "linux.resources.cpu.cpus",
+    "CpusetMems": "linux.resources.cpu.mems", "MaskedPaths": "linux.maskedPaths",
+    "Memory": "linux.resources.memory.limit", "MemoryReservation": "linux.resources.memory.reservation",
+    "MemorySwap": "linux.resources.memory.swap", "OomScoreAdj": "process.oomScoreAdj",
+    "PidsLimit": "linux.resources.pids.limit", "ReadonlyPaths": "linux.readonlyPaths",
+    "ReadonlyRootfs": "root.readonly",
+}
 # Docker's own name for what nerdctl runs containers with where nobody asks for another runtime.
 DEFAULT_RUNTIME = {"io.containerd.runc.v2": "runc"}
 
@@ -8546,33 +8557,28 @@ UPDATED_FIELDS = ("NanoCpus", "CpuShares", "CpusetCpus", "CpusetMems", "Memory",
                   "PidsLimit")
 
 
+def has_namespace(spec: Dict[str, Any], kind: str) -> bool:
+    """Whether an OCI spec has a namespace of a kind, its own or that of another container: else it is the host's."""
+    return any(each.get("type") == kind for each in (spec.get("linux") or {}).get("namespaces") or [])
+
+
 def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, Any]:
     """HostConfig: what the OCI spec and nerdctl's labels tell, under what the client asked for."""
-    labels, linux = container.labels, spec.get("linux") or {}
-    resources = linux.get("resources") or {}
-    memory, cpu = resources.get("memory") or {}, resources.get("cpu") or {}
-    found, logged = dict(HOST_CONFIG), json_of(dict, labels.get("nerdctl/log-config"))
+    labels, logged = container.labels, json_of(dict, container.labels.get("nerdctl/log-config"))
+    found = {**HOST_CONFIG, **{key: field_of(spec, path) or HOST_CONFIG[key] for key, path in SPEC_FIELDS.items()}}
     policy, _, tries = (labels.get("containerd.io/restart.policy") or "no").partition(":")
     found.update({
-        "AutoRemove": labels.get("nerdctl/auto-remove") == "true", "CpuPeriod": cpu.get("period") or 0,
-        "CpuQuota": cpu.get("quota") or 0,
-        "CpuShares": cpu.get("shares") or 0, "CpusetCpus": cpu.get("cpus") or "", "CpusetMems": cpu.get("mems") or "",
+        "AutoRemove": labels.get("nerdctl/auto-remove") == "true",
         "IpcMode": json_of(dict, container.labels.get("nerdctl/ipc")).get("mode") or "private",
         "LogConfig": {"Type": logged.get("driver") or "json-file", "Config": logged.get("opts") or {}},
-        "MaskedPaths": linux.get("maskedPaths") or [], "ReadonlyPaths": linux.get("readonlyPaths") or [],
-        "Memory": memory.get("limit") or 0, "MemoryReservation": memory.get("reservation") or 0,
-        "MemorySwap": memory.get("swap") or 0,
-        "NetworkMode": network_mode(container), "OomScoreAdj": (spec.get("process") or {}).get("oomScoreAdj") or 0,
-        "PidsLimit": (resources.get("pids") or {}).get("limit") or None,
+        "NetworkMode": network_mode(container),
         "PortBindings": {} if container.request else port_bindings(container),
         "Privileged": labels.get("nerdctl/privileged") == "true",
-        "ReadonlyRootfs": bool((spec.get("root") or {}).get("readonly")),
         "RestartPolicy": {"Name": policy, "MaximumRetryCount": int_or_zero(tries)},
         "Runtime": DEFAULT_RUNTIME.get(container.runtime, container.runtime) or found["Runtime"],
         "Binds": [f"{mount['Source']}:{mount['Destination']}" + ("" if mount["RW"] else ":ro")
                   for mount in container.mounts if mount["Type"] == "bind" and not container.request] or None,
-        "CgroupnsMode": "private" if any(each.get("type") == "cgroup" for each in linux.get("namespaces") or [])
-        else "host",
+        "CgroupnsMode": "private" if has_namespace(spec, "cgroup") else "host",
     })
     asked = container.host_config
     if found["CpuQuota"] > 0 and found["CpuPeriod"] and not (asked.get("CpuPeriod") or asked.get("CpuQuota")):
@@ -10260,11 +10266,6 @@ def share_network_files(container: Container, spec: Dict[str, Any], other: Conta
         spec["hostname"] = name
     process = spec.get("process") or {}
     process["env"] = [f"HOSTNAME={name}" if each.startswith("HOSTNAME=") else each for each in process.get("env") or []]
-
-
-def has_namespace(spec: Dict[str, Any], kind: str) -> bool:
-    """Whether an OCI spec has a namespace of a kind, its own or that of another container: else it is the host's."""
-    return any(each.get("type") == kind for each in (spec.get("linux") or {}).get("namespaces") or [])
 
 
 def joins_pid(container: Container) -> bool:
@@ -14723,20 +14724,14 @@ def dial_stdio(path: str) -> int:
 
     def inwards() -> None:
         with contextlib.suppress(OSError):
-            while True:
-                data = os.read(0, 65536)
-                if not data:
-                    break
+            for data in iter(lambda: os.read(0, 65536), b""):
                 sock.sendall(data)
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
 
     threading.Thread(target=inwards, daemon=True).start()
     with contextlib.suppress(OSError):
-        while True:
-            data = sock.recv(65536)
-            if not data:
-                break
+        for data in iter(lambda: sock.recv(65536), b""):
             view = memoryview(data)
             while view:
                 view = view[os.write(1, view):]

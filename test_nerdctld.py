@@ -7724,15 +7724,15 @@ class TestProcessStreams:
         # What was written while nobody was there, and its reader goes.
         writer = os.open(theirs.stdout, os.O_WRONLY)
         os.write(writer, b"before ")
-        shim = shims(found=theirs, attachments=[first])
+        shim = shims(found=theirs)
         for each in (writer, *numbers):
             os.close(each)
-        assert shim.streams.paths == theirs
+        assert shim.streams.paths == theirs and until(lambda: shim.kept == [(1, b"before ")]) and shim.streams.join(first)
         shim.streams.begin()
         shim.files[1].write(b"after")
         assert shim.streams.write(b"in", first) and shim.stdin.read(10) == b"in"
         shim.end()
-        assert self.told(first, far) == [(1, b"before after")] and not list(folder.iterdir())
+        assert self.told(first, far) == [(1, b"after")] and shim.kept[1:] == [(1, b"after")] and not list(folder.iterdir())
 
     def test_the_folder_of_a_daemon_that_lives(self, shims):
         shim = shims()
