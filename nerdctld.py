@@ -14643,10 +14643,11 @@ def own_socket(path: str, group: str = "") -> socket.socket:
     """A listening socket at `path`, 0660 from its first moment, and of a group. StartError when somebody answers there
     already, there is no such group or the place cannot be used; a stale socket is replaced."""
     elsewhere, taken = "choose another place with -H unix://PATH", "another daemon is listening there: end it, or"
+    allowed = f"root, or as a member of {group}" if group else "root"
 
     def refused(error: OSError) -> StartError:
         return StartError(f"cannot listen on {path}: {error.strerror or error}: "
-                          f"{'run nerdctld as root, or ' * isinstance(error, PermissionError)}{elsewhere}")
+                          f"{f'run nerdctld as {allowed}, or ' * isinstance(error, PermissionError)}{elsewhere}")
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise StartError(f"cannot listen on {path}: {folder} is not a folder: make it, or {elsewhere}")
@@ -14718,7 +14719,8 @@ def dial_stdio(path: str) -> int:
         sock = unix_connection(path)
     except OSError as error:
         advice = ("be root or in the group that it belongs to" if isinstance(error, PermissionError)
-                  else "start nerdctld (systemctl start nerdctl.socket), or name its socket with -H unix://PATH")
+                  else f"start nerdctld (systemctl {'--user ' * bool(os.geteuid())}start nerdctl.socket), or name its "
+                  "socket with -H unix://PATH")
         log(f"cannot connect to {path}: {error.strerror}: {advice}")
         return 1
 
@@ -15006,10 +15008,10 @@ EXAMPLES = """\
 ways to run it:
   systemctl enable --now nerdctl.socket           with the units, as root: /run/nerdctl.sock
   systemctl --user enable --now nerdctl.socket    with the units, rootless: $XDG_RUNTIME_DIR/nerdctl.sock
-  nerdctld    --detach                            by hand: clients can connect when it returns
-  nerdctld    --namespace k8s.io                  for the containers of a Kubernetes node
-  nerdctld    --nerdctl ctr                       without nerdctl: images, listings and builds
-  nerdctld    --check                             say what is there, and what does not work; 1 when something does not
+  nerdctld --detach                               by hand: clients can connect when it returns; not yet after `&`
+  nerdctld --namespace k8s.io                     for the containers of a Kubernetes node
+  nerdctld --nerdctl ctr                          without nerdctl: images, listings and builds
+  nerdctld --check                                say what is there, and what does not work; 1 when something does not
   docker -H ssh://user@host ps                    from elsewhere: runs nerdctld dial-stdio there, by the file nerdctl
 """
 
@@ -15056,6 +15058,8 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
         parser.error(f"--nerdctl: {error}")
     if not re.fullmatch(r"[A-Za-z0-9]+(?:[._-]+[A-Za-z0-9]+)*", options.namespace):
         parser.error(f"--namespace: {options.namespace!r} is not a containerd namespace")
+    if not options.idle_timeout >= 0:
+        parser.error(f"--idle-timeout: {options.idle_timeout:g} is not a time")
     return options
 
 
@@ -15147,6 +15151,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         signals = watch_signals()
         listener, path = listen(options.addr, options.group)
         inode = os.lstat(path).st_ino if path else 0
+        log(f"listening on {path or 'the socket of systemd'}, namespace {options.namespace}")
         if options.detach:
             detach()
     except StartError as error:
@@ -15160,7 +15165,6 @@ def main(argv: Optional[List[str]] = None) -> int:
     engine.feed.start()
     server = Server(engine, listener)
     notify_systemd("READY=1", notify)
-    log(f"listening on {path or 'the socket of systemd'}, namespace {options.namespace}")
     threading.Thread(target=look_around, args=(engine,), name="look", daemon=True).start()
     serve_until_told(server, 0.0 if path else options.idle_timeout, signals)
     notify_systemd("STOPPING=1", notify)

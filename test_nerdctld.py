@@ -12656,7 +12656,7 @@ class TestSockets:
         assert re.fullmatch(f"nerdctld: .*{re.escape(words)}.*\n", told)
         assert address.startswith("tcp") or "unix://x" in address or "choose another place with -H unix://PATH" in told
 
-    @pytest.mark.parametrize("error, words", [(PermissionError(13, "Permission denied"), "run nerdctld as root"), (LookupError(), "groupadd --system docker"),
+    @pytest.mark.parametrize("error, words", [(PermissionError(1, "Operation not permitted"), "run nerdctld as root, or as a member of docker, or"), (LookupError(), "groupadd --system docker"),
                                               (OSError(28, "No space left on device"), "No space left on device")])
     def test_what_to_do_is_said(self, tmp_path, monkeypatch, error, words):
         def refuse(*_, **__):
@@ -13516,7 +13516,8 @@ class TestCommandLine:
         (tmp_path / "nerdctl.toml").mkdir()
         assert nerdctld.nerdctl_settings() == {}
 
-    @pytest.mark.parametrize("argv", [["--nothing"], ["x"], ["--namespace", "-a"], ["--namespace", "a/b"], ["--namespace", ""], ["--nerdctl", " "], ["--nerdctl", "a 'b"], ["--idle-timeout", "x"]])
+    @pytest.mark.parametrize("argv", [["--nothing"], ["x"], ["--namespace", "-a"], ["--namespace", "a/b"], ["--namespace", ""], ["--nerdctl", " "], ["--nerdctl", "a 'b"],
+                                      ["--idle-timeout", "x"], ["--idle-timeout", "-1"], ["--idle-timeout", "nan"]])
     def test_refuses(self, argv, capsys):
         with pytest.raises(SystemExit) as caught:
             nerdctld.parse_args(argv)
@@ -13531,7 +13532,7 @@ class TestCommandLine:
         with pytest.raises(SystemExit):
             nerdctld.parse_args(["--help"])
         told = capsys.readouterr().out
-        for line in re.findall(r"^  nerdctld    (.*?)   ", told, re.M):
+        for line in re.findall(r"^  nerdctld (.*?)   ", told, re.M):
             nerdctld.parse_args(shlex.split(line))
         assert told.count("systemctl") == 2 and "--detach" in told and "ssh://" in told
 
@@ -13558,7 +13559,8 @@ class TestCommandLine:
     def test_detached_it_returns_when_clients_can_connect(self, tmp_path, scripted, fake):
         path = str(tmp_path / "nd.sock")
         done = subprocess.run([*PYTHON, compiled(), "--detach", "-H", "unix://" + path, "--nerdctl", str(scripted.program), "--address", fake.path],
-                              env={**os.environ, **away(tmp_path), "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=20)
+                              env={**os.environ, **away(tmp_path), "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, stderr=(tmp_path / "told").open("wb"), timeout=20)
+        assert (tmp_path / "told").read_text().startswith(f"nerdctld: listening on {path}, "), "said before it returns"
         # Its own child is left, which leads a session and reads from nowhere.
         found = [int(each) for each in os.listdir("/proc") if each.isdigit() and path in command_line(each)]
         assert (done.returncode, done.stdout, len(found)) == (0, b"", 1)
@@ -16011,6 +16013,7 @@ class TestLiveSystemd:
         """The main job with the distribution's own containerd, docker command and Python."""
         told = shell("env -u DOCKER_HOST /src/.ci/stack try; /src/.ci/stack down", user)
         assert "Loaded image: hello:1\n" in told and re.search(r"^hello +1 ", told, re.M) and "Untagged: hello:2" in told and "that works" in told
+        assert ".ci/stack: line" not in told, "the shell has something to say"
         assert shell("ls -d /run/nerdctld-stack /tmp/nerdctld-stack-* /var/lib/nerdctld-stack 2>&1; pgrep -fa /try/config.toml", user, fails=True).count("No such") == 3
 
     def test_the_second_command_of_readme(self, shell):
