@@ -16024,7 +16024,7 @@ class TestLiveSystemd:
         shell("systemctl stop nerdctl.socket nerdctl.service")
         assert shell("ls /run/nerdctl.sock", fails=True) and shell("pgrep -u root -f '^python3.*bin/nerdctld'", fails=True) == ""
         journal = shell("journalctl --no-pager -o cat -u nerdctl.service")
-        assert "listening on the socket of systemd" in journal and "Traceback" not in journal
+        assert "listening on the socket of systemd" in journal and "Traceback" not in journal and "unset" not in journal
 
 
 class TestLiveSSH:
