@@ -16011,7 +16011,10 @@ class TestLiveSystemd:
     @pytest.mark.parametrize("user", ["root", "outsider"])
     def test_the_first_command_of_readme(self, shell, user):
         """The main job with the distribution's own containerd, docker command and Python."""
+        folders = "ls -d /etc/* /usr/local/*/* /usr/local/lib/*/* /var/cache/* /var/lib/* /run/* /run/containerd/* 2>/dev/null | grep -v nerdctld-stack"
+        before = shell(folders)
         told = shell("env -u DOCKER_HOST /src/.ci/stack try; /src/.ci/stack down", user)
+        assert shell(folders) == before
         assert "Loaded image: hello:1\n" in told and re.search(r"^hello +1 ", told, re.M) and "Untagged: hello:2" in told and "that works" in told
         assert ".ci/stack: line" not in told, "the shell has something to say"
         assert shell("ls -d /run/nerdctld-stack /tmp/nerdctld-stack-* /var/lib/nerdctld-stack 2>&1; pgrep -fa /try/config.toml", user, fails=True).count("No such") == 3
