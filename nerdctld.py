@@ -5481,8 +5481,9 @@ def plugins_argv(engine: "Engine") -> List[str]:
     pid = engine.containerd.rootless_pid()
     runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
     apart = os.path.join(runtime, "containerd-rootless/netns")
-    return ["nsenter", "-U", "--preserve-credentials", "-m", f"-n{apart}" if os.path.exists(apart) else "-n", "-t",
-            str(pid), "--"] if pid else []
+    # A network namespace that RootlessKit holds apart is mounted at that path in its mount namespace only.
+    network = ["-t", str(pid), "--", "nsenter", f"-n{apart}"] if os.path.exists(apart) else ["-n", "-t", str(pid)]
+    return ["nsenter", "-U", "--preserve-credentials", "-m", *network, "--"] if pid else []
 
 
 def system_path() -> Dict[str, str]:

@@ -10809,7 +10809,8 @@ class TestCni:
         assert nerdctld.plugins_argv(furnished) == ["nsenter", "-U", "--preserve-credentials", "-m", "-n", "-t", "77", "--"]
         (tmp_path / "containerd-rootless").mkdir()
         (tmp_path / "containerd-rootless/netns").touch()
-        assert nerdctld.plugins_argv(furnished)[4] == f"-n{tmp_path}/containerd-rootless/netns"
+        assert nerdctld.plugins_argv(furnished) == ["nsenter", "-U", "--preserve-credentials", "-m", "-t", "77", "--",
+                                                    "nsenter", f"-n{tmp_path}/containerd-rootless/netns", "--"]
         assert nerdctld.plugins_folder(furnished) == "/opt/cni/bin"
         (tmp_path / "root/home/x/.local/lib/cni").mkdir(parents=True)
         assert nerdctld.plugins_folder(furnished) == "/home/x/.local/lib/cni"
