@@ -6426,8 +6426,8 @@ EVENT_FILTERS = ("config", "container", "daemon", "event", "action", "image", "l
 
 @route("GET", "/events")
 def system_events(engine: Engine, request: Request) -> Response:
-    """A stream of events: the kept ones since `since`, then new ones until `until` or until the client leaves. It
-    breaks off when the client does not read it."""
+    """A stream of events: the kept ones where there is a `since` or an `until`, then new ones until `until` or until
+    the client leaves. It breaks off when the client does not read it."""
     filters = request.filters(*EVENT_FILTERS)
     since, until = request.timestamp("since"), request.timestamp("until")
     if since is not None and until is not None and until < since:
@@ -6440,9 +6440,9 @@ def system_events(engine: Engine, request: Request) -> Response:
     def chunks() -> Iterator[bytes]:
         engine.settle()
         with engine.journal.subscribe() as (kept, new), request.client.when_gone(lambda: new.put(None)):
-            for event in kept if since is not None else ():
+            for event in kept if since is not None or until is not None else ():
                 when = event["timeNano"]
-                if when >= since and (until is None or when <= until) and match_event(event, filters):
+                if when >= (since or 0) and (until is None or when <= until) and match_event(event, filters):
                     yield lead + json_bytes(docker_event(event, request.version)) + b"\n"
             if until is None or until > time.time_ns():
                 # The head of the response says that nothing from now on is missed.
@@ -10912,30 +10912,58 @@ def parse_log_lines(lines: List[bytes]) -> List[LogLine]:
 
 
 class LogFile:
-    """A json-file log, which may come later, that is read while it is written and rotated: from its beginning or its
-    end."""
+    """A json-file log, which may come later, that is read while it is written and rotated: from the beginning of what
+    rotation has left of it, or from its end."""
 
     def __init__(self, path: str, at_end: bool = False):
         self.path, self.rest = path, b""
         self.file: Any = None
+        # What is to be read after it, before what will be at the path then.
+        self.following: List[Any] = []
         if self._open() and at_end:
             self.file.seek(0, os.SEEK_END)
+        elif self.file:
+            self.following, self.file = self._all_files(self.file), None
+            self._open()
+
+    def _all_files(self, newest: Any) -> List[Any]:
+        """The files that rotation has put aside and the newest one, the oldest first. Their numbers do not tell:
+        nerdctl's grow, and the daemon's do so with age."""
+        folder, name = os.path.split(self.path)
+        found = [newest]
+        for each in os.listdir(folder):
+            if re.fullmatch(re.escape(name) + r"\.\d+", each):
+                with contextlib.suppress(OSError):
+                    found.append(open(os.path.join(folder, each), "rb", buffering=0))
+                    # It may have been put aside meanwhile.
+                    if os.path.samestat(os.fstat(found[-1].fileno()), os.fstat(newest.fileno())):
+                        found.pop().close()
+        return sorted(found, key=lambda each: (each is newest, os.fstat(each.fileno()).st_mtime_ns))
 
     def _open(self) -> bool:
-        self.close()
+        if self.file:
+            self.file.close()
+            self.file = None
         with contextlib.suppress(OSError):
-            self.file = open(self.path, "rb", buffering=0)
+            self.file = self.following.pop(0) if self.following else open(self.path, "rb", buffering=0)
         return self.file is not None
 
     def seek_tail(self, count: int) -> None:
         """Go to where the last `count` lines begin."""
-        position, ends, data = self.file.seek(0, os.SEEK_END) if self.file else 0, 0, b""
-        while position > 0 and ends <= count:
-            size = min(65536, position)
-            position = self.file.seek(position - size)
-            data = self.file.read(size)
-            ends += data.count(b"\n")
-            self.file.seek(position)
+        earlier, later = [self.file, *self.following] if self.file else [], []
+        position, ends, data = 0, 0, b""
+        while earlier and ends <= count:
+            later.insert(0, earlier.pop())
+            position = later[0].seek(0, os.SEEK_END)
+            while position > 0 and ends <= count:
+                size = min(65536, position)
+                position = later[0].seek(position - size)
+                data = later[0].read(size)
+                ends += data.count(b"\n")
+                later[0].seek(position)
+        for each in earlier:
+            each.close()
+        self.file, *self.following = later or [None]
         if ends > count:
             # They begin in the block that was read last.
             self.file.seek(position + len(b"\n".join(data.split(b"\n")[:ends - count])) + 1)
@@ -10943,7 +10971,7 @@ class LogFile:
     def lines(self) -> List[LogLine]:
         """What was written since the last call, at most some 256 KiB of it; [] when there is nothing new."""
         data = self.file.read(BLOCK) if self.file else b""
-        if not data and self._goes_on():
+        while not data and self._goes_on():
             data = self.file.read(BLOCK)
         if not data:
             return []
@@ -10954,7 +10982,7 @@ class LogFile:
     def _goes_on(self) -> bool:
         """Whether there is more behind the end of the file: it was put aside for a new one, or was cut short and is
         read from its beginning."""
-        if not self.file:
+        if not self.file or self.following:
             return self._open()
         try:
             now, mine = os.stat(self.path), os.fstat(self.file.fileno())
@@ -10966,10 +10994,10 @@ class LogFile:
         return mine.st_size > self.file.tell() or self._open()
 
     def close(self) -> None:
-        """Let the file go."""
-        if self.file:
-            self.file.close()
-            self.file = None
+        """Let the files go."""
+        for each in filter(None, (self.file, *self.following)):
+            each.close()
+        self.file, self.following = None, []
 
 
 def lock_is_free(path: str, kind: int) -> bool:
