@@ -12559,12 +12559,13 @@ def check_path(text: str) -> str:
 def running_root(engine: Engine, container: Container) -> Tuple[str, Set[str]]:
     """The root of a running container as this process may see it, "" else, and what is mounted in it that does not
     belong to its tree."""
-    pid = container.state.pid
-    root = f"/proc/{pid}/root/"
-    if not (pid and os.access(root, os.X_OK)):
-        return "", set()
-    own = [os.path.normpath(each["destination"]) for each in container.spec.get("mounts") or [] if is_tree_mount(each)]
-    return root, {each for each in mount_points(pid) if not any((each + "/").startswith(place + "/") for place in own)}
+    root, own = f"/proc/{container.state.pid}/root/", container.spec.get("mounts") or []
+    places = tuple(os.path.normpath(each["destination"]) + "/" for each in own if is_tree_mount(each))
+    # It may have just ended.
+    with contextlib.suppress(OSError):
+        if container.state.pid and os.access(root, os.X_OK):
+            return root, {each for each in mount_points(container.state.pid) if not (each + "/").startswith(places)}
+    return "", set()
 
 
 def not_there(name: str, path: str) -> NotFound:

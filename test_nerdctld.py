@@ -10145,6 +10145,10 @@ class TestArchive:
             assert ask(reached, method, "/containers/tstdone/archive?path=" + path).status == status, path
         assert told_stat(ask(reached, method, "/containers/tstdone/archive?path=/link"))["linkTarget"] == "/proc/version"
 
+    def test_one_that_has_just_ended(self, reached, running, monkeypatch):
+        monkeypatch.setattr(nerdctld, "mount_points", lambda pid: os.stat("/nosuch/mountinfo"))
+        assert told_stat(ask(reached, "HEAD", "/containers/tstdone/archive?path=/etc/file"))["size"] == 5
+
     @pytest.mark.parametrize("fixed", [False, True], ids=["writable", "read-only"])
     def test_copies_into_one_that_runs(self, reached, running, fixed):
         put = lambda path, name: (lambda answer: (answer.status, answer.message if answer.status >= 400 else ""))(ask(reached, "PUT", "/containers/tstdone/archive?path=" + path, tar_with(name)))
@@ -14829,6 +14833,10 @@ class TestLiveTree:
                     ("/in", "", entries(("../out", "0", b""))), ("/in", "", entries(("s", "2", "../../out"))), ("/link", "", entries((state, "0", b"")))):
                 answer = live.ask("PUT", f"/containers/{name}/archive?path={path}{query}", data)
                 seen.append((state, path, answer.status < 400))
+            for path in ("/proc/version", "/sys/kernel", "/proc/self/root/in/f", "/dev/null", "/dev/mqueue", "/in/f/x", "/in/f/", "/nosuch"):
+                seen += [(state, path, method, live.ask(method, f"/containers/{name}/archive?path={path}").status) for method in ("HEAD", "GET", "PUT")]
+            with tarfile.open(fileobj=io.BytesIO(live.ask("GET", f"/containers/{name}/archive?path=/").body), errors="surrogateescape") as tar:
+                seen.append((state, sorted(each.name for each in tar if not re.match(r"/(proc|sys|dev|etc|\.dockerenv)$|/dev/|/etc/", each.name))))
             for path in ("/in", "/volume/.", "/link"):
                 answer = live.ask("GET", f"/containers/{name}/archive?path={path}")
                 with contextlib.suppress(tarfile.TarError), tarfile.open(fileobj=io.BytesIO(answer.body), errors="surrogateescape") as tar:
