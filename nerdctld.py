@@ -442,7 +442,8 @@ def enter_tree(order: Dict[str, Any]) -> None:
         seen = os.open(process + "/root", os.O_PATH | os.O_DIRECTORY)
         users, mounts = (os.open(process + "/ns/" + each, os.O_RDONLY) for each in ("user", "mnt"))
         if not os.path.samestat(os.fstat(users), os.stat("/proc/self/ns/user")):
-            # Its root, to whom its mounts are not locked.
+            # Its root, to whom its mounts are not locked; it can make no devices.
+            order["user_namespace"] = True
             libc_call("setns", users, CLONE_NEWUSER)
             os.setresgid(0, 0, 0)
             os.setresuid(0, 0, 0)

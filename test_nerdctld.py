@@ -10157,6 +10157,8 @@ class TestArchive:
             assert put(path, name) == (200, "") and (running / path[1:] / "x").read_bytes() == b"x"
         wanted = (400, "container rootfs is marked read-only") if fixed else (200, "")
         assert put("/dev", "null") == put("/proc", "version") == wanted and (reached.root / "dev/null").exists() is not fixed and not (running / "dev/null").exists()
+        answer = ask(reached, "PUT", "/containers/tstdone/archive?path=/dev/shm", entries(("null", "3", b"", {"devmajor": 1, "devminor": 3}), ("behind", "0", b"")))
+        assert (answer.status, (running / "dev/shm/behind").exists()) == (200, True)
         for name in ("proc", "dev", "etc/sub"):
             # The process would be without it.
             assert put("/", name) == (wanted if fixed else (500, f"unlinkat /{name}: device or resource busy")) and (running / name).is_dir()
