@@ -11629,13 +11629,6 @@ def rfc3339_full(nanoseconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(nanoseconds // 10**9)) + f".{nanoseconds % 10**9:09d}Z"
 
 
-def check_attach(container: Container, stdin: bool, held: bool) -> None:
-    """501 with a reason where a client's input could not reach a running container."""
-    if stdin and has_stdin(container) and container.running and not held:
-        raise NotImplementedHere("this container's stdin cannot be reached: nerdctl itself, or containerd by the "
-                                 "restart policy, has started it: attach with --no-stdin, or use exec")
-
-
 def websocket_frame(kind: int, data: bytes) -> Tuple[bytes, bytes]:
     """A frame of RFC 6455, by the number of its kind, as a server sends it."""
     size = len(data)
@@ -11728,95 +11721,92 @@ def send_log(engine: Engine, container: Container, attachment: Attachment, file:
             attachment.finish()
 
 
-def await_start(engine: Engine, container: Container, attachment: Attachment, file: LogFile, since: int) -> None:
-    """Hold a client that attached before the start until somebody starts the container: on FIFOs, which then have
-    taken it, or (a bare nerdctl, say) without any, when its log is as good."""
-    while not attachment.ready.wait(0.2):
-        streams = engine.owner(container.id).streams
-        if streams and streams.join(attachment):
-            return
-        if streams is None and engine.tasks.started_since(container.id, since):
-            send_log(engine, container, attachment, file)
-        elif engine.feed.live and container.id not in engine.inventory.containers():
-            attachment.finish()
+class AttachRequest:
+    """A client that attaches to a container, whose output is sent as it is, in frames or as `pack` has it. From here on
+    it is waited for, so that a start that comes right behind loses nothing. 404, 409, or 501 where its stdin is out of
+    reach."""
 
+    def __init__(self, engine: Engine, request: Request, name: str, pack: Optional[Packing] = None):
+        self.engine, self.request, self.since = engine, request, engine.tasks.now()
+        self.keys = DetachKeys(request.value("detachKeys"))
+        self.container = container = engine.inventory.container(name)
+        if container.state.kind == "paused":
+            raise Conflict("container is paused, unpause the container before attach")
+        if container.state.kind == "restarting":
+            raise Conflict("container is restarting, wait until the container is running")
+        self.tty, self.stream, self.logs = is_terminal(container), request.flag("stream"), request.flag("logs")
+        stdin = request.flag("stdin") and self.stream and has_stdin(container)
+        if stdin and container.running and find_streams(engine, container) is None:
+            raise NotImplementedHere("this container's stdin cannot be reached: nerdctl itself, or containerd by the "
+                                     "restart policy, has started it: attach with --no-stdin, or use exec")
+        self.attachment = Attachment(request.flag("stdout"), request.flag("stderr"),
+                                     pack or (as_it_is if self.tty else multiplexed), stdin)
+        self.waits, self.began = self.stream and not container.running, time.time_ns()
+        if self.waits:
+            engine.add_waiting(container.id, self.attachment)
 
-def serve_attachment(engine: Engine, request: Request, container: Container, attachment: Attachment, logs: bool,
-                     keys: Optional[DetachKeys], since: int) -> None:
-    """Serve an attached client to its end: by the streams of the container's process, or from its log. It came when the
-    count of what happened to tasks was `since`."""
-    engine.tell(container, "attach")
-    file = LogFile(log_path(container), at_end=not logs)
-    streams = find_streams(engine, container)
-    with request.client.when_gone(attachment.leave, half=False):
-        if logs or (container.running and not (streams and streams.join(attachment))):
-            attachment.streams = streams
-            attachment.ready.set()
-            threading.Thread(target=send_log, args=(engine, container, attachment, file, request.flag("stream")),
-                             name="attach", daemon=True).start()
-        elif not container.running:
-            await_start(engine, container, attachment, file, since)
-        if attachment.streams and attachment.stdin and pump_stdin(attachment, attachment.streams, keys):
-            attachment.leave()
-            engine.tell(container, "detach")
-        attachment.done.wait()
-        attachment.drain()
+    def abandon(self) -> None:
+        """The client has left."""
+        self.attachment.leave()
+        self.engine.leave_waiting(self.container.id, self.attachment)
 
-
-def attach(engine: Engine, request: Request, name: str, pack: Optional[Packing] = None,
-           ) -> Tuple[Attachment, Callable[[Connection], None], Callable[[], None], str]:
-    """What the two ways to attach share: the client, how it is served, what is done where it has left before that, and
-    the media type. From here on it is waited for, so that a start that comes right behind loses nothing."""
-    since = engine.tasks.now()
-    container, tty, keys = prepare_attach(engine, request, name)
-    stream, logs = request.flag("stream"), request.flag("logs")
-    attachment = Attachment(request.flag("stdout"), request.flag("stderr"), pack or (as_it_is if tty else multiplexed),
-                            request.flag("stdin") and stream and has_stdin(container))
-    waits, began = stream and not container.running, time.time_ns()
-    if waits:
-        engine.add_waiting(container.id, attachment)
-
-    def abandon() -> None:
-        attachment.leave()
-        engine.leave_waiting(container.id, attachment)
-
-    def serve(connection: Connection) -> None:
+    def serve(self, connection: Connection) -> None:
+        """Serve the client to its end."""
+        attachment = self.attachment
         try:
-            if waits and logs:
+            if self.waits and self.logs:
                 # Before the connection: what a process that starts meanwhile writes is for later.
                 past = Attachment(attachment.wanted[STDOUT], attachment.wanted[STDERR], attachment.pack)
                 past.connect(connection)
-                send_log(engine, container, past, LogFile(log_path(container)), follow=False, until=began)
+                file = LogFile(log_path(self.container))
+                send_log(self.engine, self.container, past, file, follow=False, until=self.began)
             attachment.connect(connection)
-            if stream or logs:
-                serve_attachment(engine, request, container, attachment, logs and not waits, keys, since)
+            if self.stream or self.logs:
+                self._serve(self.logs and not self.waits)
         finally:
-            abandon()
+            self.abandon()
 
-    return attachment, serve, abandon, stream_type(tty, request.version)
+    def _serve(self, logs: bool) -> None:
+        """Serve it by the streams of the container's process, or from its log."""
+        engine, container, attachment = self.engine, self.container, self.attachment
+        engine.tell(container, "attach")
+        file = LogFile(log_path(container), at_end=not logs)
+        streams = find_streams(engine, container)
+        with self.request.client.when_gone(attachment.leave, half=False):
+            if logs or (container.running and not (streams and streams.join(attachment))):
+                attachment.streams = streams
+                attachment.ready.set()
+                threading.Thread(target=send_log, args=(engine, container, attachment, file, self.stream),
+                                 name="attach", daemon=True).start()
+            elif not container.running:
+                self._await_start(file)
+            keys = self.keys if self.tty else None
+            if attachment.streams and attachment.stdin and pump_stdin(attachment, attachment.streams, keys):
+                attachment.leave()
+                engine.tell(container, "detach")
+            attachment.done.wait()
+            attachment.drain()
 
-
-def prepare_attach(engine: Engine, request: Request, name: str) -> Tuple[Container, bool, Optional[DetachKeys]]:
-    """The container of an attach, whether it has a terminal, and the keys that detach from it; 404, 409 and 501 where
-    it cannot be."""
-    keys = DetachKeys(request.value("detachKeys"))
-    container = engine.inventory.container(name)
-    if container.state.kind == "paused":
-        raise Conflict("container is paused, unpause the container before attach")
-    if container.state.kind == "restarting":
-        raise Conflict("container is restarting, wait until the container is running")
-    tty = is_terminal(container)
-    stdin = request.flag("stdin") and request.flag("stream")
-    check_attach(container, stdin, find_streams(engine, container) is not None)
-    return container, tty, keys if tty and stdin else None
+    def _await_start(self, file: LogFile) -> None:
+        """Hold the client until somebody starts the container: on FIFOs, which then have taken it, or (a bare nerdctl,
+        say) without any, when its log is as good."""
+        engine, identity = self.engine, self.container.id
+        while not self.attachment.ready.wait(0.2):
+            streams = engine.owner(identity).streams
+            if streams and streams.join(self.attachment):
+                return
+            if streams is None and engine.tasks.started_since(identity, self.since):
+                send_log(engine, self.container, self.attachment, file)
+            elif engine.feed.live and identity not in engine.inventory.containers():
+                self.attachment.finish()
 
 
 @route("POST", "/containers/{id}/attach")
 def container_attach(engine: Engine, request: Request, name: str) -> Response:
     """Take the connection over for the container's streams; also before its start. 404, 409, or 501 where its stdin is
     out of reach."""
-    _, serve, abandon, media_type = attach(engine, request, name)
-    return Response(101, Hijack(serve, abandon=abandon), media_type)
+    found = AttachRequest(engine, request, name)
+    return Response(101, Hijack(found.serve, abandon=found.abandon), stream_type(found.tty, request.version))
 
 
 WEBSOCKET_KEY = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -11840,20 +11830,20 @@ def container_attach_websocket(engine: Engine, request: Request, name: str) -> R
     """The same over a WebSocket, without frames of our own: output in binary messages."""
     engine.inventory.container(name)
     key = websocket_key(request)
-    attachment, serve, abandon, _ = attach(engine, request, name, websocket_message)
+    found = AttachRequest(engine, request, name, websocket_message)
     import hashlib
 
     accept = base64.b64encode(hashlib.sha1((key + WEBSOCKET_KEY).encode()).digest()).decode()
 
     def serve_frames(connection: Connection) -> None:
-        sock = WebSocket(connection, attachment)
-        if not attachment.stdin:
+        sock = WebSocket(connection, found.attachment)
+        if not found.attachment.stdin:
             # Somebody has to answer pings and notice the closing.
             threading.Thread(target=sock.drop_input, name="websocket", daemon=True).start()
-        serve(sock)
+        found.serve(sock)
         sock.close()
 
-    return Response(101, Hijack(serve_frames, protocol="websocket", abandon=abandon), "",
+    return Response(101, Hijack(serve_frames, protocol="websocket", abandon=found.abandon), "",
                     {"Sec-WebSocket-Accept": accept})
 
 

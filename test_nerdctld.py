@@ -8938,15 +8938,16 @@ class TestStreams:
         method, path = path.split() if " " in path else ("GET" if "/ws" in path or "/logs" in path else "POST", path)
         assert ask(furnished, method, "/containers/" + path).status == status
 
-    @pytest.mark.parametrize("task, held, refused", [("running", False, True), ("running", True, False), ("stopped", False, False), (None, False, False)])
-    def test_input_out_of_reach(self, task, held, refused):
-        container = container_of(nerdctld.request_labels({"OpenStdin": True}), task)
-        if refused:
-            with pytest.raises(nerdctld.NotImplementedHere):
-                nerdctld.check_attach(container, True, held)
-        else:
-            nerdctld.check_attach(container, True, held)
-        nerdctld.check_attach(container, False, held)
+    @pytest.mark.parametrize("runs, held, refused", [(True, False, True), (True, True, False), (False, False, False)])
+    def test_input_out_of_reach(self, engine, boxes, fake, monkeypatch, runs, held, refused):
+        boxes(lambda process: process.wait_signal(), OpenStdin=True)
+        if runs:
+            fake.start(ID)
+        monkeypatch.setattr(nerdctld, "find_streams", lambda *_: object() if held else None)
+        request = lambda *more: nerdctld.Request("POST", "/", query={each: ["1"] for each in ("stream", "stdout", *more)})
+        with pytest.raises(nerdctld.NotImplementedHere) if refused else contextlib.nullcontext():
+            nerdctld.AttachRequest(engine, request("stdin"), "x").abandon()
+        nerdctld.AttachRequest(engine, request(), "x").abandon()
 
     def test_attach_before_the_start(self, engine, boxes, fake):
         state = boxes(lambda process: process.stdout.write(b"out\n") and until(lambda: first.seen) and process.stderr.write(b"err\n") and 3)
@@ -9118,12 +9119,13 @@ class TestStreams:
 
     def test_logs_of_one_attached_before_the_start_come_first(self, logged):
         request = nerdctld.Request("POST", "/", query={"stream": ["1"], "logs": ["1"], "stdout": ["1"]})
-        attachment, serve, _, _ = nerdctld.attach(logged, request, "tstdone")
+        found = nerdctld.AttachRequest(logged, request, "tstdone")
+        attachment = found.attachment
         assert logged.take_waiting(identity(logged, "tstdone")) == [attachment]
         connection, far = pair()
         starter = threading.Thread(target=lambda: (attachment.put(1, b"new"), attachment.finish()))
         starter.start()
-        serve(connection)
+        found.serve(connection)
         starter.join(5)
         connection.sock.close()
         frames = unframe(drain(far))
@@ -9133,7 +9135,7 @@ class TestStreams:
         told = []
         monkeypatch.setattr(nerdctld, "send_log", lambda engine, container, attachment, file, follow: (told.append(follow), file.close(), attachment.finish()))
         for query in ({"logs": ["1"]}, {"logs": ["1"], "stream": ["1"]}):
-            nerdctld.attach(logged, nerdctld.Request("POST", "/", query=query), "tstweb")[1](pair()[0])
+            nerdctld.AttachRequest(logged, nerdctld.Request("POST", "/", query=query), "tstweb").serve(pair()[0])
         assert told == [False, True]
 
     def websocket(self):
