@@ -14419,7 +14419,12 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         if isinstance(response.body, Hijack):
             return self.send_hijack(response)
         self.send_whole(response)
-        self.linger(body)
+        if body is not None and not body.ended:
+            # The answer came before the end of the body: to close now would reset what the client has not read of it.
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_WR)
+            body.expects = False
+            body.drain(1 << 26, 2.0)
         return response.status
 
     def leave(self, body: Optional[Body], response: Response) -> None:
@@ -14431,14 +14436,6 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             body.drain(JSON_LIMIT, 2.0) if not body.chunked else None
         elif not body.drain(1 << 18, 0.2):
             self.close_connection = True
-
-    def linger(self, body: Optional[Body]) -> None:
-        """After an answer that came before the end of a body, let the client read it: a close now would reset it."""
-        if body is not None and not body.ended:
-            with contextlib.suppress(OSError):
-                self.connection.shutdown(socket.SHUT_WR)
-            body.expects = False
-            body.drain(1 << 26, 2.0)
 
     def head(self, status: str, headers: Dict[str, str]) -> bytes:
         """Status line and headers, with those that every answer has."""
@@ -14459,14 +14456,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         body = b"" if response.status in (204, 304) else response.body or b""
         length = {} if response.status in (204, 304) else {"Content-Length": str(len(body))}
         head = self.response_head(response, length)
-        with contextlib.suppress(OSError):
-            if self.command == "HEAD" or not body:
-                self.wfile.write(head)
-            elif len(body) < 65536:
-                self.wfile.write(head + body)
-            else:
-                self.wfile.write(head)
-                self.wfile.write(body)
+        with contextlib.suppress(ClientGone):
+            Connection(self.connection).send(head, b"" if self.command == "HEAD" else body)
             return
         self.close_connection = True
 
@@ -14485,9 +14476,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                 # What makes the stream may read the body later, and inside of the answer there is no place for a 100.
                 body.invite()
             self.wfile.write(self.response_head(response, {"Transfer-Encoding": "chunked"} if chunked else {}))
-            for chunk in itertools.chain(first, stream.chunks):
-                if chunk:
-                    self.send_chunk(chunk, chunked)
+            connection = Connection(self.connection)
+            for chunk in filter(None, itertools.chain(first, stream.chunks)):
+                connection.send(*((b"%x\r\n" % len(chunk), chunk, b"\r\n") if chunked else (chunk,)))
             if chunked:
                 self.wfile.write(b"0\r\n\r\n")
         except ApiError as error:
@@ -14507,15 +14498,6 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         if body is not None and not body.ended and not body.drain(1 << 18, 0.2):
             self.close_connection = True
         return response.status
-
-    def send_chunk(self, chunk: Any, chunked: bool) -> None:
-        """One chunk in as few system calls as its size allows."""
-        if not chunked:
-            self.wfile.write(chunk)
-        elif len(chunk) < 65536:
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
-        else:
-            Connection(self.connection).send(b"%x\r\n" % len(chunk), chunk, b"\r\n")
 
     def send_hijack(self, response: Response) -> int:
         """Hand the connection over, as dockerd does it: 101 where there is a header Upgrade, else 200 until the end."""
