@@ -1752,10 +1752,19 @@ class Request:
             raise BadParameter(f"invalid value for {name}: {text!r} is not a timestamp")
         return found
 
+    def read_body(self) -> bytes:
+        """The whole of a body that has to be small; 413 beyond JSON_LIMIT."""
+        data = bytearray()
+        for part in iter(lambda: self.body.read(65536), b""):
+            data += part
+            if len(data) > JSON_LIMIT:
+                raise TooLarge(f"request body is larger than {JSON_LIMIT >> 20} MiB")
+        return bytes(data)
+
     def json(self, shape: Any) -> Dict[str, Any]:
         """The body as a JSON object of a shape, as with dockerd {} where there is none; 400 with its words for what is
         no such object."""
-        data = read_limited(self.body, JSON_LIMIT)
+        data = self.read_body()
         kind = (self.headers.get("Content-Type") or "").partition(";")[0].strip().lower()
         if kind and kind != "application/json":
             raise BadParameter(f"unsupported Content-Type header ({kind}): must be 'application/json'")
@@ -1835,19 +1844,6 @@ def header_json(text: str, shape: Any) -> Dict[str, Any]:
     with contextlib.suppress(ValueError, BadParameter):
         return shaped(parse_json(base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4))), shape)
     return {}
-
-
-def read_limited(body: Any, limit: int) -> bytes:
-    """The whole of a body that has to be small; 413 beyond `limit` bytes."""
-    parts, size = [], 0
-    while True:
-        part = body.read(65536)
-        if not part:
-            return b"".join(parts)
-        size += len(part)
-        if size > limit:
-            raise TooLarge(f"request body is larger than {limit >> 20} MiB")
-        parts.append(part)
 
 
 def decompressor(head: bytes) -> Optional[Callable[[], Any]]:
@@ -2133,9 +2129,7 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
      r"\"?([^\s\"]+)", NotFound, "No such container: {0}"),
     (r"container \"([0-9a-f]{64})\" in namespace \"[^\"]*\": not found", NotFound, "No such container: {0}"),
     (r"image not available: \"?([^\"\s]+)", NotFound, "No such image: {0}"),
-    (r"no such image:? \"?([^\s\"]+)", NotFound, "No such image: {0}"),
     (r"image \"([^\"]+)\": not found", NotFound, "No such image: {0}"),
-    (r"no such object:? ([^\s\]]+)", NotFound, "No such object: {0}"),
     (r"unauthorized|no basic auth credentials|authorization failed|401 Unauthorized", Unauthorized, ""),
     (r"(?:access denied|insufficient_scope|403 Forbidden)", NotFound, ""),
     (r"failed to resolve (?:image|reference):? \"?([^\s\"]+?)\"?:(?: \S+:)? not found", NotFound,
@@ -2152,7 +2146,6 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
     (r"network with name (\S+) already exists", Conflict, "network with name {0} already exists"),
     (r"is in (\w+) status\. unpause/stop container first", Conflict,
      "cannot remove container: container is {0}: stop the container before removing or force remove"),
-    (r"conflict: (unable to delete [^\n]*)", Conflict, "conflict: {0}"),
     (r"cannot exec in a (?:stopped|paused)|is not (?:paused|running)|already paused", Conflict, ""),
     (r'bind", "([^"]*)", "\S*"\): mountpoint "([^"]*)" doesn.t have optional field neither of \[shared:\]', ApiError,
      "path {0} is mounted on {1} but it is not a shared mount"),
@@ -2160,7 +2153,6 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
      "path {0} is mounted on {1} but it is not a shared or slave mount"),
     (r"bind for :?(\S+) failed: port is already allocated", ApiError, "Bind for {0} failed: port is already allocated"),
     (r"source does not exist|no such file or directory: unknown", NotFound, ""),
-    (r"multiple IDs found with provided prefix", BadParameter, ""),
     (r"identifier \"[^\"]*\" must match pattern|invalid filter|invalid reference format|unknown (?:shorthand )?flag",
      BadParameter, ""),
     (r"no space left on device", ApiError, ""),
@@ -2274,14 +2266,14 @@ class Process:
             with contextlib.suppress(OSError):
                 self.stdin.close()
 
-    def spoil(self, seconds: float = 5.0) -> None:
+    def spoil(self) -> None:
         """End an archive on stdin that broke off so that it cannot be taken for the whole, and let the process fail by
         itself. A nerdctl that is killed leaves what it had begun in containerd for a day, and in the way of the next
         archive with a file of that name; what unpacks removes the file that came half."""
         # No whole number of a tar's blocks.
         self.write(b"\xff" * 100003)
         self.close_stdin()
-        self.wait(seconds)
+        self.wait(5.0)
 
     def read(self, size: int = BLOCK) -> bytes:
         """Up to `size` bytes of stdout as soon as there are any; b"" at its end."""
@@ -2347,6 +2339,11 @@ def poll_readable(descriptor: int, timeout: Optional[float]) -> bool:
     return bool(poller.poll(None if timeout is None else max(0, int(timeout * 1000))))
 
 
+def runtime_folder() -> str:
+    """The folder of a user's sockets and the like."""
+    return os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+
+
 class Nerdctl:
     """Runs nerdctl: the only place that starts a process. `command` is the argv in front, of one word or more. Short
     calls wait in a queue for one of a few places; streams have places of their own."""
@@ -2405,12 +2402,12 @@ class Nerdctl:
         merged = {**self.environment, **environment} if environment else self.environment
         return Process(self, self.argv(arguments), client, stderr, env=merged, stdin=stdin, stdout=stdout)
 
-    def start_own(self, before: Iterable[str] = (), client: Client = Client()) -> Process:
-        """This file as a process of its own, `nerdctld.py tree`, with its standard streams as pipes and errors in
-        memory; `before` is the argv of a program that starts it. It is killed when `client` leaves."""
+    def start_tree(self, before: Iterable[str]) -> Process:
+        """This file as a process in a container's tree, `nerdctld.py tree`, with its standard streams as pipes and
+        errors in memory; `before` is the argv of a program that starts it."""
         code = own_bytecode()
         argv = [*before, sys.executable, "-IS", f"/proc/self/fd/{code}", "tree"]
-        return Process(self, argv, client, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        return Process(self, argv, Client(), env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                        pass_fds=(code,))
 
     def start_logger(self, uri: str, identity: str) -> "LoggingProgram":
@@ -2525,7 +2522,7 @@ class Nerdctl:
         """Where nerdctl looks for buildkitd, in its order."""
         if self.environment.get("BUILDKIT_HOST"):
             return [self.environment["BUILDKIT_HOST"]]
-        base = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+        base = "/run" if os.geteuid() == 0 else runtime_folder()
         return [f"unix://{base}/{name}/buildkitd.sock" for name in (f"buildkit-{self.namespace}", "buildkit-default",
                                                                     "buildkit")]
 
@@ -3618,13 +3615,18 @@ class Containerd:
         """The process whose namespaces a user's own (rootless) containerd has, 0 for any other containerd."""
         if os.geteuid() == 0 or self.given_address:
             return 0
-        runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
         try:
-            with open(f"{runtime}/containerd-rootless/child_pid", encoding="ascii") as file:
+            with open(f"{runtime_folder()}/containerd-rootless/child_pid", encoding="ascii") as file:
                 return int(file.read())
         except (OSError, ValueError):
             raise Unavailable("rootless containerd is not running: containerd-rootless-setuptool.sh install sets it "
                               "up") from None
+
+    def entering(self, *namespaces: str) -> List[str]:
+        """argv in front of a program that is to run where a user's own containerd does, also in these `namespaces` of
+        nsenter; [] for root's."""
+        pid = self.rootless_pid()
+        return ["nsenter", "-U", "--preserve-credentials", "-m", *namespaces, "-t", str(pid), "--"] if pid else []
 
     def dial(self, timeout: float = 5.0) -> socket.socket:
         """A connection to containerd; 503 where nobody answers."""
@@ -3714,11 +3716,12 @@ class Containerd:
             return parse_task(self.ask("tasks.v1.Tasks/Get", {1: identity}).get(1, b""))[1]
         return None
 
-    def create_task(self, record: ContainerRecord, streams: TaskStreams, timeout: float = SHORT_CALL) -> int:
+    def create_task(self, record: ContainerRecord, streams: TaskStreams) -> int:
         """Have the runtime make a container's process, with its snapshot for root, and not start it yet; its process
         id."""
         mounts = self.snapshot_mounts(record.snapshotter, record.snapshot_key)
-        return self.ask("tasks.v1.Tasks/Create", {1: record.id, 3: mounts, **numbered(streams, 4)}, timeout).get(2, 0)
+        return self.ask("tasks.v1.Tasks/Create", {1: record.id, 3: mounts, **numbered(streams, 4)},
+                        SHORT_CALL).get(2, 0)
 
     def start_task(self, identity: str, exec_id: str = "", timeout: float = SHORT_CALL) -> int:
         """Start a container's process that was made, or a command in it; its process id."""
@@ -3878,9 +3881,10 @@ class Containerd:
         found = self.ask("version.v1.Version/Version", {})
         return read_text(found, 1), read_text(found, 2)
 
-    def plugin_complaint(self, kind: str, name: str) -> str:
-        """Why one of containerd's plugins does not work, "" when it does."""
-        for each in self.ask_all("introspection.v1.Introspection/Plugins", {1: f"type=={kind},id=={name}"}):
+    def snapshotter_complaint(self, name: str) -> str:
+        """Why one of containerd's snapshotters does not work, "" when it does."""
+        wanted = f"type==io.containerd.snapshotter.v1,id=={name}"
+        for each in self.ask_all("introspection.v1.Introspection/Plugins", {1: wanted}):
             return read_text(read_message(read_message(each).get(7) or b""), 2)
         return "containerd has none of that name"
 
@@ -5479,12 +5483,12 @@ def interface_label(network: str, made: Interface) -> Dict[str, str]:
 
 def plugins_argv(engine: "Engine") -> List[str]:
     """argv in front of a plugin: a user's own containerd has namespaces of its own."""
-    pid = engine.containerd.rootless_pid()
-    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
-    apart = os.path.join(runtime, "containerd-rootless/netns")
+    apart = os.path.join(runtime_folder(), "containerd-rootless/netns")
+    if not os.path.exists(apart):
+        return engine.containerd.entering("-n")
     # A network namespace that RootlessKit holds apart is mounted at that path in its mount namespace only.
-    network = ["-t", str(pid), "--", "nsenter", f"-n{apart}"] if os.path.exists(apart) else ["-n", "-t", str(pid)]
-    return ["nsenter", "-U", "--preserve-credentials", "-m", *network, "--"] if pid else []
+    entered = engine.containerd.entering()
+    return entered and [*entered, "nsenter", f"-n{apart}", "--"]
 
 
 def system_path() -> Dict[str, str]:
@@ -5715,10 +5719,6 @@ class Tasks:
         self.spared: Dict[str, int] = {}
         # The count when something may have happened that no event told of.
         self.missed = 0
-
-    def now(self) -> int:
-        """The count as it stands."""
-        return self.count
 
     def wake(self) -> None:
         """Let everyone look again."""
@@ -7676,7 +7676,7 @@ def image_create(engine: Engine, request: Request) -> Response:
     if tag:
         reference = parse_reference(f"{reference.repository}@{tag}" if ":" in tag else f"{reference.repository}:{tag}")
     platform = platform_text(parse_platform(request.value("platform"))) if request.value("platform") else ""
-    read_limited(request.body, JSON_LIMIT)
+    request.read_body()
 
     def chunks() -> Iterator[bytes]:
         references = [reference]
@@ -9127,12 +9127,6 @@ def mount_order(engine: Engine, made: PlacedMount) -> Dict[str, Any]:
     return {"base": made.base, "subpath": made.subpath}
 
 
-def rootless_argv(engine: Engine) -> List[str]:
-    """argv in front of a program that is to run where a user's own containerd does; [] for root's."""
-    pid = engine.containerd.rootless_pid()
-    return ["nsenter", "-U", "--preserve-credentials", "-m", "-t", str(pid), "--"] if pid else []
-
-
 def tree_error(process: Process, missing: Optional[ApiError] = None) -> ApiError:
     """What a process of ours (`nerdctld.py tree`) says went wrong; `missing`, if given, where a file is not there."""
     process.wait()
@@ -9149,7 +9143,7 @@ def tree_error(process: Process, missing: Optional[ApiError] = None) -> ApiError
 def carry_out_mount(engine: Engine, place: str, **order: Any) -> None:
     """Have mount_place() done by a process where containerd is; 500 with the words of dockerd and of the kernel where
     it fails, for a part of a folder 404 where it is not there and 400 where it is outside."""
-    with engine.nerdctl.start_own(rootless_argv(engine)) as process:
+    with engine.nerdctl.start_tree(engine.containerd.entering()) as process:
         process.write(json_bytes({"do": "mount", "place": place, **order}) + b"\n")
         if process.wait(SHORT_CALL) == 0:
             return
@@ -11180,7 +11174,7 @@ def start_refused(engine: Engine, container: Container, error: ApiError) -> None
 def start_container(engine: Engine, container: Container) -> None:
     """Start a container that does not run and that the caller owns: on FIFOs where clients wait on its streams or may
     come for its stdin."""
-    waiting, streams, count = engine.take_waiting(container.id), None, engine.tasks.now()
+    waiting, streams, count = engine.take_waiting(container.id), None, engine.tasks.count
     try:
         container = prepare_start(engine, container)
         note_health(engine, container)
@@ -11223,7 +11217,7 @@ def note_error(engine: Engine, container: Container, message: str) -> None:
 @route("POST", "/containers/{id}/start")
 def container_start(engine: Engine, request: Request, name: str) -> None:
     """Start it; 204, 304 when it runs already, 400 when its command cannot be run."""
-    if len(read_limited(request.body, JSON_LIMIT)) > 7:
+    if len(request.read_body()) > 7:
         raise BadParameter("starting container with non-empty request body was deprecated since API v1.22 and removed "
                            "in v1.24")
     if request.value("checkpoint"):
@@ -11280,7 +11274,7 @@ def runs(engine: Engine, container: Container) -> bool:
 def stop_container(engine: Engine, request: Request, container: Container) -> None:
     """Stop a container that runs, as a request says. It may take its time to end, and others may want it to end sooner:
     this owns it no more."""
-    number, seconds, count = stop_signal(request, container), stop_seconds(request, container), engine.tasks.now()
+    number, seconds, count = stop_signal(request, container), stop_seconds(request, container), engine.tasks.count
     with engine.changing(container):
         engine.tell(container, "kill", signal=str(number))
         sent = kill_task(engine, container, number, ends=True)
@@ -11296,7 +11290,7 @@ def stop_container(engine: Engine, request: Request, container: Container) -> No
 @route("POST", "/containers/{id}/stop")
 def container_stop(engine: Engine, request: Request, name: str) -> None:
     """Stop it within `t` seconds, then kill it; 204, 304 when it does not run."""
-    read_limited(request.body, JSON_LIMIT)
+    request.read_body()
     request.integer("t")
     with engine.owning(name) as container:
         # In the middle of a restart it counts as one that runs.
@@ -11311,11 +11305,11 @@ def container_stop(engine: Engine, request: Request, name: str) -> None:
 @route("POST", "/containers/{id}/restart")
 def container_restart(engine: Engine, request: Request, name: str) -> None:
     """Stop it if it runs, and start it; 204."""
-    read_limited(request.body, JSON_LIMIT)
+    request.read_body()
     request.integer("t")
     with engine.owning(name) as container:
         stop_signal(request, container)
-        count = engine.tasks.now()
+        count = engine.tasks.count
         # Until it is started again here, nobody else is to do so.
         hold_policy(engine, container)
     with engine.restarting(container):
@@ -11341,14 +11335,14 @@ def require_running(container: Container) -> None:
 @route("POST", "/containers/{id}/kill")
 def container_kill(engine: Engine, request: Request, name: str) -> None:
     """Send it a signal; 204, 409 when it does not run."""
-    read_limited(request.body, JSON_LIMIT)
+    request.read_body()
     with engine.owning(name) as container:
         number = signal_number(check_signal(request.value("signal") or "KILL"))
         if not container.running:
             if request.version < (1, 20):
                 return
             raise Conflict(f"cannot kill container: {name}: container {container.id} is not running")
-        count, ends = engine.tasks.now(), number in (signal.SIGKILL, ends_by(container))
+        count, ends = engine.tasks.count, number in (signal.SIGKILL, ends_by(container))
         engine.tell(container, "kill", signal=str(number))
         if ends:
             hold_policy(engine, container)
@@ -11431,12 +11425,12 @@ def container_update(engine: Engine, request: Request, name: str) -> Response:
 def container_wait(engine: Engine, request: Request, name: str) -> Response:
     """Wait for `condition` (not-running, next-exit, removed); the head goes out at once, the exit status when it is
     so."""
-    read_limited(request.body, JSON_LIMIT)
+    request.read_body()
     condition = request.value("condition") or "not-running"
     if condition not in ("not-running", "next-exit", "removed"):
         raise BadParameter(f"invalid condition: \"{condition}\"")
     container = engine.inventory.container(name)
-    since = engine.tasks.now()
+    since = engine.tasks.count
 
     def chunks() -> Iterator[bytes]:
         yield b""
@@ -11727,7 +11721,7 @@ class AttachRequest:
     reach."""
 
     def __init__(self, engine: Engine, request: Request, name: str, pack: Optional[Packing] = None):
-        self.engine, self.request, self.since = engine, request, engine.tasks.now()
+        self.engine, self.request, self.since = engine, request, engine.tasks.count
         self.keys = DetachKeys(request.value("detachKeys"))
         self.container = container = engine.inventory.container(name)
         if container.state.kind == "paused":
@@ -12521,7 +12515,7 @@ def opened_tree(engine: Engine, container: Container, missing: ApiError,
         if not found["pid"]:
             stack.enter_context(mounted(engine, placed_mounts(container)))
             found["folder"] = stack.enter_context(engine.workspace.temporary("tree"))
-        process = stack.enter_context(engine.nerdctl.start_own(rootless_argv(engine)))
+        process = stack.enter_context(engine.nerdctl.start_tree(engine.containerd.entering()))
         process.write(json_bytes({**found, "user_namespace": bool(os.geteuid()), **order}) + b"\n")
         head, end, rest = b"", b"", b""
         for data in iter(process.read, b""):
@@ -14695,7 +14689,7 @@ def default_socket_path() -> str:
     """/var/run/nerdctl.sock for root, $XDG_RUNTIME_DIR/nerdctl.sock for anybody else."""
     if os.geteuid() == 0:
         return "/var/run/nerdctl.sock"
-    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}", "nerdctl.sock")
+    return os.path.join(runtime_folder(), "nerdctl.sock")
 
 
 def socket_path(address: str) -> str:
@@ -14942,7 +14936,7 @@ def check_containerd(engine: Engine, whole: bool) -> Iterator[Finding]:
                  if each.get("Name") == "runc"), "") or shutil.which("runc", path=system_path()["PATH"]) or ""
     yield Finding("runc", runc, "" if runc else "no container can be started: install runc")
     with contextlib.suppress(ApiError):
-        complaint = engine.containerd.plugin_complaint("io.containerd.snapshotter.v1", engine.nerdctl.snapshotter)
+        complaint = engine.containerd.snapshotter_complaint(engine.nerdctl.snapshotter)
         yield Finding("snapshotter", engine.nerdctl.snapshotter, complaint and (
             f"images cannot be unpacked: containerd's snapshotter {engine.nerdctl.snapshotter} does not work "
             f"({complaint}): mend that (modprobe overlay), or take another (--snapshotter native)"))

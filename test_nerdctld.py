@@ -1741,9 +1741,7 @@ FAILURES = [
     ("start nosuch", fatal("1 errors:\nno such container: nosuch"), 404, "No such container: nosuch"),
     ("logs nosuch", fatal("no such container nosuch"), 404, "No such container: nosuch"),
     ("create --pull never nosuch:1", fatal('image not available: "nosuch:1"'), 404, "No such image: nosuch:1"),
-    ("rmi nosuch", fatal("1 errors:\nno such image: nosuch"), 404, "No such image: nosuch"),
     ("tag nosuch x", fatal('image "docker.io/library/nosuch:latest": not found'), 404, "No such image: docker.io/library/nosuch:latest"),
-    ("inspect nosuch", fatal("1 errors: [no such object nosuch]"), 404, "No such object: nosuch"),
     ("push localhost:5998/a/b:1", fatal("push access denied, repository does not exist or may require authorization: authorization failed: "
                                         "no basic auth credentials"), 401, "push access denied, repository does not exist or may require"),
     ("pull localhost:5998/a/b:2", fatal("failed to resolve image: pull access denied, repository does not exist or may require authorization: "
@@ -1764,8 +1762,6 @@ FAILURES = [
     ("network create tstnet", fatal("network with name tstnet already exists"), 409, "network with name tstnet already exists"),
     ("rm tstweb", fatal(f"1 errors:\ncontainer {ID} is in running status. unpause/stop container first or force removal"), 409,
      "cannot remove container: container is running: stop the container before removing or force remove"),
-    ("rmi bb", fatal(f"1 errors:\nconflict: unable to delete localhost:5000/bb:1 (cannot be forced) - image is being used by running container {ID}"),
-     409, f"conflict: unable to delete localhost:5000/bb:1 (cannot be forced) - image is being used by running container {ID}"),
     ("exec tstdone true", fatal("cannot exec in a stopped state"), 409, "cannot exec in a stopped state"),
     ("unpause tstweb", fatal(f"1 errors:\ncontainer {ID} is not paused"), 409, f"container {ID} is not paused"),
     ("pause tstpaused", fatal(f"1 errors:\ncontainer {ID} is already paused"), 409, f"container {ID} is already paused"),
@@ -1775,7 +1771,6 @@ FAILURES = [
     ("start tstnew", fatal('1 errors:\nfailed to create shim task: error running hook #0: stderr: time="2026-11-25" level=fatal msg="no such network: \\"tstgone\\""'),
      404, "failed to set up container networking: network tstgone not found"),
     ("cp tstweb:/nosuch -", fatal("unable to copy: source does not exist"), 404, "source does not exist"),
-    ("stop 0", fatal("1 errors:\nmultiple IDs found with provided prefix: 0"), 400, "multiple IDs found with provided prefix: 0"),
     ("ps --filter bad=1", fatal("invalid filter 'bad=1'"), 400, "invalid filter 'bad=1'"),
     ("volume create -x", fatal("unknown shorthand flag: 'x' in -x"), 400, "unknown shorthand flag"),
     ("volume create -- 'a b'", fatal('volume-store error\nidentifier "a b" must match pattern "[a-zA-Z0-9][a-zA-Z0-9_.-]": invalid argument'), 400,
@@ -2330,7 +2325,7 @@ class TestRequests:
 
     def test_body_is_bounded(self):
         with pytest.raises(nerdctld.TooLarge):
-            nerdctld.read_limited(io.BytesIO(b"x" * 100), 99)
+            nerdctld.Request("POST", "/", body=io.BytesIO(bytes(nerdctld.JSON_LIMIT + 1))).read_body()
 
 
 class TestRoutes:
@@ -3802,7 +3797,7 @@ class TestEvents:
 
     def test_the_end_of_a_container_that_goes_while_it_is_looked_for(self, furnished, fake):
         container = furnished.inventory.container("tstweb")
-        since = furnished.tasks.now()
+        since = furnished.tasks.count
 
         def gone():
             furnished.tasks.note(self.event_of("/tasks/exit", ID, id=ID, exit_status=7))
@@ -13463,7 +13458,7 @@ class TestChecks:
         monkeypatch.setattr(nerdctld, "system_path", lambda: {"PATH": str(bin)})
         monkeypatch.setattr(nerdctld, "dial_buildkit", lambda _: (socket.socket(), "unix:///b"))
         monkeypatch.setattr(nerdctld, "list_workers", lambda _: [{nerdctld.WORKER_LABEL + "namespace": "default"}])
-        monkeypatch.setattr(engine.containerd, "plugin_complaint", lambda *_: "")
+        monkeypatch.setattr(engine.containerd, "snapshotter_complaint", lambda *_: "")
         engine.inventory.tools = types.SimpleNamespace(get=lambda: VERSIONS)
         return engine, bin, plugins
 
@@ -13498,7 +13493,7 @@ class TestChecks:
 
     def test_a_snapshotter_that_does_not_work(self, machine, monkeypatch):
         engine, *_ = machine
-        monkeypatch.setattr(engine.containerd, "plugin_complaint", lambda *_: "no such device")
+        monkeypatch.setattr(engine.containerd, "snapshotter_complaint", lambda *_: "no such device")
         assert "(no such device)" in self.troubles(engine)["snapshotter"] and "--snapshotter native" in self.troubles(engine)["snapshotter"]
 
     def test_a_builder_whose_images_nerdctl_would_not_see(self, machine, monkeypatch):
