@@ -1697,7 +1697,7 @@ class NameFilter:
 
 
 class Client:
-    """The far end of a request, as a handler may see it: whether it is still there."""
+    """The client's connection; lets a handler be told when the client disconnects."""
 
     def when_gone(self, callback: Callable[[], Any], half: bool = True):
         """Context in which `callback` is called, from another thread, once the client has left; with `half` also when
@@ -4079,7 +4079,7 @@ class Journal:
 # References
 ###############################################################################
 
-# What nerdctl's push makes for itself and takes away again.
+# Suffix of the temporary image that `nerdctl push` creates and deletes.
 REDUCED = "-tmp-reduced-platform"
 
 
@@ -5974,7 +5974,9 @@ class Engine:
             yield lambda: kept.update(self.keep_images([name for name in names if name not in kept]))
         finally:
             self.drop_images(kept)
-            # The events of the change itself come a little later.
+            # The events of the change itself come a little later: whoever reads after it sees it all the same.
+            for name in names:
+                self.inventory.images.invalidate(name)
             timer = threading.Timer(0.3, self.quiet.pop, (change, None))
             timer.daemon = True
             timer.start()

@@ -5324,6 +5324,13 @@ class TestImages:
             answer = ask(furnished, "POST", "/images/tst:a/tag?repo=localhost:5000/x/y&tag=2")
             assert (answer.status, answer.body) == (201, b"") and fake.images["localhost:5000/x/y:2"].target.digest == BB
 
+    def test_a_change_is_seen_before_its_event(self, furnished, fake, monkeypatch):
+        follow(furnished, fake)
+        assert ask(furnished, "GET", "/images/new:1/json").status == 404
+        monkeypatch.setattr(fake, "tell", lambda *_, **__: None)
+        for change, found in (("POST", "/images/tst:a/tag?repo=new&tag=1"), 200), (("DELETE", "/images/new:1"), 404):
+            assert ask(furnished, *change).status < 300 and ask(furnished, "GET", "/images/new:1/json").status == found
+
     @pytest.mark.parametrize("query, status", [("repo=A", 400), ("repo=", 400), ("repo=a&tag=-", 400), ("repo=a@" + BB, 400)])
     def test_tag_refuses(self, furnished, fake, query, status):
         before = dict(fake.images)
