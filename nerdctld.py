@@ -9957,10 +9957,10 @@ class Plan(NamedTuple):
     image: str
     command: List[str]
     request: Dict[str, Any]
-    health: Dict[str, Any] = {}
-    mounts: Tuple[Dict[str, Any], ...] = ()
-    image_id: str = ""
-    recursive: bool = False
+    health: Dict[str, Any]
+    mounts: Tuple[Dict[str, Any], ...]
+    image_id: str
+    recursive: bool
 
 
 def shared_names(request: Dict[str, Any]) -> Dict[str, str]:
@@ -10003,7 +10003,7 @@ def kept_request(engine: Engine, body: Dict[str, Any], image: Dict[str, Any]) ->
     return found
 
 
-def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> Plan:
+def plan_container(engine: Engine, body: Dict[str, Any], platform: str, recursive: bool) -> Plan:
     """The plan for a create request. 404 when there is no such image, 400 for bad values."""
     name = body.get("Image") or ""
     if not name:
@@ -10023,7 +10023,8 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str = "") -> 
     if platform:
         words.append(f"--platform={platform_text(parse_platform(platform))}")
     return Plan(words, full if full in group.names else group.name, command, kept_request(engine, body, image),
-                health_check(body, image), tuple(request_mounts(body, engine.inventory.container)), group.id)
+                health_check(body, image), tuple(request_mounts(body, engine.inventory.container)), group.id,
+                recursive)
 
 
 def make_container(engine: Engine, plan: Plan, name: str, later: str) -> Container:
@@ -10466,7 +10467,7 @@ def container_create(engine: Engine, request: Request) -> Response:
         raise BadParameter("config cannot be empty in order to create a container")
     # From API 1.44 on, as dockerd does where the kernel can.
     recursive = request.version >= (1, 44) and tuple(map(int, os.uname().release.split(".")[:2])) >= (5, 12)
-    plan = plan_container(engine, body, request.value("platform"))._replace(recursive=recursive)
+    plan = plan_container(engine, body, request.value("platform"), recursive)
     name = check_name(engine, request.value("name")) if request.value("name") else ""
     return Response(201, {"Id": create_container(engine, plan, name).id, "Warnings": create_warnings(body)})
 
@@ -10800,13 +10801,9 @@ class ProcessStreams:
 
 def pump_stdin(attachment: Attachment, streams: ProcessStreams, keys: Optional[DetachKeys]) -> bool:
     """Pass a client's input on until it ends, the client leaves or detaches. Whether it was detached by its keys."""
-    while True:
-        # To its end, which comes when the client has left: it may have sent something before.
-        data, detached = attachment.connection.recv(65536), False
-        if not data:
-            break
-        if keys:
-            data, detached = keys.feed(data)
+    # To its end, which comes when the client has left: it may have sent something before.
+    for data in iter(lambda: attachment.connection.recv(65536), b""):
+        data, detached = keys.feed(data) if keys else (data, False)
         if not streams.write(data, attachment):
             break
         if detached:
@@ -12282,8 +12279,11 @@ class Caretaker:
         """After the end of a container: remove it if it is to be, else give back what others may want. Whether it needs
         no care any more."""
         owner = self.engine.owner(container.id)
-        removed = auto_removed(container) and not owner.restarting
-        if removed and self._streams_are_open(owner):
+        removed, streams, moment = auto_removed(container) and not owner.restarting, owner.streams, time.monotonic()
+        # Output of a process that has ended may still come, at whose end the container is looked at again; for a client
+        # that does not read nobody waits longer than dockerd does.
+        if removed and streams and not streams.ended.wait(
+                max(0.0, (streams.exited_at or moment) + streams.LINGER - moment)):
             return False
         code = container.state.exit_code
         if removed and code is not None and container.id not in self.engine.tasks.ends:
@@ -12303,13 +12303,6 @@ class Caretaker:
                     release_networks(self.engine, now)
                     take_down_network(self.engine, now)
         return True
-
-    def _streams_are_open(self, owner: ContainerOwner) -> bool:
-        """Whether output of a process that has ended may still come. Its end has the container looked at again; for a
-        client that does not read nobody waits longer than dockerd does."""
-        streams = owner.streams
-        return streams is not None and not streams.ended.wait(max(0.0, (
-            streams.exited_at or time.monotonic()) + streams.LINGER - time.monotonic()))
 
 
 def sweep_streams(engine: Engine, container: Container) -> None:
@@ -14536,7 +14529,6 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.socket = listener
         # Somebody else who has the socket of systemd may be faster; what is accepted does block.
         listener.setblocking(False)
-        self.server_address = listener.getsockname()
         self.engine = engine
         self.hangups = Hangups()
         self.lock = threading.Lock()
