@@ -5864,7 +5864,7 @@ class Engine:
         self.claimed: Dict[str, List[Dict[str, Any]]] = {}
         # Ports of the host that were given to containers lately: what was just created may not be listed yet.
         self.picked: collections.deque = collections.deque(maxlen=256)
-        self.caretaker: Any = None
+        self.supervisor: Any = None
         # What does not work on this machine, a sentence each.
         self.troubles: Callable[[], List[str]] = list
         self.hosts = Hosts(self)
@@ -5913,8 +5913,8 @@ class Engine:
         done.wait(timeout)
 
     def _follow_up(self, event: Optional[ContainerdEvent], image: str) -> None:
-        if self.caretaker:
-            self.caretaker.on_event(event)
+        if self.supervisor:
+            self.supervisor.on_event(event)
         self.hosts.on_event(event)
         if event is None:
             return
@@ -5932,7 +5932,7 @@ class Engine:
         """Whether something depends on the daemon although no request is running."""
         return (any(each.streams for each in list(self.owners.values()))
                 or any(each.running for each in list(self.execs.values()))
-                or bool(self.caretaker and self.caretaker.cared))
+                or bool(self.supervisor and self.supervisor.cared))
 
     def leave_streams(self, identity: str, streams: Any) -> None:
         """The streams of a container's process have ended; those of a later one stay."""
@@ -11085,8 +11085,8 @@ def open_streams(engine: Engine, container: Container, found: Optional[TaskStrea
         if keep:
             keep.close()
         engine.leave_streams(container.id, streams)
-        if engine.caretaker:
-            engine.caretaker.changed.put(container.id)
+        if engine.supervisor:
+            engine.supervisor.changed.put(container.id)
 
     try:
         tty = is_terminal(container)
@@ -11165,8 +11165,8 @@ def start_refused(engine: Engine, container: Container, error: ApiError) -> None
     if auto_removed(container) and not spared:
         with contextlib.suppress(ApiError):
             remove_container(engine, container, force=False, volumes=True)
-    if engine.caretaker:
-        engine.caretaker.changed.put(container.id)
+    if engine.supervisor:
+        engine.supervisor.changed.put(container.id)
     engine.tasks.failed(container.id, refused_code(str(error)), spared and auto_removed(container))
 
 
@@ -12188,7 +12188,7 @@ def exec_inspect(engine: Engine, request: Request, name: str) -> Response:
 ###############################################################################
 
 
-class Caretaker:
+class Supervisor:
     """Carries out what nerdctl leaves to somebody: `--rm` of a container that was made by `create`, and health
     checks."""
 
@@ -12196,9 +12196,9 @@ class Caretaker:
         self.engine = engine
         self.lock = threading.Lock()
         # By the ids of containers that run; with None of those whose health nobody checks now.
-        self.cared: Dict[str, Optional[HealthWatch]] = {}
+        self.cared: Dict[str, Optional[HealthMonitor]] = {}
         self.changed: queue.Queue = queue.Queue()
-        threading.Thread(target=self._reap, name="caretaker", daemon=True).start()
+        threading.Thread(target=self._reap, name="supervisor", daemon=True).start()
 
     def look(self) -> None:
         """Take over what a daemon before this one has left; for the start of the daemon."""
@@ -12222,7 +12222,7 @@ class Caretaker:
                 watch.stop.set()
                 watch = None
             if container.health_check and container.state.kind == "running" and not watch:
-                watch = HealthWatch(self.engine, container)
+                watch = HealthMonitor(self.engine, container)
             if watch or container.health_check or auto_removed(container):
                 self.cared[container.id] = watch
 
@@ -12325,7 +12325,7 @@ def sweep_streams(engine: Engine, container: Container) -> None:
                 remove_tree(folder)
 
 
-class HealthWatch:
+class HealthMonitor:
     """Checks the health of a process of a container, in a thread of its own, until `stop` is set."""
 
     # Where systemd has the timers of containers that a `nerdctl start` of root has started.
@@ -15122,7 +15122,7 @@ def look_around(engine: Engine) -> None:
     """What a daemon does when it has begun: it finds what is to be cared for, and says what will not work."""
     # What is read once every change is told is kept; before, it would only be in the way of the first client's reads.
     engine.feed.wait_live()
-    engine.caretaker.look()
+    engine.supervisor.look()
     engine.troubles = lambda: [each.trouble for each in check(engine) if each.trouble]
     for each in check(engine, whole=False):
         if each.trouble:
@@ -15152,7 +15152,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     gc.freeze()
     engine = make_engine(options)
     engine.workspace.sweep()
-    engine.caretaker = Caretaker(engine)
+    engine.supervisor = Supervisor(engine)
     engine.feed.start()
     server = Server(engine, listener)
     notify_systemd("READY=1", notify)

@@ -8500,9 +8500,9 @@ class TestContainerLifecycle:
     def test_one_that_is_removed_at_its_end_is_restarted(self, willing, scripted, fake):
         real = identity(willing, "tstnew")
         fake.label(real, **nerdctld.request_labels({"Image": BASE, "HostConfig": {"AutoRemove": True}}))
-        willing.caretaker = nerdctld.Caretaker(willing)
+        willing.supervisor = nerdctld.Supervisor(willing)
         assert [ask(willing, "POST", "/containers/tstnew/start").status for _ in range(2)] == [204, 304]
-        assert until(lambda: set(willing.caretaker.cared) == {real})
+        assert until(lambda: set(willing.supervisor.cared) == {real})
         assert ask(willing, "POST", "/containers/tstnew/restart").status == 204
         willing.settle()
         assert not scripted.calls("rm")
@@ -9540,7 +9540,7 @@ class Checked:
         fake.programs[("sleep",)] = lambda process: 128 + process.wait_signal()
         fake.create(ID, {"nerdctl/name": "x", "nerdctl/state-dir": str(folder), "nerdctl/healthcheck": json.dumps({**CHECK, **check})},
                     spec={"process": {"args": ["sleep"], "env": ["A=b"], "cwd": "/", "user": {"uid": 0, "gid": 0}}})
-        engine.caretaker = nerdctld.Caretaker(engine)
+        engine.supervisor = nerdctld.Supervisor(engine)
         follow(engine, fake)
 
     def start(self):
@@ -9549,10 +9549,10 @@ class Checked:
 
     def start_unwatched(self, pid=4242):
         """Have others start it while no daemon looks, and begin as the next one that has not looked yet."""
-        self.engine.caretaker.hold = lambda container: None
+        self.engine.supervisor.hold = lambda container: None
         self.fake.start(ID, pid)
         self.engine.settle()
-        self.engine.caretaker = nerdctld.Caretaker(self.engine)
+        self.engine.supervisor = nerdctld.Supervisor(self.engine)
 
     @property
     def health(self):
@@ -9584,7 +9584,7 @@ def checked(engine, fake, tmp_path):
     away(tmp_path)
     found = Checked(engine, fake, folder)
     yield found
-    engine.caretaker.release(ID)
+    engine.supervisor.release(ID)
     with contextlib.suppress(KeyError):
         fake.exit(ID)
 
@@ -9667,7 +9667,7 @@ class TestSupervision:
         checked.start()
         assert until(lambda: checked.health == ("healthy", 0))
         assert ask(checked.engine, "POST", "/containers/x/stop").status == 204
-        assert checked.health == ("unhealthy", 0) and until(lambda: not checked.engine.caretaker.cared) and until(checked.nothing_left)
+        assert checked.health == ("unhealthy", 0) and until(lambda: not checked.engine.supervisor.cared) and until(checked.nothing_left)
         number = len(checked.log)
         checked.program = said(1)
         checked.start()
@@ -9696,7 +9696,7 @@ class TestSupervision:
         assert until(checked.nothing_left)
         execs = checked.fake.calls["Tasks/Exec"]
         time.sleep(0.2)
-        assert checked.fake.calls["Tasks/Exec"] == execs and ID in checked.engine.caretaker.cared
+        assert checked.fake.calls["Tasks/Exec"] == execs and ID in checked.engine.supervisor.cared
         assert ask(checked.engine, "POST", "/containers/x/unpause").status == 204
         assert until(lambda: checked.health == ("healthy", 0))
         told = lambda: [each for each in checked.events if each.startswith(("health", "pause", "unpause"))]
@@ -9737,7 +9737,7 @@ class TestSupervision:
             checked.fake.exit(ID)
         else:
             assert ask(checked.engine, *(("POST", "/containers/x/stop") if end == "stop" else ("DELETE", "/containers/x?force=1"))).status == 204
-        assert until(lambda: not checked.engine.caretaker.cared) and until(checked.nothing_left)
+        assert until(lambda: not checked.engine.supervisor.cared) and until(checked.nothing_left)
         # It says nothing of the container's health.
         assert end == "rm" or checked.health == ("unhealthy", 0) and checked.log == []
         assert until(lambda: not [each for each in threading.enumerate() if each.name in ("health", "streams", "exec")])
@@ -9783,7 +9783,7 @@ class TestSupervision:
             for each in ends:
                 os.close(each)
         checked.program = said(0)
-        checked.engine.caretaker.look()
+        checked.engine.supervisor.look()
         assert until(lambda: (ID, name) not in checked.fake.execs) and until(lambda: not path.exists())
         assert until(lambda: checked.health == ("healthy", 0))
 
@@ -9797,8 +9797,8 @@ class TestSupervision:
         fake.create(ID, {"nerdctl/name": "box", **labels})
         fake.start(ID)
         fake.exit(ID)
-        caretaker = nerdctld.Caretaker(engine)
-        caretaker.look()
+        supervisor = nerdctld.Supervisor(engine)
+        supervisor.look()
         assert until(lambda: len(calls) == 2, 10 if given_back else 0.05) == given_back
         assert calls == ([("release_networks", ID), ("take_down_network", ID)] if given_back else [])
 
@@ -9809,12 +9809,12 @@ class TestSupervision:
                                   "nerdctl/healthcheck": json.dumps({**CHECK, "Retries": 3, "Interval": 2 * 10**8})})
         checked.program = said(1)
         assert checked.health == ("healthy", 1)
-        checked.engine.caretaker.look()
+        checked.engine.supervisor.look()
         assert until(lambda: checked.health == ("healthy", 2)) and until(lambda: checked.health == ("unhealthy", 3))
 
     def test_a_timer_of_systemd_checks_by_itself(self, checked, tmp_path, monkeypatch):
         """What it finds is told; when there is none any more the daemon goes on."""
-        monkeypatch.setattr(nerdctld.HealthWatch, "TIMERS", str(tmp_path))
+        monkeypatch.setattr(nerdctld.HealthMonitor, "TIMERS", str(tmp_path))
         (tmp_path / f"{ID}.timer").touch()
         checked.program = said(1)
         checked.start()
@@ -9827,15 +9827,15 @@ class TestSupervision:
 
     def test_who_is_started_by_others_is_cared_for(self, willing, fake):
         checked, other = "1" * 64, "2" * 64
-        willing.caretaker = nerdctld.Caretaker(willing)
+        willing.supervisor = nerdctld.Supervisor(willing)
         fake.create(checked, {"nerdctl/name": "1", "nerdctl/healthcheck": json.dumps({"Test": ["CMD", "true"], "Interval": 10**12})})
         fake.create(other, {"nerdctl/name": "2"})
         try:
             for each in (checked, other):
                 fake.start(each, os.getpid())
-            assert until(lambda: set(willing.caretaker.cared) == {checked})
+            assert until(lambda: set(willing.supervisor.cared) == {checked})
         finally:
-            willing.caretaker.release(checked)
+            willing.supervisor.release(checked)
 
 
 ###############################################################################
