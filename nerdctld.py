@@ -8265,20 +8265,18 @@ def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, A
     configs = (network.get("IPAM") or {}).get("Config") or []
     config, config6 = (next((each for each in configs if (":" in each.get("Subnet", "")) is six), {})
                        for six in (False, True))
+    names = None if network.get("Name") in ("bridge", "host", "none") else list(dict.fromkeys(filter(None, (
+        container.name, *(asked.get("Aliases") or []), container.id[:12], container.labels.get("nerdctl/hostname")))))
     return {
         "IPAMConfig": asked.get("IPAMConfig"), "Links": asked.get("Links"), "Aliases": asked.get("Aliases"),
-        "DriverOpts": asked.get("DriverOpts"),
-        "GwPriority": asked.get("GwPriority") or 0, "NetworkID": identity,
+        "DriverOpts": asked.get("DriverOpts"), "GwPriority": asked.get("GwPriority") or 0, "NetworkID": identity,
         "EndpointID": endpoint_id(container, network) if running else "",
         "Gateway": config.get("Gateway") or "" if running else "", "IPAddress": address.get("ip") or "",
         "MacAddress": (address.get("mac") if running or container.state.kind != "created" or container.state.error
                        else asked.get("MacAddress")) or "",
         "IPPrefixLen": address.get("prefix") or 0, "GlobalIPv6Address": address.get("ip6") or "",
         "IPv6Gateway": config6.get("Gateway") or "" if address.get("ip6") else "",
-        "GlobalIPv6PrefixLen": address.get("prefix6") or 0, "DNSNames": None if network.get("Name") in (
-            "bridge", "host", "none") else list(dict.fromkeys(filter(None, (
-                container.name, *(asked.get("Aliases") or []), container.id[:12],
-                container.labels.get("nerdctl/hostname"))))),
+        "GlobalIPv6PrefixLen": address.get("prefix6") or 0, "DNSNames": names,
     }
 
 
@@ -8660,8 +8658,7 @@ def docker_state(state: State, out_of_memory: bool, health: Optional[Dict[str, A
     found = {
         "Status": state.kind, "Running": state.running or state.kind == "restarting", "Paused": state.kind == "paused",
         "Restarting": state.kind == "restarting", "OOMKilled": out_of_memory, "Dead": state.kind == "dead",
-        "Pid": state.pid,
-        "ExitCode": state.exit_code or 0, "Error": state.error,
+        "Pid": state.pid, "ExitCode": state.exit_code or 0, "Error": state.error,
         "StartedAt": rfc3339(state.started_at), "FinishedAt": rfc3339(state.finished_at),
     }
     if health:
@@ -12799,14 +12796,13 @@ def cpu_stats(folders: Dict[str, str]) -> Dict[str, Any]:
         more = {"percpu_usage": list(map(int, read_file(folders["cpuacct"] + "/cpuacct.usage_percpu").split()))}
     else:
         told = throttled = read_table(folders.get("", "") + "/cpu.stat")
-        total, user, system = told.get("usage_usec", 0) * 1000, told.get("user_usec",
-                                                                         0) * 1000, told.get("system_usec", 0) * 1000
+        total, user, system = (told.get(key, 0) * 1000 for key in ("usage_usec", "user_usec", "system_usec"))
         waited, more = told.get("throttled_usec", 0) * 1000, {}
     machine = read_file("/proc/stat").partition("\n")[0].split()[1:8]
     return {
         "cpu_usage": {"total_usage": total, "usage_in_kernelmode": system, "usage_in_usermode": user, **more},
-        "system_cpu_usage": sum(map(int, machine)) * (10**9 // os.sysconf("SC_CLK_TCK")), "online_cpus": os.cpu_count()
-        or 1,
+        "system_cpu_usage": sum(map(int, machine)) * (10**9 // os.sysconf("SC_CLK_TCK")),
+        "online_cpus": os.cpu_count() or 1,
         "throttling_data": {"periods": throttled.get("nr_periods", 0),
                             "throttled_periods": throttled.get("nr_throttled", 0), "throttled_time": waited},
     }
@@ -12859,9 +12855,8 @@ def blkio_stats(folders: Dict[str, str]) -> Dict[str, Any]:
             for target, keys in ((rows, ("rbytes", "wbytes")), (operations, ("rios", "wios"))):
                 target += [{"major": int(major), "minor": int(minor), "op": word, "value": int(told.get(key, 0))}
                            for word, key in zip(("read", "write"), keys)]
-    empty = {key: None for key in ("io_queue_recursive", "io_service_time_recursive", "io_wait_time_recursive",
-                                   "io_merged_recursive",
-                                   "io_time_recursive", "sectors_recursive")}
+    empty = dict.fromkeys(("io_queue_recursive", "io_service_time_recursive", "io_wait_time_recursive",
+                           "io_merged_recursive", "io_time_recursive", "sectors_recursive"))
     return {"io_service_bytes_recursive": rows or None, "io_serviced_recursive": operations or None, **empty}
 
 
@@ -12887,9 +12882,9 @@ def docker_stats(container: Container, pid: int, before: Dict[str, Any]) -> Dict
     not run only zeros, as dockerd has it."""
     folders = cgroup_folders(pid) if pid else {}
     found: Dict[str, Any] = {
-        "name": "/" + container.name, "id": container.id, "os_type": "linux", "read": rfc3339(time.time_ns()) if pid
-        else ZERO_TIME,
-        "preread": before.get("read") or ZERO_TIME, "num_procs": 0, "storage_stats": {},
+        "name": "/" + container.name, "id": container.id, "os_type": "linux",
+        "read": rfc3339(time.time_ns()) if pid else ZERO_TIME, "preread": before.get("read") or ZERO_TIME,
+        "num_procs": 0, "storage_stats": {},
         "pids_stats": pids_stats(folders) if pid else {}, "blkio_stats": blkio_stats(folders),
         "cpu_stats": cpu_stats(folders) if pid else EMPTY_CPU, "precpu_stats": before.get("cpu_stats") or EMPTY_CPU,
         "memory_stats": memory_stats(folders) if pid else {},
@@ -13072,8 +13067,7 @@ def network_create_args(body: Dict[str, Any], name: str) -> List[str]:
 # Docker's driver options that the CNI plugins know, under the plugins' names.
 DRIVER_OPTIONS = {"com.docker.network.driver.mtu": "mtu", "com.docker.network.bridge.enable_ip_masquerade": "ip-masq",
                   "com.docker.network.bridge.enable_icc": "icc", "parent": "parent", "macvlan_mode": "macvlan_mode",
-                  "ipvlan_mode": "ipvlan_mode",
-                  "mtu": "mtu"}
+                  "ipvlan_mode": "ipvlan_mode", "mtu": "mtu"}
 
 
 NETWORK_CREATE = {
@@ -15029,9 +15023,8 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
     parser.add_argument("-d", "--detach", action="store_true", help="go on in the background once clients can connect")
     parser.add_argument("--nerdctl", metavar="COMMAND", default=environment("NERDCTL") or "",
                         help="nerdctl to run, or a ctr (default: $NERDCTL, nerdctl, or without that containerd's ctr)")
-    parser.add_argument("--namespace", default=environment("CONTAINERD_NAMESPACE") or settings.get("namespace")
-                        or "default",
-                        help="containerd namespace (default: %(default)s)")
+    parser.add_argument("--namespace", help="containerd namespace (default: %(default)s)",
+                        default=environment("CONTAINERD_NAMESPACE") or settings.get("namespace") or "default")
     parser.add_argument("--address", default=environment("CONTAINERD_ADDRESS") or settings.get("address") or "",
                         help="containerd's socket")
     parser.add_argument("--snapshotter", default=environment("CONTAINERD_SNAPSHOTTER") or "",
