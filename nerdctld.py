@@ -2266,6 +2266,17 @@ class Process:
             with contextlib.suppress(OSError):
                 self.stdin.close()
 
+    def feed(self, archive: Iterable[Any]) -> None:
+        """Write an archive to stdin, as far as the process reads, and let the process find its end; where the archive
+        breaks off, the process fails."""
+        try:
+            for _ in itertools.takewhile(self.write, archive):
+                pass
+        except BaseException:
+            self.spoil()
+            raise
+        self.close_stdin()
+
     def spoil(self) -> None:
         """End an archive on stdin that broke off so that it cannot be taken for the whole, and let the process fail by
         itself. A nerdctl that is killed leaves what it had begun in containerd for a day, and in the way of the next
@@ -3591,10 +3602,10 @@ def unix_connection(path: str, timeout: Optional[float] = None) -> socket.socket
         raise
 
 
-class Containerd:
-    """containerd's services for one namespace, called over its own socket. Every call has a connection of its own, so
-    that calls of several threads do not wait for each other. Methods raise NotFound, Conflict or another ApiError for
-    containerd's own errors, and Unavailable where it cannot be reached."""
+class ContainerdClient:
+    """Calls containerd over its own socket for one namespace. Every call has a connection of its own, so that calls of
+    several threads do not wait for each other. Methods raise NotFound, Conflict or another ApiError for containerd's
+    own errors, and Unavailable where it cannot be reached."""
 
     def __init__(self, address: str = "", namespace: str = "default", lease: str = ""):
         self.namespace, self.lease = namespace, lease
@@ -3645,19 +3656,6 @@ class Containerd:
         return [("containerd-namespace", self.namespace), *([("containerd-lease", self.lease)] if self.lease else [])]
 
     @contextlib.contextmanager
-    def leased(self) -> Iterator["Containerd"]:
-        """Context with a client by which new content and snapshots stay until its end; from then on only as long as
-        something needs them. What a daemon that was killed has left goes after an hour."""
-        lease = f"nerdctld-{os.urandom(8).hex()}"
-        until = rfc3339(time.time_ns() + 3600 * 10**9)
-        self.call("leases.v1.Leases/Create", {1: lease, 3: {"containerd.io/gc.expire": until}})
-        try:
-            yield Containerd(self.given_address, self.namespace, lease)
-        finally:
-            with contextlib.suppress(ApiError):
-                self.call("leases.v1.Leases/Delete", {1: lease})
-
-    @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
         """Context in which errors of gRPC and of the connection become ApiErrors."""
         try:
@@ -3690,6 +3688,28 @@ class Containerd:
     def ask_all(self, method: str, fields: Dict[int, Any]) -> List[Any]:
         """The first field of the answer to a call, which is repeated."""
         return [each.value for each in decode_fields(self.call(method, fields)) if each.number == 1]
+
+    def events(self, sock: Any) -> Iterator[bytes]:
+        """The envelopes of all events, over a connection that ends with it."""
+        with self.errors():
+            yield from grpc_stream(sock, "/containerd.services.events.v1.Events/Subscribe", b"", self.headers)
+
+
+class Containerd(ContainerdClient):
+    """containerd's services, a method for each call that is needed."""
+
+    @contextlib.contextmanager
+    def leased(self) -> Iterator["Containerd"]:
+        """Context with a client by which new content and snapshots stay until its end; from then on only as long as
+        something needs them. What a daemon that was killed has left goes after an hour."""
+        lease = f"nerdctld-{os.urandom(8).hex()}"
+        until = rfc3339(time.time_ns() + 3600 * 10**9)
+        self.call("leases.v1.Leases/Create", {1: lease, 3: {"containerd.io/gc.expire": until}})
+        try:
+            yield Containerd(self.given_address, self.namespace, lease)
+        finally:
+            with contextlib.suppress(ApiError):
+                self.call("leases.v1.Leases/Delete", {1: lease})
 
     def list_containers(self) -> List[ContainerRecord]:
         """All containers of the namespace."""
@@ -3891,11 +3911,6 @@ class Containerd:
     def uuid(self) -> str:
         """The UUID by which this containerd is known."""
         return read_text(self.ask("introspection.v1.Introspection/Server", {}), 1)
-
-    def events(self, sock: Any) -> Iterator[bytes]:
-        """The envelopes of all events, over a connection that ends with it."""
-        with self.errors():
-            yield from grpc_stream(sock, "/containerd.services.events.v1.Events/Subscribe", b"", self.headers)
 
 
 ###############################################################################
@@ -6385,29 +6400,18 @@ def system_auth(engine: Engine, request: Request) -> Response:
 def match_event(event: Dict[str, Any], filters: Dict[str, List[str]]) -> bool:
     """Whether an event passes the filters of `/events`; those of one name are alternatives, but labels must all
     match."""
-    attributes = event["Actor"]["Attributes"]
-    kind, identity, name = event["Type"], event["Actor"]["ID"], attributes.get("name", "")
-    for key, wanted in filters.items():
-        if key == "label":
-            if not match_labels(attributes, wanted):
-                return False
-        elif key in ("event", "action"):
-            if not any(event["Action"] == each or event["Action"].startswith(each + ":") for each in wanted):
-                return False
-        elif key == "type":
-            if kind not in wanted:
-                return False
-        elif key == "scope":
-            if event["scope"] not in wanted:
-                return False
-        elif key == "image":
-            told = [identity, name] if kind == "image" else [attributes.get("image", "")]
-            if not any(each == text or re.fullmatch(re.escape(each) + r":[^:/]+", text) for each in wanted
-                       for text in told):
-                return False
-        elif kind != key or not (identity.startswith(tuple(wanted)) or name.startswith(tuple(wanted))):
-            return False
-    return True
+    kind, identity, attributes = event["Type"], event["Actor"]["ID"], event["Actor"]["Attributes"]
+    names = (identity, attributes.get("name", ""))
+    images = names if kind == "image" else (attributes.get("image", ""),)
+    tests: Dict[str, Callable[[str], Any]] = {
+        kind: lambda each: any(name.startswith(each) for name in names),
+        "type": lambda each: each == kind, "scope": lambda each: each == event["scope"],
+        "image": lambda each: any(re.fullmatch(re.escape(each) + r"(:[^:/]+)?", image) for image in images),
+        # `exec_start` is also that of any command.
+        **dict.fromkeys(("event", "action"), lambda each: (event["Action"] + ":").startswith(each + ":")),
+    }
+    return match_labels(attributes, filters.get("label") or []) and all(
+        key in tests and any(map(tests[key], wanted)) for key, wanted in filters.items() if key != "label")
 
 
 def docker_event(event: Dict[str, Any], version: Tuple[int, int]) -> Dict[str, Any]:
@@ -7260,17 +7264,12 @@ def image_import(engine: Engine, request: Request) -> Response:
         with engine.changing_images([working]):
             with engine.nerdctl.start(*arguments, "--", source, working, stdin=subprocess.PIPE,
                                       client=request.client) as process:
-                if source == "-":
-                    blocks = request.body.blocks()
-                    first = next(blocks, None)
-                    if first is None:
-                        process.kill()
-                        raise BadParameter("invalid archive: it is empty")
-                    process.write(first)
-                    for block in blocks:
-                        if not process.write(block):
-                            break
-                process.close_stdin()
+                blocks = request.body.blocks() if source == "-" else iter([b""])
+                first = next(blocks, None)
+                if first is None:
+                    process.kill()
+                    raise BadParameter("invalid archive: it is empty")
+                process.feed(itertools.chain([first], blocks))
                 for _ in iter(process.read, b""):
                     pass
                 process.check()
@@ -8156,6 +8155,11 @@ def docker_cache(record: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
+def cache_records(data: bytes) -> List[Dict[str, Any]]:
+    """The records of BuildKit's cache that buildctl prints: one or a list of them a line, `null` for none."""
+    return [each for row in parse_rows(data) for each in (row if isinstance(row, list) else [row]) if each]
+
+
 def build_cache(engine: Engine) -> List[Dict[str, Any]]:
     """The records of BuildKit's cache; none where there is no buildctl or no buildkitd answers."""
     try:
@@ -8164,11 +8168,7 @@ def build_cache(engine: Engine) -> List[Dict[str, Any]]:
         return []
     if output.status:
         return []
-    found = []
-    for row in parse_rows(output.stdout):
-        # An empty cache is `null`.
-        found += [docker_cache(each) for each in (row if isinstance(row, list) else [row]) if each]
-    return found
+    return list(map(docker_cache, cache_records(output.stdout)))
 
 
 PRUNE_FILTERS = ("description", "id", "inuse", "label", "parent", "private", "shared", "type", "until", "unused-for")
@@ -8199,7 +8199,7 @@ def build_prune(engine: Engine, request: Request) -> Response:
         raise nerdctl_error(output.stderr) if "dial" not in output.stderr else Unavailable(
             "buildkitd does not answer: install or start it with a containerd worker, or say where it is with "
             "--buildkit-host")
-    rows = [each for row in parse_rows(output.stdout) for each in (row if isinstance(row, list) else [row])]
+    rows = cache_records(output.stdout)
     engine.journal.emit("builder", "prune", "", {"reclaimed": str(sum(row.get("size") or 0 for row in rows))})
     return Response(200, {"CachesDeleted": [row.get("id") for row in rows] or None,
                           "SpaceReclaimed": sum(row.get("size") or 0 for row in rows)})
@@ -12631,14 +12631,7 @@ def archive_put(engine: Engine, request: Request, name: str) -> Response:
         order["owner"] = None
     missing = not_there(name, path)
     with opened_tree(engine, container, missing, order) as (process, _, _):
-        try:
-            for block in plain_blocks(request.body.blocks()):
-                if not process.write(block):
-                    break
-        except BaseException:
-            process.spoil()
-            raise
-        process.close_stdin()
+        process.feed(plain_blocks(request.body.blocks()))
         if process.wait():
             raise tree_error(process, missing)
     engine.tell(container, "extract-to-dir")
