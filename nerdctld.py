@@ -8880,9 +8880,10 @@ def parse_bind(text: str, driver: str = "") -> Dict[str, Any]:
     kind = "bind" if source.startswith("/") else "volume"
     check_target(target, f"invalid volume specification: '{text}': invalid mount config for type \"{kind}\": ")
     words = mode.split(",") if mode else []
-    if kind == "volume" and set(words).intersection(PROPAGATIONS):
-        raise BadParameter(f"invalid volume specification: '{text}': invalid mount config for type \"volume\": field "
-                           "BindOptions must not be specified")
+    field, others = ("BindOptions", PROPAGATIONS) if kind == "volume" else ("VolumeOptions", ("nocopy",))
+    if set(words).intersection(others):
+        raise BadParameter(f"invalid volume specification: '{text}': invalid mount config for type \"{kind}\": field "
+                           f"{field} must not be specified")
     if any(sum(each in words for each in group) > 1 for group in BIND_MODES) or not all(
             any(each in group for group in BIND_MODES) for each in words):
         raise BadParameter(f"invalid mode: {mode}")
@@ -9705,7 +9706,7 @@ def namespace_args(host: Dict[str, Any], find: Callable[[str], Container]) -> Li
         if mode.startswith("container:"):
             other_container(find, mode.partition(":")[2])
         elif mode:
-            words.append(f"{flag}={mode}")
+            words.append(f"{flag}={'private' if mode == 'none' else mode}")
     return words
 
 
@@ -10072,7 +10073,8 @@ def amended_spec(spec: Dict[str, Any], request: Dict[str, Any]) -> Dict[str, Any
         "", "1", "t", "true") for each in host.get("SecurityOpt") or [])
     mounts = [with_access(each, "rw") if open_cgroups and each.get("destination") == "/sys/fs/cgroup" else
               {**each, **MQUEUE} if each.get("source") == "/dev/mqueue" and not os.path.exists("/dev/mqueue") else each
-              for each in spec.get("mounts") or []]
+              for each in spec.get("mounts") or []
+              if host.get("IpcMode") != "none" or each.get("destination") != "/dev/shm"]
     found = {"linux": {**linux, **({"sysctl": sysctls} if sysctls else {})}, "mounts": mounts,
              "process": {**process, **({"env": environment} if environment else {})}}
     found = {**spec, **{key: value for key, value in found.items() if value}}
@@ -11251,12 +11253,14 @@ def kill_task(engine: Engine, container: Container, number: int, ends: bool) -> 
     False where it has ended meanwhile."""
     try:
         engine.containerd.kill_task(container.id, number)
-        if ends and container.state.kind == "paused":
-            engine.containerd.resume_task(container.id)
     except ApiError:
         if runs(engine, container):
             raise
         return False
+    if ends and container.state.kind == "paused":
+        # It may have ended by now, also where events have not told of it yet.
+        with contextlib.suppress(ApiError):
+            engine.containerd.resume_task(container.id)
     return True
 
 

@@ -7128,6 +7128,12 @@ class TestContainerCreate:
         assert nerdctld.amended_spec(spec, {})["hostname"] == "0123456789ab"
         assert "hostname" not in nerdctld.amended_spec({**spec, "linux": {}}, host(UTSMode="host"))
 
+    def test_no_shared_memory(self):
+        """nerdctl 2.3.5 create --ipc none: `invalid ipc namespace`."""
+        mounts = [{"destination": "/dev/shm", "type": "tmpfs"}, {"destination": "/dev", "type": "tmpfs"}]
+        assert words_of(host(IpcMode="none")) == ["--ipc=private"]
+        assert [nerdctld.amended_spec({"mounts": mounts}, host(IpcMode=mode))["mounts"] for mode in ("none", "private")] == [mounts[1:], mounts]
+
     @pytest.mark.parametrize("there", [True, False])
     def test_message_queues_of_the_host(self, monkeypatch, there):
         monkeypatch.setattr(nerdctld.os.path, "exists", lambda path: there)
@@ -7193,6 +7199,7 @@ class TestContainerCreate:
         (host(PortBindings={"80-81/tcp": [{"HostPort": "80-81"}]}), 'invalid port specification: "80-81/tcp"'),
         (host(SecurityOpt=["systempaths=x"]), 'invalid --security-opt 2: "systempaths=x"'),
         (host(Binds=["vol:/x:shared"]), "invalid volume specification: 'vol:/x:shared': invalid mount config for type \"volume\": field BindOptions must not be specified"),
+        (host(Binds=["/v:/x:nocopy"]), "invalid volume specification: '/v:/x:nocopy': invalid mount config for type \"bind\": field VolumeOptions must not be specified"),
         (host(NetworkMode="host", Links=["other:x"]), "conflicting options: host type networking can't be used with links. This would result in undefined behavior"),
         ({"Hostname": "h", **host(UTSMode="host")}, "conflicting options: hostname and the UTS mode"), (host(NetworkMode="container:"), "invalid network mode: invalid container format container:<name|id>"),
         (host(PortBindings={"80/tcp": [{"HostPort": "70000"}]}), 'invalid port specification: "70000"'), (host(PortBindings={"80/tcp": [{"HostPort": "90-80"}]}), 'invalid port specification: "90-80"'),
@@ -8279,6 +8286,13 @@ class TestContainerLifecycle:
             fake.before["Tasks/Kill"] = lambda: None
         ask(willing, "POST", "/containers/tstpaused/" + path)
         assert (fake.asked["Tasks/Kill"][3], fake.calls["Tasks/Resume"]) == (number, resumed)
+
+    @pytest.mark.parametrize("path", ["kill", "stop?t=0"])
+    def test_a_paused_one_that_ends_by_itself_once_it_is_killed(self, willing, fake, monkeypatch, path):
+        """containerd 2.3.1 and runc 1.1.5: `cannot resume a running process`, and its end a little later."""
+        monkeypatch.setattr(nerdctld, "runs", lambda *_: True)
+        fake.before["Tasks/Resume"] = lambda: fake.refuses("cannot resume a running process")
+        assert ask(willing, "POST", "/containers/tstpaused/" + path).status == 204
 
     @pytest.mark.parametrize("path", ["kill", "stop"])
     def test_what_containerd_does_not_do(self, willing, fake, path):
