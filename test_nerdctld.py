@@ -6163,6 +6163,13 @@ class TestBuild:
 
 
 class TestContainers:
+    @pytest.mark.parametrize("state, text", [
+        (nerdctld.State("running", started_at=0, health="starting"), "Up 2 minutes (health: starting)"), (nerdctld.State("running", started_at=0, health="unhealthy"), "Up 2 minutes (unhealthy)"),
+        (nerdctld.State("paused", started_at=0, health="healthy"), "Up 2 minutes (Paused)"), (nerdctld.State("exited", exit_code=3, finished_at=60 * 10**9), "Exited (3) About a minute ago"),
+        (nerdctld.State("restarting", exit_code=1, finished_at=0), "Restarting (1)"), (nerdctld.State("created"), "Created")])
+    def test_status(self, state, text):
+        assert nerdctld.status_text(state, 120.0) == text
+
     def names(self, engine, query):
         return [each["Names"][0] for each in ask(engine, "GET", "/containers/json?" + query).json]
 
@@ -8510,6 +8517,17 @@ class TestContainerLifecycle:
         assert until(lambda: fake.subscribers and willing.feed.live)
         assert ask(willing, "GET", "/containers/tstweb/json").json["State"]["ExitCode"] == 4
         assert ask(willing, "POST", "/containers/tstweb/start").status == 204 and actions(willing) == [("start",)]
+
+    @pytest.mark.parametrize("method, path, body, status, message", [
+        ("POST", "/v1.19/containers/tstdone/kill", b"", 204, ""), ("POST", "/v1.20/containers/tstdone/kill", b"", 409, "cannot kill container: tstdone"),
+        ("POST", "/containers/tstnew/start", b'{"a": 1}', 400, "starting container with non-empty request body was deprecated"), ("POST", "/containers/tstnew/start", b"{}", 204, ""),
+        ("POST", "/containers/tstnew/start?checkpoint=one", b"", 400, "checkpoint is only supported in experimental mode"),
+        ("POST", "/containers/tstagain/attach?stream=1", b"", 409, "container is restarting, wait until the container is running")])
+    def test_words_of_dockerd(self, willing, fake, method, path, body, status, message):
+        if "tstagain" in path:
+            fake.label(identity(willing, "tstdone"), **{"nerdctl/name": "tstagain", "containerd.io/restart.policy": "always", "containerd.io/restart.status": "running"})
+        answer = ask(willing, method, path, body)
+        assert answer.status == status and (not message or answer.message.startswith(message))
 
     def test_one_that_is_removed_at_its_end_is_restarted(self, willing, scripted, fake):
         real = identity(willing, "tstnew")
@@ -10932,6 +10950,22 @@ class TestVolumeChanges:
 
 
 class TestNetworks:
+    def test_the_beginning_of_an_id(self, furnished, monkeypatch):
+        known = {name: {**furnished.inventory.networks()["bridge"], "Name": name, "Id": identity * 8} for name, identity in (("one", "abcd0001"), ("two", "abcd0002"))}
+        monkeypatch.setattr(furnished.inventory, "networks", lambda: known)
+        assert [ask(furnished, "GET", "/networks/" + each).status for each in ("one", "abcd0002" * 8, "abcd0001", "abcd", "nosuch")] == [200, 200, 200, 400, 404]
+        assert ask(furnished, "GET", "/networks/abcd").message == "network abcd is ambiguous (2 matches found based on ID prefix)"
+
+    def test_addresses_of_a_dhcp_server(self):
+        assert "--ipam-driver=dhcp" in nerdctld.network_create_args({"Driver": "macvlan", "IPAM": {"Driver": "dhcp"}}, "net")
+
+    def test_auxiliary_addresses_that_cannot_be_kept_free(self, furnished, monkeypatch, tmp_path):
+        (tmp_path / "file").touch()
+        monkeypatch.setattr(nerdctld, "ADDRESSES", str(tmp_path / "file"))
+        network = {"Name": "net", "IPAM": {"Config": [{"Subnet": "10.0.0.0/24", "AuxiliaryAddresses": {"a": "10.0.0.5"}}]}}
+        assert nerdctld.keep_spare(furnished, network).startswith("auxiliary addresses are shown and not kept free: ")
+        assert nerdctld.keep_spare(furnished, network, kept=False) == ""
+
     def test_a_long_name(self, furnished):
         """It is looked at by its length alone: spelling all of it would take seconds."""
         began = time.thread_time()
