@@ -13309,17 +13309,19 @@ class Docker:
         assert f"{name}:1" in self.json("image", "inspect", f"{name}:1")[0]["RepoTags"]
 
     def close(self):
-        """Remove the containers and images of the namespace, end the daemon."""
-        ctr = ["ctr", "--namespace", self.namespace]
-        for kind in ("containers", "images"):
-            names = subprocess.run([*ctr, kind, "ls", "-q"], stdout=subprocess.PIPE, timeout=30).stdout.decode().split()
-            if names:
-                subprocess.run([*ctr, kind, "rm", *names], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+        """End the daemon, remove the namespace and what is in it: the machine's containerd is as it was before."""
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(20)
         self.process.kill()
         self.log.close()
+        ctr = ["ctr", "--namespace", self.namespace]
+        for remove in (["containers", "rm"], ["images", "rm", "--sync"]):
+            names = subprocess.run([*ctr, remove[0], "ls", "-q"], stdout=subprocess.PIPE, timeout=30).stdout.decode().split()
+            if names:
+                subprocess.run([*ctr, *remove, *names], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+        told = subprocess.run([*ctr, "namespaces", "rm", self.namespace], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60).stderr
+        assert b"not empty" not in told, told
 
 
 def answers(host, port):
@@ -13511,6 +13513,7 @@ class TestChecks:
         monkeypatch.setenv("PATH", str(bin))
         monkeypatch.setenv("CNI_PATH", str(plugins))
         monkeypatch.setattr(nerdctld, "system_path", lambda: {"PATH": str(bin)})
+        monkeypatch.setattr(nerdctld, "check_cgroups", lambda _: nerdctld.Finding("cgroups", "v2"))
         monkeypatch.setattr(nerdctld, "dial_buildkit", lambda _: (socket.socket(), "unix:///b"))
         monkeypatch.setattr(nerdctld, "list_workers", lambda _: [{nerdctld.WORKER_LABEL + "namespace": "default"}])
         monkeypatch.setattr(engine.containerd, "snapshotter_complaint", lambda *_: "")
@@ -13653,6 +13656,8 @@ class TestCommandLine:
         assert os.geteuid() == 0 or list(cache.rglob("*.pyc")) == left, "what comes with Python has its own"
         if os.geteuid() == 0:
             shutil.rmtree(f"{cache}{tmp_path}")
+            with contextlib.suppress(OSError):
+                os.removedirs(f"{cache}{tmp_path.parent}")
         assert len(left) == 1
 
     def test_detached_it_returns_when_clients_can_connect(self, tmp_path, scripted, fake):
