@@ -2292,8 +2292,9 @@ class Process:
 
     def lines(self, source: Any = None) -> Iterator[str]:
         """The lines of stdout, or of another of its pipes, as they come and without line ends."""
-        for line in io.BufferedReader(source or self.stdout, 65536):
-            yield line.rstrip(b"\n").decode(errors="replace")
+        with io.BufferedReader(source or self.stdout, 65536) as file:
+            for line in file:
+                yield line.rstrip(b"\n").decode(errors="replace")
 
     def wait(self, timeout: Optional[float] = None) -> Optional[int]:
         """The exit status, negative for a signal; None when it still runs after `timeout` seconds."""
