@@ -1277,11 +1277,18 @@ def json_of(kind: type, text: Any) -> Any:
     return kind()
 
 
+def read_file(path: str) -> str:
+    """A small file, "" when it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
 def read_json_file(path: str) -> Dict[str, Any]:
     """The JSON object in a file, {} where it cannot be read."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return json_of(dict, file.read())
-    return {}
+    return json_of(dict, read_file(path))
 
 
 class Named(NamedTuple):
@@ -9822,9 +9829,7 @@ def check_sets(host: Dict[str, Any]) -> None:
     """400 with dockerd's words for processors or memory nodes that this machine has not."""
     for key, word, what, path in (("CpusetCpus", "cpus", "CPUs", "cpu"),
                                   ("CpusetMems", "mems", "memory nodes", "node")):
-        wanted, there = host.get(key) or "", ""
-        with contextlib.suppress(OSError), open(f"/sys/devices/system/{path}/online", encoding="ascii") as file:
-            there = file.read().strip()
+        wanted, there = host.get(key) or "", read_file(f"/sys/devices/system/{path}/online").strip()
         sets = []
         for text in (wanted, there):
             found = [re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", each.strip()) for each in text.split(",") if each]
@@ -11946,8 +11951,7 @@ def exec_process(instance: Exec, container: Container) -> Dict[str, Any]:
     if config.get("User"):
         process["user"] = find_user(container, config["User"])
     if config.get("Privileged"):
-        with open("/proc/self/status", encoding="ascii") as file:
-            bounds = next(int(line.split()[1], 16) for line in file if line.startswith("CapBnd:"))
+        bounds = int(re.search(r"^CapBnd:\s*(\w+)", read_file("/proc/self/status"), re.M)[1], 16)
         # On a machine that lacks some itself, the runtime refuses these.
         every = ["CAP_" + each for bit, each in enumerate(CAPABILITIES) if bounds >> bit & 1]
         process["capabilities"] = dict.fromkeys(("bounding", "effective", "permitted"), every)
@@ -12744,15 +12748,6 @@ def image_commit(engine: Engine, request: Request) -> Response:
 ###############################################################################
 # Statistics
 ###############################################################################
-
-
-def read_file(path: str) -> str:
-    """A small file, "" when it cannot be read."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
 
 
 def read_number(path: str) -> int:
@@ -14826,8 +14821,7 @@ class Ctr(Nerdctl):
         return {
             **dict.fromkeys(limits, True), "Driver": self.snapshotter, "CgroupVersion": "2" if unified else "1",
             "CgroupDriver": "systemd" if unified and os.path.isdir("/run/systemd/system") else "cgroupfs",
-            "MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "Warnings": [f"WARNING: {CTR_ONLY}"],
+            "MemTotal": memory_total(), "Warnings": [f"WARNING: {CTR_ONLY}"],
         }
 
     def login(self, host: str, user: str, password: str, environment: Dict[str, str]) -> None:
