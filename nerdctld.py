@@ -11898,10 +11898,12 @@ def account_rows(container: Container, path: str) -> List[List[str]]:
     """The lines of a running container's /etc/passwd or /etc/group, as fields; [] where it cannot be read."""
     root, data = f"/proc/{container.state.pid}/root", b""
     with contextlib.suppress(OSError), opened_below(root, path, follow=True) as (descriptor, _):
-        # The container's own: it may be a FIFO, on which one would wait for ever, or without an end.
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        # The container's own: it may be a FIFO, on which one would wait for ever, or without an end. So may be what the
+        # kernel makes up, such as /proc/kmsg, which has no size.
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode) and found.st_size:
             with open(f"/proc/self/fd/{descriptor}", "rb") as file:
-                data = file.read(1 << 20)
+                data = file.read(min(found.st_size, 1 << 20))
     return [line.split(":") for line in data.decode("utf-8", "replace").splitlines()]
 
 

@@ -9451,6 +9451,11 @@ class TestExec:
         else:
             assert "unable to find user user" in refusal(self.process, {"User": "user"})[1]
 
+    def test_what_the_kernel_makes_up_is_no_list_of_accounts(self):
+        """A link to /proc/kmsg, which root may read, held a thread of the daemon for ever."""
+        container = container_of({}, nerdctld.TaskRecord(os.getpid(), "running", 0, 0, ""))
+        assert nerdctld.account_rows(container, f"/proc/{os.getpid()}/status") == []
+
     def test_groups_that_the_container_was_given(self, root):
         assert [self.process({"User": each}, HostConfig={"GroupAdd": ["audio", "99"]})["user"].get("additionalGids") for each in ("user", "5", "user:own", "")] == [
             [10, 29, 99, 1001], [29, 99], [29, 99], None]
