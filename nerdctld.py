@@ -14434,8 +14434,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         body = b"" if response.status in (204, 304) else response.body or b""
         length = {} if response.status in (204, 304) else {"Content-Length": str(len(body))}
         head = self.response_head(response, length)
-        with contextlib.suppress(ClientGone):
-            Connection(self.connection).send(head, b"" if self.command == "HEAD" else body)
+        with contextlib.suppress(OSError):
+            self.wfile.write(head if self.command == "HEAD" else head + body)
             return
         self.close_connection = True
 
