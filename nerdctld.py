@@ -363,19 +363,16 @@ def make_below(root: str, path: str, file: bool = False) -> None:
 
 def mount_binds(whole: str, root: str, binds: List[Tuple[str, str, bool]]) -> None:
     """Mount what a container's root folder has in it (source, destination, whether read-only), where that is there: the
-    sources are paths below `whole`; what has none keeps what is below its destination, where it can be neither removed
-    nor replaced. The working folder is that of the descriptors."""
-    fixed = []
+    sources are paths below `whole`. The working folder is that of the descriptors."""
     for source, destination, read_only in binds:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), \
-                opened_below(whole if source else root, source or destination, True) as (found, _):
+                opened_below(whole, source, True) as (found, _):
             make_below(root, destination, not stat.S_ISDIR(os.fstat(found).st_mode))
             with opened_below(root, destination, True) as (place, _):
                 mount(str(found), str(place), None, MS_BIND | MS_REC)
-            fixed += [destination] * read_only
-    for destination in fixed:
-        with opened_below(root, destination, True) as (place, _):
-            mount(None, str(place), None, MS_REMOUNT | MS_BIND | MS_RDONLY)
+            if read_only:
+                with opened_below(root, destination, True) as (place, _):
+                    mount(None, str(place), None, MS_REMOUNT | MS_BIND | MS_RDONLY)
 
 
 def remove_place(place: str) -> None:
@@ -458,7 +455,8 @@ def enter_tree(order: Dict[str, Any]) -> None:
     mount("none", ".", None, MS_REC | MS_PRIVATE)
     whole = os.open("/", os.O_PATH | os.O_DIRECTORY)
     if order.get("pid"):
-        # Above itself, without what is mounted in it.
+        # Above itself, without what is mounted in it. That is still there, below, so that nothing that the container
+        # has mounted can be removed or replaced.
         mount("/", "/", None, MS_BIND)
         folder = "/.."
         if order["read_only"]:
@@ -1079,7 +1077,7 @@ def carry_out(order: Dict[str, Any], source: TarInput) -> None:
     except OSError as error:
         raise ApiError(f"the container's files cannot be reached: {error.strerror or error}") from None
     if order["do"] == "unpack":
-        names = folder_for("/", path, [destination for source, destination, _ in order["binds"] if source])
+        names = folder_for("/", path, [destination for _, destination, _ in order["binds"]])
         tell([])
         Unpacker("/", names, order["keep"], order["owner"], order["user_namespace"]).unpack(source)
         # What stands behind its end is nobody's, but was sent.
@@ -12491,11 +12489,10 @@ def find_tree(engine: Engine, container: Container, stored: bool) -> Dict[str, A
     found = {"pid": 0 if stored else running_pid(engine, container), "owner": [user.get("uid", 0), user.get("gid", 0)],
              "read_only": bool((container.spec.get("root") or {}).get("readonly")), "binds": []}
     for each in container.spec.get("mounts") or []:
-        place, fixed = each["destination"], bool({"ro", "rro"} & set(each.get("options") or ()))
-        if not is_tree_mount(each):
-            found["binds"] += [("", place, found["read_only"])] if found["pid"] else []
-        elif found["pid"] or each.get("type") != "tmpfs" and not (fresh and place in MOUNT_POINTS):
-            found["binds"].append((place if found["pid"] else each["source"], place, fixed))
+        place, stopped = each["destination"], not found["pid"]
+        if is_tree_mount(each) and not (stopped and (each.get("type") == "tmpfs" or fresh and place in MOUNT_POINTS)):
+            fixed = bool({"ro", "rro"} & set(each.get("options") or ()))
+            found["binds"].append((each["source"] if stopped else place, place, fixed))
     if not found["pid"]:
         found["mounts"] = [parse_mount(each) for each in engine.containerd.snapshot_mounts(
             container.record.snapshotter, container.record.snapshot_key)]
