@@ -11905,6 +11905,15 @@ def account_rows(container: Container, path: str) -> List[List[str]]:
     return [line.split(":") for line in data.decode("utf-8", "replace").splitlines()]
 
 
+def account_number(text: str) -> int:
+    """The number of a user or a group in such a line, 0 for what is none, as with dockerd; 400 with its words for one
+    that is out of range."""
+    found = int(text[:20]) if re.fullmatch("[+-]?[0-9]+", text) else 0
+    if not 0 <= found < 1 << 31:
+        raise BadParameter("uids and gids must be in range 0-2147483647")
+    return found
+
+
 def find_user(container: Container, text: str) -> Dict[str, Any]:
     """The user of an OCI process for `user`, `uid`, `user:group` …, also in the groups that the container was given;
     400 with dockerd's words where the container has none of that name."""
@@ -11915,17 +11924,17 @@ def find_user(container: Container, text: str) -> Dict[str, Any]:
         row = next((each for each in groups if len(each) > 2 and group in (each[0], each[2])), None)
         if row is None and not re.fullmatch(r"\d{1,10}", group):
             raise BadParameter(f"unable to find group {group}: no matching entries in group file")
-        return int_or_zero(row[2] if row else group)
+        return account_number(row[2] if row else group)
 
     row = next((each for each in passwd if len(each) > 3 and name in (each[0], each[2])), None)
     if row is None and not re.fullmatch(r"\d{1,10}", name or "0"):
         raise BadParameter(f"unable to find user {name}: no matching entries in passwd file")
-    found = {"uid": int_or_zero(row[2] if row else name), "gid": int_or_zero(row[3]) if row else 0}
+    found = {"uid": account_number(row[2] if row else name), "gid": account_number(row[3]) if row else 0}
     more = set(map(group_id, container.host_config.get("GroupAdd") or []))
     if group:
         found["gid"] = group_id(group)
     elif row:
-        more.update([found["gid"], *(int_or_zero(each[2]) for each in groups
+        more.update([found["gid"], *(account_number(each[2]) for each in groups
                                      if len(each) > 3 and row[0] in each[3].split(","))])
     return {**found, **({"additionalGids": sorted(more)} if more else {})}
 

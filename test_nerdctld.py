@@ -9456,6 +9456,17 @@ class TestExec:
         container = container_of({}, nerdctld.TaskRecord(os.getpid(), "running", 0, 0, ""))
         assert nerdctld.account_rows(container, f"/proc/{os.getpid()}/status") == []
 
+    @pytest.mark.parametrize("row, user, uid", [
+        ("user:x:99999999999999999999:1", "user", None), ("user:x:-1:1", "user", None), ("user:x:1:4294967296", "user", None), ("", "9999999999", None), ("", "1:9999999999", None),
+        ("user:x:q:1", "user", 0), ("user:x:2147483647:1", "user", 2147483647), ("user:x:+7:1", "user", 7)])
+    def test_numbers_of_accounts(self, root, row, user, uid):
+        """As dockerd 20.10 with runc 1.1.5: one out of range is nobody's, above all not root's."""
+        (root / "etc/passwd").write_text(row + "\n")
+        if uid is None:
+            assert refusal(self.process, {"User": user}) == ("BadParameter", "uids and gids must be in range 0-2147483647")
+        else:
+            assert self.process({"User": user})["user"]["uid"] == uid
+
     def test_groups_that_the_container_was_given(self, root):
         assert [self.process({"User": each}, HostConfig={"GroupAdd": ["audio", "99"]})["user"].get("additionalGids") for each in ("user", "5", "user:own", "")] == [
             [10, 29, 99, 1001], [29, 99], [29, 99], None]
