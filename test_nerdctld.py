@@ -3554,10 +3554,10 @@ FOREVER = ("sleep", "1000")
 
 
 def refusal(call, *words, **options):
-    """The kind and words of the error that a call raises."""
+    """The kind and words of the error that a call raises; containerd 1.7 adds that it knows no kind."""
     with pytest.raises(nerdctld.ApiError) as caught:
         call(*words, **options)
-    return type(caught.value).__name__, str(caught.value)
+    return type(caught.value).__name__, str(caught.value).removesuffix(": unknown")
 
 
 def whole_life(containerd, identity, folder, told):
@@ -14489,7 +14489,9 @@ class TestLiveCreate:
         docker("create", "--name", "mine", "--network", "container:other", "--pid", "container:other", "--ipc", "container:other", BASE, "sleep", "300")
         inside = lambda name: docker("exec", name, "sh", "-c", "hostname; cat /etc/hosts; ls /dev/shm; ls -l /proc/self/ns | grep -E 'net|ipc|pid_' | sed 's/.*->//'")
         assert "cannot join network of a non running container" in docker.fails("start", "mine")
-        for starts in (docker, docker, lambda _, name: real("start", docker("inspect", "-f", "{{.Id}}", name))):
+        # nerdctl before 2.3 looks for the namespaces of the last time, which are gone.
+        joins = re.search(rb"(\d+)\.(\d+)", real("--version").stdout).groups() >= (b"2", b"3")
+        for starts in (docker, docker, lambda _, name: real("start", docker("inspect", "-f", "{{.Id}}", name)))[:3 if joins else 2]:
             docker("restart", "-t", "0", "other")
             assert until(lambda: "there" in docker("exec", "other", "ls", "/dev/shm"))
             starts("start", "mine")
