@@ -12262,6 +12262,9 @@ class Supervisor:
         while True:
             real = self.changed.get()
             try:
+                if not real and self.engine.feed.socket:
+                    # Before every change is told, what is read is not kept, and in the way of the first client's reads.
+                    self.engine.feed.wait_live(1.0)
                 self._settle(real)
             except Unavailable:
                 # All of them are looked at when containerd is there again.
