@@ -2794,12 +2794,6 @@ def decode_fields(data: Any) -> Iterator[ProtoField]:
         at = end
 
 
-def decode_map_entry(data: Any) -> Tuple[str, str]:
-    """Key and value of an entry of a map of strings."""
-    entry = {field.number: field.value for field in decode_fields(data)}
-    return str(entry.get(1, b""), "utf-8"), str(entry.get(2, b""), "utf-8")
-
-
 HPACK_STATIC_TABLE = [tuple((entry + "=").split("=")[:2]) for entry in (
     ":authority|:method=GET|:method=POST|:path=/|:path=/index.html|:scheme=http|:scheme=https|:status=200|:status=204|"
     ":status=206|:status=304|:status=400|:status=404|:status=500|accept-charset|accept-encoding=gzip, deflate|"
@@ -3513,6 +3507,16 @@ class ContainerdEvent(NamedTuple):
 def read_message(data: Any) -> Dict[int, Any]:
     """The fields of a message by number, the last of each."""
     return {each.number: each.value for each in decode_fields(data)}
+
+
+def decode_map_entry(data: Any) -> Tuple[str, str]:
+    """Key and value of an entry of a map of strings."""
+    size, at = len(data), data[1] + 2 if len(data) > 1 else 0
+    if 0 < at < size - 1 and data[0] == 10 and data[at] == 18 and data[at + 1] == size - at - 2 < 128 > data[1]:
+        # Nearly all labels are so, and they are most of what a list of containers has.
+        return str(data[2:at], "utf-8"), str(data[at + 2:], "utf-8")
+    entry = read_message(data)
+    return str(entry.get(1, b""), "utf-8"), str(entry.get(2, b""), "utf-8")
 
 
 def read_text(message: Dict[int, Any], number: int) -> str:

@@ -3054,6 +3054,13 @@ class TestGrpc:
         field, = nerdctld.decode_fields(nerdctld.encode_field(3, {"k": "é"}))
         assert field.number == 3 and nerdctld.decode_map_entry(field.value) == ("k", "é")
         assert nerdctld.decode_map_entry(b"") == ("", "")
+        for key, value in (("k" * 127, "v" * 127), ("k" * 128, "v"), ("k", "v" * 128), ("", "v"), ("k", ""), ("", ""), ("k\x12\x01", "\n\x01")):
+            entry = nerdctld.encode_message({1: key, 2: value})
+            assert nerdctld.decode_map_entry(entry) == nerdctld.decode_map_entry(memoryview(entry)) == (key, value)
+            assert nerdctld.decode_map_entry(nerdctld.encode_message({2: value, 1: key, 3: "more"})) == (key, value)
+        for broken in (b"\n", b"\n\x01", b"\n\x01k\x12", b"\n\x01k\x12\x02v", b"\n\x05k\x12\x01v"):
+            with pytest.raises(ValueError):
+                nerdctld.decode_map_entry(broken)
 
     # --- HPACK ---
 
