@@ -701,7 +701,8 @@ class Unpacker:
         import tarfile
 
         tar = tarfile.TarFile(fileobj=source, mode="r", encoding="utf-8", errors="surrogateescape")
-        entry = tar.next()
+        # Not by next(): that of Python 3.9 reads on where the first block has said that there is nothing.
+        entry = next(iter(tar), None)
         while entry:
             tar.members.clear()
             self.entry(entry, source)

@@ -2411,8 +2411,8 @@ class TestNerdctlProcess:
         nerdctld.own_bytecode.cache_clear()
         try:
             descriptor = nerdctld.own_bytecode()
-            kept = [getattr(each, "co_name", each) for each in marshal.loads(os.pread(descriptor, 1 << 20, 16)).co_consts]
-            assert {"f", 1} < set(kept) and "g" not in kept
+            kept = marshal.loads(os.pread(descriptor, 1 << 20, 16)).co_consts
+            assert 1 in kept and [each.co_name for each in kept if hasattr(each, "co_name")] == ["f"]
             os.close(descriptor)
         finally:
             nerdctld.own_bytecode.cache_clear()
@@ -4777,7 +4777,7 @@ class TestState:
         b'{"config":{"Labels":{"a":5}}}', b'{"config":{"Labels":{"nerdctl/healthcheck":"[1]"}}}', b'{"config":{"Labels":{"nerdctl/healthcheck":"{\\"Test\\":5}"}}}',
         b'{"created":5}', b'{"history":"x"}', b'{"history":[5]}', b'{"rootfs":{"diff_ids":5}}', b'{"rootfs":{"diff_ids":[5]}}', b'{"architecture":5}', b'{"author":{}}',
         b'{"config":{"Env":5}}', b'{"config":{"Healthcheck":{"Interval":"y"}}}', b'{"config":{"ExposedPorts":["80"]}}', b'{"config":{"User":["x"]}}',
-        b'{"author":"' + b"x" * nerdctld.JSON_LIMIT + b'"}'])
+        pytest.param(b'{"author":"' + b"x" * nerdctld.JSON_LIMIT + b'"}', id="long")])
     def test_an_image_whose_configuration_makes_no_sense(self, furnished, fake, config):
         # One of them must not spoil what is told of the others, nor be there for ever.
         digests = ["sha256:" + hashlib.sha256(data).hexdigest() for data in (config, config + b"m")]
