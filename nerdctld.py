@@ -114,59 +114,44 @@ class ApiError(Exception):
 
     status = 500
 
-
-class NotModified(ApiError):
-    """304: the object is already in the state asked for."""
-
-    status = 304
+    def __init_subclass__(cls, status: int) -> None:
+        cls.status = status
 
 
-class BadParameter(ApiError):
-    """400: the request cannot be right, whatever the state of things."""
-
-    status = 400
+class NotModified(ApiError, status=304):
+    """The object is already in the state asked for."""
 
 
-class Unauthorized(ApiError):
-    """401: the registry refused the credentials."""
-
-    status = 401
+class BadParameter(ApiError, status=400):
+    """The request cannot be right, whatever the state of things."""
 
 
-class Forbidden(ApiError):
-    """403: allowed to nobody, such as removing a pre-defined network."""
-
-    status = 403
+class Unauthorized(ApiError, status=401):
+    """The registry refused the credentials."""
 
 
-class NotFound(ApiError):
-    """404: no such object."""
-
-    status = 404
+class Forbidden(ApiError, status=403):
+    """Allowed to nobody, such as removing a pre-defined network."""
 
 
-class Conflict(ApiError):
-    """409: the object's state or name stands against it."""
-
-    status = 409
+class NotFound(ApiError, status=404):
+    """No such object."""
 
 
-class TooLarge(ApiError):
-    """413: the body is longer than this API ever needs."""
-
-    status = 413
+class Conflict(ApiError, status=409):
+    """The object's state or name stands against it."""
 
 
-class NotImplementedHere(ApiError):
-    """501: nerdctl has no way to do it."""
-
-    status = 501
+class TooLarge(ApiError, status=413):
+    """The body is longer than this API ever needs."""
 
 
-class Unavailable(ApiError):
-    """503: nerdctl, containerd or buildkitd is missing or down; the message says which and what to do."""
+class NotImplementedHere(ApiError, status=501):
+    """nerdctl has no way to do it."""
 
-    status = 503
+
+class Unavailable(ApiError, status=503):
+    """nerdctl, containerd or buildkitd is missing or down; the message says which and what to do."""
 
 
 class ClientGone(Exception):
@@ -2449,29 +2434,14 @@ class Nerdctl:
             self.places.release()
 
     def _output(self, arguments, data, timeout, environment) -> Output:
-        stdin: Any = subprocess.DEVNULL
-        if data:
-            stdin = os.memfd_create("stdin")
-            os.write(stdin, data)
-            os.lseek(stdin, 0, os.SEEK_SET)
-        try:
-            process = self.start(*arguments, stdin=stdin, environment=environment)
-        finally:
-            if data:
-                os.close(stdin)
-        deadline = time.monotonic() + timeout
-        parts = []
-        with process:
-            while poll_readable(process.stdout.fileno(), deadline - time.monotonic()):
-                part = process.read()
-                if not part:
-                    break
-                parts.append(part)
-            status = process.wait(max(0.0, deadline - time.monotonic()))
-            if status is None:
+        stdin = subprocess.PIPE if data else subprocess.DEVNULL
+        with self.start(*arguments, stdin=stdin, environment=environment) as process:
+            try:
+                stdout, _ = process.popen.communicate(data or None, timeout)
+            except subprocess.TimeoutExpired:
                 what = f"nerdctl {arguments[0]}" if arguments else self.command[-1]
-                raise Unavailable(f"{what} did not end within {timeout:.0f} seconds")
-            return Output(status, b"".join(parts), process.error_text())
+                raise Unavailable(f"{what} did not end within {timeout:.0f} seconds") from None
+            return Output(process.popen.returncode, stdout, process.error_text())
 
     def run(self, *arguments: str, **how: Any) -> Output:
         """output(); the ApiError of the table above for a status other than 0."""
