@@ -3613,9 +3613,10 @@ def whole_life(containerd, identity, folder, told):
     # Made, but not started.
     containerd.create_task(record, nerdctld.TaskStreams())
     containerd.delete_task(identity)
-    # What had only been made may be told to have been killed, or not, and a shim tells of a deletion by itself, also after the next creation.
+    # What had only been made may be told to have been killed, or not. A shim tells of a deletion by itself, also after the next creation, and a
+    # quarter of the time not at all, since it ends with it: nothing may rest on that.
     assert until(lambda: [topic[7:] for topic, _, status in list(told.found) if topic.startswith("/tasks/") and status != 137 and topic != "/tasks/delete"]
-                 == "create start exit create".split() and sum(topic == "/tasks/delete" for topic, _, _ in list(told.found)) == 2), told.found
+                 == "create start exit create".split()), told.found
 
 
 def life_of_execs(containerd, identity, folder, told):
@@ -3670,8 +3671,9 @@ def life_of_execs(containerd, identity, folder, told):
             assert containerd.wait_process(identity, name) == 128 + number == containerd.delete_exec(identity, name)
     containerd.kill_task(identity, 9)
     assert containerd.wait_process(identity, "six") == containerd.wait_process(identity) == 137
+    # A shim that ends with the deletion may lose what it has not told by then.
+    assert until(lambda: ("/tasks/exit", identity, 137) in told.found)
     containerd.delete_task(identity)
-    assert until(lambda: {"/tasks/delete", identity} <= {word for each in list(told.found) if each[0] in ("/tasks/delete", "/tasks/exit") for word in each[:2]})
     assert [each for each in told.found if each[0].startswith("/tasks/ex")] == [
         *((f"/tasks/{topic}", name, status) for name, status in (("one", 3), ("two", 0), ("three", 4), ("four", 143), ("five", 137), ("six", 137))
           for topic, status in (("exec-added", 0), ("exec-started", 0), ("exit", status)) if name != "two" or topic == "exec-added"),
