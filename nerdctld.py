@@ -9711,9 +9711,31 @@ LOG_OPTIONS = {
 }
 
 
+# Log drivers, an option of theirs, what its value has to be, and dockerd's words for another one, which it says at the
+# creation (400) or at the start (500). With most of these values nerdctl's logging program would end, or say nothing.
+SIZE = r"(?i)\d+(\.\d+)? ?[kmgtp]?i?b?"
+LOG_VALUES = (
+    (tuple(LOG_OPTIONS), "mode", "|blocking|non-blocking", BadParameter, "logger: logging mode not supported: {0}"),
+    (tuple(LOG_OPTIONS), "max-buffer-size", SIZE, BadParameter,
+     "error parsing option max-buffer-size: invalid size: '{0}'"),
+    (("syslog",), "syslog-address", r"|(unix|unixgram|udp|tcp|tcp\+tls)://.*", BadParameter,
+     "syslog-address should be in form proto://address, got {0}"),
+    (("syslog",), "syslog-facility",
+     r"|\d{1,3}|kern|user|mail|daemon|auth|syslog|lpr|news|uucp|cron|authpriv|ftp|local[0-7]", BadParameter,
+     "invalid syslog facility"),
+    (("syslog",), "syslog-format", "|rfc3164|rfc5424|rfc5424micro", BadParameter, "Invalid syslog format"),
+    (("json-file", "local"), "max-size", SIZE, ApiError, "invalid size: '{0}'"),
+    (("json-file", "local"), "max-size", ".*[1-9].*", ApiError, "max-size must be a positive number"),
+    (("json-file", "local"), "max-file", r"[+-]?\d{1,9}", ApiError, 'strconv.Atoi: parsing "{0}": invalid syntax'),
+    (("json-file", "local"), "max-file", r"\+?0*[1-9]\d*", ApiError, "max-file cannot be less than 1"),
+    (("json-file", "local"), "compress", "1|t|T|TRUE|true|True|0|f|F|FALSE|false|False", ApiError,
+     'strconv.ParseBool: parsing "{0}": invalid syntax'),
+)
+
+
 def check_log(kind: str, options: Dict[str, str]) -> None:
-    """400 and 500 with dockerd's words for a log driver that there is not, and for options with which nerdctl's logging
-    program would end: the container would go on without a log."""
+    """400 and 500 with dockerd's words for a log driver that there is not, and for options that it refuses: with some
+    of them the container would go on without a log."""
     known = (*LOG_OPTIONS.get(kind, " ".join(options)).split(), "mode", "max-buffer-size")
     unknown = next((each for each in options if each not in known), "")
     if kind not in (*LOG_OPTIONS, "none"):
@@ -9721,15 +9743,12 @@ def check_log(kind: str, options: Dict[str, str]) -> None:
     if unknown:
         raise BadParameter(f"unknown log opt '{unknown}' for "
                            + ("log driver local" if kind == "local" else f"{kind} log driver"))
-    size, count = options.get("max-size", "1m"), options.get("max-file", "1")
-    for wrong, words in (
-        (not re.fullmatch(r"\d+(\.\d+)? ?[kmgtp]?i?b?", size.lower()), f"invalid size: '{size}'"),
-        (not re.search("[1-9]", size), "max-size must be a positive number"),
-        (not re.fullmatch(r"[+-]?\d{1,9}", count), f'strconv.Atoi: parsing "{count}": invalid syntax'),
-        (not int_or_zero(count.lstrip("+")), "max-file cannot be less than 1"),
-    ):
-        if wrong and kind in ("json-file", "local"):
-            raise ApiError(f"failed to initialize logging driver: {words}")
+    if kind != "none" and "max-buffer-size" in options and options.get("mode") != "non-blocking":
+        raise BadParameter("logger: max-buffer-size option is only supported with 'mode=non-blocking'")
+    for kinds, name, pattern, error, words in LOG_VALUES:
+        if kind in kinds and name in options and not re.fullmatch(pattern, options[name]):
+            begin = "failed to initialize logging driver: " if error is ApiError else ""
+            raise error(begin + words.format(options[name]))
 
 
 def log_args(host: Dict[str, Any]) -> List[str]:

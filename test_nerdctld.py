@@ -7130,6 +7130,20 @@ class TestContainerCreate:
         answer = ask(furnished, "POST", "/containers/create", {**BODY, **host(LogConfig={"Type": kind, "Config": options})})
         assert answer.status == (500 if words else 201) and (not words or answer.message == "failed to initialize logging driver: " + words)
 
+    @pytest.mark.parametrize("kind, options, status, words", [
+        ("", {"compress": "zz"}, 500, 'failed to initialize logging driver: strconv.ParseBool: parsing "zz": invalid syntax'), ("", {"compress": "T"}, 201, ""),
+        ("", {"mode": "foo"}, 400, "logger: logging mode not supported: foo"), ("none", {"mode": "foo"}, 201, ""), ("journald", {"mode": "non-blocking", "max-buffer-size": "1m"}, 201, ""),
+        ("", {"max-buffer-size": "1m"}, 400, "logger: max-buffer-size option is only supported with 'mode=non-blocking'"),
+        ("journald", {"mode": "non-blocking", "max-buffer-size": "zz"}, 400, "error parsing option max-buffer-size: invalid size: 'zz'"),
+        ("syslog", {"syslog-address": "zz"}, 400, "syslog-address should be in form proto://address, got zz"), ("syslog", {"syslog-facility": "zz"}, 400, "invalid syslog facility"),
+        ("syslog", {"syslog-format": "zz"}, 400, "Invalid syslog format"),
+        ("syslog", {"syslog-address": "udp://127.0.0.1:514", "syslog-facility": "daemon", "syslog-format": "rfc5424"}, 201, "")])
+    def test_options_of_other_logs(self, furnished, scripted, fake, kind, options, status, words):
+        """dockerd 20.10's words."""
+        creates(scripted, fake, "9" * 64)
+        answer = ask(furnished, "POST", "/containers/create", {**BODY, **host(LogConfig={"Type": kind, "Config": options})})
+        assert answer.status == status and (not words or answer.message == words)
+
     def test_a_domain_is_noted_where_nerdctl_looks_for_it(self, furnished, scripted, fake):
         for name, told in (("dd.ee", "dd.ee"), ("a\n1.2.3.4 b", None)):
             creates(scripted, fake, "9" * 64)
