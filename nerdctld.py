@@ -1370,10 +1370,16 @@ CLASSES = {
     "print": r" -~", "punct": r"!-/:-@\[-`{-~", "space": r"\t-\r ", "upper": r"A-Z", "word": r"0-9A-Z_a-z",
     "xdigit": r"0-9A-Fa-f",
 }
-CLASS = re.compile(r"\[:(?P<not>\^?)(?P<posix>[^\]:]*):\]|\\(?P<perl>[dDsSwW])")
-GROUP_HEAD = re.compile(r"\?(?:P?<(?P<name>\w+)>|(?P<on>[imsU]*)(?:-(?P<off>[imsU]+))?(?P<end>[:)]))", re.ASCII)
-COUNTS = re.compile(r"(0|[1-9][0-9]*)(?:(,)(0|[1-9][0-9]*)?)?\}")
-CODE = re.compile(r"x\{([0-9A-Fa-f]+)\}|x([0-9A-Fa-f]{2})|([1-7][0-7]{1,2}|0[0-7]{0,2})")
+# A character by itself, by a letter or by its code. In brackets there is a class, or a character or a range of them;
+# outside of them is one of the elements that are named here.
+CHARACTER = (r"\\(?:x\{[0-9A-Fa-f]+\}|x[0-9A-Fa-f]{2}|[1-7][0-7]{1,2}|0[0-7]{0,2}|[afnrtv]|[^0-9A-Za-z\x80-\U0010ffff])"
+             r"|[^\\]")
+MEMBER = rf"\[:(\^?)([^\]:]*):\]|\\([dDsSwW])|({CHARACTER})(?:(-)(?!\])({CHARACTER})?)?"
+ELEMENT = rf"""
+    (?P<repeat>[*+?] | \{{(?P<low>0|[1-9][0-9]*)(?:(?P<comma>,)(?P<high>0|[1-9][0-9]*)?)?\}})\??
+    | (?P<open>\((?:(?!\?) | \?P?<(?P<name>\w+)> | \?(?P<on>[imsU]*)(?:-(?P<off>[imsU]+))?(?P<end>[:)])))
+    | (?P<or>\|) | (?P<close>\)) | (?P<edge>[$^]) | \\(?P<boundary>[AzbB]) | \\Q(?P<quoted>.*?)(?:\\E|\Z)
+    | (?P<any>\.) | \\(?P<perl>[dDsSwW]) | \[(?P<bracket>\^?) | (?P<character>(?!\()(?:{CHARACTER}))"""
 WORD_CHARACTER = re.compile(r"\w", re.ASCII)
 # Instructions of all expressions of a filter. The other limits are those of Go.
 PROGRAM_LIMIT, REPEAT_LIMIT, GROUP_LIMIT = 10000, 1000, 1000
@@ -1419,21 +1425,23 @@ class Compiler:
         self.flags: frozenset = frozenset()
         self.groups = [OpenGroup(self.flags)]
         self.names: set = set()
-        # Whether a repetition was read last: another one must not follow.
-        self.repeated = False
+        # What was read last: no repetition follows another one.
+        self.last = ""
 
     def compile(self) -> Program:
         """The program of the whole expression."""
         while self.at < len(self.text):
-            self.step()
+            self.step(self.take(ELEMENT, re.X | re.S | re.A))
         if len(self.groups) > 1:
-            raise PatternError("missing closing )")
+            raise PatternError()
         return self.groups[0].program()
 
-    def take(self, expression: "re.Pattern[str]") -> Optional["re.Match[str]"]:
-        """Read what matches here; None, with nothing read, where nothing does."""
-        found = expression.match(self.text, self.at)
-        self.at = found.end() if found else self.at
+    def take(self, expression: str, flags: int = re.S) -> "re.Match[str]":
+        """Read what matches here."""
+        found = re.compile(expression, flags).match(self.text, self.at)
+        if not found:
+            raise PatternError()
+        self.at = found.end()
         return found
 
     def spend(self, instructions: int) -> None:
@@ -1457,44 +1465,46 @@ class Compiler:
         """Put the instruction for one character there, by an expression of Python's re."""
         self.add_one(re.compile(expression, re.I if "i" in self.flags else 0))
 
-    def step(self) -> None:
-        """Read one element of the expression."""
-        letter, repeated, self.repeated = self.text[self.at], self.repeated, False
-        self.at += 1
-        counts = self.take(COUNTS) if letter == "{" else None
-        if counts or letter in "*+?":
-            if repeated or not self.groups[-1].pieces:
-                raise PatternError("nothing to repeat")
-            simple = {"*": ("0", ",", ""), "+": ("1", ",", ""), "?": ("0", ",", "1")}
-            low, comma, high = counts.groups() if counts else simple[letter]
-            # More digits are too many in any case.
-            self.repeat(int(low[:9]), int(high[:9]) if high else None if comma else int(low[:9]))
-        elif letter == "(":
-            self.open()
-        elif letter == "|":
+    def step(self, found: "re.Match[str]") -> None:
+        """Take an element of the expression."""
+        before, self.last = self.last, found.lastgroup or ""
+        text = found[self.last]
+        if self.last == "repeat":
+            if before == "repeat" or not self.groups[-1].pieces:
+                raise PatternError()
+            self.repeat(found)
+        elif self.last == "open":
+            self.open(found)
+        elif self.last == "or":
             self.spend(2)
             self.groups[-1].end_alternative()
-        elif letter == ")":
+        elif self.last == "close":
             self.close()
-        elif letter == "\\":
-            self.escape()
-        elif letter in "^$":
-            self.add_one(letter if "m" in self.flags else {"^": "A", "$": "z"}[letter])
-        elif letter == ".":
+        elif self.last == "edge":
+            self.add_one(text if "m" in self.flags else {"^": "A", "$": "z"}[text])
+        elif self.last == "boundary":
+            self.add_one(text)
+        elif self.last == "quoted":
+            for each in text:
+                self.add_character(re.escape(each))
+        elif self.last == "any":
             self.add_character("(?s:.)" if "s" in self.flags else ".")
+        elif self.last == "perl":
+            self.add_character(known_class(text.isupper(), ":" + text.lower()))
         else:
-            self.add_character(self.bracket() if letter == "[" else re.escape(letter))
+            self.add_character(self.bracket(bool(text)) if self.last == "bracket" else re.escape(one_character(text)))
 
-    def repeat(self, low: int, high: Optional[int]) -> None:
-        """Repeat the last piece from `low` to `high` times, None for without end."""
-        if self.text.startswith("?", self.at):
-            self.at += 1
-        self.repeated = True
+    def repeat(self, found: "re.Match[str]") -> None:
+        """Repeat the last piece."""
+        simple = {"*": ("0", ",", None), "+": ("1", ",", None), "?": ("0", ",", "1")}
+        least, comma, greatest = simple.get(found["repeat"]) or found.group("low", "comma", "high")
+        # More digits are too many in any case.
+        low, high = int(least[:9]), int(greatest[:9]) if greatest else None if comma else int(least[:9])
         piece, product = self.groups[-1].pieces.pop()
         most = low if high is None else high
         product *= max(1, most)
         if max(low, most, product) > REPEAT_LIMIT or low > most:
-            raise PatternError("invalid repeat count")
+            raise PatternError()
         self.spend(len(piece) * max(1, most) + (2 if high is None else high - low) - len(piece))
         if high is not None:
             self.add(piece * low + [(1, len(piece) + 1), *piece] * (high - low), product)
@@ -1503,97 +1513,61 @@ class Compiler:
         else:
             self.add([(1, len(piece) + 2), *piece, (-len(piece) - 1,)], product)
 
-    def open(self) -> None:
-        """Read the rest of the beginning of a group, or other flags for the rest of this one."""
-        head = self.take(GROUP_HEAD)
-        name = head.group("name") if head else None
-        if (not head and self.text.startswith("?", self.at)) or len(self.groups) > GROUP_LIMIT or name in self.names:
-            raise PatternError("invalid group")
-        if not head or head.group("end") != ")":
+    def open(self, head: "re.Match[str]") -> None:
+        """Begin a group, or have other flags for the rest of this one."""
+        if len(self.groups) > GROUP_LIMIT or head["name"] in self.names:
+            raise PatternError()
+        if head["end"] != ")":
             self.groups.append(OpenGroup(self.flags))
-        if name:
-            self.names.add(name)
-        elif head:
-            self.flags = (self.flags | set(head.group("on"))) - set(head.group("off") or "")
+        if head["name"]:
+            self.names.add(head["name"])
+        self.flags = (self.flags | set(head["on"] or "")) - set(head["off"] or "")
 
     def close(self) -> None:
         """End the innermost group and put its program into the one around it."""
         if len(self.groups) == 1:
-            raise PatternError("unexpected )")
+            raise PatternError()
         group = self.groups.pop()
         self.flags = group.flags
         self.add(group.program(), group.product)
 
-    def escape(self) -> None:
-        """Read what stands behind a backslash outside of brackets."""
-        letter = self.text[self.at:self.at + 1]
-        if letter == "Q":
-            end = self.text.find("\\E", self.at)
-            quoted = self.text[self.at + 1:end if end >= 0 else len(self.text)]
-            self.at = end + 2 if end >= 0 else len(self.text)
-            for each in quoted:
-                self.add_character(re.escape(each))
-        elif letter in ("A", "z", "b", "B"):
-            self.at += 1
-            self.add_one(letter)
-        else:
-            self.at -= 1
-            self.add_character(self.known_class() or re.escape(self.member()))
-
-    def escaped(self) -> str:
-        """Read what stands behind a backslash for one character."""
-        code = self.take(CODE)
-        if code:
-            long, short, octal = code.groups()
-            number = int(octal, 8) if octal else int(short or long.lstrip("0")[:7] or "0", 16)
-            if number > sys.maxunicode:
-                raise PatternError("invalid escape sequence")
-            return chr(number)
-        letter = self.text[self.at:self.at + 1]
-        self.at += 1
-        named = {"a": "\a", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}.get(letter)
-        if not named and (not letter or letter.isalnum() or not letter.isascii()):
-            raise PatternError("invalid escape sequence")
-        return named or letter
-
-    def known_class(self) -> str:
-        """Read a class that has a name, which stands for some characters or for all others; "" where none is."""
-        found = self.take(CLASS)
-        if not found:
-            return ""
-        perl = found.group("perl") or ""
-        name = ":" + perl.lower() if perl else found.group("posix")
-        if name not in CLASSES:
-            raise PatternError("invalid character class range")
-        return f"[{'^' if found.group('not') or perl.isupper() else ''}{CLASSES[name]}]"
-
-    def bracket(self) -> str:
+    def bracket(self, negated: bool) -> str:
         """Read the rest of a class in brackets."""
-        negated = self.text.startswith("^", self.at)
-        self.at += negated
         # Each of them once: re takes its time for every one.
         begin, members = self.at, {}
         while self.at == begin or not self.text.startswith("]", self.at):
-            member = self.known_class()
-            if not member:
-                low = high = self.member()
-                if self.text.startswith("-", self.at) and self.text[self.at + 1:self.at + 2] not in ("", "]"):
-                    self.at += 1
-                    high = self.member()
-                if high < low:
-                    raise PatternError("invalid character class range")
-                member = f"[{re.escape(low)}-{re.escape(high)}]"
+            others, posix, perl, low, dash, high = self.take(MEMBER).groups()
+            if perl:
+                member = known_class(perl.isupper(), ":" + perl.lower())
+            elif posix is not None:
+                member = known_class(bool(others), posix)
+            else:
+                first = one_character(low)
+                last = one_character(high or "") if dash else first
+                if last < first:
+                    raise PatternError()
+                member = f"[{re.escape(first)}-{re.escape(last)}]"
             members[member] = None
         self.at += 1
         return f"(?!{'|'.join(members)})(?s:.)" if negated else "|".join(members)
 
-    def member(self) -> str:
-        """Read one character in brackets."""
-        if self.at >= len(self.text):
-            raise PatternError("missing closing ]")
-        letter = self.text[self.at]
-        self.at += 1
-        return self.escaped() if letter == "\\" else letter
+
+def known_class(negated: bool, name: str) -> str:
+    """The expression of Python's re for a class that has a name, or for all characters that are not in it."""
+    if name not in CLASSES:
+        raise PatternError()
+    return f"[{'^' if negated else ''}{CLASSES[name]}]"
+
+
+def one_character(text: str) -> str:
+    """What CHARACTER matches as the character that it stands for."""
+    code = text[1:].strip("x{}") if text[:2] == "\\x" else ""
+    if code or text[1:].isdigit():
+        number = int(code, 16) if code else int(text[1:], 8)
+        if number > sys.maxunicode:
+            raise PatternError()
+        return chr(number)
+    return {"a": "\a", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}.get(text[1:], text[-1:])
 
 
 class Pattern:
