@@ -198,10 +198,10 @@ def opened_below(root: str, path: str, follow: bool = False,
     try:
         while left:
             part = left.pop(0)
+            if part == ".." and names:
+                os.close(stack.pop())
+                names.pop()
             if part in (".", ".."):
-                if part == ".." and names:
-                    os.close(stack.pop())
-                    names.pop()
                 continue
             try:
                 entry = os.open(part, os.O_PATH | os.O_NOFOLLOW, dir_fd=stack[-1])
@@ -236,6 +236,16 @@ def opened_below(root: str, path: str, follow: bool = False,
     finally:
         for each in stack:
             os.close(each)
+
+
+@contextlib.contextmanager
+def opened(name: str, flags: int, folder: Optional[int] = None) -> Iterator[int]:
+    """Context with the descriptor of a file or a folder in an open folder. No link is followed."""
+    descriptor = os.open(name, flags | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 class PathStat(NamedTuple):
@@ -518,19 +528,11 @@ class Changes:
 
     def inside(self, path: str, name: str, *trees: Tuple[Optional[int], Any]) -> List[Tuple[str, int]]:
         """The changes in what is a folder in the upper tree, [] for anything else."""
-        folders: List[Optional[int]] = []
-        try:
-            for folder, found in trees:
-                is_folder = found is not None and stat.S_ISDIR(found.st_mode)
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-                folders.append(os.open(name, flags, dir_fd=folder) if is_folder else None)
-            return self.below(path, *folders) if folders[0] is not None else []
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        finally:
-            for each in folders:
-                if each is not None:
-                    os.close(each)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), contextlib.ExitStack() as stack:
+            upper, lower = (stack.enter_context(opened(name, os.O_DIRECTORY, folder))
+                            if found is not None and stat.S_ISDIR(found.st_mode) else None for folder, found in trees)
+            return self.below(path, upper, lower) if upper is not None else []
+        return []
 
     def differ(self, path: str, here: os.stat_result, there: os.stat_result) -> bool:
         """Whether what both trees have at a path is not the same."""
@@ -802,30 +804,22 @@ class Unpacker:
         """Make a folder, or give the one that is there what the entry says; its times come at the end."""
         if not there:
             os.mkdir(name, 0o700, dir_fd=folder)
-        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
-        try:
+        with opened(name, os.O_DIRECTORY, folder) as descriptor:
             self.settle(entry, descriptor)
-        finally:
-            os.close(descriptor)
 
     def make_file(self, entry: Any, folder: int, name: str, source: TarInput) -> None:
         """Make a file; what a sparse one leaves out stays a hole, and one that does not come whole is gone."""
-        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder)
-        try:
-            if entry.sparse is None:
-                source.copy(descriptor, entry.size)
-            else:
-                for offset, size in entry.sparse:
+        with opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder) as descriptor:
+            try:
+                for offset, size in [(0, entry.size)] if entry.sparse is None else entry.sparse:
                     os.lseek(descriptor, offset, os.SEEK_SET)
                     source.copy(descriptor, size)
                 os.ftruncate(descriptor, entry.size)
-            self.settle(entry, descriptor)
-            os.utime(descriptor, ns=entry_times(entry))
-        except BaseException:
-            os.unlink(name, dir_fd=folder)
-            raise
-        finally:
-            os.close(descriptor)
+                self.settle(entry, descriptor)
+                os.utime(descriptor, ns=entry_times(entry))
+            except BaseException:
+                os.unlink(name, dir_fd=folder)
+                raise
 
     def make_other(self, entry: Any, folder: int, name: str, path: str) -> None:
         """Make a link, a FIFO or a device."""
@@ -842,8 +836,7 @@ class Unpacker:
             found = os.lstat(name, dir_fd=folder)
             if stat.S_ISREG(found.st_mode):
                 # The chown below would take the set-user-ID bit off the file that has both names.
-                descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-                with os.fdopen(descriptor, "rb", 0):
+                with opened(name, os.O_NONBLOCK, folder) as descriptor:
                     # dockerd looks for the file in the root folder only, to give it the entry's mode and times.
                     if self.names:
                         entry.mode = found.st_mode
@@ -871,12 +864,9 @@ def remove_entry(folder: int, name: str) -> None:
     try:
         os.unlink(name, dir_fd=folder)
     except IsADirectoryError:
-        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
-        try:
+        with opened(name, os.O_DIRECTORY, folder) as descriptor:
             for each in os.listdir(descriptor):
                 remove_entry(descriptor, each)
-        finally:
-            os.close(descriptor)
         os.rmdir(name, dir_fd=folder)
 
 
@@ -936,12 +926,8 @@ class Packer:
 
     def pack_all(self) -> None:
         """Write everything in the root folder, with names that do not begin with a slash."""
-        with opened_below(self.root, "/") as (folder, _):
-            descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
-        try:
-            self.entries(descriptor, "")
-        finally:
-            os.close(descriptor)
+        with opened(self.root, os.O_DIRECTORY) as folder:
+            self.entries(folder, "")
         self.finish()
 
     def finish(self) -> None:
@@ -973,16 +959,13 @@ class Packer:
                 return
         if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):
             flags = os.O_DIRECTORY if stat.S_ISDIR(found.st_mode) else os.O_NONBLOCK | os.O_NOCTTY
-            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | flags, dir_fd=folder)
-            try:
+            with opened(name, flags, folder) as descriptor:
                 found = os.fstat(descriptor)
                 if stat.S_ISDIR(found.st_mode):
                     self.header(found, told)
                     self.entries(descriptor, told.rstrip("/") + "/")
                 elif stat.S_ISREG(found.st_mode):
                     self.file(descriptor, found, told)
-            finally:
-                os.close(descriptor)
         elif stat.S_ISLNK(found.st_mode):
             self.header(found, told, os.readlink(name, dir_fd=folder))
         elif not stat.S_ISSOCK(found.st_mode):
@@ -1077,11 +1060,17 @@ def carry_out(order: Dict[str, Any], source: TarInput) -> None:
         tell(stat_below("/", path))
 
 
+def enlarge_pipe(descriptor: int) -> None:
+    """Let a pipe hold a megabyte, so that the two processes at its ends change places less often."""
+    with contextlib.suppress(OSError):
+        # fcntl has the name F_SETPIPE_SZ from Python 3.10 on.
+        fcntl.fcntl(descriptor, 1031, 1 << 20)
+
+
 def tree_main() -> int:
     """`nerdctld.py tree`: the exit status. A failure is a line of JSON on stderr, its status and its message."""
-    for descriptor in (0, 1):
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(descriptor, 1031, 1 << 20)
+    enlarge_pipe(0)
+    enlarge_pipe(1)
     order: Dict[str, Any] = {}
     try:
         source = TarInput(blocks_of(0))
@@ -2299,13 +2288,6 @@ class Process:
             with contextlib.suppress(OSError):
                 each.close()
         self.runner.processes.discard(self)
-
-
-def enlarge_pipe(descriptor: int) -> None:
-    """Let a pipe hold a megabyte, so that the two processes at its ends change places less often."""
-    with contextlib.suppress(OSError):
-        # fcntl has the name F_SETPIPE_SZ from Python 3.10 on.
-        fcntl.fcntl(descriptor, 1031, 1 << 20)
 
 
 def poll_readable(descriptor: int, timeout: Optional[float]) -> bool:
