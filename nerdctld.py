@@ -760,7 +760,10 @@ class Unpacker:
             there = self.clear(folder, name, entry.isdir(), path)
             verb = making
             if entry.isdir():
-                self.make_folder(entry, folder, name, there)
+                if not there:
+                    os.mkdir(name, 0o700, dir_fd=folder)
+                with opened(name, os.O_DIRECTORY, folder) as descriptor:
+                    self.settle(entry, descriptor)
                 self.folders.append((path[1:], entry_times(entry)))
             elif entry.isreg() and entry.type != b"7":
                 self.make_file(entry, folder, name, source)
@@ -799,13 +802,6 @@ class Unpacker:
                     if error.errno not in (errno.ENOTSUP, errno.EPERM):
                         raise
         os.fchmod(descriptor, entry.mode & 0o7777)
-
-    def make_folder(self, entry: Any, folder: int, name: str, there: bool) -> None:
-        """Make a folder, or give the one that is there what the entry says; its times come at the end."""
-        if not there:
-            os.mkdir(name, 0o700, dir_fd=folder)
-        with opened(name, os.O_DIRECTORY, folder) as descriptor:
-            self.settle(entry, descriptor)
 
     def make_file(self, entry: Any, folder: int, name: str, source: TarInput) -> None:
         """Make a file; what a sparse one leaves out stays a hole, and one that does not come whole is gone."""
@@ -1153,28 +1149,20 @@ def size_bytes(text: str) -> int:
         return 0
 
 
+# Seconds below which a duration is worded so, in a unit of so many. From an hour on it is rounded to hours.
+DURATIONS = (
+    (1, 1, "Less than a second"), (2, 1, "1 second"), (60, 1, "{} seconds"), (120, 60, "About a minute"),
+    (3600, 60, "{} minutes"), (2 * 3600, 3600, "About an hour"), (48 * 3600, 3600, "{} hours"),
+    (14 * 86400, 86400, "{} days"), (60 * 86400, 7 * 86400, "{} weeks"), (730 * 86400, 30 * 86400, "{} months"))
+
+
 def human_duration(seconds: float) -> str:
     """A duration as `docker ps` words it: `About a minute`, `5 hours`."""
-    whole = int(seconds)
-    if whole < 1:
-        return "Less than a second"
-    if whole == 1:
-        return "1 second"
-    if whole < 60:
-        return f"{whole} seconds"
-    minutes = whole // 60
-    if minutes == 1:
-        return "About a minute"
-    if minutes < 60:
-        return f"{minutes} minutes"
-    hours = int(seconds / 3600 + 0.5)
-    if hours == 1:
-        return "About an hour"
-    for limit, unit, name in ((48, 1, "hours"), (24 * 7 * 2, 24, "days"), (24 * 30 * 2, 24 * 7, "weeks"),
-                              (24 * 365 * 2, 24 * 30, "months")):
-        if hours < limit:
-            return f"{hours // unit} {name}"
-    return f"{hours // 24 // 365} years"
+    whole = int(seconds) + (1800 if seconds >= 3600 else 0)
+    for limit, unit, words in DURATIONS:
+        if whole < limit:
+            return words.format(whole // unit)
+    return f"{whole // 86400 // 365} years"
 
 
 def match_labels(labels: Dict[str, str], wanted: Iterable[str]) -> bool:
@@ -1315,25 +1303,15 @@ def shaped(value: Any, shape: Any, path: str = "") -> Any:
             if key and each is not None}
 
 
-def check_signal(text: str) -> str:
-    """The name of a signal, given by name or number; 400 with dockerd's words for anything else."""
-    name = text.upper()
-    if re.fullmatch(r"[0-9]{1,9}", name):
-        if 0 < int(name) <= 64:
-            return name
-    else:
-        bare = name[3:] if name.startswith("SIG") else name
-        if hasattr(signal, "SIG" + bare) or re.fullmatch(r"RTM(IN|AX)([+-]\d{1,2})?", bare):
-            return "SIG" + bare
+def signal_number(text: str) -> int:
+    """The number of a signal, given by name or number; 400 with dockerd's words for anything else."""
+    found = re.fullmatch(r"([0-9]{1,9})|(?:SIG)?([A-Z][A-Z0-9]*)(?:(?<=RTMIN|RTMAX)([+-][0-9]{1,2}))?", text.upper())
+    number, name, offset = found.groups() if found else ("", "", "")
+    if number and 0 < int(number) <= 64:
+        return int(number)
+    if name and hasattr(signal, "SIG" + name):
+        return int(getattr(signal, "SIG" + name)) + int(offset or 0)
     raise BadParameter(f"invalid signal: {text}")
-
-
-def signal_number(word: str) -> int:
-    """The number of a signal as check_signal() gives it, 0 for one this machine does not know by name."""
-    real_time = re.fullmatch(r"SIG(RTMIN|RTMAX)([+-]\d+)?", word)
-    if real_time:
-        return int(getattr(signal, "SIG" + real_time.group(1))) + int(real_time.group(2) or 0)
-    return int(word) if word.isdigit() else int(getattr(signal, word, 0))
 
 
 def int_or_zero(text: str) -> int:
@@ -2116,7 +2094,6 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
      BadParameter, ""),
 ]
 LOGRUS = re.compile(r'^time="[^"]*" level=(\w+) msg=(?:"((?:[^"\\]|\\.)*)"|(\S+))(?: error="((?:[^"\\]|\\.)*)")?')
-LOGRUS_TTY = re.compile(r"^(FATA|ERRO|WARN|INFO|DEBU)\[\d+\] (.*)")
 GO_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\"}
 SHORT_CALL = 120.0
 
@@ -2132,9 +2109,6 @@ def parse_logrus(line: str) -> Tuple[str, str]:
         if error:
             message = f"{message}: {error}"
         return level, re.sub(r"\\(.)", lambda each: GO_ESCAPES.get(each.group(1), each.group(0)), message)
-    found = LOGRUS_TTY.match(line)
-    if found:
-        return {"FATA": "fatal", "ERRO": "error", "WARN": "warning"}.get(found.group(1), "info"), found.group(2)
     return "", line
 
 
@@ -6412,12 +6386,6 @@ def system_events(engine: Engine, request: Request) -> Response:
 ###############################################################################
 
 
-def image_size(group: ImageGroup) -> int:
-    """Bytes an image takes, unpacked and compressed, of all its platforms, as dockerd's containerd store counts
-    them."""
-    return sum(each.unpacked_size + each.size for each in group.contents)
-
-
 def docker_platform(content: ImageContent) -> Dict[str, str]:
     """The platform an image was made for."""
     return {"architecture": "", "os": "", **content.platform}
@@ -6460,10 +6428,11 @@ def docker_image_row(group: ImageGroup, version: Tuple[int, int], containers: in
     tags, digests = group.repo_tags, group.repo_digests
     if version < (1, 43) and not tags:
         tags, digests = ["<none>:<none>"], digests or ["<none>@<none>"]
+    # As dockerd's containerd store counts: unpacked and compressed, of all its platforms.
+    size = sum(each.unpacked_size + each.size for each in group.contents)
     row = {
-        "Containers": containers, "Created": group.created, "Id": group.id,
-        "Labels": group.labels, "ParentId": group.parent, "RepoDigests": digests, "RepoTags": tags,
-        "SharedSize": shared, "Size": image_size(group),
+        "Containers": containers, "Created": group.created, "Id": group.id, "Labels": group.labels,
+        "ParentId": group.parent, "RepoDigests": digests, "RepoTags": tags, "SharedSize": shared, "Size": size,
     }
     if version < (1, 44):
         row["VirtualSize"] = row["Size"]
@@ -6874,11 +6843,6 @@ def message_line(message: Dict[str, Any]) -> bytes:
     return json_bytes(message) + b"\r\n"
 
 
-def error_line(text: str) -> bytes:
-    """The last message of a progress stream that failed."""
-    return message_line({"errorDetail": {"message": text}, "error": text})
-
-
 def as_error_detail(chunks: Iterator[bytes], begun: bool = False) -> Iterator[bytes]:
     """A progress stream whose error, once it has `begun`, is its last message."""
     try:
@@ -6888,7 +6852,7 @@ def as_error_detail(chunks: Iterator[bytes], begun: bool = False) -> Iterator[by
     except ApiError as error:
         if not begun:
             raise
-        yield error_line(str(error))
+        yield message_line({"errorDetail": {"message": str(error)}, "error": str(error)})
     finally:
         chunks.close()
 
@@ -9742,7 +9706,7 @@ def check_config(body: Dict[str, Any], host: Dict[str, Any]) -> None:
     if len((body.get("Hostname") or "").encode()) > 64:
         raise BadParameter(f"hostname \"{body['Hostname']}\" is too long (maximum 64 bytes)")
     if body.get("StopSignal"):
-        check_signal(body["StopSignal"])
+        signal_number(body["StopSignal"])
     if "" in (host.get("Annotations") or {}):
         raise BadParameter("invalid Annotations: the empty string is not permitted as an annotation key")
     for each in body.get("ExposedPorts") or {}:
@@ -11198,8 +11162,8 @@ def stop_seconds(request: Request, container: Container) -> float:
 
 def stop_signal(request: Request, container: Container) -> int:
     """The number of the signal that a container is asked to end with."""
-    return signal_number(check_signal(request.value("signal")
-                                      or container.labels.get("io.containerd.image.config.stop-signal") or "TERM"))
+    return signal_number(request.value("signal")
+                         or container.labels.get("io.containerd.image.config.stop-signal") or "TERM")
 
 
 def kill_task(engine: Engine, container: Container, number: int, ends: bool) -> bool:
@@ -11291,7 +11255,7 @@ def container_kill(engine: Engine, request: Request, name: str) -> None:
     """Send it a signal; 204, 409 when it does not run."""
     request.read_body()
     with engine.owning(name) as container:
-        number = signal_number(check_signal(request.value("signal") or "KILL"))
+        number = signal_number(request.value("signal") or "KILL")
         if not container.running:
             if request.version < (1, 20):
                 return
@@ -11312,7 +11276,7 @@ def container_kill(engine: Engine, request: Request, name: str) -> None:
 def ends_by(container: Container) -> int:
     """The number of the signal by which a container is stopped, 0 for one that there is not."""
     with contextlib.suppress(BadParameter):
-        return signal_number(check_signal(container.labels.get("io.containerd.image.config.stop-signal") or "TERM"))
+        return signal_number(container.labels.get("io.containerd.image.config.stop-signal") or "TERM")
     return 0
 
 

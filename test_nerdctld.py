@@ -2392,9 +2392,6 @@ class TestErrors:
         scripted.on("ps", stdout="", stderr=level("warning", "permission denied: unknown"))
         assert engine.nerdctl.run("ps").status == 0
 
-    def test_terminal_form(self):
-        assert nerdctld.parse_logrus("FATA[0000] exec failed with exit code 3") == ("fatal", "exec failed with exit code 3")
-
     def test_error_field(self):
         assert nerdctld.parse_logrus('time="x" level=error msg="a" error="b \\"c\\""') == ("error", 'a: b "c"')
 
@@ -8255,7 +8252,10 @@ class TestContainerLifecycle:
         assert given == ["28471:80/tcp", "28473:80/tcp", "28474:80/tcp"]
 
     def test_signals_by_their_numbers(self):
-        assert [nerdctld.signal_number(nerdctld.check_signal(each)) for each in ("9", "kill", "37", "RTMAX-1")] == [9, 9, signal.SIGRTMIN + 3, signal.SIGRTMAX - 1]
+        assert [nerdctld.signal_number(each) for each in ("9", "kill", "37", "RTMAX-1")] == [9, 9, signal.SIGRTMIN + 3, signal.SIGRTMAX - 1]
+        for each in ("_DFL", "SIG_IGN", "0", "65", "RTMIN+", "KILL+1", "SIGSIGKILL"):
+            with pytest.raises(nerdctld.BadParameter, match="invalid signal"):
+                nerdctld.signal_number(each)
         stops = lambda word: nerdctld.ends_by(container_of({"io.containerd.image.config.stop-signal": word} if word else {}))
         assert [stops(each) for each in ("", "FOO", "SIGRTMIN+3", "3")] == [15, 0, signal.SIGRTMIN + 3, 3]
 
