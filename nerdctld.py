@@ -14239,8 +14239,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         self.requestline = getattr(self, "requestline", "")
         self.request_version = "HTTP/1.1"
         status = 400 if code in (501, 505) else code
-        self.send_whole(error_response(type("HeadError", (ApiError,), {"status": status})(message
-                                                                                          or "malformed request")))
+        self.send_whole(Response(status, {"message": message or "malformed request"}))
 
     def serve_grpc(self) -> None:
         """HTTP/2 with prior knowledge, as of buildctl and of buildx's remote driver: BuildKit's gRPC."""
