@@ -1869,18 +1869,6 @@ class Stream:
             close()
 
 
-class Hijack:
-    """A body that takes the connection over: `serve(connection)` is called after the 101 (or, where the client asked
-    for no upgrade, the 200), and the connection ends with it. `protocol` is what the Upgrade header answers."""
-
-    def __init__(self, serve: Callable[["Connection"], None], protocol: str = "tcp",
-                 abandon: Callable[[], None] = lambda: None):
-        self.serve = serve
-        self.protocol = protocol
-        # Called instead of serve where the client has left already.
-        self.abandon = abandon
-
-
 class Connection:
     """A hijacked connection: the socket and the bytes that were read before it was taken over."""
 
@@ -1924,6 +1912,16 @@ class Connection:
                 self.sock.sendall(memoryview(b"".join(parts))[sent:])
         except OSError:
             raise ClientGone() from None
+
+
+class Hijack(NamedTuple):
+    """A body that takes the connection over: `serve(connection)` is called after the 101 (or, where the client asked
+    for no upgrade, the 200), and the connection ends with it; `abandon` instead where the client has left already.
+    `protocol` is what the Upgrade header answers."""
+
+    serve: Callable[[Connection], None]
+    protocol: str = "tcp"
+    abandon: Callable[[], None] = lambda: None
 
 
 class Response:
@@ -3537,12 +3535,10 @@ class ContainerdClient:
         """The process whose namespaces a user's own (rootless) containerd has, 0 for any other containerd."""
         if os.geteuid() == 0 or self.given_address:
             return 0
-        try:
-            with open(f"{runtime_folder()}/containerd-rootless/child_pid", encoding="ascii") as file:
-                return int(file.read())
-        except (OSError, ValueError):
-            raise Unavailable("rootless containerd is not running: containerd-rootless-setuptool.sh install sets it "
-                              "up") from None
+        pid = int_or_zero(read_file(f"{runtime_folder()}/containerd-rootless/child_pid").strip())
+        if not pid:
+            raise Unavailable("rootless containerd is not running: containerd-rootless-setuptool.sh install sets it up")
+        return pid
 
     def entering(self, *namespaces: str) -> List[str]:
         """argv in front of a program that is to run where a user's own containerd does, also in these `namespaces` of
@@ -3880,7 +3876,6 @@ class EventFeed:
         self.socket: Optional[EventSocket] = None
         self.live_from = float("inf")
         self.closed = threading.Event()
-        self.changed = threading.Condition()
 
     def start(self) -> None:
         """Subscribe, and go on."""
@@ -4342,13 +4337,9 @@ def container_health(labels: Dict[str, str], state: State) -> Tuple[str, int]:
 def process_start(pid: int) -> Optional[int]:
     """When a process was started, in nanoseconds since 1970, to a hundredth of a second; None where it cannot be
     seen."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            ticks = int(file.read().rpartition(b")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
+    ticks = read_file(f"/proc/{pid}/stat").rpartition(")")[2].split()[19:20]
     booted = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    return booted + ticks * 10**9 // os.sysconf("SC_CLK_TCK")
+    return booted + int(ticks[0]) * 10**9 // os.sysconf("SC_CLK_TCK") if ticks else None
 
 
 def kubernetes_name(labels: Dict[str, str]) -> str:
@@ -4535,6 +4526,11 @@ class ImageContent(NamedTuple):
         return self.manifest.get("layers") or []
 
     @property
+    def needed(self) -> Set[Optional[str]]:
+        """The digests of all that belongs to it."""
+        return {each.get("digest") for each in (self.descriptor, self.manifest.get("config") or {}, *self.layers)}
+
+    @property
     def size(self) -> int:
         """Bytes of it that are here."""
         return sum(self.blobs.values())
@@ -4610,14 +4606,8 @@ class ImageGroup:
     @property
     def repo_digests(self) -> List[str]:
         """One `repository@digest` for each repository it has a name in."""
-        found = {}
-        for name in self.names:
-            repository = name.partition("@")[0]
-            head, colon, tail = repository.rpartition(":")
-            repository = head if colon and "/" not in tail else repository
-            if not is_nameless(name):
-                found[f"{familiar(repository)}@{self.id}"] = None
-        return list(found)
+        found = (re.sub("(:[^:/]*)?(@.*)?$", "", name, count=1) for name in self.names if not is_nameless(name))
+        return list(dict.fromkeys(f"{familiar(each)}@{self.id}" for each in found))
 
     @property
     def whole(self) -> List[ImageContent]:
@@ -4664,7 +4654,7 @@ class ImageStore:
         self.told: Optional[bool] = None
         self.lock = threading.Lock()
         self.blobs: Dict[str, Any] = {}
-        self.sizes: Dict[str, int] = {}
+        self._usage = functools.lru_cache(4096)(functools.partial(containerd.snapshot_usage, snapshotter))
         # The names that `groups` were made of, what is known of their content, and until when that may be used.
         self.grouped: Any = None
         self.groups: Dict[str, ImageGroup] = {}
@@ -4673,8 +4663,6 @@ class ImageStore:
     def get(self) -> Dict[str, ImageGroup]:
         """All images by id."""
         names = self.records()
-        if self.grouped is names and time.monotonic() < self.until:
-            return self.groups
         with self.lock:
             if self.grouped is not names or time.monotonic() >= self.until:
                 self._group(names)
@@ -4692,13 +4680,9 @@ class ImageStore:
 
     def remove_content(self, content: ImageContent) -> None:
         """Remove what is here of one platform of an image, but for what other images or platforms need."""
-        def parts(content: ImageContent) -> Set[str]:
-            found = (content.descriptor, content.manifest.get("config") or {}, *content.layers)
-            return {each.get("digest") for each in found}
-
-        others = (each for other in self.get().values() for each in other.contents
+        others = (each.needed for other in self.get().values() for each in other.contents
                   if each.descriptor["digest"] != content.descriptor["digest"])
-        for digest in parts(content).difference(*map(parts, others)):
+        for digest in content.needed.difference(*others):
             with contextlib.suppress(NotFound):
                 self.containerd.delete_content(digest)
         self.look_again()
@@ -4747,21 +4731,12 @@ class ImageStore:
         for group in wanted:
             group.contents = self._read_contents(group.target, present)
             group.content = next(iter(group.whole), NO_CONTENT)
-        self._forget(groups.values())
+        # Only what is behind images that there are is kept.
+        needed = {digest for group in groups.values() for each in group.contents for digest in each.needed}
+        self.blobs = {digest: self.blobs[digest] for digest in self.blobs.keys() & needed.union(groups)}
         hollow = any(group.content is NO_CONTENT for group in groups.values())
         self.groups, self.grouped = groups, names
         self.until = time.monotonic() + self.ABSENT if hollow else float("inf")
-
-    def _forget(self, groups: Iterable[ImageGroup]) -> None:
-        """Keep only what is behind images that there are."""
-        digests, keys = set(), set()
-        for group in groups:
-            digests.add(group.id)
-            for each in group.contents:
-                digests.update((each.descriptor["digest"], (each.manifest.get("config") or {}).get("digest")))
-                keys.update(chain_ids(each.config))
-        self.blobs = {digest: value for digest, value in self.blobs.items() if digest in digests}
-        self.sizes = {key: size for key, size in self.sizes.items() if key in keys}
 
     def _blob(self, digest: str, shape: Dict[str, Any]) -> Dict[str, Any]:
         """A manifest or a configuration; 400 where it is none."""
@@ -4791,10 +4766,9 @@ class ImageStore:
                             known and len(here) == len(parts))
 
     def _layer_size(self, key: str) -> int:
-        if key not in self.sizes:
-            with contextlib.suppress(NotFound):
-                self.sizes[key] = self.containerd.snapshot_usage(self.snapshotter, key)
-        return self.sizes.get(key, 0)
+        with contextlib.suppress(NotFound):
+            return self._usage(key)
+        return 0
 
 
 def chain_ids(config: Dict[str, Any]) -> List[str]:
@@ -4910,14 +4884,9 @@ def config_folder(name: str) -> str:
 def nerdctl_settings() -> Dict[str, str]:
     """The texts that nerdctl's own configuration file sets: address, namespace, data_root, cni_netconfpath and others.
     {} where there is none; one that nerdctl cannot read it complains of itself."""
-    found = {}
-    with contextlib.suppress(OSError):
-        with open(os.environ.get("NERDCTL_TOML") or os.path.join(config_folder("nerdctl"), "nerdctl.toml"),
-                  encoding="utf-8", errors="replace") as file:
-            for key, _, value in re.findall(r"""^\s*(\w+)\s*=\s*(["'])([^"'\\]*)\2\s*(?:#.*)?$""", file.read(),
-                                            re.MULTILINE):
-                found[key] = value
-    return found
+    text = read_file(os.environ.get("NERDCTL_TOML") or os.path.join(config_folder("nerdctl"), "nerdctl.toml"))
+    found = re.findall(r"""^\s*(\w+)\s*=\s*(["'])([^"'\\]*)\2\s*(?:#.*)?$""", text, re.M)
+    return {key: value for key, _, value in found}
 
 
 def cni_folder() -> str:
@@ -5067,7 +5036,7 @@ class Inventory:
 
     def networks(self) -> Dict[str, Dict[str, Any]]:
         """Networks as Docker shows them, by name; bridge, host and none are always among them."""
-        found = {name: parse_network(*each) for name, each in self._network_files().items()}
+        found = {name: shown for name, (_, shown) in self._network_files().items()}
         for name in ("bridge", "host", "none"):
             found.setdefault(name, parse_network({"name": name}, 0))
         return {name: found[name] for name in sorted(found)}
@@ -5079,19 +5048,17 @@ class Inventory:
             raise NotFound(f"network {name} not found")
         return found[0]
 
-    def _network_files(self) -> Dict[str, Tuple[Dict[str, Any], int]]:
-        """By name each network's configuration list and when it was written."""
+    def _network_files(self) -> Dict[str, Tuple[Dict[str, Any], Dict[str, Any]]]:
+        """By name each network's configuration list, and the network as Docker shows it."""
         found = {}
         for folder in (cni_folder(), os.path.join(cni_folder(), self.nerdctl.namespace)):
             for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
                 if name.endswith((".conf", ".conflist", ".json")):
                     # Anybody may have written it: one that makes no sense must not spoil the list of all.
-                    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+                    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
                         config, written = self.files.get(os.path.join(folder, name))
-                        if isinstance(config, dict) and isinstance(config.get("name"),
-                                                                   str) and isinstance(config.get("plugins"), list):
-                            parse_network(config, written)
-                            found[network_name(config["name"])] = config, written
+                        if isinstance(config["name"], str) and isinstance(config["plugins"], list):
+                            found[network_name(config["name"])] = config, parse_network(config, written)
         return found
 
     @property
@@ -5564,9 +5531,8 @@ def detach_network(engine: "Engine", container: Container, network: str) -> Dict
 
 def has_way_out(pid: int) -> bool:
     """Whether the network namespace of a process has a default route, or cannot be seen."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/net/route", encoding="ascii") as file:
-        return any(line.split()[1:2] == ["00000000"] for line in file)
-    return True
+    routes = read_file(f"/proc/{pid}/net/route").splitlines()
+    return not routes or any(line.split()[1:2] == ["00000000"] for line in routes)
 
 
 def restore_route(engine: "Engine", container: Container, pid: int, left: str) -> None:
@@ -6159,14 +6125,11 @@ def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
     info = {
         "Driver": "overlayfs", "DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]],
         "Plugins": {}, "MemoryLimit": False, "SwapLimit": False, "CpuCfsPeriod": False, "CpuCfsQuota": False,
-        "CPUShares": False,
-        "CPUSet": False, "PidsLimit": False, "IPv4Forwarding": False, "OomKillDisable": False,
-        "LoggingDriver": "json-file",
-        "CgroupDriver": "", "CgroupVersion": "", "KernelVersion": os.uname().release, "OperatingSystem": "",
-        "OSVersion": "",
-        "OSType": "linux", "Architecture": os.uname().machine, "NCPU": os.cpu_count() or 1, "MemTotal": 0,
-        "Name": os.uname().nodename,
-        "ID": "", "SecurityOptions": [], "Warnings": [],
+        "CPUShares": False, "CPUSet": False, "PidsLimit": False, "IPv4Forwarding": False, "OomKillDisable": False,
+        "LoggingDriver": "json-file", "CgroupDriver": "", "CgroupVersion": "", "KernelVersion": os.uname().release,
+        "OperatingSystem": "", "OSVersion": "", "OSType": "linux", "Architecture": os.uname().machine,
+        "NCPU": os.cpu_count() or 1, "MemTotal": 0, "Name": os.uname().nodename, "ID": "", "SecurityOptions": [],
+        "Warnings": [],
     }
     info.update({key: value for key, value in told.items() if value is not None})
     logs = (info["Plugins"] or {}).get("Log") or []
@@ -6174,10 +6137,8 @@ def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
                        "Authorization": None, "Log": logs}
     for extra in ("BridgeNfIptables", "BridgeNfIp6tables", "CPURealtime"):
         info.pop(extra, None)
-    with contextlib.suppress(OSError):
-        with open("/etc/os-release", encoding="utf-8") as file:
-            found = re.search(r'^VERSION_ID="?([^"\n]*)', file.read(), re.M)
-            info["OSVersion"] = found.group(1) if found else ""
+    found = re.search(r'^VERSION_ID="?([^"\n]*)', read_file("/etc/os-release"), re.M)
+    info["OSVersion"] = found.group(1) if found else ""
     runtime = {"path": "runc"}
     info.update({
         "GenericResources": None, "ExperimentalBuild": False, "IndexServerAddress": "https://index.docker.io/v1/",
@@ -6232,12 +6193,10 @@ def system_info(engine: Engine, request: Request) -> Response:
             info["RuncCommit"] = {"ID": each.get("Version") or ""}
     info.update({
         "Images": len(engine.inventory.images.get()), "SystemTime": rfc3339(time.time_ns()),
-        "Debug": engine.nerdctl.debug,
-        "NFd": len(os.listdir("/proc/self/fd")), "NGoroutines": threading.active_count(),
-        "NEventsListener": len(engine.journal.queues),
+        "Debug": engine.nerdctl.debug, "NFd": len(os.listdir("/proc/self/fd")),
+        "NGoroutines": threading.active_count(), "NEventsListener": len(engine.journal.queues),
         "DockerRootDir": data_root(), "HttpProxy": os.environ.get("HTTP_PROXY", ""),
-        "HttpsProxy": os.environ.get("HTTPS_PROXY", ""),
-        "NoProxy": os.environ.get("NO_PROXY", ""),
+        "HttpsProxy": os.environ.get("HTTPS_PROXY", ""), "NoProxy": os.environ.get("NO_PROXY", ""),
     })
     known = list(info["Warnings"] or [])
     info["Warnings"] = known + [f"WARNING: {each}" for each in engine.troubles() if f"WARNING: {each}" not in known]
@@ -6247,8 +6206,6 @@ def system_info(engine: Engine, request: Request) -> Response:
 
 
 INDEX_SERVER = "https://index.docker.io/v1/"
-
-
 AUTH = {"username": str, "password": str, "auth": str, "serveraddress": str, "identitytoken": str,
         "registrytoken": str}
 
@@ -6338,8 +6295,7 @@ def docker_event(event: Dict[str, Any], version: Tuple[int, int]) -> Dict[str, A
 
 
 EVENT_FILTERS = ("config", "container", "daemon", "event", "action", "image", "label", "network", "node", "plugin",
-                 "scope", "secret",
-                 "service", "type", "volume")
+                 "scope", "secret", "service", "type", "volume")
 
 
 @route("GET", "/events")
@@ -6575,18 +6531,15 @@ def docker_image_config(config: Dict[str, Any], version: Tuple[int, int]) -> Dic
     """The `Config` of an image with the fields every client expects."""
     found = {
         "User": config.get("User") or "", "Env": config.get("Env"), "Cmd": config.get("Cmd"),
-        "Volumes": config.get("Volumes"),
-        "WorkingDir": config.get("WorkingDir") or "", "Entrypoint": config.get("Entrypoint"),
-        "OnBuild": config.get("OnBuild"),
-        "Labels": config.get("Labels"),
+        "Volumes": config.get("Volumes"), "WorkingDir": config.get("WorkingDir") or "",
+        "Entrypoint": config.get("Entrypoint"), "OnBuild": config.get("OnBuild"), "Labels": config.get("Labels"),
     }
     for key in ("ExposedPorts", "Healthcheck", "StopSignal", "Shell", "ArgsEscaped"):
         if config.get(key):
             found[key] = config[key]
     if version < (1, 50):
         found.update({"Hostname": "", "Domainname": "", "AttachStdin": False, "AttachStdout": False,
-                      "AttachStderr": False,
-                      "Tty": False, "OpenStdin": False, "StdinOnce": False, "Image": ""})
+                      "AttachStderr": False, "Tty": False, "OpenStdin": False, "StdinOnce": False, "Image": ""})
     return found
 
 
@@ -6601,9 +6554,8 @@ def docker_image(group: ImageGroup, version: Tuple[int, int],
         "RepoDigests": group.repo_digests, "Parent": group.parent,
         "Comment": next((each.get("comment") or "" for each in reversed(history)), ""),
         "Created": config.get("created") or ZERO_TIME, "DockerVersion": "", "Author": config.get("author") or "",
-        "Config": docker_image_config(config.get("config") or {}, version), "Architecture": config.get("architecture")
-        or "",
-        "Os": config.get("os") or "", "Size": size,
+        "Config": docker_image_config(config.get("config") or {}, version),
+        "Architecture": config.get("architecture") or "", "Os": config.get("os") or "", "Size": size,
         "GraphDriver": {"Data": None, "Name": "overlayfs"},
         "RootFS": {"Type": "layers", "Layers": (config.get("rootfs") or {}).get("diff_ids") or []},
         "Metadata": {"LastTagTime": rfc3339(group.updated_at or None)},
@@ -7313,12 +7265,10 @@ PROGRESS_LINE = re.compile(
     r"layer-(?P<digest>sha256:[0-9a-f]+):?\s+(?P<state>[a-z ]+?)\s*"
     r"(?:\|.*\|\s*(?:(?P<current>[\d.]+ ?[KMGT]?i?B)/(?P<total>[\d.]+ ?[KMGT]?i?B))?\s*)?$")
 PULL_WORDS = {"waiting": "Waiting", "downloading": "Downloading", "extracting": "Extracting", "resolving": "Waiting",
-              "resolved": "Waiting",
-              "complete": "Pull complete", "done": "Pull complete", "already exists": "Already exists",
-              "exists": "Already exists"}
+              "resolved": "Waiting", "complete": "Pull complete", "done": "Pull complete",
+              "already exists": "Already exists", "exists": "Already exists"}
 PUSH_WORDS = {"waiting": "Waiting", "uploading": "Pushing", "done": "Pushed", "complete": "Pushed",
-              "already exists": "Layer already exists",
-              "exists": "Layer already exists"}
+              "already exists": "Layer already exists", "exists": "Layer already exists"}
 
 
 class ProgressTable:
