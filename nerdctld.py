@@ -63,6 +63,7 @@ if not TREE:
     import gc
     import http.client
     import http.server
+    import importlib
     import io
     import ipaddress
     import pty
@@ -1778,23 +1779,17 @@ def header_json(text: str, shape: Any) -> Dict[str, Any]:
     return {}
 
 
+# What packed data begins with -> the module and the name of what unpacks it; the last one is there from Python 3.14 on.
+PACKED = {b"\x1f\x8b": ("zlib", "decompressobj", 31), b"BZh": ("bz2", "BZ2Decompressor"),
+          b"\xfd7zXZ": ("lzma", "LZMADecompressor"), ZSTD: ("compression.zstd", "ZstdDecompressor")}
+
+
 def decompressor(head: bytes) -> Optional[Callable[[], Any]]:
     """What makes decompressors for a body that begins so; None for one that is not packed."""
-    if head.startswith(b"\x1f\x8b"):
-        return lambda: zlib.decompressobj(31)
-    if head.startswith(b"BZh"):
-        import bz2
-
-        return bz2.BZ2Decompressor
-    if head.startswith(b"\xfd7zXZ"):
-        import lzma
-
-        return lzma.LZMADecompressor
-    if head.startswith(ZSTD):
-        with contextlib.suppress(ImportError):
-            from compression import zstd  # type: ignore
-
-            return zstd.ZstdDecompressor
+    for begin, (module, name, *arguments) in PACKED.items():
+        if head.startswith(begin):
+            with contextlib.suppress(ImportError):
+                return functools.partial(getattr(importlib.import_module(module), name), *arguments)
     return None
 
 
@@ -1842,10 +1837,9 @@ def plain_blocks(blocks: Iterator[Any]) -> Iterator[Any]:
         return
     try:
         yield from unpacked(itertools.chain([first], blocks), begin)
-    except (zlib.error, OSError, ValueError, EOFError) as error:
-        raise BadParameter(f"invalid archive: {error}") from None
     except Exception as error:
-        if type(error).__name__ not in ("LZMAError", "ZstdError"):
+        told = isinstance(error, (OSError, ValueError, EOFError, zlib.error))
+        if not told and type(error).__name__ not in ("LZMAError", "ZstdError"):
             raise
         raise BadParameter(f"invalid archive: {error}") from None
 
@@ -2313,9 +2307,8 @@ class Nerdctl:
     def argv(self, arguments: Iterable[str]) -> List[str]:
         """The whole command line; 400 for a word no process can be given."""
         words = [*self.command, *self.options, *arguments]
-        for word in words:
-            if "\0" in word:
-                raise BadParameter("invalid value: it has a NUL byte")
+        if any("\0" in word for word in words):
+            raise BadParameter("invalid value: it has a NUL byte")
         return words
 
     def tell(self, process: Process) -> None:
@@ -3517,13 +3510,11 @@ class ContainerdClient:
     own errors, and Unavailable where it cannot be reached."""
 
     def __init__(self, address: str = "", namespace: str = "default", lease: str = ""):
-        self.namespace, self.lease = namespace, lease
-        self.given_address = address.replace("unix://", "", 1)
-
-    @property
-    def address(self) -> str:
-        """The path of the socket, as containerd's own mount namespace has it."""
-        return self.given_address or CONTAINERD_SOCKET
+        self.namespace, self.given_address = namespace, address.replace("unix://", "", 1)
+        # The path of the socket, as containerd's own mount namespace has it.
+        self.address = self.given_address or CONTAINERD_SOCKET
+        # Of every call.
+        self.headers = [("containerd-namespace", namespace), *([("containerd-lease", lease)] if lease else [])]
 
     def root(self) -> str:
         """What to put in front of containerd's paths: "", or for a user's own (rootless) containerd, which has a mount
@@ -3556,11 +3547,6 @@ class ContainerdClient:
                                   "root, or set up rootless containerd") from None
             raise Unavailable(f"containerd is not running at {self.address}: install or start it (systemctl start "
                               "containerd), or say where it is with --address") from None
-
-    @property
-    def headers(self) -> List[Tuple[str, str]]:
-        """The headers of every call."""
-        return [("containerd-namespace", self.namespace), *([("containerd-lease", self.lease)] if self.lease else [])]
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
@@ -4079,13 +4065,10 @@ def is_nameless(name: str) -> bool:
 
 def with_tag(name: str) -> str:
     """A name as dockerd repeats it when there is no such image: with its tag, ids as they are."""
-    try:
-        reference = parse_reference(name)
-    except BadParameter:
-        return name
-    if re.fullmatch(r"(sha256:)?[0-9a-f]{12,64}", name):
-        return name
-    return familiar(reference.name)
+    with contextlib.suppress(BadParameter):
+        if not re.fullmatch(r"(sha256:)?[0-9a-f]{12,64}", name):
+            return familiar(parse_reference(name).name)
+    return name
 
 
 ###############################################################################
@@ -4286,11 +4269,6 @@ def refused_start(error: str) -> Tuple[int, Optional[str]]:
     return 128, None
 
 
-def refused_code(error: str) -> int:
-    """The exit code that Docker gives a container whose start failed with these words."""
-    return refused_start(error)[0]
-
-
 def container_state(labels: Dict[str, str], task: Optional[TaskRecord], started_at: Optional[int]) -> State:
     """The state of a container from its labels, its task and when nerdctl noted that it was started."""
     if task is None:
@@ -4299,7 +4277,7 @@ def container_state(labels: Dict[str, str], task: Optional[TaskRecord], started_
         booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         error = labels.get("nerdctl/error") or "" if not started_at or started_at / 1e9 > booted else ""
         if error:
-            return State("created", exit_code=refused_code(error), error=error)
+            return State("created", exit_code=refused_start(error)[0], error=error)
     if int_or_zero(labels.get("containerd.io/restart.count") or "") and (
             started_at and restarts_again(labels, 1) if task is None else
             task.status == "created" and labels.get("containerd.io/restart.status") == "running"):
@@ -4311,8 +4289,8 @@ def container_state(labels: Dict[str, str], task: Optional[TaskRecord], started_
     if task.status == "stopped":
         kind = "restarting" if restarts_again(labels, task.exit_status) else "exited"
         error = labels.get("nerdctl/error") or "" if labels.get(LABEL_REFUSED) == str(task.pid) else ""
-        return State(kind, exit_code=task.exit_status or (refused_code(error) if error else 0), started_at=started_at,
-                     finished_at=task.exited_at or None, error=error)
+        return State(kind, exit_code=task.exit_status or (refused_start(error)[0] if error else 0),
+                     started_at=started_at, finished_at=task.exited_at or None, error=error)
     kind = {"created": "created", "running": "running", "paused": "paused", "pausing": "paused"}.get(task.status,
                                                                                                      "dead")
     if kind not in ("running", "paused"):
@@ -4355,18 +4333,13 @@ def parse_mounts(labels: Dict[str, str]) -> List[Dict[str, Any]]:
              for each in json_of(list, labels.get("nerdctl/mounts"))]
     numbered = map(labels.get, map("nerdctl/mounts.{}".format, itertools.count()))
     found += [json_of(dict, each) for each in itertools.takewhile(bool, numbered)]
-    mounts = []
-    for each in found:
-        mount = {"Type": each.get("Type") or "bind"}
-        if each.get("Name"):
-            mount["Name"] = each["Name"]
-        mount.update({"Source": each.get("Source") or "", "Destination": each.get("Destination") or ""})
-        if mount["Type"] == "volume":
-            mount["Driver"] = each.get("Driver") or "local"
-        mount.update({"Mode": each.get("Mode") or "", "RW": bool(each.get("RW", True)),
-                      "Propagation": each.get("Propagation") or ""})
-        mounts.append(mount)
-    return mounts
+    mounts = ({
+        "Type": each.get("Type") or "bind", "Name": each.get("Name") or None, "Source": each.get("Source") or "",
+        "Destination": each.get("Destination") or "",
+        "Driver": each.get("Driver") or "local" if each.get("Type") == "volume" else None,
+        "Mode": each.get("Mode") or "", "RW": bool(each.get("RW", True)), "Propagation": each.get("Propagation") or "",
+    } for each in found)
+    return [{key: value for key, value in each.items() if value is not None} for each in mounts]
 
 
 # How Go's encoder writes the beginning of an OCI spec.
@@ -5318,10 +5291,8 @@ class Hosts:
                 with locked(store):
                     for each in group:
                         lines = self._lines(each, places)
-                        rewrite_hosts(hosts_folder(each), functools.partial(self._with, lines))
-
-    def _with(self, own: List[str], lines: List[str]) -> List[str]:
-        return [each for each in lines if not each.rstrip().endswith(self.MARK)] + own
+                        rewrite_hosts(hosts_folder(each), lambda before: [
+                            *(line for line in before if not line.rstrip().endswith(self.MARK)), *lines])
 
     def _lines(self, container: Container, places: List[Tuple[Container, Dict[str, Dict[str, Any]]]]) -> List[str]:
         mine, links, lines = set(network_names(container)), wanted_names(container)[1], []
@@ -6232,16 +6203,11 @@ def registry_auths(credentials: Dict[str, str], registry: str) -> Dict[str, Dict
     return {INDEX_SERVER if host == "docker.io" else host: entry}
 
 
-@contextlib.contextmanager
-def credentials_for(engine: Engine, request: Request, registry: str) -> Iterator[Optional[Dict[str, str]]]:
-    """The environment for one nerdctl call with the credentials of the request's X-Registry-Auth, None without any.
-    They are in a private folder while the call runs, and nowhere else."""
+def credentials_for(engine: Engine, request: Request, registry: str) -> ContextManager[Optional[Dict[str, str]]]:
+    """Context with the environment for one nerdctl call with the credentials of the request's X-Registry-Auth, None
+    without any. They are in a private folder while the call runs, and nowhere else."""
     auths = registry_auths(decode_auth(request), registry)
-    if not auths:
-        yield None
-        return
-    with engine.workspace.docker_config(auths) as environment:
-        yield environment
+    return engine.workspace.docker_config(auths) if auths else contextlib.nullcontext()
 
 
 @route("POST", "/auth")
@@ -6825,9 +6791,8 @@ def wanted_platforms(request: Request, limit: int = 0) -> List[str]:
 def remove_extra_names(engine: Engine, extra: List[str]) -> None:
     """Take away names that nerdctl's load and import leave beside the ones asked for."""
     if extra:
-        with engine.changing_images(extra, "untag"):
-            with contextlib.suppress(ApiError):
-                engine.containerd.delete_images(extra)
+        with engine.changing_images(extra, "untag"), contextlib.suppress(ApiError):
+            engine.containerd.delete_images(extra)
 
 
 def parse_loaded(text: str) -> List[str]:
@@ -7018,10 +6983,8 @@ def apply_change(config: Dict[str, Any], word: str, rest: str) -> None:
     expand = lambda text: expand_word(text, variables)
     if not rest:
         raise BadParameter(f"{word} requires at least one argument")
-    if word == "CMD":
-        config["Cmd"] = instruction_words(rest, config.get("Shell"))
-    elif word == "ENTRYPOINT":
-        config["Entrypoint"] = instruction_words(rest, config.get("Shell"))
+    if word in ("CMD", "ENTRYPOINT"):
+        config[word.capitalize()] = instruction_words(rest, config.get("Shell"))
     elif word == "ENV":
         told = {key: f"{key}={value}" for key, value in expand_pairs(rest, variables).items()}
         config["Env"] = list({**{each.partition("=")[0]: each for each in config.get("Env") or []}, **told}.values())
@@ -7492,16 +7455,11 @@ def next_query(link: str) -> str:
     return ""
 
 
-def registry_of(request: Request, reference: Reference) -> Registry:
-    """The registry of a reference, with the request's credentials."""
-    return Registry(reference, decode_auth(request))
-
-
 @route("GET", "/distribution/{image}/json")
 def image_distribution(engine: Engine, request: Request, name: str) -> Response:
     """What the registry has under a name: its descriptor and platforms; 401 and 404 as the registry says."""
     reference = parse_reference(name)
-    registry = registry_of(request, reference)
+    registry = Registry(reference, decode_auth(request))
     headers, body = registry.ask(f"manifests/{reference.digest or reference.tag}")
     manifest = shaped(parse_json(body), MANIFEST)
     media_type = manifest.get("mediaType") or headers.get("content-type") or ""
@@ -7533,7 +7491,7 @@ def image_create(engine: Engine, request: Request) -> Response:
     def chunks() -> Iterator[bytes]:
         references = [reference]
         if not reference.tag and not reference.digest:
-            tags = registry_of(request, reference).tags()
+            tags = Registry(reference, decode_auth(request)).tags()
             references = [reference._replace(tag=each) for each in sorted(tags) if TAG.fullmatch(each)]
         with credentials_for(engine, request, reference.repository.partition("/")[0]) as environment:
             for each in references:
@@ -7591,7 +7549,7 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
         yield message_line({"status": f"The push refers to repository [{reference.repository}]"})
         with credentials_for(engine, request, reference.repository.partition("/")[0]) as environment:
             for each in names:
-                table = ProgressTable(PUSH_WORDS, registry_has(registry_of(request, reference), groups[each]))
+                table = ProgressTable(PUSH_WORDS, registry_has(Registry(reference, decode_auth(request)), groups[each]))
                 with engine.nerdctl.push(each, groups[each], platforms, environment, request.client) as process:
                     yield from follow_progress(process, table)
                     pushed = engine.nerdctl.pushed_digest(process)
@@ -11034,7 +10992,7 @@ def start_refused(engine: Engine, container: Container, error: ApiError) -> None
             remove_container(engine, container, force=False, volumes=True)
     if engine.supervisor:
         engine.supervisor.changed.put(container.id)
-    engine.tasks.failed(container.id, refused_code(str(error)), spared and auto_removed(container))
+    engine.tasks.failed(container.id, refused_start(str(error))[0], spared and auto_removed(container))
 
 
 def start_container(engine: Engine, container: Container) -> None:
@@ -11900,7 +11858,7 @@ def run_exec(engine: Engine, instance: Exec, streams: TaskStreams) -> None:
                 engine.containerd.delete_exec(identity, instance.id)
             raise runtime_error(error) from None
     except BaseException as error:
-        instance.running, instance.code = False, 127 if refused_code(str(error)) == 127 else 126
+        instance.running, instance.code = False, 127 if refused_start(str(error))[0] == 127 else 126
         instance.done.set()
         raise
     threading.Thread(target=await_exec, args=(engine, instance), name="exec", daemon=True).start()

@@ -13243,7 +13243,7 @@ class TestCtr:
         assert build().status == 503
 
     def test_containerd_is_down(self, ctr, fake, over_ctr):
-        over_ctr.containerd.given_address = f"{ctr.folder}/none.sock"
+        over_ctr.containerd.address = f"{ctr.folder}/none.sock"
         down = ask(over_ctr, "GET", "/info")
         assert down.status == 503 and f"{ctr.folder}/none.sock" in down.message
         assert [ask(over_ctr, "POST", path).status for path in ("/images/create?fromImage=a:1", f"/images/{BASE}/push")] == [503, 503] and ctr.calls() == []
