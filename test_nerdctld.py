@@ -1198,7 +1198,9 @@ def apart(request, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session", autouse=True)
 def frozen():
-    """The tests themselves are many objects, which nobody needs to look through again and again."""
+    """The tests themselves are many objects, which nobody needs to look through again and again; pytest does so at the end."""
+    gc.freeze()
+    yield
     gc.collect()
     gc.freeze()
 
