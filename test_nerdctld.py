@@ -588,13 +588,18 @@ class FakeContainerd:
                 self.connections.discard(sock)
                 self.subscribers = [each for each in self.subscribers if each[0].sock is not sock]
 
-    def answer(self, connection, stream, method, namespace, body):
-        """Answer one call."""
+    def note(self, method, body):
+        """Note a call; the fields of its message by number, and 0 for all of it."""
         asked = nerdctld.read_message(body)
         asked[0] = body
         with self.lock:
             self.calls[method] += 1
             self.asked[method] = asked
+        return asked
+
+    def answer(self, connection, stream, method, namespace, body):
+        """Answer one call."""
+        asked = self.note(method, body)
         try:
             self.before.get(method, lambda: None)()
             # Create and Start wait for a client to open the FIFOs.
@@ -1046,6 +1051,33 @@ class FakeContainerd:
         return digest
 
 
+class Direct(nerdctld.Containerd):
+    """The fake containerd without a connection for each call. Only what waits has one, what a test has put something before or after, and
+    what other threads than the tests' own call."""
+
+    def __init__(self, fake):
+        super().__init__(fake.path)
+        self.fake = fake
+
+    def stream(self, method, fields, timeout=None):
+        """The messages that answer a call."""
+        name, fake = method.rpartition(".")[2], self.fake
+        if (name in ("Tasks/Create", "Tasks/Start", "Tasks/Wait") or name in fake.before or name in fake.after or fake.listener.fileno() < 0
+                or threading.current_thread() is not threading.main_thread()):
+            yield from super().stream(method, fields, timeout)
+            return
+        with self.errors():
+            asked = fake.note(name, nerdctld.encode_message(fields))
+            with fake.lock:
+                found = fake.found(name, self.namespace, asked)
+        yield from found
+
+    def call(self, method, fields, timeout=10.0):
+        """The one message that answers a call."""
+        found, = self.stream(method, fields, timeout)
+        return memoryview(found)
+
+
 class InProcess(nerdctld.Nerdctl):
     """The scripted nerdctl without a process for each call; only streams have one."""
 
@@ -1165,7 +1197,7 @@ def fake(tmp_path):
 @pytest.fixture
 def engine(scripted, fake):
     """An engine over the scripted nerdctl and the fake containerd, of which it follows no events."""
-    found = nerdctld.Engine(InProcess(scripted), nerdctld.Containerd(fake.path))
+    found = nerdctld.Engine(InProcess(scripted), Direct(fake))
     yield found
     found.close()
 
@@ -4173,7 +4205,7 @@ def reading(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reading")
     scripted, fake = Scripted(folder), FakeContainerd(folder)
     furnish(scripted, fake, folder)
-    found = nerdctld.Engine(InProcess(scripted), nerdctld.Containerd(fake.path))
+    found = nerdctld.Engine(InProcess(scripted), Direct(fake))
     found.folder = folder
     follow(found, fake)
     yield found
@@ -4471,11 +4503,12 @@ class TestState:
         assert until(lambda: fake.subscribers and furnished.feed.live)
         assert ask(furnished, "GET", "/containers/tstweb/json").json["Config"]["Labels"]["later"] == "1"
 
-    def test_a_containerd_that_is_not_for_this_user(self, furnished, monkeypatch):
+    def test_a_containerd_that_is_not_for_this_user(self, furnished, fake, monkeypatch):
         class Refused(socket.socket):
             def connect(self, address):
                 raise PermissionError(13, "Permission denied")
         monkeypatch.setattr(nerdctld.socket, "socket", Refused)
+        fake.before["Containers/List"] = lambda: None
         answer = ask(furnished, "GET", "/containers/json")
         assert answer.status == 503 and "may not be used by this user" in answer.message
 
