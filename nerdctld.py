@@ -83,7 +83,7 @@ if not TREE:
     import tty
     import urllib.parse
     import zlib
-    from hashlib import sha256
+    from hashlib import sha1, sha256
 
 VERSION = "0.1.0"
 API_NEWEST = (1, 56)
@@ -10359,7 +10359,7 @@ class Attachment:
         self.wanted = {STDOUT: stdout, STDERR: stderr}
         self.pack, self.stdin = pack, stdin
         self.lock = threading.Lock()
-        self.waiting: Deque[bytes] = collections.deque()
+        self.waiting: List[bytes] = []
         self.size = 0
         self.gone = False
         # Set when there is nothing more to come, or the client has left.
@@ -10377,7 +10377,7 @@ class Attachment:
         """The client's connection is there."""
         with self.lock:
             self.connection = connection
-            self._send()
+        self.send()
         if self.done.is_set():
             connection.stop_input()
         if self.streams:
@@ -10389,31 +10389,19 @@ class Attachment:
             self.send(*self.pack(kind, data))
 
     def send(self, *parts: bytes) -> None:
-        """Send some bytes behind all that waits, or as much of them as the client takes now."""
+        """Send some bytes behind all that waits, or without any what waits, as much as the client takes now."""
         with self.lock:
-            first = not self.waiting
+            # Behind something that the client did not take it takes nothing either.
+            due = self.connection and not (parts and self.waiting)
             if not self.gone:
-                self.waiting.extend(parts)
+                self.waiting += parts
                 self.size += sum(map(len, parts))
-                if first:
-                    self._send()
-
-    def send_waiting(self) -> None:
-        """Send what waits, as much as the client takes now."""
-        with self.lock:
-            self._send()
-
-    def _send(self) -> None:
-        try:
-            while self.waiting and self.connection:
-                rest = self.connection.send_now(*self.waiting)
-                self.waiting.clear()
-                self.size = len(rest)
-                if rest:
-                    self.waiting.append(rest)
-                    return
-        except ClientGone:
-            self.leave()
+            if due and self.waiting:
+                try:
+                    rest = self.connection.send_now(*self.waiting)
+                    self.waiting, self.size = [rest] if rest else [], len(rest)
+                except ClientGone:
+                    self.leave()
 
     def drain(self) -> None:
         """Send all that waits, however long the client takes for it."""
@@ -10421,7 +10409,7 @@ class Attachment:
             poller = select.poll()
             poller.register(self.connection.sock, select.POLLOUT)
             poller.poll(1000)
-            self.send_waiting()
+            self.send()
 
     def leave(self) -> None:
         """The client is there no more: what waits for it to take more goes on."""
@@ -10441,8 +10429,8 @@ class Attachment:
 class ProcessStreams:
     """The FIFOs of one process: its output goes to the log, `keep(kind, data)`, and to every attachment, and their
     input to it, which with `once` ends with that of the first. `close_stdin()` has containerd end its input, `on_end()`
-    is called when all output has come, before the clients are told. With `found`, they are FIFOs that a process has
-    already."""
+    is called when all output has come, before the clients are told. With `found`, they are those of a process that
+    runs already, in this folder."""
 
     # How long after the end of the process output may come that others hold open; dockerd waits as long.
     LINGER = 2.0
@@ -10450,15 +10438,16 @@ class ProcessStreams:
     def __init__(self, folder: str, stdin: bool, terminal: bool, once: bool,
                  keep: Optional[Callable[[int, bytes], None]] = None,
                  close_stdin: Callable[[], None] = lambda: None, on_end: Callable[[], None] = lambda: None,
-                 found: Optional[TaskStreams] = None):
+                 found: str = ""):
         self.lock = threading.Lock()
         self.attachments: List[Attachment] = []
         self.keep, self.tell_stdin_closed, self.on_end = keep, close_stdin, on_end
         self.once = once
         self.started, self.ended = threading.Event(), threading.Event()
         self.exited_at: Optional[float] = None
-        names = [name for name, wanted in (("stdin", stdin), ("stdout", True), ("stderr", not terminal)) if wanted]
-        self.folder = os.path.dirname(found.stdout) if found else ""
+        names = [name for name, wanted in (("stdin", stdin), ("stdout", True), ("stderr", not terminal))
+                 if (os.path.exists(os.path.join(found, name)) if found else wanted)]
+        self.folder = found
         self.descriptors: Dict[str, int] = {}
         self.waker: Tuple[int, ...] = ()
         try:
@@ -10481,8 +10470,8 @@ class ProcessStreams:
             raise ApiError(f"cannot open FIFOs for the streams of a process: {error}") from None
         for end in self.waker:
             os.set_blocking(end, False)
-        self.paths = found or TaskStreams(*(os.path.join(self.folder, name) if name in names else ""
-                                            for name in ("stdin", "stdout", "stderr")), terminal)
+        self.paths = TaskStreams(*(os.path.join(self.folder, name) if name in names else ""
+                                   for name in ("stdin", "stdout", "stderr")), terminal)
         threading.Thread(target=self._follow, name="streams", daemon=True).start()
 
     def join(self, attachment: Attachment) -> bool:
@@ -10556,15 +10545,11 @@ class ProcessStreams:
             self.tell_stdin_closed()
 
     def _follow(self) -> None:
-        try:
-            self._pass_on({self.descriptors[name]: kind for name, kind in (("stdout", STDOUT), ("stderr", STDERR))
-                           if name in self.descriptors})
-        except Exception:
-            log(traceback.format_exc())
-        try:
-            self.on_end()
-        except Exception:
-            log(traceback.format_exc())
+        for step in (self._pass_on, self.on_end):
+            try:
+                step()
+            except Exception:
+                log(traceback.format_exc())
         with self.lock:
             attachments, self.attachments = self.attachments, []
             self._close()
@@ -10572,8 +10557,10 @@ class ProcessStreams:
         for attachment in attachments:
             attachment.finish()
 
-    def _pass_on(self, outputs: Dict[int, int]) -> None:
+    def _pass_on(self) -> None:
         """Pass output on to its end. While a client is full nothing is read."""
+        outputs = {self.descriptors[name]: kind for name, kind in (("stdout", STDOUT), ("stderr", STDERR))
+                   if name in self.descriptors}
         late = 0
         while outputs and late < 1 << 20:
             poller = select.poll()
@@ -10598,23 +10585,19 @@ class ProcessStreams:
                     data = os.read(descriptor, BLOCK)
                     # What a pipe holds is all that the process itself can have written.
                     late += len(data) if limit == 0 else 0
-                    if data:
-                        self._put(outputs[descriptor], data)
-                    else:
+                    if data and self.keep:
+                        self.keep(outputs[descriptor], data)
+                    for each in self.attachments:
+                        each.put(outputs[descriptor], data)
+                    if not data:
                         del outputs[descriptor]
                 elif descriptor in behind:
-                    behind[descriptor].send_waiting()
+                    behind[descriptor].send()
                 else:
                     os.read(descriptor, 4096)
             if any(each.gone for each in self.attachments):
                 with self.lock:
                     self.attachments = [each for each in self.attachments if not each.gone]
-
-    def _put(self, kind: int, data: bytes) -> None:
-        if self.keep:
-            self.keep(kind, data)
-        for attachment in self.attachments:
-            attachment.put(kind, data)
 
     def _close(self, remove: bool = True) -> None:
         for descriptor in [*self.descriptors.values(), *self.waker]:
@@ -10624,16 +10607,19 @@ class ProcessStreams:
             remove_tree(self.folder)
 
 
-def pump_stdin(attachment: Attachment, streams: ProcessStreams, keys: Optional[DetachKeys]) -> bool:
-    """Pass a client's input on until it ends, the client leaves or detaches. Whether it was detached by its keys."""
+def pump_stdin(attachment: Attachment, keys: Optional[DetachKeys]) -> bool:
+    """Pass a client's input, if it is wanted, on until it ends, the client leaves or detaches. Whether it was detached
+    by its keys: then it counts as gone."""
+    streams = attachment.streams if attachment.stdin else None
     # To its end, which comes when the client has left: it may have sent something before.
-    for data in iter(lambda: attachment.connection.recv(65536), b""):
+    for data in iter(lambda: attachment.connection.recv(65536), b"") if streams else ():
         data, detached = keys.feed(data) if keys else (data, False)
         if not streams.write(data, attachment):
             break
         if detached:
+            attachment.leave()
             return True
-    if streams.once:
+    if streams and streams.once:
         streams.close_stdin()
     return False
 
@@ -10899,8 +10885,8 @@ def is_terminal(container: Container) -> bool:
     return bool(container.process.get("terminal"))
 
 
-def open_streams(engine: Engine, container: Container, found: Optional[TaskStreams] = None) -> ProcessStreams:
-    """FIFOs for a container's process, or those that it has already, with its log."""
+def open_streams(engine: Engine, container: Container, found: str = "") -> ProcessStreams:
+    """FIFOs for a container's process, or those that it has already in a folder, with its log."""
     try:
         keep = open_log(engine.nerdctl, container)
     except OSError as error:
@@ -10926,12 +10912,6 @@ def open_streams(engine: Engine, container: Container, found: Optional[TaskStrea
     return streams
 
 
-def found_streams(folder: str, terminal: bool) -> TaskStreams:
-    """The FIFOs in a folder."""
-    paths = (os.path.join(folder, name) for name in ("stdin", "stdout", "stderr"))
-    return TaskStreams(*(each if os.path.exists(each) else "" for each in paths), terminal)
-
-
 def find_streams(engine: Engine, container: Container) -> Optional[ProcessStreams]:
     """The FIFOs of a container's process, None where it has none. Those of a daemon that has ended are this one's from
     now on."""
@@ -10939,8 +10919,7 @@ def find_streams(engine: Engine, container: Container) -> Optional[ProcessStream
     if owner.streams is None and container.running and f"/{FIFO_FOLDER}" in container.task.stdout:
         with contextlib.suppress(ApiError), engine.owning(container.id) as now:
             if owner.streams is None and now.running and now.task.stdout == container.task.stdout:
-                found = found_streams(os.path.dirname(now.task.stdout), is_terminal(now))
-                streams = open_streams(engine, now, found)
+                streams = open_streams(engine, now, os.path.dirname(now.task.stdout))
                 streams.begin()
                 if not runs(engine, now):
                     # Its end was told before there was anybody to hear of it.
@@ -11457,11 +11436,6 @@ def websocket_frame(kind: int, data: bytes) -> Tuple[bytes, bytes]:
     return bytes([0x80 | kind]) + length, data
 
 
-def websocket_message(kind: int, data: bytes) -> Tuple[bytes, ...]:
-    """Output of a stream as a binary message."""
-    return websocket_frame(2, data)
-
-
 class WebSocket(Connection):
     """A connection whose input comes in WebSocket frames (RFC 6455). They are answered by way of the attachment, behind
     the whole frames that wait there."""
@@ -11600,9 +11574,7 @@ class AttachRequest:
                                  name="attach", daemon=True).start()
             elif not container.running:
                 self._await_start(file)
-            keys = self.keys if self.tty else None
-            if attachment.streams and attachment.stdin and pump_stdin(attachment, attachment.streams, keys):
-                attachment.leave()
+            if pump_stdin(attachment, self.keys if self.tty else None):
                 engine.tell(container, "detach")
             attachment.done.wait()
             attachment.drain()
@@ -11650,10 +11622,8 @@ def container_attach_websocket(engine: Engine, request: Request, name: str) -> R
     """The same over a WebSocket, without frames of our own: output in binary messages."""
     engine.inventory.container(name)
     key = websocket_key(request)
-    found = AttachRequest(engine, request, name, websocket_message)
-    import hashlib
-
-    accept = base64.b64encode(hashlib.sha1((key + WEBSOCKET_KEY).encode()).digest()).decode()
+    found = AttachRequest(engine, request, name, lambda kind, data: websocket_frame(2, data))
+    accept = base64.b64encode(sha1((key + WEBSOCKET_KEY).encode()).digest()).decode()
 
     def serve_frames(connection: Connection) -> None:
         sock = WebSocket(connection, found.attachment)
@@ -11838,9 +11808,9 @@ def find_exec(engine: Engine, name: str) -> Exec:
     return instance
 
 
-def run_exec(engine: Engine, instance: Exec, streams: TaskStreams) -> None:
-    """Start the command; `done` is set when it has ended, `code` being its exit status then. ApiError when it cannot be
-    started."""
+def run_exec(engine: Engine, instance: Exec, streams: TaskStreams, ended: Callable[[], Any] = lambda: None) -> None:
+    """Start the command; `done` is set, and `ended()` called, when it has ended, `code` being its exit status then.
+    ApiError when it cannot be started."""
     identity = instance.container.id
     with engine.lock:
         check_unstarted(instance)
@@ -11861,10 +11831,10 @@ def run_exec(engine: Engine, instance: Exec, streams: TaskStreams) -> None:
         instance.running, instance.code = False, 127 if refused_start(str(error))[0] == 127 else 126
         instance.done.set()
         raise
-    threading.Thread(target=await_exec, args=(engine, instance), name="exec", daemon=True).start()
+    threading.Thread(target=await_exec, args=(engine, instance, ended), name="exec", daemon=True).start()
 
 
-def await_exec(engine: Engine, instance: Exec) -> None:
+def await_exec(engine: Engine, instance: Exec, ended: Callable[[], Any]) -> None:
     """Wait for the end of a command, and have containerd close its streams."""
     identity, code = instance.container.id, None
     while code is None and not engine.closing.is_set():
@@ -11880,6 +11850,7 @@ def await_exec(engine: Engine, instance: Exec) -> None:
     instance.running, instance.pid = False, 0
     engine.tell(instance.container, "exec_die", execID=instance.id, exitCode=str(instance.code))
     instance.done.set()
+    ended()
     # It waits for those who hold the streams open, which is of no interest to the client.
     with contextlib.suppress(ApiError):
         engine.containerd.delete_exec(identity, instance.id)
@@ -11918,13 +11889,12 @@ def run_in_container(engine: Engine, container: Container, config: Dict[str, Any
     instance.id = exec_name(streams.folder)
     try:
         keep_exec(engine, instance)
-        run_exec(engine, instance, streams.paths)
+        run_exec(engine, instance, streams.paths, streams.exited)
         ended = instance.done.wait(timeout)
         while not instance.done.is_set():
             with contextlib.suppress(ApiError):
                 engine.containerd.kill_task(container.id, signal.SIGKILL, instance.id)
             instance.done.wait(5.0)
-        streams.exited()
         streams.ended.wait(streams.LINGER + 1)
     finally:
         # Before the streams: while nobody reads them containerd can neither start a command nor end it.
@@ -11960,21 +11930,17 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
         return Response(200, b"")
     # As with dockerd, this request says how the output is packed, whether or not the command has a terminal.
     raw = options.get("Tty")
-
-    def serve(connection: Connection) -> None:
-        serve_exec(engine, request, instance, connection, raw)
-
-    return Response(101, Hijack(serve), stream_type(raw, request.version))
+    return Response(101, Hijack(functools.partial(serve_exec, engine, request, instance, raw)),
+                    stream_type(raw, request.version))
 
 
-def serve_exec(engine: Engine, request: Request, instance: Exec, connection: Connection, raw: bool) -> None:
+def serve_exec(engine: Engine, request: Request, instance: Exec, raw: bool, connection: Connection) -> None:
     """Run a command with its streams on a client's connection, to its end or until the client leaves."""
     config = instance.config
     attachment = Attachment(bool(config.get("AttachStdout")), bool(config.get("AttachStderr")) and not raw,
                             as_it_is if raw else multiplexed, bool(config.get("AttachStdin")))
     attachment.connect(connection)
-    keys = DetachKeys(config.get("DetachKeys") or "") if instance.tty and attachment.stdin else None
-
+    keys = DetachKeys(config.get("DetachKeys") or "") if instance.tty else None
     with request.client.when_gone(attachment.leave, half=False):
         streams = None
         try:
@@ -11984,7 +11950,7 @@ def serve_exec(engine: Engine, request: Request, instance: Exec, connection: Con
                                                                    instance.container.id, instance.id),
                                      on_end=instance.done.wait)
             streams.join(attachment)
-            run_exec(engine, instance, streams.paths)
+            run_exec(engine, instance, streams.paths, streams.exited)
         except ApiError as error:
             # Whatever the client wants: there is no other place for it.
             attachment.wanted[STDOUT] = True
@@ -11994,9 +11960,7 @@ def serve_exec(engine: Engine, request: Request, instance: Exec, connection: Con
                 streams.abandon()
             return
         streams.begin()
-        threading.Thread(target=lambda: (instance.done.wait(), streams.exited()), name="exec", daemon=True).start()
-        if attachment.stdin and pump_stdin(attachment, streams, keys):
-            attachment.leave()
+        pump_stdin(attachment, keys)
         attachment.done.wait()
         attachment.drain()
 
@@ -12156,10 +12120,9 @@ def sweep_streams(engine: Engine, container: Container) -> None:
             used = now.running and now.task.stdout == os.path.join(folder, "stdout")
             # A daemon that lives holds the lock of those that it has made.
             if not used and lock_is_free(folder, fcntl.LOCK_EX):
-                found = found_streams(folder, False)
                 with contextlib.suppress(ApiError):
                     # While nobody reads them containerd can neither start the command nor end it.
-                    streams = ProcessStreams("", bool(found.stdin), not found.stderr, False, found=found)
+                    streams = ProcessStreams("", False, False, False, found=folder)
                     end_exec(engine, container.id, exec_name(folder))
                     streams.abandon()
                 remove_tree(folder)

@@ -7795,7 +7795,7 @@ class TestProcessStreams:
         # What was written while nobody was there, and its reader goes.
         writer = os.open(theirs.stdout, os.O_WRONLY)
         os.write(writer, b"before ")
-        shim = shims(found=theirs)
+        shim = shims(found=os.path.dirname(theirs.stdout))
         for each in (writer, *numbers):
             os.close(each)
         assert shim.streams.paths == theirs and until(lambda: shim.kept == [(1, b"before ")]) and shim.streams.join(first)
@@ -7810,7 +7810,7 @@ class TestProcessStreams:
         assert not nerdctld.lock_is_free(shim.streams.folder, fcntl.LOCK_EX)
         before = descriptors()
         with pytest.raises(nerdctld.ApiError, match="cannot open FIFOs"):
-            shims(found=shim.streams.paths)
+            shims(found=shim.streams.folder)
         assert sorted(os.listdir(shim.streams.folder)) == ["stderr", "stdin", "stdout"] and descriptors() == before
 
     @pytest.mark.parametrize("call", ["mkdtemp", "mkfifo", "pipe"])
@@ -7853,7 +7853,7 @@ class TestProcessStreams:
         shim = shims(once=True, attachments=[first])
         far.sendall(b"early")
         far.shutdown(socket.SHUT_WR)
-        pump = threading.Thread(target=nerdctld.pump_stdin, args=(first, shim.streams, None))
+        pump = threading.Thread(target=nerdctld.pump_stdin, args=(first, None))
         pump.start()
         assert until(lambda: shim.stdin.read(10)) == b"early"
         # Its end has to wait: there is no process yet that could be told.
@@ -7873,7 +7873,7 @@ class TestProcessStreams:
             assert shim.streams.join(each)
             far.sendall(text)
             far.shutdown(socket.SHUT_WR)
-            assert nerdctld.pump_stdin(each, shim.streams, None) is False
+            assert nerdctld.pump_stdin(each, None) is False
             assert shim.stdin.read(10) == text and shim.stdin.read(10) is None
         assert not shim.closings
 
@@ -7887,7 +7887,7 @@ class TestProcessStreams:
             far.setblocking(False)
             while True:
                 far.send(b"x" * 65536)
-        pump = threading.Thread(target=nerdctld.pump_stdin, args=(first, shim.streams, None))
+        pump = threading.Thread(target=nerdctld.pump_stdin, args=(first, None))
         pump.start()
         size = len(until(lambda: shim.stdin.read(65536)))
         pump.join(0.01)
@@ -7898,15 +7898,17 @@ class TestProcessStreams:
 
     def test_keys_in_the_input(self, shims, clients):
         first, far = clients(stdin=True)
-        shim = shims(once=True)
+        shim = shims(once=True, attachments=[first])
         shim.streams.begin()
         far.sendall(b"ab\x10\x11cd")
-        assert nerdctld.pump_stdin(first, shim.streams, nerdctld.DetachKeys("")) is True
+        assert nerdctld.pump_stdin(first, nerdctld.DetachKeys("")) is True
         assert shim.stdin.read(10) == b"ab" and not shim.closings
         # A part of them is no input, as with dockerd.
+        first, far = clients(stdin=True)
+        assert shim.streams.join(first)
         far.sendall(b"\x10")
         far.shutdown(socket.SHUT_WR)
-        assert nerdctld.pump_stdin(first, shim.streams, nerdctld.DetachKeys("")) is False and shim.closings == [True]
+        assert nerdctld.pump_stdin(first, nerdctld.DetachKeys("")) is False and shim.closings == [True]
 
     def rows(self, path):
         """What a log has, as (stream, text)."""
@@ -9232,7 +9234,7 @@ class TestStreams:
 
     def websocket(self):
         connection, far = pair()
-        attachment = nerdctld.Attachment(True, True, nerdctld.websocket_message)
+        attachment = nerdctld.Attachment(True, True, lambda kind, data: nerdctld.websocket_frame(2, data))
         sock = nerdctld.WebSocket(connection, attachment)
         attachment.connect(sock)
         return sock, far
@@ -9250,7 +9252,7 @@ class TestStreams:
         data = b""
         while len(data) < size + (2 if size < 126 else 4 if size < 65536 else 10):
             data += far.recv(65536)
-            sock.attachment.send_waiting()
+            sock.attachment.send()
         assert data[0] == 0x82 and data[-size:] == payload and not sock.attachment.size
         assert data[1] == (size if size < 126 else 126 if size < 65536 else 127)
 
@@ -9273,7 +9275,7 @@ class TestStreams:
             sock.close()
             sock.attachment.put(2, b"more")
             while sock.attachment.size:
-                sock.attachment.send_waiting()
+                sock.attachment.send()
             assert far.recv(1000) == b"\x82\x04data\x8a\x02hi\x82\x04more", first
 
     def test_websocket_client_that_asks_and_does_not_read(self):
@@ -9457,7 +9459,7 @@ class TestExec:
         ({"ConsoleSize": [3, 4]}, {}, False, False), ({"Tty": True, "ConsoleSize": [0, 0]}, {}, False, False), ({"Tty": True, "ConsoleSize": [3]}, {}, False, False)])
     def test_size_before_the_start(self, reading, monkeypatch, config, options, resized, told):
         started = []
-        monkeypatch.setattr(nerdctld, "run_exec", lambda engine, instance, streams: started.append(nerdctld.exec_process(instance, instance.container)))
+        monkeypatch.setattr(nerdctld, "run_exec", lambda engine, instance, *_: started.append(nerdctld.exec_process(instance, instance.container)))
         name = self.create(reading, {"Cmd": ["a"], **config}).json["Id"]
         if resized:
             assert ask(reading, "POST", f"/exec/{name}/resize?h=3&w=4").status == 200
