@@ -10333,18 +10333,13 @@ class DetachKeys:
 
     def feed(self, data: bytes) -> Tuple[bytes, bool]:
         """What is to be passed on of some input, and whether the keys were typed."""
-        out = bytearray()
-        for byte in data:
-            if byte == self.sequence[self.matched]:
-                self.matched += 1
-                if self.matched == len(self.sequence):
-                    return bytes(out), True
-            else:
-                out += self.sequence[: self.matched]
-                self.matched = 1 if byte == self.sequence[0] else 0
-                if not self.matched:
-                    out.append(byte)
-        return bytes(out), False
+        data = self.sequence[:self.matched] + data
+        before, keys, _ = data.partition(self.sequence)
+        if keys:
+            return before, True
+        # Its end may be the beginning of them.
+        self.matched = max(size for size in range(len(self.sequence)) if data.endswith(self.sequence[:size]))
+        return data[:len(data) - self.matched], False
 
 
 class Attachment:
@@ -10722,62 +10717,55 @@ class LogFile:
 
     def __init__(self, path: str, at_end: bool = False):
         self.path, self.rest = path, b""
-        self.file: Any = None
-        # What is to be read after it, before what will be at the path then.
-        self.following: List[Any] = []
-        if self._open() and at_end:
-            self.file.seek(0, os.SEEK_END)
-        elif self.file:
-            self.following, self.file = self._all_files(self.file), None
-            self._open()
+        # What is read, and what is to be read after it, before what will be at the path then.
+        self.files: List[Any] = []
+        if self._open(path):
+            if at_end:
+                self.files[0].seek(0, os.SEEK_END)
+            else:
+                self._open_older()
 
-    def _all_files(self, newest: Any) -> List[Any]:
-        """The files that rotation has put aside and the newest one, the oldest first. Their numbers do not tell:
-        nerdctl's grow, and the daemon's do so with age."""
-        folder, name = os.path.split(self.path)
-        found = [newest]
-        for each in os.listdir(folder):
-            if re.fullmatch(re.escape(name) + r"\.\d+", each):
-                with contextlib.suppress(OSError):
-                    found.append(open(os.path.join(folder, each), "rb", buffering=0))
-                    # It may have been put aside meanwhile.
-                    if os.path.samestat(os.fstat(found[-1].fileno()), os.fstat(newest.fileno())):
-                        found.pop().close()
-        return sorted(found, key=lambda each: (each is newest, os.fstat(each.fileno()).st_mtime_ns))
-
-    def _open(self) -> bool:
-        if self.file:
-            self.file.close()
-            self.file = None
+    def _open(self, path: str) -> bool:
         with contextlib.suppress(OSError):
-            self.file = self.following.pop(0) if self.following else open(self.path, "rb", buffering=0)
-        return self.file is not None
+            self.files.append(open(path, "rb", buffering=0))
+            return True
+        return False
+
+    def _open_older(self) -> None:
+        """Open the files that rotation has put aside, too. Their numbers do not tell which is the oldest: nerdctl's
+        grow, and the daemon's do so with age."""
+        folder, name = os.path.split(self.path)
+        newest = self.files[0]
+        for each in os.listdir(folder):
+            if re.fullmatch(re.escape(name) + r"\.\d+", each) and self._open(os.path.join(folder, each)):
+                # It may have been put aside meanwhile.
+                if os.path.samestat(os.fstat(self.files[-1].fileno()), os.fstat(newest.fileno())):
+                    self.files.pop().close()
+        self.files.sort(key=lambda each: (each is newest, os.fstat(each.fileno()).st_mtime_ns))
 
     def seek_tail(self, count: int) -> None:
         """Go to where the last `count` lines begin."""
-        earlier, later = [self.file, *self.following] if self.file else [], []
-        position, ends, data = 0, 0, b""
-        while earlier and ends <= count:
-            later.insert(0, earlier.pop())
-            position = later[0].seek(0, os.SEEK_END)
+        position, ends, data, first = 0, 0, b"", len(self.files)
+        while first and ends <= count:
+            first -= 1
+            position = self.files[first].seek(0, os.SEEK_END)
             while position > 0 and ends <= count:
                 size = min(65536, position)
-                position = later[0].seek(position - size)
-                data = later[0].read(size)
+                position = self.files[first].seek(position - size)
+                data = self.files[first].read(size)
                 ends += data.count(b"\n")
-                later[0].seek(position)
-        for each in earlier:
-            each.close()
-        self.file, *self.following = later or [None]
+                self.files[first].seek(position)
+        for _ in range(first):
+            self.files.pop(0).close()
         if ends > count:
             # They begin in the block that was read last.
-            self.file.seek(position + len(b"\n".join(data.split(b"\n")[:ends - count])) + 1)
+            self.files[0].seek(position + len(b"\n".join(data.split(b"\n")[:ends - count])) + 1)
 
     def lines(self) -> List[LogLine]:
         """What was written since the last call, at most some 256 KiB of it; [] when there is nothing new."""
-        data = self.file.read(BLOCK) if self.file else b""
+        data = self.files[0].read(BLOCK) if self.files else b""
         while not data and self._goes_on():
-            data = self.file.read(BLOCK)
+            data = self.files[0].read(BLOCK)
         if not data:
             return []
         *whole, self.rest = (self.rest + data).split(b"\n")
@@ -10787,22 +10775,24 @@ class LogFile:
     def _goes_on(self) -> bool:
         """Whether there is more behind the end of the file: it was put aside for a new one, or was cut short and is
         read from its beginning."""
-        if not self.file or self.following:
-            return self._open()
-        try:
-            now, mine = os.stat(self.path), os.fstat(self.file.fileno())
-        except OSError:
-            return False
-        if now.st_ino == mine.st_ino:
-            return now.st_size < self.file.tell() and self.file.seek(0) == 0
-        # Else it was written to after we looked and before it was put aside.
-        return mine.st_size > self.file.tell() or self._open()
+        if len(self.files) == 1:
+            try:
+                now, mine = os.stat(self.path), os.fstat(self.files[0].fileno())
+            except OSError:
+                return False
+            if now.st_ino == mine.st_ino:
+                return now.st_size < self.files[0].tell() and self.files[0].seek(0) == 0
+            if mine.st_size > self.files[0].tell():
+                # It was written to after we looked and before it was put aside.
+                return True
+        if self.files:
+            self.files.pop(0).close()
+        return bool(self.files) or self._open(self.path)
 
     def close(self) -> None:
         """Let the files go."""
-        for each in filter(None, (self.file, *self.following)):
-            each.close()
-        self.file, self.following = None, []
+        while self.files:
+            self.files.pop().close()
 
 
 def lock_is_free(path: str, kind: int) -> bool:
@@ -11047,10 +11037,9 @@ def stop_seconds(request: Request, container: Container) -> float:
     return asked if asked >= 0 else 10.0**6
 
 
-def stop_signal(request: Request, container: Container) -> int:
-    """The number of the signal that a container is asked to end with."""
-    return signal_number(request.value("signal")
-                         or container.labels.get("io.containerd.image.config.stop-signal") or "TERM")
+def stop_signal(container: Container, asked: str = "") -> int:
+    """The number of the signal that a container is asked to end with; 400 for one that there is not."""
+    return signal_number(asked or container.labels.get("io.containerd.image.config.stop-signal") or "TERM")
 
 
 def kill_task(engine: Engine, container: Container, number: int, ends: bool) -> bool:
@@ -11079,7 +11068,8 @@ def runs(engine: Engine, container: Container) -> bool:
 def stop_container(engine: Engine, request: Request, container: Container) -> None:
     """Stop a container that runs, as a request says. It may take its time to end, and others may want it to end sooner:
     this owns it no more."""
-    number, seconds, count = stop_signal(request, container), stop_seconds(request, container), engine.tasks.count
+    number, seconds = stop_signal(container, request.value("signal")), stop_seconds(request, container)
+    count = engine.tasks.count
     with engine.changing(container):
         engine.tell(container, "kill", signal=str(number))
         sent = kill_task(engine, container, number, ends=True)
@@ -11101,7 +11091,7 @@ def container_stop(engine: Engine, request: Request, name: str) -> None:
         # In the middle of a restart it counts as one that runs.
         if not (container.running or container.state.kind == "restarting" or engine.owner(container.id).restarting):
             raise NotModified()
-        stop_signal(request, container)
+        stop_signal(container, request.value("signal"))
         hold_policy(engine, container)
     if container.running:
         stop_container(engine, request, container)
@@ -11113,7 +11103,7 @@ def container_restart(engine: Engine, request: Request, name: str) -> None:
     request.read_body()
     request.integer("t")
     with engine.owning(name) as container:
-        stop_signal(request, container)
+        stop_signal(container, request.value("signal"))
         count = engine.tasks.count
         # Until it is started again here, nobody else is to do so.
         hold_policy(engine, container)
@@ -11147,7 +11137,9 @@ def container_kill(engine: Engine, request: Request, name: str) -> None:
             if request.version < (1, 20):
                 return
             raise Conflict(f"cannot kill container: {name}: container {container.id} is not running")
-        count, ends = engine.tasks.count, number in (signal.SIGKILL, ends_by(container))
+        count, ends = engine.tasks.count, number == signal.SIGKILL
+        with contextlib.suppress(BadParameter):
+            ends = ends or number == stop_signal(container)
         engine.tell(container, "kill", signal=str(number))
         if ends:
             hold_policy(engine, container)
@@ -11158,13 +11150,6 @@ def container_kill(engine: Engine, request: Request, name: str) -> None:
     if number == signal.SIGKILL:
         # As dockerd does: who is told that it was killed finds it so.
         engine.tasks.ended_since(container.id, count, engine.tasks.DYING)
-
-
-def ends_by(container: Container) -> int:
-    """The number of the signal by which a container is stopped, 0 for one that there is not."""
-    with contextlib.suppress(BadParameter):
-        return signal_number(container.labels.get("io.containerd.image.config.stop-signal") or "TERM")
-    return 0
 
 
 @route("POST", "/containers/{id}/pause")
@@ -12036,13 +12021,9 @@ class Supervisor:
 
     def on_event(self, event: Optional[ContainerdEvent]) -> None:
         """Note the starts and ends of containers; the work is done in a thread of its own."""
-        if event is None:
-            self.changed.put("")
-        elif event.topic in ("/tasks/exit", "/containers/delete") and event.payload.get("id") in (None, "",
-                                                                                                  event.container):
-            self.changed.put(event.container)
-        elif event.topic in ("/tasks/start", "/tasks/paused", "/tasks/resumed"):
-            self.changed.put(event.container)
+        if event is None or event.ends_container or event.topic in ("/containers/delete", "/tasks/start",
+                                                                    "/tasks/paused", "/tasks/resumed"):
+            self.changed.put(event.container if event else "")
 
     def _reap(self) -> None:
         while True:

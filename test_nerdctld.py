@@ -7643,7 +7643,7 @@ class TestProcessStreams:
 
     @pytest.mark.parametrize("keys, data, passed, detached", [
         ("", b"ab\x10\x11cd", b"ab", True), ("", b"\x10x", b"\x10x", False), ("", b"\x10\x10\x11", b"\x10", True), ("ctrl-a,b", b"x\x01bz", b"x", True),
-        ("q", b"aq", b"a", True), ("ctrl-@,ctrl-[", b"\0\x1b", b"", True), ("a,b", b"aXab", b"aX", True)])
+        ("q", b"aq", b"a", True), ("ctrl-@,ctrl-[", b"\0\x1b", b"", True), ("a,b", b"aXab", b"aX", True), ("a,a,b", b"aaab", b"a", True)])
     def test_detach_keys(self, keys, data, passed, detached):
         for size in (1, 2, len(data)):
             found, out, done = nerdctld.DetachKeys(keys), b"", False
@@ -8293,8 +8293,10 @@ class TestContainerLifecycle:
         for each in ("_DFL", "SIG_IGN", "0", "65", "RTMIN+", "KILL+1", "SIGSIGKILL"):
             with pytest.raises(nerdctld.BadParameter, match="invalid signal"):
                 nerdctld.signal_number(each)
-        stops = lambda word: nerdctld.ends_by(container_of({"io.containerd.image.config.stop-signal": word} if word else {}))
-        assert [stops(each) for each in ("", "FOO", "SIGRTMIN+3", "3")] == [15, 0, signal.SIGRTMIN + 3, 3]
+        stops = lambda word: nerdctld.stop_signal(container_of({"io.containerd.image.config.stop-signal": word} if word else {}))
+        assert [stops(each) for each in ("", "SIGRTMIN+3", "3")] == [15, signal.SIGRTMIN + 3, 3]
+        with pytest.raises(nerdctld.BadParameter, match="invalid signal: FOO"):
+            stops("FOO")
 
     @pytest.mark.parametrize("asked, labels, query, seconds", [
         ({"StopTimeout": 0}, {}, {}, 0), ({"StopTimeout": 300}, {}, {}, 300), ({"StopTimeout": 300}, {}, {"t": ["1"]}, 1), ({"StopTimeout": -1}, {}, {}, 1000000),
