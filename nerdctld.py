@@ -155,6 +155,14 @@ class Unavailable(ApiError, status=503):
     """nerdctl, containerd or buildkitd is missing or down; the message says which and what to do."""
 
 
+def refuse(*rules: Tuple[Any, str], start: str = "", kind: Type[ApiError] = BadParameter) -> None:
+    """Raise the error of the first rule (whether it is broken, words), with `start` before its words: 400, if it is not
+    of another kind."""
+    for broken, words in rules:
+        if broken:
+            raise kind(start + words)
+
+
 class ClientGone(Exception):
     """The client left in the middle; nobody is there to be told."""
 
@@ -7855,15 +7863,11 @@ def build_context(request: Request, folder: str) -> None:
 def find_dockerfile(request: Request, folder: str) -> str:
     """The path of the Dockerfile; 400 when it is not in the context, or empty."""
     name = request.value("dockerfile") or "Dockerfile"
-    if "\0" in name:
-        raise BadParameter("Cannot locate specified Dockerfile: its name has a NUL byte")
+    refuse(("\0" in name, "Cannot locate specified Dockerfile: its name has a NUL byte"))
     path = os.path.realpath(os.path.join(folder, name.lstrip("/")))
-    if not path.startswith(os.path.realpath(folder) + "/"):
-        raise BadParameter(f"Forbidden path outside the build context: {name}")
-    if not os.path.isfile(path):
-        raise BadParameter(f"Cannot locate specified Dockerfile: {name}")
-    if not os.path.getsize(path):
-        raise BadParameter(f"the Dockerfile ({name}) cannot be empty")
+    refuse((not path.startswith(os.path.realpath(folder) + "/"), f"Forbidden path outside the build context: {name}"),
+           (not os.path.isfile(path), f"Cannot locate specified Dockerfile: {name}"))
+    refuse((not os.path.getsize(path), f"the Dockerfile ({name}) cannot be empty"))
     return path
 
 
@@ -8658,26 +8662,13 @@ def other_container(find: Callable[[str], Container], name: str) -> Container:
         raise BadParameter(str(error)) from None
 
 
-def check_volume_name(name: str) -> None:
-    """400 for what no volume can be called."""
-    if len(name) == 1:
-        raise BadParameter(f"create {name}: volume name is too short, names should be at least two alphanumeric "
-                           "characters")
-    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", name):
-        raise BadParameter(f'create {name}: "{name}" includes invalid characters for a local volume name, only '
-                           '"[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. '
-                           "If you intended to pass a host directory, use absolute path")
-
-
 BIND_MODES = (("ro", "rw"), ("z", "Z"), PROPAGATIONS, ("nocopy",), ("consistent", "cached", "delegated"))
 
 
 def check_target(path: str, prefix: str) -> None:
     """400 for a place in a container where nothing can be mounted."""
-    if not path.startswith("/"):
-        raise BadParameter(f"{prefix}invalid mount path: '{path}' mount path must be absolute")
-    if os.path.normpath(path) in ("/", "//"):
-        raise BadParameter(prefix + "invalid specification: destination can't be '/'")
+    refuse((not path.startswith("/"), f"invalid mount path: '{path}' mount path must be absolute"),
+           (os.path.normpath(path) in ("/", "//"), "invalid specification: destination can't be '/'"), start=prefix)
 
 
 def parse_bind(text: str, driver: str = "") -> Dict[str, Any]:
@@ -8720,7 +8711,7 @@ def check_mount(mount: Dict[str, Any]) -> None:
     subpath, read_only = own.get("Subpath") or "", mount.get("ReadOnly")
     odd = next((each[0] for each in own.get("Options") or [] if each and each[0] not in ("exec", "noexec")), "")
     conflict = next((key for key in ("ReadOnlyNonRecursive", "ReadOnlyForceRecursive") if own.get(key)), "")
-    for wrong, words in (
+    refuse(
         (not source and kind in ("bind", "image"), "field Source must not be empty"),
         (source and kind == "tmpfs", "field Source must not be specified"),
         (kind == "bind" and not source.startswith("/"),
@@ -8737,24 +8728,18 @@ def check_mount(mount: Dict[str, Any]) -> None:
         (odd, f"invalid option: {odd}"),
         (conflict and not read_only, f"mount options conflict: !ReadOnly && BindOptions.{conflict}"),
         (own.get("ReadOnlyNonRecursive") and own.get("ReadOnlyForceRecursive"),
-         "mount options conflict: ReadOnlyNonRecursive && BindOptions.ReadOnlyForceRecursive"),
-    ):
-        if wrong:
-            raise BadParameter(prefix + words)
+         "mount options conflict: ReadOnlyNonRecursive && BindOptions.ReadOnlyForceRecursive"), start=prefix)
     if kind == "volume":
         driver = own.get("DriverConfig") or {}
-        check_volume(source, driver.get("Name") or "", driver.get("Options") or {})
-        if source:
-            check_volume_name(source)
+        check_volume(source, source, driver.get("Name") or "", driver.get("Options") or {})
 
 
 def mounts_from(text: str, find: Callable[[str], Container]) -> List[Dict[str, Any]]:
     """The mounts of another container, by one of HostConfig.VolumesFrom (its name, with a mode behind a colon)."""
     name, _, mode = text.partition(":")
-    if not name:
-        raise BadParameter("volumes-from specification cannot be an empty string")
-    if mode and not set(mode.split(",")) <= {"ro", "rw", "z", "Z", "cached", "delegated", "consistent"}:
-        raise BadParameter(f"invalid mode: {mode}")
+    known = {"", "ro", "rw", "z", "Z", "cached", "delegated", "consistent"}
+    refuse((not name, "volumes-from specification cannot be an empty string"),
+           (not set(mode.split(",")) <= known, f"invalid mode: {mode}"))
     other, found = other_container(find, name), []
     parts = {each.target: each for each in placed_mounts(other)}
     for each in other.mounts:
@@ -8794,7 +8779,7 @@ def request_mounts(body: Dict[str, Any], find: Callable[[str], Container]) -> Li
     for path in body.get("Volumes") or {}:
         if os.path.normpath(path) not in taken:
             check_target(path, f"invalid volume specification: '{path}': ")
-            check_volume(path, driver, {})
+            check_volume(path, "", driver, {})
             asked.append({"Type": "volume", "Target": path})
             taken.append(os.path.normpath(path))
     others = {os.path.normpath(each["Target"]): each
@@ -8837,22 +8822,24 @@ def mount_words(mounts: Iterable[Dict[str, Any]]) -> List[str]:
     return words
 
 
-def check_volume(name: str, driver: str, options: Dict[str, str]) -> None:
-    """404 for a volume driver other than local; 400 with dockerd's words for options that cannot be."""
+def check_volume(told: str, name: str, driver: str, options: Dict[str, str]) -> None:
+    """404 for a volume driver other than local; 400 with dockerd's words for options that cannot be, and for a name, ""
+    for none, that no volume can have. `told` is what the words call it."""
     if driver not in ("", "local"):
-        raise NotFound(f'create {name}: error looking up volume plugin {driver}: plugin "{driver}" not found')
+        raise NotFound(f'create {told}: error looking up volume plugin {driver}: plugin "{driver}" not found')
     needed = {"device": ("type",), "type": ("device",), "o": ("device", "type")}
     unknown = next((each for each in options if each not in ("type", "o", "device", "size")), "")
     missing = next((each for key in options for each in needed.get(key, ()) if each not in options), "")
     size = options.get("size") or ""
-    for wrong, words in (
+    refuse(
         (unknown, f'invalid option: "{unknown}"'),
         (size and not re.fullmatch(r"\d+(\.\d+)? ?([kmgtp]i?)?b?", size.lower()), f"invalid size: '{size}'"),
         (size.strip("0"), "quota size requested but no quota support"),
         (missing, f'missing required option: "{missing}"'),
-    ):
-        if wrong:
-            raise BadParameter(f"create {name}: {words}")
+        (len(name) == 1, "volume name is too short, names should be at least two alphanumeric characters"),
+        (name and not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", name),
+         f'"{name}" includes invalid characters for a local volume name, only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. '
+         "If you intended to pass a host directory, use absolute path"), start=f"create {told}: ")
 
 
 def make_volume(engine: Engine, name: str, options: Dict[str, str], labels: Dict[str, str]) -> Dict[str, Any]:
@@ -9304,11 +9291,8 @@ def health_check(body: Dict[str, Any], image: Dict[str, Any]) -> Dict[str, Any]:
     check = {**(image.get("Healthcheck") or {}), **{key: value for key, value in asked.items() if value}}
     test = check.get("Test") or []
     for key in ("Interval", "Timeout", "StartPeriod", "StartInterval"):
-        duration = check.get(key) or 0
-        if duration and duration < 10**6:
-            raise BadParameter(f"{key} in Healthcheck cannot be less than 1ms")
-    if (check.get("Retries") or 0) < 0:
-        raise BadParameter("Retries in Healthcheck cannot be negative")
+        refuse(((check.get(key) or 10**6) < 10**6, f"{key} in Healthcheck cannot be less than 1ms"))
+    refuse(((check.get("Retries") or 0) < 0, "Retries in Healthcheck cannot be negative"))
     # One of another kind is none, as with dockerd.
     return check if test and test[0] in ("NONE", "CMD", "CMD-SHELL") else {}
 
@@ -9373,18 +9357,15 @@ def policy_word(host: Dict[str, Any]) -> str:
     """The restart policy as containerd has it, "" for none; 400 with dockerd's words where it cannot be."""
     policy = host.get("RestartPolicy") or {}
     name, count = policy.get("Name") or "", policy.get("MaximumRetryCount") or 0
-    if name not in ("", "no", "always", "unless-stopped", "on-failure"):
-        raise BadParameter(f"invalid restart policy: unknown policy '{name}'; use one of 'no', 'always', 'on-failure', "
-                           "or 'unless-stopped'")
-    if name == "on-failure" and count < 0:
-        raise BadParameter("invalid restart policy: maximum retry count cannot be negative")
-    if count and name not in ("", "on-failure"):
-        raise BadParameter("invalid restart policy: maximum retry count can only be used with 'on-failure'"
-                           + (" and cannot be negative" if count < 0 else ""))
+    refuse(
+        (name not in ("", "no", "always", "unless-stopped", "on-failure"),
+         f"unknown policy '{name}'; use one of 'no', 'always', 'on-failure', or 'unless-stopped'"),
+        (name == "on-failure" and count < 0, "maximum retry count cannot be negative"),
+        (count and name not in ("", "on-failure"), "maximum retry count can only be used with 'on-failure'"
+         + (" and cannot be negative" if count < 0 else "")), start="invalid restart policy: ")
     if name in ("", "no"):
         return name
-    if host.get("AutoRemove"):
-        raise BadParameter("can't create 'AutoRemove' container with restart policy")
+    refuse((host.get("AutoRemove"), "can't create 'AutoRemove' container with restart policy"))
     return name + (f":{count}" if count else "")
 
 
@@ -9480,11 +9461,9 @@ def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]]) -> L
     if body.get("NetworkDisabled"):
         mode = "none"
     if mode.startswith("container:"):
-        for key, words in CONTAINER_NETWORK_CONFLICTS:
-            if field_of(body, key):
-                raise BadParameter(f"conflicting options: {words}")
-        if not mode.partition(":")[2]:
-            raise BadParameter("invalid network mode: invalid container format container:<name|id>")
+        refuse(*((field_of(body, key), words) for key, words in CONTAINER_NETWORK_CONFLICTS),
+               start="conflicting options: ")
+        refuse((mode == "container:", "invalid network mode: invalid container format container:<name|id>"))
         return ["--network=none"]
     if mode == "host" and host.get("Links"):
         raise BadParameter("conflicting options: host type networking can't be used with links. This would result in "
@@ -9566,17 +9545,15 @@ def check_log(kind: str, options: Dict[str, str]) -> None:
     of them the container would go on without a log."""
     known = (*LOG_OPTIONS.get(kind, " ".join(options)).split(), "mode", "max-buffer-size")
     unknown = next((each for each in options if each not in known), "")
-    if kind not in (*LOG_OPTIONS, "none"):
-        raise BadParameter(f"logger: no log driver named '{kind}' is registered")
-    if unknown:
-        raise BadParameter(f"unknown log opt '{unknown}' for "
-                           + ("log driver local" if kind == "local" else f"{kind} log driver"))
-    if kind != "none" and "max-buffer-size" in options and options.get("mode") != "non-blocking":
-        raise BadParameter("logger: max-buffer-size option is only supported with 'mode=non-blocking'")
+    buffered = kind != "none" and "max-buffer-size" in options and options.get("mode") != "non-blocking"
+    refuse((kind not in (*LOG_OPTIONS, "none"), f"logger: no log driver named '{kind}' is registered"),
+           (unknown, f"unknown log opt '{unknown}' for "
+            + ("log driver local" if kind == "local" else f"{kind} log driver")),
+           (buffered, "logger: max-buffer-size option is only supported with 'mode=non-blocking'"))
     for kinds, name, pattern, error, words in LOG_VALUES:
-        if kind in kinds and name in options and not re.fullmatch(pattern, options[name]):
-            begin = "failed to initialize logging driver: " if error is ApiError else ""
-            raise error(begin + words.format(options[name]))
+        refuse((kind in kinds and name in options and not re.fullmatch(pattern, options[name]),
+                words.format(options.get(name))),
+               start="failed to initialize logging driver: " if error is ApiError else "", kind=error)
 
 
 def log_args(host: Dict[str, Any]) -> List[str]:
@@ -9606,43 +9583,40 @@ MODES = (("IpcMode", "IPC", "|none|private|shareable|host|container:.+"), ("PidM
 
 def check_config(body: Dict[str, Any], host: Dict[str, Any]) -> None:
     """400 with dockerd's words for what is no limit and cannot be."""
+    folder, hostname = body.get("WorkingDir") or "/", body.get("Hostname") or ""
     for each in body.get("Env") or []:
-        if not each or each.startswith("="):
-            raise BadParameter(f"invalid environment variable: {each}")
-    if body.get("WorkingDir") and not body["WorkingDir"].startswith("/"):
-        raise BadParameter(f"the working directory '{body['WorkingDir']}' is invalid, it needs to be an absolute path")
-    if len((body.get("Hostname") or "").encode()) > 64:
-        raise BadParameter(f"hostname \"{body['Hostname']}\" is too long (maximum 64 bytes)")
+        refuse((not each or each.startswith("="), f"invalid environment variable: {each}"))
+    refuse((not folder.startswith("/"),
+            f"the working directory '{folder}' is invalid, it needs to be an absolute path"),
+           (len(hostname.encode()) > 64, f'hostname "{hostname}" is too long (maximum 64 bytes)'))
     if body.get("StopSignal"):
         signal_number(body["StopSignal"])
-    if "" in (host.get("Annotations") or {}):
-        raise BadParameter("invalid Annotations: the empty string is not permitted as an annotation key")
+    refuse(("" in (host.get("Annotations") or {}),
+            "invalid Annotations: the empty string is not permitted as an annotation key"))
     for each in body.get("ExposedPorts") or {}:
         number = re.fullmatch(r"([0-9]{1,18})(/(tcp|udp|sctp))?", each.lower())
-        if not number or int(number[1]) > 65535:
-            raise BadParameter(f"invalid port '{each}': " + ("value out of range" if number else "invalid syntax"))
+        refuse((not number, f"invalid port '{each}': invalid syntax"),
+               (number and int(number[1]) > 65535, f"invalid port '{each}': value out of range"))
     for each in host.get("ExtraHosts") or []:
         name, _, address = each.partition(":")
-        if not name or not address:
-            raise BadParameter(f'bad format for add-host: "{each}"')
+        refuse((not name or not address, f'bad format for add-host: "{each}"'))
         try:
             ipaddress.ip_address("::" if address == "host-gateway" else address.strip("[]"))
         except ValueError:
             raise BadParameter(f'invalid IP address in add-host: "{address}"') from None
     runtime = host.get("Runtime") or "runc"
     # A name of containerd's, or a path, is for containerd to know.
-    if runtime != "runc" and not re.match(r"io\.containerd\.|/", runtime) and not shutil.which(runtime):
-        raise BadParameter(f"unknown or invalid runtime name: {runtime}")
-    for key, word, modes in MODES:
-        if not re.fullmatch(modes, host.get(key) or ""):
-            raise BadParameter(f"invalid {word} mode: {host[key]}")
-    if host.get("UTSMode") == "host" and body.get("Hostname"):
-        raise BadParameter("conflicting options: hostname and the UTS mode")
-    if host.get("Isolation") not in (None, "", "default"):
-        raise BadParameter(f"invalid isolation ({host['Isolation']}): linux only supports 'default'")
+    known = runtime == "runc" or re.match(r"io\.containerd\.|/", runtime) or shutil.which(runtime)
+    refuse(
+        (not known, f"unknown or invalid runtime name: {runtime}"),
+        *((not re.fullmatch(modes, host.get(key) or ""), f"invalid {word} mode: {host.get(key)}")
+          for key, word, modes in MODES),
+        (host.get("UTSMode") == "host" and hostname, "conflicting options: hostname and the UTS mode"),
+        (host.get("Isolation") not in (None, "", "default"),
+         f"invalid isolation ({host.get('Isolation')}): linux only supports 'default'"))
     for each in host.get("Links") or []:
-        if not each.strip("/") or each.count(":") > 1:
-            raise BadParameter(f"bad format for links: {each}" if each else "empty string specified for links")
+        refuse((not each, "empty string specified for links"),
+               (not each.strip("/") or each.count(":") > 1, f"bad format for links: {each}"))
 
 
 def check_sets(host: Dict[str, Any]) -> None:
@@ -9668,7 +9642,7 @@ def check_limits(host: Dict[str, Any], update: bool = False) -> None:
     shares = host.get("CpuShares") or 0
     least, processors = 6 << 20, os.cpu_count() or 1
     check_sets(host)
-    for wrong, message in (
+    refuse(
         (memory and memory < least, "Minimum memory limit allowed is 6MB"),
         (0 < swap < memory, "Minimum memoryswap limit should be larger than memory limit, see usage"),
         (swap > 0 and not memory and not update,
@@ -9688,10 +9662,7 @@ def check_limits(host: Dict[str, Any], update: bool = False) -> None:
          "invalid option: QoS maximum bandwidth configuration is not supported on linux"),
         (host.get("IOMaximumIOps"), "invalid option: QoS maximum IOPs configuration is not supported on linux"),
         (shm < 0, "SHM size can not be less than 0"),
-        (not -1000 <= oom <= 1000, f"Invalid value {oom}, range for oom score adj is [-1000, 1000]"),
-    ):
-        if wrong:
-            raise BadParameter(message)
+        (not -1000 <= oom <= 1000, f"Invalid value {oom}, range for oom score adj is [-1000, 1000]"))
 
 
 def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str, Dict[str, Any]],
@@ -11592,13 +11563,10 @@ WEBSOCKET_KEY = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 def websocket_key(request: Request) -> str:
     """The key of a WebSocket handshake; 400 with dockerd's words where it is none."""
     upgrade, connection = (request.headers.get(each) or "" for each in ("Upgrade", "Connection"))
-    if upgrade.lower() != "websocket" or "upgrade" not in connection.lower():
-        raise BadParameter("not websocket protocol")
     key = request.headers.get("Sec-WebSocket-Key") or ""
-    if not key:
-        raise BadParameter("mismatch challenge/response")
-    if (request.headers.get("Sec-WebSocket-Version") or "") != "13":
-        raise BadParameter("missing or bad WebSocket Version")
+    refuse((upgrade.lower() != "websocket" or "upgrade" not in connection.lower(), "not websocket protocol"),
+           (not key, "mismatch challenge/response"),
+           (request.headers.get("Sec-WebSocket-Version") != "13", "missing or bad WebSocket Version"))
     return key
 
 
@@ -12311,10 +12279,7 @@ def opened_tree(engine: Engine, container: Container, missing: ApiError,
 def check_path(text: str) -> str:
     """A path in a container, absolute and, as dockerd has it, without `.` and `..` but for a dot or slash at its end;
     400 without one."""
-    if not text:
-        raise BadParameter("path cannot be empty")
-    if "\0" in text:
-        raise BadParameter("invalid path: it has a NUL byte")
+    refuse((not text, "path cannot be empty"), ("\0" in text, "invalid path: it has a NUL byte"))
     end = re.search(r"/?\.?$", text if "/" in text else "/" + text).group()
     return os.path.normpath("/" + text.lstrip("/")).rstrip("/") + (end if end.startswith("/") else "") or "/"
 
@@ -12853,10 +12818,9 @@ def network_create(engine: Engine, request: Request) -> Response:
     """Make a network; 201 with its id. 409 for a name in use, 403 for a pre-defined name or a subnet in use."""
     body = request.json(NETWORK_CREATE)
     name = body.get("Name") or ""
-    if not name.strip():
-        raise BadParameter("invalid name: name is empty" if name else "name is required")
-    if len(name) > 200 or network_name(cni_name(name)) != name or len(cni_name(name)) > 200:
-        raise BadParameter(f'invalid network name: "{name}": nerdctl has it as the name of a file')
+    refuse((not name, "name is required"), (not name.strip(), "invalid name: name is empty"),
+           (len(name) > 200 or network_name(cni_name(name)) != name or len(cni_name(name)) > 200,
+            f'invalid network name: "{name}": nerdctl has it as the name of a file'))
     if name in ("bridge", "host", "none", "default"):
         raise Forbidden(f"operation is not permitted on predefined {name} network")
     if name in engine.inventory.networks():
@@ -12973,14 +12937,13 @@ def network_prune(engine: Engine, request: Request) -> Response:
 def check_connection(network: Dict[str, Any], container: Container) -> None:
     """400 with dockerd's words where a container cannot have a network beside those that it has."""
     names = network_names(container)
-    if network["Name"] == "host":
-        raise BadParameter("cannot connect container to host network - container must be created in host network mode")
-    if any(each.partition(":")[0] in ("host", "container", "ns") for each in (*names, network_mode(container))):
-        raise BadParameter("container sharing network namespace with another container or host cannot be connected to "
-                           "any other network")
-    if names and "none" in (*names, network["Name"]):
-        raise BadParameter("container cannot be connected to multiple networks with one of the networks in private "
-                           "(none) mode")
+    refuse(
+        (network["Name"] == "host",
+         "cannot connect container to host network - container must be created in host network mode"),
+        (any(each.partition(":")[0] in ("host", "container", "ns") for each in (*names, network_mode(container))),
+         "container sharing network namespace with another container or host cannot be connected to any other network"),
+        (names and "none" in (*names, network["Name"]),
+         "container cannot be connected to multiple networks with one of the networks in private (none) mode"))
 
 
 @contextlib.contextmanager
@@ -13100,9 +13063,7 @@ def volume_create(engine: Engine, request: Request) -> Response:
                          "ClusterVolumeSpec": Named(object)})
     name, driver = body.get("Name") or "", body.get("Driver") or ""
     labels, options = body.get("Labels") or {}, body.get("DriverOpts") or {}
-    check_volume(name, driver, options)
-    if name:
-        check_volume_name(name)
+    check_volume(name, name, driver, options)
     if body.get("ClusterVolumeSpec"):
         raise Unavailable(NO_SWARM)
     return Response(201, make_volume(engine, name, options, labels))
@@ -13818,10 +13779,8 @@ def image_build(engine: Engine, request: Request) -> Response:
 def check_upgrade(request: Request, refusal: Type[ApiError]) -> None:
     """Refuse what does not ask for HTTP/2 on its connection, in dockerd's words. As there, only Upgrade counts."""
     protocol = request.headers.get("Upgrade") or ""
-    if not protocol:
-        raise refusal("no upgrade proto in request")
-    if protocol != "h2c":
-        raise refusal(f"protocol {protocol} not supported")
+    refuse((not protocol, "no upgrade proto in request"),
+           (protocol != "h2c", f"protocol {protocol} not supported"), kind=refusal)
 
 
 def grpc_hijack(engine: Engine) -> Hijack:
