@@ -14030,7 +14030,6 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         finally:
             self.rfile = file
-            self.server.wait(self.connection, False)
 
     def serve_head(self, file: Any) -> None:
         """Serve what begins with a line that was read."""
@@ -14299,8 +14298,9 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     def get_request(self):
         try:
             found = super().get_request()
-            # Its request is still to come.
+            # Its request is still to come, and may have before its thread has begun.
             self.last_used = time.monotonic()
+            self.wait(found[0])
             return found
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
@@ -14315,6 +14315,10 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         except RuntimeError as error:
             log(f"cannot serve a connection: {error}")
             self.shutdown_request(request)
+
+    def shutdown_request(self, request) -> None:
+        self.wait(request, False)
+        super().shutdown_request(request)
 
     def handle_error(self, request, client_address) -> None:
         if not isinstance(sys.exc_info()[1], (ConnectionError, ClientGone, socket.timeout)):

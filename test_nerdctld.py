@@ -12787,7 +12787,10 @@ class TestSockets:
         server.connect()
         assert server.idle_seconds() < 900
 
-    def test_what_was_sent_is_answered_before_the_end(self, server):
+    @pytest.mark.parametrize("late", [False, True], ids=["at once", "when its thread begins late"])
+    def test_what_was_sent_is_answered_before_the_end(self, server, late):
+        begin = server.process_request_thread
+        server.process_request_thread = lambda *words: (time.sleep(0.05 * late), begin(*words))
         asked, silent = server.connect(b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n"), server.connect()
         server.drain(20)
         assert not server.active and not server.waiting
