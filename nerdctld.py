@@ -2452,8 +2452,9 @@ class Nerdctl:
 
     def program(self, *command: str) -> "Nerdctl":
         """What runs another program in the same way."""
+        # Its calls have places of their own: what holds CNI's lock must not wait for a nerdctl that waits for the lock.
         other = Nerdctl(list(command))
-        other.options, other.places, other.processes, other.debug = [], self.places, self.processes, self.debug
+        other.options, other.processes, other.debug = [], self.processes, self.debug
         return other
 
     def end_all(self) -> None:
@@ -12451,7 +12452,9 @@ def paused(engine: Engine, container: Container) -> Iterator[None]:
         yield
     finally:
         if frozen:
-            engine.containerd.resume_task(container.id)
+            # It may have been killed meanwhile, or been told to go on.
+            with contextlib.suppress(ApiError):
+                engine.containerd.resume_task(container.id)
 
 
 @route("POST", "/commit")
@@ -12974,8 +12977,14 @@ def network_connect(engine: Engine, request: Request, name: str) -> Response:
                 raise Forbidden(f"endpoint with name {container.name} already exists in network {network['Name']}")
             return Response(200)
         check_connection(network, container)
-        running = container.running and network["Name"] != "none"
-        labels = attach_network(engine, container, network["Name"], asked, container.task.pid) if running else {}
+        pid, labels = container.task.pid if container.running and network["Name"] != "none" else 0, {}
+        try:
+            labels = attach_network(engine, container, network["Name"], asked, pid) if pid else {}
+        except (ApiError, OSError):
+            # Where it has just ended, its next start attaches it.
+            container = engine.inventory.container(container.id)
+            if container.running and os.path.exists(f"/proc/{pid}/net/dev"):
+                raise
         keep_networks(engine, container, {**endpoints, network["Name"]: asked}, labels)
         if container.running:
             engine.tell_network(container, network, "connect")

@@ -2551,6 +2551,13 @@ class TestNerdctlProcess:
         with pytest.raises(nerdctld.Unavailable, match="too many"):
             nerdctl.run("ps", timeout=0.05)
 
+    def test_other_programs_wait_for_no_nerdctl(self, scripted):
+        """One that is run under a lock would wait for a nerdctl that waits for the lock: CNI's plugins did for 6 seconds."""
+        nerdctl = nerdctld.Nerdctl([str(scripted.program)])
+        for _ in range(nerdctl.places._initial_value):
+            nerdctl.places.acquire()
+        assert nerdctl.program("true").output(timeout=5).status == 0
+
     def test_input(self, engine, scripted):
         scripted.on("login", reads=True)
         engine.nerdctl.run("login", data=b"secret")
@@ -10370,6 +10377,12 @@ class TestCommit:
         assert ask(made, "POST", "/commit?container=tstdone" + query).status == (500 if breaks else 201)
         assert (fake.calls["Tasks/Pause"], fake.tasks[identity].status) == (pauses, "paused")
 
+    def test_of_one_that_does_not_stay_frozen(self, made, fake):
+        identity = made.inventory.container("tstdone").id
+        fake.start(identity)
+        fake.before["Tasks/Resume"] = lambda: fake.refuses("cannot resume a stopped container")
+        assert ask(made, "POST", "/commit?container=tstdone").status == 201 and fake.calls["Tasks/Pause"] == 1
+
     @pytest.mark.parametrize("query, body, status", [
         ("container=nosuch", {}, 404), ("container=tstdone&changes=RUN%20x", {}, 400), ("container=tstdone&repo=A", {}, 400), ("container=tstdone&repo=a&tag=:", {}, 400),
         ("container=tstdone", {"Env": 1}, 400), ("container=tstdone", {"User": []}, 400), ("container=tstdone", {"Labels": []}, 400), ("", {}, 400)])
@@ -10865,6 +10878,22 @@ class TestCni:
             (name, "DEL", *where[1:], plugins.RESULT) for name in ("beta", "alpha")]
         assert list(self.networks(furnished)) == ["tstnet"] and self.kept(fake) == (["tstnet"], {"nerdctl/networks": '["tstnet"]'}, {})
         assert set(json.loads((folder / "meta.json").read_text())["Networks"]) == {"tstnet"} and "10.88" not in (folder / "hosts").read_text()
+
+    @pytest.mark.parametrize("when", ["before", "while a plugin runs"])
+    def test_of_one_that_ends_meanwhile(self, furnished, fake, plugins, tmp_path, monkeypatch, when):
+        """It has the network from its next start on; containerd is told of its end later."""
+        child = subprocess.Popen(["sleep", "60"])
+        try:
+            self.run(fake, tmp_path, monkeypatch, child.pid)
+            plugins.write("alpha", f"kill -9 {child.pid}; while [ -e /proc/{child.pid}/net/dev ]; do sleep 0.01; done\necho '{{\"msg\": \"no namespace\"}}'; exit 1")
+            if when == "before":
+                child.kill()
+                assert until(lambda: not os.path.exists(f"/proc/{child.pid}/net/dev"))
+            self.change(furnished, "connect")
+        finally:
+            child.kill()
+            child.wait()
+        assert self.kept(fake)[0] == ["tstnet", "back"] and self.kept(fake)[2] == {}
 
     def test_a_plugin_that_fails(self, furnished, fake, plugins, tmp_path, monkeypatch):
         folder = self.run(fake, tmp_path, monkeypatch)
