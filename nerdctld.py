@@ -1233,6 +1233,21 @@ def flag_filter(filters: Dict[str, List[str]], name: str, default: Optional[bool
     return told.pop()
 
 
+def _value(value: Any, flag: str) -> List[str]:
+    """A string or a number as a word of a command line, `FLAG=value`, but for "" and 0."""
+    return [f"{flag}={value}"] if value else []
+
+
+def _switch(value: Any, flag: str) -> List[str]:
+    """The flag alone for true."""
+    return [flag] if value else []
+
+
+def _pairs(value: Optional[Dict[str, str]], flag: str) -> List[str]:
+    """An object as one `FLAG=key=value` each."""
+    return [f"{flag}={key}={each}" for key, each in (value or {}).items()]
+
+
 def json_bytes(value: Any) -> bytes:
     """Compact JSON."""
     return json.dumps(value, separators=(",", ":")).encode()
@@ -7611,65 +7626,48 @@ def json_parameter(request: Request, name: str, shape: Any) -> Any:
 def build_args(engine: Engine, request: Request) -> Tuple[List[str], List[str]]:
     """nerdctl's options of build but for Dockerfile and tags, and warnings about what nerdctl cannot express. 400
     for bad values, 501 for what would make another image than asked for."""
-    arguments = ["--progress=rawjson"]
-    warnings = []
-    for key, value in json_parameter(request, "buildargs", Named(object)).items():
-        # Without a value it is the client's own environment that is meant, and that is not here.
-        if value is not None:
-            arguments.append(f"--build-arg={key}={shaped(value, str, 'buildargs')}")
-    for key, value in json_parameter(request, "labels", Named(str)).items():
-        arguments.append(f"--label={key}={value}")
+    # Without a value it is the client's own environment that is meant, and that is not here.
+    own = {key: shaped(value, str, "buildargs") for key, value in json_parameter(
+        request, "buildargs", Named(object)).items() if value is not None}
+    arguments = ["--progress=rawjson", *_pairs(own, "--build-arg"),
+                 *_pairs(json_parameter(request, "labels", Named(str)), "--label")]
     sources = json_parameter(request, "cachefrom", [str])
     if sources:
         # BuildKit would ask a registry for an image that is here, and it has the steps of what was built here anyway.
         here = engine.inventory.images.records()
         arguments += [f"--cache-from={each}" for each in sources if parse_reference(each).name not in here]
     arguments += [f"--add-host={each}" for value in request.values("extrahosts") for each in value.split(",") if each]
-    for name, flag in (("nocache", "--no-cache"), ("pull", "--pull")):
-        if request.flag(name):
-            arguments.append(flag)
-    if request.value("target"):
-        arguments.append(f"--target={request.value('target')}")
+    arguments += _switch(request.flag("nocache"), "--no-cache") + _switch(request.flag("pull"), "--pull")
+    arguments += _value(request.value("target"), "--target")
     arguments += [f"--platform={each}" for each in wanted_platforms(request)]
     mode = request.value("networkmode")
-    if mode in ("host", "none"):
-        arguments.append(f"--network={mode}")
-        if mode == "host":
-            arguments.append("--allow=network.host")
-    elif mode not in ("", "default", "bridge"):
-        raise NotImplementedHere(f"nerdctl cannot build in the network {mode!r}: only default, host and none")
-    if request.flag("squash"):
-        raise NotImplementedHere("nerdctl cannot squash an image")
-    if request.value("outputs") not in ("", "[]", "null") and request.value("remote") != "client-session":
-        raise NotImplementedHere("outputs are for BuildKit builds: use docker buildx")
-    for name in ("memory", "memswap", "cpushares", "cpusetcpus", "cpuperiod", "cpuquota", "shmsize", "ulimits",
-                 "cgroupparent"):
-        if request.value(name) not in ("", "0", "[]", "null"):
-            warnings.append(f"[Warning] {name} is not carried out: nerdctl cannot limit a build")
-    return arguments, warnings
+    arguments += [f"--network={mode}"] * (mode in ("host", "none")) + ["--allow=network.host"] * (mode == "host")
+    refuse(
+        (mode not in ("", "default", "bridge", "host", "none"),
+         f"nerdctl cannot build in the network {mode!r}: only default, host and none"),
+        (request.flag("squash"), "nerdctl cannot squash an image"),
+        (request.value("outputs") not in ("", "[]", "null") and request.value("remote") != "client-session",
+         "outputs are for BuildKit builds: use docker buildx"), kind=NotImplementedHere)
+    limits = ("memory", "memswap", "cpushares", "cpusetcpus", "cpuperiod", "cpuquota", "shmsize", "ulimits",
+              "cgroupparent")
+    return arguments, [f"[Warning] {name} is not carried out: nerdctl cannot limit a build" for name in limits
+                       if request.value(name) not in ("", "0", "[]", "null")]
 
 
 def frontend_options(options: Iterable[str]) -> Tuple[Dict[str, str], List[str], List[str]]:
     """nerdctl's options of build as BuildKit's frontend for Dockerfiles takes them: attributes, images with caches, and
     entitlements."""
-    attributes, caches, allowed, hosts, platforms = {}, [], [], [], []
-    lists = {"--cache-from": caches, "--allow": allowed, "--add-host": hosts, "--platform": platforms}
-    for option in options:
-        flag, _, value = option.partition("=")
-        if flag in lists:
-            lists[flag].append(value)
-        elif flag in ("--build-arg", "--label"):
-            key, _, value = value.partition("=")
-            attributes[f"{flag[2:]}:{key}"] = value
-        elif flag in ("--target", "--network", "--no-cache"):
-            attributes[{"--network": "force-network-mode"}.get(flag, flag[2:])] = value
-        elif flag == "--pull":
-            attributes["image-resolve-mode"] = "pull"
-    if hosts:
-        attributes["add-hosts"] = ",".join(each.replace(":", "=", 1) for each in hosts)
-    if platforms:
-        attributes["platform"] = ",".join(platforms)
-    return attributes, caches, allowed
+    told: Dict[str, List[str]] = collections.defaultdict(list)
+    for flag, _, value in (option.partition("=") for option in options):
+        told[flag].append(value)
+    attributes = {f"{flag[2:]}:{key}": value for flag in ("--build-arg", "--label")
+                  for key, _, value in (each.partition("=") for each in told[flag])}
+    hosts = [each.replace(":", "=", 1) for each in told["--add-host"]]
+    for key, values in (("target", told["--target"]), ("force-network-mode", told["--network"]),
+                        ("no-cache", told["--no-cache"]), ("image-resolve-mode", ["pull"] * len(told["--pull"])),
+                        ("add-hosts", hosts), ("platform", told["--platform"])):
+        attributes.update({key: ",".join(values)} if values else {})
+    return attributes, told["--cache-from"], told["--allow"]
 
 
 def registry_config(request: Request) -> Dict[str, Dict[str, str]]:
@@ -7986,6 +7984,7 @@ def build_cache(engine: Engine) -> List[Dict[str, Any]]:
 
 
 PRUNE_FILTERS = ("description", "id", "inuse", "label", "parent", "private", "shared", "type", "until", "unused-for")
+NO_BUILDKIT = "install or start it with a containerd worker, or say where it is with --buildkit-host"
 
 
 @route("POST", "/build/prune")
@@ -7993,7 +7992,7 @@ def build_prune(engine: Engine, request: Request) -> Response:
     """Remove build cache, by BuildKit's own filters and `until`; 503 where there is no buildctl or no buildkitd
     answers."""
     filters = request.filters(*PRUNE_FILTERS)
-    arguments = ["prune", "--format", "{{json .}}", *(["--all"] if request.flag("all") else [])]
+    arguments = ["prune", "--format", "{{json .}}", *_switch(request.flag("all"), "--all")]
     for key, values in filters.items():
         for value in values:
             if key in ("until", "unused-for"):
@@ -8006,13 +8005,11 @@ def build_prune(engine: Engine, request: Request) -> Response:
     limit = request.integer("max-used-space")
     for flag, size in (("keep-storage", limit or reserved), ("keep-storage-min", reserved if limit else 0),
                        ("free-storage", request.integer("min-free-space"))):
-        if size:
-            arguments.append(f"--{flag}={size / 1e6:g}")
+        arguments += [f"--{flag}={size / 1e6:g}"] if size else []
     output = engine.nerdctl.buildctl().output(*arguments, timeout=600)
     if output.status:
         raise nerdctl_error(output.stderr) if "dial" not in output.stderr else Unavailable(
-            "buildkitd does not answer: install or start it with a containerd worker, or say where it is with "
-            "--buildkit-host")
+            f"buildkitd does not answer: {NO_BUILDKIT}")
     rows = cache_records(output.stdout)
     engine.journal.emit("builder", "prune", "", {"reclaimed": str(sum(row.get("size") or 0 for row in rows))})
     return Response(200, {"CachesDeleted": [row.get("id") for row in rows] or None,
@@ -8268,15 +8265,6 @@ def match_container(engine: Engine, container: Container, filters: Dict[str, Lis
     return all(checks[key](wanted) for key, wanted in filters.items() if key in checks and wanted)
 
 
-def ancestors(engine: Engine, names: List[str]) -> Set[str]:
-    """The ids of the images of an ancestor filter, of those that there are."""
-    found = set()
-    for name in names:
-        with contextlib.suppress(ApiError):
-            found.add(engine.inventory.image(name).id)
-    return found
-
-
 def list_containers(engine: Engine, among: Iterable[Container], filters: Dict[str, List[str]], everything: bool,
                     limit: int) -> List[Container]:
     """The containers of a list request, of all that there are, newest first."""
@@ -8288,7 +8276,10 @@ def list_containers(engine: Engine, among: Iterable[Container], filters: Dict[st
             moment = engine.inventory.container(name).created
             table = [each for each in table if (each.created > moment if later else each.created < moment)]
     if filters.get("ancestor"):
-        images, wanted = engine.inventory.images.by_name(), ancestors(engine, filters["ancestor"])
+        images, wanted = engine.inventory.images.by_name(), set()
+        for name in filters["ancestor"]:
+            with contextlib.suppress(ApiError):
+                wanted.add(engine.inventory.image(name).id)
         table = [each for each in table if image_id(each, images) in wanted]
     if limit > 0 or filters.get("status") or filters.get("exited") or filters.get("before") or filters.get("since"):
         everything = True
@@ -8467,16 +8458,17 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
     return found
 
 
-def docker_state(state: State, out_of_memory: bool, health: Optional[Dict[str, Any]]) -> Dict[str, Any]:
-    """State, with times of RFC 3339."""
+def docker_state(container: Container, out_of_memory: bool) -> Dict[str, Any]:
+    """State, with times of RFC 3339, and with the health of a container with health checks that was started."""
+    state = container.state
     found = {
         "Status": state.kind, "Running": state.running or state.kind == "restarting", "Paused": state.kind == "paused",
         "Restarting": state.kind == "restarting", "OOMKilled": out_of_memory, "Dead": state.kind == "dead",
         "Pid": state.pid, "ExitCode": state.exit_code or 0, "Error": state.error,
         "StartedAt": rfc3339(state.started_at), "FinishedAt": rfc3339(state.finished_at),
     }
-    if health:
-        found["Health"] = health
+    if state.health:
+        found["Health"] = {"Status": state.health, "FailingStreak": state.failing, "Log": health_results(container)}
     return found
 
 
@@ -8489,8 +8481,7 @@ def docker_container(engine: Engine, container: Container, image: Optional[Image
     driver = container.record.snapshotter or "overlayfs"
     found = {
         "Id": container.id, "Created": rfc3339(container.created), "Path": arguments[0], "Args": arguments[1:],
-        "State": docker_state(container.state, container.id in engine.inventory.out_of_memory,
-                              docker_health(container)),
+        "State": docker_state(container, container.id in engine.inventory.out_of_memory),
         "Image": image.id if image else image_id(container, {}),
         "ResolvConfPath": os.path.join(container.folder, "resolv.conf") if container.folder else "",
         "HostnamePath": os.path.join(container.folder, "hostname") if container.folder else "", "HostsPath": hosts,
@@ -8577,13 +8568,6 @@ def health_results(container: Container) -> List[Dict[str, Any]]:
                 found.append({**row, "Output": row["Output"][:HEALTH_OUTPUT] + "..."
                               if len(row["Output"]) > HEALTH_OUTPUT + 3 else row["Output"]})
     return found
-
-
-def docker_health(container: Container) -> Optional[Dict[str, Any]]:
-    """State.Health of a container with health checks, None without and before its first start."""
-    state = container.state
-    return {"Status": state.health, "FailingStreak": state.failing,
-            "Log": health_results(container)} if state.health else None
 
 
 def note_health(engine: Engine, container: Container, status: str = "starting", failing: int = 0, pid: int = 0) -> None:
@@ -8851,7 +8835,7 @@ def make_volume(engine: Engine, name: str, options: Dict[str, str], labels: Dict
         labels = {**labels, **({} if name else {ANONYMOUS: ""}),
                   **({"nerdctld/options": json.dumps(options)} if options else {})}
         name = name or os.urandom(32).hex()
-        engine.nerdctl.run("volume", "create", *(f"--label={key}={value}" for key, value in labels.items()), "--", name)
+        engine.nerdctl.run("volume", "create", *_pairs(labels, "--label"), "--", name)
         # nerdctl makes it 0700, so that no user but root could read what is in it.
         with contextlib.suppress(OSError):
             os.chmod(engine.inventory.volume_folder(name), 0o755)
@@ -9149,24 +9133,14 @@ def finish_container(engine: Engine, container: Container, spec: Dict[str, Any],
 ###############################################################################
 
 
-def _value(value: Any, flag: str) -> List[str]:
-    """A string or a number as `FLAG=value`, but for "" and 0."""
-    return [f"{flag}={value}"] if value else []
-
-
 def _listed(value: Optional[List[str]], flag: str) -> List[str]:
     """`FLAG=text` for each, with a flag that nerdctl splits at commas."""
     return [f"{flag}={csv_word(each)}" for each in value or []]
 
 
-def _switch(value: Optional[bool], flag: str) -> List[str]:
-    """The flag alone for true."""
-    return [flag] if value else []
-
-
-def _pairs(value: Optional[Dict[str, str]], flag: str) -> List[str]:
-    """An object as one `FLAG=key=value` each."""
-    return [f"{flag}={key}={each}" for key, each in (value or {}).items()]
+def _limits(value: Optional[List[Dict[str, Any]]], flag: str) -> List[str]:
+    """The weights or rates of devices as one `FLAG=path:number` each."""
+    return [f"{flag}={each.get('Path')}:{each.get('Weight') or each.get('Rate') or 0}" for each in value or []]
 
 
 # Field of the create request -> flag of nerdctl create, and how its value becomes words. What needs more than that is
@@ -9195,6 +9169,11 @@ CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str], List[str]]], ...] = (
     ("HostConfig.KernelMemory", "--kernel-memory", _value),
     ("HostConfig.OomKillDisable", "--oom-kill-disable", _switch),
     ("HostConfig.PidsLimit", "--pids-limit", _value), ("HostConfig.BlkioWeight", "--blkio-weight", _value),
+    ("HostConfig.BlkioWeightDevice", "--blkio-weight-device", _limits),
+    ("HostConfig.BlkioDeviceReadBps", "--device-read-bps", _limits),
+    ("HostConfig.BlkioDeviceWriteBps", "--device-write-bps", _limits),
+    ("HostConfig.BlkioDeviceReadIOps", "--device-read-iops", _limits),
+    ("HostConfig.BlkioDeviceWriteIOps", "--device-write-iops", _limits),
 )
 # Accepted by dockerd and without a counterpart in nerdctl.
 IGNORED_FIELDS = ("StorageOpt", "CpuCount", "CpuPercent", "Cgroup")
@@ -9371,27 +9350,17 @@ def policy_word(host: Dict[str, Any]) -> str:
 
 
 def device_args(host: Dict[str, Any]) -> List[str]:
-    """Words for the limits of devices, GPUs and ulimits. The devices themselves are looked at when it starts."""
+    """Words for GPUs and ulimits. The devices themselves are looked at when it starts."""
     words = []
     for request in host.get("DeviceRequests") or []:
+        names, count = request.get("DeviceIDs") or [], request.get("Count", -1)
         if request.get("Driver") == "cdi":
-            words += [f"--device={csv_word(name)}" for name in request.get("DeviceIDs") or []]
-            continue
-        names = request.get("DeviceIDs") or []
-        words.append("--gpus=" + (csv_word("device=" + ",".join(names)) if names else
-                                  "all" if request.get("Count") in (-1, None)
-                                  else str(request["Count"])))
-    for key, flag, value in (("BlkioWeightDevice", "--blkio-weight-device", "Weight"),
-                             ("BlkioDeviceReadBps", "--device-read-bps", "Rate"),
-                             ("BlkioDeviceWriteBps", "--device-write-bps", "Rate"),
-                             ("BlkioDeviceReadIOps", "--device-read-iops", "Rate"),
-                             ("BlkioDeviceWriteIOps", "--device-write-iops", "Rate")):
-        for each in host.get(key) or []:
-            words.append(f"{flag}={each.get('Path')}:{each.get(value) or 0}")
+            words += _listed(names, "--device")
+        else:
+            words += _listed(["device=" + ",".join(names) if names else "all" if count == -1 else str(count)], "--gpus")
     for limit in host.get("Ulimits") or []:
         soft, hard = limit.get("Soft") or 0, limit.get("Hard") or 0
-        if 0 <= hard < soft:
-            raise BadParameter(f"ulimit soft limit must be less than or equal to hard limit: {soft} > {hard}")
+        refuse((0 <= hard < soft, f"ulimit soft limit must be less than or equal to hard limit: {soft} > {hard}"))
         words.append(f"--ulimit={limit.get('Name') or ''}={soft}:{hard}")
     return words
 
@@ -9694,7 +9663,7 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     words += [f"--restart={policy_word(host)}"] if policy_word(host) not in ("", "no") else []
     words += network_args(body, networks) + namespace_args(host, find) + log_args(host)
     words += init_args(host) + security_args(host)
-    words += [f"--label={key}={value}" for key, value in labels.items()]
+    words += _pairs(labels, "--label")
     flags, command = command_words(body, image)
     return words + flags, command
 
@@ -11327,8 +11296,7 @@ def log_lines(engine: Engine, request: Request, container: Container) -> Iterato
 def nerdctl_log(engine: Engine, request: Request, container: Container, follow: bool,
                 tail: Optional[int]) -> Iterator[LogLine]:
     """The same where the log is no file that can be read from here. nerdctl prints both streams as they were."""
-    arguments = ["logs", "--timestamps", *(["--follow"] if follow else []),
-                 *([f"--tail={tail}"] if tail is not None else [])]
+    arguments = ["logs", "--timestamps", *_switch(follow, "--follow"), *_switch(tail is not None, f"--tail={tail}")]
     with engine.nerdctl.start(*arguments, "--", container.id, client=request.client) as process:
         for text in process.lines():
             moment, _, rest = text.partition(" ")
@@ -12778,8 +12746,8 @@ def network_create_args(body: Dict[str, Any], name: str) -> List[str]:
         raise NotFound(f"plugin \"{ipam['Driver']}\" not found")
     ranges, spare = [], {}
     for config in ipam.get("Config") or []:
-        for key, flag in (("Subnet", "--subnet"), ("Gateway", "--gateway"), ("IPRange", "--ip-range")):
-            words += _value(config.get(key), flag)
+        words += _value(config.get("Subnet"), "--subnet") + _value(config.get("Gateway"), "--gateway")
+        words += _value(config.get("IPRange"), "--ip-range")
         ranges += [config["IPRange"]] if config.get("IPRange") else []
         for host, text in (config.get("AuxiliaryAddresses") or {}).items():
             with contextlib.suppress(ValueError):
@@ -12792,14 +12760,14 @@ def network_create_args(body: Dict[str, Any], name: str) -> List[str]:
     words += _switch(body.get("Internal"), "--internal") + _switch(body.get("EnableIPv6"), "--ipv6")
     options = body.get("Options") or {}
     # What nerdctl does not carry out is only kept.
-    words += [f"--opt={DRIVER_OPTIONS[key]}={value}" for key, value in options.items() if key in DRIVER_OPTIONS]
+    words += _pairs({DRIVER_OPTIONS[key]: value for key, value in options.items() if key in DRIVER_OPTIONS}, "--opt")
     labels = body.get("Labels") or {}
     # nerdctl keeps none of them.
     labels.update({"nerdctld/options": json.dumps(options)} if options else {})
     labels.update({"nerdctld/ip-range": ranges[0]} if ranges else {})
     more = {"Options": ipam.get("Options"), "AuxiliaryAddresses": spare}
     labels.update({"nerdctld/ipam": json.dumps(more)} if spare or more["Options"] != {} else {})
-    return [*words, *(f"--label={key}={value}" for key, value in labels.items()), "--", name]
+    return [*words, *_pairs(labels, "--label"), "--", name]
 
 
 # Docker's driver options that the CNI plugins know, under the plugins' names.
@@ -13262,12 +13230,15 @@ for _kind, _words, _routes in REFUSALS:
 
 
 class Bridge:
-    """What stands between a client and buildkitd, without I/O: `client_out` and `server_out` wait to be sent, `over`
-    says that nothing more comes. Its kinds have `from_client` and `from_server` for what was received, `client_ended`
-    and `server_ended` for the end of a connection, and `replenish`, which opens windows when something was sent."""
+    """What stands between a client and buildkitd, if there is one: `client_out` and `server_out` wait to be sent,
+    `over` says that nothing more comes. Its kinds, which do no I/O, have `from_client` and `from_server` for what was
+    received, `client_ended` and `server_ended` for the end of a connection, and `replenish`, which opens windows when
+    something was sent."""
 
     # As much may wait for one side before the other is no longer read; in bytes.
     LIMIT = 1 << 20
+    # How long the client is answered after buildkitd's end, and buildkitd sent the rest after the client's; in seconds.
+    LINGER = 10.0
 
     def __init__(self, client_out: SendBuffer, server_out: SendBuffer):
         self.client_out = client_out
@@ -13277,6 +13248,75 @@ class Bridge:
     def room(self) -> Tuple[bool, bool]:
         """Whether more may be read from the client, and from buildkitd."""
         return len(self.server_out) < self.LIMIT, len(self.client_out) < self.LIMIT
+
+    def carry(self, client: socket.socket, server: Optional[socket.socket], early: bytes = b"") -> None:
+        """Carry bytes, first those that were read `early`, until one side has ended; then close buildkitd's."""
+        for sock in filter(None, (client, server)):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            sock.setblocking(False)
+        try:
+            self.from_client(early)
+            self._loop(client, server)
+        except (ValueError, TypeError, GrpcError) as error:
+            log(f"build: {error}")
+            with contextlib.suppress(OSError):
+                self.client_out.send(client)
+        finally:
+            if server:
+                server.close()
+
+    def _loop(self, client: socket.socket, server: Optional[socket.socket]) -> None:
+        deadline = None if server else time.monotonic() + self.LINGER
+        while True:
+            try:
+                self.client_out.send(client)
+            except OSError:
+                return
+            if self.over and not self.client_out or deadline and time.monotonic() > deadline:
+                return
+            try:
+                if server:
+                    self.server_out.send(server)
+            except OSError:
+                # What it has said before its end is still to be read.
+                self.server_out.clear()
+            self.replenish()
+            readable = self._wait(client, server, 1000 if deadline else None)
+            if server in readable and not self._receive(server, self.from_server):
+                server.close()
+                server, deadline = None, time.monotonic() + self.LINGER
+                self.server_out.clear()
+                self.server_ended()
+            if client in readable and not self._receive(client, self.from_client):
+                self.client_ended()
+                with contextlib.suppress(OSError):
+                    if server:
+                        server.settimeout(self.LINGER)
+                        self.server_out.send(server)
+                return
+
+    def _wait(self, client: socket.socket, server: Optional[socket.socket],
+              timeout: Optional[int]) -> List[socket.socket]:
+        """Wait until something can be done; the sockets from which something, or their end, can be read."""
+        poller, sides = select.poll(), {}
+        for sock, room, out in zip((client, server), self.room(), (self.client_out, self.server_out)):
+            if sock:
+                poller.register(sock, (select.POLLIN if room else 0) | (select.POLLOUT if out else 0))
+                sides[sock.fileno()] = sock
+        return [sides[descriptor] for descriptor, event in poller.poll(timeout) if event & ~select.POLLOUT]
+
+    @staticmethod
+    def _receive(sock: socket.socket, feed: Callable[[bytes], None]) -> bool:
+        """Take what has come; False at the end."""
+        try:
+            data = sock.recv(BLOCK)
+        except (BlockingIOError, InterruptedError):
+            return True
+        except OSError:
+            return False
+        if data:
+            feed(data)
+        return len(data) > 0
 
 
 class GrpcProxy(Bridge):
@@ -13448,91 +13488,10 @@ class SessionBridge(Bridge):
         self.over = True
 
 
-class Relay:
-    """Carries bytes between a client and buildkitd, if there is one, through a bridge: a loop in one thread."""
-
-    # How long the client is answered after buildkitd's end, and buildkitd sent the rest after the client's; in seconds.
-    LINGER = 10.0
-
-    def __init__(self, client: socket.socket, server: Optional[socket.socket]):
-        self.client = client
-        self.server = server
-        for sock in filter(None, (client, server)):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-            sock.setblocking(False)
-
-    def carry(self, bridge: Bridge, early: bytes = b"") -> None:
-        """Carry bytes, first those that were read `early`, until one side has ended; then close buildkitd's."""
-        try:
-            bridge.from_client(early)
-            self._loop(bridge)
-        except (ValueError, TypeError, GrpcError) as error:
-            log(f"build: {error}")
-            with contextlib.suppress(OSError):
-                bridge.client_out.send(self.client)
-        finally:
-            if self.server:
-                self.server.close()
-
-    def _loop(self, bridge: Bridge) -> None:
-        deadline = None if self.server else time.monotonic() + self.LINGER
-        while True:
-            try:
-                bridge.client_out.send(self.client)
-            except OSError:
-                return
-            if bridge.over and not bridge.client_out or deadline and time.monotonic() > deadline:
-                return
-            if self.server:
-                try:
-                    bridge.server_out.send(self.server)
-                except OSError:
-                    # What it has said before its end is still to be read.
-                    bridge.server_out.clear()
-            bridge.replenish()
-            readable = self._wait(bridge, 1.0 if deadline else None)
-            if self.server in readable and not self._receive(self.server, bridge.from_server):
-                self.server.close()
-                self.server, deadline = None, time.monotonic() + self.LINGER
-                bridge.server_out.clear()
-                bridge.server_ended()
-            if self.client in readable and not self._receive(self.client, bridge.from_client):
-                bridge.client_ended()
-                if self.server:
-                    with contextlib.suppress(OSError):
-                        self.server.settimeout(self.LINGER)
-                        bridge.server_out.send(self.server)
-                return
-
-    def _wait(self, bridge: Bridge, timeout: Optional[float]) -> List[socket.socket]:
-        """Wait until something can be done; the sockets from which something, or their end, can be read."""
-        poller, sides = select.poll(), {}
-        for sock, room, out in zip((self.client, self.server), bridge.room(), (bridge.client_out, bridge.server_out)):
-            if sock:
-                poller.register(sock, (select.POLLIN if room else 0) | (select.POLLOUT if out else 0))
-                sides[sock.fileno()] = sock
-        events = poller.poll(timeout and timeout * 1000)
-        return [sides[descriptor] for descriptor, event in events if event & ~select.POLLOUT]
-
-    @staticmethod
-    def _receive(sock: socket.socket, feed: Callable[[bytes], None]) -> bool:
-        """Take what has come; False at the end."""
-        try:
-            data = sock.recv(BLOCK)
-        except (BlockingIOError, InterruptedError):
-            return True
-        except OSError:
-            return False
-        if data:
-            feed(data)
-        return len(data) > 0
-
-
 ###############################################################################
 # BuildKit
 ###############################################################################
 
-NO_BUILDKIT = "install or start it with a containerd worker, or say where it is with --buildkit-host"
 WORKER_LABEL = "org.mobyproject.buildkit.worker.containerd."
 
 
@@ -13805,7 +13764,7 @@ def grpc_hijack(engine: Engine) -> Hijack:
         if failure:
             log(f"build: {failure}")
             proxy.server_ended(failure)
-        Relay(connection.sock, server).carry(proxy, connection.early)
+        proxy.carry(connection.sock, server, connection.early)
 
     return Hijack(serve, protocol="h2c")
 
@@ -13830,7 +13789,7 @@ def buildkit_session(engine: Engine, request: Request) -> Response:
 
     def serve(connection: Connection) -> None:
         if server:
-            Relay(connection.sock, server).carry(SessionBridge(headers), connection.early)
+            SessionBridge(headers).carry(connection.sock, server, connection.early)
 
     return Response(101, Hijack(serve, protocol="h2c"))
 
@@ -13871,11 +13830,10 @@ class Body:
                     self.ended = True
                 elif self._line() != b"":
                     raise BadParameter("malformed chunked encoding")
-        except OSError:
-            self._broken()
-            raise ClientGone() from None
-        except (BadParameter, ClientGone):
-            self._broken()
+        except (OSError, BadParameter, ClientGone) as error:
+            self.ended = self.handler.close_connection = True
+            if isinstance(error, OSError):
+                raise ClientGone() from None
             raise
         return data
 
@@ -13903,10 +13861,6 @@ class Body:
         with contextlib.suppress(OSError):
             self.handler.connection.settimeout(None)
         return self.ended
-
-    def _broken(self) -> None:
-        self.ended = True
-        self.handler.close_connection = True
 
     def _line(self) -> bytes:
         line = self.handler.rfile.readline(4097)
@@ -13970,16 +13924,6 @@ class Hangups:
                     for callback in list(self.watched.get(descriptor, ())):
                         with contextlib.suppress(Exception):
                             callback()
-
-
-class SocketClient(Client):
-    """The client at the other end of a connection."""
-
-    def __init__(self, handler: "RequestHandler"):
-        self.handler = handler
-
-    def when_gone(self, callback: Callable[[], Any], half: bool = True):
-        return self.handler.server.hangups.watch(self.handler.connection, callback, half)
 
 
 # http.client takes no line over 64 kB and no more than 100: it is the whole head that dockerd bounds.
@@ -14128,7 +14072,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         if re.search(r"[\x00-\x1f\x7f]", path):
             raise BadParameter("malformed URL: it has control characters")
         version, path = split_version(path)
-        return Request(self.command, re.sub("//+", "/", path), version, query, self.headers, body, SocketClient(self))
+        client = Client()
+        client.when_gone = functools.partial(self.server.hangups.watch, self.connection)
+        return Request(self.command, re.sub("//+", "/", path), version, query, self.headers, body, client)
 
     def respond(self, response: Response, body: Optional[Body]) -> int:
         """Send a response of any kind; returns its status, which for a primed stream is known only here."""
@@ -14548,7 +14494,7 @@ class Ctr(Nerdctl):
         where everybody could read it."""
         user, password = registry_login(name.partition("/")[0], environment)
         hosts = ["--hosts-dir=/etc/containerd/certs.d"] if os.path.isdir("/etc/containerd/certs.d") else []
-        words = [*hosts, *options, *([f"--user={user}"] if user else []), "--", name]
+        words = [*hosts, *options, *_value(user, "--user"), "--", name]
         with typed_line(password) if user else contextlib.nullcontext(subprocess.DEVNULL) as stdin:
             with self._images(verb, *words, stdin=stdin, client=client) as process:
                 yield process
@@ -14579,7 +14525,7 @@ class Ctr(Nerdctl):
     def pull(self, name: str, platform: str, unpack: bool, environment: Optional[Dict[str, str]],
              client: Client) -> ContextManager[Process]:
         """A running pull. ctr unpacks for any platform."""
-        options = [*([f"--platform={platform}"] if platform else []), f"--snapshotter={self.snapshotter}"]
+        options = [*_value(platform, "--platform"), f"--snapshotter={self.snapshotter}"]
         return self._transfer("pull", name, options, environment, client)
 
     def push(self, name: str, group: ImageGroup, platforms: List[str], environment: Optional[Dict[str, str]],

@@ -4596,14 +4596,15 @@ class TestState:
         if ago is not None:
             (tmp_path / "lifecycle.json").write_text(json.dumps({"started_at": nerdctld.rfc3339(began)}))
         task = task and nerdctld.TaskRecord(4 if task[0] != "stopped" else 0, task[0], task[1], 7 * 10**9 if task[0] == "stopped" else 0, "")
-        state = container_of({"nerdctl/state-dir": str(tmp_path), **labels}, task).state
+        container = container_of({"nerdctl/state-dir": str(tmp_path), **labels}, task)
+        state = container.state
         assert (state.kind, state.exit_code) == (kind, code)
         refused = kind == "created" and code is not None or labels.get(nerdctld.LABEL_REFUSED) == "0"
         assert state.error == (labels["nerdctl/error"] if refused else "")
         assert state.started_at == (began if ago is not None and kind not in ("created", "dead") else None)
         assert (state.pid, state.finished_at) == (4 if kind in ("running", "paused") else 0, 7 * 10**9 if task and task.status == "stopped" else None)
         assert state.running == (kind in ("running", "paused"))
-        told = nerdctld.docker_state(state, False, None)
+        told = nerdctld.docker_state(container, False)
         assert (told["Status"], told["ExitCode"], told["Error"]) == (kind, code or 0, state.error)
 
     def test_a_start_that_nerdctl_did_not_note(self):
@@ -6765,7 +6766,10 @@ class TestContainerCreate:
         (host(Ulimits=[{"Name": "nofile", "Soft": 1, "Hard": -1}]), "--ulimit=nofile=1:-1"),
         (host(DeviceRequests=[{"Count": -1, "Capabilities": [["gpu"]]}]), "--gpus=all"), (host(DeviceRequests=[{"Count": 2}]), "--gpus=2"),
         (host(DeviceRequests=[{"DeviceIDs": ["0", "1"]}]), '--gpus="device=0,1"'), (host(DeviceRequests=[{"Driver": "cdi", "DeviceIDs": ["v/c=x"]}]), "--device=v/c=x"),
-        (host(BlkioDeviceReadBps=[{"Path": "/dev/a", "Rate": 5}]), "--device-read-bps=/dev/a:5"), (host(BlkioWeightDevice=[{"Path": "/dev/a", "Weight": 5}]), "--blkio-weight-device=/dev/a:5"),
+        (host(BlkioDeviceReadBps=[{"Path": "/dev/a", "Rate": 5}]), "--device-read-bps=/dev/a:5"),
+        (host(BlkioDeviceWriteBps=[{"Path": "/dev/a", "Rate": 0}]), "--device-write-bps=/dev/a:0"), (host(BlkioDeviceReadIOps=[{"Path": "/dev/a"}]), "--device-read-iops=/dev/a:0"),
+        (host(BlkioDeviceWriteIOps=[{"Path": "/dev/a", "Rate": 5}]), "--device-write-iops=/dev/a:5"),
+        (host(BlkioWeightDevice=[{"Path": "/dev/a", "Weight": 5}]), "--blkio-weight-device=/dev/a:5"),
         (host(RestartPolicy={"Name": "always"}), "--restart=always"), (host(RestartPolicy={"Name": "on-failure", "MaximumRetryCount": 3}), "--restart=on-failure:3"),
         (host(RestartPolicy={"Name": "no"}),), ({"Env": ["PATH"]},),
         (host(SecurityOpt=["no-new-privileges:true", "label:disable", "disable"]), "--security-opt=no-new-privileges=true", "--security-opt=label=disable",
@@ -11639,10 +11643,9 @@ class TestBuildKit:
     def test_server_that_never_was(self):
         """Over sockets: SETTINGS first, then every call ends with the reason; the client's end ends the relay."""
         ours, theirs = socket.socketpair()
-        relay = nerdctld.Relay(ours, None)
         proxy = nerdctld.GrpcProxy(keep)
         proxy.server_ended(nerdctld.Unavailable("start it"))
-        thread = threading.Thread(target=relay.carry, args=(proxy, nerdctld.PREFACE[:5]), daemon=True)
+        thread = threading.Thread(target=proxy.carry, args=(ours, None, nerdctld.PREFACE[:5]), daemon=True)
         thread.start()
         theirs.settimeout(10)
         client = Peer(False)
@@ -11660,11 +11663,10 @@ class TestBuildKit:
 
     @contextlib.contextmanager
     def relayed(self, make, early=b""):
-        """The two far ends of a relay, and its thread; `make(relay)` makes its bridge."""
+        """The two far ends of a bridge, and its thread; `make()` makes it."""
         client, near = socket.socketpair()
         far, server = socket.socketpair()
-        relay = nerdctld.Relay(near, far)
-        thread = threading.Thread(target=relay.carry, args=(make(relay), early), daemon=True)
+        thread = threading.Thread(target=make().carry, args=(near, far, early), daemon=True)
         thread.start()
         try:
             yield client, server, thread
@@ -11675,8 +11677,8 @@ class TestBuildKit:
             assert not thread.is_alive() and far.fileno() == -1
             near.close()
 
-    BRIDGES = {"grpc": lambda relay: nerdctld.GrpcProxy(keep),
-               "session": lambda relay: nerdctld.SessionBridge([("X-Docker-Expose-Session-Uuid", "u")])}
+    BRIDGES = {"grpc": lambda: nerdctld.GrpcProxy(keep),
+               "session": lambda: nerdctld.SessionBridge([("X-Docker-Expose-Session-Uuid", "u")])}
 
     def drive(self, peers, done):
         """Let peers speak over their sockets until `done()`."""
@@ -11707,7 +11709,7 @@ class TestBuildKit:
         client.__init__(False)
         client.open(1, grpc(message), path=SOLVE)
         del client.out[:100]
-        with self.relayed(lambda relay: nerdctld.GrpcProxy(rewrite), early) as (near, far, _):
+        with self.relayed(lambda: nerdctld.GrpcProxy(rewrite), early) as (near, far, _):
             self.drive([(near, client), (far, server)], lambda: 1 in server.ended)
         assert bytes(server.received[1]) == grpc(rewrite(message)[0])
 
@@ -11807,7 +11809,7 @@ class TestBuildKit:
         assert b"".join(self.session_bytes(server)) == b"x" * 50000
 
     def test_client_is_answered_after_a_buildkitd_that_read_nothing(self):
-        def make(relay):
+        def make():
             proxy = nerdctld.GrpcProxy(keep)
             proxy.LIMIT = 100000
             return proxy
