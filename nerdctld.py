@@ -10986,10 +10986,13 @@ def stop_signal(container: Container, asked: str = "") -> int:
 def kill_task(engine: Engine, container: Container, number: int, ends: bool) -> bool:
     """Send a container a signal that is to end it, or any other; one that is paused heeds only one that `ends` it.
     False where it has ended meanwhile."""
+    count = engine.tasks.count
     try:
         engine.containerd.kill_task(container.id, number)
-    except ApiError:
-        if runs(engine, container):
+    except ApiError as error:
+        # Its process may have ended a moment before containerd tells of it.
+        if runs(engine, container) and not (isinstance(error, NotFound) and engine.tasks.ended_since(
+                container.id, count, engine.tasks.DYING)):
             raise
         return False
     if ends and container.state.kind == "paused":

@@ -8480,14 +8480,18 @@ class TestContainerLifecycle:
         thread.join(20)
         assert found[0].status == 204 and ask(willing, "GET", f"/containers/{real}/json").json["State"]["Running"] == (word == "restart")
 
-    def test_a_stop_of_what_ends_by_another_hand(self, willing, fake):
+    @pytest.mark.parametrize("late", [False, True])
+    @pytest.mark.parametrize("word", ["stop", "kill", "restart"])
+    def test_a_stop_of_what_ends_by_another_hand(self, willing, fake, word, late):
+        """Also where containerd tells of the end a moment after it says that there is no process any more."""
         real = identity(willing, "tstweb")
 
         def ends():
-            fake.exit(real)
+            threading.Timer(0.1, fake.exit, [real]).start() if late else fake.exit(real)
             raise nerdctld.GrpcError(5, "process already finished: not found")
         fake.before["Tasks/Kill"] = ends
-        assert ask(willing, "POST", "/containers/tstweb/stop").status == 204
+        assert ask(willing, "POST", f"/containers/tstweb/{word}").status == 204
+        assert ask(willing, "GET", f"/containers/{real}/json").json["State"]["Running"] == (word == "restart")
 
     def test_a_stop_is_told_after_the_end(self, willing, fake):
         real = identity(willing, "tstnew")
