@@ -2551,63 +2551,38 @@ def parse_rows(data: bytes) -> List[Any]:
     return rows
 
 
-class Workspace:
-    """Where temporary files live: one private folder, named after the process, made when first needed. What a killed
-    daemon left behind is removed at the start of the next."""
+# In front of the names of temporary folders; behind it is the number of the process that they belong to.
+TEMPORARY = "nerdctld-"
 
-    PREFIX = "nerdctld-"
 
-    def __init__(self) -> None:
-        self.path = ""
-        self.lock = threading.Lock()
+@contextlib.contextmanager
+def temporary_folder(kind: str) -> Iterator[str]:
+    """A new folder, 0700, that is gone at the end."""
+    path = tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-{kind}-")
+    try:
+        yield path
+    finally:
+        remove_tree(path)
 
-    def folder(self) -> str:
-        """The folder of this process, made anew where somebody (systemd-tmpfiles) has removed it."""
-        with self.lock:
-            if not self._ours():
-                self.path = tempfile.mkdtemp(prefix=f"{self.PREFIX}{os.getpid()}-")
-            return self.path
 
-    def _ours(self) -> bool:
-        # Its name is known by now: whoever may write beside it could have made another.
-        with contextlib.suppress(OSError):
-            found = os.lstat(self.path)
-            return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-        return False
+@contextlib.contextmanager
+def credentials_folder(auths: Dict[str, Dict[str, str]]) -> Iterator[Dict[str, str]]:
+    """The environment of one nerdctl call with these credentials, in a config.json that only it is shown."""
+    with temporary_folder("auth") as path:
+        with open(os.path.join(path, "config.json"), "xb", opener=functools.partial(os.open, mode=0o600)) as file:
+            file.write(json_bytes({"auths": auths}))
+        yield {"DOCKER_CONFIG": path}
 
-    @contextlib.contextmanager
-    def temporary(self, kind: str) -> Iterator[str]:
-        """A new folder, 0700, that is gone at the end."""
-        path = tempfile.mkdtemp(prefix=kind + "-", dir=self.folder())
-        try:
-            yield path
-        finally:
-            remove_tree(path)
 
-    @contextlib.contextmanager
-    def docker_config(self, auths: Dict[str, Dict[str, str]]) -> Iterator[Dict[str, str]]:
-        """The environment of one nerdctl call with these credentials, in a config.json that only it is shown."""
-        with self.temporary("auth") as path:
-            descriptor = os.open(os.path.join(path, "config.json"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(json_bytes({"auths": auths}))
-            yield {"DOCKER_CONFIG": path}
-
-    def sweep(self) -> None:
-        """Remove the folders of processes of this user that no longer run."""
-        root = tempfile.gettempdir()
-        for name in os.listdir(root):
-            found = re.fullmatch(re.escape(self.PREFIX) + r"(\d+)-\w+", name)
-            if found and not os.path.exists(f"/proc/{found.group(1)}"):
-                path = os.path.join(root, name)
-                with contextlib.suppress(OSError):
-                    if os.lstat(path).st_uid == os.getuid():
-                        remove_tree(path)
-
-    def remove(self) -> None:
-        """Remove the folder of this process."""
-        if self.path:
-            remove_tree(self.path)
+def sweep_temporary(own: bool = False) -> None:
+    """Remove the temporary folders of processes of this user that no longer run, and with `own` those of this one."""
+    root = tempfile.gettempdir()
+    for name in os.listdir(root):
+        found, path = re.fullmatch(TEMPORARY + r"(\d+)-[\w-]+", name), os.path.join(root, name)
+        if found and (own and int(found[1]) == os.getpid() or not os.path.exists(f"/proc/{found[1]}")):
+            with contextlib.suppress(OSError):
+                if os.lstat(path).st_uid == os.getuid():
+                    remove_tree(path)
 
 
 def remove_tree(path: str) -> None:
@@ -5732,7 +5707,6 @@ class Engine:
 
     def __init__(self, nerdctl: Nerdctl, containerd: Containerd):
         self.nerdctl, self.containerd = nerdctl, containerd
-        self.workspace = Workspace()
         self.feed = EventFeed(containerd, self.handle)
         self.journal = Journal()
         self.inventory = Inventory(nerdctl, containerd, self.feed)
@@ -5846,7 +5820,7 @@ class Engine:
         self.feed.close()
         self.later.put(None)
         self.nerdctl.end_all()
-        self.workspace.remove()
+        sweep_temporary(own=True)
 
     @contextlib.contextmanager
     def changing_images(self, names: List[str], action: str = "tag") -> Iterator[Callable[[], None]]:
@@ -6231,7 +6205,7 @@ def credentials_for(engine: Engine, request: Request, registry: str) -> ContextM
     """Context with the environment for one nerdctl call with the credentials of the request's X-Registry-Auth, None
     without any. They are in a private folder while the call runs, and nowhere else."""
     auths = registry_auths(decode_auth(request), registry)
-    return engine.workspace.docker_config(auths) if auths else contextlib.nullcontext()
+    return credentials_folder(auths) if auths else contextlib.nullcontext()
 
 
 @route("POST", "/auth")
@@ -6247,7 +6221,7 @@ def system_auth(engine: Engine, request: Request) -> Response:
     host = "docker.io" if host.startswith("index.docker.io") else host.partition("/")[0]
     if not DOMAIN.fullmatch(host):
         raise BadParameter(f"invalid registry address {address!r}")
-    with engine.workspace.docker_config({}) as environment:
+    with credentials_folder({}) as environment:
         try:
             engine.nerdctl.login(host, user, password, environment)
         except Unauthorized:
@@ -7908,8 +7882,8 @@ def build_from_context(engine: Engine, request: Request) -> Response:
 
     def chunks() -> Iterator[bytes]:
         with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(engine.workspace.temporary("build"))
-            environment = stack.enter_context(engine.workspace.docker_config(auths)) if auths else None
+            folder = stack.enter_context(temporary_folder("build"))
+            environment = stack.enter_context(credentials_folder(auths)) if auths else None
             build_context(request, folder)
             path = find_dockerfile(request, folder)
             with open(path, encoding="utf-8", errors="replace") as file:
@@ -9326,7 +9300,7 @@ def profile_files(engine: Engine, words: List[str]) -> Iterator[List[str]]:
     if not any(each.startswith(start + "{") for each in words):
         yield words
         return
-    with engine.workspace.temporary("seccomp") as folder:
+    with temporary_folder("seccomp") as folder:
         path = os.path.join(folder, "profile.json")
         with open(path, "w", encoding="utf-8") as file:
             file.write(next(each for each in reversed(words) if each.startswith(start + "{"))[len(start):])
@@ -10124,7 +10098,7 @@ def take_down_network(engine: Engine, container: Container) -> None:
         return
     # The hook gives the container's name up, too, which it is to keep.
     annotations = {**(container.spec.get("annotations") or {}), "nerdctl/name": container.id}
-    with engine.workspace.temporary("bundle") as folder:
+    with temporary_folder("bundle") as folder:
         with open(os.path.join(folder, "config.json"), "w", encoding="ascii") as file:
             json.dump({"root": {"path": "rootfs"}}, file)
         state = {"ociVersion": "1.0.2", "id": container.id, "status": "stopped", "bundle": folder,
@@ -10832,7 +10806,7 @@ def open_streams(engine: Engine, container: Container, found: str = "") -> Proce
 
     try:
         tty = is_terminal(container)
-        streams = ProcessStreams(container.folder or engine.workspace.folder(), has_stdin(container), tty,
+        streams = ProcessStreams(container.folder or tempfile.gettempdir(), has_stdin(container), tty,
                                  bool(container.request.get("StdinOnce")) and not tty, keep,
                                  functools.partial(engine.containerd.close_stdin, container.id), ended, found)
     except BaseException:
@@ -11808,7 +11782,7 @@ def run_in_container(engine: Engine, container: Container, config: Dict[str, Any
     output, of which more than `most` bytes become `...`. ApiError when it cannot be started. When it returns, nothing
     is left of it: where the container is paused in the middle, that is when it goes on."""
     output = bytearray()
-    streams = ProcessStreams(container.folder or engine.workspace.folder(), False, False, False,
+    streams = ProcessStreams(container.folder or tempfile.gettempdir(), False, False, False,
                              keep=lambda kind, data: output.extend(data[:max(0, most + 1 - len(output))]))
     instance = Exec(container, config)
     instance.id = exec_name(streams.folder)
@@ -11869,7 +11843,7 @@ def serve_exec(engine: Engine, request: Request, instance: Exec, raw: bool, conn
     with request.client.when_gone(attachment.leave, half=False):
         streams = None
         try:
-            streams = ProcessStreams(instance.container.folder or engine.workspace.folder(), attachment.stdin,
+            streams = ProcessStreams(instance.container.folder or tempfile.gettempdir(), attachment.stdin,
                                      instance.tty, not instance.tty,
                                      close_stdin=functools.partial(engine.containerd.close_stdin,
                                                                    instance.container.id, instance.id),
@@ -12232,7 +12206,7 @@ def opened_tree(engine: Engine, container: Container, missing: ApiError,
     with contextlib.ExitStack() as stack:
         if not found["pid"]:
             stack.enter_context(mounted(engine, placed_mounts(container)))
-            found["folder"] = stack.enter_context(engine.workspace.temporary("tree"))
+            found["folder"] = stack.enter_context(temporary_folder("tree"))
         process = stack.enter_context(engine.nerdctl.start_tree(engine.containerd.entering()))
         process.write(json_bytes({**found, "user_namespace": bool(os.geteuid()), **order}) + b"\n")
         head, end, rest = b"", b"", b""
@@ -14833,7 +14807,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     # The collector need not look at the program itself each time that a long list is made.
     gc.freeze()
     engine = make_engine(options)
-    engine.workspace.sweep()
+    sweep_temporary()
     engine.supervisor = Supervisor(engine)
     engine.feed.start()
     server = Server(engine, listener)

@@ -1319,6 +1319,11 @@ def daemon(tmp_path, scripted, fake):
     found.end()
 
 
+def temporary_folders():
+    """The temporary folders that this process has."""
+    return [each for each in os.listdir(tempfile.gettempdir()) if each.startswith(f"nerdctld-{os.getpid()}-")]
+
+
 def until(condition, seconds=10.0):
     """Wait for a condition; its value."""
     deadline, pause = time.monotonic() + seconds, 0.0002
@@ -2595,40 +2600,24 @@ class TestNerdctlProcess:
         with pytest.raises(nerdctld.NotFound):
             engine.nerdctl.run("ps")
 
-    def test_workspace(self, engine):
-        with engine.workspace.docker_config({"a": {"auth": "x"}}) as environment:
+    def test_credentials_are_in_a_folder_of_their_own(self):
+        with nerdctld.credentials_folder({"a": {"auth": "x"}}) as environment:
             folder = environment["DOCKER_CONFIG"]
             assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
             assert stat.S_IMODE(os.stat(folder + "/config.json").st_mode) == 0o600
         assert not os.path.exists(folder)
 
-    def test_a_workspace_that_was_removed_is_made_anew(self, tmp_path, monkeypatch):
-        tmp_path = tmp_path / "temporary"
-        tmp_path.mkdir()
-        monkeypatch.setattr(nerdctld.tempfile, "tempdir", str(tmp_path))
-        workspace = nerdctld.Workspace()
-        first = workspace.folder()
-        assert workspace.folder() == first
-        os.rmdir(first)
-        with workspace.docker_config({}) as environment:
-            second = workspace.folder()
-            assert second != first and environment["DOCKER_CONFIG"].startswith(second)
-        # Another one of its name is none of ours.
-        os.rmdir(second)
-        os.symlink("/tmp", second)
-        assert workspace.folder() not in (first, second)
-        workspace.remove()
-        assert os.listdir(tmp_path) == [os.path.basename(second)]
-
     def test_sweep_removes_what_a_killed_daemon_left(self, tmp_path, monkeypatch):
         tmp_path = tmp_path / "temporary"
         tmp_path.mkdir()
         monkeypatch.setattr(nerdctld.tempfile, "tempdir", str(tmp_path))
-        (tmp_path / "nerdctld-999999999-abc").mkdir()
-        (tmp_path / f"nerdctld-{os.getpid()}-abc").mkdir()
-        (tmp_path / "nerdctld-mine").mkdir()
-        nerdctld.Workspace().sweep()
-        assert sorted(os.listdir(tmp_path)) == sorted([f"nerdctld-{os.getpid()}-abc", "nerdctld-mine"])
+        for name in ("nerdctld-999999999-a-bc", f"nerdctld-{os.getpid()}-a-bc", "nerdctld-mine"):
+            (tmp_path / name).mkdir()
+        nerdctld.sweep_temporary()
+        assert sorted(os.listdir(tmp_path)) == sorted([f"nerdctld-{os.getpid()}-a-bc", "nerdctld-mine"])
+        # At its own end.
+        nerdctld.sweep_temporary(own=True)
+        assert os.listdir(tmp_path) == ["nerdctld-mine"]
 
     def test_folders_that_may_not_be_written_are_removed_too(self, tmp_path):
         (tmp_path / "a" / "b").mkdir(parents=True)
@@ -5307,7 +5296,7 @@ class TestImages:
         call = scripted.calls("pull")[0]
         assert call["argv"] == ["pull", "--platform=linux/riscv64", "--unpack=false", "--", "localhost:5000/tst/rec:1"]
         assert call["auth"] == {"auths": {"localhost:5000": {"auth": "dTpw"}}} and call["mode"] == 0o600
-        assert os.listdir(furnished.workspace.folder()) == []
+        assert temporary_folders() == []
 
     def test_pull_of_what_is_not_there(self, furnished, scripted):
         scripted.on("pull", stderr=fatal("failed to resolve image: localhost:5000/tst/nope:1: not found"), status=1)
@@ -5984,7 +5973,7 @@ class TestBuild:
                              ids=["empty", "garbage", "cut", "cut gzip", "broken xz", "broken bzip2"])
     def test_no_tar(self, furnished, scripted, data):
         assert ask(furnished, "POST", "/build", data, TAR).status == 400
-        assert scripted.calls("build") == [] and os.listdir(furnished.workspace.folder()) == []
+        assert scripted.calls("build") == [] and temporary_folders() == []
 
     def test_cancel(self, furnished, scripted):
         """As the docker command before buildx does it; another build goes on."""
@@ -10135,7 +10124,7 @@ class TestArchive:
         reached.spec["root"]["readonly"] = True
         assert refused("/etc", "x") == (400, "container rootfs is marked read-only")
         assert put("/etc/sub", "y").status == 200 and (tmp_path / "volume/y").exists() and (tmp_path / "hosts").read_text() == "kept"
-        assert str(reached.root) not in pathlib.Path("/proc/self/mounts").read_text() and not os.listdir(reached.workspace.folder())
+        assert str(reached.root) not in pathlib.Path("/proc/self/mounts").read_text() and temporary_folders() == []
 
     @pytest.mark.parametrize("path", ["/hostproc/1/root", f"/hostproc/{os.getpid()}/root", f"/hostproc/{os.getpid()}/cwd", "/hostproc/self/root"],
                              ids=["first", "ours", "folder", "self"])
@@ -10227,7 +10216,7 @@ class TestArchive:
         found = {each["Path"]: each["Kind"] for each in ask(reached, "GET", "/containers/tstdone/changes").json}
         assert found.pop("/bin") == found.pop("/etc/gone") == 2 and found.pop("/etc") == 0 and found.pop("/abs") == found.pop("/etc/new") == 1
         assert not {"/etc/hosts", "/proc", "/bin/vi", "/"} & set(found) and fake.leases == set()
-        assert str(reached.root) not in pathlib.Path("/proc/self/mounts").read_text() and not os.listdir(reached.workspace.folder())
+        assert str(reached.root) not in pathlib.Path("/proc/self/mounts").read_text() and temporary_folders() == []
 
     def test_no_changes(self, reached, fake, tmp_path):
         below_snapshot(reached, fake, tmp_path, {})
