@@ -5102,11 +5102,11 @@ def hosts_folder(container: Container) -> str:
     return os.path.join(os.path.dirname(containers), "etchosts", namespace, name)
 
 
-def noted_results(container: Container) -> Dict[str, Dict[str, Any]]:
-    """By the names of its networks CNI's results of a running container, which nerdctl notes for the hosts files of its
-    peers."""
-    if "results" not in container.memo:
-        folder = hosts_folder(container) if container.running else ""
+def noted_results(container: Container, starting: bool = False) -> Dict[str, Dict[str, Any]]:
+    """By the names of its networks CNI's results of a container that runs or is about to, which nerdctl notes for the
+    hosts files of its peers."""
+    if starting or "results" not in container.memo:
+        folder = hosts_folder(container) if starting or container.running else ""
         noted = read_json_file(os.path.join(folder, "meta.json")).get("Networks") if folder else None
         noted = {network_name(name): each for name, each in (noted or {}).items()}
         container.memo["results"] = {name: noted[name] for name in network_names(container)
@@ -5114,9 +5114,9 @@ def noted_results(container: Container) -> Dict[str, Dict[str, Any]]:
     return container.memo["results"]
 
 
-def noted_addresses(container: Container) -> Dict[str, Dict[str, Any]]:
-    """parse_result() of each network of a running container."""
-    return {name: parse_result(result) for name, result in noted_results(container).items()}
+def noted_addresses(container: Container, starting: bool = False) -> Dict[str, Dict[str, Any]]:
+    """parse_result() of each network of a container that runs or is about to."""
+    return {name: parse_result(result) for name, result in noted_results(container, starting).items()}
 
 
 def field_of(body: Dict[str, Any], path: str) -> Any:
@@ -5128,7 +5128,7 @@ def field_of(body: Dict[str, Any], path: str) -> Any:
 
 def hostname_args(body: Dict[str, Any]) -> List[str]:
     """Words for the host name: what is asked for or, since nerdctl has no network aliases and its containers find each
-    other by host name, the alias that a compose service has for its name."""
+    other by host name, the alias that a compose service has for its name. own_network_files() gives it its own one."""
     name = body.get("Hostname") or ""
     mode = field_of(body, "HostConfig.NetworkMode") or ""
     endpoints = field_of(body, "NetworkingConfig.EndpointsConfig") or {}
@@ -5152,8 +5152,9 @@ def wanted_names(container: Container) -> Tuple[Dict[str, List[str]], Dict[str, 
         known = {container.name, str(asked.get("Hostname") or ""), container.labels.get("nerdctl/hostname")}
         told = list(container.host_config.get("Links") or [])
         for network, one in (field_of(asked, "NetworkingConfig.EndpointsConfig") or {}).items():
-            aliases[network] = [each for each in one.get("Aliases") or [] if HOST_NAME.fullmatch(each)
-                                and each not in known]
+            own = [] if asked.get("Hostname") or not hostname_args(asked) else [container.id[:12]]
+            aliases[network] = own + [each for each in one.get("Aliases") or [] if HOST_NAME.fullmatch(each)
+                                      and each not in known]
             told += one.get("Links") or []
         for each in told:
             other, _, alias = each.strip("/").partition(":")
@@ -5275,8 +5276,8 @@ class Hosts:
             self.refresh()
 
     def refresh(self, starting: Optional[Container] = None) -> None:
-        """Write to the files of running containers, or to that of one which is about to start, how it finds the
-        others."""
+        """Write to the files of running containers, or to that of one whose process is about to start, how it finds
+        the others, and itself."""
         running = [each for each in self.engine.inventory.containers().values() if each.running]
         named = [each for each in [*running, *([starting] if starting else [])]
                  if any(map(any, (each.values() for each in wanted_names(each))))]
@@ -5285,6 +5286,7 @@ class Hosts:
         with self.lock, contextlib.suppress(OSError, ValueError):
             self.used = bool(named)
             places = [(each, noted_addresses(each)) for each in running]
+            places += [(starting, noted_addresses(starting, True))] if starting else []
             for store, group in itertools.groupby([starting] if starting else running,
                                                   lambda each: os.path.dirname(hosts_folder(each))):
                 with locked(store):
@@ -8405,7 +8407,7 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
         environment = [*(each for each in process.get("env") or [] if not each.startswith("HOSTNAME=")),
                        *(each for each in asked.get("Env") or [] if "=" not in each)]
     found = {
-        "Hostname": container.labels.get("nerdctl/hostname") or spec.get("hostname") or "",
+        "Hostname": spec.get("hostname") or container.labels.get("nerdctl/hostname") or "",
         "Domainname": asked.get("Domainname") or container.labels.get("nerdctl/domainname") or "",
         "User": asked.get("User") or container.labels.get("nerdctl/user") or image.get("User") or "",
         "AttachStdin": bool(asked.get("AttachStdin")),
@@ -9784,12 +9786,52 @@ def make_container(engine: Engine, plan: Plan, name: str, later: str) -> Contain
     domain = plan.request.get("Domainname") or ""
     own.update({"nerdctl/domainname": domain} if HOST_NAME.fullmatch(domain) else {})
     try:
-        return finish_container(engine, container, amended_spec(container.spec, plan.request), own, mounts,
-                                plan.recursive)
+        spec = own_network_files(container, amended_spec(container.spec, plan.request), plan.request)
+        return finish_container(engine, container, spec, own, mounts, plan.recursive)
     except BaseException:
         engine.nerdctl.output("rm", "--force", "--volumes", "--", real)
         engine.inventory.records.invalidate(real)
         raise
+
+
+def set_hostname(spec: Dict[str, Any], name: str) -> None:
+    """Give a container's OCI spec a host name."""
+    if has_namespace(spec, "uts"):
+        spec["hostname"] = name
+    process = spec.get("process") or {}
+    process["env"] = [f"HOSTNAME={name}" if each.startswith("HOSTNAME=") else each for each in process.get("env") or []]
+
+
+NETWORK_FILES = ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf")
+
+
+def share_network_files(container: Container, spec: Dict[str, Any], other: Container) -> None:
+    """Give a container the host name of another one, and its files of the network, in place of those that nerdctl made
+    for it; what a client has mounted there stays, and is hidden by none of its own."""
+    own = tuple(folder + "/" for folder in (container.folder, hosts_folder(container)) if folder)
+    mounts = [each for each in spec.get("mounts") or [] if not (each.get("destination") in NETWORK_FILES
+                                                                and str(each.get("source")).startswith(own))]
+    taken = [each.get("destination") for each in mounts]
+    spec["mounts"] = mounts + [each for each in other.spec.get("mounts") or []
+                               if each.get("destination") in NETWORK_FILES and each["destination"] not in taken]
+    set_hostname(spec, other.spec.get("hostname") or "")
+
+
+def own_network_files(container: Container, spec: Dict[str, Any], request: Dict[str, Any]) -> Dict[str, Any]:
+    """The OCI spec of a new container with the files of the network that dockerd gives it: the lines of the host's own
+    one where it has the host's network and no hosts of its own, and its own host name also where nerdctl was told an
+    alias for it, by which others find it while no daemon runs."""
+    share_network_files(container, spec, container)
+    if network_names(container) == ["host"] and not container.host_config.get("ExtraHosts"):
+        with contextlib.suppress(OSError), open("/etc/hosts", encoding="utf-8", errors="surrogateescape") as file:
+            told = file.read(LARGEST_HOSTS // 2).splitlines()
+            rewrite_hosts(hosts_folder(container), lambda lines: lines + told)
+    if not request.get("Hostname") and hostname_args(request):
+        set_hostname(spec, container.id[:12])
+        with contextlib.suppress(OSError), open(os.path.join(container.folder, "hostname"), "w",
+                                                encoding="ascii") as file:
+            file.write(container.id[:12] + "\n")
+    return spec
 
 
 # With the host's IPC namespace nerdctl takes the host's mount of it, which there need not be.
@@ -9986,25 +10028,6 @@ def complete_container(engine: Engine, container: Container) -> Container:
             noted = json_of(dict, container.labels.get("nerdctl/ipc"))
             labels["nerdctl/ipc"] = json.dumps({**noted, "mode": "container", "victimContainerId": other.id})
     return rewrite_container(engine, container, spec, {**give_ports(engine, container), **labels})
-
-
-NETWORK_FILES = ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf")
-
-
-def share_network_files(container: Container, spec: Dict[str, Any], other: Container) -> None:
-    """Give a container the host name of another one, and its files of the network, in place of those that nerdctl made
-    for it; what a client has mounted there stays."""
-    own = tuple(folder + "/" for folder in (container.folder, hosts_folder(container)) if folder)
-    mounts = [each for each in spec.get("mounts") or [] if not (each.get("destination") in NETWORK_FILES
-                                                                and str(each.get("source")).startswith(own))]
-    taken = [each.get("destination") for each in mounts]
-    spec["mounts"] = mounts + [each for each in other.spec.get("mounts") or []
-                               if each.get("destination") in NETWORK_FILES and each["destination"] not in taken]
-    name = other.spec.get("hostname") or ""
-    if has_namespace(spec, "uts"):
-        spec["hostname"] = name
-    process = spec.get("process") or {}
-    process["env"] = [f"HOSTNAME={name}" if each.startswith("HOSTNAME=") else each for each in process.get("env") or []]
 
 
 def joins_pid(container: Container) -> bool:
@@ -10854,6 +10877,7 @@ def start_task(engine: Engine, container: Container, streams: TaskStreams) -> No
     pid = engine.containerd.create_task(container.record, streams)
     try:
         attach_networks(engine, container, pid)
+        engine.hosts.refresh(container)
         size = container.host_config.get("ConsoleSize") or []
         if streams.terminal and len(size) == 2 and all(size):
             engine.containerd.resize_terminal(container.id, *size)
@@ -10886,7 +10910,6 @@ def start_container(engine: Engine, container: Container) -> None:
     try:
         container = prepare_start(engine, container)
         note_health(engine, container)
-        engine.hosts.refresh(container)
         if waiting or has_stdin(container):
             streams = open_streams(engine, container)
             for each in waiting:

@@ -7282,6 +7282,41 @@ class TestContainerCreate:
         found = nerdctld.amended_spec({"mounts": [had]}, host(IpcMode="host"))["mounts"]
         assert found == [had if there else {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]}]
 
+    def made_with_files(self, engine, scripted, fake, tmp_path, network, mounts=(), **body):
+        """The OCI spec and the folder of a container that was created with nerdctl's files of the network."""
+        folder, hosts = tmp_path / "nd/containers/default" / ("9" * 64), tmp_path / "nd/etchosts/default" / ("9" * 64)
+        for each in (folder, hosts):
+            each.mkdir(parents=True)
+        (folder / "hostname").write_text("svc\n")
+        (hosts / "hosts").write_text("# <nerdctl>\n# </nerdctl>\n")
+        own = {"/etc/hosts": hosts / "hosts", "/etc/hostname": folder / "hostname", "/etc/resolv.conf": folder / "resolv.conf"}
+        spec = {"hostname": "svc", "process": {"env": ["A=1", "HOSTNAME=svc"]}, "linux": {"namespaces": [{"type": "uts"}, {"type": "network"}]},
+                "mounts": [*mounts, *({"destination": key, "source": str(path)} for key, path in own.items())]}
+        creates(scripted, fake, "9" * 64, {"nerdctl/state-dir": str(folder), "nerdctl/hostname": "svc", "nerdctl/networks": json.dumps([network])}, spec)
+        assert ask(engine, "POST", "/containers/create", {**BODY, **body}).status == 201
+        return json.loads(fake.containers["9" * 64].spec), folder, hosts
+
+    @pytest.mark.parametrize("asked, name", [("", "9" * 12), ("svc", "svc")])
+    def test_an_alias_is_the_host_name_for_nerdctl_only(self, furnished, scripted, fake, tmp_path, asked, name):
+        """By it others find the container while no daemon runs; containers of one service are to have names of their own."""
+        endpoints = {"EndpointsConfig": {"tstnet": {"Aliases": ["svc"]}}}
+        spec, folder, _ = self.made_with_files(furnished, scripted, fake, tmp_path, "tstnet", Hostname=asked, HostConfig={"NetworkMode": "tstnet"}, NetworkingConfig=endpoints)
+        assert "--hostname=svc" in scripted.argv("create") and (folder / "hostname").read_text() == name + "\n"
+        assert (spec["hostname"], spec["process"]["env"]) == (name, ["A=1", f"HOSTNAME={name}"])
+        assert ask(furnished, "GET", f"/containers/{'9' * 64}/json").json["Config"]["Hostname"] == name
+        assert nerdctld.wanted_names(furnished.inventory.container("9" * 64))[0] == {"tstnet": [] if asked else ["9" * 12]}
+
+    def test_what_a_client_mounts_over_a_file_of_the_network_is_seen(self, furnished, scripted, fake, tmp_path):
+        given = {"destination": "/etc/hostname", "source": "/given"}
+        spec = self.made_with_files(furnished, scripted, fake, tmp_path, "tstnet", [given])[0]
+        assert [each["source"] for each in spec["mounts"] if each["destination"] == "/etc/hostname"] == ["/given"] and len(spec["mounts"]) == 3
+
+    @pytest.mark.parametrize("network, extra, same", [("host", [], True), ("host", ["a:1.2.3.4"], False), ("tstnet", [], False)])
+    def test_hosts_of_the_host(self, furnished, scripted, fake, tmp_path, network, extra, same):
+        _, _, hosts = self.made_with_files(furnished, scripted, fake, tmp_path, network, HostConfig={"NetworkMode": network, "ExtraHosts": extra})
+        lines = pathlib.Path("/etc/hosts").read_text().splitlines() if same else []
+        assert (hosts / "hosts").read_text().splitlines() == ["# <nerdctl>", "# </nerdctl>", *lines]
+
     @pytest.mark.parametrize("owner, folder, age, kept", [
         ("9" * 64, True, 10, True), ("9" * 64, True, 1000, False), ("9" * 64, False, 10, False), (ID, True, 10, False)])
     def test_a_name_that_is_nobodys(self, furnished, scripted, fake, owner, folder, age, kept):
@@ -10956,6 +10991,13 @@ class TestCni:
             (name, "DEL", *where[1:], plugins.RESULT) for name in ("beta", "alpha")]
         assert list(self.networks(furnished)) == ["tstnet"] and self.kept(fake) == (["tstnet"], {"nerdctl/networks": '["tstnet"]'}, {})
         assert set(json.loads((folder / "meta.json").read_text())["Networks"]) == {"tstnet"} and "10.88" not in (folder / "hosts").read_text()
+
+    def test_it_finds_itself_when_its_process_starts(self, furnished, fake, plugins, tmp_path, monkeypatch):
+        folder, seen = self.run(fake, tmp_path, monkeypatch), []
+        fake.forget(self.MINE)
+        fake.before["Tasks/Start"] = lambda: seen.extend((folder / "hosts").read_text().splitlines())
+        assert ask(furnished, "POST", "/containers/mine/start").status == 204
+        assert "10.77.0.3 one alias.nerdctld" in seen
 
     @pytest.mark.parametrize("when", ["before", "while a plugin runs"])
     def test_of_one_that_ends_meanwhile(self, furnished, fake, plugins, tmp_path, monkeypatch, when):
