@@ -10872,9 +10872,44 @@ def runtime_error(error: ApiError) -> ApiError:
     return told if hint is None else BadParameter(str(told) + hint)
 
 
+# A file in a container's folder while its process is being made. Where one is left, a daemon was killed meanwhile:
+# containerd may still be carrying it out, or taking it back, and the network may be up.
+BEING_MADE = "nerdctld.making"
+# How long containerd may take for that, in seconds.
+UNDER_WAY = 10.0
+
+
+def was_cut_off(container: Container) -> bool:
+    """Whether a daemon was killed while it had a container's process made."""
+    return bool(container.folder) and os.path.exists(os.path.join(container.folder, BEING_MADE))
+
+
+def make_task(engine: Engine, container: Container, streams: TaskStreams) -> int:
+    """Make a container's process; its process id. What is left of one that was cut off goes first."""
+    cut_off = was_cut_off(container)
+    deadline, note = time.monotonic() + UNDER_WAY, os.path.join(container.folder or os.devnull, BEING_MADE)
+    with contextlib.suppress(OSError), open(note, "w", encoding="ascii"):
+        pass
+    try:
+        while cut_off:
+            take_down_network(engine, container)
+            try:
+                return engine.containerd.create_task(container.record, streams)
+            except ApiError:
+                if time.monotonic() > deadline:
+                    raise
+            with contextlib.suppress(ApiError):
+                engine.containerd.delete_task(container.id)
+            time.sleep(0.1)
+        return engine.containerd.create_task(container.record, streams)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(note)
+
+
 def start_task(engine: Engine, container: Container, streams: TaskStreams) -> None:
     """Make a container's process and start it, or leave nothing of it."""
-    pid = engine.containerd.create_task(container.record, streams)
+    pid = make_task(engine, container, streams)
     try:
         attach_networks(engine, container, pid)
         engine.hosts.refresh(container)
@@ -11179,6 +11214,8 @@ def remove_container(engine: Engine, container: Container, force: bool, volumes:
     words = ["rm", *(["--force"] if force else []), *(["--volumes"] if volumes else []), "--", container.id]
     engine.owner(container.id).removing = True
     release_networks(engine, container)
+    if was_cut_off(container):
+        take_down_network(engine, container)
     for pause in (0.1, 0.5, 0.0):
         output = engine.nerdctl.run(*words)
         # With --force nerdctl 2.3 has the status 0 whatever comes of it: only what it removed it prints.

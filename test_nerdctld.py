@@ -8477,6 +8477,51 @@ class TestContainerLifecycle:
         fake.before["Tasks/Resume"] = lambda: fake.refuses("cannot resume a running process")
         assert ask(willing, "POST", "/containers/tstpaused/" + path).status == 204
 
+    @pytest.fixture
+    def cut_off(self, willing, scripted, fake, tmp_path):
+        """A container whose process was being made when a daemon was killed: with the folder of nerdctl, and the networks that are up."""
+        identity = willing.inventory.container("tstdone").id
+        fake.label(identity, **{"nerdctl/state-dir": str(tmp_path)})
+        scripted.on("internal oci-hook")
+        (tmp_path / "nerdctld.making").touch()
+        return identity
+
+    @pytest.mark.parametrize("words", [
+        "mkdir /run/containerd/io.containerd.runtime.v2.task/default/{}: file exists", "OCI runtime create failed: runc create failed: container with given ID already exists",
+        "failed to start shim: start failed: io.containerd.runc.v2: failed to write socket-dir: symlink /run/containerd/s s: no such file or directory: exit status 1"])
+    def test_a_process_that_containerd_is_still_making(self, willing, fake, cut_off, tmp_path, words):
+        """containerd 2.3.1's words meanwhile; what is made in the end is not started by anybody."""
+        tries = []
+
+        def under_way():
+            tries.append((tmp_path / "nerdctld.making").exists())
+            if len(tries) == 3:
+                fake.before.clear()
+                willing.containerd.create_task(willing.containerd.get_container(cut_off), nerdctld.TaskStreams())
+            else:
+                fake.refuses(words.format(cut_off))
+        fake.before["Tasks/Create"] = under_way
+        assert ask(willing, "POST", "/containers/tstdone/start").status == 204
+        assert ask(willing, "GET", "/containers/tstdone/json").json["State"]["Status"] == "running"
+        assert tries == [True] * 3 and not (tmp_path / "nerdctld.making").exists()
+
+    def test_a_process_that_is_made_for_ever(self, willing, fake, cut_off, monkeypatch):
+        monkeypatch.setattr(nerdctld, "UNDER_WAY", 0.1)
+        fake.before["Tasks/Create"] = lambda: fake.refuses(f"mkdir /x/{cut_off}: file exists")
+        answer = ask(willing, "POST", "/containers/tstdone/start")
+        assert answer.status == 500 and "file exists" in answer.message
+        # Whoever was not cut off is told at once.
+        before = fake.calls["Tasks/Create"]
+        assert ask(willing, "POST", "/containers/tstdone/start").status == 500 and fake.calls["Tasks/Create"] == before + 1
+
+    @pytest.mark.parametrize("cut", [True, False])
+    def test_the_network_of_a_process_that_was_not_made(self, willing, scripted, cut_off, tmp_path, monkeypatch, cut):
+        (tmp_path / "nerdctld.making").unlink() if not cut else None
+        monkeypatch.setattr(nerdctld, "hosts_folder", lambda container: str(tmp_path))
+        (tmp_path / "meta.json").touch()
+        assert ask(willing, "DELETE", "/containers/tstdone").status == 204
+        assert bool([each for each in scripted.calls("internal oci-hook postStop")]) == cut
+
     @pytest.mark.parametrize("path", ["kill", "stop"])
     def test_what_containerd_does_not_do(self, willing, fake, path):
         def refuse():
