@@ -2831,10 +2831,10 @@ class TestPatterns:
     @pytest.mark.parametrize("piece", ["(", "[", "[:", "[[:a", "(?i", "(?i)", "(?P<a", "{1", "{", "1", "a|", "|", "\\", "\\x{", "\\Q", "\\Q\\E", "[^", "[a-", "(|", "(a*)*", "a{1000}", "(a", "*"])
     def test_time_to_compile(self, piece):
         began = time.process_time()
-        for expression in (piece * (65536 // len(piece)), "a" + piece * (65536 // len(piece)), piece * 3000 + "]" * 3000, piece * 900 + ")" * 900, "[" + piece * 9000 + "]"):
+        for expression in (piece * (32768 // len(piece)), "a" + piece * (4096 // len(piece)), piece * 1500 + "]" * 1500, piece * 900 + ")" * 900, "[" + piece * (16384 // len(piece)) + "]"):
             with contextlib.suppress(nerdctld.BadParameter):
                 nerdctld.NameFilter([expression])
-        assert time.process_time() - began < 8
+        assert time.process_time() - began < 2
 
     def test_too_large(self, reading):
         for names in (["(a{1000}){1}" * 11], ["a{1000}"] * 5 + ["b{1000}c{1000}d{1000}", "e{1000}f{1000}g{1000}h{1000}", "i{1000}j{1000}k{1000}l{1000}"], ["(.)" * 10001]):
@@ -4233,38 +4233,55 @@ def store_of(fake, folder):
     return pathlib.Path(folder) / "data" / hashlib.sha256(os.path.realpath(fake.path).encode()).hexdigest()[:8]
 
 
+@functools.lru_cache(maxsize=None)
+def furniture():
+    """What containerd has of everything that was recorded, and the texts of nerdctl's files by path, with its data at STORE."""
+    fake, files = types.SimpleNamespace(images={}, content={}, snapshots={}, containers={}, tasks={}), {}
+    for line in IMAGE_INSPECT.stdout.splitlines():
+        put_image(fake, json.loads(line))
+    # An image that nobody named, of the same layer, in an index for one platform.
+    layer = json.loads(IMAGE_INSPECT.stdout.splitlines()[0])["Manifest"]["layers"][0]
+    config = FakeContainerd.put(fake, {"architecture": "amd64", "os": "linux", "created": "2023-11-14T22:13:20Z", "rootfs": {"diff_ids": [layer["digest"]]}})
+    manifest = FakeContainerd.put(fake, {"config": {"digest": config, "size": 120}, "layers": [layer]})
+    fake.content[INDEX] = json.dumps({"manifests": [{"digest": manifest, "size": 430, "platform": {"os": "linux", "architecture": "amd64"}}]}).encode()
+    fake.images["import@" + INDEX] = nerdctld.ImageRecord(
+        "import@" + INDEX, nerdctld.Descriptor("application/vnd.oci.image.index.v1+json", INDEX, 521), 1795492628 * 10**9)
+    for recording in (INSPECT_WEB, INSPECT_DONE, INSPECT_NEW, INSPECT_PAUSED):
+        native = json.loads(recording.stdout)
+        name, state = native["Labels"]["nerdctl/name"], native["Labels"]["nerdctl/state-dir"]
+        put_container(fake, native, WRITTEN[name])
+        ports = [{"HostPort": 18080, "ContainerPort": 80, "Protocol": "tcp", "HostIP": "0.0.0.0"}]
+        files[f"{state}/network-config.json"] = {"portMappings": ports} if name == "tstweb" else {}
+        if name in STARTED:
+            files[f"{state}/lifecycle.json"] = {"started_at": STARTED[name], "create_error": False}
+        addresses = {"cniVersion": "1.1.0", "interfaces": [{"mac": "6e:51:e9:b7:78:b2", "name": "br-6cbb982de144"}, {"mac": "26:00:5d:44:70:a3", "name": "vethbdb2a963"}, {
+            "mac": "36:70:31:72:11:0b", "name": "eth0", "sandbox": "/proc/32149/ns/net"}], "ips": [{"address": "10.77.0.2/24", "gateway": "10.77.0.1", "interface": 2}]}
+        files[f"{STORE}/etchosts/default/{native['ID']}/meta.json"] = {"ID": native["ID"], "Networks": {"tstnet": addresses} if name == "tstweb" else None}
+    for line, below in zip(NETWORK_INSPECT.stdout.splitlines(), (".", "default")):
+        config = json.loads(line)["CNI"]
+        files[f"networks/{below}/nerdctl-{config['name']}.conflist"] = config
+    files[f"{STORE}/volumes/default/tstvol/volume.json"] = {"labels": None}
+    return fake, {path: json.dumps(value) for path, value in files.items()}
+
+
 def furnish(scripted, fake, folder):
     """Everything that was recorded: what containerd has, and below `folder` the files of nerdctl."""
     away(folder)
     with scripted.together():
         scripted.on("version", VERSION_TOLD)
         scripted.on("info", INFO)
-    store = store_of(fake, folder)
-    for line in IMAGE_INSPECT.stdout.splitlines():
-        put_image(fake, json.loads(line))
-    # An image that nobody named, of the same layer, in an index for one platform.
-    layer = json.loads(IMAGE_INSPECT.stdout.splitlines()[0])["Manifest"]["layers"][0]
-    config = fake.put({"architecture": "amd64", "os": "linux", "created": "2023-11-14T22:13:20Z", "rootfs": {"diff_ids": [layer["digest"]]}})
-    manifest = fake.put({"config": {"digest": config, "size": 120}, "layers": [layer]})
-    fake.content[INDEX] = json.dumps({"manifests": [{"digest": manifest, "size": 430, "platform": {"os": "linux", "architecture": "amd64"}}]}).encode()
-    fake.images["import@" + INDEX] = nerdctld.ImageRecord(
-        "import@" + INDEX, nerdctld.Descriptor("application/vnd.oci.image.index.v1+json", INDEX, 521), 1795492628 * 10**9)
-    for recording in (INSPECT_WEB, INSPECT_DONE, INSPECT_NEW, INSPECT_PAUSED):
-        native = json.loads(recording.stdout.replace(STORE, str(store)))
-        name, state = native["Labels"]["nerdctl/name"], pathlib.Path(native["Labels"]["nerdctl/state-dir"])
-        put_container(fake, native, WRITTEN[name])
-        ports = [{"HostPort": 18080, "ContainerPort": 80, "Protocol": "tcp", "HostIP": "0.0.0.0"}]
-        write_json(state / "network-config.json", {"portMappings": ports} if name == "tstweb" else {})
-        if name in STARTED:
-            write_json(state / "lifecycle.json", {"started_at": STARTED[name], "create_error": False})
-        addresses = {"cniVersion": "1.1.0", "interfaces": [{"mac": "6e:51:e9:b7:78:b2", "name": "br-6cbb982de144"}, {"mac": "26:00:5d:44:70:a3", "name": "vethbdb2a963"}, {
-            "mac": "36:70:31:72:11:0b", "name": "eth0", "sandbox": "/proc/32149/ns/net"}], "ips": [{"address": "10.77.0.2/24", "gateway": "10.77.0.1", "interface": 2}]}
-        write_json(store / "etchosts" / "default" / native["ID"] / "meta.json", {"ID": native["ID"], "Networks": {"tstnet": addresses} if name == "tstweb" else None})
-    for line, below in zip(NETWORK_INSPECT.stdout.splitlines(), (".", "default")):
-        config = json.loads(line)["CNI"]
-        write_json(pathlib.Path(folder) / "networks" / below / f"nerdctl-{config['name']}.conflist", config)
-    write_json(store / "volumes" / "default" / "tstvol" / "volume.json", {"labels": None})
-    (store / "volumes" / "default" / "tstvol" / "_data").mkdir()
+    store, (found, files) = str(store_of(fake, folder)), furniture()
+    for name in ("images", "content", "snapshots", "tasks"):
+        getattr(fake, name).update(getattr(found, name))
+    for identity, record in found.containers.items():
+        labels = {key: value.replace(STORE, store) for key, value in record.labels.items()}
+        fake.containers[identity] = record._replace(labels=labels, spec=record.spec.replace(STORE.encode(), store.encode()))
+    for path, text in files.items():
+        place = os.path.join(folder, path.replace(STORE, store))
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        with open(place, "w") as file:
+            file.write(text)
+    os.mkdir(f"{store}/volumes/default/tstvol/_data")
 
 
 @pytest.fixture
