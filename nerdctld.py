@@ -3298,6 +3298,8 @@ def grpc_call(sock: socket.socket, method: str, message: bytes, headers: Iterabl
 
 # Field numbers are those of containerd's API (github.com/containerd/containerd/api), the same from 1.6 on.
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
+# For how many seconds containerd waits until a shim says how its task is.
+SHIM_TIMEOUT = 2.0
 TASK_STATES = {1: "created", 2: "running", 3: "stopped", 4: "paused", 5: "pausing"}
 # Topic -> the fields of its event by number; those with a time or a list are not needed.
 EVENT_FIELDS: Dict[str, Dict[int, str]] = {
@@ -3623,10 +3625,20 @@ class Containerd(ContainerdClient):
         return dict(map(parse_task, self.ask_all("tasks.v1.Tasks/List", {})))
 
     def get_task(self, identity: str) -> Optional[TaskRecord]:
-        """The task of a container, None where it has none."""
-        with contextlib.suppress(NotFound):
-            return parse_task(self.ask("tasks.v1.Tasks/Get", {1: identity}).get(1, b""))[1]
-        return None
+        """The task of a container, None where it has none. A shim that is slow is asked again, since otherwise it stays
+        "unknown": containerd 2.3 raises that error, those before it say so themselves."""
+        task = TaskRecord(0, "unknown", 0, 0, "")
+        for _ in range(3):
+            try:
+                task = parse_task(self.ask("tasks.v1.Tasks/Get", {1: identity}).get(1, b""))[1]
+            except NotFound:
+                return None
+            except ApiError as error:
+                if "deadline exceeded" not in str(error):
+                    raise
+            if task.status != "unknown":
+                break
+        return task
 
     def create_task(self, record: ContainerRecord, streams: TaskStreams) -> int:
         """Have the runtime make a container's process, with its snapshot for root, and not start it yet; its process
@@ -4926,7 +4938,12 @@ class Inventory:
         self.out_of_memory: set = set()
 
     def _read_containers(self) -> Dict[str, Container]:
-        records, tasks = self.containerd.list_containers(), self.containerd.list_tasks()
+        records, began = self.containerd.list_containers(), time.monotonic()
+        tasks: Dict[str, Optional[TaskRecord]] = {**self.containerd.list_tasks()}
+        if time.monotonic() - began >= SHIM_TIMEOUT:
+            # Those of shims that did not answer in time are left out, or unknown.
+            tasks.update((each.id, self.containerd.get_task(each.id)) for each in records
+                         if getattr(tasks.get(each.id), "status", "unknown") == "unknown")
         return {record.id: Container(record, tasks.get(record.id)) for record in records
                 if not self._is_build_step(record)}
 
