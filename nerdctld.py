@@ -267,11 +267,17 @@ class PathStat(NamedTuple):
     target: str
 
 
-def path_stat_of(root: str, path: str, names: List[str], found: os.stat_result,
-                 barred: Iterable[str] = ()) -> PathStat:
-    """The stat of what a path led to, with the `names` on the way to it. The target of a link is what it leads to in
-    the end, whether that is there or not."""
-    target = ""
+def path_error(path: str, error: OSError) -> ApiError:
+    """What dockerd answers where a path cannot be reached: 404 where there is none, 500 else."""
+    message = f"lstat {path}: {os.strerror(error.errno or 0).lower()}"
+    return NotFound(message) if isinstance(error, FileNotFoundError) else ApiError(message)
+
+
+def stat_below(root: str, path: str, barred: Iterable[str] = ()) -> PathStat:
+    """The stat of a path below a root folder, with links taken as inside of it. The target of a link is what it leads
+    to in the end, whether that is there or not. OSErrors as opened_below() has."""
+    with opened_below(root, path, False, barred) as (descriptor, names):
+        found, target = os.fstat(descriptor), ""
     if stat.S_ISLNK(found.st_mode):
         try:
             with opened_below(root, path, True, barred) as (_, leads):
@@ -280,18 +286,6 @@ def path_stat_of(root: str, path: str, names: List[str], found: os.stat_result,
             target = error.filename
     name = names[-1] if target else os.path.basename(path.rstrip("/")) or "/"
     return PathStat(name, found.st_size, found.st_mode, found.st_mtime_ns, target)
-
-
-def path_error(path: str, error: OSError) -> ApiError:
-    """What dockerd answers where a path cannot be reached: 404 where there is none, 500 else."""
-    message = f"lstat {path}: {os.strerror(error.errno or 0).lower()}"
-    return NotFound(message) if isinstance(error, FileNotFoundError) else ApiError(message)
-
-
-def stat_below(root: str, path: str, barred: Iterable[str] = ()) -> PathStat:
-    """The stat of a path below a root folder, with links taken as inside of it. OSErrors as opened_below() has."""
-    with opened_below(root, path, False, barred) as (descriptor, names):
-        return path_stat_of(root, path, names, os.fstat(descriptor), barred)
 
 
 def libc_call(name: str, *arguments: Any) -> None:
@@ -919,14 +913,13 @@ class Packer:
     def pack(self, path: str, tell: Callable[[PathStat], Any]) -> None:
         """Write the file at a path, or the folder with all that is in it; entries begin with the last part of the
         path. What is there is told first."""
+        tell(stat_below(self.root, path))
         with opened_below(self.root, path) as (_, names):
             pass
         last = path.rstrip("/").rpartition("/")[2]
         name = last if last == "." else os.path.basename(os.path.normpath(path)) or "/"
         with opened_below(self.root, "/".join(names[:-1])) as (folder, _):
-            entry = names[-1] if names else "."
-            tell(path_stat_of(self.root, path, names, os.lstat(entry, dir_fd=folder)))
-            self.entry(folder, entry, name)
+            self.entry(folder, names[-1] if names else ".", name)
         self.finish()
 
     def pack_all(self) -> None:
@@ -7136,75 +7129,70 @@ def images_to_save(engine: Engine, name: str) -> List[Tuple[str, ImageGroup]]:
     return [("", engine.inventory.image(name))]
 
 
-class ImageWriter:
-    """Writes the archive of images from their content, as dockerd with containerd's store does: an OCI layout that
-    has a manifest.json, too, for each image one manifest, which older engines load. 404 for an image that has nothing
-    here, or nothing for the platforms asked for."""
+def blob_path(digest: str) -> str:
+    """Where an archive of images has a blob."""
+    return "blobs/" + digest.replace(":", "/")
 
-    def __init__(self, containerd: Containerd, platforms: List[str]):
-        self.containerd, self.platforms = containerd, platforms
-        # Digest -> size.
-        self.blobs: Dict[str, int] = {}
-        self.index: List[Dict[str, Any]] = []
-        # By the digest of a manifest.
-        self.manifests: Dict[str, Dict[str, Any]] = {}
 
-    def add(self, name: str, group: ImageGroup) -> None:
-        """An image with its name, or "" for none."""
-        found = [each for each in group.whole if self._is_wanted(each)]
+def archive_contents(images: Iterable[Tuple[str, ImageGroup]], platforms: List[str]) -> Tuple[
+        Dict[str, int], List[Dict[str, Any]], List[Dict[str, Any]]]:
+    """What the archive of images with their names, or "" for none, has: digest -> size of its blobs, the manifests of
+    its index.json, and its manifest.json, which older engines load, with one manifest for each image. 404 for an image
+    that has nothing here, or nothing for the platforms asked for."""
+    blobs, index, manifests, wanted = {}, [], {}, tuple(each + "/" for each in platforms)
+    for name, group in images:
+        found = [each for each in group.whole if not platforms or (platform_text(
+            each.descriptor.get("platform") or each.config) + "/").startswith(wanted)]
         if not found:
             what = familiar(name) or group.id
             raise NotFound(f"image with reference {what} was found but does not provide the specified platform "
-                           f"({', '.join(self.platforms)})" if self.platforms else f"{what} has no content here")
+                           f"({', '.join(platforms)})" if platforms else f"{what} has no content here")
         root = group.target.json
-        if len(self.platforms) == 1:
+        if len(platforms) == 1:
             found = found[:1]
             root = {key: found[0].descriptor[key] for key in root}
-        self.blobs[root["digest"]] = root["size"]
+        blobs[root["digest"]] = root["size"]
         for each in found:
             parts = (each.descriptor, each.manifest["config"], *each.layers)
-            self.blobs.update((part["digest"], part["size"]) for part in parts)
+            blobs.update((part["digest"], part["size"]) for part in parts)
         told = {"io.containerd.image.name": name, "org.opencontainers.image.ref.name": name.rpartition(":")[2]}
-        self.index.append({**root, "annotations": told} if name else root)
-        entry = self.manifests.setdefault(found[0].descriptor["digest"], {
-            "Config": self._path(found[0].manifest["config"]["digest"]), "RepoTags": None,
-            "Layers": [self._path(each["digest"]) for each in found[0].layers]})
+        index.append({**root, "annotations": told} if name else root)
+        entry = manifests.setdefault(found[0].descriptor["digest"], {
+            "Config": blob_path(found[0].manifest["config"]["digest"]), "RepoTags": None,
+            "Layers": [blob_path(each["digest"]) for each in found[0].layers]})
         if name:
             entry["RepoTags"] = [*(entry["RepoTags"] or []), familiar(name)]
+    return blobs, index, list(manifests.values())
 
-    def _is_wanted(self, content: ImageContent) -> bool:
-        platform = platform_text(content.descriptor.get("platform") or content.config) + "/"
-        return not self.platforms or any(platform.startswith(each + "/") for each in self.platforms)
 
-    @staticmethod
-    def _path(digest: str) -> str:
-        return "blobs/" + digest.replace(":", "/")
+def archive_header(name: str, size: int, mode: int) -> bytes:
+    """The header of a file in an archive of images or, with a slash at the end of its name, of a folder."""
+    numbers = {**dict.fromkeys(("uid", "gid", "mtime", "major", "minor"), 0), "size": size, "mode": mode}
+    return tar_header(name.encode(), b"5" if name.endswith("/") else b"0", b"", numbers, {})
 
-    def chunks(self) -> Iterator[Any]:
-        """The tar. ApiError where a blob is not what it was when it was added."""
-        for name in ("blobs/", "blobs/sha256/"):
-            yield self._header(name, 0, 0o755)
-        for digest in sorted(self.blobs):
-            yield self._header(self._path(digest), self.blobs[digest], 0o444)
-            left, found = self.blobs[digest], sha256()
-            for piece in self.containerd.content(digest):
-                left -= len(piece)
-                found.update(piece)
-                yield piece
-            if left or "sha256:" + found.hexdigest() != digest:
-                raise ApiError(f"content {digest} is broken")
-            yield bytes(-self.blobs[digest] % 512)
-        index = {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": self.index}
-        for name, value, mode in (("index.json", index, 0o644), ("manifest.json", list(self.manifests.values()), 0o644),
-                                  ("oci-layout", {"imageLayoutVersion": "1.0.0"}, 0o444)):
-            data = json_bytes(value)
-            yield self._header(name, len(data), mode) + data + bytes(-len(data) % 512)
-        yield bytes(1024)
 
-    @staticmethod
-    def _header(name: str, size: int, mode: int) -> bytes:
-        numbers = {**dict.fromkeys(("uid", "gid", "mtime", "major", "minor"), 0), "size": size, "mode": mode}
-        return tar_header(name.encode(), b"5" if name.endswith("/") else b"0", b"", numbers, {})
+def image_archive(containerd: Containerd, blobs: Dict[str, int], index: List[Dict[str, Any]],
+                  manifests: List[Dict[str, Any]]) -> Iterator[Any]:
+    """The tar of these contents, as dockerd with containerd's store makes it: an OCI layout. ApiError where a blob is
+    not what it was."""
+    for name in ("blobs/", "blobs/sha256/"):
+        yield archive_header(name, 0, 0o755)
+    for digest in sorted(blobs):
+        yield archive_header(blob_path(digest), blobs[digest], 0o444)
+        left, found = blobs[digest], sha256()
+        for piece in containerd.content(digest):
+            left -= len(piece)
+            found.update(piece)
+            yield piece
+        if left or "sha256:" + found.hexdigest() != digest:
+            raise ApiError(f"content {digest} is broken")
+        yield bytes(-blobs[digest] % 512)
+    layout = {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": index}
+    for name, value, mode in (("index.json", layout, 0o644), ("manifest.json", manifests, 0o644),
+                              ("oci-layout", {"imageLayoutVersion": "1.0.0"}, 0o444)):
+        data = json_bytes(value)
+        yield archive_header(name, len(data), mode) + data + bytes(-len(data) % 512)
+    yield bytes(1024)
 
 
 def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
@@ -7212,14 +7200,13 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     if not names:
         raise BadParameter("no images given")
     found = {(full, group.id): group for name in names for full, group in images_to_save(engine, name)}
-    writer = ImageWriter(engine.containerd, wanted_platforms(request))
-    for (full, _), group in found.items():
-        writer.add(full, group)
+    images = [(full, group) for (full, _), group in found.items()]
+    contents = archive_contents(images, wanted_platforms(request))
 
     def chunks() -> Iterator[Any]:
-        yield from writer.chunks()
-        for full, identity in found:
-            engine.journal.emit("image", "save", identity, {"name": familiar(full) or identity})
+        yield from image_archive(engine.containerd, *contents)
+        for full, group in images:
+            engine.journal.emit("image", "save", group.id, {"name": familiar(full) or group.id})
 
     return Response(200, Stream(chunks(), primed=True), "application/x-tar")
 
