@@ -8123,12 +8123,6 @@ def own_arguments(container: Container) -> List[str]:
     return words[2:] if container.host_config.get("Init") and words[:2] in INIT_WORDS else words
 
 
-def quoted_command(container: Container) -> str:
-    """Its command line as `docker ps` words it: arguments with spaces in quotes, the program as it is."""
-    words = own_arguments(container)
-    return " ".join(words[:1] + [f"'{each}'" if " " in each else each for each in words[1:]])
-
-
 def open_ports(container: Container) -> List[Dict[str, Any]]:
     """The ports of a running container: those published, and those that are only exposed, without a port of the
     host."""
@@ -8147,29 +8141,15 @@ def open_ports(container: Container) -> List[Dict[str, Any]]:
 def lasting_row(container: Container) -> Dict[str, Any]:
     """What `/containers/json` lists of a container that stays so until an event tells of it."""
     if "row" not in container.memo:
+        program, words = own_arguments(container)[:1], own_arguments(container)[1:]
         container.memo["row"] = {
             "Id": container.id, "Names": ["/" + container.name], "Image": container.asked_image, "ImageID": "",
-            "Command": quoted_command(container),
+            "Command": " ".join([*program, *(f"'{each}'" if " " in each else each for each in words)]),
             "Created": container.created // 10**9, "Ports": open_ports(container), "Labels": container.visible_labels,
             "State": container.state.kind, "Status": "", "HostConfig": {"NetworkMode": network_mode(container)},
             "NetworkSettings": {}, "Mounts": docker_mounts(container),
         }
     return container.memo["row"]
-
-
-def docker_container_row(container: Container, image: Optional[ImageGroup], networks: Dict[str, Any], now: float,
-                         version: Tuple[int, int]) -> Dict[str, Any]:
-    """A container as `/containers/json` lists it."""
-    row = {**lasting_row(container), "Status": status_text(container.state, now),
-           "NetworkSettings": {"Networks": networks}}
-    annotations = container.host_config.get("Annotations")
-    if annotations and version >= (1, 46):
-        row["HostConfig"] = {**row["HostConfig"], "Annotations": annotations}
-    if image and version >= (1, 48):
-        row["ImageManifestDescriptor"] = docker_manifest_descriptor(container_content(image, container))
-    if version >= (1, 52):
-        row["Health"] = {"Status": container.state.health or "none", "FailingStreak": container.state.failing}
-    return row
 
 
 def container_rows(engine: Engine, containers: Iterable[Container], among: Iterable[Container],
@@ -8180,10 +8160,18 @@ def container_rows(engine: Engine, containers: Iterable[Container], among: Itera
     rows, now, linked = [], time.time(), linked_names(among)
     for container in containers:
         image, shown = image_id(container, named), named.get(container.image)
-        row = docker_container_row(container, groups.get(image), docker_networks(container, networks), now, version)
+        row = {**lasting_row(container), "ImageID": image, "Status": status_text(container.state, now),
+               "NetworkSettings": {"Networks": docker_networks(container, networks)}}
         # As with dockerd, a name that stands for another image by now says nothing of this one.
-        row.update({"ImageID": image, **({"Image": image} if image and (not shown or shown.id != image) else {})})
+        row.update({"Image": image} if image and (not shown or shown.id != image) else {})
         row["Names"] = [*row["Names"], *linked.get(container.id, ()), *linked.get(container.name, ())]
+        annotations = container.host_config.get("Annotations")
+        if annotations and version >= (1, 46):
+            row["HostConfig"] = {**row["HostConfig"], "Annotations": annotations}
+        if image in groups and version >= (1, 48):
+            row["ImageManifestDescriptor"] = docker_manifest_descriptor(container_content(groups[image], container))
+        if version >= (1, 52):
+            row["Health"] = {"Status": container.state.health or "none", "FailingStreak": container.state.failing}
         if container.id in sizes:
             row["SizeRw"], row["SizeRootFs"] = sizes[container.id]
         rows.append(row)
@@ -8200,11 +8188,9 @@ def check_container_filters(filters: Dict[str, List[str]]) -> None:
     """400 with dockerd's words for a filter value that cannot be."""
     for key, word, known in (("status", "state", STATES), ("health", "health", HEALTH_STATES)):
         for each in filters.get(key) or []:
-            if each not in known:
-                raise BadParameter(f"invalid value for {word} ({each}): must be one of {', '.join(known)}")
+            refuse((each not in known, f"invalid value for {word} ({each}): must be one of {', '.join(known)}"))
     for each in filters.get("exited") or []:
-        if not re.fullmatch(r"-?\d+", each):
-            raise BadParameter(f"invalid filter 'exited={each}'")
+        refuse((not re.fullmatch(r"-?\d+", each), f"invalid filter 'exited={each}'"))
 
 
 def match_port(ports: List[Dict[str, Any]], key: str, wanted: List[str]) -> bool:
@@ -9267,15 +9253,6 @@ SECURITY_OPTIONS = ("apparmor", "label", "no-new-privileges", "privileged-withou
                     "systempaths", "writable-cgroups")
 
 
-def check_privileges(host: Dict[str, Any]) -> None:
-    """400 with dockerd's words for capabilities that there are not; nerdctl drops them in silence."""
-    for key in ("CapAdd", "CapDrop"):
-        for each in host.get(key) or []:
-            name = re.sub("^CAP_", "", each.upper())
-            if name not in (*CAPABILITIES, "ALL"):
-                raise BadParameter(f'invalid {key}: unknown capability: "CAP_{name}"')
-
-
 def security_args(host: Dict[str, Any]) -> List[str]:
     """Words for the security options; 400 with dockerd's words for what is none. dockerd also takes `name:value`, which
     nerdctl would drop in silence."""
@@ -9564,6 +9541,10 @@ def check_config(body: Dict[str, Any], host: Dict[str, Any]) -> None:
         (host.get("UTSMode") == "host" and hostname, "conflicting options: hostname and the UTS mode"),
         (host.get("Isolation") not in (None, "", "default"),
          f"invalid isolation ({host.get('Isolation')}): linux only supports 'default'"))
+    # nerdctl drops what is none in silence.
+    for key, name in ((key, re.sub("^CAP_", "", each.upper())) for key in ("CapAdd", "CapDrop")
+                      for each in host.get(key) or []):
+        refuse((name not in (*CAPABILITIES, "ALL"), f'invalid {key}: unknown capability: "CAP_{name}"'))
     for each in host.get("Links") or []:
         refuse((not each, "empty string specified for links"),
                (not each.strip("/") or each.count(":") > 1, f"bad format for links: {each}"))
@@ -9623,7 +9604,6 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     host = body.get("HostConfig") or {}
     check_config(body, host)
     check_limits(host)
-    check_privileges(host)
     words: List[str] = []
     for path, flag, render in CREATE_FLAGS:
         words += render(field_of(body, path), flag)
@@ -10000,26 +9980,19 @@ def give_ports(engine: Engine, container: Container) -> Dict[str, str]:
     return {}
 
 
-def complete_networks(engine: Engine, container: Container) -> Container:
-    """Give a container the networks of its request, which were not there when it was created; 404 while one is
-    not."""
-    known = engine.inventory.networks()
-    endpoints = asked_networks(container.request, known)
-    for name in endpoints:
-        if name not in known:
-            raise NotFound(f"failed to set up container networking: network {name} not found")
-    keep_networks(engine, container, endpoints, {})
-    return engine.inventory.container(container.id)
-
-
 def complete_container(engine: Engine, container: Container) -> Container:
-    """Give a container the namespaces and ports that `nerdctl create` made it without: it is as if nerdctl had done so,
-    and a bare `nerdctl start` finds it so."""
+    """Give a container the networks, namespaces and ports that `nerdctl create` made it without: it is as if nerdctl
+    had done so, and a bare `nerdctl start` finds it so. 404 while one of its networks is not there."""
     if container.labels[LABEL_LATER] != "1":
         told = container.labels[LABEL_LATER]
         raise (BadParameter if told.startswith("unable") else ApiError)(told)
     if network_names(container) == ["none"] and network_asked(container.request):
-        container = complete_networks(engine, container)
+        known = engine.inventory.networks()
+        endpoints = asked_networks(container.request, known)
+        refuse(*((name not in known, f"network {name} not found") for name in endpoints),
+               start="failed to set up container networking: ", kind=NotFound)
+        keep_networks(engine, container, endpoints, {})
+        container = engine.inventory.container(container.id)
     spec, labels = json.loads(container.record.spec), {LABEL_LATER: ""}
     for key, name in shared_names(container.request).items():
         other = engine.inventory.container(name)
@@ -10034,21 +10007,16 @@ def complete_container(engine: Engine, container: Container) -> Container:
     return rewrite_container(engine, container, spec, {**give_ports(engine, container), **labels})
 
 
-def joins_pid(container: Container) -> bool:
-    """Whether a container has the process ids of another one. A label alone does not tell: nerdctl takes those of the
-    image over."""
-    asked = str(container.host_config.get("PidMode") or "")
-    namespaces = (container.spec.get("linux") or {}).get("namespaces") or []
-    return asked.startswith("container:") or any(each.get("type") == "pid" and each.get("path") for each in namespaces)
-
-
 def joined_containers(container: Container) -> Dict[str, str]:
     """The ids of the containers whose namespaces a container has, by their kinds in the OCI spec, as nerdctl's labels
     have them."""
     network, ipc = (network_names(container) or [""])[0], json_of(dict, container.labels.get("nerdctl/ipc"))
+    # The label of a process id namespace alone does not tell: nerdctl takes those of the image over.
+    joins = str(container.host_config.get("PidMode") or "").startswith("container:") or any(
+        each.get("type") == "pid" and each.get("path") for each in field_of(container.spec, "linux.namespaces") or [])
     found = {"network": network[len("container:"):] if network.startswith("container:") else "",
              "ipc": str(ipc.get("victimContainerId")) if ipc.get("mode") == "container" else "",
-             "pid": container.labels.get("nerdctl/pid-container") or "" if joins_pid(container) else ""}
+             "pid": container.labels.get("nerdctl/pid-container") or "" if joins else ""}
     return {kind: identity for kind, identity in found.items() if identity}
 
 
@@ -11378,7 +11346,9 @@ def container_logs(engine: Engine, request: Request, name: str) -> Response:
             if line.text:
                 text = details + line.text
                 if request.flag("timestamps"):
-                    text = rfc3339_full(line.time).encode() + b" " + text
+                    # With all nine digits.
+                    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(line.time // 10**9))
+                    text = f"{moment}.{line.time % 10**9:09d}Z ".encode() + text
                 parts += pack(line.kind, text)
             if parts and (not line.text or len(parts) > 500):
                 yield b"".join(parts)
@@ -11387,11 +11357,6 @@ def container_logs(engine: Engine, request: Request, name: str) -> Response:
 
     # What there is already begins at once, so an error before it can still be told.
     return Response(200, Stream(chunks(), primed=not follow), stream_type(tty, request.version))
-
-
-def rfc3339_full(nanoseconds: int) -> str:
-    """A timestamp with all nine digits, as logs have them."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(nanoseconds // 10**9)) + f".{nanoseconds % 10**9:09d}Z"
 
 
 def websocket_frame(kind: int, data: bytes) -> Tuple[bytes, bytes]:
@@ -12204,17 +12169,13 @@ def keep_result(container: Container, result: Dict[str, Any]) -> None:
 
 # Bits of Go's FileMode, which X-Docker-Container-Path-Stat has.
 GO_MODES = ((stat.S_ISDIR, 1 << 31), (stat.S_ISLNK, 1 << 27), (stat.S_ISFIFO, 1 << 25), (stat.S_ISSOCK, 1 << 24),
-            (stat.S_ISBLK, 1 << 26), (stat.S_ISCHR, 1 << 26 | 1 << 21))
+            (stat.S_ISBLK, 1 << 26), (stat.S_ISCHR, 1 << 26 | 1 << 21), (stat.S_ISUID.__and__, 1 << 23),
+            (stat.S_ISGID.__and__, 1 << 22), (stat.S_ISVTX.__and__, 1 << 20))
+
+
 def go_mode(mode: int) -> int:
     """A POSIX mode as Go's FileMode."""
-    found = mode & 0o777
-    for test, bits in GO_MODES:
-        if test(mode):
-            found |= bits
-    for bit, flag in ((stat.S_ISUID, 1 << 23), (stat.S_ISGID, 1 << 22), (stat.S_ISVTX, 1 << 20)):
-        if mode & bit:
-            found |= flag
-    return found
+    return mode & 0o777 | sum(bits for test, bits in GO_MODES if test(mode))
 
 
 def stat_header(found: PathStat) -> Dict[str, str]:
@@ -12374,12 +12335,6 @@ def container_copy(engine: Engine, request: Request, name: str) -> Response:
     return packed(engine, name, path.rstrip("/") + "/." if stat.S_ISDIR(found.mode) else path, "copy")
 
 
-def runs_as_user(engine: Engine, container: Container) -> bool:
-    """Whether a user is named for a container, by its request or its image."""
-    image = image_of(engine, container)
-    return bool(container.labels.get("nerdctl/user") or image and (image.config.get("config") or {}).get("User"))
-
-
 @route("PUT", "/containers/{id}/archive")
 def archive_put(engine: Engine, request: Request, name: str) -> Response:
     """Unpack a tar into a folder of a container; 200. 404 where there is no such folder, 400 where it is none or
@@ -12388,7 +12343,9 @@ def archive_put(engine: Engine, request: Request, name: str) -> Response:
     container = engine.inventory.container(name)
     path = check_path(request.value("path"))
     order = {"do": "unpack", "path": path, "keep": request.flag("noOverwriteDirNonDir")}
-    if not (request.flag("copyUIDGID") and runs_as_user(engine, container)):
+    image = image_of(engine, container)
+    user = container.labels.get("nerdctl/user") or image and field_of(image.config, "config.User")
+    if not (request.flag("copyUIDGID") and user):
         order["owner"] = None
     missing = not_there(name, path)
     with opened_tree(engine, container, missing, order) as (process, _, _):
@@ -12563,19 +12520,15 @@ def memory_total() -> int:
 
 def memory_stats(folders: Dict[str, str]) -> Dict[str, Any]:
     """`memory_stats` of either version of cgroups; the limit is the machine's memory where there is none."""
-    total = memory_total()
+    total, folder = memory_total(), folders.get("memory", folders.get("", "")) + "/memory."
+    usage, limit = ("usage_in_bytes", "limit_in_bytes") if "memory" in folders else ("current", "max")
+    found = {"usage": read_number(folder + usage), "stats": read_table(folder + "stat"),
+             "limit": min(read_number(folder + limit), total) or total}
     if "memory" in folders:
-        folder = folders["memory"]
-        limit = read_number(folder + "/memory.limit_in_bytes")
-        found = {"usage": read_number(folder + "/memory.usage_in_bytes"),
-                 "max_usage": read_number(folder + "/memory.max_usage_in_bytes"),
-                 "stats": read_table(folder + "/memory.stat"), "failcnt": read_number(folder + "/memory.failcnt"),
-                 "limit": min(limit, total) or total}
-        return {key: value for key, value in found.items() if value or key != "failcnt"}
-    folder = folders.get("", "")
-    limit = read_number(folder + "/memory.max")
-    return {"usage": read_number(folder + "/memory.current"), "stats": read_table(folder + "/memory.stat"),
-            "limit": min(limit, total) or total}
+        failures = read_number(folder + "failcnt")
+        found.update({"max_usage": read_number(folder + "max_usage_in_bytes"), **({"failcnt": failures} if failures
+                                                                                  else {})})
+    return found
 
 
 def pids_stats(folders: Dict[str, str]) -> Dict[str, int]:
@@ -12709,23 +12662,7 @@ def container_top(engine: Engine, request: Request, name: str) -> Response:
 ###############################################################################
 
 NETWORK_FILTERS = ("dangling", "driver", "id", "label", "name", "scope", "type", "partial-match")
-
-
-def match_network(network: Dict[str, Any], used: set, filters: Dict[str, List[str]],
-                  named: NameFilter, known: NameFilter) -> bool:
-    """Whether a network passes the filters of the list, of which `named` is that by name and `known` that by id."""
-    predefined = network["Name"] in ("bridge", "host", "none")
-    dangling = flag_filter(filters, "dangling")
-    if dangling is not None and dangling != (not predefined and network["Name"] not in used):
-        return False
-    kinds = filters.get("type") or []
-    if kinds and not set(kinds) <= {"custom", "builtin"}:
-        raise BadParameter(f"invalid filter: 'type'='{kinds[0]}'")
-    return ((not filters.get("driver") or network["Driver"] in filters["driver"])
-            and named.passes(network["Name"]) and known.passes(network["Id"])
-            and (not filters.get("scope") or network["Scope"] in filters["scope"])
-            and (not kinds or ("builtin" if predefined else "custom") in kinds)
-            and match_labels(network["Labels"], filters.get("label") or []))
+PREDEFINED = ("bridge", "host", "none")
 
 
 @route("GET", "/networks/")
@@ -12733,11 +12670,19 @@ def match_network(network: Dict[str, Any], used: set, filters: Dict[str, List[st
 def network_list(engine: Engine, request: Request) -> Response:
     """Networks; bridge, host and none are always there."""
     filters = request.filters(*NETWORK_FILTERS)
-    used = {name for each in engine.inventory.containers().values() if each.running
-            for name in network_names(each)} if "dangling" in filters else set()
+    dangling, kinds = flag_filter(filters, "dangling"), filters.get("type") or []
+    refuse((not set(kinds) <= {"custom", "builtin"}, f"invalid filter: 'type'='{''.join(kinds[:1])}'"))
+    used = {*PREDEFINED, *(name for each in engine.inventory.containers().values() if each.running
+                           for name in network_names(each))} if dangling is not None else ()
     named, known = NameFilter(filters.get("name") or []), NameFilter(filters.get("id") or [])
-    return Response(200, [each for each in engine.inventory.networks().values()
-                          if match_network(each, used, filters, named, known)])
+    return Response(200, [
+        each for each in engine.inventory.networks().values()
+        if (dangling is None or dangling == (each["Name"] not in used))
+        and (not filters.get("driver") or each["Driver"] in filters["driver"])
+        and named.passes(each["Name"]) and known.passes(each["Id"])
+        and (not filters.get("scope") or each["Scope"] in filters["scope"])
+        and (not kinds or ("builtin" if each["Name"] in PREDEFINED else "custom") in kinds)
+        and match_labels(each["Labels"], filters.get("label") or [])])
 
 
 def find_network(engine: Engine, name: str) -> Dict[str, Any]:
@@ -12905,12 +12850,11 @@ def route_ipv6(engine: Engine, name: str) -> None:
 def remove_network(engine: Engine, network: Dict[str, Any]) -> None:
     """Remove a network; 403 with dockerd's words for a pre-defined one or one with running containers."""
     name = network["Name"]
-    if name in ("bridge", "host", "none"):
-        raise Forbidden(f"{name} is a pre-defined network and cannot be removed")
     users = [f'name:"{each.name}" id:"{endpoint_id(each, network)[:12]}"'
              for each in engine.inventory.containers().values() if each.running and name in network_names(each)]
-    if users:
-        raise Forbidden(f"error while removing network: network {name} has active endpoints ({', '.join(users)})")
+    refuse((name in PREDEFINED, f"{name} is a pre-defined network and cannot be removed"),
+           (users, f"error while removing network: network {name} has active endpoints ({', '.join(users)})"),
+           kind=Forbidden)
     for patient in (True, True, False):
         try:
             engine.nerdctl.run("network", "rm", "--", cni_name(name))
@@ -12935,8 +12879,7 @@ def network_prune(engine: Engine, request: Request) -> Response:
     filters = request.filters("until", "label", "label!")
     common, deleted = PruneFilter(filters), []
     for network in list(engine.inventory.networks().values()):
-        if (network["Name"] in ("bridge", "host", "none") or not network["Id"]
-            or network["Id"] == made_up_id(network["Name"])
+        if (network["Name"] in PREDEFINED or network["Id"] in ("", made_up_id(network["Name"]))
                 or not common.passes(network["Labels"], nanoseconds_of(network["Created"]) or 0)):
             continue
         with contextlib.suppress(ApiError):
@@ -13858,7 +13801,9 @@ class Body:
         try:
             self.invite()
             if self.chunked and not self.left:
-                self.left = self._chunk_size()
+                text = self._line().partition(b";")[0].strip()
+                refuse((not re.fullmatch(rb"[0-9a-fA-F]{1,15}", text), "malformed chunked encoding"))
+                self.left = int(text, 16)
                 if not self.left:
                     self._trailers()
                     return b""
@@ -13910,12 +13855,6 @@ class Body:
                 raise BadParameter("malformed chunked encoding")
             raise ClientGone()
         return line.rstrip(b"\r\n")
-
-    def _chunk_size(self) -> int:
-        text = self._line().partition(b";")[0].strip()
-        if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", text):
-            raise BadParameter("malformed chunked encoding")
-        return int(text, 16)
 
     def _trailers(self) -> None:
         for _ in range(100):

@@ -10288,7 +10288,7 @@ class TestArchive:
         assert (answer.status, answer.message) == (400, 'cannot overwrite directory "/etc" with non-directory "/"')
         assert put("&noOverwriteDirNonDir=0&copyUIDGID=1", entries(("f", "0", b"", {"uid": 1, "gid": 2}))).status == 200
         assert os.stat(reached.root / "f").st_uid == 1
-        monkeypatch.setattr(nerdctld, "runs_as_user", lambda engine, container: True)
+        monkeypatch.setattr(nerdctld, "image_of", lambda engine, container: types.SimpleNamespace(config={"config": {"User": "who"}}))
         for query, owner in (("&copyUIDGID=false", (1, 2)), ("&copyUIDGID=true", (7, 8))):
             assert put(query, entries(("f", "0", b"", {"uid": 1, "gid": 2}))).status == 200
             assert (os.stat(reached.root / "f").st_uid, os.stat(reached.root / "f").st_gid) == owner
