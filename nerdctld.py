@@ -155,7 +155,7 @@ class Unavailable(ApiError, status=503):
     """nerdctl, containerd or buildkitd is missing or down; the message says which and what to do."""
 
 
-def refuse(*rules: Tuple[Any, str], start: str = "", kind: Type[ApiError] = BadParameter) -> None:
+def refuse(*rules: Tuple[Any, str], start: str = "", kind: Type[Exception] = BadParameter) -> None:
     """Raise the error of the first rule (whether it is broken, words), with `start` before its words: 400, if it is not
     of another kind."""
     for broken, words in rules:
@@ -8035,11 +8035,13 @@ def docker_mounts(container: Container) -> List[Dict[str, Any]]:
     return mounts
 
 
-def request_labels(body: Dict[str, Any]) -> Dict[str, str]:
-    """The create request as labels that fit nerdctl's 4096 bytes each."""
+def request_labels(body: Dict[str, Any], old: Iterable[str] = ()) -> Dict[str, str]:
+    """The create request as labels that fit nerdctl's 4096 bytes each, in place of those among the names of `old`
+    ones."""
     text = json.dumps(body, separators=(",", ":"), ensure_ascii=True)
     parts = [text[start:start + REQUEST_PART] for start in range(0, len(text), REQUEST_PART)]
-    return {f"{LABEL_REQUEST}.{number}": part for number, part in enumerate(parts)}
+    return {**{key: "" for key in old if key.startswith(LABEL_REQUEST + ".")},
+            **{f"{LABEL_REQUEST}.{number}": part for number, part in enumerate(parts)}}
 
 
 def endpoint_id(container: Container, network: Dict[str, Any]) -> str:
@@ -8104,8 +8106,8 @@ def keep_networks(engine: Engine, container: Container, endpoints: Dict[str, Dic
               LABEL_ALONE: "" if names else "true", **more}
     if request:
         host = {**container.host_config, "NetworkMode": network_mode(container)}
-        kept = request_labels({**request, "HostConfig": host, "NetworkingConfig": {"EndpointsConfig": endpoints}})
-        labels.update({**{key: "" for key in container.labels if key.startswith(LABEL_REQUEST + ".")}, **kept})
+        labels.update(request_labels({**request, "HostConfig": host, "NetworkingConfig": {
+            "EndpointsConfig": endpoints}}, container.labels))
     annotations = {**(container.spec.get("annotations") or {}), **told}
     annotations = {key: value for key, value in annotations.items() if value or key not in told}
     engine.update(container, labels, {**container.spec, "annotations": annotations})
@@ -8500,10 +8502,9 @@ def network_settings(container: Container, config: Dict[str, Any], attached: Dic
         "SandboxID": sha256(container.id.encode()).hexdigest() if container.running else "", "SandboxKey": "",
         "Ports": ports, "Networks": attached,
     }
-    if version < (1, 45):
-        for name in attached.keys() - {"bridge", "host", "none"}:
-            more = [container.id[:12], config["Hostname"]]
-            attached[name]["Aliases"] = list(dict.fromkeys([*(attached[name]["Aliases"] or []), *more]))
+    for name in attached.keys() - {"bridge", "host", "none"} if version < (1, 45) else ():
+        more = [container.id[:12], config["Hostname"]]
+        attached[name]["Aliases"] = list(dict.fromkeys([*(attached[name]["Aliases"] or []), *more]))
     if version < (1, 52) and "bridge" in attached:
         settings.update({key: attached["bridge"][key] for key in (
             "EndpointID", "Gateway", "GlobalIPv6Address", "GlobalIPv6PrefixLen", "IPAddress", "IPPrefixLen",
@@ -9604,9 +9605,7 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     host = body.get("HostConfig") or {}
     check_config(body, host)
     check_limits(host)
-    words: List[str] = []
-    for path, flag, render in CREATE_FLAGS:
-        words += render(field_of(body, path), flag)
+    words = [word for path, flag, render in CREATE_FLAGS for word in render(field_of(body, path), flag)]
     if host.get("NanoCpus"):
         words.append(f"--cpus={host['NanoCpus'] / 1e9:g}")
     if host.get("MemorySwappiness", -1) >= 0:
@@ -10395,17 +10394,15 @@ class ProcessStreams:
         """The process runs: its input can be ended."""
         self.started.set()
 
-    def exited(self) -> None:
-        """The process has ended: output is waited for a little longer."""
-        self.exited_at = time.monotonic()
+    def exited(self, moment: Optional[float] = None) -> None:
+        """The process has ended, just now or at a moment: output is waited for a little longer."""
+        self.exited_at = time.monotonic() if moment is None else moment
         self.started.set()
         self.wake()
 
     def abandon(self) -> None:
         """There is, or will be, no process."""
-        self.exited_at = 0.0
-        self.started.set()
-        self.wake()
+        self.exited(0.0)
 
     def wake(self) -> None:
         """Have the thread that passes output on look again."""
@@ -11143,9 +11140,7 @@ def container_update(engine: Engine, request: Request, name: str) -> Response:
     """Change its limits or restart policy; 200 with warnings."""
     body = request.json({**RESOURCES, "RestartPolicy": RESTART_POLICY})
     check_limits(body, update=True)
-    words: List[str] = []
-    for key, flag, render in UPDATE_FLAGS:
-        words += render(body.get(key), flag)
+    words = [word for key, flag, render in UPDATE_FLAGS for word in render(body.get(key), flag)]
     if body.get("NanoCpus"):
         # nerdctl 2.3.5 update takes --cpus and does nothing.
         words += ["--cpu-period=100000", f"--cpu-quota={body['NanoCpus'] // 10**4}"]
@@ -11213,8 +11208,7 @@ def remove_link(engine: Engine, name: str) -> None:
     with engine.owning(parent) as container:
         kept = [f"{other}:{each}" for each, other in container.links.items() if each != alias]
         request = {**container.request, "HostConfig": {**container.host_config, "Links": kept}}
-        old = {key: "" for key in container.labels if key.startswith(LABEL_REQUEST + ".")}
-        engine.update(container, {**old, **request_labels(request)})
+        engine.update(container, request_labels(request, container.labels))
     engine.hosts.refresh()
 
 
@@ -11391,10 +11385,8 @@ class WebSocket(Connection):
             while not self.closed:
                 first, second = self._exactly(2)
                 length = second & 0x7F
-                if length == 126:
-                    length = int.from_bytes(self._exactly(2), "big")
-                elif length == 127:
-                    length = int.from_bytes(self._exactly(8), "big")
+                if length > 125:
+                    length = int.from_bytes(self._exactly(2 if length == 126 else 8), "big")
                 kind = first & 0x0F
                 if not second & 0x80 or length > 1 << 20 or first & 0x70 or (kind >= 8 and length > 125):
                     self._close((1002).to_bytes(2, "big"))
@@ -11477,38 +11469,37 @@ class AttachRequest:
 
     def serve(self, connection: Connection) -> None:
         """Serve the client to its end."""
-        attachment = self.attachment
+        engine, container, attachment = self.engine, self.container, self.attachment
         try:
             if self.waits and self.logs:
                 # Before the connection: what a process that starts meanwhile writes is for later.
                 past = Attachment(attachment.wanted[STDOUT], attachment.wanted[STDERR], attachment.pack)
                 past.connect(connection)
-                file = LogFile(log_path(self.container))
-                send_log(self.engine, self.container, past, file, follow=False, until=self.began)
+                send_log(engine, container, past, LogFile(log_path(container)), follow=False, until=self.began)
             attachment.connect(connection)
             if self.stream or self.logs:
-                self._serve(self.logs and not self.waits)
+                engine.tell(container, "attach")
+                with self.request.client.when_gone(attachment.leave, half=False):
+                    self._begin(self.logs and not self.waits)
+                    if pump_stdin(attachment, self.keys if self.tty else None):
+                        engine.tell(container, "detach")
+                    attachment.done.wait()
+                    attachment.drain()
         finally:
             self.abandon()
 
-    def _serve(self, logs: bool) -> None:
-        """Serve it by the streams of the container's process, or from its log."""
+    def _begin(self, logs: bool) -> None:
+        """Have it sent what comes from the streams of the container's process, or from its log."""
         engine, container, attachment = self.engine, self.container, self.attachment
-        engine.tell(container, "attach")
         file = LogFile(log_path(container), at_end=not logs)
         streams = find_streams(engine, container)
-        with self.request.client.when_gone(attachment.leave, half=False):
-            if logs or (container.running and not (streams and streams.join(attachment))):
-                attachment.streams = streams
-                attachment.ready.set()
-                threading.Thread(target=send_log, args=(engine, container, attachment, file, self.stream),
-                                 name="attach", daemon=True).start()
-            elif not container.running:
-                self._await_start(file)
-            if pump_stdin(attachment, self.keys if self.tty else None):
-                engine.tell(container, "detach")
-            attachment.done.wait()
-            attachment.drain()
+        if logs or (container.running and not (streams and streams.join(attachment))):
+            attachment.streams = streams
+            attachment.ready.set()
+            threading.Thread(target=send_log, args=(engine, container, attachment, file, self.stream),
+                             name="attach", daemon=True).start()
+        elif not container.running:
+            self._await_start(file)
 
     def _await_start(self, file: LogFile) -> None:
         """Hold the client until somebody starts the container: on FIFOs, which then have taken it, or (a bare nerdctl,
@@ -12614,8 +12605,7 @@ def container_stats(engine: Engine, request: Request, name: str) -> Response:
                 found = docker_stats(now, now.state.pid, before)
                 runs = found["read"] != ZERO_TIME
                 # The only sample that is asked for has one before it.
-                told = stream or one_shot or bool(before) or not runs
-                if told:
+                if stream or one_shot or before or not runs:
                     yield json_bytes(found) + b"\n"
                     if not stream:
                         return
@@ -13496,13 +13486,9 @@ def full_names(text: str) -> List[str]:
 def rewrite_exporter(exporter: bytes) -> Tuple[bytes, Optional[List[str]]]:
     """An exporter as buildkitd knows it: `moby` becomes `image` with the attributes that dockerd gives it, others stay.
     With it the names it puts into the image store, None when it puts nothing there. 400 for a bad name."""
-    parts, kind, attributes = list(decode_fields(exporter)), "", {}
-    for each in parts:
-        if each.number == 1:
-            kind = str(each.value, "utf-8")
-        elif each.number == 2:
-            key, value = decode_map_entry(each.value)
-            attributes[key] = value
+    parts = list(decode_fields(exporter))
+    kind = "".join(str(each.value, "utf-8") for each in parts if each.number == 1)
+    attributes = dict(decode_map_entry(each.value) for each in parts if each.number == 2)
     if kind == "image":
         names = [each for each in attributes.get("name", "").split(",") if each]
         return exporter, None if attributes.get("store", "").lower() in ("0", "f", "false") else names
@@ -13805,17 +13791,17 @@ class Body:
                 refuse((not re.fullmatch(rb"[0-9a-fA-F]{1,15}", text), "malformed chunked encoding"))
                 self.left = int(text, 16)
                 if not self.left:
-                    self._trailers()
+                    # Behind the last chunk come trailers, up to an empty line.
+                    refuse((all(self._line() for _ in range(100)), "malformed chunked encoding"))
+                    self.ended = True
                     return b""
             data = self.handler.rfile.read1(min(size, self.left))
             if not data:
                 raise ClientGone()
             self.left -= len(data)
             if not self.left:
-                if not self.chunked:
-                    self.ended = True
-                elif self._line() != b"":
-                    raise BadParameter("malformed chunked encoding")
+                self.ended = not self.chunked
+                refuse((self.chunked and self._line(), "malformed chunked encoding"))
         except (OSError, BadParameter, ClientGone) as error:
             self.ended = self.handler.close_connection = True
             if isinstance(error, OSError):
@@ -13851,17 +13837,9 @@ class Body:
     def _line(self) -> bytes:
         line = self.handler.rfile.readline(4097)
         if not line.endswith(b"\n"):
-            if len(line) > 4096:
-                raise BadParameter("malformed chunked encoding")
+            refuse((len(line) > 4096, "malformed chunked encoding"))
             raise ClientGone()
         return line.rstrip(b"\r\n")
-
-    def _trailers(self) -> None:
-        for _ in range(100):
-            if not self._line():
-                self.ended = True
-                return
-        raise BadParameter("malformed chunked encoding")
 
 
 class Hangups:
@@ -14283,10 +14261,9 @@ def inherited_socket() -> Optional[socket.socket]:
         listener = socket.socket(fileno=3)
     except OSError as error:
         raise StartError(f"file descriptor 3 is not a socket: {error.strerror}") from None
-    if listener.family != socket.AF_UNIX or listener.type != socket.SOCK_STREAM:
-        raise StartError("file descriptor 3 is not a unix stream socket")
-    if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        raise StartError("file descriptor 3 is not listening")
+    refuse((listener.family != socket.AF_UNIX or listener.type != socket.SOCK_STREAM, "not a unix stream socket"),
+           (not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN), "not listening"),
+           start="file descriptor 3 is ", kind=StartError)
     listener.setblocking(True)
     return listener
 
@@ -14294,26 +14271,23 @@ def inherited_socket() -> Optional[socket.socket]:
 def own_socket(path: str, group: str = "") -> socket.socket:
     """A listening socket at `path`, 0660 from its first moment, and of a group. StartError when somebody answers there
     already, there is no such group or the place cannot be used; a stale socket is replaced."""
-    elsewhere, taken = "choose another place with -H unix://PATH", "another daemon is listening there: end it, or"
+    start, elsewhere = f"cannot listen on {path}: ", "choose another place with -H unix://PATH"
     allowed = f"root, or as a member of {group}" if group else "root"
 
     def refused(error: OSError) -> StartError:
-        return StartError(f"cannot listen on {path}: {error.strerror or error}: "
+        return StartError(f"{start}{error.strerror or error}: "
                           f"{f'run nerdctld as {allowed}, or ' * isinstance(error, PermissionError)}{elsewhere}")
     folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        raise StartError(f"cannot listen on {path}: {folder} is not a folder: make it, or {elsewhere}")
-    if os.path.lexists(path):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise StartError(f"cannot listen on {path}: it is in the way and not a socket: remove it, or "
-                             f"{elsewhere}")
-        try:
-            unix_connection(path, 5.0).close()
-            raise StartError(f"cannot listen on {path}: {taken} {elsewhere}")
-        except (ConnectionRefusedError, FileNotFoundError):
-            pass
-        except OSError as error:
-            raise refused(error) from None
+    refuse((not os.path.isdir(folder), f"{folder} is not a folder: make it, or {elsewhere}"),
+           (os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode),
+            f"it is in the way and not a socket: remove it, or {elsewhere}"), start=start, kind=StartError)
+    try:
+        unix_connection(path, 5.0).close()
+        raise StartError(f"{start}another daemon is listening there: end it, or {elsewhere}")
+    except (ConnectionRefusedError, FileNotFoundError):
+        pass
+    except OSError as error:
+        raise refused(error) from None
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # Made under another name and moved into place: nobody can connect before the mode is right, and of two daemons that
     # start at once one is left.
