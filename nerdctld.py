@@ -5175,17 +5175,17 @@ def wanted_names(container: Container) -> Tuple[Dict[str, List[str]], Dict[str, 
 
 
 @contextlib.contextmanager
-def locked(path: str, seconds: float = 2.0) -> Iterator[None]:
-    """Context that holds the lock of a folder or file, as nerdctl takes it; OSError when somebody keeps it for so
-    long."""
+def locked(path: str, seconds: float = 2.0, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Context that holds the lock of a folder or file, as nerdctl takes it; BlockingIOError when somebody keeps it for
+    so long."""
     descriptor, until = os.open(path, os.O_RDONLY), time.monotonic() + seconds
     try:
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > until:
+                if time.monotonic() >= until:
                     raise
                 time.sleep(0.01)
         yield
@@ -8633,12 +8633,10 @@ def parse_bind(text: str, driver: str = "") -> Dict[str, Any]:
     check_target(target, f"invalid volume specification: '{text}': invalid mount config for type \"{kind}\": ")
     words = mode.split(",") if mode else []
     field, others = ("BindOptions", PROPAGATIONS) if kind == "volume" else ("VolumeOptions", ("nocopy",))
-    if set(words).intersection(others):
-        raise BadParameter(f"invalid volume specification: '{text}': invalid mount config for type \"{kind}\": field "
-                           f"{field} must not be specified")
-    if any(sum(each in words for each in group) > 1 for group in BIND_MODES) or not all(
-            any(each in group for group in BIND_MODES) for each in words):
-        raise BadParameter(f"invalid mode: {mode}")
+    refuse((set(words).intersection(others), f"invalid volume specification: '{text}': invalid mount config for type "
+            f"\"{kind}\": field {field} must not be specified"),
+           (any(len(set(group).intersection(words)) > 1 for group in BIND_MODES)
+            or not set(words) <= {each for group in BIND_MODES for each in group}, f"invalid mode: {mode}"))
     options = {"NoCopy": "nocopy" in words, "DriverConfig": {"Name": driver}} if kind == "volume" else {
         "CreateMountpoint": True, "Propagation": next((each for each in words if each in PROPAGATIONS), "")}
     return {"Type": kind, "Source": source, "Target": target, "ReadOnly": "ro" in words, "Mode": mode,
@@ -10702,26 +10700,13 @@ class LogFile:
             self.files.pop().close()
 
 
-def lock_is_free(path: str, kind: int) -> bool:
-    """Whether a lock of this kind, LOCK_SH or LOCK_EX, could be had on a file or folder; OSError where that is not
-    there."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-
-
 def log_is_complete(container: Container) -> bool:
-    """Whether nobody writes to a container's log: its logging process holds a lock while the container's output is
-    open."""
+    """Whether nobody writes to a container's log: its logging process holds a lock while it has the output open."""
     try:
-        return lock_is_free(os.path.join(container.folder, "logger-lock"), fcntl.LOCK_SH)
-    except OSError:
-        return True
+        with locked(os.path.join(container.folder, "logger-lock"), 0.0, fcntl.LOCK_SH):
+            return True
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
 
 
 def follow_log(engine: Engine, container: Container, file: LogFile, follow: bool,
@@ -11066,10 +11051,10 @@ def container_restart(engine: Engine, request: Request, name: str) -> None:
     engine.tell(container, "restart")
 
 
-def require_running(container: Container) -> None:
-    """409 with dockerd's words unless it runs."""
-    if not container.running:
-        raise Conflict(f"container {container.id} is not running")
+def require_running(container: Container, paused: str = "") -> None:
+    """409 with dockerd's words unless it runs, and with these, if any, where it is paused."""
+    refuse((not container.running, f"container {container.id} is not running"),
+           (paused and container.state.kind == "paused", paused), kind=Conflict)
 
 
 @route("POST", "/containers/{id}/kill")
@@ -11101,9 +11086,7 @@ def container_kill(engine: Engine, request: Request, name: str) -> None:
 def container_pause(engine: Engine, request: Request, name: str) -> None:
     """Freeze it; 204, 409 when it does not run or is paused already."""
     with engine.owning(name) as container:
-        require_running(container)
-        if container.state.kind == "paused":
-            raise Conflict(f"container {container.id} is already paused")
+        require_running(container, f"container {container.id} is already paused")
         engine.containerd.pause_task(container.id)
 
 
@@ -11120,11 +11103,9 @@ def container_unpause(engine: Engine, request: Request, name: str) -> None:
 def container_rename(engine: Engine, request: Request, name: str) -> None:
     """Give it another name; 204, 409 for one in use."""
     with engine.owning(name) as container:
-        if not request.value("name"):
-            raise BadParameter("Neither old nor new names may be empty")
         wanted = request.value("name").lstrip("/")
-        if wanted == container.name:
-            raise BadParameter("Renaming a container with the same name as its current name")
+        refuse((not request.value("name"), "Neither old nor new names may be empty"),
+               (wanted == container.name, "Renaming a container with the same name as its current name"))
         engine.nerdctl.run("rename", "--", container.id, check_name(engine, wanted))
     engine.tell(engine.inventory.container(container.id), "rename", oldName="/" + container.name)
 
@@ -11447,10 +11428,9 @@ class AttachRequest:
         self.engine, self.request, self.since = engine, request, engine.tasks.count
         self.keys = DetachKeys(request.value("detachKeys"))
         self.container = container = engine.inventory.container(name)
-        if container.state.kind == "paused":
-            raise Conflict("container is paused, unpause the container before attach")
-        if container.state.kind == "restarting":
-            raise Conflict("container is restarting, wait until the container is running")
+        kind = container.state.kind
+        refuse((kind == "paused", "container is paused, unpause the container before attach"),
+               (kind == "restarting", "container is restarting, wait until the container is running"), kind=Conflict)
         self.tty, self.stream, self.logs = is_terminal(container), request.flag("stream"), request.flag("logs")
         stdin = request.flag("stdin") and self.stream and has_stdin(container)
         if stdin and container.running and find_streams(engine, container) is None:
@@ -11702,9 +11682,7 @@ def exec_create(engine: Engine, request: Request, name: str) -> Response:
         raise BadParameter("No exec command specified")
     container = engine.inventory.container(name)
     instance = Exec(container, config)
-    if container.state.kind == "paused":
-        raise Conflict(f"container {name} is paused, unpause the container before exec")
-    require_running(container)
+    require_running(container, f"container {name} is paused, unpause the container before exec")
     DetachKeys(config.get("DetachKeys") or "")
     keep_exec(engine, instance)
     return Response(201, {"Id": instance.id})
@@ -11837,9 +11815,7 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
     options = request.json(EXEC_START)
     instance = find_exec(engine, name)
     container = engine.inventory.container(instance.container.id)
-    if container.state.kind == "paused":
-        raise Conflict(f"container {container.id} is paused, unpause the container before exec")
-    require_running(container)
+    require_running(container, f"container {container.id} is paused, unpause the container before exec")
     check_unstarted(instance)
     size = options.get("ConsoleSize") or instance.config.get("ConsoleSize") or []
     if len(size) == 2:
@@ -12032,9 +12008,10 @@ def sweep_streams(engine: Engine, container: Container) -> None:
     for name in names:
         folder = os.path.join(container.folder, name)
         with contextlib.suppress(ApiError, OSError), engine.owning(container.id) as now:
-            used = now.running and now.task.stdout == os.path.join(folder, "stdout")
-            # A daemon that lives holds the lock of those that it has made.
-            if not used and lock_is_free(folder, fcntl.LOCK_EX):
+            if not now.running or now.task.stdout != os.path.join(folder, "stdout"):
+                # A daemon that lives holds the lock of those that it has made.
+                with locked(folder, 0.0):
+                    pass
                 with contextlib.suppress(ApiError):
                     # While nobody reads them containerd can neither start the command nor end it.
                     streams = ProcessStreams("", False, False, False, found=folder)
@@ -12709,17 +12686,15 @@ def network_inspect(engine: Engine, request: Request, name: str) -> Response:
 
 def network_create_args(body: Dict[str, Any], name: str) -> List[str]:
     """argv of `network create`. 400 for bad values, 501 for what nerdctl has not."""
-    driver = body.get("Driver") or "bridge"
+    driver, ipam = body.get("Driver") or "bridge", body.get("IPAM") or {}
     if body.get("Scope") == "swarm":
         raise Forbidden("cannot create a swarm scoped network when swarm is not active")
-    if driver not in ("bridge", "macvlan", "ipvlan"):
-        raise NotFound(f'plugin "{driver}" not found')
-    if body.get("ConfigOnly") or (body.get("ConfigFrom") or {}).get("Network") or body.get("Ingress"):
+    for plugin, known in ((driver, ("bridge", "macvlan", "ipvlan")),
+                          (ipam.get("Driver") or "default", ("default", "host-local", "dhcp"))):
+        refuse((plugin not in known, f'plugin "{plugin}" not found'), kind=NotFound)
+    if body.get("ConfigOnly") or field_of(body, "ConfigFrom.Network") or body.get("Ingress"):
         raise NotImplementedHere("nerdctl has neither config-only nor ingress networks")
     words = ["network", "create", f"--driver={driver}"]
-    ipam = body.get("IPAM") or {}
-    if ipam.get("Driver", "") not in ("", "default", "host-local", "dhcp"):
-        raise NotFound(f"plugin \"{ipam['Driver']}\" not found")
     ranges, spare = [], {}
     for config in ipam.get("Config") or []:
         words += _value(config.get("Subnet"), "--subnet") + _value(config.get("Gateway"), "--gateway")
@@ -12731,8 +12706,7 @@ def network_create_args(body: Dict[str, Any], name: str) -> List[str]:
                     spare.setdefault(config["Subnet"], {})[host] = text
                     continue
             raise BadParameter(f"no matching subnet for aux-address {host}={text}")
-    if ipam.get("Driver") == "dhcp":
-        words.append("--ipam-driver=dhcp")
+    words += _switch(ipam.get("Driver") == "dhcp", "--ipam-driver=dhcp")
     words += _switch(body.get("Internal"), "--internal") + _switch(body.get("EnableIPv6"), "--ipv6")
     options = body.get("Options") or {}
     # What nerdctl does not carry out is only kept.
@@ -13033,13 +13007,9 @@ def remove_volume(engine: Engine, name: str) -> None:
 @route("DELETE", "/volumes/{name}")
 def volume_delete(engine: Engine, request: Request, name: str) -> None:
     """Remove a volume; 204, with `force` also when there is none; 409 while it is in use."""
-    try:
+    if not request.flag("force") or name in engine.inventory.volumes():
         find_volume(engine, name)
-    except NotFound:
-        if request.flag("force"):
-            return
-        raise
-    remove_volume(engine, name)
+        remove_volume(engine, name)
 
 
 @route("POST", "/volumes/prune")

@@ -7951,7 +7951,8 @@ class TestProcessStreams:
 
     def test_the_folder_of_a_daemon_that_lives(self, shims):
         shim = shims()
-        assert not nerdctld.lock_is_free(shim.streams.folder, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError), nerdctld.locked(shim.streams.folder, 0.0):
+            pass
         before = descriptors()
         with pytest.raises(nerdctld.ApiError, match="cannot open FIFOs"):
             shims(found=shim.streams.folder)
