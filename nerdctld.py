@@ -11208,6 +11208,9 @@ def container_delete(engine: Engine, request: Request, name: str) -> None:
                               else "stop the container before removing or force remove"))
         if container.running:
             engine.tell(container, "kill", signal=str(int(signal.SIGKILL)))
+            # Its end comes while nerdctl starts, which would kill it, too.
+            with contextlib.suppress(ApiError):
+                kill_task(engine, container, signal.SIGKILL, ends=True)
         remove_container(engine, container, request.flag("force"), request.flag("v"))
 
 

@@ -8508,6 +8508,13 @@ class TestContainerLifecycle:
         fake.before["Tasks/Resume"] = lambda: fake.refuses("cannot resume a running process")
         assert ask(willing, "POST", "/containers/tstpaused/" + path).status == 204
 
+    @pytest.mark.parametrize("name, resumed", [("tstweb", 0), ("tstpaused", 1), ("tstdone", 0)])
+    def test_what_is_removed_by_force_ends_while_nerdctl_starts(self, willing, scripted, fake, name, resumed):
+        identity, seen = willing.inventory.container(name).id, []
+        scripted.on("rm", does=lambda argv: (seen.append(fake.calls["Tasks/Kill"]), carry_out(fake, argv))[1])
+        assert ask(willing, "DELETE", f"/containers/{name}?force=1").status == 204
+        assert (seen, fake.calls["Tasks/Resume"]) == ([0 if name == "tstdone" else 1], resumed) and identity not in fake.containers
+
     @pytest.fixture
     def cut_off(self, willing, scripted, fake, tmp_path):
         """A container whose process was being made when a daemon was killed: with the folder of nerdctl, and the networks that are up."""
