@@ -6398,30 +6398,25 @@ def glob_expression(glob: str) -> str:
     return found
 
 
-def reference_patterns(globs: Iterable[str]) -> List[Pattern]:
-    """The values of a `reference` filter, compiled; 400 for what is no glob and for more than PROGRAM_LIMIT
-    instructions."""
-    found: List[Pattern] = []
-    room = PROGRAM_LIMIT
-    for each in globs:
-        try:
-            found.append(Pattern(rf"\A{glob_expression(each)}\z", room))
-        except PatternError:
-            raise BadParameter("syntax error in pattern") from None
-        room -= len(found[-1].program)
-    return found
+def reference_pattern(globs: List[str]) -> Optional[Pattern]:
+    """The expression for the values of a `reference` filter, None for none; 400 for what is no glob and for more than
+    PROGRAM_LIMIT instructions."""
+    try:
+        return Pattern(rf"\A(?:{'|'.join(map(glob_expression, globs))})\z") if globs else None
+    except PatternError:
+        raise BadParameter("syntax error in pattern") from None
 
 
-def match_reference(names: List[str], patterns: List[Pattern]) -> List[str]:
-    """Those of an image's names that fit a pattern of the `reference` filter: as people write them or with the
-    registry, with or without tag or digest."""
+def match_reference(names: List[str], pattern: Pattern) -> List[str]:
+    """Those of an image's names that fit a `reference` filter: as people write them or with the registry, with or
+    without tag or digest."""
     found = []
     for name in names:
         forms = {name}
         with contextlib.suppress(BadParameter):
             full = parse_reference(name)
             forms.update((familiar(full.repository), full.name, full.repository))
-        if any(pattern.found_in(each) for pattern in patterns for each in forms):
+        if any(map(pattern.found_in, forms)):
             found.append(name)
     return found
 
@@ -6431,11 +6426,11 @@ def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[st
     dangling = flag_filter(filters, "dangling")
     before, since = ([engine.inventory.image(each).created for each in filters.get(key) or []]
                      for key in ("before", "since"))
-    common, references = PruneFilter(filters), reference_patterns(filters.get("reference") or [])
+    common, reference = PruneFilter(filters), reference_pattern(filters.get("reference") or [])
 
     def passes(group: ImageGroup) -> bool:
         return (dangling in (None, not group.repo_tags) and common.passes(group.labels, group.created * 10**9)
-                and (not references or bool(match_reference([*group.repo_tags, *group.repo_digests], references)))
+                and (not reference or bool(match_reference([*group.repo_tags, *group.repo_digests], reference)))
                 and all(group.created < each for each in before) and all(group.created > each for each in since))
 
     return list(filter(passes, groups))
@@ -6489,14 +6484,14 @@ def image_list(engine: Engine, request: Request) -> Response:
     groups = filter_images(engine, engine.inventory.images.get().values(), filters)
     shared = shared_sizes(groups) if request.flag("shared-size") else {}
     users = image_users(engine) if manifests or request.version >= (1, 51) else {}
-    references = reference_patterns(filters.get("reference") or [])
+    reference = reference_pattern(filters.get("reference") or [])
     rows = []
     for group in groups:
         row = docker_image_row(group, request.version,
                                len(users.get(group.id, [])) if request.version >= (1, 51) else -1,
                                shared.get(group.id, -1))
-        for key in ("RepoTags", "RepoDigests") if references else ():
-            row[key] = match_reference(row[key], references)
+        for key in ("RepoTags", "RepoDigests") if reference else ():
+            row[key] = match_reference(row[key], reference)
         if manifests:
             row["Manifests"] = docker_manifests(group, users.get(group.id, []))
         rows.append(row)
@@ -6813,57 +6808,52 @@ def parse_loaded(text: str) -> List[str]:
     return list(dict.fromkeys([*told, *(each for each in saved if ":" in each[1:-1])]))
 
 
-class ImageArchive:
-    """What an archive of images says of itself, noted from its tar as that passes by. Of what is packed it knows
-    nothing."""
+# Files of an archive of images, and what containerd reads of a JSON file at the most.
+ARCHIVE_FILES = ("oci-layout", "index.json", "manifest.json")
+ARCHIVE_LIMIT = 20 << 20
 
-    # containerd reads no more of a JSON file.
-    LIMIT = 20 << 20
-    FILES = ("oci-layout", "index.json", "manifest.json")
 
-    def __init__(self) -> None:
-        self.files: Dict[str, bytes] = {}
+def read_archive(source: TarInput, files: Dict[str, bytes]) -> Iterator[None]:
+    """Read all of an archive of images, a piece a step, and note these of its `files`, by which it says what is in
+    it."""
+    # Not at the top: only archives need it, and it costs memory.
+    import tarfile
 
-    def read(self, source: TarInput) -> Iterator[None]:
-        """Read all of it, a piece a step."""
-        # Not at the top: only archives need it, and it costs memory.
-        import tarfile
+    # What is no tar is for nerdctl to complain of.
+    with contextlib.suppress(tarfile.TarError):
+        tar = tarfile.TarFile(fileobj=source, mode="r", encoding="utf-8", errors="surrogateescape")
+        for entry in iter(tar.next, None):
+            tar.members.clear()
+            name = os.path.normpath(entry.name)
+            if entry.isreg() and name in ARCHIVE_FILES and entry.size <= ARCHIVE_LIMIT:
+                files[name] = b"".join(map(bytes, source.pieces(entry.size)))
+            for _ in source.pieces(tar.offset - source.position):
+                yield
+            source.spent = 0
+    for _ in source.pieces(sys.maxsize):
+        yield
 
-        # What is no tar is for nerdctl to complain of.
-        with contextlib.suppress(tarfile.TarError):
-            tar = tarfile.TarFile(fileobj=source, mode="r", encoding="utf-8", errors="surrogateescape")
-            for entry in iter(tar.next, None):
-                tar.members.clear()
-                name = os.path.normpath(entry.name)
-                if entry.isreg() and name in self.FILES and entry.size <= self.LIMIT:
-                    self.files[name] = b"".join(map(bytes, source.pieces(entry.size)))
-                for _ in source.pieces(tar.offset - source.position):
-                    yield
-                source.spent = 0
-        for _ in source.pieces(sys.maxsize):
-            yield
 
-    @property
-    def index(self) -> str:
-        """The name that nerdctl gives to the archive's index, "" for an archive without one."""
-        digest = sha256(self.files.get("index.json", b"")).hexdigest()
-        return f"import@sha256:{digest}" if "oci-layout" in self.files else ""
+def archive_index(files: Dict[str, bytes]) -> str:
+    """The name that nerdctl gives to an archive's index, "" for an archive without one."""
+    digest = sha256(files.get("index.json", b"")).hexdigest()
+    return f"import@sha256:{digest}" if "oci-layout" in files else ""
 
-    @property
-    def names(self) -> List[str]:
-        """The names in the archive, in its order, as containerd takes them: the index's where it has one. Tags alone
-        are none."""
-        found: List[Any] = []
-        # Whatever this JSON is not is for nerdctl to complain of.
-        with contextlib.suppress(ApiError, AttributeError, KeyError, TypeError):
-            if "oci-layout" in self.files:
-                for each in parse_json(self.files["index.json"])["manifests"]:
-                    told = each.get("annotations") or {}
-                    found.append(told.get("io.containerd.image.name") or told.get("org.opencontainers.image.ref.name"))
-            else:
-                for each in parse_json(self.files["manifest.json"]):
-                    found += [parse_reference(name).name for name in each.get("RepoTags") or ()]
-        return list(dict.fromkeys(each for each in found if isinstance(each, str) and re.search("[/:@]", each)))
+
+def archive_names(files: Dict[str, bytes]) -> List[str]:
+    """The names in an archive, in its order, as containerd takes them: the index's where it has one. Tags alone are
+    none."""
+    found: List[Any] = []
+    # Whatever this JSON is not is for nerdctl to complain of.
+    with contextlib.suppress(ApiError, AttributeError, KeyError, TypeError):
+        if "oci-layout" in files:
+            for each in parse_json(files["index.json"])["manifests"]:
+                told = each.get("annotations") or {}
+                found.append(told.get("io.containerd.image.name") or told.get("org.opencontainers.image.ref.name"))
+        else:
+            for each in parse_json(files["manifest.json"]):
+                found += [parse_reference(name).name for name in each.get("RepoTags") or ()]
+    return list(dict.fromkeys(each for each in found if isinstance(each, str) and re.search("[/:@]", each)))
 
 
 @route("POST", "/images/load")
@@ -6874,7 +6864,7 @@ def image_load(engine: Engine, request: Request) -> Response:
 
     def chunks() -> Iterator[bytes]:
         before = list(engine.inventory.images.records())
-        archive, names = ImageArchive(), []
+        files, names = {}, []
         with engine.changing_images(names) as named:
             # Not ended when the client leaves: that is seen when the body breaks off, and what has come whole is
             # loaded.
@@ -6882,7 +6872,7 @@ def image_load(engine: Engine, request: Request) -> Response:
                 told = time.monotonic()
                 source = TarInput(itertools.takewhile(process.write, plain_blocks(request.body.blocks())))
                 try:
-                    for _ in archive.read(source):
+                    for _ in read_archive(source, files):
                         if not quiet and time.monotonic() - told > 0.5:
                             told, taken = time.monotonic(), source.position
                             yield message_line({"status": "Loading layer", "id": "archive",
@@ -6891,7 +6881,7 @@ def image_load(engine: Engine, request: Request) -> Response:
                 except BaseException:
                     process.spoil()
                     raise
-                names += archive.names
+                names += archive_names(files)
                 named()
                 process.close_stdin()
                 text = b"".join(iter(process.read, b"")).decode(errors="replace")
@@ -6900,7 +6890,7 @@ def image_load(engine: Engine, request: Request) -> Response:
         groups = {name: group for group in engine.inventory.images.get().values() for name in group.names}
         nameless = [each for each in loaded if IMPORTED.match(each)]
         # The index is an image of containerd too, and the first that nerdctl tells of.
-        index = archive.index or "".join([each for each in nameless if each.startswith("import@")][:1])
+        index = archive_index(files) or "".join([each for each in nameless if each.startswith("import@")][:1])
         remove_extra_names(engine, [index] if index in groups and index not in before else [])
         for name in [each for each in names if each in groups] or [each for each in loaded if each not in nameless]:
             yield message_line({"stream": f"Loaded image: {familiar(name)}\n"})

@@ -5309,13 +5309,13 @@ def saving(furnished, fake):
     return furnished
 
 
-def archive_of(blocks):
-    """What an archive of images in these blocks says of itself."""
-    archive, passed = nerdctld.ImageArchive(), nerdctld.TarInput(iter(blocks))
-    for _ in archive.read(passed):
+def names_in(blocks):
+    """The names in an archive of images in these blocks, which is read to its end."""
+    files, passed = {}, nerdctld.TarInput(iter(blocks))
+    for _ in nerdctld.read_archive(passed, files):
         pass
     assert not passed.more()
-    return archive
+    return nerdctld.archive_names(files)
 
 
 class TestImages:
@@ -5700,21 +5700,21 @@ class TestImages:
 
     @pytest.mark.parametrize("data", [b"", b"x" * 511, b"x" * 3000, bytes(700), ARCHIVE[:700], bytes(512) + ARCHIVE, ARCHIVE[:-1], tar_of(("index.json", b"")), tar_of(("index.json", b"[]"))])
     def test_what_is_no_archive_of_images(self, data):
-        archive = archive_of([data[at:at + 100] for at in range(0, len(data), 100)])
-        assert archive.names == [] or data == ARCHIVE[:-1] or data[512:] == ARCHIVE
+        names = names_in([data[at:at + 100] for at in range(0, len(data), 100)])
+        assert names == [] or data == ARCHIVE[:-1] or data[512:] == ARCHIVE
 
     @pytest.mark.parametrize("files", [{"manifest.json": b"{}"}, {"manifest.json": b"[1]"}, {"manifest.json": b'[{"RepoTags":[1]}]'}, {"manifest.json": b"[" * 100000},
                                        {"oci-layout": b"", "index.json": b'{"manifests":[{"annotations":[]}]}'}, {"oci-layout": b"{}", "index.json": b'{"manifests":3}'}, {"oci-layout": b"{}"},
                                        {"oci-layout": b"{}", "index.json": b'{"manifests":[{"annotations":{"io.containerd.image.name":7,"org.opencontainers.image.ref.name":"latest"}}]}'}])
     def test_archives_that_name_nothing(self, files):
-        assert archive_of([tar_of(*files.items())]).names == []
+        assert names_in([tar_of(*files.items())]) == []
 
     def test_an_archive_with_a_file_beyond_8_gib(self):
         for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
             info = tarfile.TarInfo("blobs/sha256/" + "2" * 64)
             info.size = 9 << 30
             content = itertools.repeat(bytes(1 << 25), info.size >> 25)
-            assert archive_of(itertools.chain([info.tobuf(kind)], content, [ARCHIVE])).names == ["docker.io/library/tst:a"]
+            assert names_in(itertools.chain([info.tobuf(kind)], content, [ARCHIVE])) == ["docker.io/library/tst:a"]
 
     @pytest.mark.parametrize("recording", [V21_LOAD, V17_LOAD], ids=["2.1.6", "1.7.7"])
     def test_load_of_older_ones(self, recording):
@@ -5741,8 +5741,8 @@ class TestImages:
         assert [told["Config"], *told["Layers"]] == ["blobs/" + each["digest"].replace(":", "/") for each in (content["config"], *content["layers"])]
         blobs = {name: data for name, data in found.items() if name.startswith("blobs/")}
         assert len(blobs) == 3 and all(hashlib.sha256(data).hexdigest() == name.rpartition("/")[2] for name, data in blobs.items())
-        archive = archive_of([answer.body])
-        assert archive.names == [nerdctld.parse_reference(each).name for each in names] and list(found) == sorted(found)
+        told = names_in([answer.body])
+        assert told == [nerdctld.parse_reference(each).name for each in names] and list(found) == sorted(found)
 
     @pytest.mark.parametrize("platforms, root, whole", [
         ([], "index", ["linux/amd64", "linux/s390x"]), (["linux/amd64"], "linux/amd64", ["linux/amd64"]), (["linux/s390x"], "linux/s390x", ["linux/s390x"]),
