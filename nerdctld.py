@@ -578,6 +578,13 @@ def blocks_of(descriptor: int) -> Iterator[memoryview]:
         yield buffer[:size]
 
 
+def write_all(descriptor: int, data: Any) -> None:
+    """Write all of some bytes to a descriptor that blocks."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view):]
+
+
 class TarInput:
     """A tar in blocks, as the file that tarfile reads headers from, forward only."""
 
@@ -636,8 +643,7 @@ class TarInput:
         """Write the next `size` bytes to a file; 400 where the archive has fewer."""
         for piece in self.pieces(size):
             size -= len(piece)
-            while piece:
-                piece = piece[os.write(target, piece):]
+            write_all(target, piece)
         if size:
             raise BadParameter("invalid archive: unexpected EOF")
 
@@ -935,9 +941,7 @@ class Packer:
 
     def flush(self) -> None:
         """Write out what is pending."""
-        view = memoryview(self.pending)
-        while view:
-            view = view[os.write(self.output, view):]
+        write_all(self.output, self.pending)
         self.pending = bytearray()
 
     def entries(self, folder: int, told: str) -> None:
@@ -1201,17 +1205,16 @@ def until_limit(values: List[str]) -> Optional[int]:
     return found
 
 
-class PruneFilter:
-    """The filters `until`, `label` and `label!` that all prunes have in common; 400 for an `until` that is no time."""
+def prune_filter(filters: Dict[str, List[str]]) -> Callable[..., bool]:
+    """The filters `until`, `label` and `label!` that all prunes have in common: whether an object with these labels,
+    made at this time (nanoseconds since 1970), passes. 400 for an `until` that is no time."""
+    until, labels, refused = until_limit(filters.get("until") or []), filters.get("label") or [], filters.get("label!")
 
-    def __init__(self, filters: Dict[str, List[str]]):
-        self.until = until_limit(filters.get("until") or [])
-        self.labels, self.refused = filters.get("label") or [], filters.get("label!") or []
+    def passes(own: Dict[str, str], created: int = 0) -> bool:
+        return (match_labels(own, labels) and not any(match_labels(own, [each]) for each in refused or [])
+                and (until is None or created <= until))
 
-    def passes(self, labels: Dict[str, str], created: int = 0) -> bool:
-        """Whether an object with these labels, made at this time (nanoseconds since 1970), is one of those."""
-        return (match_labels(labels, self.labels) and not any(match_labels(labels, [each]) for each in self.refused)
-                and (self.until is None or created <= self.until))
+    return passes
 
 
 def flag_filter(filters: Dict[str, List[str]], name: str, default: Optional[bool] = None) -> Optional[bool]:
@@ -2188,13 +2191,10 @@ class Process:
 
     def write(self, data: Any) -> bool:
         """Write all of `data` to stdin; False when the process no longer reads."""
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[os.write(self.stdin.fileno(), view):]
-        except (OSError, ValueError):
-            return False
-        return True
+        with contextlib.suppress(OSError, ValueError):
+            write_all(self.stdin.fileno(), data)
+            return True
+        return False
 
     def close_stdin(self) -> None:
         """Tell the process that its input has ended."""
@@ -2504,9 +2504,7 @@ class LoggingProgram:
     def __call__(self, kind: int, data: bytes) -> None:
         """Write some output; nothing when the program has ended."""
         with contextlib.suppress(OSError):
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self.inputs[kind], view):]
+            write_all(self.inputs[kind], data)
 
     def close(self) -> None:
         """Let it find the end of both, and end."""
@@ -4141,8 +4139,7 @@ HOST_CONFIG_FIELDS = {
 }
 ENDPOINT = {"IPAMConfig": {"IPv4Address": str, "IPv6Address": str, "LinkLocalIPs": [str]}, "Links": [str],
             "Aliases": [str], "MacAddress": str, "DriverOpts": Named(str), "GwPriority": int}
-CREATE_REQUEST = {**CONFIG, "HostConfig": HOST_CONFIG_FIELDS,
-                  "NetworkingConfig": {"EndpointsConfig": Named(ENDPOINT)}}
+CREATE_REQUEST = {**CONFIG, "HostConfig": HOST_CONFIG_FIELDS, "NetworkingConfig": {"EndpointsConfig": Named(ENDPOINT)}}
 
 
 class Mirror:
@@ -4376,8 +4373,7 @@ class Container:
     @functools.cached_property
     def health_check(self) -> Dict[str, Any]:
         """How its health is checked, {} where it is not."""
-        check = {**json_of(dict, self.labels.get("nerdctl/healthcheck")),
-                 **(self.request.get("Healthcheck") or {})}
+        check = {**json_of(dict, self.labels.get("nerdctl/healthcheck")), **(self.request.get("Healthcheck") or {})}
         test = check.get("Test")
         if not (isinstance(test, list) and test[:1] in (["CMD"], ["CMD-SHELL"])
                 and all(isinstance(each, str) for each in test)):
@@ -5142,8 +5138,7 @@ def hostname_args(body: Dict[str, Any]) -> List[str]:
     name = body.get("Hostname") or ""
     mode = field_of(body, "HostConfig.NetworkMode") or ""
     endpoints = field_of(body, "NetworkingConfig.EndpointsConfig") or {}
-    aliases = [each for one in endpoints.values()
-               for each in one.get("Aliases") or []]
+    aliases = [each for one in endpoints.values() for each in one.get("Aliases") or []]
     if not name and not mode.startswith(("host", "container:")):
         service = (body.get("Labels") or {}).get("com.docker.compose.service")
         wanted = service if service in aliases else next(iter(aliases), "")
@@ -5574,10 +5569,17 @@ def release_networks(engine: "Engine", container: Container) -> None:
 ###############################################################################
 
 
+def note_last(table: Dict[str, Any], key: str, value: Any, most: int = 4096) -> None:
+    """Note a value as the last one in a table, of which that goes which was noted before all others."""
+    table.pop(key, None)
+    table[key] = value
+    if len(table) > most:
+        table.pop(next(iter(table)))
+
+
 class Tasks:
     """What events tell of the starts and ends of containers, in the order of a count, for those who wait for them."""
 
-    KEPT = 4096
     # How long the event of what nerdctl has done may take, and the end of what was killed; in seconds.
     LATE, DYING = 2.0, 5.0
 
@@ -5607,9 +5609,9 @@ class Tasks:
             if event is None:
                 self.missed = self.count
             elif event.topic == "/tasks/start":
-                self._note(self.starts, event.container, self.count)
+                note_last(self.starts, event.container, self.count)
             elif event.ends_container:
-                self._note(self.ends, event.container, (self.count, event.payload.get("exit_status") or 0))
+                note_last(self.ends, event.container, (self.count, event.payload.get("exit_status") or 0))
             self.condition.notify_all()
 
     def failed(self, real: str, status: int, spared: bool = False) -> None:
@@ -5617,16 +5619,10 @@ class Tasks:
         that is `spared` stays although it was to be removed at its end: for them, it was removed."""
         with self.condition:
             self.count += 1
-            self._note(self.ends, real, (self.count, status))
+            note_last(self.ends, real, (self.count, status))
             if spared:
-                self._note(self.spared, real, self.count)
+                note_last(self.spared, real, self.count)
             self.condition.notify_all()
-
-    def _note(self, table: Dict[str, Any], key: str, value: Any) -> None:
-        table.pop(key, None)
-        table[key] = value
-        if len(table) > self.KEPT:
-            table.pop(next(iter(table)))
 
     def started_since(self, real: str, count: int, wait: float = 0.0) -> bool:
         """Whether a container was started after the count stood so, or is within `wait` seconds."""
@@ -6019,10 +6015,7 @@ class Engine:
             with contextlib.suppress(ApiError):
                 container = self.inventory.containers().get(identity)
                 if container:
-                    self.actors.pop(identity, None)
-                    self.actors[identity] = self.actor(container)
-                    for old in list(self.actors)[:-4 * Journal.KEPT]:
-                        del self.actors[old]
+                    note_last(self.actors, identity, self.actor(container), 4 * Journal.KEPT)
         return self.actors.get(identity, {})
 
 
@@ -6187,8 +6180,7 @@ def system_info(engine: Engine, request: Request) -> Response:
 
 
 INDEX_SERVER = "https://index.docker.io/v1/"
-AUTH = {"username": str, "password": str, "auth": str, "serveraddress": str, "identitytoken": str,
-        "registrytoken": str}
+AUTH = {"username": str, "password": str, "auth": str, "serveraddress": str, "identitytoken": str, "registrytoken": str}
 
 
 def decode_auth(request: Request) -> Dict[str, str]:
@@ -6426,10 +6418,10 @@ def filter_images(engine: Engine, groups: Iterable[ImageGroup], filters: Dict[st
     dangling = flag_filter(filters, "dangling")
     before, since = ([engine.inventory.image(each).created for each in filters.get(key) or []]
                      for key in ("before", "since"))
-    common, reference = PruneFilter(filters), reference_pattern(filters.get("reference") or [])
+    common, reference = prune_filter(filters), reference_pattern(filters.get("reference") or [])
 
     def passes(group: ImageGroup) -> bool:
-        return (dangling in (None, not group.repo_tags) and common.passes(group.labels, group.created * 10**9)
+        return (dangling in (None, not group.repo_tags) and common(group.labels, group.created * 10**9)
                 and (not reference or bool(match_reference([*group.repo_tags, *group.repo_digests], reference)))
                 and all(group.created < each for each in before) and all(group.created > each for each in since))
 
@@ -6514,8 +6506,7 @@ def docker_image_config(config: Dict[str, Any], version: Tuple[int, int]) -> Dic
     return found
 
 
-def docker_image(group: ImageGroup, version: Tuple[int, int],
-                 content: Optional[ImageContent] = None) -> Dict[str, Any]:
+def docker_image(group: ImageGroup, version: Tuple[int, int], content: Optional[ImageContent] = None) -> Dict[str, Any]:
     """An image as `/images/{name}/json` shows it: as a whole, or the `content` of one platform."""
     config = (content or group.content).config
     history = config.get("history") or []
@@ -6646,8 +6637,7 @@ def remove_image(engine: Engine, group: ImageGroup, names: List[str], stays: boo
     with engine.changing_images(names, "untag"):
         engine.containerd.delete_images(names)
     left = engine.inventory.images.get().get(group.id)
-    named = [name for name in names if not IMPORTED.match(name)
-             and not name.startswith((DANGLING + "@", WORKING_NAME))]
+    named = [name for name in names if not IMPORTED.match(name) and not name.startswith((DANGLING + "@", WORKING_NAME))]
     told = [{"Untagged": familiar(name)} for name in named]
     for name in names:
         engine.journal.emit("image", "untag", group.id, {"name": familiar(name)})
@@ -11214,9 +11204,9 @@ def prunable(engine: Engine, container: Container) -> bool:
 def container_prune(engine: Engine, request: Request) -> Response:
     """Remove all containers that do not run, by the filters until, label and label!."""
     filters = request.filters("until", "label", "label!")
-    common = PruneFilter(filters)
+    common = prune_filter(filters)
     found = [each for each in engine.inventory.containers().values()
-             if prunable(engine, each) and common.passes(each.visible_labels, each.created)]
+             if prunable(engine, each) and common(each.visible_labels, each.created)]
     deleted, reclaimed = [], 0
     sizes = container_sizes(engine, found)
     for each in found:
@@ -12834,10 +12824,10 @@ def network_delete(engine: Engine, request: Request, name: str) -> None:
 def network_prune(engine: Engine, request: Request) -> Response:
     """Remove the networks that no running container has, by the filters until, label and label!."""
     filters = request.filters("until", "label", "label!")
-    common, deleted = PruneFilter(filters), []
+    common, deleted = prune_filter(filters), []
     for network in list(engine.inventory.networks().values()):
         if (network["Name"] in PREDEFINED or network["Id"] in ("", made_up_id(network["Name"]))
-                or not common.passes(network["Labels"], nanoseconds_of(network["Created"]) or 0)):
+                or not common(network["Labels"], nanoseconds_of(network["Created"]) or 0)):
             continue
         with contextlib.suppress(ApiError):
             remove_network(engine, network)
@@ -13011,9 +13001,9 @@ def volume_prune(engine: Engine, request: Request) -> Response:
     those with options stay: what is in them is mostly not of this machine."""
     filters = request.filters("all", "label", "label!")
     everything = flag_filter(filters, "all", request.version < (1, 42))
-    used, common, deleted, reclaimed = volume_users(engine), PruneFilter(filters), [], 0
+    used, common, deleted, reclaimed = volume_users(engine), prune_filter(filters), [], 0
     found = [volume for volume in list(engine.inventory.volumes().values())
-             if volume["Name"] not in used and not volume["Options"] and common.passes(volume["Labels"] or {})
+             if volume["Name"] not in used and not volume["Options"] and common(volume["Labels"] or {})
              and (everything or ANONYMOUS in (volume["Labels"] or {}))]
     sizes = volume_sizes(engine) if found else {}
     for volume in found:
@@ -14323,9 +14313,7 @@ def dial_stdio(path: str) -> int:
     threading.Thread(target=inwards, daemon=True).start()
     with contextlib.suppress(OSError):
         for data in iter(lambda: sock.recv(65536), b""):
-            view = memoryview(data)
-            while view:
-                view = view[os.write(1, view):]
+            write_all(1, data)
     return 0
 
 
