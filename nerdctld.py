@@ -2043,7 +2043,7 @@ def error_response(error: ApiError) -> Response:
 ###############################################################################
 
 # What nerdctl says -> what a client is told. The first pattern that is found in the last lines of stderr decides;
-# `{0}` is its first group. Words that clients match on are dockerd's. Each line was seen from a real nerdctl.
+# `{0}` is the first group found. Words that clients match on are dockerd's. Each line was seen from a real nerdctl.
 NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
     (r"cannot access containerd socket \"?([^\"\s:]+)", Unavailable,
      "containerd is not running at {0}: install or start it (systemctl start containerd), or say where it is with "
@@ -2069,10 +2069,9 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
     (r"exec: \"[^\"]*\": (?:permission denied|stat \S+: no such file or directory)|permission denied: unknown",
      BadParameter, ""),
     (r"(?:no such container:? |no container found for: |no running task found for container |container not found: )"
-     r"\"?([^\s\"]+)", NotFound, "No such container: {0}"),
-    (r"container \"([0-9a-f]{64})\" in namespace \"[^\"]*\": not found", NotFound, "No such container: {0}"),
-    (r"image not available: \"?([^\"\s]+)", NotFound, "No such image: {0}"),
-    (r"image \"([^\"]+)\": not found", NotFound, "No such image: {0}"),
+     r"\"?([^\s\"]+)|container \"([0-9a-f]{64})\" in namespace \"[^\"]*\": not found", NotFound,
+     "No such container: {0}"),
+    (r"image not available: \"?([^\"\s]+)|image \"([^\"]+)\": not found", NotFound, "No such image: {0}"),
     (r"unauthorized|no basic auth credentials|authorization failed|401 Unauthorized", Unauthorized, ""),
     (r"(?:access denied|insufficient_scope|403 Forbidden)", NotFound, ""),
     (r"failed to resolve (?:image|reference):? \"?([^\s\"]+?)\"?:(?: \S+:)? not found", NotFound,
@@ -2081,8 +2080,7 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
     (r"no such network: [\\\\\"]*([^\\\\\"\s]+)", NotFound,
      "failed to set up container networking: network {0} not found"),
     (r"volume \"?([^\"\s/]+)\"? is in use", Conflict, "remove {0}: volume is in use"),
-    (r"\"([^\"/]+)/volume.json\" does not exist", NotFound, "get {0}: no such volume"),
-    (r"volume \"([^\"]+)\": not found", NotFound, "get {0}: no such volume"),
+    (r"\"([^\"/]+)/volume.json\" does not exist|volume \"([^\"]+)\": not found", NotFound, "get {0}: no such volume"),
     (r"name \"([^\"]+)\" is already used by ID \"([^\"]*)\"", Conflict,
      'Conflict. The container name "/{0}" is already in use by container "{1}". You have to remove (or rename) that '
      "container to be able to reuse that name."),
@@ -2146,7 +2144,7 @@ def nerdctl_error(stderr: str) -> ApiError:
         for pattern, kind, words in NERDCTL_ERRORS:
             found = re.search(pattern, text, re.S)
             if found:
-                return kind(words.format(*found.groups()) if words else message)
+                return kind(words.format(*(each for each in found.groups() if each is not None)) if words else message)
     return ApiError(message)
 
 
@@ -5014,19 +5012,12 @@ class Inventory:
 
     def networks(self) -> Dict[str, Dict[str, Any]]:
         """Networks as Docker shows them, by name; bridge, host and none are always among them."""
-        found = {name: shown for name, (_, shown) in self._network_files().items()}
+        found = {name: shown for name, (_, shown) in self.network_files().items()}
         for name in ("bridge", "host", "none"):
             found.setdefault(name, parse_network({"name": name}, 0))
         return {name: found[name] for name in sorted(found)}
 
-    def cni_network(self, name: str) -> Dict[str, Any]:
-        """The CNI configuration list of a network, with the plugins that carry it out; 404 where there is none."""
-        found = self._network_files().get(name)
-        if found is None:
-            raise NotFound(f"network {name} not found")
-        return found[0]
-
-    def _network_files(self) -> Dict[str, Tuple[Dict[str, Any], Dict[str, Any]]]:
+    def network_files(self) -> Dict[str, Tuple[Dict[str, Any], Dict[str, Any]]]:
         """By name each network's configuration list, and the network as Docker shows it."""
         found = {}
         for folder in (cni_folder(), os.path.join(cni_folder(), self.nerdctl.namespace)):
@@ -5401,7 +5392,10 @@ def run_plugins(engine: "Engine", container: Container, network: str, made: Inte
     """Let the plugins of a network ADD an interface to the network namespace of a process as far as none fails, without
     routes to what is `dropped`, or DEL it, in the other order and as far as they can; with pid 0 the namespace is gone.
     The result and the first error."""
-    found, result, failed = engine.inventory.cni_network(network), made.result, None
+    known = engine.inventory.network_files().get(network)
+    if known is None:
+        raise NotFound(f"network {network} not found")
+    found, result, failed = known[0], made.result, None
     version = found.get("cniVersion") or "1.0.0"
     environment = {
         "CNI_COMMAND": command, "CNI_CONTAINERID": f"{engine.nerdctl.namespace}-{container.id}",
@@ -6044,13 +6038,6 @@ def system_ping_head(engine: Engine, request: Request) -> Response:
     return response
 
 
-def platform_name(components: List[Dict[str, Any]]) -> str:
-    """What a client shows as the kind of the server: `nerdctld 0.1.0, nerdctl v2.3.5, containerd v2.3.1`."""
-    shown = [each for name in ("nerdctld", "nerdctl", "containerd") for each in components if each["Name"] == name]
-    # Without a nerdctl its version is a sentence that says so.
-    return ", ".join(("" if " " in each["Version"] else each["Name"] + " ") + each["Version"] for each in shown)
-
-
 def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
     """Docker's version from nerdctl's; `problem` says why nothing was told."""
     machine = os.uname()
@@ -6062,16 +6049,19 @@ def docker_version(told: Dict[str, Any], problem: str) -> Dict[str, Any]:
     }
     components = [{"Name": "Engine", "Version": ENGINE_VERSION, "Details": {**engine, "Experimental": "false"}},
                   {"Name": "nerdctld", "Version": VERSION, "Details": {"GitCommit": ""}}]
-    if client.get("Version"):
-        components.append({"Name": "nerdctl", "Version": client["Version"],
-                           "Details": {"GitCommit": client.get("GitCommit") or ""}})
-    for each in (server.get("Components") or []) + (client.get("Components") or []):
+    own = {"Name": "nerdctl", "Version": client.get("Version"), "Details": {"GitCommit": client.get("GitCommit") or ""}}
+    for each in ([own] if client.get("Version") else []) + (server.get("Components") or []) + (
+            client.get("Components") or []):
         components.append({
             "Name": each.get("Name") or "", "Version": each.get("Version") or "",
             "Details": {"GitCommit": "", **(each.get("Details") or {})},
         })
-    return {"Platform": {"Name": platform_name(components) + (f" ({problem})" if problem else "")},
-            "Components": components, "Version": ENGINE_VERSION, **engine}
+    # What a client shows as the kind of the server: `nerdctld 0.1.0, nerdctl v2.3.5, containerd v2.3.1`. Without a
+    # nerdctl its version is a sentence that says so.
+    shown = [each for name in ("nerdctld", "nerdctl", "containerd") for each in components if each["Name"] == name]
+    platform = ", ".join(("" if " " in each["Version"] else each["Name"] + " ") + each["Version"] for each in shown)
+    return {"Platform": {"Name": platform + (f" ({problem})" if problem else "")}, "Components": components,
+            "Version": ENGINE_VERSION, **engine}
 
 
 @route("GET", "/version")
