@@ -7605,8 +7605,7 @@ def build_args(engine: Engine, request: Request) -> Tuple[List[str], List[str]]:
 
 
 def frontend_options(options: Iterable[str]) -> Tuple[Dict[str, str], List[str], List[str]]:
-    """nerdctl's options of build as BuildKit's frontend for Dockerfiles takes them: attributes, images with caches, and
-    entitlements."""
+    """nerdctl's options of build for BuildKit's Dockerfile frontend: attributes, images with caches, entitlements."""
     told: Dict[str, List[str]] = collections.defaultdict(list)
     for flag, _, value in (option.partition("=") for option in options):
         told[flag].append(value)
@@ -7717,8 +7716,7 @@ class ClassicProgress:
             self.open[index].add(digest)
 
     def _tell(self, last: int) -> Iterator[Dict[str, str]]:
-        """The names of steps up to `last`, and what they have written; one that is not done holds up those behind
-        it."""
+        """The names of steps up to `last`, and what they have written; one that is not done holds up the next."""
         while self.at <= last:
             if not self.named:
                 yield from self.before
@@ -7939,8 +7937,7 @@ NO_BUILDKIT = "install or start it with a containerd worker, or say where it is 
 
 @route("POST", "/build/prune")
 def build_prune(engine: Engine, request: Request) -> Response:
-    """Remove build cache, by BuildKit's own filters and `until`; 503 where there is no buildctl or no buildkitd
-    answers."""
+    """Remove build cache, by BuildKit's own filters and `until`; 503 without buildctl or a buildkitd that answers."""
     filters = request.filters(*PRUNE_FILTERS)
     arguments = ["prune", "--format", "{{json .}}", *_switch(request.flag("all"), "--all")]
     for key, values in filters.items():
@@ -8006,8 +8003,7 @@ def docker_mounts(container: Container) -> List[Dict[str, Any]]:
 
 
 def request_labels(body: Dict[str, Any], old: Iterable[str] = ()) -> Dict[str, str]:
-    """The create request as labels that fit nerdctl's 4096 bytes each, in place of those among the names of `old`
-    ones."""
+    """The create request as labels that fit nerdctl's 4096 bytes each, in place of those among `old` names."""
     text = json.dumps(body, separators=(",", ":"), ensure_ascii=True)
     parts = [text[start:start + REQUEST_PART] for start in range(0, len(text), REQUEST_PART)]
     return {**{key: "" for key in old if key.startswith(LABEL_REQUEST + ".")},
@@ -8096,8 +8092,7 @@ def own_arguments(container: Container) -> List[str]:
 
 
 def open_ports(container: Container) -> List[Dict[str, Any]]:
-    """The ports of a running container: those published, and those that are only exposed, without a port of the
-    host."""
+    """The ports of a running container: those published, and those only exposed, without a port of the host."""
     if not container.running:
         return []
     ports = container.ports
@@ -8178,8 +8173,7 @@ def match_port(ports: List[Dict[str, Any]], key: str, wanted: List[str]) -> bool
 
 
 def match_container(engine: Engine, container: Container, filters: Dict[str, List[str]], named: NameFilter) -> bool:
-    """Whether a container passes the filters of the list, of which `named` is that by name, but for before, since and
-    ancestor."""
+    """Whether a container passes the filters of the list but before, since and ancestor; `named` is that by name."""
     if not filters:
         return True
     state, networks = container.state, network_names(container)
@@ -8763,8 +8757,7 @@ def check_volume(told: str, name: str, driver: str, options: Dict[str, str]) -> 
 
 
 def make_volume(engine: Engine, name: str, options: Dict[str, str], labels: Dict[str, str]) -> Dict[str, Any]:
-    """The volume of a name, which is made where there is none; with "" an anonymous one. nerdctl keeps the options as a
-    label."""
+    """The volume of a name, made where there is none, with "" an anonymous one. A label keeps its options."""
     found = engine.inventory.volumes().get(name)
     if found is None:
         labels = {**labels, **({} if name else {ANONYMOUS: ""}),
@@ -9004,8 +8997,7 @@ def untold_mount(engine: Engine, mount: Dict[str, Any], source: str) -> Tuple[Di
 
 
 def rewrite_container(engine: Engine, container: Container, spec: Dict[str, Any], labels: Dict[str, str]) -> Container:
-    """Set the OCI spec and labels of a container, which nerdctl's hooks read as annotations; the container as it is
-    then."""
+    """Set the OCI spec and labels of a container, which nerdctl's hooks read as annotations; the container then."""
     annotations = {key: value for key, value in labels.items() if key.startswith("nerdctl/")}
     engine.update(container, labels, {**spec, "annotations": {**(spec.get("annotations") or {}), **annotations}})
     return engine.inventory.container(container.id)
@@ -9720,8 +9712,7 @@ def plan_container(engine: Engine, body: Dict[str, Any], platform: str, recursiv
 
 
 def make_container(engine: Engine, plan: Plan, name: str, later: str) -> Container:
-    """Create a container and return what is known of it without asking. `later` says what is missing of it, "" for
-    nothing."""
+    """Create a container and return what is known of it without asking. `later` says what it lacks, "" for nothing."""
     told = {**request_labels(plan.request), LABEL_IMAGE: plan.image_id, **({LABEL_LATER: later} if later else {})}
     labels, names = [f"--label={key}={value}" for key, value in told.items()], [f"--name={name}"] if name else []
     with fillable(engine, plan.mounts) as mounts, profile_files(engine, plan.words) as words:
@@ -9843,8 +9834,7 @@ def host_devices(path: str, target: str) -> List[Dict[str, Any]]:
 
 
 def device_rule(text: str) -> Dict[str, Any]:
-    """One of HostConfig.DeviceCgroupRules, such as `c 1:* rwm`, as an OCI spec has it; 500 with dockerd's words for
-    what is none."""
+    """One of DeviceCgroupRules (`c 1:* rwm`) as an OCI spec has it; 500 with dockerd's words for what is none."""
     found = re.fullmatch(r"([acb]) ([0-9]{1,9}|\*):([0-9]{1,9}|\*) ([rwm]{1,3})", text)
     if not found:
         raise ApiError(f"invalid device cgroup rule format: '{text}'")
@@ -9975,8 +9965,7 @@ def complete_container(engine: Engine, container: Container) -> Container:
 
 
 def joined_containers(container: Container) -> Dict[str, str]:
-    """The ids of the containers whose namespaces a container has, by their kinds in the OCI spec, as nerdctl's labels
-    have them."""
+    """The ids of the containers whose namespaces a container has, by kinds of the OCI spec, from nerdctl's labels."""
     network, ipc = (network_names(container) or [""])[0], json_of(dict, container.labels.get("nerdctl/ipc"))
     # The label of a process id namespace alone does not tell: nerdctl takes those of the image over.
     joins = str(container.host_config.get("PidMode") or "").startswith("container:") or any(
@@ -10029,8 +10018,7 @@ def join_namespaces(engine: Engine, container: Container) -> Container:
 
 
 def renew_shm(container: Container) -> None:
-    """Mount an empty /dev/shm for a container that others may share it with: nerdctl mounts it at the creation, and
-    again at each start."""
+    """Mount an empty /dev/shm that others may share with a container, as nerdctl does at creation and each start."""
     ipc = json_of(dict, container.labels.get("nerdctl/ipc"))
     path = str(ipc.get("hostShmPath") or "")
     if ipc.get("mode") != "shareable" or not path or os.geteuid():
@@ -10142,16 +10130,14 @@ def hold_policy(engine: Engine, container: Container) -> None:
 
 
 def resume_policy(engine: Engine, container: Container) -> None:
-    """After a container was started by somebody: containerd's restart monitor is to carry its policy out, and to count
-    from 0 as dockerd does."""
+    """Once a container was started: containerd's restart monitor carries its policy out, and counts from 0 again."""
     if RESTART_LABEL + "policy" in container.labels:
         engine.update(container, {RESTART_LABEL + "status": "running", RESTART_LABEL + "explicitly-stopped": "false",
                                   RESTART_LABEL + "count": ""})
 
 
 def policy_labels(container: Container, policy: str) -> Dict[str, str]:
-    """The labels by which a container gets another restart policy, as `nerdctl create --restart` writes it, or with
-    "no" none."""
+    """The labels of another restart policy, as `nerdctl create --restart` writes it, or with "no" of none."""
     status = "running" if container.running or container.state.kind == "restarting" else ""
     if policy == "no":
         return {RESTART_LABEL + key: "" for key in ("policy", "status", "loguri")}
@@ -10379,8 +10365,7 @@ class ProcessStreams:
                 os.write(self.waker[1], b".")
 
     def write(self, data: bytes, attachment: Attachment) -> bool:
-        """Pass input of a client on, of one that has left as much as can be passed on at once; False when none is taken
-        any more."""
+        """Pass input of a client on, of one that has left what is taken at once; False when none is taken any more."""
         view = memoryview(data)
         while view:
             with self.lock:
@@ -10556,8 +10541,7 @@ def open_log(nerdctl: Nerdctl, container: Container) -> Any:
 
 
 class LogLine(NamedTuple):
-    """A line of a container's log: when it was written, as the log has it; STDOUT or STDERR; and what was written, as
-    bytes."""
+    """A line of a container's log: when it was written, as the log has it; STDOUT or STDERR; and its bytes."""
 
     stamp: str
     kind: int
@@ -10648,8 +10632,7 @@ class LogFile:
         return parse_log_lines([line for line in whole if line]) or [NO_LINE]
 
     def _goes_on(self) -> bool:
-        """Whether there is more behind the end of the file: it was put aside for a new one, or was cut short and is
-        read from its beginning."""
+        """Whether there is more behind the end of the file: a new one in its place, or itself if it was cut short."""
         if len(self.files) == 1:
             try:
                 now, mine = os.stat(self.path), os.fstat(self.files[0].fileno())
@@ -10765,8 +10748,7 @@ def open_streams(engine: Engine, container: Container, found: str = "") -> Proce
 
 
 def find_streams(engine: Engine, container: Container) -> Optional[ProcessStreams]:
-    """The FIFOs of a container's process, None where it has none. Those of a daemon that has ended are this one's from
-    now on."""
+    """The FIFOs of a container's process, None for none. Those of a daemon that has ended become this one's."""
     owner = engine.owner(container.id)
     if owner.streams is None and container.running and f"/{FIFO_FOLDER}" in container.task.stdout:
         with contextlib.suppress(ApiError), engine.owning(container.id) as now:
@@ -10787,8 +10769,7 @@ def log_streams(container: Container) -> TaskStreams:
 
 
 def runtime_error(error: ApiError) -> ApiError:
-    """What containerd's runtime says of a process that it could not start, in the words and with the status of
-    dockerd."""
+    """What containerd's runtime says of a process that it could not start, with the words and the status of dockerd."""
     if isinstance(error, (Unavailable, NotImplementedHere)):
         return error
     told = nerdctl_error(f'time="" level=fatal msg={json.dumps(str(error))}')
@@ -11742,8 +11723,7 @@ def end_exec(engine: Engine, identity: str, name: str) -> bool:
 
 
 def exec_name(folder: str) -> str:
-    """The id of a command of the daemon's own with its FIFOs in this folder: so the next daemon finds what this one may
-    leave."""
+    """The id of a command of the daemon's own with its FIFOs in this folder: the next daemon finds what is left."""
     return sha256(os.path.basename(folder).encode()).hexdigest()
 
 
@@ -11858,8 +11838,7 @@ def exec_inspect(engine: Engine, request: Request, name: str) -> Response:
 
 
 class Supervisor:
-    """Carries out what nerdctl leaves to somebody: `--rm` of a container that was made by `create`, and health
-    checks."""
+    """Carries out what nerdctl leaves to somebody: `--rm` of what was made by `create`, and health checks."""
 
     def __init__(self, engine: "Engine"):
         self.engine = engine
@@ -12030,8 +12009,7 @@ class HealthMonitor:
             pause = check_pause(check, process_age(container), seen == "starting")
 
     def _check(self, container: Container) -> None:
-        """Run the check once and keep its result, unless the container has been stopped or paused, or containerd was
-        away, meanwhile."""
+        """Run the check once and keep its result, unless the container was stopped or paused, or containerd away."""
         check, missed = container.health_check, self.engine.tasks.missed
         age, began, timeout = process_age(container), time.time_ns(), check.get("Timeout", 30 * 10**9)
         try:
@@ -12214,8 +12192,7 @@ def not_there(name: str, path: str) -> NotFound:
 
 
 def path_stat(engine: Engine, container: Container, path: str, name: str) -> PathStat:
-    """The stat of a path in a container; 404 where there is none, with the `name` that the client gave the
-    container."""
+    """The stat of a path in a container; 404 where there is none, with the client's `name` of the container."""
     # It takes a hundredth of the time that a process takes, which a path needs that what is mounted stands in front of.
     root, barred = running_root(engine, container)
     try:
@@ -12537,8 +12514,7 @@ def docker_stats(container: Container, pid: int, before: Dict[str, Any]) -> Dict
 
 @route("GET", "/containers/{id}/stats")
 def container_stats(engine: Engine, request: Request, name: str) -> Response:
-    """Its use of the machine, a sample a second; with stream=0 one, with one-shot=1 one without the sample before
-    it."""
+    """Its use of the machine, a sample a second; with stream=0 one, with one-shot=1 without the sample before it."""
     container = engine.inventory.container(name)
     stream, one_shot = request.flag("stream", True), request.flag("one-shot")
     if stream and one_shot:
@@ -14282,8 +14258,7 @@ def notify_systemd(message: str, address: str) -> None:
 
 
 def dial_stdio(path: str) -> int:
-    """Join standard input and output to the socket, with half-closes passed on: the far end of `docker -H ssh://`.
-    Returns the exit status."""
+    """Join stdin and stdout to the socket, with half-closes: the far end of `docker -H ssh://`. The exit status."""
     try:
         sock = unix_connection(path)
     except OSError as error:
@@ -14330,8 +14305,7 @@ def buildctl_args(options: List[str], names: List[str], folder: str) -> List[str
 
 
 def registry_login(host: str, environment: Optional[Dict[str, str]]) -> Tuple[str, str]:
-    """User and password for a registry in the config.json of an environment's DOCKER_CONFIG, ("", "") without; 501 for
-    an identity token."""
+    """User and password for a registry in DOCKER_CONFIG's config.json, ("", "") for none; 501 for an identity token."""
     folder = (environment or os.environ).get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
     told = read_json_file(os.path.join(folder, "config.json"))
     for key, entry in (told.get("auths") or {}).items():
@@ -14659,8 +14633,7 @@ def watch_signals() -> int:
 
 
 def serve_until_told(server: Server, idle_timeout: float, signals: int) -> None:
-    """Serve until a signal or, with a timeout, until idle for so long; then let running requests end, for a bounded
-    time."""
+    """Serve until a signal or, with a timeout, until idle for so long."""
     # serve_forever() looks every so often whether it is to end: an idle daemon would never sleep, and its end would
     # wait.
     poller = select.poll()
