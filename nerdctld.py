@@ -8099,10 +8099,9 @@ def open_ports(container: Container) -> List[Dict[str, Any]]:
     published = {(each["PrivatePort"], each["Type"]) for each in ports}
     if {"host", "none"} & set(network_names(container)) or network_mode(container).startswith("container:"):
         return ports
-    exposed = (each.partition("/") for each in container.request.get("ExposedPorts") or {})
-    rest = sorted({(int_or_zero(number), kind or "tcp") for number, _, kind in exposed
-                   if int_or_zero(number)} - published)
-    return ports + [{"PrivatePort": number, "Type": kind} for number, kind in rest]
+    exposed = {(int_or_zero(number), kind or "tcp") for number, _, kind in (
+        each.partition("/") for each in container.request.get("ExposedPorts") or {})}
+    return ports + [{"PrivatePort": number, "Type": kind} for number, kind in sorted(exposed - published) if number]
 
 
 def lasting_row(container: Container) -> Dict[str, Any]:
@@ -8164,8 +8163,7 @@ def match_port(ports: List[Dict[str, Any]], key: str, wanted: List[str]) -> bool
     """Whether a publish or expose filter (`80`, `80/tcp`, `80-90`) names one of the ports."""
     for text in wanted:
         found = re.fullmatch(r"(\d+)(?:-(\d+))?(?:/(\w+))?", text)
-        if not found:
-            raise BadParameter(f"invalid filter: {text!r} is not a port")
+        refuse((not found, f"invalid filter: {text!r} is not a port"))
         low, high = int(found.group(1)), int(found.group(2) or found.group(1))
         if any(low <= port.get(key, -1) <= high and port["Type"] == (found.group(3) or "tcp") for port in ports):
             return True
@@ -8613,13 +8611,9 @@ def check_mount(mount: Dict[str, Any]) -> None:
     prefix = f'invalid mount config for type "{kind}": '
     if kind == "cluster":
         raise NotImplementedHere(f"there are no mounts of type {kind} on this machine")
-    if kind not in MOUNT_OPTIONS:
-        raise BadParameter(prefix + "mount type unknown")
-    for each, name in MOUNT_OPTIONS.items():
-        if each != kind and name in mount:
-            raise BadParameter(f'{name} must not be specified on mount type "{kind}"')
-    if not target:
-        raise BadParameter(prefix + "field Target must not be empty")
+    refuse((kind not in MOUNT_OPTIONS, prefix + "mount type unknown"),
+           *((each != kind and name in mount, f'{name} must not be specified on mount type "{kind}"')
+             for each, name in MOUNT_OPTIONS.items()), (not target, prefix + "field Target must not be empty"))
     check_target(target, prefix)
     own = mount_options(mount)
     subpath, read_only = own.get("Subpath") or "", mount.get("ReadOnly")
@@ -8686,8 +8680,7 @@ def request_mounts(body: Dict[str, Any], find: Callable[[str], Container]) -> Li
     for number, each in enumerate(asked):
         check_mount(each)
         target = os.path.normpath(each["Target"])
-        if target in taken or number < binds and target in memory:
-            raise BadParameter(f"Duplicate mount point: {target}")
+        refuse((target in taken or number < binds and target in memory, f"Duplicate mount point: {target}"))
         taken.append(target)
     taken += memory
     for path in body.get("Volumes") or {}:
@@ -9118,8 +9111,7 @@ def published_ports(body: Dict[str, Any], image: Dict[str, Any],
     ports: List[Dict[str, Any]] = []
     for key, places in bindings.items():
         found = re.fullmatch(r"(\d{1,5})(?:/(tcp|udp|sctp))?", key.lower())
-        if not found:
-            raise BadParameter(f'invalid port specification: "{key}"')
+        refuse((not found, f'invalid port specification: "{key}"'))
         inner, kind = int(found.group(1)), found.group(2) or "tcp"
         for place in places or [{}]:
             number, address = place.get("HostPort") or "", (place.get("HostIp") or "").strip("[]")
@@ -9519,11 +9511,10 @@ def check_sets(host: Dict[str, Any]) -> None:
         sets = []
         for text in (wanted, there):
             found = [re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", each.strip()) for each in text.split(",") if each]
-            if not all(found):
-                raise BadParameter(f"Invalid value {wanted} for cpuset {word}: invalid format: {wanted}")
+            refuse((not all(found), f"Invalid value {wanted} for cpuset {word}: invalid format: {wanted}"))
             sets.append({number for each in found for number in range(int(each[1]), int(each[2] or each[1]) + 1)})
-        if there and not sets[0] <= sets[1]:
-            raise BadParameter(f"Requested {what} are not available - requested {wanted}, available: {there}")
+        refuse((there and not sets[0] <= sets[1],
+                f"Requested {what} are not available - requested {wanted}, available: {there}"))
 
 
 def check_limits(host: Dict[str, Any], update: bool = False) -> None:
@@ -11246,9 +11237,8 @@ def log_details(container: Container) -> bytes:
     """What `details` puts before each line: the labels and variables that the log options name."""
     options = (container.host_config.get("LogConfig") or {}).get("Config") or {}
     environment = dict(each.partition("=")[::2] for each in container.request.get("Env") or [])
-    found = {key: container.visible_labels[key] for key in str(options.get("labels") or "").split(",")
-             if key in container.visible_labels}
-    found.update({key: environment[key] for key in str(options.get("env") or "").split(",") if key in environment})
+    found = {key: known[key] for name, known in (("labels", container.visible_labels), ("env", environment))
+             for key in str(options.get(name) or "").split(",") if key in known}
     return ",".join(f"{urllib.parse.quote(key)}={urllib.parse.quote(value)}" for key,
                     value in sorted(found.items())).encode() + b" "
 
@@ -12381,8 +12371,7 @@ def image_commit(engine: Engine, request: Request) -> Response:
 
 def read_number(path: str) -> int:
     """The number in a file, 0 for none (and for `max`)."""
-    text = read_file(path).strip()
-    return int(text) if text.isdigit() else 0
+    return int_or_zero(read_file(path).strip())
 
 
 def read_table(path: str) -> Dict[str, int]:
@@ -12563,8 +12552,7 @@ def container_top(engine: Engine, request: Request, name: str) -> Response:
     except ValueError as error:
         raise BadParameter(f"invalid ps_args: {error}") from None
     for word in words:
-        if re.search(r"pid=[^,]", word):
-            raise BadParameter(f'specifying "{word}" is not allowed')
+        refuse((re.search(r"pid=[^,]", word), f'specifying "{word}" is not allowed'))
     output = engine.nerdctl.program("ps").output(*words, timeout=20)
     if output.status:
         raise ApiError("ps: " + (output.stderr.strip().partition("\n")[0] or f"exit status {output.status}"))
@@ -13005,8 +12993,7 @@ def system_df(engine: Engine, request: Request) -> Response:
     objects, answer = ("container", "image", "volume", "build-cache"), {}
     kinds = [each for each in request.values("type") if each and request.version >= (1, 42)] or objects
     for each in kinds:
-        if each not in objects:
-            raise BadParameter(f"unknown object type: {each}")
+        refuse((each not in objects, f"unknown object type: {each}"))
     engine.inventory.images.look_again()
     groups = list(engine.inventory.images.get().values())
     if "image" in kinds:
@@ -13595,20 +13582,16 @@ def build_in_session(engine: Engine, request: Request) -> Response:
     return Response(200, Stream(as_error_detail(chunks()), primed=True), "application/json")
 
 
-class BuildClient(Client):
-    """The client of a build with an id, which another one's `/build/cancel` ends as if it had left."""
-
-    def __init__(self, builds: List[Tuple[str, Callable[[], Any]]], name: str, client: Client):
-        self.builds, self.name, self.client = builds, name, client
-
-    @contextlib.contextmanager
-    def when_gone(self, callback: Callable[[], Any], half: bool = True) -> Iterator[None]:
-        with self.client.when_gone(callback, half):
-            self.builds.append((self.name, callback))
-            try:
-                yield
-            finally:
-                self.builds.remove((self.name, callback))
+@contextlib.contextmanager
+def when_gone_or_cancelled(engine: Engine, name: str, when_gone: Callable[..., Any], callback: Callable[[], Any],
+                           half: bool = True) -> Iterator[None]:
+    """What `when_gone` is to the client of a build, whose id is `name`: `/build/cancel` ends it as if it had left."""
+    with when_gone(callback, half):
+        engine.builds.append((name, callback))
+        try:
+            yield
+        finally:
+            engine.builds.remove((name, callback))
 
 
 @route("POST", "/build/cancel")
@@ -13627,7 +13610,8 @@ def image_build(engine: Engine, request: Request) -> Response:
     """Build an image from a tar, a URL or a client's session: progress as a stream, the id in `aux`, a failure as its
     last message."""
     if request.value("buildid"):
-        request.client = BuildClient(engine.builds, request.value("buildid"), request.client)
+        request.client.when_gone = functools.partial(when_gone_or_cancelled, engine, request.value("buildid"),
+                                                     request.client.when_gone)
     if request.value("remote") == "client-session":
         return build_in_session(engine, request)
     return build_from_context(engine, request)
