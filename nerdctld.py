@@ -1105,7 +1105,7 @@ if TREE:
 ZERO_TIME = "0001-01-01T00:00:00Z"
 TIMESTAMP = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9})\d*)?)?"
                        r"\s*(Z|UTC|[+-]\d\d:?\d\d)?(?: [A-Z]{1,5})?")
-SIZE_UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1024, "mi": 1024**2,
+SIZE_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1024, "mi": 1024**2,
               "gi": 1024**3, "ti": 1024**4}
 
 
@@ -1146,13 +1146,8 @@ def rfc3339(nanoseconds: Optional[int]) -> str:
 
 def size_bytes(text: str) -> int:
     """Bytes of `12.5MB`, `1.2 GiB`, `512`; 0 for what is no size."""
-    found = re.fullmatch(r"([\d.]+)\s*([kmgt]?i?)b?", text.strip().lower())
-    if not found:
-        return 0
-    try:
-        return int(float(found.group(1)) * SIZE_UNITS[found.group(2)])
-    except (ValueError, KeyError, OverflowError):
-        return 0
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d*)?|\.\d+)\s*(|[kmgt]i?)b?", text.strip().lower())
+    return int(float(found[1]) * SIZE_UNITS[found[2]]) if found else 0
 
 
 # Seconds below which a duration is worded so, in a unit of so many. From an hour on it is rounded to hours.
@@ -1173,11 +1168,8 @@ def human_duration(seconds: float) -> str:
 
 def match_labels(labels: Dict[str, str], wanted: Iterable[str]) -> bool:
     """Whether labels satisfy every `key` and `key=value` of a label filter."""
-    for each in wanted:
-        key, equals, value = each.partition("=")
-        if key not in labels or (equals and labels[key] != value):
-            return False
-    return True
+    pairs = (each.partition("=") for each in wanted)
+    return all(key in labels and (not equals or labels[key] == value) for key, equals, value in pairs)
 
 
 def duration_of(text: str) -> Optional[int]:
@@ -1732,9 +1724,7 @@ class Request:
         """The `filters` parameter, of either form clients send ({"a":{"b":true}} and {"a":["b"]}), as name -> values.
         400 for bad JSON and, where `allowed` names the filters of the endpoint, for any other name."""
         text = self.value("filters").strip()
-        if not text:
-            return {}
-        value = parse_json(text.encode("utf-8", "surrogateescape"))
+        value = parse_json(text.encode("utf-8", "surrogateescape")) if text else None
         if value is None:
             return {}
         if not isinstance(value, dict):
@@ -2128,8 +2118,8 @@ def nerdctl_message(stderr: str) -> str:
     fatal = [re.sub(r"^\d+ errors:\n(?=.)", "", message) for level, message in lines if level == "fatal"]
     if fatal and not re.match(r"^(\d+ errors?:?|.*\d errors?:)$", fatal[-1].strip()):
         return re.sub(r"^1 errors:\s*", "", fatal[-1].strip())
-    for wanted in (("error",), ("",), ("warning",)):
-        told = [message.strip() for level, message in lines if level in wanted]
+    for wanted in ("error", "", "warning"):
+        told = [message.strip() for level, message in lines if level == wanted]
         if told:
             return "; ".join(told[-3:])
     return (fatal[-1].strip() if fatal else "") or "nerdctl failed without a word"
@@ -2480,24 +2470,19 @@ class LoggingProgram:
 
     def __init__(self, argv: List[str], environment: Dict[str, str]):
         pipes = [os.pipe() for _ in range(3)]
-        ends = [pipes[0][0], pipes[1][0], pipes[2][1]]
+        ends, self.inputs = [pipes[0][0], pipes[1][0], pipes[2][1]], {1: pipes[0][1], 2: pipes[1][1]}
         try:
             # Numbers of their own first, so that none of the three is overwritten by another.
-            spare = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, 10) for each in ends]
-            actions = [(os.POSIX_SPAWN_DUP2, each, number) for number, each in enumerate(spare, 3)]
-            try:
-                self.pid = os.posix_spawn(argv[0], argv, environment, file_actions=actions, setpgroup=0)
-            finally:
-                for each in spare:
-                    os.close(each)
+            ends += [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, 10) for each in ends]
+            actions = [(os.POSIX_SPAWN_DUP2, each, number) for number, each in enumerate(ends[3:], 3)]
+            self.pid = os.posix_spawn(argv[0], argv, environment, file_actions=actions, setpgroup=0)
         except OSError:
-            for each in (pipes[0][1], pipes[1][1]):
+            for each in self.inputs.values():
                 os.close(each)
             raise
         finally:
             for each in (*ends, pipes[2][0]):
                 os.close(each)
-        self.inputs = {1: pipes[0][1], 2: pipes[1][1]}
 
     def __call__(self, kind: int, data: bytes) -> None:
         """Write some output; nothing when the program has ended."""
@@ -3444,14 +3429,9 @@ def parse_descriptor(message: Any) -> Descriptor:
 
 def parse_mount(message: Any) -> Dict[str, Any]:
     """A types.Mount: its `type`, `source` and `options`."""
-    found = {"type": "", "source": "", "options": []}
-    for field in decode_fields(message):
-        text = bytes(field.value).decode("utf-8", "surrogateescape")
-        if field.number == 4:
-            found["options"].append(text)
-        elif field.number in (1, 2):
-            found["type" if field.number == 1 else "source"] = text
-    return found
+    fields = [(each.number, bytes(each.value).decode("utf-8", "surrogateescape")) for each in decode_fields(message)]
+    found, options = dict(fields), [text for number, text in fields if number == 4]
+    return {"type": found.get(1, ""), "source": found.get(2, ""), "options": options}
 
 
 def parse_image(message: Any) -> ImageRecord:
@@ -5969,14 +5949,13 @@ class Engine:
         identity, attributes = event.container, self._actor_of(event.container, gone=action == "destroy")
         if action == "start":
             self.begun[identity] = event.time
+            self._tell_parts(event, "mount", "connect")
         elif action == "die":
             began = self.begun.pop(identity, event.time)
             attributes = {**attributes, "exitCode": str(event.payload.get("exit_status") or 0),
                           "execDuration": str(max(0, event.time - began) // 10**9)}
         elif action == "destroy":
             self.owners.pop(identity, None)
-        if action == "start":
-            self._tell_parts(event, "mount", "connect")
         self.journal.emit("container", action, identity, attributes, event.time)
         if action == "die":
             self._tell_parts(event, "unmount", "disconnect")
@@ -6688,10 +6667,7 @@ def image_prune(engine: Engine, request: Request) -> Response:
     """Remove images that no container uses: those without a name unless dangling=false. Filters until, label,
     label!."""
     filters = request.filters("dangling", "until", "label", "label!")
-    if flag_filter(filters, "dangling", True) is False:
-        filters.pop("dangling")
-    else:
-        filters["dangling"] = ["true"]
+    filters["dangling"] = ["true"] if flag_filter(filters, "dangling", True) else []
     engine.inventory.images.look_again()
     users = image_users(engine)
     deleted, before = [], images_size(engine)
@@ -7413,8 +7389,8 @@ class Registry:
                    **({"Authorization": authorization} if authorization else {})}
         try:
             with open_url(url, headers, redirects=False) as response:
-                return response.status, {key.lower(): value for key,
-                                         value in response.headers.items()}, response.read(self.LIMIT)
+                told = {key.lower(): value for key, value in response.headers.items()}
+                return response.status, told, response.read(self.LIMIT)
         except (OSError, ValueError, http.client.HTTPException) as error:
             # The ValueError is of a URL that is not ASCII.
             raise ApiError(f"cannot ask {host}: {getattr(error, 'reason', None) or error}") from None
