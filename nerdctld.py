@@ -9547,7 +9547,11 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
     words += hostname_args(body) + publish_args(published_ports(body, image, pick))
     words += tmpfs_args(host) + device_args(host)
     words += [f"--restart={policy_word(host)}"] if policy_word(host) not in ("", "no") else []
-    words += network_args(body, networks) + namespace_args(host, find) + log_args(host)
+    networked = network_args(body, networks)
+    if "--network=host" not in networked and not os.geteuid():
+        # As dockerd; before what the client asks for.
+        words.insert(0, "--sysctl=net.ipv4.ping_group_range=0 2147483647")
+    words += networked + namespace_args(host, find) + log_args(host)
     words += init_args(host) + security_args(host)
     words += _pairs(labels, "--label")
     flags, command = command_words(body, image)
@@ -9730,14 +9734,16 @@ def own_network_files(container: Container, spec: Dict[str, Any], request: Dict[
     """The OCI spec of a new container with the files of the network that dockerd gives it: the lines of the host's own
     one where it has the host's network and no hosts of its own, and its own host name also where nerdctl was told an
     alias for it, by which others find it while no daemon runs."""
-    share_network_files(container, spec, container)
+    places = [each.get("destination") for each in spec.get("mounts") or []]
+    if any(places.count(each) > 1 for each in NETWORK_FILES):
+        share_network_files(container, spec, container)
     if network_names(container) == ["host"] and not container.host_config.get("ExtraHosts"):
         with contextlib.suppress(OSError), open("/etc/hosts", encoding="utf-8", errors="surrogateescape") as file:
             told = file.read(LARGEST_HOSTS // 2).splitlines()
             rewrite_hosts(hosts_folder(container), lambda lines: lines + told)
     if not request.get("Hostname") and hostname_args(request):
         set_hostname(spec, container.id[:12])
-        with contextlib.suppress(OSError), open(os.path.join(container.folder, "hostname"), "w",
+        with contextlib.suppress(OSError), open(os.path.join(container.folder or os.devnull, "hostname"), "w",
                                                 encoding="ascii") as file:
             file.write(container.id[:12] + "\n")
     return spec
@@ -9759,8 +9765,6 @@ def amended_spec(spec: Dict[str, Any], request: Dict[str, Any]) -> Dict[str, Any
     sysctls = dict(linux.get("sysctl") or {})
     if request.get("Domainname") and has_namespace(spec, "uts"):
         sysctls["kernel.domainname"] = request["Domainname"]
-    if has_namespace(spec, "network") and not os.geteuid():
-        sysctls.setdefault("net.ipv4.ping_group_range", "0 2147483647")
     open_cgroups = any(each.split("=")[0] == "writable-cgroups" and each.lower().partition("=")[2] in (
         "", "1", "t", "true") for each in host.get("SecurityOpt") or [])
     mounts = [with_access(each, "rw") if open_cgroups and each.get("destination") == "/sys/fs/cgroup" else

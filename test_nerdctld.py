@@ -6565,8 +6565,12 @@ NETWORKS = {"bridge": {"Id": "b" * 64, "Name": "bridge"}, "one": {"Id": "1" * 64
 ###############################################################################
 
 
+# Where root's daemon makes the container.
+PING = "--sysctl=net.ipv4.ping_group_range=0 2147483647"
+
+
 def words_of(body, image=None, networks=NETWORKS):
-    """What create_args makes of a request, without the network that is always there."""
+    """What create_args makes of a request, without the network and the sysctl that are always there."""
     def find(name):
         if name != "other":
             raise nerdctld.NotFound(f"No such container: {name}")
@@ -6575,7 +6579,7 @@ def words_of(body, image=None, networks=NETWORKS):
     body = nerdctld.shaped({**BODY, **body}, nerdctld.CREATE_REQUEST)
     words, _ = nerdctld.create_args(body, image or {}, networks, find, lambda kind, among: next(iter(among), 7))
     mounts = nerdctld.mount_words(nerdctld.request_mounts(body, find))
-    return [each for each in words if each != "--network=bridge"] + mounts
+    return [each for each in words if each not in ("--network=bridge", PING)] + mounts
 
 
 def host(**fields):
@@ -7155,7 +7159,7 @@ class TestContainerCreate:
                 "mounts": [{"destination": "/b", "options": ["rbind", "ro"]}, {"destination": "/c", "options": ["ro"]}, {"destination": "/sys/fs/cgroup", "options": ["ro"]}, {"destination": "/proc"}]}
         tell = lambda spec: {**{key: spec["linux"][key] for key in ("maskedPaths", "readonlyPaths")}, **(spec["linux"].get("sysctl") or {}),
                              **{each["destination"]: each.get("options") for each in spec["mounts"]}}
-        found, before = tell(nerdctld.amended_spec(spec, request_)), {**tell(spec), "net.ipv4.ping_group_range": "0 2147483647"}
+        found, before = tell(nerdctld.amended_spec(spec, request_)), tell(spec)
         assert found == {**before, **told}
         assert nerdctld.amended_spec({}, {}) == {}
 
@@ -7578,7 +7582,7 @@ class TestContainerCreate:
         words = scripted.argv("create")
         kept = [each for each in words if each.startswith("--label=nerdctld/request.0=")]
         assert json.loads(kept[0].partition("=")[2].partition("=")[2]) == request
-        assert words == ["create", "--pull=never", "--name=new", "--network=bridge", "--label=a=b", *kept, f"--label=nerdctld/image={BB}", "--", BASE, "true"]
+        assert words == ["create", "--pull=never", "--name=new", PING, "--network=bridge", "--label=a=b", *kept, f"--label=nerdctld/image={BB}", "--", BASE, "true"]
 
     def test_words_of_a_user_are_no_flags(self, furnished, scripted, fake):
         creates(scripted, fake, "9" * 64)
