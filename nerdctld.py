@@ -8026,24 +8026,26 @@ def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -
     return found
 
 
-def hooked_networks(endpoints: Dict[str, Dict[str, Any]]) -> List[str]:
+def hooked_networks(endpoints: Dict[str, Dict[str, Any]], mac: str) -> Tuple[List[str], Dict[str, str]]:
     """Those of a container's networks, EndpointSettings by name, that nerdctl's hook attaches it to: it gives all of
-    them the same address, so that where one has its own it is told of the first one only."""
+    them the same address, so that where one has its own it is told of the first one only. And that address, with `mac`
+    for one that has none, by nerdctl's words."""
     fixed = any(each.get("MacAddress") or any((each.get("IPAMConfig") or {}).values()) for each in endpoints.values())
-    return list(endpoints)[:1] if fixed else list(endpoints)
+    names = list(endpoints)[:1] if fixed else list(endpoints)
+    only = endpoints[names[0]] if len(names) == 1 else {}
+    address = only.get("IPAMConfig") or {}
+    return names, {"ip": address.get("IPv4Address") or "", "ip6": address.get("IPv6Address") or "",
+                   "mac-address": only.get("MacAddress") or mac * (len(names) == 1)}
 
 
 def keep_networks(engine: Engine, container: Container, endpoints: Dict[str, Dict[str, Any]],
                   more: Dict[str, str]) -> None:
     """Keep which networks a container has, with their EndpointSettings by name, and `more` labels. attach_networks()
     does what nerdctl's hook does not."""
-    names, request, hooked = list(endpoints), container.request, hooked_networks(endpoints)
-    only = endpoints[names[0]] if len(hooked) == 1 else {}
-    address = only.get("IPAMConfig") or {}
-    mac = only.get("MacAddress") or (request.get("MacAddress") if len(hooked) == 1 else "")
+    names, request = list(endpoints), container.request
+    hooked, address = hooked_networks(endpoints, request.get("MacAddress") or "")
     told = {"nerdctl/networks": json.dumps([*map(cni_name, hooked)] or ["none"]),
-            "nerdctl/ip": address.get("IPv4Address") or "", "nerdctl/ip6": address.get("IPv6Address") or "",
-            "nerdctl/mac-address": mac or ""}
+            **{f"nerdctl/{key}": value for key, value in address.items()}}
     labels = {**told, "nerdctl/networks": json.dumps([*map(cni_name, names)] or ["none"]),
               LABEL_ALONE: "" if names else "true", **more}
     if request:
@@ -9334,12 +9336,9 @@ def network_args(body: Dict[str, Any], networks: Dict[str, Dict[str, Any]]) -> L
     if not all(each in networks for each in found):
         # They may be there at its start.
         return ["--network=none"]
-    words, first = [f"--network={cni_name(name)}" for name in hooked_networks(found)], next(iter(found.values()))
-    if len(words) == 1:
-        address = first.get("IPAMConfig") or {}
-        words += _value(address.get("IPv4Address"), "--ip") + _value(address.get("IPv6Address"), "--ip6")
-        words += _value(first.get("MacAddress") or body.get("MacAddress"), "--mac-address")
-    return words
+    names, address = hooked_networks(found, body.get("MacAddress") or "")
+    return [*(f"--network={cni_name(name)}" for name in names),
+            *(f"--{key}={value}" for key, value in address.items() if value)]
 
 
 def namespace_args(host: Dict[str, Any], find: Callable[[str], Container]) -> List[str]:
@@ -11812,7 +11811,6 @@ class Supervisor:
 
     def __init__(self, engine: "Engine"):
         self.engine = engine
-        self.lock = threading.Lock()
         # By the ids of containers that run; with None of those whose health nobody checks now.
         self.cared: Dict[str, Optional[HealthMonitor]] = {}
         self.changed: queue.Queue = queue.Queue()
@@ -11834,20 +11832,18 @@ class Supervisor:
 
     def hold(self, container: Container) -> None:
         """Care for a container that runs or is being restarted."""
-        with self.lock:
-            watch = self.cared.get(container.id)
-            if watch and (watch.pid != container.state.pid or container.state.kind != "running"):
-                watch.stop.set()
-                watch = None
-            if container.health_check and container.state.kind == "running" and not watch:
-                watch = HealthMonitor(self.engine, container)
-            if watch or container.health_check or auto_removed(container):
-                self.cared[container.id] = watch
+        watch = self.cared.get(container.id)
+        if watch and (watch.pid != container.state.pid or container.state.kind != "running"):
+            watch.stop.set()
+            watch = None
+        if container.health_check and container.state.kind == "running" and not watch:
+            watch = HealthMonitor(self.engine, container)
+        if watch or container.health_check or auto_removed(container):
+            self.cared[container.id] = watch
 
     def release(self, identity: str) -> None:
         """A container needs no care any more."""
-        with self.lock:
-            watch = self.cared.pop(identity, None)
+        watch = self.cared.pop(identity, None)
         if watch:
             watch.stop.set()
 
@@ -13751,9 +13747,9 @@ class Hangups:
             yield
         finally:
             with self.lock:
-                with contextlib.suppress(ValueError):
-                    callbacks.remove(callback)
-                if not callbacks and self.watched.pop(descriptor, None) is not None:
+                callbacks.remove(callback)
+                if not callbacks:
+                    del self.watched[descriptor]
                     with contextlib.suppress(OSError, ValueError):
                         self.poller.unregister(descriptor)
 
