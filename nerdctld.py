@@ -8018,11 +8018,10 @@ def endpoint(container: Container, network: Dict[str, Any], address: Dict[str, A
 def docker_networks(container: Container, networks: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
     """NetworkSettings.Networks: the container's networks by name, with the addresses of its interfaces."""
     addresses, found = noted_addresses(container), {}
-    for name in network_names(container):
-        if not network_mode(container).startswith("container:"):
-            network = networks.get(name) or {}
-            found[network.get("Name") or name] = endpoint(container, network, addresses.get(name, {}),
-                                                          asked_endpoint(container, name))
+    for name in network_names(container) if not network_mode(container).startswith("container:") else ():
+        network = networks.get(name) or {}
+        found[network.get("Name") or name] = endpoint(container, network, addresses.get(name, {}),
+                                                      asked_endpoint(container, name))
     return found
 
 
@@ -9082,12 +9081,10 @@ def published_ports(body: Dict[str, Any], image: Dict[str, Any],
     """What PortBindings and, with PublishAllPorts, every exposed port publish, as nerdctl keeps it; `pick` finds a port
     of the host where none is asked for, or one of several. 400 for what is no port."""
     host = body.get("HostConfig") or {}
-    bindings = dict(host.get("PortBindings") or {})
-    if host.get("PublishAllPorts"):
-        exposed = {**(image.get("ExposedPorts") or {}), **(body.get("ExposedPorts") or {})}
-        bindings = {**{key: [{}] for key in exposed}, **bindings}
+    exposed = {**(image.get("ExposedPorts") or {}), **(body.get("ExposedPorts") or {})}
     ports: List[Dict[str, Any]] = []
-    for key, places in bindings.items():
+    for key, places in {**dict.fromkeys(exposed if host.get("PublishAllPorts") else ()),
+                        **(host.get("PortBindings") or {})}.items():
         found = re.fullmatch(r"(\d{1,5})(?:/(tcp|udp|sctp))?", key.lower())
         refuse((not found, f'invalid port specification: "{key}"'))
         inner, kind = int(found.group(1)), found.group(2) or "tcp"
@@ -9356,10 +9353,8 @@ def namespace_args(host: Dict[str, Any], find: Callable[[str], Container]) -> Li
 def init_args(host: Dict[str, Any]) -> List[str]:
     """Words for an init process. nerdctl's default, tini, needs the host's libc in the image; one without that is taken
     where there is one."""
-    if not host.get("Init"):
-        return []
-    static = next((each for each in STATIC_INITS if shutil.which(each)), "")
-    return ["--init", *([f"--init-binary={static}"] if static else [])]
+    static = next(filter(shutil.which, STATIC_INITS), "")
+    return ["--init", *_value(static, "--init-binary")] if host.get("Init") else []
 
 
 LOG_OPTIONS = {
@@ -10534,10 +10529,8 @@ def parse_log_lines(lines: List[bytes]) -> List[LogLine]:
                         row["log"].encode("utf-8", "surrogatepass"))
                 for row in json.loads(b"[" + b",".join(lines) + b"]")]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        if len(lines) < 2:
-            return []
         half = len(lines) // 2
-        return parse_log_lines(lines[:half]) + parse_log_lines(lines[half:])
+        return parse_log_lines(lines[:half]) + parse_log_lines(lines[half:]) if half else []
 
 
 class LogFile:
@@ -12290,23 +12283,6 @@ def commit_layers(containerd: Containerd, container: Container,
     return layers, diff_ids
 
 
-@contextlib.contextmanager
-def paused(engine: Engine, container: Container) -> Iterator[None]:
-    """Context in which a container that runs is frozen, if it can be."""
-    frozen = False
-    if container.state.kind == "running":
-        with contextlib.suppress(ApiError):
-            engine.containerd.pause_task(container.id)
-            frozen = True
-    try:
-        yield
-    finally:
-        if frozen:
-            # It may have been killed meanwhile, or been told to go on.
-            with contextlib.suppress(ApiError):
-                engine.containerd.resume_task(container.id)
-
-
 @route("POST", "/commit")
 def image_commit(engine: Engine, request: Request) -> Response:
     """Make an image of a container, whatever its state; 201 with its id. Its config is that of the container, above it
@@ -12322,8 +12298,19 @@ def image_commit(engine: Engine, request: Request) -> Response:
         content = base.content if base else NO_CONTENT
         own = docker_config(container, container.spec, content.config.get("config") or {})
         config = merged_config(apply_changes(asked or image_config(own), changes), image_config(own))
-        with paused(engine, container) if request.flag("pause", True) else contextlib.nullcontext():
+        frozen = request.flag("pause", True) and container.state.kind == "running"
+        try:
+            if frozen:
+                engine.containerd.pause_task(container.id)
+        except ApiError:
+            frozen = False
+        try:
             layers, diff_ids = commit_layers(containerd, container, content)
+        finally:
+            # It may have been killed meanwhile, or been told to go on.
+            with contextlib.suppress(ApiError):
+                if frozen:
+                    engine.containerd.resume_task(container.id)
         now, author = rfc3339(time.time_ns()), request.value("author")
         step = {"created": now, "created_by": " ".join(own["Cmd"] or []), "author": author,
                 "comment": request.value("comment"), "empty_layer": len(layers) == len(content.layers)}
@@ -13359,8 +13346,7 @@ def full_names(text: str) -> List[str]:
             reference = parse_reference(each)
         except BadParameter as error:
             raise BadParameter(f"invalid tag {each!r}: {error}") from None
-        if reference.digest:
-            raise BadParameter(f"invalid tag {each!r}: a tag of a build has no digest")
+        refuse((reference.digest, f"invalid tag {each!r}: a tag of a build has no digest"))
         names.append(reference.name)
     return names
 
@@ -14195,18 +14181,15 @@ def own_socket(path: str, group: str = "") -> socket.socket:
 
 def default_socket_path() -> str:
     """/var/run/nerdctl.sock for root, $XDG_RUNTIME_DIR/nerdctl.sock for anybody else."""
-    if os.geteuid() == 0:
-        return "/var/run/nerdctl.sock"
-    return os.path.join(runtime_folder(), "nerdctl.sock")
+    return os.path.join(runtime_folder() if os.geteuid() else "/var/run", "nerdctl.sock")
 
 
 def socket_path(address: str) -> str:
     """The path in `unix:///run/x.sock` (or a bare path); StartError for another kind of address."""
-    if address.startswith("unix://"):
-        address = address[len("unix://"):]
-    if not address.startswith("/"):
-        raise StartError(f"cannot listen on {address!r}: only unix:///PATH is served (use ssh for another host)")
-    return address
+    path = re.sub("^unix://", "", address)
+    refuse((not path.startswith("/"),
+            f"cannot listen on {path!r}: only unix:///PATH is served (use ssh for another host)"), kind=StartError)
+    return path
 
 
 def notify_systemd(message: str, address: str) -> None:
@@ -14277,19 +14260,6 @@ def registry_login(host: str, environment: Optional[Dict[str, str]]) -> Tuple[st
     return "", ""
 
 
-@contextlib.contextmanager
-def typed_line(text: str) -> Iterator[int]:
-    """A terminal on which a line was typed."""
-    master, slave = pty.openpty()
-    try:
-        tty.setraw(slave)
-        os.write(master, text.encode() + b"\n")
-        yield slave
-    finally:
-        os.close(slave)
-        os.close(master)
-
-
 class Ctr(Nerdctl):
     """Does without nerdctl what containerd's API, its ctr and buildctl can do; whatever would start another command of
     nerdctl is 501. `command` is the argv in front: "ctr", or "k3s" and "ctr"."""
@@ -14324,9 +14294,15 @@ class Ctr(Nerdctl):
         user, password = registry_login(name.partition("/")[0], environment)
         hosts = ["--hosts-dir=/etc/containerd/certs.d"] if os.path.isdir("/etc/containerd/certs.d") else []
         words = [*hosts, *options, *_value(user, "--user"), "--", name]
-        with typed_line(password) if user else contextlib.nullcontext(subprocess.DEVNULL) as stdin:
-            with self._images(verb, *words, stdin=stdin, client=client) as process:
-                yield process
+        with contextlib.ExitStack() as stack:
+            stdin = subprocess.DEVNULL
+            if user:
+                master, stdin = pty.openpty()
+                for each in (master, stdin):
+                    stack.callback(os.close, each)
+                tty.setraw(stdin)
+                os.write(master, password.encode() + b"\n")
+            yield stack.enter_context(self._images(verb, *words, stdin=stdin, client=client))
 
     def version(self) -> Dict[str, Any]:
         """Versions of ctr and containerd; in the place of nerdctl's that there is none."""
