@@ -4851,42 +4851,37 @@ def data_root() -> str:
     return nerdctl_settings().get("data_root") or os.path.join(base, "nerdctl")
 
 
-class Kept:
-    """A value that was read, kept for some seconds: for what changes seldom and sends no event."""
+def kept(read: Callable[[], Any], seconds: float) -> Callable[[], Any]:
+    """A function for a value that was read within so many seconds: for what changes seldom and sends no event."""
+    lock, known, until = threading.Lock(), None, 0.0
 
-    def __init__(self, read: Callable[[], Any], seconds: float):
-        self.read, self.seconds = read, seconds
-        self.lock = threading.Lock()
-        self.value: Any = None
-        self.until = 0.0
+    def value() -> Any:
+        nonlocal known, until
+        with lock:
+            if time.monotonic() >= until:
+                known, until = read(), time.monotonic() + seconds
+            return known
 
-    def get(self) -> Any:
-        """The value."""
-        with self.lock:
-            if time.monotonic() >= self.until:
-                self.value = self.read()
-                self.until = time.monotonic() + self.seconds
-            return self.value
+    return value
 
 
-class JsonFiles:
-    """The values of JSON files by their paths, each read anew when the file was written."""
+def json_files() -> Callable[[str], Tuple[Any, int]]:
+    """A function for the value of a JSON file, which is read anew when the file was written, and for the time of that,
+    in nanoseconds since 1970. OSError or ValueError where it has none."""
+    known: Dict[str, Tuple[Tuple[int, ...], Any]] = {}
 
-    def __init__(self) -> None:
-        self.known: Dict[str, Tuple[Tuple[int, ...], Any]] = {}
-
-    def get(self, path: str) -> Tuple[Any, int]:
-        """The value of a file and when it was written, in nanoseconds since 1970. OSError or ValueError where it has
-        none."""
+    def value(path: str) -> Tuple[Any, int]:
         found = os.stat(path)
         stamp = (found.st_mtime_ns, found.st_ino, found.st_size)
-        known = self.known.get(path)
-        if known is None or known[0] != stamp:
+        entry = known.get(path)
+        if entry is None or entry[0] != stamp:
             with open(path, "rb") as file:
-                known = self.known[path] = (stamp, json.load(file))
-            if len(self.known) > 4096:
-                self.known.clear()
-        return known[1], found.st_mtime_ns
+                entry = known[path] = (stamp, json.load(file))
+            if len(known) > 4096:
+                known.clear()
+        return entry[1], found.st_mtime_ns
+
+    return value
 
 
 class Inventory:
@@ -4897,10 +4892,10 @@ class Inventory:
         self.nerdctl, self.containerd = nerdctl, containerd
         self.records = Mirror(feed, self._read_containers, self._read_container)
         self.images = ImageStore(containerd, feed, nerdctl.snapshotter)
-        self.files = JsonFiles()
+        self.read_json = json_files()
         # Tools are replaced seldom, and the machine is what it is.
-        self.tools = Kept(nerdctl.version, 30.0)
-        self.machine = Kept(nerdctl.info, 30.0)
+        self.tools = kept(nerdctl.version, 30.0)
+        self.machine = kept(nerdctl.info, 30.0)
         # Containers whose last run ended for want of memory.
         self.out_of_memory: set = set()
 
@@ -5005,7 +5000,7 @@ class Inventory:
                 if name.endswith((".conf", ".conflist", ".json")):
                     # Anybody may have written it: one that makes no sense must not spoil the list of all.
                     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
-                        config, written = self.files.get(os.path.join(folder, name))
+                        config, written = self.read_json(os.path.join(folder, name))
                         if isinstance(config["name"], str) and isinstance(config["plugins"], list):
                             found[network_name(config["name"])] = config, parse_network(config, written)
         return found
@@ -5025,7 +5020,7 @@ class Inventory:
         with contextlib.suppress(OSError):
             for name in sorted(os.listdir(folder)):
                 with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-                    config, written = self.files.get(os.path.join(folder, name, "volume.json"))
+                    config, written = self.read_json(os.path.join(folder, name, "volume.json"))
                     found[name] = parse_volume(name, config, self.volume_folder(name), written)
                     if has_file_system(found[name]):
                         found[name]["Mountpoint"] = os.path.join(self.places, "volume." + name)
@@ -6049,7 +6044,7 @@ def system_version(engine: Engine, request: Request) -> Response:
     as far as they are there."""
     told, problem = {}, ""
     try:
-        told = engine.inventory.tools.get()
+        told = engine.inventory.tools()
     except ApiError as error:
         problem = str(error)
     return Response(200, docker_version(told, problem))
@@ -6126,7 +6121,7 @@ def system_info(engine: Engine, request: Request) -> Response:
     containerd."""
     # 503 where there is no containerd, whatever was known of the machine.
     version, _ = engine.containerd.version()
-    machine, tools = engine.inventory.machine.get(), engine.inventory.tools.get()
+    machine, tools = engine.inventory.machine(), engine.inventory.tools()
     info = docker_info({**machine, "ServerVersion": version, "ID": engine.containerd.uuid()},
                        (tools.get("Client") or {}).get("Version") or "")
     info.update(count_states(engine.inventory.containers().values()))
@@ -14404,7 +14399,7 @@ def check_containerd(engine: Engine, whole: bool) -> Iterator[Finding]:
         yield Finding("containerd", "", str(error))
     old, told = bool(version) and first_numbers(version) < (1, 7), {}
     try:
-        told = engine.inventory.tools.get() if version and (whole or old) else {}
+        told = engine.inventory.tools() if version and (whole or old) else {}
         own = (told.get("Client") or {}).get("Version") or shutil.which(engine.nerdctl.command[0]) or ""
         trouble = f"load, save, tag, push, pull and import do not work: nerdctl {own} needs containerd 1.7 or newer"
         yield Finding("nerdctl", own, own and old and first_numbers(own) >= (2, 3) and trouble

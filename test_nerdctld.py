@@ -5059,18 +5059,19 @@ class TestState:
         assert time.thread_time() - began < 0.1
 
     @pytest.mark.parametrize("command, kept", [("version", "tools"), ("info", "machine")])
-    def test_what_could_not_be_read_again_is_not_believed(self, furnished, scripted, command, kept):
+    def test_what_could_not_be_read_again_is_not_believed(self, furnished, scripted, monkeypatch, command, kept):
         assert ask(furnished, "GET", "/info").status == 200
         scripted.on(command, stderr=FAILURES[0][1], status=1)
         kept = getattr(furnished.inventory, kept)
-        assert kept.get()
-        kept.until = 0.0
+        assert kept()
+        later = time.monotonic() + 31
+        monkeypatch.setattr(nerdctld.time, "monotonic", lambda: later)
         for _ in range(2):
             with pytest.raises(nerdctld.Unavailable):
-                kept.get()
+                kept()
         scripted.on(command, VERSION_TOLD if command == "version" else INFO)
         calls = len(scripted.calls(command))
-        assert kept.get() and kept.get() and len(scripted.calls(command)) == calls + 1
+        assert kept() and kept() and len(scripted.calls(command)) == calls + 1
 
     def test_mounts_that_older_ones_noted(self):
         # nerdctl 2.1.6 and 1.7.7 keep all mounts in one label.
@@ -13851,7 +13852,7 @@ class TestChecks:
         monkeypatch.setattr(nerdctld, "dial_buildkit", lambda _: (socket.socket(), "unix:///b"))
         monkeypatch.setattr(nerdctld, "list_workers", lambda _: [{nerdctld.WORKER_LABEL + "namespace": "default"}])
         monkeypatch.setattr(engine.containerd, "snapshotter_complaint", lambda *_: "")
-        engine.inventory.tools = types.SimpleNamespace(get=lambda: VERSIONS)
+        engine.inventory.tools = lambda: VERSIONS
         return engine, bin, plugins
 
     def troubles(self, engine):
@@ -13877,7 +13878,7 @@ class TestChecks:
     def test_versions_that_do_not_fit(self, machine, monkeypatch, containerd, nerdctl, fits):
         engine, *_ = machine
         monkeypatch.setattr(engine.containerd, "version", lambda: (containerd, ""))
-        engine.inventory.tools = types.SimpleNamespace(get=lambda: {"Client": {"Version": nerdctl}, "Server": VERSIONS["Server"]})
+        engine.inventory.tools = lambda: {"Client": {"Version": nerdctl}, "Server": VERSIONS["Server"]}
         # At the start, too, where nerdctl is not asked for its version unless that matters.
         for whole in (True, False):
             told = [each.trouble for each in nerdctld.check(engine, whole) if each.trouble]
