@@ -7487,7 +7487,8 @@ def image_push(engine: Engine, request: Request, name: str) -> Response:
     names = [reference.name] if reference.tag else sorted(
         each for each in groups if each.startswith(reference.repository + ":") and "@" not in each)
     if not names or names[0] not in groups:
-        raise NotFound(f"An image does not exist locally with the tag: {familiar(reference.repository)}")
+        told = "tag does not exist" if reference.tag else "An image does not exist locally with the tag"
+        raise NotFound(f"{told}: {familiar(reference.name if reference.tag else reference.repository)}")
     platforms = wanted_platforms(request)
 
     def chunks() -> Iterator[bytes]:
@@ -9548,11 +9549,16 @@ def create_args(body: Dict[str, Any], image: Dict[str, Any], networks: Dict[str,
 
 
 def create_warnings(body: Dict[str, Any]) -> List[str]:
-    """What is accepted and not carried out, a sentence each."""
+    """What is accepted and not carried out, or dangerous, a sentence each."""
     host = body.get("HostConfig") or {}
     found = [f"{key} is not carried out: nerdctl has no such option" for key in IGNORED_FIELDS if host.get(key)]
     if (host.get("LogConfig") or {}).get("Type") == "local":
         found.append("the log driver local is not available: json-file is used")
+    if host.get("NetworkMode") == "host" and host.get("PortBindings"):
+        found.append("Published ports are discarded when using host network mode")
+    if host.get("OomKillDisable") and not host.get("Memory"):
+        found.append("OOM killer is disabled for the container, but no memory limit is set, this can result in the "
+                     "system running out of resources.")
     endpoints = field_of(body, "NetworkingConfig.EndpointsConfig") or {}
     found += [f"the option {key} of network {network} is not carried out: nerdctl has none for one container"
               for network, one in endpoints.items()
@@ -11536,9 +11542,9 @@ def find_user(container: Container, text: str) -> Dict[str, Any]:
     if group:
         found["gid"] = group_id(group)
     elif row:
-        more.update([found["gid"], *(account_number(each[2]) for each in groups
-                                     if len(each) > 3 and row[0] in each[3].split(","))])
-    return {**found, **({"additionalGids": sorted(more)} if more else {})}
+        more.update(account_number(each[2]) for each in groups if len(each) > 3 and row[0] in each[3].split(","))
+    # Without its own group in the list a process would not be refused what is refused to that group (CVE-2022-2995).
+    return {**found, "additionalGids": sorted({found["gid"], *more})}
 
 
 def exec_process(instance: Exec, container: Container) -> Dict[str, Any]:

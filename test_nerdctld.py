@@ -5483,8 +5483,9 @@ class TestImages:
         scripted.on("push", stderr=next(each[1] for each in FAILURES if "push access denied" in each[1]), status=1)
         last = ask(furnished, "POST", "/images/localhost:5000/bb/push?tag=1").lines[-1]
         assert last["error"] == last["errorDetail"]["message"] and "push access denied" in last["error"]
-        answer = ask(furnished, "POST", "/images/localhost:5000/nosuch/push?tag=1")
-        assert (answer.status, answer.message) == (404, "An image does not exist locally with the tag: localhost:5000/nosuch")
+        for query, message in (("?tag=1", "tag does not exist: localhost:5000/nosuch:1"), ("", "An image does not exist locally with the tag: localhost:5000/nosuch")):
+            answer = ask(furnished, "POST", "/images/localhost:5000/nosuch/push" + query)
+            assert (answer.status, answer.message) == (404, message)
 
     def test_tag(self, furnished, fake):
         for _ in range(2):
@@ -7638,11 +7639,16 @@ class TestContainerCreate:
         assert ask(furnished, "POST", "/containers/create", BODY).status == status
 
     @pytest.mark.parametrize("body, words", [
-        (host(StorageOpt={"size": "1"}), "StorageOpt"), (host(LogConfig={"Type": "local"}), "json-file is used"),
+        (host(StorageOpt={"size": "1"}), "StorageOpt"), (host(NetworkMode="host", PortBindings={"80/tcp": [{}]}), "Published ports are discarded when using host network mode"),
+        (host(OomKillDisable=True), "OOM killer is disabled"), (host(LogConfig={"Type": "local"}), "json-file is used"),
         ({"NetworkingConfig": {"EndpointsConfig": {"one": {"DriverOpts": {"com.docker.network.endpoint.ifname": "x0"}}}}}, "endpoint.ifname of network one is not carried out")])
     def test_warnings(self, body, words):
         found, = nerdctld.create_warnings(body)
         assert words in found
+
+    @pytest.mark.parametrize("body", [host(NetworkMode="tstnet", PortBindings={"80/tcp": [{}]}), host(NetworkMode="host"), host(OomKillDisable=True, Memory=1 << 26)])
+    def test_no_warnings(self, body):
+        assert nerdctld.create_warnings(body) == []
 
     def test_names_that_are_given_are_no_warning(self):
         assert nerdctld.create_warnings({"HostConfig": {"Links": ["a:b"]}, "NetworkingConfig": {"EndpointsConfig": {"one": {"Aliases": ["first", "second"]}}}}) == []
@@ -9708,8 +9714,9 @@ class TestExec:
         assert self.process({"Tty": tty, "Env": given})["env"] == told
 
     @pytest.mark.parametrize("user, told", [
-        ("user", {"uid": 1000, "gid": 1001, "additionalGids": [10, 29, 1001]}), ("1000", {"uid": 1000, "gid": 1001, "additionalGids": [10, 29, 1001]}), ("user:audio", {"uid": 1000, "gid": 29}),
-        ("user:77", {"uid": 1000, "gid": 77}), ("root", {"uid": 0, "gid": 0, "additionalGids": [0, 10]}), ("5:6", {"uid": 5, "gid": 6}), ("5", {"uid": 5, "gid": 0}), (":wheel", {"uid": 0, "gid": 10}), ("5:more", {"uid": 5, "gid": 30})])
+        ("user", {"uid": 1000, "gid": 1001, "additionalGids": [10, 29, 1001]}), ("1000", {"uid": 1000, "gid": 1001, "additionalGids": [10, 29, 1001]}), ("user:audio", {"uid": 1000, "gid": 29, "additionalGids": [29]}),
+        ("user:77", {"uid": 1000, "gid": 77, "additionalGids": [77]}), ("root", {"uid": 0, "gid": 0, "additionalGids": [0, 10]}), ("5:6", {"uid": 5, "gid": 6, "additionalGids": [6]}),
+        ("5", {"uid": 5, "gid": 0, "additionalGids": [0]}), (":wheel", {"uid": 0, "gid": 10, "additionalGids": [10]}), ("5:more", {"uid": 5, "gid": 30, "additionalGids": [30]})])
     def test_user(self, root, user, told):
         assert self.process({"User": user})["user"] == told
 
@@ -9756,7 +9763,7 @@ class TestExec:
 
     def test_groups_that_the_container_was_given(self, root):
         assert [self.process({"User": each}, HostConfig={"GroupAdd": ["audio", "99"]})["user"].get("additionalGids") for each in ("user", "5", "user:own", "")] == [
-            [10, 29, 99, 1001], [29, 99], [29, 99], None]
+            [10, 29, 99, 1001], [0, 29, 99], [29, 99, 1001], None]
 
     def test_privileged(self):
         given = self.process({"Privileged": True})
@@ -13769,7 +13776,7 @@ class TestCtrLive:
         assert f"{name.rpartition(':')[0]}@{digest}" in docker.json("image", "inspect", name)[0]["RepoDigests"]
         docker("rmi", name)
         assert "not found" in docker("pull", f"{CTR_REGISTRY}/nerdctld-test/nope:1", status=1)
-        assert "does not exist locally" in docker("push", f"{CTR_REGISTRY}/nerdctld-test/nope:1", status=1)
+        assert "tag does not exist" in docker("push", f"{CTR_REGISTRY}/nerdctld-test/nope:1", status=1)
 
     def test_ps_and_inspect(self, docker):
         name = "made-by-ctr-" + str(os.getpid())
