@@ -5100,7 +5100,7 @@ def field_of(body: Dict[str, Any], path: str) -> Any:
 
 def hostname_args(body: Dict[str, Any]) -> List[str]:
     """Words for the host name: what is asked for or, since nerdctl has no network aliases and its containers find each
-    other by host name, the alias that a compose service has for its name. own_network_files() gives it its own one."""
+    other by host name, the alias that a compose service has for its name. own_files() gives it its own one."""
     name = body.get("Hostname") or ""
     mode = field_of(body, "HostConfig.NetworkMode") or ""
     endpoints = field_of(body, "NetworkingConfig.EndpointsConfig") or {}
@@ -9694,7 +9694,7 @@ def make_container(engine: Engine, plan: Plan, name: str, later: str) -> Contain
     domain = plan.request.get("Domainname") or ""
     own.update({"nerdctl/domainname": domain} if HOST_NAME.fullmatch(domain) else {})
     try:
-        spec = own_network_files(container, amended_spec(container.spec, plan.request), plan.request)
+        spec = own_files(container, amended_spec(container.spec, plan.request), plan.request)
         return finish_container(engine, container, spec, own, mounts, plan.recursive)
     except BaseException:
         engine.nerdctl.output("rm", "--force", "--volumes", "--", real)
@@ -9725,21 +9725,27 @@ def share_network_files(container: Container, spec: Dict[str, Any], other: Conta
     set_hostname(spec, other.spec.get("hostname") or "")
 
 
-def own_network_files(container: Container, spec: Dict[str, Any], request: Dict[str, Any]) -> Dict[str, Any]:
-    """The OCI spec of a new container with the files of the network that dockerd gives it: the lines of the host's own
-    one where it has the host's network and no hosts of its own, and its own host name also where nerdctl was told an
-    alias for it, by which others find it while no daemon runs."""
+def own_files(container: Container, spec: Dict[str, Any], request: Dict[str, Any]) -> Dict[str, Any]:
+    """The OCI spec of a new container with the files that dockerd gives it: the file by which programs know that they
+    are in a container, the lines of the host's hosts file where it has the host's network and no hosts of its own, and
+    its own host name also where nerdctl was told an alias for it, by which others find it while no daemon runs."""
+    if not container.folder:
+        return spec
     places = [each.get("destination") for each in spec.get("mounts") or []]
     if any(places.count(each) > 1 for each in NETWORK_FILES):
         share_network_files(container, spec, container)
+    mark, name = os.path.join(container.folder, "dockerenv"), os.path.join(container.folder, "hostname")
+    with contextlib.suppress(OSError), open(mark, "w", encoding="ascii") as file:
+        os.fchmod(file.fileno(), 0o755)
+        spec.setdefault("mounts", []).append({"destination": "/.dockerenv", "type": "bind", "source": mark,
+                                              "options": ["bind", "rprivate", "ro"]})
     if network_names(container) == ["host"] and not container.host_config.get("ExtraHosts"):
         with contextlib.suppress(OSError), open("/etc/hosts", encoding="utf-8", errors="surrogateescape") as file:
             told = file.read(LARGEST_HOSTS // 2).splitlines()
             rewrite_hosts(hosts_folder(container), lambda lines: lines + told)
     if not request.get("Hostname") and hostname_args(request):
         set_hostname(spec, container.id[:12])
-        with contextlib.suppress(OSError), open(os.path.join(container.folder or os.devnull, "hostname"), "w",
-                                                encoding="ascii") as file:
+        with contextlib.suppress(OSError), open(name, "w", encoding="ascii") as file:
             file.write(container.id[:12] + "\n")
     return spec
 
@@ -12066,7 +12072,7 @@ def stat_header(found: PathStat) -> Dict[str, str]:
 
 
 # Where nerdctl mounts what is not of the container.
-MOUNT_POINTS = ("/dev", "/dev/shm", "/proc", "/sys", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf")
+MOUNT_POINTS = ("/.dockerenv", "/dev", "/dev/shm", "/proc", "/sys", *NETWORK_FILES)
 
 
 def is_tree_mount(mount: Dict[str, Any]) -> bool:

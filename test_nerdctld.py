@@ -7364,7 +7364,12 @@ class TestContainerCreate:
     def test_what_a_client_mounts_over_a_file_of_the_network_is_seen(self, furnished, scripted, fake, tmp_path):
         given = {"destination": "/etc/hostname", "source": "/given"}
         spec = self.made_with_files(furnished, scripted, fake, tmp_path, "tstnet", [given])[0]
-        assert [each["source"] for each in spec["mounts"] if each["destination"] == "/etc/hostname"] == ["/given"] and len(spec["mounts"]) == 3
+        assert [each["source"] for each in spec["mounts"] if each["destination"] == "/etc/hostname"] == ["/given"] and len(spec["mounts"]) == 4
+
+    def test_the_mark_of_a_container(self, furnished, scripted, fake, tmp_path):
+        spec, folder, _ = self.made_with_files(furnished, scripted, fake, tmp_path, "tstnet")
+        assert next(each for each in spec["mounts"] if each["destination"] == "/.dockerenv") == {"destination": "/.dockerenv", "type": "bind", "source": f"{folder}/dockerenv", "options": ["bind", "rprivate", "ro"]}
+        assert (folder / "dockerenv").read_text() == "" and stat.S_IMODE((folder / "dockerenv").stat().st_mode) == 0o755
 
     @pytest.mark.parametrize("network, extra, same", [("host", [], True), ("host", ["a:1.2.3.4"], False), ("tstnet", [], False)])
     def test_hosts_of_the_host(self, furnished, scripted, fake, tmp_path, network, extra, same):
