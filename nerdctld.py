@@ -2146,7 +2146,7 @@ class Output(NamedTuple):
     stderr: str
 
 
-class Process:
+class Process(contextlib.AbstractContextManager):
     """A running nerdctl, the leader of a process group of its own. Used as a context: at its end the group is gone and
     reaped, whatever happened. stderr goes to memory that no reader is needed for, unless it was asked for as a pipe."""
 
@@ -2170,9 +2170,6 @@ class Process:
         runner.processes.add(self)
         self.watch = client.when_gone(self.kill)
         self.watch.__enter__()
-
-    def __enter__(self) -> "Process":
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -4378,11 +4375,6 @@ class Container:
                      else self.spec.get("process"))
         return found if isinstance(found, dict) else {}
 
-    @property
-    def arguments(self) -> List[str]:
-        """The words of its command line."""
-        return self.process.get("args") or []
-
     @functools.cached_property
     def ports(self) -> List[Dict[str, Any]]:
         """Its published ports as Docker's list. nerdctl keeps them in a file from 2.2 on, and in a label before."""
@@ -4493,9 +4485,10 @@ class ImageContent(NamedTuple):
 
     @property
     def platform(self) -> Dict[str, Any]:
-        """The platform that it was made for."""
+        """The platform that it was made for, with "" where it names no architecture or system."""
         fields = ("architecture", "os", "os.version", "variant")
-        return self.descriptor.get("platform") or {key: self.config[key] for key in fields if self.config.get(key)}
+        own = {key: self.config[key] for key in fields if self.config.get(key)}
+        return {"architecture": "", "os": "", **(self.descriptor.get("platform") or own)}
 
     @property
     def attested(self) -> str:
@@ -6050,14 +6043,6 @@ def system_version(engine: Engine, request: Request) -> Response:
     return Response(200, docker_version(told, problem))
 
 
-def count_states(containers: Iterable[Container]) -> Dict[str, int]:
-    """Numbers of containers, in all and by state, under the names `info` has for them."""
-    states = [each.state.kind for each in containers]
-    running, paused = states.count("running") + states.count("restarting"), states.count("paused")
-    return {"Containers": len(states), "ContainersRunning": running, "ContainersPaused": paused,
-            "ContainersStopped": len(states) - running - paused}
-
-
 def docker_info(told: Dict[str, Any], nerdctl_version: str) -> Dict[str, Any]:
     """Docker's info from nerdctl's, without what is counted or of this process."""
     info = {
@@ -6124,7 +6109,10 @@ def system_info(engine: Engine, request: Request) -> Response:
     machine, tools = engine.inventory.machine(), engine.inventory.tools()
     info = docker_info({**machine, "ServerVersion": version, "ID": engine.containerd.uuid()},
                        (tools.get("Client") or {}).get("Version") or "")
-    info.update(count_states(engine.inventory.containers().values()))
+    states = [each.state.kind for each in engine.inventory.containers().values()]
+    running, paused = states.count("running") + states.count("restarting"), states.count("paused")
+    info.update({"Containers": len(states), "ContainersRunning": running, "ContainersPaused": paused,
+                 "ContainersStopped": len(states) - running - paused})
     server = tools.get("Server") or {}
     for each in server.get("Components") or []:
         if each.get("Name") == "runc":
@@ -6274,14 +6262,9 @@ def system_events(engine: Engine, request: Request) -> Response:
 ###############################################################################
 
 
-def docker_platform(content: ImageContent) -> Dict[str, str]:
-    """The platform an image was made for."""
-    return {"architecture": "", "os": "", **content.platform}
-
-
 def docker_manifest_descriptor(content: ImageContent) -> Dict[str, Any]:
     """The descriptor of a manifest with its platform, as containers have it."""
-    return {**content.descriptor, "platform": docker_platform(content)}
+    return {**content.descriptor, "platform": content.platform}
 
 
 def container_content(group: ImageGroup, container: Container) -> ImageContent:
@@ -6304,7 +6287,7 @@ def docker_manifests(group: ImageGroup, users: List[Container]) -> List[Dict[str
             row["Kind"] = "unknown"
         else:
             containers = [user.id for user in users if container_content(group, user) is each]
-            row["ImageData"] = {"Platform": docker_platform(each), "Containers": containers or None,
+            row["ImageData"] = {"Platform": each.platform, "Containers": containers or None,
                                 "Size": {"Unpacked": each.unpacked_size}}
         found.append(row)
     return found
@@ -8060,7 +8043,7 @@ INIT_WORDS = [[f"/sbin/{each}", "--"] for each in ("tini", *STATIC_INITS)]
 
 def own_arguments(container: Container) -> List[str]:
     """The words of its command line without the init process that was asked for."""
-    words = container.arguments
+    words = container.process.get("args") or []
     return words[2:] if container.host_config.get("Init") and words[:2] in INIT_WORDS else words
 
 
