@@ -7832,14 +7832,13 @@ def build_from_context(engine: Engine, request: Request) -> Response:
         for name in names if tags else ():
             engine.journal.emit("image", "tag", group.id, {"name": familiar(name)})
         if quiet:
-            yield message_line({"stream": group.id + "\n"})
+            messages = [{"stream": group.id + "\n"}]
         elif not classic:
-            yield message_line({"id": "moby.image.id", "aux": {"ID": group.id}})
+            messages = [{"id": "moby.image.id", "aux": {"ID": group.id}}]
         else:
-            words = [f"Successfully built {group.id[7:19]}\n",
-                     *(f"Successfully tagged {familiar(name)}\n" for name in names if tags)]
-            for message in [*told.finish(), {"aux": {"ID": group.id}}, *({"stream": each} for each in words)]:
-                yield message_line(message)
+            messages = [*told.finish(), {"aux": {"ID": group.id}}, {"stream": f"Successfully built {group.id[7:19]}\n"},
+                        *({"stream": f"Successfully tagged {familiar(name)}\n"} for name in names if tags)]
+        yield from map(message_line, messages)
 
     return Response(200, Stream(as_error_detail(chunks()), primed=True), "application/json")
 
@@ -7877,13 +7876,10 @@ def cache_records(data: bytes) -> List[Dict[str, Any]]:
 
 def build_cache(engine: Engine) -> List[Dict[str, Any]]:
     """The records of BuildKit's cache; none where there is no buildctl or no buildkitd answers."""
-    try:
-        output = engine.nerdctl.buildctl().output("du", "--format", "{{json .}}")
-    except Unavailable:
-        return []
-    if output.status:
-        return []
-    return list(map(docker_cache, cache_records(output.stdout)))
+    data = b""
+    with contextlib.suppress(ApiError):
+        data = engine.nerdctl.buildctl().run("du", "--format", "{{json .}}").stdout
+    return list(map(docker_cache, cache_records(data)))
 
 
 PRUNE_FILTERS = ("description", "id", "inuse", "label", "parent", "private", "shared", "type", "until", "unused-for")
@@ -8524,12 +8520,13 @@ def csv_word(text: str) -> str:
     return '"' + text.replace('"', '""') + '"' if re.search(r'[",\n]', text) or text != text.strip() else text
 
 
-def other_container(find: Callable[[str], Container], name: str) -> Container:
-    """A container that a request names; 400 and not 404 when there is none, which clients take for a missing image."""
+def other_container(find: Callable[[str], Container], name: str, start: str = "") -> Container:
+    """A container that a request names; 400 and not 404 when there is none, which clients take for a missing image,
+    with `start` before its words."""
     try:
         return find(name)
     except NotFound as error:
-        raise BadParameter(str(error)) from None
+        raise BadParameter(f"{start}{error}") from None
 
 
 BIND_MODES = (("ro", "rw"), ("z", "Z"), PROPAGATIONS, ("nocopy",), ("consistent", "cached", "delegated"))
@@ -9607,10 +9604,8 @@ def link_to(engine: Engine, text: str) -> str:
     """One of HostConfig.Links (`name:alias`) with the id in place of the name, which may change; 400 with dockerd's
     words where there is no such container."""
     name, _, alias = text.strip("/").partition(":")
-    try:
-        return f"{engine.inventory.container(name).id}:{alias or name}"
-    except NotFound as error:
-        raise BadParameter(f"could not get container for {name}: {error}") from None
+    other = other_container(engine.inventory.container, name, f"could not get container for {name}: ")
+    return f"{other.id}:{alias or name}"
 
 
 def kept_request(engine: Engine, body: Dict[str, Any], image: Dict[str, Any]) -> Dict[str, Any]:
@@ -10668,9 +10663,7 @@ def has_stdin(container: Container) -> bool:
 
 def is_terminal(container: Container) -> bool:
     """Whether a container has a pseudo-terminal."""
-    if container.request:
-        return bool(container.request.get("Tty"))
-    return bool(container.process.get("terminal"))
+    return bool(container.request.get("Tty") if container.request else container.process.get("terminal"))
 
 
 def open_streams(engine: Engine, container: Container, found: str = "") -> ProcessStreams:
@@ -11166,8 +11159,7 @@ def log_lines(engine: Engine, request: Request, container: Container) -> Iterato
     tail = int(request.value("tail")) if re.fullmatch(r"\+?[0-9]{1,18}", request.value("tail")) else None
     wanted = {STDOUT: request.flag("stdout"), STDERR: request.flag("stderr")}
     gone = threading.Event()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(request.client.when_gone(gone.set))
+    with request.client.when_gone(gone.set), contextlib.ExitStack() as stack:
         path = log_path(container)
         if path and os.access(path, os.R_OK):
             file = LogFile(path)
@@ -13353,12 +13345,11 @@ def rewrite_exporter(exporter: bytes) -> Tuple[bytes, Optional[List[str]]]:
     if kind != "moby":
         return exporter, None
     names = full_names(attributes.get("name", ""))
-    changed = {"name": ",".join(names)} if names else {}
-    for key, value in (("unpack", "true"), ("dangling-name-prefix", "moby-dangling")):
-        if key not in attributes:
-            changed[key] = value
-    # Spelled so in BuildKit.
-    changed["danging-name-empty-only"] = "true"
+    wanted = {"unpack": "true", "dangling-name-prefix": "moby-dangling"}
+    changed = {**({"name": ",".join(names)} if names else {}),
+               **{key: value for key, value in wanted.items() if key not in attributes},
+               # Spelled so in BuildKit.
+               "danging-name-empty-only": "true"}
     kept = [each.raw for each in parts
             if each.number != 1 and not (each.number == 2 and decode_map_entry(each.value)[0] in changed)]
     return b"".join([encode_field(1, b"image"), *kept, encode_field(2, changed)]), names
@@ -13765,9 +13756,6 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     rbufsize = 65536
     # dockerd gives a client five minutes for the head of a request.
     timeout = 300
-
-    def address_string(self) -> str:
-        return "unix"
 
     def version_string(self) -> str:
         return f"nerdctld/{VERSION} (linux)"
@@ -14632,10 +14620,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     threading.Thread(target=look_around, args=(engine,), name="look", daemon=True).start()
     serve_until_told(server, 0.0 if path else options.idle_timeout, signals)
     notify_systemd("STOPPING=1", notify)
-    if path:
-        with contextlib.suppress(OSError):
-            if os.lstat(path).st_ino == inode:
-                os.unlink(path)
+    with contextlib.suppress(OSError):
+        if path and os.lstat(path).st_ino == inode:
+            os.unlink(path)
     # Streams of events would last until their clients leave.
     engine.hang_up()
     server.drain(10.0)
