@@ -1929,6 +1929,12 @@ def tree():
 
 
 @functools.lru_cache(maxsize=None)
+def nodes():
+    """Everything in it."""
+    return list(ast.walk(tree()))
+
+
+@functools.lru_cache(maxsize=None)
 def sections():
     """The line at which each section of the daemon's file begins, and its name."""
     return [(SOURCE.count("\n", 0, found.start()) + 1, found.group(1)) for found in re.finditer(r"^#{79}\n# (.+)\n#{79}$", SOURCE, re.M)]
@@ -1944,7 +1950,7 @@ def section_lines(name):
 class TestShape:
     def test_stdlib_only(self):
         names = set()
-        for node in ast.walk(tree()):
+        for node in nodes():
             if isinstance(node, ast.Import):
                 names.update(each.name.partition(".")[0] for each in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -1956,7 +1962,7 @@ class TestShape:
         assert tree().body
 
     def test_functions_are_short_and_documented(self):
-        for node in ast.walk(tree()):
+        for node in nodes():
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 length = node.end_lineno - node.lineno + 1
                 if isinstance(node, ast.FunctionDef):
@@ -2848,10 +2854,10 @@ class TestPatterns:
     @pytest.mark.parametrize("piece", ["(", "[", "[:", "[[:a", "(?i", "(?i)", "(?P<a", "{1", "{", "1", "a|", "|", "\\", "\\x{", "\\Q", "\\Q\\E", "[^", "[a-", "(|", "(a*)*", "a{1000}", "(a", "*"])
     def test_time_to_compile(self, piece):
         began = time.process_time()
-        for expression in (piece * (32768 // len(piece)), "a" + piece * (4096 // len(piece)), piece * 1500 + "]" * 1500, piece * 900 + ")" * 900, "[" + piece * (16384 // len(piece)) + "]"):
+        for expression in (piece * (16384 // len(piece)), "a" + piece * (2048 // len(piece)), piece * 900 + "]" * 900, piece * 900 + ")" * 900, "[" + piece * (8192 // len(piece)) + "]"):
             with contextlib.suppress(nerdctld.BadParameter):
                 nerdctld.NameFilter([expression])
-        assert time.process_time() - began < 2
+        assert time.process_time() - began < 1
 
     def test_too_large(self, reading):
         for names in (["(a{1000}){1}" * 11], ["a{1000}"] * 5 + ["b{1000}c{1000}d{1000}", "e{1000}f{1000}g{1000}h{1000}", "i{1000}j{1000}k{1000}l{1000}"], ["(.)" * 10001]):
@@ -4086,7 +4092,7 @@ class TestEvents:
     def test_counts_of_several_threads(self, engine, monkeypatch):
         class Slow(nerdctld.ContainerOwner):
             def __setattr__(self, name, value):
-                time.sleep(0.001)
+                time.sleep(0.0002)
                 super().__setattr__(name, value)
 
         monkeypatch.setattr(nerdctld, "ContainerOwner", Slow)
@@ -10043,7 +10049,7 @@ class TestSupervision:
         assert until(lambda: '"unhealthy"' in checked.fake.containers[ID].labels["nerdctl/healthstate"])
         assert until(checked.nothing_left)
         execs = checked.fake.calls["Tasks/Exec"]
-        time.sleep(0.2)
+        time.sleep(0.12)
         assert checked.fake.calls["Tasks/Exec"] == execs and ID in checked.engine.supervisor.cared
         assert ask(checked.engine, "POST", "/containers/x/unpause").status == 204
         assert until(lambda: checked.health == ("healthy", 0))
@@ -12025,7 +12031,7 @@ class TestBuildKit:
         with self.relayed(self.BRIDGES["session"]) as (near, far, _):
             near.setblocking(False)
             sent = 0
-            while select.select([], [near], [], 0.2)[1]:
+            while select.select([], [near], [], 0.1)[1]:
                 sent += near.send(b"x" * 65536)
                 assert sent < 3 << 20
 
@@ -12055,7 +12061,7 @@ class TestBuildKit:
             client.open(1, b"x" * 5_000_000)
             far.sendall(frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 1 << 30)))
             far.sendall(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 30)))
-            deadline = time.monotonic() + 0.2
+            deadline = time.monotonic() + 0.1
             self.drive([(near, client)], lambda: time.monotonic() > deadline)
             far.close()
             client.open(3, STATUS)
@@ -12850,9 +12856,10 @@ class TestHTTPServer:
         shared.scripted.on("load", LOAD, reads=True)
         with shared.connect() as sock:
             sock.sendall(b"POST /images/load HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(ARCHIVE), ARCHIVE[:-1]))
-            sock.settimeout(0.2)
+            sock.settimeout(0.1)
             with pytest.raises(socket.timeout):
                 sock.recv(1)
+            sock.settimeout(30)
             sock.sendall(ARCHIVE[-1:])
             assert b"Loaded image: tst:a" in receive(sock)
 
