@@ -59,6 +59,7 @@ if not TREE:
     import calendar
     import codecs
     import collections
+    import email.errors
     import functools
     import gc
     import http.client
@@ -13749,6 +13750,9 @@ class HeadReader:
         return line
 
 
+BROKEN_HEAD = (email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect)
+
+
 class RequestHandler(http.server.BaseHTTPRequestHandler):
     """One connection. Every method of every request goes through serve()."""
 
@@ -13845,6 +13849,10 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         lengths = [each.strip(" \t") for each in self.headers.get_all("Content-Length") or []]
         codings = [each.strip(" \t").lower() for each in self.headers.get_all("Transfer-Encoding") or []]
         expects, self.expects = getattr(self, "expects", False), False
+        if any(isinstance(each, BROKEN_HEAD) for each in self.headers.defects):
+            # What comes after such a line Python takes for no header: also what tells the length of the body.
+            self.close_connection = True
+            raise BadParameter("malformed HTTP request")
         if codings:
             if codings != ["chunked"] or lengths:
                 self.close_connection = True
@@ -13862,6 +13870,11 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             # Absolute form, as proxies send it.
             target = re.sub(r"^[a-z]+://[^/]*", "", target, flags=re.I) or "/"
         raw_path, _, raw_query = target.partition("?")
+        found = re.search("%(?![0-9A-Fa-f]{2}).{0,2}", target)
+        if found:
+            raise BadParameter(f'invalid URL escape "{found.group()}"')
+        if ";" in raw_query:
+            raise BadParameter("invalid semicolon separator in query")
         try:
             path = urllib.parse.unquote(raw_path, errors="strict")
             query = urllib.parse.parse_qs(raw_query, keep_blank_values=True, errors="surrogateescape",

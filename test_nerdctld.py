@@ -12878,7 +12878,10 @@ class TestHTTPServer:
         b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n", b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nab\r\n0\r\n\r\n",
         b"POST /auth HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n", b"GET /v1.1/info HTTP/1.1\r\n\r\n", b"GET /v9999.9999/info HTTP/1.1\r\n\r\n",
         b"POST /auth HTTP/1.1\r\nContent-Length: 3\r\n\r\n{,}", b"BREW /coffee HTTP/1.1\r\n\r\n", b"GET /images/json?filters=%7B HTTP/1.1\r\n\r\n",
-        b"GET /images/json?" + b"&a=" * 1500 + b" HTTP/1.1\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\n\r\n", b"PRI * HTTP/1.1\r\n\r\nSM\r\n\r\n"])
+        b"GET /images/json?" + b"&a=" * 1500 + b" HTTP/1.1\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\n\r\n", b"PRI * HTTP/1.1\r\n\r\nSM\r\n\r\n",
+        b"GET /_ping?a=%zz HTTP/1.1\r\n\r\n", b"GET /_ping?a=1;b=2 HTTP/1.1\r\n\r\n", b"GET /%5 HTTP/1.1\r\n\r\n", b"GET /_ping HTTP/1.1\r\nNo Name: x\r\n\r\n", b"GET /_ping HTTP/1.1\r\nNoColon\r\n\r\n",
+        # Headers after a broken line are headers: a body would be taken for the next request.
+        b"POST /auth HTTP/1.1\r\nNoColon\r\nContent-Length: 29\r\n\r\nGET /_ping HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /_ping HTTP/1.1\r\n X: y\r\n\r\n"])
     def test_malformed(self, shared, data):
         answer = send(shared, data)
         statuses = re.findall(rb"HTTP/1.1 (\d+)", answer)
