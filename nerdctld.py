@@ -7024,14 +7024,15 @@ def image_import(engine: Engine, request: Request) -> Response:
                 for _ in iter(process.read, b""):
                     pass
                 process.check()
+            engine.inventory.images.invalidate(working)
+            group = engine.inventory.image(working)
+            if config:
+                with engine.containerd.leased() as containerd:
+                    write_image(containerd, engine.nerdctl.snapshotter, working, {**group.config, "config": config},
+                                group.content.layers)
         remove_extra_names(engine, [name for name in engine.inventory.images.records()
                                     if name not in before and name.startswith(working + "@sha256:")])
         group = engine.inventory.image(working)
-        if config:
-            with engine.changing_images([working]), engine.containerd.leased() as containerd:
-                write_image(containerd, engine.nerdctl.snapshotter, working, {**group.config, "config": config},
-                            group.content.layers)
-            group = engine.inventory.image(working)
         engine.journal.emit("image", "import", group.id, {"name": familiar(target.name) if target else group.id})
         yield message_line({"status": group.id})
 

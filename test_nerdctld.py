@@ -5827,11 +5827,14 @@ class TestImages:
         def imported(words):
             fake.tag(words[-1], put_manifest(fake)["digest"])
 
+        count = len(fake.images)
         scripted.on("import", IMPORT, reads=True, does=imported)
         changes = urllib.parse.quote('CMD ["x"]\nENV A=1')
         (told,) = ask(furnished, "POST", f"/images/create?fromSrc=-{query}&changes={changes}", b"tar").lines
         (name,) = [name for name, image in fake.images.items() if image.target.digest == told["status"]]
         assert name == scripted.argv("import")[-1] and name.startswith("docker.io/library/new:1" if query else nerdctld.WORKING_NAME)
+        # What nerdctl imported is no image any more.
+        assert len(fake.images) == count + 1
         manifest = json.loads(fake.content[told["status"]])
         config = json.loads(fake.content[manifest["config"]["digest"]])
         assert (config["config"], config["os"]) == ({"Cmd": ["x"], "Env": ["A=1"]}, "linux") and fake.leases == set()
