@@ -12089,24 +12089,28 @@ def opened_tree(engine: Engine, container: Container, missing: ApiError,
                 order: Dict[str, Any]) -> Iterator[Tuple[Process, List[Any], bytes]]:
     """A process in a container's tree that carries out an order: it, its answer, and what it wrote after that.
     `missing` is raised where the path is not there."""
-    found = find_tree(engine, container, order["do"] == "changes")
-    with contextlib.ExitStack() as stack:
-        if not found["pid"]:
-            stack.enter_context(mounted(engine, placed_mounts(container)))
-            found["folder"] = stack.enter_context(temporary_folder("tree"))
-        process = stack.enter_context(engine.nerdctl.start_tree(engine.containerd.entering()))
-        process.write(json_bytes({**found, "user_namespace": bool(os.geteuid()), **order}) + b"\n")
-        head, end, rest = b"", b"", b""
-        for data in iter(process.read, b""):
-            head, end, rest = (head + data).partition(b"\n")
-            if end:
-                break
-        # A process id may be another's by now. It was the container's when the tree was entered if it still is.
-        if found["pid"] and running_pid(engine, container) != found["pid"]:
-            raise Conflict(f"container {container.name} has just ended")
-        if not end:
-            raise tree_error(process, missing)
-        yield process, json.loads(head), rest
+    for last in (False, False, True):
+        found = find_tree(engine, container, order["do"] == "changes")
+        with contextlib.ExitStack() as stack:
+            if not found["pid"]:
+                stack.enter_context(mounted(engine, placed_mounts(container)))
+                found["folder"] = stack.enter_context(temporary_folder("tree"))
+            process = stack.enter_context(engine.nerdctl.start_tree(engine.containerd.entering()))
+            process.write(json_bytes({**found, "user_namespace": bool(os.geteuid()), **order}) + b"\n")
+            head, end, rest = b"", b"", b""
+            for data in iter(process.read, b""):
+                head, end, rest = (head + data).partition(b"\n")
+                if end:
+                    break
+            # A process id may be another's by now. It was the container's when the tree was entered if it still is.
+            ended = found["pid"] and running_pid(engine, container) != found["pid"]
+            if not ended:
+                if not end:
+                    raise tree_error(process, missing)
+                yield process, json.loads(head), rest
+                return
+            if last:
+                raise Conflict(f"container {container.name} has just ended")
 
 
 def check_path(text: str) -> str:

@@ -10391,6 +10391,13 @@ class TestArchive:
             assert (answer.status, answer.message) == (409, "container tstweb has just ended")
         assert not os.path.exists("/tmp/evil")
 
+    def test_of_one_that_ends_meanwhile(self, reached, fake):
+        """Its files are still there, and nobody has to ask again."""
+        real, calls = reached.inventory.container("tstdone").id, []
+        fake.before["Tasks/Get"] = lambda: (calls.append(1), fake.start(real, os.getpid()) if len(calls) == 1 else fake.forget(real))
+        assert ask(reached, "PUT", "/containers/tstdone/archive?path=/", tar_with("meanwhile")).status == 200
+        assert (reached.root / "meanwhile").exists() and not os.path.exists("/meanwhile") and len(calls) > 2
+
     @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
     @pytest.mark.parametrize("size", [1, 100, 1 << 18])
     @pytest.mark.parametrize("between", [b"", bytes(512)], ids=["", "padded"])
