@@ -330,7 +330,7 @@ class FakeConnection:
             with self.changed:
                 room = min(self.windows[0], self.windows[stream], 16384)
                 if room <= 0 and threading.current_thread() is not self.reader:
-                    assert self.changed.wait(10), "the client makes no room"
+                    assert self.changed.wait(30), "the client makes no room"
                 part, data = (data[:room], data[room:]) if room > 0 else (b"", data)
                 self.windows[0] -= len(part)
                 self.windows[stream] -= len(part)
@@ -1403,7 +1403,7 @@ class Daemon:
                 os.kill(self.process.pid, signal.SIGTERM)
                 if not nerdctld.poll_readable(descriptor.fileno(), 20):
                     os.kill(self.process.pid, signal.SIGKILL)
-        return self.process.wait(5)
+        return self.process.wait(30)
 
 
 @pytest.fixture
@@ -1419,7 +1419,7 @@ def temporary_folders():
     return [each for each in os.listdir(tempfile.gettempdir()) if each.startswith(f"nerdctld-{os.getpid()}-")]
 
 
-def until(condition, seconds=10.0):
+def until(condition, seconds=30.0):
     """Wait for a condition; its value."""
     deadline, pause = time.monotonic() + seconds, 0.0002
     while True:
@@ -2694,7 +2694,7 @@ class TestNerdctlProcess:
         engine.nerdctl.end_all()
         assert time.monotonic() - began < 2
         for each in processes:
-            assert each.wait(2) is not None
+            assert each.wait(30) is not None
             each.close()
 
     def test_last_64_kib_of_stderr(self, engine, scripted):
@@ -3106,7 +3106,7 @@ class FakeGrpcServer:
         for each in (self.sock, self.ours):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-        self.thread.join(10)
+        self.thread.join(30)
         assert not self.thread.is_alive()
         for each in (self.sock, self.ours):
             each.close()
@@ -3573,7 +3573,7 @@ class TestGrpc:
             began = time.monotonic()
             with pytest.raises(OSError):
                 nerdctld.grpc_call(server.sock, "/a.B/C", b"", timeout=0.1)
-            assert 0.05 < time.monotonic() - began < 5
+            assert 0.05 < time.monotonic() - began < 20
 
     def test_call_that_is_answered_for_ever(self):
         """The time is over however often something comes."""
@@ -3591,9 +3591,9 @@ class TestGrpc:
             began = time.monotonic()
             with pytest.raises(OSError):
                 nerdctld.grpc_call(ours, "/a.B/C", b"", timeout=0.1)
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 20
             stop.set()
-            thread.join(10)
+            thread.join(30)
 
     def test_stream_is_asked_for_at_once(self):
         with FakeGrpcServer(FakeGrpcServer.answering(b"one", b"", b"three" * 100000)) as server:
@@ -3645,7 +3645,7 @@ def fifo_streams(folder, names=("stdin", "stdout", "stderr"), terminal=False):
     return streams, [os.open(path, os.O_RDONLY | os.O_NONBLOCK) for path in streams[1:3] if path]
 
 
-def read_fifo(number, size=1 << 20, seconds=10):
+def read_fifo(number, size=1 << 20, seconds=30):
     """What comes from a FIFO up to its end, or to this many bytes."""
     found = b""
     while len(found) < size:
@@ -3680,7 +3680,7 @@ class ToldTopics:
     def close(self):
         """Listen no more."""
         self.sock.shutdown(socket.SHUT_RDWR)
-        self.thread.join(10)
+        self.thread.join(30)
         self.sock.close()
 
 
@@ -3729,7 +3729,7 @@ def whole_life(containerd, identity, folder, told):
     waiting.start()
     os.close(stdin)
     assert read_fifo(out) == read_fifo(err) == b""
-    waiting.join(10)
+    waiting.join(30)
     assert statuses == [3] == [containerd.wait_process(identity)] and until(lambda: told.found and told.found[-1] == ("/tasks/exit", identity, 3))
     task = containerd.get_task(identity)
     assert (task.pid, task.status, task.exit_status) == (pid, "stopped", 3) and task.exited_at
@@ -4045,7 +4045,7 @@ class TestEvents:
     def test_events_of_handlers_come_after_those_before_them(self, furnished, fake):
         follow(furnished, fake)
         gate, new = threading.Event(), "5" * 64
-        fake.before["Containers/Get"] = lambda: gate.wait(5)
+        fake.before["Containers/Get"] = lambda: gate.wait(30)
         fake.create(new, {"nerdctl/name": "x"})
         furnished.feed.settle()
         furnished.tell(nerdctld.Container(fake.containers[new]), "attach")
@@ -4099,11 +4099,11 @@ class TestEvents:
         together, seen = threading.Barrier(8), []
 
         def change():
-            together.wait(10)
+            together.wait(30)
             with engine.restarting(container_of()), engine.changing_images([BASE]):
-                together.wait(10)
+                together.wait(30)
                 seen.append((engine.owner(ID).restarting, len(engine.quiet)))
-                together.wait(10)
+                together.wait(30)
 
         threads = [threading.Thread(target=change) for _ in range(8)]
         for each in threads:
@@ -4376,7 +4376,7 @@ class TestState:
         time.sleep(0.05)
         gate.set()
         for each in first + others:
-            each.join(5)
+            each.join(30)
         return found, more
 
     def test_a_mirror_reads_what_was_told_of(self):
@@ -4431,7 +4431,7 @@ class TestState:
         feed.covers = covers
 
         def read():
-            reads.append(gate.wait(5))
+            reads.append(gate.wait(30))
             return {"a": len(reads)}
         mirror = nerdctld.Mirror(feed, read, None)
         found, more = self.joined(mirror, gate, 8)
@@ -4476,8 +4476,8 @@ class TestState:
         mirror, _ = self.mirror(world)
         mirror.get()
         read_one, read_all = mirror.read_one, mirror.read_all
-        mirror.read_one = lambda name: gate.wait(5) and read_one(name)
-        mirror.read_all = lambda: gate.wait(5) and read_all()
+        mirror.read_one = lambda name: gate.wait(30) and read_one(name)
+        mirror.read_all = lambda: gate.wait(30) and read_all()
         world["a"] = 2
         mirror.invalidate(name)
         threads, found = together(1, mirror.get)
@@ -4488,7 +4488,7 @@ class TestState:
         assert not more
         gate.set()
         for each in threads + others:
-            each.join(5)
+            each.join(30)
         assert found + more == [{"a": 2}] * 5
 
     @pytest.mark.parametrize("covers", [True, False])
@@ -4497,7 +4497,7 @@ class TestState:
         feed.covers = covers
 
         def fail():
-            gate.wait(5)
+            gate.wait(30)
             raise nerdctld.Unavailable("down")
         mirror = nerdctld.Mirror(feed, fail, None)
         found, more = self.joined(mirror, gate, 4)
@@ -5525,7 +5525,7 @@ class TestImages:
         furnished.settle()
         with furnished.journal.subscribe() as (_, new):
             assert ask(furnished, "DELETE", "/images/tst:a").json == [{"Untagged": "tst:a"}, {"Deleted": BB}]
-            assert [new.get(timeout=1)["Action"] for _ in range(2)] == ["untag", "delete"]
+            assert [new.get(timeout=30)["Action"] for _ in range(2)] == ["untag", "delete"]
 
     # What dockerd 29 answers, whose images containerd keeps, too: `stays` is an image that has lost its last name.
     @pytest.mark.parametrize("state", ["running", "exited"])
@@ -6123,7 +6123,7 @@ class TestBuild:
         assert until(lambda: furnished.builds and scripted.calls("build"))
         assert ask(furnished, "POST", "/build/cancel?id=other").status == 200 and furnished.builds
         assert ask(furnished, "POST", "/build/cancel?id=one").status == 200
-        thread.join(10)
+        thread.join(30)
         assert not thread.is_alive() and not furnished.builds
         answer = ask(furnished, "POST", "/build/cancel")
         assert (answer.status, answer.message) == (400, "build ID not provided")
@@ -7694,7 +7694,7 @@ class TestContainerCreate:
 def pair():
     """A hijacked connection, and the client's end of it."""
     near, far = socket.socketpair()
-    far.settimeout(10)
+    far.settimeout(30)
     return nerdctld.Connection(near), far
 
 
@@ -7763,7 +7763,7 @@ class Shim:
         """It ends, and with it its output."""
         for each in self.files.values():
             each.close()
-        assert self.streams.ended.wait(10)
+        assert self.streams.ended.wait(30)
 
     def close(self):
         """Leave nothing behind."""
@@ -7825,7 +7825,7 @@ class TestProcessStreams:
 
     def told(self, attachment, far):
         """What a client has been sent, after the end: (kind, bytes)."""
-        assert attachment.done.wait(10)
+        assert attachment.done.wait(30)
         attachment.drain()
         attachment.near.sock.shutdown(socket.SHUT_RDWR)
         return unframe(drain(far)) if attachment.pack is nerdctld.multiplexed else drain(far)
@@ -7904,7 +7904,7 @@ class TestProcessStreams:
         shim.streams.LINGER = 0.05
         shim.streams.exited()
         shim.write(1, b"late")
-        assert not shim.streams.ended.is_set() and shim.streams.ended.wait(5)
+        assert not shim.streams.ended.is_set() and shim.streams.ended.wait(30)
         assert self.told(first, far) == [(1, b"late")]
 
     def test_an_end_that_is_told_when_nobody_is_there(self, shims):
@@ -7942,9 +7942,9 @@ class TestProcessStreams:
         for each in (quick, slow):
             each.drain()
             each.near.sock.shutdown(socket.SHUT_RDWR)
-        reader.join(10)
+        reader.join(30)
         if not leaves:
-            more.join(10)
+            more.join(30)
         assert [len(each) for each in data] == [written] * len(data) and len(data) == 2 - leaves
 
     def test_a_client_that_closes_releases_the_others(self, shims, clients, monkeypatch):
@@ -7973,7 +7973,7 @@ class TestProcessStreams:
         shim = shims(attachments=[first], on_end=lambda: 1 / 0)
         shim.streams.keep = lambda kind, data: None + data
         shim.files[1].write(b"x")
-        assert first.done.wait(5) and shim.streams.ended.is_set()
+        assert first.done.wait(30) and shim.streams.ended.is_set()
         assert "TypeError" in capfd.readouterr().err
 
     def test_fifos_of_another_daemon(self, shims, clients, tmp_path):
@@ -8035,7 +8035,7 @@ class TestProcessStreams:
         assert streams.started.is_set() and streams.write(b"in", nerdctld.Attachment(True, True, nerdctld.multiplexed)) and os.read(ends[0], 10) == b"in"
         for each in (*ends, lives):
             os.close(each)
-        assert streams.ended.wait(5) and until(lambda: engine.owner(ID).streams is None) and not folders[0].exists()
+        assert streams.ended.wait(30) and until(lambda: engine.owner(ID).streams is None) and not folders[0].exists()
         assert json.loads((state / f"{ID}-json.log").read_text())["log"] == "one\n"
 
     def test_input_before_the_start(self, shims, clients):
@@ -8050,7 +8050,7 @@ class TestProcessStreams:
         pump.join(0.02)
         assert pump.is_alive() and shim.stdin.read(10) is None and not shim.closings
         shim.streams.begin()
-        pump.join(10)
+        pump.join(30)
         assert shim.stdin.read(10) == b"" and shim.closings == [True]
         shim.streams.close_stdin()
         assert shim.closings == [True] and not shim.streams.write(b"x", nerdctld.Attachment(True, True, nerdctld.multiplexed))
@@ -8083,7 +8083,7 @@ class TestProcessStreams:
         pump.join(0.01)
         assert pump.is_alive() and size > 4096
         getattr(shim.streams if end == "exited" else first, end)()
-        pump.join(10)
+        pump.join(30)
         assert not pump.is_alive() and shim.closings == [True]
 
     def test_keys_in_the_input(self, shims, clients):
@@ -8237,7 +8237,7 @@ class TestProcessStreams:
         assert nerdctld.open_log(engine.nerdctl, container) is None
         streams = nerdctld.open_streams(engine, container)
         streams.abandon()
-        assert streams.ended.wait(5) and not [each for each in tmp_path.iterdir() if each.name.startswith(ID)]
+        assert streams.ended.wait(30) and not [each for each in tmp_path.iterdir() if each.name.startswith(ID)]
 
     def test_logging_program(self, tmp_path):
         program = tmp_path / "logger"
@@ -8354,7 +8354,7 @@ def at_once(ask, *calls, pause=0.0):
     answers, barrier = [None] * len(calls), threading.Barrier(len(calls))
 
     def send(number):
-        barrier.wait(10)
+        barrier.wait(30)
         time.sleep(number * pause)
         answers[number] = ask(*calls[number])
 
@@ -8684,7 +8684,7 @@ class TestContainerLifecycle:
         ("DELETE tstdone", "removal of container tstdone is already in progress"), ("POST tstdone/start", "container is marked for removal and cannot be started")])
     def test_words_during_a_removal(self, willing, scripted, fake, path, message):
         gate = threading.Event()
-        scripted.on("rm", does=lambda words: (gate.wait(10), carry_out(fake, words)))
+        scripted.on("rm", does=lambda words: (gate.wait(30), carry_out(fake, words)))
         thread = threading.Thread(target=ask, args=(willing, "DELETE", "/containers/tstdone"))
         thread.start()
         assert until(lambda: scripted.calls("rm"))
@@ -8693,7 +8693,7 @@ class TestContainerLifecycle:
         # There is nothing to wait for.
         assert thread.is_alive()
         gate.set()
-        thread.join(10)
+        thread.join(30)
 
     @pytest.mark.parametrize("word", ["stop", "restart"])
     def test_a_stop_that_takes_its_time(self, willing, fake, word):
@@ -8732,7 +8732,7 @@ class TestContainerLifecycle:
         assert until(lambda: fake.calls["Tasks/Kill"])
         assert fake.calls["Tasks/Start"] == 1 and ("stop",) not in actions(willing)
         fake.exit(real)
-        thread.join(10)
+        thread.join(30)
         assert found[0].status == 204
         assert [each[0] for each in actions(willing)] == ["start", "kill", "die", "stop", "start", "restart"]
 
@@ -8752,7 +8752,7 @@ class TestContainerLifecycle:
             found, thread = self.waiting(willing, "/containers/tstnew/wait?condition=next-exit")
             assert self.still_waits(willing, found)
             answer = ask(willing, "POST", "/containers/tstnew/start")
-            thread.join(10)
+            thread.join(30)
             state = ask(willing, "GET", "/containers/tstnew/json").json["State"]
             assert (state["Status"], state["ExitCode"], state["Error"], found[0].json["StatusCode"]) == ("created", code, answer.message, code)
         assert actions(willing) == []
@@ -8765,7 +8765,7 @@ class TestContainerLifecycle:
         found, thread = self.waiting(willing, "/containers/tstnew/wait?condition=next-exit")
         assert self.still_waits(willing, found)
         assert ask(willing, "POST", "/containers/tstnew/start").status == 500
-        thread.join(10)
+        thread.join(30)
         assert found[0].json == {"StatusCode": 128} and actions(willing) == []
         # Of the next one the end is told.
         del fake.before["Tasks/Start"]
@@ -8820,7 +8820,7 @@ class TestContainerLifecycle:
         assert not found
         fake.exit(real, 4)
         fake.start_serving()
-        thread.join(10)
+        thread.join(30)
         assert found[0].json == {"StatusCode": 4}
         assert until(lambda: fake.subscribers and willing.feed.live)
         assert ask(willing, "GET", "/containers/tstweb/json").json["State"]["ExitCode"] == 4
@@ -8900,7 +8900,7 @@ class TestContainerLifecycle:
         assert ask(willing, "POST", "/containers/tstnew/start").status == status
         # Without --force: what runs, whoever has started it, is not removed.
         assert [each["argv"] for each in scripted.calls("rm")] == ([["rm", "--volumes", "--", real]] if removed else [])
-        thread.join(10)
+        thread.join(30)
         assert found[0].json["StatusCode"] > 0
 
     def test_one_that_is_removed_at_its_end_survives_two_starts(self, willing, scripted, fake):
@@ -9010,7 +9010,7 @@ class TestContainerLifecycle:
         fake.exit(real, 1, "anexec")
         assert self.still_waits(willing, found)
         fake.exit(real, 9)
-        thread.join(10)
+        thread.join(30)
         assert (found[0].status, found[0].json) == (200, {"StatusCode": 9})
 
     def test_wait_for_one_that_is_not_running(self, willing):
@@ -9029,7 +9029,7 @@ class TestContainerLifecycle:
         found, thread = self.waiting(willing, "/containers/tstpaused/wait")
         assert self.still_waits(willing, found)
         fake.exit(real, 8)
-        thread.join(10)
+        thread.join(30)
         assert found[0].json == {"StatusCode": 8}
         # When events may have been missed it is looked up, and containerd says that it runs.
         fake.tasks[real] = fake.tasks[real]._replace(status="running")
@@ -9038,7 +9038,7 @@ class TestContainerLifecycle:
         found, thread = self.waiting(willing, "/containers/tstpaused/wait")
         assert until(lambda: fake.calls["Tasks/List"] > calls) and not found
         fake.exit(real, 9)
-        thread.join(10)
+        thread.join(30)
         assert found[0].json == {"StatusCode": 9}
 
     def test_next_exit_of_one_that_was_never_started(self, willing, fake):
@@ -9047,7 +9047,7 @@ class TestContainerLifecycle:
         assert self.still_waits(willing, found)
         fake.start(real)
         fake.exit(real, 2)
-        thread.join(10)
+        thread.join(30)
         assert found[0].json == {"StatusCode": 2}
 
     def test_wait_for_the_removal(self, willing, fake):
@@ -9057,7 +9057,7 @@ class TestContainerLifecycle:
         fake.exit(real, 5)
         assert self.still_waits(willing, found)
         fake.delete(real)
-        thread.join(10)
+        thread.join(30)
         assert found[0].json == {"StatusCode": 5}
 
     def test_prune(self, willing, scripted):
@@ -9101,7 +9101,7 @@ class Attached(nerdctld.Client):
 
     def __init__(self, engine, target, body=b"", method="POST", headers=None):
         near, self.sock = socket.socketpair()
-        self.sock.settimeout(10)
+        self.sock.settimeout(30)
         self.near, (path, _, query) = near, target.partition("?")
         version, path = nerdctld.split_version(path)
         fields = http.client.HTTPMessage()
@@ -9143,14 +9143,14 @@ class Attached(nerdctld.Client):
     def rest(self):
         """All that comes to the end."""
         data = drain(self.sock)
-        self.thread.join(10)
+        self.thread.join(30)
         assert not self.thread.is_alive()
         return data
 
     def leave(self):
         """Close the connection."""
         self.sock.close()
-        self.thread.join(10)
+        self.thread.join(30)
         assert not self.thread.is_alive()
 
 
@@ -9201,7 +9201,7 @@ class TestStreams:
         client = Attached(engine, "/containers/x/attach?" + EVERYTHING)
         assert ask(engine, "POST", "/containers/x/start").status == 204
         engine.hang_up()
-        client.thread.join(10)
+        client.thread.join(30)
         assert not client.thread.is_alive() and not fake.calls["Tasks/CloseIO"]
         fake.exit(ID)
 
@@ -9336,7 +9336,7 @@ class TestStreams:
         reader = threading.Thread(target=lambda: found.append(first.rest()))
         reader.start()
         first.send(data, half=True)
-        reader.join(10)
+        reader.join(30)
         assert unframe(found[0]) == [(1, data)]
 
     def test_detach(self, engine, boxes, fake):
@@ -9468,7 +9468,7 @@ class TestStreams:
         starter = threading.Thread(target=lambda: (attachment.put(1, b"new"), attachment.finish()))
         starter.start()
         found.serve(connection)
-        starter.join(5)
+        starter.join(30)
         connection.sock.close()
         frames = unframe(drain(far))
         assert b"".join(data for _, data in frames) == b"a\ncd\nnew" and {kind for kind, _ in frames} == {1}
@@ -9494,7 +9494,7 @@ class TestStreams:
         sender = threading.Thread(target=far.sendall, args=(client_frame(payload),))
         sender.start()
         assert sock.recv() == payload
-        sender.join(5)
+        sender.join(30)
         sock.attachment.put(1, payload)
         assert size < 300000 or sock.attachment.size
         data = b""
@@ -9676,7 +9676,7 @@ class TestExec:
         reader = threading.Thread(target=lambda: found.append(client.rest()))
         reader.start()
         client.send(data, half=True)
-        reader.join(10)
+        reader.join(30)
         assert unframe(found[0]) == [(1, data)] and self.inspect(box, name, "ExitCode") == 7 and until(lambda: not threads("exec"))
         # Without stdin what is sent is nobody's.
         fake.programs["program", "a b"] = lambda process: process.stdin is None and 9
@@ -10089,7 +10089,7 @@ class TestSupervision:
         checked.program = lambda process: running.set() or process.wait_signal()
         scripted.on("rm", stdout=ID + "\n", does=functools.partial(carry_out, checked.fake))
         checked.start()
-        assert running.wait(10)
+        assert running.wait(30)
         if end == "die":
             checked.fake.exit(ID)
         else:
@@ -10102,9 +10102,9 @@ class TestSupervision:
     def test_containerd_goes_in_the_middle(self, checked):
         """The check goes on without it, and its end is heard of when it is back."""
         running, gate = threading.Event(), threading.Event()
-        checked.program = lambda process: running.set() or int(not gate.wait(10))
+        checked.program = lambda process: running.set() or int(not gate.wait(30))
         checked.start()
-        assert running.wait(10)
+        assert running.wait(30)
         checked.fake.stop_serving()
         # A call, or the next check, finds nobody there.
         time.sleep(0.1)
@@ -10136,7 +10136,7 @@ class TestSupervision:
         if starting:
             assert until(lambda: checked.fake.calls["Tasks/Start"])
         else:
-            thread.join(10)
+            thread.join(30)
             for each in ends:
                 os.close(each)
         checked.program = said(0)
@@ -10814,7 +10814,7 @@ class TestHosts:
         thread.join(0.1)
         assert thread.is_alive() and not world.lines("db")
         os.close(descriptor)
-        thread.join(10)
+        thread.join(30)
         assert world.lines("db")
 
 
@@ -11899,7 +11899,7 @@ class TestBuildKit:
         proxy.server_ended(nerdctld.Unavailable("start it"))
         thread = threading.Thread(target=proxy.carry, args=(ours, None, nerdctld.PREFACE[:5]), daemon=True)
         thread.start()
-        theirs.settimeout(10)
+        theirs.settimeout(30)
         client = Peer(False)
         client.open(1, STATUS)
         theirs.sendall(client.take()[5:])
@@ -11907,7 +11907,7 @@ class TestBuildKit:
             client.feed(theirs.recv(65536))
         assert b"start it" in client.heads[1][0]
         theirs.close()
-        thread.join(10)
+        thread.join(30)
         assert not thread.is_alive()
         ours.close()
 
@@ -11925,7 +11925,7 @@ class TestBuildKit:
         finally:
             for each in (client, server):
                 each.close()
-            thread.join(10)
+            thread.join(30)
             assert not thread.is_alive() and far.fileno() == -1
             near.close()
 
@@ -11968,7 +11968,7 @@ class TestBuildKit:
     def test_a_client_that_breaks_the_rules_is_told(self, capfd):
         with self.relayed(self.BRIDGES["grpc"]) as (near, far, thread):
             near.sendall(nerdctld.PREFACE + frame(DATA, 0, 1, b"x"))
-            thread.join(10)
+            thread.join(30)
             assert not thread.is_alive()
             frames, _ = cut_frames(near.recv(65536))
             assert frames[-1][0] == GOAWAY
@@ -12002,7 +12002,7 @@ class TestBuildKit:
             assert b"x-docker-expose-session-uuid\x01u" in head and b":authority" in head and b"application/grpc" in head
             near.shutdown(socket.SHUT_WR)
             self.drive([(far, server)], lambda: 1 in server.ended)
-            thread.join(10)
+            thread.join(30)
             assert not thread.is_alive()
 
     @staticmethod
@@ -12049,7 +12049,7 @@ class TestBuildKit:
     def test_relay_ends_with_the_client(self, bridge):
         with self.relayed(self.BRIDGES[bridge]) as (near, far, thread):
             near.close()
-            thread.join(10)
+            thread.join(30)
             assert not thread.is_alive()
 
     def test_what_the_client_said_last_is_sent(self):
@@ -12081,7 +12081,7 @@ class TestBuildKit:
     def test_session_ends_with_buildkitd(self):
         with self.relayed(self.BRIDGES["session"]) as (near, far, thread):
             far.close()
-            thread.join(5)
+            thread.join(30)
             assert not thread.is_alive()
 
     # --- buildkitd's address and worker ---
@@ -12155,7 +12155,7 @@ class TestBuildKit:
             began = time.monotonic()
             with pytest.raises(nerdctld.Unavailable):
                 nerdctld.list_workers("unix://" + path, 0.1)
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 20
 
     @pytest.fixture
     def buildkit(self, tmp_path):
@@ -12218,7 +12218,7 @@ class TestBuildKit:
         (["Connection: Upgrade", "Upgrade: h2c"], None)])
     def test_without_the_right_upgrade(self, shared, path, status, headers, message):
         with contextlib.closing(shared.connect()) as sock:
-            sock.settimeout(10)
+            sock.settimeout(30)
             sock.sendall("\r\n".join([f"POST {path} HTTP/1.1", "Host: x", *headers, "", ""]).encode())
             response = http.client.HTTPResponse(sock, method="POST")
             response.begin()
@@ -12234,7 +12234,7 @@ class TestBuildKit:
         thread = threading.Thread(target=response.body.serve, args=(nerdctld.Connection(near),), daemon=True)
         thread.start()
         if path == "/grpc":
-            far.settimeout(10)
+            far.settimeout(30)
             client = Peer(False)
             client.open(1, STATUS)
             far.sendall(client.take())
@@ -12242,7 +12242,7 @@ class TestBuildKit:
                 client.feed(far.recv(65536))
             assert b"--buildkit-host" in client.heads[1][0] and b"grpc-status\x0214" in client.heads[1][0]
         far.close()
-        thread.join(10)
+        thread.join(30)
         assert not thread.is_alive()
         near.close()
 
@@ -12532,7 +12532,7 @@ class TestBuildKitLive:
             builder.run("build", "-t", "live:ssh", "--ssh", f"default={path}", str(context))
         finally:
             agent.terminate()
-            agent.wait(10)
+            agent.wait(30)
         assert builder.result("live:ssh", "cat", "/s") == "agent\n"
 
     def test_several_tags_and_quiet(self, builder, context):
@@ -12681,7 +12681,7 @@ class TestBuildKitLive:
         with self.sleeping(builder, context) as (process, mark):
             assert until(lambda: self.runs(mark))
             process.send_signal(number)
-            process.wait(10)
+            process.wait(30)
             deadline = time.monotonic() + 10
             while self.runs(mark) and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -12739,7 +12739,7 @@ class TestBuildKitLive:
 ###############################################################################
 
 
-def receive(sock, seconds=5.0):
+def receive(sock, seconds=30.0):
     """Everything until the other end closes."""
     sock.settimeout(seconds)
     parts = []
@@ -13058,7 +13058,7 @@ class TestSockets:
 
             def connect(data=b""):
                 sock = stack.enter_context(socket.socket(socket.AF_UNIX))
-                sock.settimeout(10)
+                sock.settimeout(30)
                 sock.connect(str(tmp_path / "nd.sock"))
                 sock.sendall(data)
                 found.handle_request()
@@ -13087,7 +13087,7 @@ class TestSockets:
 
     def test_idle_timeout(self, tmp_path):
         found = Daemon(tmp_path, command=self.hand_over(tmp_path / "nd.sock", options=["--idle-timeout", "0.1"]))
-        assert found.process.wait(10) == 0
+        assert found.process.wait(30) == 0
         assert "idle for 0.1 seconds" in found.log.read_text()
 
     def test_mode(self, shared):
@@ -13146,13 +13146,13 @@ class TestSockets:
         furnish(scripted, fake, tmp_path)
         put_big(fake, 1)
         begun, go_on, answers = threading.Event(), threading.Event(), []
-        fake.before["Content/Read"] = lambda: (begun.set(), go_on.wait(5))
+        fake.before["Content/Read"] = lambda: (begun.set(), go_on.wait(30))
         thread = threading.Thread(target=lambda: answers.append(daemon.ask("GET", "/images/big:1/get")))
         thread.start()
-        assert begun.wait(5)
+        assert begun.wait(30)
         threading.Timer(0.05, go_on.set).start()
         assert daemon.end() == 0
-        thread.join(5)
+        thread.join(30)
         assert answers[0].status == 200 and opened_archive(answers[0].body)
 
     def test_events_do_not_hold_up_the_end(self, daemon):
@@ -13161,7 +13161,7 @@ class TestSockets:
             assert sock.recv(65536)
             began = time.monotonic()
             assert daemon.end() == 0
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 20
 
     def test_children_end_with_it(self, tmp_path, scripted, fake):
         found = Daemon(tmp_path, "--nerdctl", str(scripted.program), "--address", fake.path, environment={"TMPDIR": str(tmp_path)})
@@ -13184,7 +13184,7 @@ class TestSockets:
     def test_notify(self, tmp_path):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
             manager.bind(str(tmp_path / "notify"))
-            manager.settimeout(10)
+            manager.settimeout(30)
             found = Daemon(tmp_path, environment={"NOTIFY_SOCKET": str(tmp_path / "notify")})
             assert manager.recv(100) == b"READY=1"
             found.end()
@@ -13197,7 +13197,7 @@ class TestSockets:
         process.stdin.close()
         assert process.stdout.read().endswith(b"\r\n\r\nOK")
         process.stdout.close()
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0
 
     def test_dial_stdio_to_nobody(self, tmp_path, capsys):
         assert nerdctld.main(["-H", f"unix://{tmp_path}/no.sock", "dial-stdio"]) == 1
