@@ -1973,23 +1973,14 @@ class TestShape:
 
     @pytest.mark.parametrize("file", [nerdctld.__file__, __file__], ids=["program", "tests"])
     def test_no_name_is_given_twice(self, file):
-        names = []
-        for node in ast.parse(pathlib.Path(file).read_text()).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                names.append(node.name)
-            elif isinstance(node, ast.Assign):
-                names += [each.id for target in node.targets for each in ast.walk(target) if isinstance(each, ast.Name)]
-        assert [name for name, count in collections.Counter(names).items() if count > 1] == []
-
-    def test_no_test_is_lost(self):
-        # Of two with one name Python keeps the second.
+        # Of two Python keeps the second, and of tests the first would be lost.
         where, names = "", collections.Counter()
-        for line in pathlib.Path(__file__).read_text().splitlines():
-            found = re.match(r"class (\w+)|    def (test_\w+)", line)
+        for line in pathlib.Path(file).read_text().splitlines():
+            found = re.match(r"(?:class|def) (\w+)|([A-Z_0-9]+)(?:: .+?)? = |    def (test_\w+)", line)
             if found:
-                where = found.group(1) or where
-                names[where, found.group(2)] += 1
-        assert not [name for name, count in names.items() if count > 1]
+                where = where if found.group(3) else found.group(1) or found.group(2)
+                names[where, found.group(3)] += 1
+        assert [name for name, count in names.items() if count > 1] == []
 
     def test_sections_are_those_of_the_docstring(self):
         banners = re.findall(r"^#{79}\n# (.+)\n#{79}$", SOURCE, re.M)
