@@ -2056,6 +2056,7 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
      "no image was built where nerdctl looks for it: buildkitd's first worker has to be a containerd worker in "
      "nerdctl's namespace (buildkitd.toml)"),
     (r"unknown flag: (--\S+)", NotImplementedHere, "this nerdctl has no option {0}: newer ones have"),
+    (r"unknown subcommand \"(\w+)\" for", NotImplementedHere, "this nerdctl has no {0}: newer ones have"),
     (r"executable file not found in \$PATH", BadParameter, ""),
     (r"exec: \"[^\"]*\": (?:permission denied|stat \S+: no such file or directory)|permission denied: unknown",
      BadParameter, ""),
@@ -7005,7 +7006,7 @@ def image_import(engine: Engine, request: Request) -> Response:
     if source != "-" and not re.match(r"https?://", source):
         source = "http://" + source
     config = apply_changes({}, request.values("changes"))
-    # nerdctl 1.7 has no --message.
+    # nerdctl before 2.1 has no import.
     arguments = ["import", *([f"--message={request.value('message')}"] if request.value("message") else [])]
     arguments += [f"--platform={each}" for each in wanted_platforms(request, 1)]
 
