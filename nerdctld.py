@@ -1356,7 +1356,7 @@ CHARACTER = (r"\\(?:x\{[0-9A-Fa-f]+\}|x[0-9A-Fa-f]{2}|[1-7][0-7]{1,2}|0[0-7]{0,2
              r"|[^\\]")
 MEMBER = rf"\[:(\^?)([^\]:]*):\]|\\([dDsSwW])|({CHARACTER})(?:(-)(?!\])({CHARACTER})?)?"
 ELEMENT = rf"""
-    (?P<repeat>[*+?] | \{{(?P<low>0|[1-9][0-9]*)(?:(?P<comma>,)(?P<high>0|[1-9][0-9]*)?)?\}})\??
+    (?P<repeat>[*+?] | \{{(?:0|[1-9][0-9]*)(?:,(?:0|[1-9][0-9]*)?)?\}})\??
     | (?P<open>\((?:(?!\?) | \?P?<(?P<name>\w+)> | \?(?P<on>[imsU]*)(?:-(?P<off>[imsU]+))?(?P<end>[:)])))
     | (?P<or>\|) | (?P<close>\)) | (?P<edge>[$^]) | \\(?P<boundary>[AzbB]) | \\Q(?P<quoted>.*?)(?:\\E|\Z)
     | (?P<any>\.) | \\(?P<perl>[dDsSwW]) | \[(?P<bracket>\^?) | (?P<character>(?!\()(?:{CHARACTER}))"""
@@ -1452,7 +1452,7 @@ class Compiler:
         if self.last == "repeat":
             if before == "repeat" or not self.groups[-1].pieces:
                 raise PatternError()
-            self.repeat(found)
+            self.repeat({"*": "{0,}", "+": "{1,}", "?": "{0,1}"}.get(text, text))
         elif self.last == "open":
             self.open(found)
         elif self.last == "or":
@@ -1474,10 +1474,9 @@ class Compiler:
         else:
             self.add_character(self.bracket(bool(text)) if self.last == "bracket" else re.escape(one_character(text)))
 
-    def repeat(self, found: "re.Match[str]") -> None:
-        """Repeat the last piece."""
-        simple = {"*": ("0", ",", None), "+": ("1", ",", None), "?": ("0", ",", "1")}
-        least, comma, greatest = simple.get(found["repeat"]) or found.group("low", "comma", "high")
+    def repeat(self, counts: str) -> None:
+        """Repeat the last piece as `{2}`, `{2,}` or `{2,3}` says."""
+        least, comma, greatest = counts[1:-1].partition(",")
         # More digits are too many in any case.
         low, high = int(least[:9]), int(greatest[:9]) if greatest else None if comma else int(least[:9])
         piece, product = self.groups[-1].pieces.pop()
@@ -1863,8 +1862,7 @@ class Stream:
     only break the stream off."""
 
     def __init__(self, chunks: Iterable[bytes], primed: bool = False):
-        self.chunks = iter(chunks)
-        self.primed = primed
+        self.chunks, self.primed = iter(chunks), primed
 
     def close(self) -> None:
         """End the generator, whether it was begun or not."""
@@ -1877,8 +1875,7 @@ class Connection:
     """A hijacked connection: the socket and the bytes that were read before it was taken over."""
 
     def __init__(self, sock: socket.socket, early: bytes = b""):
-        self.sock = sock
-        self.early = early
+        self.sock, self.early = sock, early
 
     def recv(self, size: int = 65536) -> bytes:
         """Up to `size` bytes, b"" at the client's end of file (it may still listen)."""
@@ -1934,10 +1931,8 @@ class Response:
 
     def __init__(self, status: int = 200, body: Any = None, media_type: str = "",
                  headers: Optional[Dict[str, str]] = None):
-        self.status = status
-        self.body = body
-        self.headers = dict(headers or {})
-        self.media_type = media_type
+        self.status, self.headers = status, dict(headers or {})
+        self.body, self.media_type = body, media_type
         if isinstance(body, (dict, list)):
             self.body = json_bytes(body) + b"\n"
             self.media_type = media_type or "application/json"
@@ -2278,16 +2273,10 @@ class Nerdctl:
 
     def __init__(self, command: List[str], namespace: str = "", address: str = "", snapshotter: str = "",
                  buildkit_host: str = "", debug: bool = False):
-        self.command = list(command)
-        self.namespace = namespace or "default"
-        self.address = address
-        self.debug = debug
-        self.snapshotter = snapshotter or "overlayfs"
-        self.options = [f"--namespace={self.namespace}"]
-        if address:
-            self.options.append(f"--address={address}")
-        if snapshotter:
-            self.options.append(f"--snapshotter={snapshotter}")
+        self.command, self.namespace, self.address = list(command), namespace or "default", address
+        self.snapshotter, self.debug = snapshotter or "overlayfs", debug
+        given = {"namespace": self.namespace, "address": address, "snapshotter": snapshotter}
+        self.options = [f"--{key}={value}" for key, value in given.items() if value]
         self.environment = {key: value for key, value in os.environ.items()
                             if not key.startswith(("LISTEN_", "NOTIFY_SOCKET"))}
         if buildkit_host:
@@ -2846,9 +2835,7 @@ class Http2Stream:
     """A stream: its windows in bytes, and what waits until those of the peer have room."""
 
     def __init__(self, number: int, send_window: int, receive_window: int):
-        self.number = number
-        self.send_window = send_window
-        self.receive_window = receive_window
+        self.number, self.send_window, self.receive_window = number, send_window, receive_window
         self.queue: Deque[memoryview] = collections.deque()
         self.queued = 0
         self.trailers: Optional[bytes] = None
@@ -2869,8 +2856,7 @@ class Http2Connection:
     MAX_OUT = 1 << 24
 
     def __init__(self, client: bool, window: int = 1 << 20):
-        self.client = client
-        self.window = window
+        self.client, self.window = client, window
         self.streams: Dict[int, Http2Stream] = {}
         self.last_stream = 0
         self.send_window, self.receive_window = 65535, self.CONNECTION_WINDOW
@@ -3795,8 +3781,7 @@ class EventSocket:
     until it comes back for more, that is until everything in them has been handled."""
 
     def __init__(self, sock: socket.socket):
-        self.sock = sock
-        self.lock = threading.Lock()
+        self.sock, self.lock = sock, threading.Lock()
         self.settimeout, self.sendmsg = sock.settimeout, sock.sendmsg
 
     def recv(self, size: int) -> bytes:
@@ -3836,8 +3821,7 @@ class EventFeed:
     RETRY = 0.1
 
     def __init__(self, containerd: Containerd, handle: Callable[[Optional[ContainerdEvent]], None]):
-        self.containerd = containerd
-        self.handle = handle
+        self.containerd, self.handle = containerd, handle
         self.socket: Optional[EventSocket] = None
         self.live_from = float("inf")
         self.closed = threading.Event()
@@ -4069,7 +4053,6 @@ LABEL_IMAGE = "nerdctld/image"
 # does so for those only that it was started with.
 LABEL_ATTACHED = "nerdctld/attached."
 HIDDEN_LABELS = ("nerdctl/", "nerdctld/", "containerd.io/restart.", "containerd.io/gc.", "io.containerd.image.config.")
-
 
 # The shapes of requests, as the API has them.
 HEALTH_CHECK = {"Test": [str], "Interval": int, "Timeout": int, "Retries": int, "StartPeriod": int,
@@ -4501,7 +4484,6 @@ class ImageContent(NamedTuple):
 
 
 NO_CONTENT = ImageContent({}, {}, {}, ())
-
 
 # Images come from anywhere: of their JSON nothing is believed that is not of these shapes.
 PLATFORM = {"os": str, "architecture": str, "variant": str, "os.version": str, "os.features": [str]}
@@ -5223,8 +5205,7 @@ class Hosts:
     MARK = "alias.nerdctld"
 
     def __init__(self, engine: "Engine"):
-        self.engine = engine
-        self.lock = threading.Lock()
+        self.engine, self.lock = engine, threading.Lock()
         self.used = False
         self.due = threading.Event()
 
@@ -5548,8 +5529,7 @@ class Tasks:
     LATE, DYING = 2.0, 5.0
 
     def __init__(self, feed: EventFeed, inventory: Inventory):
-        self.feed = feed
-        self.inventory = inventory
+        self.feed, self.inventory = feed, inventory
         self.condition = threading.Condition()
         self.count = 1
         self.starts: Dict[str, int] = {}
@@ -6153,10 +6133,8 @@ def registry_auths(credentials: Dict[str, str], registry: str) -> Dict[str, Dict
         entry = {"auth": base64.b64encode(pair.encode()).decode()}
     elif credentials.get("auth"):
         entry = {"auth": credentials["auth"]}
-    if not entry:
-        return {}
-    host = "docker.io" if registry in ("docker.io", "index.docker.io", "registry-1.docker.io") else registry
-    return {INDEX_SERVER if host == "docker.io" else host: entry}
+    is_hub = registry in ("docker.io", "index.docker.io", "registry-1.docker.io")
+    return {INDEX_SERVER if is_hub else registry: entry} if entry else {}
 
 
 def credentials_for(engine: Engine, request: Request, registry: str) -> ContextManager[Optional[Dict[str, str]]]:
@@ -6320,11 +6298,7 @@ GLOB_ELEMENT = re.compile(r"\[(\^?)((?:\\.|[^\]\\])+)\]|\\(.)|([^\[\\])", re.S)
 
 def glob_expression(glob: str) -> str:
     """The expression for a glob of Go's path.Match, whose `*` and `?` stop at slashes; 400 for what is none."""
-
-    def quoted(letter: str) -> str:
-        return f"\\x{{{ord(letter):x}}}"
-
-    found, at = "", 0
+    found, at, quoted = "", 0, lambda letter: f"\\x{{{ord(letter):x}}}"
     while at < len(glob):
         element = GLOB_ELEMENT.match(glob, at)
         if not element:
@@ -7284,8 +7258,7 @@ class Registry:
     def __init__(self, reference: Reference, credentials: Dict[str, str]):
         host, _, self.path = reference.repository.partition("/")
         self.host = "registry-1.docker.io" if host == "docker.io" else host
-        self.credentials = credentials
-        self.authorization = ""
+        self.credentials, self.authorization = credentials, ""
 
     def ask(self, path: str) -> Tuple[Dict[str, str], bytes]:
         """GET below the repository: headers (names in lower case) and body. 401, 404 and 500 as ApiErrors."""
