@@ -7689,14 +7689,12 @@ def encode_trace(status: Dict[str, Any]) -> bytes:
                            for name, (number, fields) in TRACE_FIELDS.items()})
 
 
-FAILED_STEP = '" did not complete successfully: exit code: '
-
-
 def build_failure(lines: Iterable[str]) -> Dict[str, Any]:
     """The last message of a failed build, from the last lines of its progress."""
     lines = list(lines)
     for line in reversed(lines):
-        command, failed, rest = line.partition('process "')[2].rpartition(FAILED_STEP)
+        command, failed, rest = line.partition('process "')[2].rpartition(
+            '" did not complete successfully: exit code: ')
         code = re.match(r"[0-9]{1,9}", rest)
         if failed and code:
             text = f"The command '{command}' returned a non-zero code: {code.group()}"
@@ -7704,9 +7702,6 @@ def build_failure(lines: Iterable[str]) -> Dict[str, Any]:
     told = [line for line in lines if re.match(r"(error|ERROR):? ", line)]
     text = re.sub(r"^(error|ERROR):? ", "", told[-1]) if told else str(nerdctl_error("\n".join(lines)))
     return {"errorDetail": {"message": text}, "error": text}
-
-
-REMOTE_LIMIT = 1 << 20
 
 
 def build_context(request: Request, folder: str) -> None:
@@ -7724,8 +7719,8 @@ def build_context(request: Request, folder: str) -> None:
             if answer.status != 200:
                 raise BadParameter(f"unable to prepare context: cannot download {remote}: HTTP status {answer.status}")
             if (answer.headers.get("Content-Type") or "").startswith("text/plain"):
-                data = answer.read(REMOTE_LIMIT + 1)
-                if len(data) > REMOTE_LIMIT:
+                data = answer.read((1 << 20) + 1)
+                if len(data) > 1 << 20:
                     raise BadParameter("unable to prepare context: the Dockerfile is larger than 1 MiB")
                 path = folder + os.path.normpath("/" + (request.value("dockerfile") or "Dockerfile"))
                 os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -8181,8 +8176,7 @@ def container_list(engine: Engine, request: Request) -> Response:
     return Response(200, container_rows(engine, found, containers, sizes, request.version) if found else [])
 
 
-# The HostConfig of a container for which nothing was asked: with Go's zero values, but for what dockerd leaves out and
-# for these.
+# The HostConfig of a container for which nothing was asked: Go's zero values, without what dockerd leaves out.
 LEFT_OUT = ("Annotations", "Init", "KernelMemory", "Mounts", "StorageOpt", "Sysctls", "Tmpfs")
 HOST_CONFIG: Dict[str, Any] = {
     **{key: shape() if isinstance(shape, type) else None for key, shape in HOST_CONFIG_FIELDS.items()
@@ -8992,8 +8986,7 @@ def _limits(value: Optional[List[Dict[str, Any]]], flag: str) -> List[str]:
     return [f"{flag}={each.get('Path')}:{each.get('Weight') or each.get('Rate') or 0}" for each in value or []]
 
 
-# Field of the create request -> flag of nerdctl create, and how its value becomes words. What needs more than that is
-# in the functions below.
+# Field of the create request -> flag of nerdctl create, and how its value becomes words; functions do the rest.
 CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str], List[str]]], ...] = (
     ("User", "--user", _value), ("Tty", "--tty", _switch),
     ("OpenStdin", "--interactive", _switch), ("StopSignal", "--stop-signal", _value),
@@ -9379,10 +9372,6 @@ def command_words(body: Dict[str, Any], image: Dict[str, Any]) -> Tuple[List[str
     return [] if entrypoint is None else [f"--entrypoint={each}" for each in entrypoint or [""]], list(command)
 
 
-MODES = (("IpcMode", "IPC", "|none|private|shareable|host|container:.+"), ("PidMode", "PID", "|host|container:.+"),
-         ("UTSMode", "UTS", "|host"), ("CgroupnsMode", "cgroup namespace", "|private|host"))
-
-
 def check_config(body: Dict[str, Any], host: Dict[str, Any]) -> None:
     """400 with dockerd's words for what is no limit and cannot be."""
     folder, hostname = body.get("WorkingDir") or "/", body.get("Hostname") or ""
@@ -9412,7 +9401,9 @@ def check_config(body: Dict[str, Any], host: Dict[str, Any]) -> None:
     refuse(
         (not known, f"unknown or invalid runtime name: {runtime}"),
         *((not re.fullmatch(modes, host.get(key) or ""), f"invalid {word} mode: {host.get(key)}")
-          for key, word, modes in MODES),
+          for key, word, modes in (
+              ("IpcMode", "IPC", "|none|private|shareable|host|container:.+"), ("PidMode", "PID", "|host|container:.+"),
+              ("UTSMode", "UTS", "|host"), ("CgroupnsMode", "cgroup namespace", "|private|host"))),
         (host.get("UTSMode") == "host" and hostname, "conflicting options: hostname and the UTS mode"),
         (host.get("Isolation") not in (None, "", "default"),
          f"invalid isolation ({host.get('Isolation')}): linux only supports 'default'"))
@@ -11377,9 +11368,6 @@ def container_attach(engine: Engine, request: Request, name: str) -> Response:
     return Response(101, Hijack(found.serve, abandon=found.abandon), stream_type(found.tty, request.version))
 
 
-WEBSOCKET_KEY = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-
-
 def websocket_key(request: Request) -> str:
     """The key of a WebSocket handshake; 400 with dockerd's words where it is none."""
     upgrade, connection = (request.headers.get(each) or "" for each in ("Upgrade", "Connection"))
@@ -11396,7 +11384,7 @@ def container_attach_websocket(engine: Engine, request: Request, name: str) -> R
     engine.inventory.container(name)
     key = websocket_key(request)
     found = AttachRequest(engine, request, name, lambda kind, data: websocket_frame(2, data))
-    accept = base64.b64encode(sha1((key + WEBSOCKET_KEY).encode()).digest()).decode()
+    accept = base64.b64encode(sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode()).digest()).decode()
 
     def serve_frames(connection: Connection) -> None:
         sock = WebSocket(connection, found.attachment)
@@ -12632,19 +12620,18 @@ def keep_spare(engine: Engine, network: Dict[str, Any], kept: bool = True) -> st
     """Let no container get an auxiliary address of a network, or (not `kept`) let the note of it go with the network; a
     warning where that cannot be."""
     folder = engine.containerd.root() + os.path.join(ADDRESSES, cni_name(network["Name"]))
-    for config in network["IPAM"]["Config"] or []:
-        for address in (config.get("AuxiliaryAddresses") or {}).values():
-            path = os.path.join(folder, address)
-            try:
-                if not kept:
-                    os.unlink(path)
-                    continue
+    for path in (os.path.join(folder, address) for config in network["IPAM"]["Config"] or []
+                 for address in (config.get("AuxiliaryAddresses") or {}).values()):
+        try:
+            if kept:
                 os.makedirs(folder, 0o755, exist_ok=True)
                 with open(path, "x", encoding="ascii") as file:
                     file.write("nerdctld\r\nauxiliary")
-            except OSError as error:
-                if kept:
-                    return f"auxiliary addresses are shown and not kept free: {error}"
+            else:
+                os.unlink(path)
+        except OSError as error:
+            if kept:
+                return f"auxiliary addresses are shown and not kept free: {error}"
     return ""
 
 
@@ -12808,13 +12795,10 @@ def volume_users(engine: Engine) -> collections.Counter:
                                for mount in container.mounts if mount.get("Name"))
 
 
-VOLUME_FILTERS = ("dangling", "driver", "label", "name")
-
-
 @route("GET", "/volumes")
 def volume_list(engine: Engine, request: Request) -> Response:
     """Volumes, by the filters dangling, driver, label and name."""
-    filters = request.filters(*VOLUME_FILTERS)
+    filters = request.filters("dangling", "driver", "label", "name")
     dangling = flag_filter(filters, "dangling")
     users = volume_users(engine) if dangling is not None else {}
     named = NameFilter(filters.get("name") or [])
@@ -12946,8 +12930,7 @@ def system_df(engine: Engine, request: Request) -> Response:
     return Response(200, answer)
 
 
-# A list of `/system/df` -> its summary since API 1.52: whether an item is in use, its size, and whether that is all its
-# own.
+# A list of `/system/df` -> its summary since API 1.52: whether an item is in use, its size, whether that is its own.
 USAGES: Dict[str, Tuple[str, Callable[..., Any], Callable[..., int], Callable[..., Any]]] = {
     "Images": ("ImageUsage", lambda row: row["Containers"] > 0, lambda row: row["Size"] - row["SharedSize"],
                lambda row: not row["Containers"]),
@@ -13871,29 +13854,25 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def respond(self, response: Response, body: Optional[Body]) -> int:
         """Send a response of any kind; returns its status, which for a primed stream is known only here."""
-        self.leave(body, response)
+        unread = body is not None and not body.ended
         if isinstance(response.body, Stream):
             return self.send_stream(response, body)
         if isinstance(response.body, Hijack):
+            if unread and not body.chunked:
+                # dockerode sends its options once more as a body: they are not input for the container.
+                body.drain(JSON_LIMIT, 2.0)
             return self.send_hijack(response)
+        # What the handler left unread must not be taken for the next request.
+        if unread and not body.drain(1 << 18, 0.2):
+            self.close_connection = True
         self.send_whole(response)
-        if body is not None and not body.ended:
+        if unread and not body.ended:
             # The answer came before the end of the body: to close now would reset what the client has not read of it.
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
             body.expects = False
             body.drain(1 << 26, 2.0)
         return response.status
-
-    def leave(self, body: Optional[Body], response: Response) -> None:
-        """Take what the handler left unread off the connection, so that it is not taken for the next request."""
-        if body is None or body.ended or isinstance(response.body, Stream):
-            return
-        if isinstance(response.body, Hijack):
-            # dockerode sends its options once more as a body: they are not input for the container.
-            body.drain(JSON_LIMIT, 2.0) if not body.chunked else None
-        elif not body.drain(1 << 18, 0.2):
-            self.close_connection = True
 
     def head(self, status: str, headers: Dict[str, str]) -> bytes:
         """Status line and headers, with those that every answer has."""
@@ -14540,8 +14519,7 @@ def watch_signals() -> int:
 
 def serve_until_told(server: Server, idle_timeout: float, signals: int) -> None:
     """Serve until a signal or, with a timeout, until idle for so long."""
-    # serve_forever() looks every so often whether it is to end: an idle daemon would never sleep, and its end would
-    # wait.
+    # serve_forever() looks every so often whether it is to end: an idle daemon would not sleep, and its end would wait.
     poller = select.poll()
     for each in (server.fileno(), signals):
         poller.register(each, select.POLLIN)
