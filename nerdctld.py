@@ -10974,18 +10974,15 @@ def container_rename(engine: Engine, request: Request, name: str) -> None:
     engine.tell(engine.inventory.container(container.id), "rename", oldName="/" + container.name)
 
 
-UPDATE_FLAGS = tuple((path.partition(".")[2], flag, render) for path, flag, render in CREATE_FLAGS
-                     if flag in ("--cpu-shares", "--cpu-period", "--cpu-quota", "--cpuset-cpus", "--cpuset-mems",
-                                 "--memory", "--memory-reservation", "--memory-swap", "--pids-limit",
-                                 "--blkio-weight", "--kernel-memory"))
-
-
 @route("POST", "/containers/{id}/update")
 def container_update(engine: Engine, request: Request, name: str) -> Response:
     """Change its limits or restart policy; 200 with warnings."""
     body = request.json({**RESOURCES, "RestartPolicy": RESTART_POLICY})
     check_limits(body, update=True)
-    words = [word for key, flag, render in UPDATE_FLAGS for word in render(body.get(key), flag)]
+    known = ("--cpu-shares", "--cpu-period", "--cpu-quota", "--cpuset-cpus", "--cpuset-mems", "--memory",
+             "--memory-reservation", "--memory-swap", "--pids-limit", "--blkio-weight", "--kernel-memory")
+    words = [word for path, flag, render in CREATE_FLAGS if flag in known
+             for word in render(field_of({"HostConfig": body}, path), flag)]
     if body.get("NanoCpus"):
         # nerdctl 2.3.5 update takes --cpus and does nothing.
         words += ["--cpu-period=100000", f"--cpu-quota={body['NanoCpus'] // 10**4}"]
@@ -12205,10 +12202,6 @@ def container_changes(engine: Engine, request: Request, name: str) -> Response:
                 return Response(200, [{"Path": path, "Kind": kind} for path, kind in found] or b"null\n")
 
 
-# The digest of a tar without entries.
-NO_CHANGES = "sha256:" + sha256(bytes(1024)).hexdigest()
-
-
 def base_of(engine: Engine, container: Container, parent: str) -> Optional[ImageGroup]:
     """The image that has the snapshot `parent` below a container, first the one that it was made of: its name may
     stand for another one by now. None where there is none any more."""
@@ -12226,7 +12219,8 @@ def commit_layers(containerd: Containerd, container: Container,
     parent = "".join(chain_ids(base.config)[-1:])
     with containerd.snapshot("View", snapshotter, parent) as (_, below):
         layer, diff_id = containerd.make_layer(below, containerd.snapshot_mounts(snapshotter, key))
-    if diff_id != NO_CHANGES:
+    # Of a tar without entries, where nothing differs.
+    if diff_id != "sha256:" + sha256(bytes(1024)).hexdigest():
         layers.append(layer.json)
         diff_ids.append(diff_id)
         containerd.unpack_layer(layer, snapshotter, parent, chain_ids({"rootfs": {"diff_ids": diff_ids}})[-1])
@@ -12380,33 +12374,29 @@ def blkio_stats(folders: Dict[str, str]) -> Dict[str, Any]:
     return {"io_service_bytes_recursive": rows or None, "io_serviced_recursive": operations or None, **empty}
 
 
-NETWORK_FIELDS = ("rx_bytes", "rx_packets", "rx_errors", "rx_dropped", None, None, None, None, "tx_bytes",
-                  "tx_packets", "tx_errors", "tx_dropped")
-
-
 def network_stats(pid: int) -> Dict[str, Dict[str, int]]:
     """`networks`: bytes and packets of each interface of a process's network namespace but the loopback."""
+    fields = [way + each for way in ("rx_", "tx_") for each in ("bytes", "packets", "errors", "dropped")]
     found = {}
     for name, numbers in re.findall(r"^\s*(\S+):\s*(.*)$", read_file(f"/proc/{pid}/net/dev"), re.M):
         if name != "lo":
-            found[name] = {field: int(value) for field, value in zip(NETWORK_FIELDS, numbers.split()) if field}
+            values = numbers.split()
+            found[name] = dict(zip(fields, map(int, values[:4] + values[8:12])))
     return found
-
-
-EMPTY_CPU = {"cpu_usage": {"total_usage": 0, "usage_in_kernelmode": 0, "usage_in_usermode": 0},
-             "throttling_data": {"periods": 0, "throttled_periods": 0, "throttled_time": 0}}
 
 
 def docker_stats(container: Container, pid: int, before: Dict[str, Any]) -> Dict[str, Any]:
     """One sample of a container's statistics; `before` is the sample before it, {} for none. Of a container that does
     not run only zeros, as dockerd has it."""
     folders = cgroup_folders(pid) if pid else {}
+    idle = {"cpu_usage": {"total_usage": 0, "usage_in_kernelmode": 0, "usage_in_usermode": 0},
+            "throttling_data": {"periods": 0, "throttled_periods": 0, "throttled_time": 0}}
     found: Dict[str, Any] = {
         "name": "/" + container.name, "id": container.id, "os_type": "linux",
         "read": rfc3339(time.time_ns()) if pid else ZERO_TIME, "preread": before.get("read") or ZERO_TIME,
         "num_procs": 0, "storage_stats": {},
         "pids_stats": pids_stats(folders) if pid else {}, "blkio_stats": blkio_stats(folders),
-        "cpu_stats": cpu_stats(folders) if pid else EMPTY_CPU, "precpu_stats": before.get("cpu_stats") or EMPTY_CPU,
+        "cpu_stats": cpu_stats(folders) if pid else idle, "precpu_stats": before.get("cpu_stats") or idle,
         "memory_stats": memory_stats(folders) if pid else {},
     }
     if pid and network_mode(container) != "host":
@@ -12576,18 +12566,14 @@ DRIVER_OPTIONS = {"com.docker.network.driver.mtu": "mtu", "com.docker.network.br
                   "ipvlan_mode": "ipvlan_mode", "mtu": "mtu"}
 
 
-NETWORK_CREATE = {
-    "Name": str, "Driver": str, "Scope": str, "EnableIPv4": bool, "EnableIPv6": bool, "Internal": bool,
-    "Attachable": bool, "Ingress": bool, "ConfigOnly": bool, "ConfigFrom": {"Network": str}, "Options": Named(str),
-    "Labels": Named(str), "IPAM": {"Driver": str, "Options": Named(str), "Config": [
-        {"Subnet": str, "IPRange": str, "Gateway": str, "AuxiliaryAddresses": Named(str)}]},
-}
-
-
 @route("POST", "/networks/create")
 def network_create(engine: Engine, request: Request) -> Response:
     """Make a network; 201 with its id. 409 for a name in use, 403 for a pre-defined name or a subnet in use."""
-    body = request.json(NETWORK_CREATE)
+    body = request.json({
+        "Name": str, "Driver": str, "Scope": str, "EnableIPv4": bool, "EnableIPv6": bool, "Internal": bool,
+        "Attachable": bool, "Ingress": bool, "ConfigOnly": bool, "ConfigFrom": {"Network": str}, "Options": Named(str),
+        "Labels": Named(str), "IPAM": {"Driver": str, "Options": Named(str), "Config": [
+            {"Subnet": str, "IPRange": str, "Gateway": str, "AuxiliaryAddresses": Named(str)}]}})
     name = body.get("Name") or ""
     refuse((not name, "name is required"), (not name.strip(), "invalid name: name is empty"),
            (len(name) > 200 or network_name(cni_name(name)) != name or len(cni_name(name)) > 200,
