@@ -8143,8 +8143,7 @@ def list_containers(engine: Engine, among: Iterable[Container], filters: Dict[st
 
 
 def container_sizes(engine: Engine, containers: Iterable[Container]) -> Dict[str, Tuple[int, int]]:
-    """containerd's id -> bytes written, -1 where that cannot be found, and bytes in all of these containers; read anew,
-    since no event tells of them."""
+    """containerd's id -> bytes written (-1 where that cannot be found) and in all, read anew: no event has them."""
     found, below = {}, {}
     for container in containers:
         snapshotter, key = container.record.snapshotter, container.record.snapshot_key
@@ -8710,8 +8709,7 @@ def make_source(mount: Dict[str, Any]) -> None:
 
 
 def renew_sources(host: Dict[str, Any]) -> None:
-    """Make the folders of the host that the Binds of a HostConfig have, as at its creation; 400 for a source of its
-    Mounts that is gone."""
+    """Make the host's folders of a HostConfig's Binds, as at creation; 400 for a source of its Mounts that is gone."""
     binds = [parse_bind(each) for each in host.get("Binds") or [] if each.startswith("/")]
     for each in binds + (host.get("Mounts") or []):
         if each.get("Type") == "bind":
@@ -8872,8 +8870,7 @@ def locked_flags(engine: Engine, path: str) -> List[str]:
 
 
 def note_mount(labels: Dict[str, str], row: Dict[str, Any]) -> Dict[str, str]:
-    """The label that tells a mount besides those that nerdctl noted in these labels: 2.3 has one for each mount, any
-    other nerdctl a list."""
+    """The label of a mount besides those that nerdctl noted in these: 2.3 has one a mount, any other nerdctl a list."""
     if "nerdctl/mounts.0" in labels:
         number = next(each for each in itertools.count() if f"nerdctl/mounts.{each}" not in labels)
         return {f"nerdctl/mounts.{number}": json.dumps(row)}
@@ -9150,8 +9147,7 @@ def security_args(host: Dict[str, Any]) -> List[str]:
 
 @contextlib.contextmanager
 def profile_files(engine: Engine, words: List[str]) -> Iterator[List[str]]:
-    """Context in which a seccomp profile, which clients send as its text, is the path of a file, as nerdctl takes
-    it."""
+    """Context in which a seccomp profile, which clients send as text, is the path of a file, as nerdctl takes it."""
     start = "--security-opt=seccomp="
     if not any(each.startswith(start + "{") for each in words):
         yield words
@@ -9578,12 +9574,10 @@ def link_to(engine: Engine, text: str) -> str:
 def kept_request(engine: Engine, body: Dict[str, Any], image: Dict[str, Any]) -> Dict[str, Any]:
     """What is kept of a create request: with the ports that the image exposes, its health check and its shell, and with
     ids for the names of containers, which may change."""
-    found = {**({"Shell": image["Shell"]} if image.get("Shell") else {}), **body}
-    if health_check(body, image):
-        found["Healthcheck"] = health_check(body, image)
-    exposed = body.get("ExposedPorts") or {}
-    if image.get("ExposedPorts"):
-        found["ExposedPorts"] = {**image["ExposedPorts"], **exposed}
+    more = {"Healthcheck": health_check(body, image),
+            "ExposedPorts": {**(image.get("ExposedPorts") or {}), **(body.get("ExposedPorts") or {})}}
+    found = {**({"Shell": image["Shell"]} if image.get("Shell") else {}), **body,
+             **{key: value for key, value in more.items() if value}}
     for key, name in shared_names(body).items():
         with contextlib.suppress(NotFound):
             found["HostConfig"] = {**found["HostConfig"], key: f"container:{engine.inventory.container(name).id}"}
@@ -11456,8 +11450,7 @@ def account_rows(container: Container, path: str) -> List[List[str]]:
 
 
 def account_number(text: str) -> int:
-    """The number of a user or a group in such a line, 0 for what is none, as with dockerd; 400 with its words for one
-    that is out of range."""
+    """The number of a user or group in such a line; as with dockerd 0 for what is none, 400 for one out of range."""
     found = int(text[:20]) if re.fullmatch("[+-]?[0-9]+", text) else 0
     if not 0 <= found < 1 << 31:
         raise BadParameter("uids and gids must be in range 0-2147483647")
@@ -11825,8 +11818,7 @@ class Supervisor:
             self.release(identity)
 
     def _end(self, container: Container) -> bool:
-        """After the end of a container: remove it if it is to be, else give back what others may want. Whether it needs
-        no care any more."""
+        """After the end of a container: remove it if it is to be, or give back what others want. Whether it is done."""
         owner = self.engine.owner(container.id)
         removed, streams, moment = auto_removed(container) and not owner.restarting, owner.streams, time.monotonic()
         # Output of a process that has ended may still come, at whose end the container is looked at again; for a client
@@ -11939,8 +11931,7 @@ def process_age(container: Container) -> float:
 
 
 def check_pause(check: Dict[str, Any], age: float, starting: bool) -> float:
-    """Seconds between two health checks: as dockerd has it, StartInterval (or 5) as long as the start period lasts and
-    the container is starting."""
+    """Seconds between two health checks: as with dockerd StartInterval (or 5) while it starts in the start period."""
     if starting and age < check.get("StartPeriod", 0) / 1e9:
         return check.get("StartInterval", 5 * 10**9) / 1e9
     return check.get("Interval", 30 * 10**9) / 1e9
@@ -12081,8 +12072,7 @@ def check_path(text: str) -> str:
 
 
 def running_root(engine: Engine, container: Container) -> Tuple[str, Set[str]]:
-    """The root of a running container as this process may see it, "" else, and what is mounted in it that does not
-    belong to its tree."""
+    """The root of a running container, "" where it is out of sight, and what is mounted in it and not of its tree."""
     root, own = f"/proc/{container.state.pid}/root/", container.spec.get("mounts") or []
     places = tuple(os.path.normpath(each["destination"]) + "/" for each in own if is_tree_mount(each))
     # It may have just ended.
@@ -12603,8 +12593,7 @@ ADDRESSES = "/var/lib/cni/networks"
 
 
 def keep_spare(engine: Engine, network: Dict[str, Any], kept: bool = True) -> str:
-    """Let no container get an auxiliary address of a network, or (not `kept`) let the note of it go with the network; a
-    warning where that cannot be."""
+    """Keep a network's auxiliary addresses from containers, or (not `kept`) give them up; a warning if it fails."""
     folder = engine.containerd.root() + os.path.join(ADDRESSES, cni_name(network["Name"]))
     for path in (os.path.join(folder, address) for config in network["IPAM"]["Config"] or []
                  for address in (config.get("AuxiliaryAddresses") or {}).values()):
@@ -12702,8 +12691,7 @@ def check_connection(network: Dict[str, Any], container: Container) -> None:
 
 @contextlib.contextmanager
 def rewiring(engine: Engine, body: Dict[str, Any]) -> Iterator[Tuple[Container, Dict[str, Dict[str, Any]]]]:
-    """Context of a change of the networks of the container that a request names: the container, and its networks with
-    their EndpointSettings."""
+    """Context of a change of the networks of a request's container: it, and its EndpointSettings by network."""
     name = body.get("Container") or ""
     gone = ApiError(f"Container {name} is marked for removal and cannot be connected or disconnected to the network")
     with engine.owning(name, gone) as container:
@@ -13366,8 +13354,7 @@ def list_workers(address: str, timeout: float = 10.0) -> List[Dict[str, str]]:
 
 
 def worker_complaint(workers: List[Dict[str, str]], namespace: str, containerd: str) -> str:
-    """Why nerdctl would not see an image built by the first of these workers, "" when it would. `containerd` is the
-    UUID of nerdctl's."""
+    """Why nerdctl, over the containerd of this UUID, would not see an image of the first worker, "" if it would."""
     labels = workers[0] if workers else {}
     found, uuid = labels.get(WORKER_LABEL + "namespace"), labels.get(WORKER_LABEL + "uuid")
     if found is None:
@@ -14329,8 +14316,7 @@ def first_numbers(version: str) -> Tuple[int, ...]:
 
 
 def check_containerd(engine: Engine, whole: bool) -> Iterator[Finding]:
-    """containerd, its snapshotter and runtime, and nerdctl, which is asked for its version where that matters or the
-    `whole` is to be told."""
+    """containerd, its snapshotter and runtime, and nerdctl, whose version is asked if it matters or for the `whole`."""
     version = ""
     try:
         version, _ = engine.containerd.version()
