@@ -5812,11 +5812,6 @@ class Engine:
                 if self.containerd.get_image(name).target.digest == image.target.digest:
                     self.containerd.delete_image(image.name, sync=False)
 
-    def _is_own(self, action: str, name: str) -> bool:
-        """Whether a change of ours makes this event. nerdctl's imports also set `name@digest`."""
-        return any(action == own and (name in names or name.partition("@")[0] in names) for own,
-                   names in list(self.quiet.values()))
-
     @contextlib.contextmanager
     def owning(self, name: str, gone: Optional[ApiError] = None) -> Iterator[Container]:
         """Context in which nobody else changes a container, which is looked up anew when its turn has come; whoever
@@ -5900,9 +5895,12 @@ class Engine:
                                          {**self.actor(container), **more}, time.time_ns()))
 
     def _image_event(self, event: ContainerdEvent, identity: str) -> None:
-        action, name = {"/images/create": "tag",
-                        "/images/delete": "untag"}.get(event.topic), event.payload.get("name") or ""
-        if action is None or self._is_own(action, name) or is_nameless(name):
+        action = {"/images/create": "tag", "/images/delete": "untag"}.get(event.topic)
+        name = event.payload.get("name") or ""
+        # Whether a change of our own makes this event; nerdctl's imports also set `name@digest`.
+        own = any(action == made and (name in names or name.partition("@")[0] in names)
+                  for made, names in list(self.quiet.values()))
+        if action is None or own or is_nameless(name):
             return
         if action == "tag":
             with contextlib.suppress(ApiError):
