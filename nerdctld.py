@@ -9350,8 +9350,7 @@ def log_args(host: Dict[str, Any]) -> List[str]:
     config = host.get("LogConfig") or {}
     kind, options = config.get("Type") or "json-file", config.get("Config") or {}
     check_log(kind, options)
-    words = [f"--log-driver={kind}"] if kind not in ("local", "json-file") else []
-    return words + _pairs(options, "--log-opt")
+    return _switch(kind not in ("local", "json-file"), f"--log-driver={kind}") + _pairs(options, "--log-opt")
 
 
 def command_words(body: Dict[str, Any], image: Dict[str, Any]) -> Tuple[List[str], List[str]]:
