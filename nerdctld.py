@@ -12007,7 +12007,19 @@ def is_tree_mount(mount: Dict[str, Any]) -> bool:
     return (bind or kind == "tmpfs" and place != "/dev") and not (place + "/").startswith(("/proc/", "/sys/"))
 
 
-def find_tree(engine: Engine, container: Container, stored: bool) -> Dict[str, Any]:
+def mount_to_read(mount: Dict[str, Any]) -> Dict[str, Any]:
+    """A mount of a snapshot for reading: an overlay without its upper folder of its own. With it the kernel would clear
+    its work folder, in which another mount of it, such as that of a container that starts, may be making a file."""
+    options = dict(each.partition("=")[::2] for each in mount["options"])
+    upper = options.pop("upperdir", "")
+    if mount["type"] != "overlay" or not upper:
+        return mount
+    options["lowerdir"] = upper + ":" + options["lowerdir"]
+    kept = (each for each in options.items() if each[0] not in ("workdir", "volatile"))
+    return {**mount, "options": [key + "=" * bool(value) + value for key, value in kept]}
+
+
+def find_tree(engine: Engine, container: Container, stored: bool, writes: bool) -> Dict[str, Any]:
     """Where the tree of a container is, as enter_tree() is told, or with `stored` its snapshot in any case; `owner` is
     the user that it runs as. One that was never started has no files of nerdctl's yet: those of another container may
     be unpacked into it."""
@@ -12020,8 +12032,9 @@ def find_tree(engine: Engine, container: Container, stored: bool) -> Dict[str, A
             fixed = bool({"ro", "rro"} & set(each.get("options") or ()))
             found["binds"].append((each["source"] if stopped else place, place, fixed))
     if not found["pid"]:
-        found["mounts"] = [parse_mount(each) for each in engine.containerd.snapshot_mounts(
-            container.record.snapshotter, container.record.snapshot_key)]
+        mounts = map(parse_mount, engine.containerd.snapshot_mounts(container.record.snapshotter,
+                                                                    container.record.snapshot_key))
+        found["mounts"] = list(mounts if writes else map(mount_to_read, mounts))
     return found
 
 
@@ -12037,8 +12050,11 @@ def opened_tree(engine: Engine, container: Container, missing: ApiError,
     """A process in a container's tree that carries out an order: it, its answer, and what it wrote after that.
     `missing` is raised where the path is not there."""
     for last in (False, False, True):
-        found = find_tree(engine, container, order["do"] == "changes")
         with contextlib.ExitStack() as stack:
+            if order["do"] == "unpack" and not running_pid(engine, container):
+                # As with dockerd: one at a time, and none while it starts.
+                container = stack.enter_context(engine.owning(container.id))
+            found = find_tree(engine, container, order["do"] == "changes", order["do"] == "unpack")
             if not found["pid"]:
                 stack.enter_context(mounted(engine, placed_mounts(container)))
                 found["folder"] = stack.enter_context(temporary_folder("tree"))

@@ -10396,9 +10396,31 @@ class TestArchive:
     def test_of_one_that_ends_meanwhile(self, reached, fake):
         """Its files are still there, and nobody has to ask again."""
         real, calls = reached.inventory.container("tstdone").id, []
-        fake.before["Tasks/Get"] = lambda: (calls.append(1), fake.start(real, os.getpid()) if len(calls) == 1 else fake.forget(real))
+        fake.before["Tasks/Get"] = lambda: (calls.append(1), fake.start(real, os.getpid()) if len(calls) < 3 else fake.forget(real))
         assert ask(reached, "PUT", "/containers/tstdone/archive?path=/", tar_with("meanwhile")).status == 200
-        assert (reached.root / "meanwhile").exists() and not os.path.exists("/meanwhile") and len(calls) > 2
+        assert (reached.root / "meanwhile").exists() and not os.path.exists("/meanwhile") and len(calls) > 3
+
+    def test_a_snapshot_is_mounted_for_writing_by_one_at_a_time(self, reached, fake):
+        """The kernel clears the work folder of an overlay that is mounted with its upper one: of 72 starts beside copies 16 failed."""
+        container = reached.inventory.container("tstdone")
+        key = container.record.snapshotter, container.record.snapshot_key
+        fake.mounts[key] = [("overlay", "overlay", ("index=off", "volatile", "workdir=/s/9/work", "upperdir=/s/9/fs", "lowerdir=/s/2/fs:/s/1/fs"))]
+        told = lambda writes: nerdctld.find_tree(reached, container, False, writes)["mounts"][0]["options"]
+        assert told(True) == ["index=off", "volatile", "workdir=/s/9/work", "upperdir=/s/9/fs", "lowerdir=/s/2/fs:/s/1/fs"]
+        assert told(False) == ["index=off", "lowerdir=/s/9/fs:/s/2/fs:/s/1/fs"]
+        bind = {"type": "bind", "source": "/s", "options": ["rbind", "rw"]}
+        assert nerdctld.mount_to_read(bind) == bind
+
+    def test_a_copy_into_one_that_is_being_started_waits(self, reached):
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(ask(reached, "PUT", "/containers/tstdone/archive?path=/", tar_with("later")).status), daemon=True)
+        with reached.owning("tstdone"):
+            thread.start()
+            assert ask(reached, "GET", "/containers/tstdone/archive?path=/etc").status == 200
+            thread.join(0.3)
+            assert answers == []
+        thread.join(20)
+        assert answers == [200] and (reached.root / "later").exists()
 
     @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
     @pytest.mark.parametrize("size", [1, 100, 1 << 18])
