@@ -3830,6 +3830,7 @@ class TestContainerd:
         fake.programs[FOREVER] = lambda process: 128 + process.wait_signal()
         fake.refuse[MISSING] = 'OCI runtime exec failed: exec failed: unable to start container process: exec: "/nosuch": stat /nosuch: no such file or directory'
         with contextlib.closing(ToldTopics(containerd, ID)) as told:
+            assert until(lambda: fake.subscribers)
             body(containerd, ID, tmp_path, told)
 
     def test_what_the_fake_does_by_itself(self, fake, containerd, tmp_path):
@@ -8893,6 +8894,7 @@ class TestContainerLifecycle:
             raise nerdctld.GrpcError(2 if message else 14, message or "the server takes no more calls")
         fake.before["Tasks/Create"] = refuse
         found, thread = self.waiting(willing, "/containers/tstnew/wait?condition=removed")
+        assert self.still_waits(willing, found)
         assert ask(willing, "POST", "/containers/tstnew/start").status == status
         # Without --force: what runs, whoever has started it, is not removed.
         assert [each["argv"] for each in scripted.calls("rm")] == ([["rm", "--volumes", "--", real]] if removed else [])
