@@ -17151,7 +17151,8 @@ class Replay:
 REPLAY_DIFFERENCES = [
     # What nerdctl has no means for
     ("container_attach", r"stream 1 'bin\\n.* and not 'bin\\ndev\\nproc\\nsys\\n'", "a mount of the base image, which has other folders here"),
-    ("container_create", r"status 500.*no known GPU vendor.*", "nerdctl looks for the GPU at the creation, Docker at the start"),
+    ("container_create", r"status (500.*no known GPU vendor|400.*nvidia-container-cli).*", "nerdctl looks for the GPU at the creation, Docker at the start"),
+    ("image_search", r"status 501.*this nerdctl has no .*", "nerdctl before 2.3 has no such command"),
     ("container_start", r"status 204 and not 500: ", "a GPU, a link to a container that has ended: not found at the start; which one of two gets a port"),
     ("container_start", r"status 500.*unable to set hostname without a private UTS namespace", "nerdctl 2.3.5 run --uts=host without --network=host"),
     ("container_start", r"(status 500.*|message .*)port is already allocated.*", "which one of two gets a port; Docker's driver says more"),
