@@ -9523,15 +9523,16 @@ def check_name(engine: Engine, name: str) -> str:
     # nerdctl keeps the name of a container whose creation was killed, and the old one of one that is started after it
     # was renamed, also when that is gone. One that is being made has a folder, and a little time.
     store, namespace = engine.inventory.store, engine.nerdctl.namespace
-    folder = os.path.join(store, "names", namespace)
-    # The lock is nerdctl's: the name may be another one's as soon as it is let go.
-    with contextlib.suppress(OSError), locked(folder), open(os.path.join(folder, name), encoding="ascii",
-                                                            errors="replace") as file:
-        identity = file.read(64)
-        known = engine.inventory.containers().get(identity)
-        if (known.name != name if known else time.time() - os.fstat(file.fileno()).st_mtime > SHORT_CALL
-                or not os.path.exists(os.path.join(store, "containers", namespace, identity))):
-            os.unlink(file.name)
+    for folder in (os.path.join(store, "names", namespace), os.path.join(store, namespace)):
+        # The second one is that of nerdctl 2.0 and 2.1. The lock is nerdctl's: the name may be another one's as soon as
+        # it is let go.
+        with contextlib.suppress(OSError), locked(folder), open(os.path.join(folder, name), encoding="ascii",
+                                                                errors="replace") as file:
+            identity = file.read(64)
+            known = engine.inventory.containers().get(identity)
+            if (known.name != name if known else time.time() - os.fstat(file.fileno()).st_mtime > SHORT_CALL
+                    or not os.path.exists(os.path.join(store, "containers", namespace, identity))):
+                os.unlink(file.name)
     for each in engine.inventory.containers().values():
         if each.name == name:
             raise Conflict(f'Conflict. The container name "/{name}" is already in use by container "{each.id}". '

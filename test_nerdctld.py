@@ -7388,10 +7388,11 @@ class TestContainerCreate:
 
     @pytest.mark.parametrize("owner, folder, age, kept", [
         ("9" * 64, True, 10, True), ("9" * 64, True, 1000, False), ("9" * 64, False, 10, False), (ID, True, 10, False)])
-    def test_a_name_that_is_nobodys(self, furnished, scripted, fake, owner, folder, age, kept):
+    @pytest.mark.parametrize("names", ["names/default", "default"], ids=["2.3.5", "2.1.6"])
+    def test_a_name_that_is_nobodys(self, furnished, scripted, fake, owner, folder, age, kept, names):
         """nerdctl 2.3.5: what is killed in mid create, renamed and started again, or removed after that, leaves its name."""
         store = pathlib.Path(furnished.inventory.store)
-        place = store / "names" / "default" / "new"
+        place = store / names / "new"
         for each in (place.parent, store / "containers" / "default" / (owner if folder else "other")):
             each.mkdir(parents=True, exist_ok=True)
         place.write_text(owner)
