@@ -2052,6 +2052,7 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
      "nerdctl's namespace (buildkitd.toml)"),
     (r"unknown flag: (--\S+)", NotImplementedHere, "this nerdctl has no option {0}: newer ones have"),
     (r"unknown subcommand \"(\w+)\" for", NotImplementedHere, "this nerdctl has no {0}: newer ones have"),
+    (r"unsupported restart policy \"([^\"]*)\", supported.*", NotImplementedHere, ""),
     (r"unknown ipc value\..* got: \"([^\"]*)\"", NotImplementedHere, "this nerdctl has no --ipc={0}: newer ones have"),
     (r"executable file not found in \$PATH", BadParameter, ""),
     (r"exec: \"[^\"]*\": (?:permission denied|stat \S+: no such file or directory)|permission denied: unknown",

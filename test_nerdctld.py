@@ -1860,6 +1860,8 @@ FAILURES = [
     ("network create --internal (2.0.5)", fatal("unknown flag: --internal"), 501, "this nerdctl has no option --internal: newer ones have"),
     ("create --ipc=shareable (1.7.7)", fatal('unknown ipc value. valid values are \'private\' or \'host\', got: "shareable"'), 501,
      "this nerdctl has no --ipc=shareable: newer ones have"),
+    ("create --restart=on-failure (1.7.7, containerd 1.6)", fatal('unsupported restart policy "on-failure", supported policies are: ["always"]'), 501,
+     'unsupported restart policy "on-failure", supported policies are: ["always"]'),
     ("import (2.0.5)", fatal('unknown subcommand "import" for "nerdctl"\n\nDid you mean this?\n\tport\n'), 501, "this nerdctl has no import: newer ones have"),
     ("create --volume=/mnt:/m:rshared", fatal('failed to parse volume options ("bind", "/mnt", "rshared"): mountpoint "/" doesn\'t have optional field neither of [shared:]'),
      500, "path /mnt is mounted on / but it is not a shared mount"),
