@@ -10684,39 +10684,62 @@ def runtime_error(error: ApiError) -> ApiError:
     return told if hint is None else BadParameter(str(told) + hint)
 
 
-# A file in a container's folder while its process is being made. Where one is left, a daemon was killed meanwhile:
-# containerd may still be carrying it out, or taking it back, and the network may be up.
-BEING_MADE = "nerdctld.making"
+# Files in a container's folder: while its process is being made, and once a daemon was killed meanwhile. containerd may
+# still be carrying that out, or taking it back, the network may be up, and a shim be left which it has forgotten.
+BEING_MADE, CUT_OFF = "nerdctld.making", "nerdctld.cut-off"
 # How long containerd may take for that, in seconds.
 UNDER_WAY = 10.0
 
 
 def was_cut_off(container: Container) -> bool:
-    """Whether a daemon was killed while it had a container's process made."""
-    return bool(container.folder) and os.path.exists(os.path.join(container.folder, BEING_MADE))
+    """Whether a daemon was killed while it had a container's process made. One that lives has the file locked."""
+    with contextlib.suppress(OSError), locked(os.path.join(container.folder or os.devnull, BEING_MADE), 0.0):
+        return True
+    return False
 
 
 def make_task(engine: Engine, container: Container, streams: TaskStreams) -> int:
     """Make a container's process; its process id. What is left of one that was cut off goes first."""
-    cut_off = was_cut_off(container)
-    deadline, note = time.monotonic() + UNDER_WAY, os.path.join(container.folder or os.devnull, BEING_MADE)
-    with contextlib.suppress(OSError), open(note, "w", encoding="ascii"):
-        pass
-    try:
-        while cut_off:
-            take_down_network(engine, container)
-            try:
-                return engine.containerd.create_task(container.record, streams)
-            except ApiError:
-                if time.monotonic() > deadline:
-                    raise
-            with contextlib.suppress(ApiError):
-                engine.containerd.delete_task(container.id)
-            time.sleep(0.1)
-        return engine.containerd.create_task(container.record, streams)
-    finally:
+    cut_off, deadline = was_cut_off(container), time.monotonic() + UNDER_WAY
+    note, left = (os.path.join(container.folder or os.devnull, each) for each in (BEING_MADE, CUT_OFF))
+    with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
-            os.unlink(note)
+            open(left if cut_off else note, "w", encoding="ascii").close()
+            held.enter_context(locked(note))
+        try:
+            while cut_off:
+                take_down_network(engine, container)
+                try:
+                    return engine.containerd.create_task(container.record, streams)
+                except ApiError:
+                    if time.monotonic() > deadline:
+                        raise
+                with contextlib.suppress(ApiError):
+                    engine.containerd.delete_task(container.id)
+                time.sleep(0.1)
+            return engine.containerd.create_task(container.record, streams)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(note)
+
+
+def end_leftovers(namespace: str, identity: str) -> None:
+    """Kill what is left of a container that is gone: its shims and what they have started, its logging program, and
+    what is in its cgroup."""
+    parents, dying = {}, []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        stat_line, command, groups, environment = (read_file(f"/proc/{name}/{each}")
+                                                   for each in ("stat", "cmdline", "cgroup", "environ"))
+        parents[int(name)] = (stat_line.rpartition(")")[2].split()[1:2] or [""])[0]
+        shim = os.path.basename(command.partition("\0")[0]).startswith("containerd-shim") and (
+            f"-namespace\0{namespace}\0-id\0{identity}\0" in command)
+        if shim or identity in groups or f"CONTAINER_ID={identity}\0" in environment:
+            dying.append(int(name))
+    for each in dying:
+        dying += [child for child, parent in parents.items() if parent == str(each) and child not in dying]
+    for each in dying:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(each, signal.SIGKILL)
 
 
 def start_task(engine: Engine, container: Container, streams: TaskStreams) -> None:
@@ -11017,7 +11040,8 @@ def remove_container(engine: Engine, container: Container, force: bool, volumes:
     words = ["rm", *(["--force"] if force else []), *(["--volumes"] if volumes else []), "--", container.id]
     engine.owner(container.id).removing = True
     release_networks(engine, container)
-    if was_cut_off(container):
+    cut_off = was_cut_off(container) or os.path.exists(os.path.join(container.folder or os.devnull, CUT_OFF))
+    if cut_off:
         take_down_network(engine, container)
     for pause in (0.1, 0.5, 0.0):
         output = engine.nerdctl.run(*words)
@@ -11029,6 +11053,8 @@ def remove_container(engine: Engine, container: Container, force: bool, volumes:
             raise error
         # Somebody else has just started it.
         time.sleep(pause)
+    if cut_off:
+        end_leftovers(engine.nerdctl.namespace, container.id)
     engine.forget(container)
     if placed_mounts(container):
         release_places(engine)

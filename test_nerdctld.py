@@ -8566,6 +8566,7 @@ class TestContainerLifecycle:
     def cut_off(self, willing, scripted, fake, tmp_path):
         """A container whose process was being made when a daemon was killed: with the folder of nerdctl, and the networks that are up."""
         identity = willing.inventory.container("tstdone").id
+        fake.tasks.pop(identity)
         fake.label(identity, **{"nerdctl/state-dir": str(tmp_path)})
         scripted.on("internal oci-hook")
         (tmp_path / "nerdctld.making").touch()
@@ -8598,6 +8599,32 @@ class TestContainerLifecycle:
         # Whoever was not cut off is told at once.
         before = fake.calls["Tasks/Create"]
         assert ask(willing, "POST", "/containers/tstdone/start").status == 500 and fake.calls["Tasks/Create"] == before + 1
+
+    @pytest.mark.parametrize("started", [False, True])
+    def test_a_shim_that_containerd_has_forgotten(self, willing, fake, cut_off, started):
+        """It ends with its container, with what it has made, and the logging program; others stay."""
+        def begin(*words, **environment):
+            code = "import os; os.fork(); os.write(1, b'is there\\n'); os.read(0, 1)"
+            return subprocess.Popen([words[0], "-c", code, *words[1:]], executable=sys.executable, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        mine = begin("/x/containerd-shim-runc-v2", "-namespace", "default", "-id", cut_off, "-address", "/x")
+        logger, other = begin("/x/nerdctl", CONTAINER_ID=cut_off), begin("/x/containerd-shim-runc-v2", "-namespace", "default", "-id", "f" * 64, "-address", "/x")
+        with mine, logger, other:
+            try:
+                assert [each.stdout.readline() for each in (mine, mine, logger, logger, other, other)] == [b"is there\n"] * 6
+                assert not started or ask(willing, "POST", "/containers/tstdone/start").status == 204
+                assert ask(willing, "DELETE", "/containers/tstdone?force=1").status == 204
+                # At the end of its output both of them are gone.
+                assert [each.stdout.read() for each in (mine, logger)] == [b"", b""] and mine.wait() == logger.wait() == -signal.SIGKILL and other.poll() is None
+            finally:
+                for each in (mine, logger, other):
+                    each.communicate(b"xx")
+
+    def test_a_start_that_is_under_way(self, willing, cut_off, tmp_path):
+        """By a daemon that lives: it has the file locked."""
+        assert nerdctld.was_cut_off(willing.inventory.container(cut_off))
+        with open(tmp_path / "nerdctld.making") as held:
+            nerdctld.fcntl.flock(held, nerdctld.fcntl.LOCK_EX)
+            assert not nerdctld.was_cut_off(willing.inventory.container(cut_off))
 
     @pytest.mark.parametrize("cut", [True, False])
     def test_the_network_of_a_process_that_was_not_made(self, willing, scripted, cut_off, tmp_path, monkeypatch, cut):
@@ -18318,6 +18345,7 @@ class Sudden:
             if answer.status != 201 or daemon.ask("DELETE", f"/containers/{name}?force=1").status != 204:
                 found.append(f"the name {name} cannot be had: {answer.body!r}")
         settled("containers are left", lambda: not names())
+        settled("shims are left", lambda: subprocess.run(["pgrep", "-f", f"containerd-shim.* -namespace {KILLED} "], stdout=subprocess.DEVNULL).returncode)
         if names():
             found.append(f"left: {real('ps', '-a', '--no-trunc', namespace=KILLED).stdout.decode()}")
         return found
