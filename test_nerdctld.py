@@ -16237,7 +16237,8 @@ const fails = (promise, code) => assert.rejects(promise, (error) => { assert.equ
   await box.remove();
   assert.equal(told.StatusCode, 0);
   const noise = `${registry}/tstlive/ddnoise:1`;
-  await progress(await docker.importImage(packed({ noise: require("crypto").randomBytes(30 << 20) }), { repo: noise.slice(0, -2), tag: "1" }));
+  await progress(await docker.importImage(packed({ noise: require("crypto").randomBytes(150 << 20) }), { repo: noise.slice(0, -2), tag: "1" }));
+  // nerdctl tells of it ten times a second: of less there may be nothing to tell.
   rows = await progress(await docker.getImage(noise).push());
   assert(rows.some((row) => row.progressDetail && row.progressDetail.total > 3e7), JSON.stringify(rows));
   await docker.getImage(noise).remove();
