@@ -10707,17 +10707,17 @@ def make_task(engine: Engine, container: Container, streams: TaskStreams) -> int
             open(left if cut_off else note, "w", encoding="ascii").close()
             held.enter_context(locked(note))
         try:
-            while cut_off:
-                take_down_network(engine, container)
+            while True:
+                if cut_off:
+                    take_down_network(engine, container)
                 try:
                     return engine.containerd.create_task(container.record, streams)
                 except ApiError:
-                    if time.monotonic() > deadline:
+                    if not cut_off or time.monotonic() > deadline:
                         raise
                 with contextlib.suppress(ApiError):
                     engine.containerd.delete_task(container.id)
                 time.sleep(0.1)
-            return engine.containerd.create_task(container.record, streams)
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(note)
