@@ -3620,6 +3620,10 @@ class Containerd(ContainerdClient):
         """The process ids of all processes in a container."""
         return {read_message(each).get(1, 0) for each in self.ask_all("tasks.v1.Tasks/ListPids", {1: identity})}
 
+    def update_task(self, identity: str, resources: Dict[str, Any]) -> None:
+        """Change limits of a container that runs, named as in an OCI spec; what is not named stays."""
+        self.call("tasks.v1.Tasks/Update", {1: identity, 2: {1: SPEC_URL + "LinuxResources", 2: json_bytes(resources)}})
+
     def pause_task(self, identity: str) -> None:
         """Freeze a container."""
         self.call("tasks.v1.Tasks/Pause", {1: identity})
@@ -8189,7 +8193,7 @@ HOST_CONFIG: Dict[str, Any] = {
 
 # Field of a HostConfig -> where an OCI spec has it.
 SPEC_FIELDS = {
-    "CpuPeriod": "linux.resources.cpu.period", "CpuQuota": "linux.resources.cpu.quota",
+    "BlkioWeight": "linux.resources.blockIO.weight", "CpuPeriod": "linux.resources.cpu.period", "CpuQuota": "linux.resources.cpu.quota",
     "CpuShares": "linux.resources.cpu.shares", "CpusetCpus": "linux.resources.cpu.cpus",
     "CpusetMems": "linux.resources.cpu.mems", "MaskedPaths": "linux.maskedPaths",
     "Memory": "linux.resources.memory.limit", "MemoryReservation": "linux.resources.memory.reservation",
@@ -8212,8 +8216,8 @@ def port_bindings(container: Container) -> Dict[str, Any]:
 
 # What dockerd fills in where nothing is asked for, by 0 or "" too.
 FILLED_IN = ("CgroupnsMode", "ConsoleSize", "IpcMode", "MemorySwap", "NetworkMode", "PidsLimit", "Runtime", "ShmSize")
-UPDATED_FIELDS = ("NanoCpus", "CpuShares", "CpusetCpus", "CpusetMems", "Memory", "MemoryReservation", "MemorySwap",
-                  "PidsLimit")
+# What an update changes, and bare `nerdctl update`, too.
+UPDATED_FIELDS = ("NanoCpus", *(key for key, path in SPEC_FIELDS.items() if path.startswith("linux.resources.")))
 
 
 def has_namespace(spec: Dict[str, Any], kind: str) -> bool:
@@ -8240,12 +8244,13 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         "CgroupnsMode": "private" if has_namespace(spec, "cgroup") else "host",
     })
     asked = container.host_config
+    found["PidsLimit"] = found["PidsLimit"] and max(0, found["PidsLimit"])
     if found["CpuQuota"] > 0 and found["CpuPeriod"] and not (asked.get("CpuPeriod") or asked.get("CpuQuota")):
         found.update({"NanoCpus": found["CpuQuota"] * 10**9 // found["CpuPeriod"], "CpuPeriod": 0, "CpuQuota": 0})
     for key, value in asked.items():
         if (key == "RestartPolicy" or key in UPDATED_FIELDS and found.get(key)
                 or key in ("MemorySwappiness", "PidsLimit") and value < 0):
-            # `docker update` changes it later, and what nerdctl tells follows; or it is Docker's word for none.
+            # The spec has what it was changed to; or it is Docker's word for none.
             continue
         if key == "PortBindings":
             value = {port if "/" in port else port + "/tcp": [{"HostIp": "", "HostPort": "", **each} for each in places
@@ -8976,7 +8981,7 @@ def finish_container(engine: Engine, container: Container, spec: Dict[str, Any],
 
 def _listed(value: Optional[List[str]], flag: str) -> List[str]:
     """`FLAG=text` for each, with a flag that nerdctl splits at commas."""
-    return [f"{flag}={csv_word(each)}" for each in value or []]
+    return [f"{flag}={csv_word(each)}" for each in value or [] if each]
 
 
 def _limits(value: Optional[List[Dict[str, Any]]], flag: str) -> List[str]:
@@ -10992,24 +10997,68 @@ def container_rename(engine: Engine, request: Request, name: str) -> None:
     engine.tell(engine.inventory.container(container.id), "rename", oldName="/" + container.name)
 
 
+# One of these is there where the kernel has weights for block devices; dockerd discards them where it has none.
+BLKIO_WEIGHTS = ("/sys/fs/cgroup/blkio/blkio.weight", "/sys/fs/cgroup/blkio/blkio.bfq.weight",
+                 "/sys/fs/cgroup/cgroup.controllers")
+
+
+def updated_resources(asked: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
+    """The limits of an update as the resources of an OCI spec."""
+    values, found = {**asked}, {}
+    if asked.get("NanoCpus"):
+        values.update(CpuPeriod=10**5, CpuQuota=asked["NanoCpus"] // 10**4)
+    for key, path in SPEC_FIELDS.items():
+        if path.startswith("linux.resources.") and values.get(key):
+            kind, name = path.split(".")[2:]
+            found.setdefault(kind, {})[name] = values[key]
+    return found
+
+
+def check_update(container: Container, asked: Dict[str, Any]) -> None:
+    """409 with dockerd's words for an update that what a container has already does not allow."""
+    now = docker_host_config(container, container.spec)
+    pairs = (("NanoCpus", "CpuPeriod", "Nano CPUs", "CPU Period"), ("NanoCpus", "CpuQuota", "Nano CPUs", "CPU Quota"),
+             ("CpuPeriod", "NanoCpus", "CPU Period", "NanoCPUs"), ("CpuQuota", "NanoCpus", "CPU Quota", "NanoCPUs"))
+    for wanted, other, name, taken in pairs:
+        if (asked.get(wanted) or 0) > 0 and now[other] > 0:
+            raise Conflict(f"Conflicting options: {name} cannot be updated as {taken} has already been set")
+    if asked.get("Memory") and not asked.get("MemorySwap") and asked["Memory"] > now["MemorySwap"]:
+        raise Conflict("Memory limit should be smaller than already set memoryswap limit, update the memoryswap at the "
+                       "same time")
+    if auto_removed(container) and policy_word(asked) not in ("", "no"):
+        raise Conflict("Restart policy cannot be updated because AutoRemove is enabled for the container")
+
+
 @route("POST", "/containers/{id}/update")
 def container_update(engine: Engine, request: Request, name: str) -> Response:
     """Change its limits or restart policy; 200 with warnings."""
     body = request.json({**RESOURCES, "RestartPolicy": RESTART_POLICY})
     check_limits(body, update=True)
-    known = ("--cpu-shares", "--cpu-period", "--cpu-quota", "--cpuset-cpus", "--cpuset-mems", "--memory",
-             "--memory-reservation", "--memory-swap", "--pids-limit", "--blkio-weight", "--kernel-memory")
-    words = [word for path, flag, render in CREATE_FLAGS if flag in known
-             for word in render(field_of({"HostConfig": body}, path), flag)]
-    if body.get("NanoCpus"):
-        # nerdctl 2.3.5 update takes --cpus and does nothing.
-        words += ["--cpu-period=100000", f"--cpu-quota={body['NanoCpus'] // 10**4}"]
+    if not any(map(os.path.exists, BLKIO_WEIGHTS)):
+        body.pop("BlkioWeight", None)
+    if body.get("PidsLimit") is not None:
+        body["PidsLimit"] = max(0, body["PidsLimit"]) or -1
+    policy, changed = policy_word(body), updated_resources(body)
     with engine.owning(name) as container:
-        policy = policy_word({"RestartPolicy": body.get("RestartPolicy"), "AutoRemove": auto_removed(container)})
-        if words:
-            engine.nerdctl.run("update", *words, "--", container.id)
-        if policy:
-            engine.update(container, policy_labels(container, policy))
+        spec, labels = container.spec, policy_labels(container, policy) if policy else {}
+        try:
+            check_update(container, body)
+            if changed and container.running:
+                engine.containerd.update_task(container.id, changed)
+        except ApiError as error:
+            raise type(error)(f"Cannot update container {container.id}: {error}") from None
+        if changed:
+            linux = spec.get("linux") or {}
+            resources = linux.get("resources") or {}
+            resources = {**resources, **{key: {**(resources.get(key) or {}), **values}
+                                         for key, values in changed.items()}}
+            spec = {**spec, "linux": {**linux, "resources": resources}}
+            asked = {key: body[key] for key in UPDATED_FIELDS if body.get(key)}
+            if container.request:
+                labels.update(request_labels({**container.request, "HostConfig": {**container.host_config, **asked}},
+                                             container.labels))
+        if labels or changed:
+            engine.update(container, labels, spec if changed else None)
     engine.tell(container, "update")
     return Response(200, {"Warnings": None})
 

@@ -901,6 +901,11 @@ class FakeContainerd:
             process.signals.put(number)
         return b""
 
+    def task_update(self, asked, text):
+        """Change limits of a container that runs."""
+        self.process(text[1])
+        return b""
+
     def task_pause(self, asked, text):
         """Freeze a container."""
         self.process(text[1])
@@ -8343,7 +8348,7 @@ class TestProcessStreams:
 # Container lifecycle
 ###############################################################################
 
-NAMES = ("rename", "update", "rm", "diff")
+NAMES = ("rename", "rm", "diff")
 
 
 def identity(engine, name):
@@ -8373,10 +8378,6 @@ def carry_out(fake, words):
     word, real = words[0], words[-1]
     if word == "rename":
         fake.label(words[-2], **{"nerdctl/name": real})
-    elif word == "update":
-        for each in words:
-            if each.startswith("--restart="):
-                fake.label(real, **{"containerd.io/restart.policy": each.partition("=")[2]})
     elif word == "rm" and "--force" in words and fake.tasks.get(real, nerdctld.TaskRecord(0, "stopped", 0, 0, "")).status != "stopped":
         fake.exit(real, 137)
     if word == "rm":
@@ -9024,14 +9025,49 @@ class TestContainerLifecycle:
         cleared = {key: None for key in fake.containers[real].labels if key.startswith(self.RESTART)}
         fake.label(real, **{**cleared, "nerdctl/log-uri": "binary:///x", **{self.RESTART + key: value for key, value in before.items()}})
         assert ask(willing, "POST", f"/containers/{name}/update", {"RestartPolicy": policy}).status == 200
-        assert self.restarts(fake, real) == after and not scripted.calls("update")
+        assert self.restarts(fake, real) == after
 
-    def test_update(self, willing, scripted):
-        real = identity(willing, "tstweb")
-        answer = ask(willing, "POST", "/containers/tstweb/update", {"Memory": 64 << 20, "NanoCpus": 5 * 10**8, "RestartPolicy": {"Name": "no"}, "PidsLimit": 0, "BlkioDeviceReadBps": None})
+    @pytest.mark.parametrize("name", ["tstweb", "tstdone"])
+    def test_update(self, willing, fake, monkeypatch, name):
+        monkeypatch.setattr(nerdctld, "BLKIO_WEIGHTS", ("/nowhere",))
+        real, resources = identity(willing, name), lambda: willing.inventory.container(name).spec["linux"]["resources"]
+        fake.label(real, **nerdctld.request_labels({"HostConfig": {"Memory": 1 << 30, "MemorySwap": 2 << 30, "PidsLimit": 7}}))
+        before = resources()
+        answer = ask(willing, "POST", f"/containers/{name}/update", {
+            "Memory": 64 << 20, "MemorySwap": -1, "NanoCpus": 5 * 10**8, "RestartPolicy": {"Name": "no"}, "PidsLimit": 0, "BlkioWeight": 300, "BlkioDeviceReadBps": None})
         assert (answer.status, answer.json) == (200, {"Warnings": None})
-        assert scripted.argv("update") == ["update", "--memory=67108864", "--cpu-period=100000", "--cpu-quota=50000", "--", real]
-        assert ask(willing, "POST", "/containers/tstweb/update", {"RestartPolicy": {"Name": "odd"}}).status == 400
+        asked = {"memory": {"limit": 64 << 20, "swap": -1}, "cpu": {"period": 100000, "quota": 50000}, "pids": {"limit": -1}}
+        assert resources() == {**before, **{key: {**before.get(key, {}), **value} for key, value in asked.items()}}
+        told = fake.asked["Tasks/Update"] if name == "tstweb" else None
+        assert not told or (json.loads(nerdctld.read_message(told[2])[2]) == asked) and told[1] == real.encode()
+        shown = ask(willing, "GET", f"/containers/{name}/json").json["HostConfig"]
+        assert [shown[key] for key in ("Memory", "MemorySwap", "NanoCpus", "CpuQuota", "PidsLimit", "BlkioWeight")] == [64 << 20, -1, 5 * 10**8, 0, 0, 0]
+        assert ask(willing, "POST", f"/containers/{name}/update", {"CpuShares": 512}).status == 200
+        shown = ask(willing, "GET", f"/containers/{name}/json").json["HostConfig"]
+        assert [shown[key] for key in ("Memory", "NanoCpus", "CpuShares")] == [64 << 20, 5 * 10**8, 512]
+
+    @pytest.mark.parametrize("has, asked, message", [
+        ({"NanoCpus": 10**9}, {"CpuPeriod": 50000}, "Conflicting options: CPU Period cannot be updated as NanoCPUs has already been set"),
+        ({"NanoCpus": 10**9}, {"CpuQuota": 50000}, "Conflicting options: CPU Quota cannot be updated as NanoCPUs has already been set"),
+        ({"CpuPeriod": 50000}, {"NanoCpus": 10**9}, "Conflicting options: Nano CPUs cannot be updated as CPU Period has already been set"),
+        ({"CpuQuota": 50000}, {"NanoCpus": 10**9}, "Conflicting options: Nano CPUs cannot be updated as CPU Quota has already been set"),
+        ({"MemorySwap": 2 << 30}, {"Memory": 3 << 30}, "Memory limit should be smaller than already set memoryswap limit, update the memoryswap at the same time"),
+        ({"AutoRemove": True}, {"RestartPolicy": {"Name": "always"}}, "Restart policy cannot be updated because AutoRemove is enabled for the container")])
+    def test_update_that_conflicts(self, willing, fake, has, asked, message):
+        """dockerd 20.10, word for word."""
+        real = identity(willing, "tstweb")
+        fake.label(real, **nerdctld.request_labels({"HostConfig": has}))
+        answer = ask(willing, "POST", "/containers/tstweb/update", asked)
+        assert (answer.status, answer.message) == (409, f"Cannot update container {real}: {message}") and not fake.calls["Tasks/Update"]
+
+    def test_update_that_the_runtime_refuses(self, willing, fake):
+        def refuse():
+            raise nerdctld.GrpcError(2, "runc did not terminate successfully: exit status 1: odd")
+        fake.before["Tasks/Update"] = refuse
+        real = identity(willing, "tstweb")
+        answer = ask(willing, "POST", "/containers/tstweb/update", {"MemorySwap": 64 << 20})
+        assert answer.status == 500 and answer.message.startswith(f"Cannot update container {real}: runc did not terminate successfully")
+        assert not fake.calls["Containers/Update"] and ask(willing, "POST", "/containers/tstweb/update", {"RestartPolicy": {"Name": "odd"}}).status == 400
 
     def waiting(self, engine, target):
         """The answer of a wait that is under way, in a list; and its thread."""
