@@ -8193,13 +8193,13 @@ HOST_CONFIG: Dict[str, Any] = {
 
 # Field of a HostConfig -> where an OCI spec has it.
 SPEC_FIELDS = {
-    "BlkioWeight": "linux.resources.blockIO.weight", "CpuPeriod": "linux.resources.cpu.period", "CpuQuota": "linux.resources.cpu.quota",
-    "CpuShares": "linux.resources.cpu.shares", "CpusetCpus": "linux.resources.cpu.cpus",
-    "CpusetMems": "linux.resources.cpu.mems", "MaskedPaths": "linux.maskedPaths",
-    "Memory": "linux.resources.memory.limit", "MemoryReservation": "linux.resources.memory.reservation",
-    "MemorySwap": "linux.resources.memory.swap", "OomScoreAdj": "process.oomScoreAdj",
-    "PidsLimit": "linux.resources.pids.limit", "ReadonlyPaths": "linux.readonlyPaths",
-    "ReadonlyRootfs": "root.readonly",
+    "BlkioWeight": "linux.resources.blockIO.weight", "CpuPeriod": "linux.resources.cpu.period",
+    "CpuQuota": "linux.resources.cpu.quota", "CpuShares": "linux.resources.cpu.shares",
+    "CpusetCpus": "linux.resources.cpu.cpus", "CpusetMems": "linux.resources.cpu.mems",
+    "MaskedPaths": "linux.maskedPaths", "Memory": "linux.resources.memory.limit",
+    "MemoryReservation": "linux.resources.memory.reservation", "MemorySwap": "linux.resources.memory.swap",
+    "OomScoreAdj": "process.oomScoreAdj", "PidsLimit": "linux.resources.pids.limit",
+    "ReadonlyPaths": "linux.readonlyPaths", "ReadonlyRootfs": "root.readonly",
 }
 # Docker's own name for what nerdctl runs containers with where nobody asks for another runtime.
 DEFAULT_RUNTIME = {"io.containerd.runc.v2": "runc"}
