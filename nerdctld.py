@@ -67,6 +67,7 @@ if not TREE:
     import importlib
     import io
     import ipaddress
+    import math
     import pty
     import queue
     import select
@@ -1336,285 +1337,118 @@ def int_or_zero(text: str) -> int:
 # Patterns
 ###############################################################################
 
-# Clients filter by expressions of Go's regexp, which takes a time linear in the text for any of them. Python's re
-# does not, and nothing else runs while it searches. So an expression is compiled to a program here, and all
-# instructions that a text can have come to are followed at once. An expression of re consumes one character, a string
-# is a boundary that has to be there, a tuple holds the offsets of the instructions to go on at, and the end of the
-# program is the match. Nobody asks where a match is, so a lazy repetition is like any other. The classes of Unicode
-# (\p{...}) are not known.
-Program = List[Any]
-# What stands in brackets for a class: of POSIX by its name, of Perl by its letter behind a colon.
+# Clients filter by expressions of Go's regexp, which takes a time linear in the text. Python's re goes back over its
+# choices instead, and nothing else runs meanwhile: so the ways through an expression are counted before a search. What
+# few write and re does not know is left out: classes of Unicode, \Q, flags in the middle of an expression.
+ELEMENT = re.compile(r"""
+    (?P<repeat>(?P<sign>[*+?]) | \{(?P<low>[0-9]{1,4})(?P<comma>,(?P<high>[0-9]{0,4}))?\})\??
+    | (?P<open>\((?:(?!\?) | \?P?<(?P<name>\w+)> | \?[ims]*:)) | (?P<close>\)) | (?P<or>\|) | (?P<end>\$ | \\z)
+    | \[(?P<not>\^?)(?P<members>\]?(?:\[:\w+:\] | \\. | [^\]\\])+)\]
+    | (?P<escaped>\\(?:[AbBdDsSwWafnrtv] | x[0-9A-Fa-f]{2} | [^0-9A-Za-z])) | (?P<plain>[^\\()\[])""", re.X | re.S)
+# Of a class: one of POSIX, what has a backslash, what Python takes for more than itself.
+MEMBER = re.compile(r"\[:(\w+):\]|(\\.)|([\[&~|])", re.S)
 CLASSES = {
-    ":d": r"0-9", ":s": r"\t\n\f\r ", ":w": r"0-9A-Z_a-z", "alnum": r"0-9A-Za-z", "alpha": r"A-Za-z",
-    "ascii": r"\0-\x7f", "blank": r"\t ", "cntrl": r"\0-\x1f\x7f", "digit": r"0-9", "graph": r"!-~", "lower": r"a-z",
-    "print": r" -~", "punct": r"!-/:-@\[-`{-~", "space": r"\t-\r ", "upper": r"A-Z", "word": r"0-9A-Z_a-z",
-    "xdigit": r"0-9A-Fa-f",
+    "alnum": r"0-9A-Za-z", "alpha": r"A-Za-z", "ascii": r"\0-\x7f", "blank": r"\t ", "cntrl": r"\0-\x1f\x7f",
+    "digit": r"0-9", "graph": r"!-~", "lower": r"a-z", "print": r" -~", "punct": r"!-/:-@\[-`{-~", "space": r"\t-\r ",
+    "upper": r"A-Z", "word": r"0-9A-Z_a-z", "xdigit": r"0-9A-Fa-f",
 }
-# A character by itself, by a letter or by its code. In brackets there is a class, or a character or a range of them;
-# outside of them is one of the elements that are named here.
-CHARACTER = (r"\\(?:x\{[0-9A-Fa-f]+\}|x[0-9A-Fa-f]{2}|[1-7][0-7]{1,2}|0[0-7]{0,2}|[afnrtv]|[^0-9A-Za-z\x80-\U0010ffff])"
-             r"|[^\\]")
-MEMBER = rf"\[:(\^?)([^\]:]*):\]|\\([dDsSwW])|({CHARACTER})(?:(-)(?!\])({CHARACTER})?)?"
-ELEMENT = rf"""
-    (?P<repeat>[*+?] | \{{(?:0|[1-9][0-9]*)(?:,(?:0|[1-9][0-9]*)?)?\}})\??
-    | (?P<open>\((?:(?!\?) | \?P?<(?P<name>\w+)> | \?(?P<on>[imsU]*)(?:-(?P<off>[imsU]+))?(?P<end>[:)])))
-    | (?P<or>\|) | (?P<close>\)) | (?P<edge>[$^]) | \\(?P<boundary>[AzbB]) | \\Q(?P<quoted>.*?)(?:\\E|\Z)
-    | (?P<any>\.) | \\(?P<perl>[dDsSwW]) | \[(?P<bracket>\^?) | (?P<character>(?!\()(?:{CHARACTER}))"""
-WORD_CHARACTER = re.compile(r"\w", re.ASCII)
-# Instructions of all expressions of a filter. The other limits are those of Go.
-PROGRAM_LIMIT, REPEAT_LIMIT, GROUP_LIMIT = 10000, 1000, 1000
+# How many ways there may be through an expression for a text, what Go repeats at most, the characters of an expression.
+LARGEST_CHOICE, REPEAT_LIMIT, EXPRESSION_LIMIT = 10**8, 1000, 4096
+# The ways through a piece: a number, and the power of the text's length to multiply it with.
+Choice = Tuple[int, int]
 
 
 class PatternError(ValueError):
-    """What Go's regexp does not compile."""
+    """What Go's regexp does not compile, or is left out here."""
 
 
-class OpenGroup:
-    """A group whose end was not read yet: its alternatives, the pieces of the last one, each with the product of the
-    nested repetitions in it, the greatest of these products, and the flags that hold again after the group."""
-
-    def __init__(self, flags: frozenset):
-        self.flags, self.product = flags, 1
-        self.alternatives: List[Program] = []
-        self.pieces: List[Tuple[Program, int]] = []
-
-    def end_alternative(self) -> None:
-        """Make the pieces so far an alternative, and begin the next one."""
-        self.alternatives.append([each for piece, _ in self.pieces for each in piece])
-        self.pieces = []
-
-    def program(self) -> Program:
-        """The program of the whole group."""
-        self.end_alternative()
-        if len(self.alternatives) == 1:
-            return self.alternatives[0]
-        end, starts, found = 1 + sum(len(each) + 1 for each in self.alternatives), [], [()]
-        for each in self.alternatives:
-            starts.append(len(found))
-            found += each
-            found.append((end - len(found),))
-        return [tuple(starts), *found[1:]]
+def too_costly() -> BadParameter:
+    """The error for an expression that could take too long."""
+    return BadParameter("invalid filter: an expression has too many repetitions and alternatives")
 
 
-class Compiler:
-    """Makes the program of an expression, reading it once from left to right. PatternError for what Go's regexp
-    refuses; 400 for more than `room` instructions."""
-
-    def __init__(self, text: str, room: int):
-        self.text, self.at, self.room = text, 0, room
-        self.flags: frozenset = frozenset()
-        self.groups = [OpenGroup(self.flags)]
-        self.names: set = set()
-        # What was read last: no repetition follows another one.
-        self.last = ""
-
-    def compile(self) -> Program:
-        """The program of the whole expression."""
-        while self.at < len(self.text):
-            self.step(self.take(ELEMENT, re.X | re.S | re.A))
-        if len(self.groups) > 1:
-            raise PatternError()
-        return self.groups[0].program()
-
-    def take(self, expression: str, flags: int = re.S) -> "re.Match[str]":
-        """Read what matches here."""
-        found = re.compile(expression, flags).match(self.text, self.at)
-        if not found:
-            raise PatternError()
-        self.at = found.end()
-        return found
-
-    def spend(self, instructions: int) -> None:
-        """Take instructions from the room that is left."""
-        self.room -= instructions
-        if self.room < 0:
-            raise BadParameter("invalid filter: its expressions are too large")
-
-    def add(self, piece: Program, product: int = 1) -> None:
-        """Put a piece at the end of the innermost group."""
-        group = self.groups[-1]
-        group.pieces.append((piece, product))
-        group.product = max(group.product, product)
-
-    def add_one(self, instruction: Any) -> None:
-        """Put an instruction there."""
-        self.spend(1)
-        self.add([instruction])
-
-    def add_character(self, expression: str) -> None:
-        """Put the instruction for one character there, by an expression of Python's re."""
-        self.add_one(re.compile(expression, re.I if "i" in self.flags else 0))
-
-    def step(self, found: "re.Match[str]") -> None:
-        """Take an element of the expression."""
-        before, self.last = self.last, found.lastgroup or ""
-        text = found[self.last]
-        if self.last == "repeat":
-            if before == "repeat" or not self.groups[-1].pieces:
-                raise PatternError()
-            self.repeat({"*": "{0,}", "+": "{1,}", "?": "{0,1}"}.get(text, text))
-        elif self.last == "open":
-            self.open(found)
-        elif self.last == "or":
-            self.spend(2)
-            self.groups[-1].end_alternative()
-        elif self.last == "close":
-            self.close()
-        elif self.last == "edge":
-            self.add_one(text if "m" in self.flags else {"^": "A", "$": "z"}[text])
-        elif self.last == "boundary":
-            self.add_one(text)
-        elif self.last == "quoted":
-            for each in text:
-                self.add_character(re.escape(each))
-        elif self.last == "any":
-            self.add_character("(?s:.)" if "s" in self.flags else ".")
-        elif self.last == "perl":
-            self.add_character(known_class(text.isupper(), ":" + text.lower()))
-        else:
-            self.add_character(self.bracket(bool(text)) if self.last == "bracket" else re.escape(one_character(text)))
-
-    def repeat(self, counts: str) -> None:
-        """Repeat the last piece as `{2}`, `{2,}` or `{2,3}` says."""
-        least, comma, greatest = counts[1:-1].partition(",")
-        # More digits are too many in any case.
-        low, high = int(least[:9]), int(greatest[:9]) if greatest else None if comma else int(least[:9])
-        piece, product = self.groups[-1].pieces.pop()
-        most = low if high is None else high
-        product *= max(1, most)
-        if max(low, most, product) > REPEAT_LIMIT or low > most:
-            raise PatternError()
-        self.spend(len(piece) * max(1, most) + (2 if high is None else high - low) - len(piece))
-        if high is not None:
-            self.add(piece * low + [(1, len(piece) + 1), *piece] * (high - low), product)
-        elif low:
-            self.add([*piece * low, (-len(piece), 1)], product)
-        else:
-            self.add([(1, len(piece) + 2), *piece, (-len(piece) - 1,)], product)
-
-    def open(self, head: "re.Match[str]") -> None:
-        """Begin a group, or have other flags for the rest of this one."""
-        if len(self.groups) > GROUP_LIMIT or head["name"] in self.names:
-            raise PatternError()
-        if head["end"] != ")":
-            self.groups.append(OpenGroup(self.flags))
-        if head["name"]:
-            self.names.add(head["name"])
-        self.flags = (self.flags | set(head["on"] or "")) - set(head["off"] or "")
-
-    def close(self) -> None:
-        """End the innermost group and put its program into the one around it."""
-        if len(self.groups) == 1:
-            raise PatternError()
-        group = self.groups.pop()
-        self.flags = group.flags
-        self.add(group.program(), group.product)
-
-    def bracket(self, negated: bool) -> str:
-        """Read the rest of a class in brackets."""
-        # Each of them once: re takes its time for every one.
-        begin, members = self.at, {}
-        while self.at == begin or not self.text.startswith("]", self.at):
-            others, posix, perl, low, dash, high = self.take(MEMBER).groups()
-            if perl:
-                member = known_class(perl.isupper(), ":" + perl.lower())
-            elif posix is not None:
-                member = known_class(bool(others), posix)
-            else:
-                first = one_character(low)
-                last = one_character(high or "") if dash else first
-                if last < first:
-                    raise PatternError()
-                member = f"[{re.escape(first)}-{re.escape(last)}]"
-            members[member] = None
-        self.at += 1
-        return f"(?!{'|'.join(members)})(?s:.)" if negated else "|".join(members)
-
-
-def known_class(negated: bool, name: str) -> str:
-    """The expression of Python's re for a class that has a name, or for all characters that are not in it."""
-    if name not in CLASSES:
+def repeated(piece: Choice, least: int, most: Optional[int]) -> Choice:
+    """The ways through a piece that is repeated; `most` is None for no limit. 400 for too many."""
+    if max(least, most or 0) > REPEAT_LIMIT or least > (least if most is None else most):
         raise PatternError()
-    return f"[{'^' if negated else ''}{CLASSES[name]}]"
+    if piece == (1, 0):
+        return (1, 1) if most is None else (most - least + 1, 0)
+    if most is None or most > 8:
+        raise too_costly()
+    return piece[0] ** most + most - least, piece[1] * most
 
 
-def one_character(text: str) -> str:
-    """What CHARACTER matches as the character that it stands for."""
-    code = text[1:].strip("x{}") if text[:2] == "\\x" else ""
-    if code or text[1:].isdigit():
-        number = int(code, 16) if code else int(text[1:], 8)
-        if number > sys.maxunicode:
+def joined(alternatives: List[List[Choice]]) -> Choice:
+    """The ways through a group."""
+    ways = [(math.prod(count for count, _ in each), sum(power for _, power in each)) for each in alternatives]
+    return sum(count for count, _ in ways), max(power for _, power in ways)
+
+
+def class_members(text: str) -> str:
+    """What stands in brackets, for Python's re."""
+    def member(found: "re.Match[str]") -> str:
+        if found[1] and found[1] not in CLASSES:
             raise PatternError()
-        return chr(number)
-    return {"a": "\a", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}.get(text[1:], text[-1:])
+        return CLASSES[found[1]] if found[1] else found[2] or "\\" + found[3]
+
+    return MEMBER.sub(member, text)
 
 
 class Pattern:
     """An expression of Go's regexp, to be found anywhere in a text. PatternError for what Go's regexp refuses; 400 for
-    one of more than `room` instructions."""
+    what could take too long."""
 
-    # Members of sets of instructions that are kept for the next time that a text comes to them.
-    KEPT = 1 << 16
-
-    def __init__(self, text: str, room: int = PROGRAM_LIMIT):
-        self.program = Compiler(text, room).compile()
-        self.steps: Dict[Tuple[frozenset, str, str], frozenset] = {}
-        self.kept = 0
+    def __init__(self, text: str):
+        if len(text) > EXPRESSION_LIMIT:
+            raise too_costly()
+        flags = re.match(r"(?:\(\?[ims]+\))?", text)[0]
+        found, groups, at, kind = flags, [[[]]], len(flags), ""
+        while at < len(text):
+            element, before = ELEMENT.match(text, at), kind
+            if not element:
+                raise PatternError()
+            at, kind = element.end(), element.lastgroup
+            if kind == "repeat":
+                if before == "repeat" or not groups[-1][-1]:
+                    raise PatternError()
+                least = int(element["low"] or element["sign"] == "+")
+                most = int(element["high"]) if element["high"] else 1 if element["sign"] == "?" else (
+                    None if element["sign"] or element["comma"] else least)
+                groups[-1][-1].append(repeated(groups[-1][-1].pop(), least, most))
+            elif kind == "open":
+                groups.append([[]])
+            elif kind == "or":
+                groups[-1].append([])
+            elif kind == "close":
+                if len(groups) == 1:
+                    raise PatternError()
+                inner = joined(groups.pop())
+                groups[-1][-1].append(inner)
+            else:
+                groups[-1][-1].append((1, 0))
+            found += (
+                f"(?P<{element['name']}>" if element["name"] else ("$" if "m" in flags else r"\Z") if kind == "end" else
+                f"[{element['not']}{class_members(element['members'])}]" if kind == "members" else
+                "\\{" if element["plain"] == "{" else element["repeat"] or element[0])
+        if len(groups) > 1:
+            raise PatternError()
+        self.choice = joined(groups[0])
+        try:
+            self.compiled = re.compile(found, re.ASCII)
+        except (re.error, RecursionError, OverflowError):
+            raise PatternError() from None
 
     def found_in(self, text: str) -> bool:
-        """Whether it matches a part of a text. The time is at most proportional to the lengths of text and program."""
-        places, before = frozenset((0,)), ""
-        for after in itertools.chain(text, ("",)):
-            step = (places, before, after)
-            known = self.steps.get(step)
-            if known is None:
-                known = self.follow(*step)
-                self.kept += len(known) + 1
-                if self.kept > self.KEPT:
-                    self.steps, self.kept = {}, len(known) + 1
-                self.steps[step] = known
-            if len(self.program) in known:
-                return True
-            # All that the next boundary depends on.
-            places, before = known, "a" if WORD_CHARACTER.match(after) else "\n" if after == "\n" else " "
-        return False
-
-    def follow(self, places: frozenset, before: str, after: str) -> frozenset:
-        """The instructions to go on at behind the character `after`, "" for the end of the text; the end of the
-        program alone where it is reached without that character."""
-        waiting, reached, found = list(places), set(places), {0}
-        while waiting:
-            place = waiting.pop()
-            if place == len(self.program):
-                return frozenset((place,))
-            instruction = self.program[place]
-            following: Iterable[int] = ()
-            if isinstance(instruction, re.Pattern):
-                if instruction.match(after):
-                    found.add(place + 1)
-            elif isinstance(instruction, str):
-                following = (place + 1,) if is_boundary(instruction, before, after) else ()
-            else:
-                following = [place + offset for offset in instruction]
-            for each in following:
-                if each not in reached:
-                    reached.add(each)
-                    waiting.append(each)
-        return frozenset(found)
-
-
-def is_boundary(kind: str, before: str, after: str) -> bool:
-    """Whether a boundary is between two characters, "" for an end of the text: one of the text (A, z), of a line (^, $)
-    or of a word (b), or none of a word (B)."""
-    if kind in "bB":
-        return (bool(WORD_CHARACTER.match(before)) != bool(WORD_CHARACTER.match(after))) == (kind == "b")
-    beside = before if kind in "A^" else after
-    return not beside or (beside == "\n" and kind in "^$")
+        """Whether it matches a part of a text; 400 where that could take too long."""
+        count, power = self.choice
+        if count * (len(text) + 1) ** (power + 1) > LARGEST_CHOICE:
+            raise too_costly()
+        return bool(self.compiled.search(text))
 
 
 class NameFilter:
     """The values of a filter by name, as dockerd takes them: each is the name itself or an expression that is found in
-    it. An expression that does not compile is found nowhere. 400 for more than PROGRAM_LIMIT instructions."""
+    it. An expression that does not compile is found nowhere. 400 for one that could take too long."""
 
     SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$]")
 
@@ -1622,11 +1456,9 @@ class NameFilter:
         self.exact = frozenset(wanted)
         self.parts = [each for each in self.exact if not self.SPECIAL.search(each)]
         self.patterns: List[Pattern] = []
-        room = PROGRAM_LIMIT
         for each in self.exact.difference(self.parts):
             with contextlib.suppress(PatternError):
-                self.patterns.append(Pattern(each, room))
-                room -= len(self.patterns[-1].program)
+                self.patterns.append(Pattern(each))
 
     def passes(self, *names: str) -> bool:
         """Whether one of the names of an object passes; all do where the filter has no values."""
@@ -6303,7 +6135,7 @@ GLOB_ELEMENT = re.compile(r"\[(\^?)((?:\\.|[^\]\\])+)\]|\\(.)|([^\[\\])", re.S)
 
 def glob_expression(glob: str) -> str:
     """The expression for a glob of Go's path.Match, whose `*` and `?` stop at slashes; 400 for what is none."""
-    found, at, quoted = "", 0, lambda letter: f"\\x{{{ord(letter):x}}}"
+    found, at = "", 0
     while at < len(glob):
         element = GLOB_ELEMENT.match(glob, at)
         if not element:
@@ -6311,16 +6143,16 @@ def glob_expression(glob: str) -> str:
         at = element.end()
         negated, members, escaped, plain = element.groups()
         if members:
-            members = re.sub(r"\\(.)|([^-])", lambda each: quoted(each.group(1) or each.group(2)), members, flags=re.S)
+            members = re.sub(r"\\(.)|([^-])", lambda each: re.escape(each[1] or each[2]), members, flags=re.S)
             found += f"[{negated}{members}]"
         else:
-            found += {"*": "[^/]*", "?": "[^/]"}.get(plain) or quoted(escaped or plain)
+            found += {"*": "[^/]*", "?": "[^/]"}.get(plain) or re.escape(escaped or plain)
     return found
 
 
 def reference_pattern(globs: List[str]) -> Optional[Pattern]:
-    """The expression for the values of a `reference` filter, None for none; 400 for what is no glob and for more than
-    PROGRAM_LIMIT instructions."""
+    """The expression for the values of a `reference` filter, None for none; 400 for what is no glob, or could take too
+    long."""
     try:
         return Pattern(rf"\A(?:{'|'.join(map(glob_expression, globs))})\z") if globs else None
     except PatternError:

@@ -2802,12 +2802,13 @@ class TestConversions:
 
 
 # Each of them takes a backtracking matcher longer than anybody waits.
+# What Python's re would take for ever for.
 EVIL = ["(a+)+b$", "(a|a)*b", "(a|aa)+b", "(.*)*b", "((a*)*)*b", "(a?){40}a{40}b", "(?:a?){1000}b", "([a-z]+)*[A-Z]", "(?i)(A+)+B", "(\\w+\\w+)+!",
-        "^(/?a*)+!", "[^b]*" * 40 + "b"]
-# What Go's regexp does not compile.
-REFUSED = ["(", "a)", "*", "**", "a**", "a+*", "a{2}{2}", "{2}", "(|*)", "a{1001}", "a{2,1}", "(a{100}){11}", "((a{10}){10}){11}", "[a", "[]", "[^]", "[z-a]",
-           "[[:foo:]]", "[a-\\d]", "\\", "a\\", "\\1", "(a)\\1", "\\8", "\\q", "\\Z", "\\C", "\\x{110000}", "\\xg", "(?=a)", "(?!a)", "(?<=a)", "(?<!a)", "(?P=n)", "(?#a)",
-           "(?x)a", "(?>a)", "(?-)", "(?P<a>a)(?P<a>b)", "(?", "(?i", "(" * 1100 + ")" * 1100]
+        "^(/?a*)+!", "[^b]*" * 40 + "b", "(a|a)" * 40 + "b", "a?" * 60 + "a{60}b", "(((a?){8}){8}){8}b", "(?:(?:a{1,8}){1,8}){1,8}b", "(a*b?|a*c?|a*)" * 9 + "!"]
+# What Go's regexp does not compile, and what it does but is left out: both are found nowhere.
+REFUSED = ["(", "a)", "*", "**", "a**", "a+*", "a++", "a{2}{2}", "{2}", "(|*)", "a{1001}", "a{2,1}", "[a", "[]", "[^]", "[z-a]", "[[:foo:]]", "[a-\\d]", "\\", "a\\", "\\1",
+           "(a)\\1", "\\8", "\\q", "\\Z", "\\C", "\\xg", "(?=a)", "(?!a)", "(?<=a)", "(?<!a)", "(?P=n)", "(?#a)", "(?x)a", "(?>a)", "(?-)", "(?P<a>a)(?P<a>b)", "(?",
+           "(?i", "(" * 1100 + ")" * 1100, "\\pL", "\\Qa\\E", "a(?i)b", "^*"]
 
 
 def some_pattern(random, depth=3):
@@ -2824,21 +2825,22 @@ def some_pattern(random, depth=3):
 
 class TestPatterns:
     def test_as_python_where_both_mean_the_same(self):
-        source = random.Random(20)
+        source, found = random.Random(20), 0
         for _ in range(3000):
             expression = some_pattern(source)
             text = "".join(source.choice("aabbA-. 1") for _ in range(source.randrange(1, 7)))
-            assert nerdctld.Pattern(expression).found_in(text) == bool(re.search(expression, text, re.ASCII)), (expression, text)
+            with contextlib.suppress(nerdctld.BadParameter, nerdctld.PatternError):
+                assert nerdctld.Pattern(expression).found_in(text) == bool(re.search(expression, text, re.ASCII)), (expression, text)
+                found += 1
+        assert found > 2000
 
     @pytest.mark.parametrize("expression, texts, others", [
         ("^a$", ["a"], ["a\n", "\na", "ab"]), ("(?m)^b$", ["a\nb\nc"], ["abc"]), ("a.b", ["a-b"], ["a\nb"]), ("(?s)a.b", ["a\nb"], []), ("\\Aa\\z", ["a"], ["a\n"]),
-        ("^*", ["", "a"], []), ("", ["", "a"], []), ("a||b", ["x"], []), ("^(a|b||c)$", ["a", "b", "", "c"], ["d", "ab"]), ("()*", [""], []),
-        ("\\Qa.b*\\E+$", ["a.b**"], ["a.b", "axb*"]), ("\\Qa\\.", ["a\\."], ["a."]), ("(?i)hAt[^X]", ["HaTy"], ["hatx", "hat"]), ("(?i:a)b(?-i)", ["Ab"], ["AB"]),
-        ("(a(?i)b|c)d", ["aBd", "Cd"], ["aBD", "Abd"]), ("(?P<n>a)(?<m>b)", ["ab"], []), ("(?U)^a+$", ["aa"], ["b"]),
-        ("^[[:alpha:]_-]+$", ["aZ_-"], ["1", ""]), ("^[[:^digit:]]$", ["a"], ["1"]), ("^[]a]+$", ["]a"], ["b"]), ("^[^]a]$", ["b"], ["]", "a"]), ("[[:a]", ["["], ["b"]),
+        ("", ["", "a"], []), ("a||b", ["x"], []), ("^(a|b||c)$", ["a", "b", "", "c"], ["d", "ab"]), ("()*", [""], []),
+        ("(?i)hAt[^X]", ["HaTy"], ["hatx", "hat"]), ("(?i:a)b", ["Ab"], ["AB"]), ("(?P<n>a)(?<m>b)", ["ab"], []), ("^/?web.*-[0-9]+$", ["/web-1", "web_a-22"], ["aweb-1"]),
+        ("^[[:alpha:]_-]+$", ["aZ_-"], ["1", ""]), ("^[]a]+$", ["]a"], ["b"]), ("^[^]a]$", ["b"], ["]", "a"]), ("[[a&&b|]", ["[", "&"], ["c"]),
         ("^[\\D]$", ["a"], ["1"]), ("^[^\\d\\s]$", ["a"], ["1", " ", "\u00a0" * 2]), ("^\\w$", ["a", "_"], ["\u00e4", "-"]), ("^\\d$", ["1"], ["\u0661"]),
-        ("^\\x{e4}\\x41\\101\\0\\t\\-\\_$", ["\u00e4AA\0\t-_"], []), ("^a{,2}b{x{1$", ["a{,2}b{x{1"], []), ("^a{2}b{2,}c{0}d{1,2}$", ["aabbbd"], ["aabcd", "abbd", "aabbddd"]),
-        ("^(a{1000}|b{0,9})$", ["a" * 1000, "b" * 9, ""], ["a" * 999, "b" * 10]), ("^((a{10}){10}){10}$", ["a" * 1000], ["a" * 999]), ("}]a", ["}]a"], [])])
+        ("^\\x41\\t\\-\\_$", ["A\t-_"], []), ("^a{,2}b{x{1$", ["a{,2}b{x{1"], []), ("^a{2}b{2,}c{0}d{1,2}$", ["aabbbd"], ["aabcd", "abbd", "aabbddd"]), ("}]a", ["}]a"], [])])
     def test_as_go_has_it(self, expression, texts, others):
         found = nerdctld.Pattern(expression)
         assert [found.found_in(each) for each in [*texts, *others]] == [True] * len(texts) + [False] * len(others)
@@ -2853,8 +2855,15 @@ class TestPatterns:
     @pytest.mark.parametrize("expression", EVIL)
     def test_time(self, expression):
         began = time.process_time()
-        assert not nerdctld.NameFilter([expression]).passes("a" * 255, "/" + "a" * 255)
+        with contextlib.suppress(nerdctld.BadParameter):
+            assert not nerdctld.NameFilter([expression]).passes("a" * 255, "/" + "a" * 255)
         assert time.process_time() - began < 2
+
+    @pytest.mark.parametrize("expression", ["a*a*b", "(a|a)" * 15 + "b", "a?" * 15 + "b", "(a?b?){8}c", "(?:a{0,9}){4}b", "^.*a.*[^a]", "(a|b|aa|ab|aaa)(a|aa|aaa|aaaa|b)a*b"])
+    def test_the_time_of_what_is_let_through(self, expression):
+        pattern, began = nerdctld.Pattern(expression), time.process_time()
+        assert not pattern.found_in("a" * 255)
+        assert time.process_time() - began < 3
 
     @pytest.mark.parametrize("piece", ["(", "[", "[:", "[[:a", "(?i", "(?i)", "(?P<a", "{1", "{", "1", "a|", "|", "\\", "\\x{", "\\Q", "\\Q\\E", "[^", "[a-", "(|", "(a*)*", "a{1000}", "(a", "*"])
     def test_time_to_compile(self, piece):
@@ -2864,25 +2873,19 @@ class TestPatterns:
                 nerdctld.NameFilter([expression])
         assert time.process_time() - began < 1
 
-    def test_too_large(self, reading):
-        for names in (["(a{1000}){1}" * 11], ["a{1000}"] * 5 + ["b{1000}c{1000}d{1000}", "e{1000}f{1000}g{1000}h{1000}", "i{1000}j{1000}k{1000}l{1000}"], ["(.)" * 10001]):
-            answer = ask(reading, "GET", "/containers/json?" + filtered(name=names))
-            assert (answer.status, answer.message) == (400, "invalid filter: its expressions are too large")
-        assert ask(reading, "GET", "/images/json?" + filtered(reference=["*a" * 5000])).status == 400
-        assert ask(reading, "GET", "/networks?" + filtered(name=["n" * 60000])).json == []
-
-    @pytest.mark.parametrize("path, filters, count", [
-        ("/containers/json", {"name": ["(a+)+b$"]}, 0), ("/containers/json", {"name": ["(a+)+$"]}, 1), ("/volumes", {"name": EVIL}, 0),
-        ("/networks", {"id": ["([0-9a-f]+)+$"]}, 4), ("/networks", {"id": ["([0-9a-f]+)+x"]}, 0), ("/images/json", {"reference": ["a*" * 30 + "b"]}, 0),
-        ("/images/json", {"reference": ["*:5000/*b*b"]}, 1)])
-    def test_nobody_waits_for_a_filter(self, furnished, fake, path, filters, count):
+    @pytest.mark.parametrize("path, filters", [
+        ("/containers/json", {"name": ["(a+)+b$"]}), ("/containers/json", {"name": ["(.)" * 10001]}), ("/volumes", {"name": EVIL}), ("/networks", {"id": ["([0-9a-f]+)+x"]}),
+        ("/images/json", {"reference": ["a*" * 30 + "b"]}), ("/images/json", {"reference": ["*a" * 5000]})])
+    def test_nobody_waits_for_a_filter(self, furnished, fake, path, filters):
         fake.label(ID, **{"nerdctl/name": "a" * 40})
         fake.untag("docker.io/library/tst:a")
         fake.tag("docker.io/library/" + "a" * 60 + ":a", BB)
         began = time.monotonic()
-        told = ask(furnished, "GET", f"{path}?all=1&{filtered(**filters)}").json
-        assert len(told["Volumes"] if "Volumes" in told else told) == count
+        answer = ask(furnished, "GET", f"{path}?all=1&{filtered(**filters)}")
+        assert (answer.status, answer.message) == (400, "invalid filter: an expression has too many repetitions and alternatives")
         assert time.monotonic() - began < 10
+        assert len(ask(furnished, "GET", "/images/json?" + filtered(reference=["*:5000/*b*b"])).json) == 1
+        assert ask(furnished, "GET", "/networks?" + filtered(name=["n" * 60000])).json == []
 
 
 ###############################################################################
