@@ -8178,7 +8178,7 @@ def docker_container(engine: Engine, container: Container, image: Optional[Image
         "RestartCount": int_or_zero(container.labels.get("containerd.io/restart.count") or ""),
         "Driver": driver, "Platform": "linux", "MountLabel": "", "ProcessLabel": "",
         "AppArmorProfile": (spec.get("process") or {}).get("apparmorProfile") or "",
-        "ExecIDs": [each.id for each in list(engine.execs.values()) if each.running
+        "ExecIDs": [each.id for each in list(engine.execs.values()) if each.code is None
                     and each.container.id == container.id] or None,
         "HostConfig": {**docker_host_config(container, spec), "Links": docker_links(engine, container)},
         "GraphDriver": {"Data": None, "Name": driver},
@@ -11430,8 +11430,8 @@ def exec_process(instance: Exec, container: Container) -> Dict[str, Any]:
 
 
 def docker_exec(instance: Exec) -> Dict[str, Any]:
-    """An exec as `/exec/{id}/json` shows it."""
-    config, command = instance.config, instance.command
+    """An exec as `/exec/{id}/json` shows it, with the bytes of its detach keys."""
+    config, command, keys = instance.config, instance.command, instance.config.get("DetachKeys")
     process = {"tty": instance.tty, "entrypoint": command[0], "arguments": command[1:],
                "privileged": bool(config.get("Privileged"))}
     if config.get("User"):
@@ -11440,19 +11440,21 @@ def docker_exec(instance: Exec) -> Dict[str, Any]:
         "ID": instance.id, "Running": instance.running, "ExitCode": instance.code, "ProcessConfig": process,
         "OpenStdin": bool(config.get("AttachStdin")), "OpenStderr": bool(config.get("AttachStderr")),
         "OpenStdout": bool(config.get("AttachStdout")), "CanRemove": False, "ContainerID": instance.container.id,
-        "DetachKeys": config.get("DetachKeys") or "", "Pid": instance.pid,
+        "DetachKeys": base64.b64encode(DetachKeys(keys).sequence if keys else b"").decode(), "Pid": instance.pid,
     }
 
 
 @route("POST", "/containers/{id}/exec")
 def exec_create(engine: Engine, request: Request, name: str) -> Response:
-    """Prepare a command; 201 with its id. 409 when the container does not run, 400 for no command."""
+    """Prepare a command; 201 with its id. 409 when the container does not run, 400 for no command or no such user."""
     config = request.json(EXEC_CREATE)
     if not config.get("Cmd"):
         raise BadParameter("No exec command specified")
     container = engine.inventory.container(name)
     instance = Exec(container, config)
     require_running(container, f"container {name} is paused, unpause the container before exec")
+    if config.get("User"):
+        find_user(container, config["User"])
     DetachKeys(config.get("DetachKeys") or "")
     keep_exec(engine, instance)
     return Response(201, {"Id": instance.id})
@@ -11514,7 +11516,7 @@ def await_exec(engine: Engine, instance: Exec, ended: Callable[[], Any]) -> None
             # The container has ended: nobody knows more.
             code = 137
     instance.code = 137 if code is None else code
-    instance.running, instance.pid = False, 0
+    instance.running = False
     engine.tell(instance.container, "exec_die", execID=instance.id, exitCode=str(instance.code))
     instance.done.set()
     ended()
@@ -11590,7 +11592,8 @@ def exec_start(engine: Engine, request: Request, name: str) -> Response:
     if len(size) == 2:
         instance.size = (size[0], size[1])
     if options.get("Detach"):
-        run_exec(engine, instance, TaskStreams(terminal=instance.tty))
+        # A terminal has to be copied to somewhere.
+        run_exec(engine, instance, TaskStreams(stdout="/dev/null" if instance.tty else "", terminal=instance.tty))
         return Response(200, b"")
     # As with dockerd, this request says how the output is packed, whether or not the command has a terminal.
     raw = options.get("Tty")

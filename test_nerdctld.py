@@ -432,6 +432,8 @@ class FakeProcess:
             record = self.fake.containers[self.key[0]]
             file = FakeLog(os.path.join(record.labels.get("nerdctl/state-dir", "/nosuch"), record.id + "-json.log"), name)
         else:
+            if self.terminal and not path:
+                raise OSError("stat : no such file or directory")
             path = path or os.devnull
             number = until(lambda: self.open_writer(path))
             if number is None:
@@ -9696,14 +9698,16 @@ class TestExec:
     def test_fields_in_another_case(self, furnished):
         name = self.create(furnished, {"cmd": ["a", "b"], "attachstdout": True, "detachKeys": "ctrl-p"}).json["Id"]
         told = ask(furnished, "GET", f"/exec/{name}/json").json
-        assert (told["OpenStdout"], told["DetachKeys"], told["ProcessConfig"]["arguments"]) == (True, "ctrl-p", ["b"])
+        # Go's clients take bytes for it, as base64, and fail on anything else.
+        assert (told["OpenStdout"], told["DetachKeys"], told["ProcessConfig"]["arguments"]) == (True, "EA==", ["b"])
         assert self.create(furnished, {"Cmd": ["a"], "detachKeys": "zz"}).status == 400
 
     def test_inspect(self, furnished):
-        name = self.create(furnished, {"Cmd": ["a", "b"], "User": "u", "AttachStdout": True, "Privileged": True}).json["Id"]
+        name = self.create(furnished, {"Cmd": ["a", "b"], "User": "1", "AttachStdout": True, "Privileged": True}).json["Id"]
         told = ask(furnished, "GET", f"/exec/{name}/json").json
+        assert ask(furnished, "GET", "/containers/tstweb/json").json["ExecIDs"] == [name]
         assert (told["ID"], told["ContainerID"], told["Running"], told["ExitCode"], told["OpenStdout"]) == (name, ID, False, None, True)
-        assert told["ProcessConfig"] == {"tty": False, "entrypoint": "a", "arguments": ["b"], "privileged": True, "user": "u"}
+        assert told["ProcessConfig"] == {"tty": False, "entrypoint": "a", "arguments": ["b"], "privileged": True, "user": "1"}
 
     def test_a_terminal_that_has_ended_has_no_size(self, furnished):
         name = self.create(furnished, {"Cmd": ["a"], "Tty": True}).json["Id"]
@@ -9718,17 +9722,19 @@ class TestExec:
         answer = ask(reading, *path.split())
         assert (answer.status, answer.message) == (404, "No such exec instance: x")
 
-    def test_detached(self, box, fake):
-        fake.programs["program", "a b"] = lambda process: process.wait_signal()
-        name = self.made(box, AttachStdin=True)
+    @pytest.mark.parametrize("tty", [False, True])
+    def test_detached(self, box, fake, tty):
+        fake.programs["program", "a b"] = lambda process: process.stdout.write(b"out") and process.wait_signal()
+        name = self.made(box, AttachStdin=True, Tty=tty)
         assert self.detached(box, name).status == 200
-        assert self.inspect(box, name, "Running") and self.inspect(box, name, "Pid") == fake.execs[ID, name].pid and box.busy()
+        pid = fake.execs[ID, name].pid
+        assert self.inspect(box, name, "Running") and self.inspect(box, name, "Pid") == pid and box.busy()
         for tty in (False, True):
             answer = ask(box, "POST", f"/exec/{name}/start", {"Detach": tty})
             assert (answer.status, answer.message) == (409, f"exec command {name} is already running")
         box.containerd.kill_task(ID, 4, name)
         assert until(lambda: not self.inspect(box, name, "Running"))
-        assert (self.inspect(box, name, "ExitCode"), self.inspect(box, name, "Pid")) == (4, 0) and until(lambda: not fake.execs)
+        assert (self.inspect(box, name, "ExitCode"), self.inspect(box, name, "Pid")) == (4, pid) and until(lambda: not fake.execs)
         answer = self.detached(box, name)
         assert (answer.status, answer.message) == (409, f"exec command {name} has already run")
         assert actions(box, "execID", "exitCode")[-3:] == [
@@ -9826,10 +9832,15 @@ class TestExec:
 
     def test_user_that_is_told_to_be_not_there(self, box, fake):
         told = "unable to find user nosuchuser: no matching entries in passwd file"
-        answer = self.detached(box, self.made(box, User="nosuchuser"))
+        answer = self.create(box, {"Cmd": ["a"], "User": "nosuchuser"}, "x")
+        assert (answer.status, answer.message) == (400, told) and not box.execs
+        # Taken out of the list between the two calls.
+        names = [self.made(box), self.made(box)]
+        for name in names:
+            box.execs[name].config["User"] = "nosuchuser"
+        answer = self.detached(box, names[0])
         assert (answer.status, answer.message) == (400, told) and not fake.execs
-        name = self.made(box, User="nosuchuser")
-        assert unframe(self.start(box, name).rest()) == [(1, told.encode() + b"\r\n")] and self.inspect(box, name, "ExitCode") == 126
+        assert unframe(self.start(box, names[1]).rest()) == [(1, told.encode() + b"\r\n")] and self.inspect(box, names[1], "ExitCode") == 126
 
     @pytest.mark.parametrize("make, known", [
         (lambda etc: (etc / "passwd").write_text("root:x:0:0\nuser:x:1:2\n"), True), (lambda etc: (etc / "passwd").write_bytes(b"\xff:x:0:0\nuser:x:1:2\n"), True), (lambda etc: (etc / "passwd").write_text("users:x:1:2\n"), False),
@@ -14704,9 +14715,10 @@ class TestLiveContainers:
         assert box.text("exec", "-u", "user", "-w", "/tmp", "-e", "B=2", "tstexec", "sh", "-c", "id -un; pwd; echo $B") == "user\n/tmp\n2\n"
         assert box("exec", "tstexec", "nosuch").returncode in (126, 127)
         done = box("exec", "-u", "nobodyelse", "tstexec", "true")
-        assert (done.returncode, done.stdout) == (126, b"unable to find user nobodyelse: no matching entries in passwd file\r\n")
-        box.text("exec", "-d", "tstexec", "touch", "/tmp/made")
-        assert until(lambda: box("exec", "tstexec", "ls", "/tmp/made").returncode == 0)
+        assert (done.returncode, done.stderr) == (1, b"Error response from daemon: unable to find user nobodyelse: no matching entries in passwd file\n")
+        for how in ("-d", "-dt", "-dit"):
+            box.text("exec", how, "tstexec", "touch", "/tmp/made" + how)
+            assert until(lambda: box("exec", "tstexec", "ls", "/tmp/made" + how).returncode == 0)
 
     def test_copies(self, box, tmp_path):
         (tmp_path / "in").mkdir()
