@@ -8821,6 +8821,12 @@ def _limits(value: Optional[List[Dict[str, Any]]], flag: str) -> List[str]:
     return [f"{flag}={each.get('Path')}:{each.get('Weight') or each.get('Rate') or 0}" for each in value or []]
 
 
+def _oom_score(value: Optional[int], flag: str) -> List[str]:
+    """As with dockerd 0 is an order, too: without one a container has what its shim has, below systemd nearly the
+    least, so that everything else is killed before it. A user may not go below it."""
+    return [f"{flag}={value or 0}"] if value or not os.geteuid() else []
+
+
 # Field of the create request -> flag of nerdctl create, and how its value becomes words; functions do the rest.
 CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str], List[str]]], ...] = (
     ("User", "--user", _value), ("Tty", "--tty", _switch),
@@ -8832,7 +8838,7 @@ CREATE_FLAGS: Tuple[Tuple[str, str, Callable[[Any, str], List[str]]], ...] = (
     ("HostConfig.DnsOptions", "--dns-option", _listed), ("HostConfig.DnsSearch", "--dns-search", _listed),
     ("HostConfig.ExtraHosts", "--add-host", _listed), ("HostConfig.GroupAdd", "--group-add", _listed),
     ("HostConfig.UTSMode", "--uts", _value),
-    ("HostConfig.OomScoreAdj", "--oom-score-adj", _value), ("HostConfig.Privileged", "--privileged", _switch),
+    ("HostConfig.OomScoreAdj", "--oom-score-adj", _oom_score), ("HostConfig.Privileged", "--privileged", _switch),
     ("HostConfig.ReadonlyRootfs", "--read-only", _switch), ("HostConfig.Runtime", "--runtime", _value),
     ("HostConfig.UsernsMode", "--userns", _value),
     ("HostConfig.ShmSize", "--shm-size", _value), ("HostConfig.Sysctls", "--sysctl", _pairs),

@@ -6609,10 +6609,11 @@ NETWORKS = {"bridge": {"Id": "b" * 64, "Name": "bridge"}, "one": {"Id": "1" * 64
 
 # Where root's daemon makes the container.
 PING_SYSCTL = "--sysctl=net.ipv4.ping_group_range=0 2147483647"
+OOM_SCORE = "--oom-score-adj=0"
 
 
 def words_of(body, image=None, networks=NETWORKS):
-    """What create_args makes of a request, without the network and the sysctl that are always there."""
+    """What create_args makes of a request, without the network, the sysctl and the score that are always there."""
     def find(name):
         if name != "other":
             raise nerdctld.NotFound(f"No such container: {name}")
@@ -6621,7 +6622,7 @@ def words_of(body, image=None, networks=NETWORKS):
     body = nerdctld.shaped({**BODY, **body}, nerdctld.CREATE_REQUEST)
     words, _ = nerdctld.create_args(body, image or {}, networks, find, lambda kind, among: next(iter(among), 7))
     mounts = nerdctld.mount_words(nerdctld.request_mounts(body, find))
-    return [each for each in words if each not in ("--network=bridge", PING_SYSCTL)] + mounts
+    return [each for each in words if each not in ("--network=bridge", PING_SYSCTL, OOM_SCORE)] + mounts
 
 
 def host(**fields):
@@ -7592,6 +7593,12 @@ class TestContainerCreate:
         body = {"Hostname": hostname, "Labels": labels, "NetworkingConfig": {"EndpointsConfig": {"one": {"Aliases": aliases}}}}
         assert [each for each in words_of(body) if each.startswith("--hostname")] == wanted
 
+    @pytest.mark.parametrize("user, asked, words", [(0, {}, [OOM_SCORE]), (0, {"OomScoreAdj": 9}, ["--oom-score-adj=9"]), (1000, {}, [])])
+    def test_score_without_one_asked_for(self, monkeypatch, user, asked, words):
+        """Below systemd containerd's shims have -998, which a container got, too."""
+        monkeypatch.setattr(nerdctld.os, "geteuid", lambda: user)
+        assert nerdctld.create_args({**BODY, **host(NetworkMode="host", **asked)}, {}, {}, None, None)[0] == [*words, "--network=host"]
+
     def test_no_hostname_in_the_network_of_the_host(self):
         assert words_of({**host(NetworkMode="host"), "NetworkingConfig": {"EndpointsConfig": {"host": {"Aliases": ["a"]}}}}) == ["--network=host"]
 
@@ -7630,7 +7637,7 @@ class TestContainerCreate:
         words = scripted.argv("create")
         kept = [each for each in words if each.startswith("--label=nerdctld/request.0=")]
         assert json.loads(kept[0].partition("=")[2].partition("=")[2]) == request
-        assert words == ["create", "--pull=never", "--name=new", PING_SYSCTL, "--network=bridge", "--label=a=b", *kept, f"--label=nerdctld/image={BB}", "--", BASE, "true"]
+        assert words == ["create", "--pull=never", "--name=new", PING_SYSCTL, OOM_SCORE, "--network=bridge", "--label=a=b", *kept, f"--label=nerdctld/image={BB}", "--", BASE, "true"]
 
     def test_words_of_a_user_are_no_flags(self, furnished, scripted, fake):
         creates(scripted, fake, "9" * 64)
