@@ -32,6 +32,7 @@ import io
 import itertools
 import json
 import marshal
+import multiprocessing.connection
 import os
 import pathlib
 import py_compile
@@ -18775,6 +18776,93 @@ def cycles(argv):
             key in ("descriptors", "threads") and after[key] > before[key] + 1]
     print("more than before: " + (", ".join(more) or "nothing"))
     return 1 if wrong or more else 0
+
+
+# pytest takes the functions of this module whose names begin with pytest_ for its hooks.
+pytest_plugins = ["test_nerdctld"]
+
+
+class Teller:
+    """Tells the process that has started this one what comes of its tests."""
+
+    def __init__(self, config, pipe):
+        self.config, self.pipe = config, pipe
+
+    def pytest_runtest_logreport(self, report):
+        """Tell of it."""
+        self.pipe.send(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
+
+
+def run_items(session, items):
+    """Run tests one after the other, in this process."""
+    items = iter(items)
+    item = next(items, None)
+    while item:
+        following = next(items, None)
+        session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail or session.shouldstop:
+            raise session.Failed(session.shouldfail) if session.shouldfail else session.Interrupted(session.shouldstop)
+        item = following
+
+
+def start_tests(session, groups, numbers):
+    """A process that runs the groups of tests whose numbers come from a pipe: its id, and the connection that its reports come from."""
+    ours, theirs = multiprocessing.connection.Pipe(duplex=False)
+    process = os.fork()
+    if process:
+        theirs.close()
+        return process, ours
+    try:
+        manager = session.config.pluginmanager
+        manager.unregister(name="terminalreporter")
+        manager.register(Teller(session.config, theirs))
+        # The files that take output are those of the other processes, too.
+        manager.getplugin("capturemanager").stop_global_capturing()
+        manager.getplugin("capturemanager").start_global_capturing()
+        run_items(session, (item for number in iter(lambda: os.read(numbers, 2), b"") for item in groups[int.from_bytes(number, "big")]))
+        atexit._run_exitfuncs()
+    finally:
+        os._exit(0)
+
+
+def pytest_runtestloop(session):
+    """Run the hermetic tests, where they are many, in as many processes as there are processors, each class in one of them; then the others."""
+    option, hook = session.config.option, session.config.hook
+    hermetic, live, processors = [], [], len(os.sched_getaffinity(0))
+    for item in session.items:
+        (live if "Live" in item.nodeid else hermetic).append(item)
+    if session.testsfailed or len(hermetic) < 500 or processors < 2 or option.collectonly or option.maxfail or option.usepdb or option.capture == "no":
+        return None
+    groups = sorted((list(group) for _, group in itertools.groupby(hermetic, lambda item: item.parent)), key=len, reverse=True)
+    numbers, writer = os.pipe()
+    os.write(writer, b"".join(number.to_bytes(2, "big") for number in range(len(groups))))
+    os.close(writer)
+    # Of the folders of the tests there is one.
+    session.config._tmp_path_factory.getbasetemp()
+    started = dict(start_tests(session, groups, numbers) for _ in range(processors))
+    try:
+        pipes, missing = list(started.values()), {item.nodeid: item for item in hermetic}
+        while pipes:
+            for pipe in multiprocessing.connection.wait(pipes):
+                try:
+                    report = hook.pytest_report_from_serializable(config=session.config, data=pipe.recv())
+                except EOFError:
+                    pipes.remove(pipe)
+                    continue
+                hook.pytest_runtest_logreport(report=report)
+                if report.when == "teardown":
+                    missing.pop(report.nodeid)
+                    hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
+        for item in missing.values():
+            hook.pytest_runtest_logreport(report=pytest.TestReport(item.nodeid, item.location, {}, "failed", "the process of this test has ended", "call"))
+    finally:
+        os.close(numbers)
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+    run_items(session, live)
+    return True
 
 
 def main(argv):
