@@ -4199,9 +4199,15 @@ class Container:
                      else self.spec.get("process"))
         return found if isinstance(found, dict) else {}
 
-    @functools.cached_property
+    @property
     def ports(self) -> List[Dict[str, Any]]:
-        """Its published ports as Docker's list. nerdctl keeps them in a file from 2.2 on, and in a label before."""
+        """The ports that it publishes, or did while it ran, as Docker's list: none without a network of its own."""
+        networks = json_of(list, self.labels.get("nerdctl/networks"))
+        return [] if "host" in networks or "none" in networks else self.asked_ports
+
+    @functools.cached_property
+    def asked_ports(self) -> List[Dict[str, Any]]:
+        """Those of a network of its own. nerdctl keeps them in a file from 2.2 on, and in a label before."""
         found = self.read_file("network-config.json").get("portMappings") or json_of(
             list, self.labels.get("nerdctl/ports"))
         return [{"IP": each.get("HostIP") or "0.0.0.0", "PrivatePort": each.get("ContainerPort") or 0,
@@ -5159,7 +5165,7 @@ def port_mappings(engine: "Engine", container: Container) -> List[Dict[str, Any]
     """The published ports as plugins know them. Those of a user's own containerd are RootlessKit's; within its
     namespaces there is none of the host's addresses."""
     return [{"hostPort": each["PublicPort"], "containerPort": each["PrivatePort"], "protocol": each["Type"],
-             "hostIP": "" if engine.containerd.rootless_pid() else each["IP"]} for each in container.ports]
+             "hostIP": "" if engine.containerd.rootless_pid() else each["IP"]} for each in container.asked_ports]
 
 
 def run_plugin(engine: "Engine", config: Dict[str, Any], environment: Dict[str, str]) -> Dict[str, Any]:
@@ -7853,12 +7859,11 @@ def own_arguments(container: Container) -> List[str]:
 
 def open_ports(container: Container) -> List[Dict[str, Any]]:
     """The ports of a running container: those published, and those only exposed, without a port of the host."""
-    if not container.running:
+    shared = {"host", "none"} & set(network_names(container)) or network_mode(container).startswith("container:")
+    if shared or not container.running:
         return []
     ports = container.ports
     published = {(each["PrivatePort"], each["Type"]) for each in ports}
-    if {"host", "none"} & set(network_names(container)) or network_mode(container).startswith("container:"):
-        return ports
     exposed = {(int_or_zero(number), kind or "tcp") for number, _, kind in (
         each.partition("/") for each in container.request.get("ExposedPorts") or {})}
     return ports + [{"PrivatePort": number, "Type": kind} for number, kind in sorted(exposed - published) if number]
@@ -8037,12 +8042,13 @@ SPEC_FIELDS = {
 DEFAULT_RUNTIME = {"io.containerd.runc.v2": "runc"}
 
 
-def port_bindings(container: Container) -> Dict[str, Any]:
-    """Docker's port map of what is published."""
+def port_bindings(ports: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """Docker's port map of a list of ports, with None for one that is only exposed."""
     found: Dict[str, Any] = {}
-    for port in container.ports:
-        found.setdefault(f"{port['PrivatePort']}/{port['Type']}",
-                         []).append({"HostIp": port["IP"], "HostPort": str(port["PublicPort"])})
+    for port in ports:
+        places = found.setdefault(f"{port['PrivatePort']}/{port['Type']}", [] if "PublicPort" in port else None)
+        if places is not None:
+            places.append({"HostIp": port["IP"], "HostPort": str(port["PublicPort"])})
     return found
 
 
@@ -8067,7 +8073,7 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
         "IpcMode": json_of(dict, container.labels.get("nerdctl/ipc")).get("mode") or "private",
         "LogConfig": {"Type": logged.get("driver") or "json-file", "Config": logged.get("opts") or {}},
         "NetworkMode": network_mode(container),
-        "PortBindings": {} if container.request else port_bindings(container),
+        "PortBindings": {} if container.request else port_bindings(container.asked_ports),
         "Privileged": labels.get("nerdctl/privileged") == "true",
         "RestartPolicy": {"Name": policy, "MaximumRetryCount": int_or_zero(tries)},
         "Runtime": DEFAULT_RUNTIME.get(container.runtime, container.runtime) or found["Runtime"],
@@ -8135,7 +8141,7 @@ def docker_config(container: Container, spec: Dict[str, Any], image: Dict[str, A
         # nerdctl 1.7 does not keep those of the image.
         "Labels": {**(image.get("Labels") or {}), **container.visible_labels},
     }
-    ports = {**{key: {} for key in port_bindings(container)}, **(image.get("ExposedPorts") or {}),
+    ports = {**{key: {} for key in port_bindings(container.asked_ports)}, **(image.get("ExposedPorts") or {}),
              **{key if "/" in key else key + "/tcp": {} for key in asked.get("ExposedPorts") or {}}}
     if ports:
         found["ExposedPorts"] = ports
@@ -8217,11 +8223,9 @@ def network_settings(container: Container, config: Dict[str, Any], attached: Dic
                      version: Tuple[int, int]) -> Dict[str, Any]:
     """NetworkSettings, before API 1.52 with the fields of the default network, if it is in that, once more, and before
     1.45 with the short id and the host name among the aliases of any other."""
-    ports: Dict[str, Any] = {key: None for key in config.get("ExposedPorts") or {}}
-    ports.update(port_bindings(container) if container.running else {})
     settings = {
         "SandboxID": sha256(container.id.encode()).hexdigest() if container.running else "", "SandboxKey": "",
-        "Ports": ports, "Networks": attached,
+        "Ports": port_bindings(open_ports(container)), "Networks": attached,
     }
     for name in attached.keys() - {"bridge", "host", "none"} if version < (1, 45) else ():
         more = [container.id[:12], config["Hostname"]]

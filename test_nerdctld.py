@@ -7104,6 +7104,19 @@ class TestContainerCreate:
         mine = furnished.inventory.container("mine")
         assert nerdctld.taken_port(furnished, mine) == ("0.0.0.0:18090" if taken else "")
 
+    @pytest.mark.parametrize("network", ["host", "none"])
+    def test_no_port_is_published_without_a_network_of_its_own(self, furnished, fake, monkeypatch, network):
+        """The host's may well be taken, most likely by the container's own program."""
+        monkeypatch.setattr(nerdctld, "is_bound", lambda port: True)
+        self.ported(fake, self.MINE, "mine", 18090, None, asked="18090")
+        fake.containers[self.MINE].labels["nerdctl/networks"] = json.dumps([network])
+        assert nerdctld.taken_port(furnished, furnished.inventory.container("mine")) == ""
+        fake.start(self.MINE)
+        told = ask(furnished, "GET", "/containers/mine/json").json
+        assert (told["NetworkSettings"]["Ports"], told["Config"]["ExposedPorts"]) == ({}, {"80/tcp": {}})
+        assert told["HostConfig"]["PortBindings"] == {"80/tcp": [{"HostIp": "", "HostPort": "18090"}]}
+        assert [each["Ports"] for each in ask(furnished, "GET", "/containers/json").json if each["Id"] == self.MINE] == [[]]
+
     def test_ports_of_one_that_has_ended_are_given_back(self, furnished, scripted, fake, tmp_path, monkeypatch):
         """nerdctl's hook does so when a task is deleted, and its task is not."""
         calls = []
