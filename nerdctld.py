@@ -2147,11 +2147,11 @@ class Nerdctl:
             log(f"{shlex.join(process.argv)} -> {process.popen.returncode} in {took:.0f} ms{reason}")
 
     def start(self, *arguments: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE, stderr: Any = None,
-              environment: Optional[Dict[str, str]] = None, client: Client = Client()) -> Process:
+              environment: Optional[Dict[str, str]] = None, client: Client = Client(), **how: Any) -> Process:
         """A running process for a stream. stderr None keeps it in memory for check(). It is killed when `client`
         leaves."""
         merged = {**self.environment, **environment} if environment else self.environment
-        return Process(self, self.argv(arguments), client, stderr, env=merged, stdin=stdin, stdout=stdout)
+        return Process(self, self.argv(arguments), client, stderr, env=merged, stdin=stdin, stdout=stdout, **how)
 
     def start_tree(self, before: Iterable[str]) -> Process:
         """This file as a process in a container's tree, `nerdctld.py tree`, with its standard streams as pipes and
@@ -2172,18 +2172,21 @@ class Nerdctl:
             raise ApiError(f"failed to initialize logging driver: {found.path}: {error.strerror}") from None
 
     def output(self, *arguments: str, data: bytes = b"", timeout: float = SHORT_CALL,
-               environment: Optional[Dict[str, str]] = None) -> Output:
-        """Run to the end, whatever its status. 503 when no place becomes free or it does not end within `timeout`."""
+               environment: Optional[Dict[str, str]] = None, keep: Tuple[int, ...] = (),
+               meanwhile: Callable[[], Any] = lambda: None) -> Output:
+        """Run to the end, whatever its status; `meanwhile` is called once it has started, and it has the descriptors
+        `keep` open, too. 503 when no place becomes free or it does not end within `timeout`."""
         if not self.places.acquire(timeout=timeout):
             raise Unavailable("too many nerdctl processes are running")
         try:
-            return self._output(arguments, data, timeout, environment)
+            return self._output(arguments, data, timeout, environment, keep, meanwhile)
         finally:
             self.places.release()
 
-    def _output(self, arguments, data, timeout, environment) -> Output:
+    def _output(self, arguments, data, timeout, environment, keep=(), meanwhile=lambda: None) -> Output:
         stdin = subprocess.PIPE if data else subprocess.DEVNULL
-        with self.start(*arguments, stdin=stdin, environment=environment) as process:
+        with self.start(*arguments, stdin=stdin, environment=environment, pass_fds=keep) as process:
+            meanwhile()
             try:
                 stdout, _ = process.popen.communicate(data or None, timeout)
             except subprocess.TimeoutExpired:
@@ -3358,9 +3361,10 @@ class ContainerdClient:
             yield from grpc_stream(sock, "/containerd.services." + method, encode_message(fields), self.headers,
                                    timeout)
 
-    def call(self, method: str, fields: Dict[int, Any], timeout: Optional[float] = 10.0) -> memoryview:
-        """The one message that answers a call."""
-        with self.dial() as sock, self.errors():
+    def call(self, method: str, fields: Dict[int, Any], timeout: Optional[float] = 10.0,
+             connection: Optional[socket.socket] = None) -> memoryview:
+        """The one message that answers a call, on a connection that it ends."""
+        with connection or self.dial() as sock, self.errors():
             return memoryview(grpc_call(sock, "/containerd.services." + method, encode_message(fields), self.headers,
                                         timeout))
 
@@ -3440,9 +3444,10 @@ class Containerd(ContainerdClient):
         """Start a container's process that was made, or a command in it; its process id."""
         return self.ask("tasks.v1.Tasks/Start", {1: identity, 2: exec_id}, timeout).get(1, 0)
 
-    def delete_task(self, identity: str) -> None:
-        """Take a task away that has ended, or was never started."""
-        self.call("tasks.v1.Tasks/Delete", {1: identity}, SHORT_CALL)
+    def delete_task(self, identity: str, connection: Optional[socket.socket] = None) -> None:
+        """Take a task away that has ended, or was never started. containerd breaks off where the connection ends, and
+        leaves the shim."""
+        self.call("tasks.v1.Tasks/Delete", {1: identity}, SHORT_CALL, connection)
 
     def kill_task(self, identity: str, number: int, exec_id: str = "") -> None:
         """Send a signal to a container's process, or to a command in it."""
@@ -10927,13 +10932,13 @@ def container_wait(engine: Engine, request: Request, name: str) -> Response:
     return Response(200, Stream(chunks()), "application/json")
 
 
-def end_task(engine: Engine, container: Container) -> None:
+def end_task(engine: Engine, container: Container, connection: socket.socket) -> None:
     """Kill a container's task where it runs, and have containerd take it away."""
     count = engine.tasks.count
-    with contextlib.suppress(ApiError):
+    with connection, contextlib.suppress(ApiError):
         if container.running and kill_task(engine, container, signal.SIGKILL, ends=True):
             engine.tasks.ended_since(container.id, count, engine.tasks.DYING)
-        engine.containerd.delete_task(container.id)
+        engine.containerd.delete_task(container.id, connection)
 
 
 def remove_container(engine: Engine, container: Container, force: bool, volumes: bool) -> None:
@@ -10944,11 +10949,13 @@ def remove_container(engine: Engine, container: Container, force: bool, volumes:
     cut_off = was_cut_off(container) or os.path.exists(os.path.join(container.folder or os.devnull, CUT_OFF))
     if cut_off:
         take_down_network(engine, container)
-    elif container.task and (force or not container.running):
-        # nerdctl does it, too, once it has started.
-        threading.Thread(target=end_task, args=(engine, container), daemon=True).start()
+    how: Dict[str, Any] = {}
+    if container.task and not cut_off and (force or not container.running):
+        # nerdctl does it, too, once it has started. It keeps the connection open should this daemon be killed.
+        connection = engine.containerd.dial()
+        how = {"keep": (connection.fileno(),), "meanwhile": lambda: end_task(engine, container, connection)}
     for pause in (0.01, 0.5, 0.0):
-        output = engine.nerdctl.run(*words)
+        output, how = engine.nerdctl.run(*words, **how), {}
         # nerdctl's status is 0 too where it could not with --force, and in 1.7 where the task went away meanwhile.
         try:
             engine.containerd.get_container(container.id)

@@ -1084,7 +1084,7 @@ class Direct(nerdctld.Containerd):
                 found = fake.found(name, self.namespace, asked)
         yield from found
 
-    def call(self, method, fields, timeout=10.0):
+    def call(self, method, fields, timeout=10.0, connection=None):
         """The one message that answers a call."""
         found, = self.stream(method, fields, timeout)
         return memoryview(found)
@@ -1097,8 +1097,9 @@ class InProcess(nerdctld.Nerdctl):
         super().__init__([str(scripted.program)], namespace)
         self.scripted, self.forks = scripted, False
 
-    def output(self, *arguments, data=b"", timeout=nerdctld.SHORT_CALL, environment=None):
+    def output(self, *arguments, data=b"", timeout=nerdctld.SHORT_CALL, environment=None, keep=(), meanwhile=lambda: None):
         """What the script says, noted as a call."""
+        meanwhile()
         self.argv(arguments)
         rule, path = self.scripted.rule(arguments), self.environment.get("PATH")
         if self.command[0] == "buildctl" and path == os.environ.get("PATH") == PATH:
@@ -2550,6 +2551,19 @@ class TestErrors:
 
 
 class TestNerdctlProcess:
+    def test_what_a_process_keeps_open(self):
+        """containerd goes on with a call whose connection nerdctl still has when the daemon is killed."""
+        near, far = socket.socketpair()
+        near.settimeout(10)
+
+        def meanwhile():
+            far.close()
+            near.send(b"still there")
+        with near:
+            runner = nerdctld.Nerdctl([*PYTHON, "-c", f"import os; os.write(1, os.read({far.fileno()}, 11))"])
+            assert runner.output(keep=(far.fileno(),), meanwhile=meanwhile).stdout == b"still there"
+            assert near.recv(1) == b""
+
     def test_bytecode_is_that_which_runs(self, monkeypatch):
         # What it needs not is left out.
         needed = "def f(): pass\nx = 1"
