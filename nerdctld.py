@@ -10787,16 +10787,20 @@ def container_restart(engine: Engine, request: Request, name: str) -> None:
 
 def require_running(container: Container, paused: str = "") -> None:
     """409 with dockerd's words unless it runs, and with these, if any, where it is paused."""
-    refuse((not container.running, f"container {container.id} is not running"),
-           (paused and container.state.kind == "paused", paused), kind=Conflict)
+    kind = container.state.kind
+    refuse((kind == "restarting", f"Container {container.id} is restarting, wait until the container is running"),
+           (not container.running, f"container {container.id} is not running"),
+           (paused and kind == "paused", paused), kind=Conflict)
 
 
 @route("POST", "/containers/{id}/kill")
 def container_kill(engine: Engine, request: Request, name: str) -> None:
-    """Send it a signal; 204, 409 when it does not run."""
+    """Send it a signal, of which one that waits for its restart ends; 204, 409 when it does not run."""
     request.read_body()
     with engine.owning(name) as container:
         number = signal_number(request.value("signal") or "KILL")
+        if container.state.kind == "restarting":
+            return hold_policy(engine, container)
         if not container.running:
             if request.version < (1, 20):
                 return

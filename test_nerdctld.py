@@ -9046,6 +9046,17 @@ class TestContainerLifecycle:
         # Its restarts are counted anew, as by dockerd.
         assert self.restarts(fake, real) == {"policy": policy, "status": "running", "explicitly-stopped": "false"}
 
+    @pytest.mark.parametrize("path", ["kill", "kill?signal=HUP", "stop"])
+    def test_what_waits_for_its_restart_ends(self, willing, fake, path):
+        real = identity(willing, "tstweb")
+        fake.label(real, **{self.RESTART + "policy": "always", self.RESTART + "status": "running"})
+        fake.exit(real, 3)
+        for asked, body in (("exec", {"Cmd": ["a"]}), ("pause", None), ("top", None)):
+            answer = ask(willing, "GET" if asked == "top" else "POST", "/containers/tstweb/" + asked, body)
+            assert (answer.status, answer.message) == (409, f"Container {real} is restarting, wait until the container is running")
+        assert ask(willing, "POST", "/containers/tstweb/" + path).status == 204
+        assert ask(willing, "GET", "/containers/tstweb/json").json["State"]["Status"] == "exited" and "status" not in self.restarts(fake, real)
+
     def test_without_a_policy_nothing_is_written(self, willing, fake):
         container = willing.inventory.container("tstweb")
         for key in list(self.restarts(fake, container.id)):
