@@ -10203,8 +10203,8 @@ class TestSupervision:
         assert ask(checked.engine, "POST", "/containers/x/unpause").status == 204
         assert until(lambda: checked.health == ("healthy", 0))
         told = lambda: [each for each in checked.events if each.startswith(("health", "pause", "unpause"))]
-        # After some seconds of checks the first of them are forgotten.
-        assert until(lambda: told() == ["health_status: healthy", "pause", "unpause", "health_status: healthy"], 3), told()
+        # On a slow machine the first one is forgotten by now, behind 256 events of checks.
+        assert until(lambda: told()[-3:] == ["pause", "unpause", "health_status: healthy"], 3), told()
 
     def test_timeout(self, checked):
         checked.fake.label(ID, **{"nerdctl/healthcheck": json.dumps({**CHECK, "Timeout": 10**8, "Retries": 1})})
