@@ -1900,6 +1900,8 @@ NERDCTL_ERRORS: List[Tuple[str, type, str]] = [
     (r"no network found matching: (\S+)", NotFound, "network {0} not found"),
     (r"no such network: [\\\\\"]*([^\\\\\"\s]+)", NotFound,
      "failed to set up container networking: network {0} not found"),
+    (r"requested IP address \S+ is not available in range set", Forbidden,
+     "failed to set up container networking: Address already in use"),
     (r"volume \"?([^\"\s/]+)\"? is in use", Conflict, "remove {0}: volume is in use"),
     (r"\"([^\"/]+)/volume.json\" does not exist|volume \"([^\"]+)\": not found", NotFound, "get {0}: no such volume"),
     (r"name \"([^\"]+)\" is already used by ID \"([^\"]*)\"", Conflict,
@@ -5174,7 +5176,7 @@ def port_mappings(engine: "Engine", container: Container) -> List[Dict[str, Any]
 
 
 def run_plugin(engine: "Engine", config: Dict[str, Any], environment: Dict[str, str]) -> Dict[str, Any]:
-    """The result of one plugin; 500 with its own words where it fails."""
+    """The result of one plugin; 403 for an address that is taken, 500 with its own words where it fails otherwise."""
     kind, command = config.get("type") or "", environment["CNI_COMMAND"]
     path = os.path.join(environment["CNI_PATH"], kind)
     if "/" in kind or not os.path.isfile(engine.containerd.root() + path):
@@ -5184,7 +5186,7 @@ def run_plugin(engine: "Engine", config: Dict[str, Any], environment: Dict[str, 
     told = json_of(dict, output.stdout)
     if output.status:
         words = ": ".join(filter(None, map(told.get, ("msg", "details")))) or output.stderr.strip()[-500:]
-        raise ApiError(f'plugin type="{kind}" failed ({command.lower()}): {words}')
+        raise nerdctl_error(f'plugin type="{kind}" failed ({command.lower()}): {words}')
     return told
 
 

@@ -1923,6 +1923,8 @@ FAILURES = [
      "Bind for 18080 failed: port is already allocated"),
     ("start tstnew", fatal('1 errors:\nfailed to create shim task: error running hook #0: stderr: time="2026-11-25" level=fatal msg="no such network: \\"tstgone\\""'),
      404, "failed to set up container networking: network tstgone not found"),
+    ("start tstnew", fatal('failed to create shim task: error running hook #0: stderr: time="2026-11-25" level=fatal msg="failed to call cni.Setup: plugin type=\\"bridge\\" failed (add): '
+                           'failed to allocate for range 0: requested IP address 10.9.0.9 is not available in range set 10.9.0.1-10.9.0.254"'), 403, "failed to set up container networking: Address already in use"),
     ("cp tstweb:/nosuch -", fatal("unable to copy: source does not exist"), 404, "source does not exist"),
     ("ps --filter bad=1", fatal("invalid filter 'bad=1'"), 400, "invalid filter 'bad=1'"),
     ("volume create -x", fatal("unknown shorthand flag: 'x' in -x"), 400, "unknown shorthand flag"),
@@ -11327,6 +11329,8 @@ class TestCni:
         assert self.change(furnished, "connect", status=500).message == 'plugin type="beta" failed (add): no room: at all'
         assert [call[:2] for call in plugins.calls] == [("alpha", "ADD"), ("beta", "ADD"), ("beta", "DEL"), ("alpha", "DEL")]
         assert fake.containers[self.MINE] == before and (folder / "meta.json").read_text() == meta
+        plugins.write("beta", """echo '{"code": 11, "msg": "requested IP address 10.9.0.9 is not available in range set 10.9.0.1-10.9.0.254"}'; exit 1""")
+        assert self.change(furnished, "connect", status=403).message.endswith("Address already in use")
         plugins.write("alpha", "echo broken >&2; exit 3")
         assert self.change(furnished, "connect", status=500).message == 'plugin type="alpha" failed (add): broken'
         (plugins.folder / "alpha").unlink()
