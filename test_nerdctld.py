@@ -14683,6 +14683,23 @@ class TestLiveContainers:
             assert box.text("wait", "tstlater") == "0\n"
             box.text("start", "tstlater")
 
+    def test_limits_are_updated(self, box):
+        """In the cgroup of one that runs, in inspect, and over a restart; a conflict changes nothing."""
+        files = "cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/cpu/cpu.cfs_quota_us /sys/fs/cgroup/pids/pids.max || cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max /sys/fs/cgroup/pids.max"
+        limits = lambda: box.text("exec", "tstupd", "sh", "-c", f"({files}) 2>/dev/null").split()
+        shown = lambda: box.text("inspect", "-f", "{{json .HostConfig}}", "tstupd")
+        box.text("run", "-d", "--name", "tstupd", "--memory=100m", "--pids-limit=50", *QUIET, BASE, "sleep", "600")
+        box.text("update", "--memory=64m", "--memory-swap=128m", "--cpus=0.25", "--pids-limit=70", "tstupd")
+        for again in (False, True):
+            if again:
+                box.text("restart", "-t", "0", "tstupd")
+            assert [limits()[0], limits()[1], limits()[-1]] == [str(64 << 20), "25000", "70"]
+            told = json.loads(shown())
+            assert [told[key] for key in ("Memory", "MemorySwap", "NanoCpus", "CpuQuota", "PidsLimit")] == [64 << 20, 128 << 20, 250000000, 0, 70]
+        assert b"CPU Period cannot be updated as NanoCPUs has already been set" in box("update", "--cpu-period=50000", "tstupd").stderr
+        assert b"update the memoryswap at the same time" in box("update", "--memory=300m", "tstupd").stderr
+        assert json.loads(shown()) == told
+
     def test_no_stdin_is_an_empty_one(self, box):
         assert box.text("run", "--rm", *QUIET, BASE, "sh", "-c", "cat; echo ended") == "ended\n"
         assert box.text("run", "--rm", *QUIET, BASE) == ""
