@@ -6015,9 +6015,13 @@ def system_auth(engine: Engine, request: Request) -> Response:
     return Response(200, {"Status": "Login Succeeded"})
 
 
+EVENT_FILTERS = ("config", "container", "daemon", "event", "action", "image", "network", "node", "plugin", "scope",
+                 "secret", "service", "type", "volume")
+
+
 def match_event(event: Dict[str, Any], filters: Dict[str, List[str]]) -> bool:
     """Whether an event passes the filters of `/events`; those of one name are alternatives, but labels must all
-    match."""
+    match. As with dockerd a filter that nobody knows, or without a value, lets everything pass."""
     kind, identity, attributes = event["Type"], event["Actor"]["ID"], event["Actor"]["Attributes"]
     names = (identity, attributes.get("name", ""))
     images = names if kind == "image" else (attributes.get("image", ""),)
@@ -6029,7 +6033,8 @@ def match_event(event: Dict[str, Any], filters: Dict[str, List[str]]) -> bool:
         **dict.fromkeys(("event", "action"), lambda each: (event["Action"] + ":").startswith(each + ":")),
     }
     return match_labels(attributes, filters.get("label") or []) and all(
-        key in tests and any(map(tests[key], wanted)) for key, wanted in filters.items() if key != "label")
+        key in tests and any(map(tests[key], wanted)) for key, wanted in filters.items()
+        if wanted and key in EVENT_FILTERS)
 
 
 def docker_event(event: Dict[str, Any], version: Tuple[int, int]) -> Dict[str, Any]:
@@ -6044,15 +6049,11 @@ def docker_event(event: Dict[str, Any], version: Tuple[int, int]) -> Dict[str, A
     return dict(sorted(old.items()))
 
 
-EVENT_FILTERS = ("config", "container", "daemon", "event", "action", "image", "label", "network", "node", "plugin",
-                 "scope", "secret", "service", "type", "volume")
-
-
 @route("GET", "/events")
 def system_events(engine: Engine, request: Request) -> Response:
     """A stream of events: the kept ones where there is a `since` or an `until`, then new ones until `until` or until
     the client leaves. It breaks off when the client does not read it."""
-    filters = request.filters(*EVENT_FILTERS)
+    filters = request.filters()
     since, until = request.timestamp("since"), request.timestamp("until")
     if since is not None and until is not None and until < since:
         raise BadParameter("`since` time cannot be after `until` time")

@@ -4189,7 +4189,7 @@ class TestEvents:
         ({}, 5), ({"type": ["container"]}, 4), ({"type": ["image", "container"]}, 5), ({"event": ["start"]}, 3), ({"event": ["exec_create"]}, 1),
         ({"container": ["n1"]}, 1), ({"container": ["n"]}, 4), ({"container": ["1", "0", "x"]}, 0), ({"container": ["c0", "c1"]}, 3), ({"image": ["localhost:5000/bb"]}, 4), ({"image": ["localhost:5000/bb:1"]}, 3),
         ({"image": ["localhost"]}, 0), ({"label": ["x=y"]}, 3), ({"label": ["x"], "container": ["n2"]}, 1), ({"scope": ["swarm"]}, 0),
-        ({"network": ["a"]}, 0), ({"scope": ["local"]}, 5)])
+        ({"network": ["a"]}, 0), ({"scope": ["local"]}, 5), ({"type": []}, 5), ({"container": {}}, 5), ({"odd": ["x"]}, 5), ({"odd": ["x"], "type": ["image"]}, 1), ({"service": ["x"]}, 0)])
     def test_filters(self, engine, filters, count):
         self.emit(engine)
         assert len(self.events(engine, "&filters=" + urllib.parse.quote(json.dumps(filters)))) == count
