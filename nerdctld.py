@@ -8884,7 +8884,7 @@ def published_ports(body: Dict[str, Any], image: Dict[str, Any],
     for key, places in {**dict.fromkeys(exposed if host.get("PublishAllPorts") else ()),
                         **(host.get("PortBindings") or {})}.items():
         found = re.fullmatch(r"(\d{1,5})(?:/(tcp|udp|sctp))?", key.lower())
-        refuse((not found, f'invalid port specification: "{key}"'))
+        refuse((not found or int(found.group(1)) > 0xFFFF, f'invalid port specification: "{key}"'))
         inner, kind = int(found.group(1)), found.group(2) or "tcp"
         for place in places or [{}]:
             number, address = place.get("HostPort") or "", (place.get("HostIp") or "").strip("[]")

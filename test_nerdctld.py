@@ -7645,7 +7645,7 @@ class TestContainerCreate:
         (host(Mounts=[{"Type": "bind", "Source": "/no/such", "Target": "/t"}]), "bind source path does not exist: /no/such"),
         (host(Mounts=[{"Type": "odd", "Target": "/t"}]), "mount type unknown"), (host(Mounts=[{"Type": "volume"}]), "Target must not be empty"), (host(Mounts=[{"Type": "volume", "Target": "t"}]), "must be absolute"),
         (host(PortBindings={"x": []}), "invalid port"), (host(PortBindings={"80": [{"HostPort": "1,2"}]}), "invalid port"), (host(PortBindings={"80": [{"HostIp": "a b"}]}), "invalid port"),
-        (host(PortBindings={"80/icmp": []}), "invalid port"), (host(RestartPolicy={"Name": "sometimes"}), "unknown policy 'sometimes'"),
+        (host(PortBindings={"80/icmp": []}), "invalid port"), (host(PortBindings={"65536/tcp": [{}]}), "invalid port"), (host(RestartPolicy={"Name": "sometimes"}), "unknown policy 'sometimes'"),
         (host(RestartPolicy={"Name": "always", "MaximumRetryCount": 1}), "maximum retry count can only be used with 'on-failure'"),
         (host(RestartPolicy={"Name": "always"}, AutoRemove=True), "can't create 'AutoRemove' container with restart policy"),
         (host(Ulimits=[{"Name": "nofile", "Soft": 2, "Hard": 1}]), "soft limit must be less"), (host(LogConfig={"Type": "splunk"}), "no log driver named 'splunk'"),
