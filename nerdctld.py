@@ -1354,6 +1354,8 @@ CLASSES = {
 }
 # How many ways there may be through an expression for a text, what Go repeats at most, the characters of an expression.
 LARGEST_CHOICE, REPEAT_LIMIT, EXPRESSION_LIMIT = 10**8, 1000, 4096
+# The seconds of processor time that all searches of one filter may take together.
+SEARCH_SECONDS = 2
 # The ways through a piece: a number, and the power of the text's length to multiply it with.
 Choice = Tuple[int, int]
 
@@ -1456,6 +1458,7 @@ class NameFilter:
         self.exact = frozenset(wanted)
         self.parts = [each for each in self.exact if not self.SPECIAL.search(each)]
         self.patterns: List[Pattern] = []
+        self.spent = 0.0
         for each in self.exact.difference(self.parts):
             with contextlib.suppress(PatternError):
                 self.patterns.append(Pattern(each))
@@ -1464,7 +1467,17 @@ class NameFilter:
         """Whether one of the names of an object passes; all do where the filter has no values."""
         return not self.exact or any(
             name in self.exact or any(part in name for part in self.parts)
-            or any(each.found_in(name) for each in self.patterns) for name in names)
+            or any(self.found(each, name) for each in self.patterns) for name in names)
+
+    def found(self, pattern: Pattern, name: str) -> bool:
+        """Whether an expression is found in a name; 400 once the searches have taken too long together."""
+        if self.spent > SEARCH_SECONDS:
+            raise too_costly()
+        began = time.thread_time()
+        try:
+            return pattern.found_in(name)
+        finally:
+            self.spent += time.thread_time() - began
 
 
 ###############################################################################

@@ -2884,6 +2884,12 @@ class TestPatterns:
         assert not pattern.found_in("a" * 255)
         assert time.process_time() - began < 3
 
+    def test_time_of_many_expressions(self):
+        wanted, began = nerdctld.NameFilter("(a|a)" * 15 + f"b{each}" for each in range(400)), time.process_time()
+        with pytest.raises(nerdctld.BadParameter):
+            wanted.passes("a" * 40)
+        assert time.process_time() - began < 4
+
     @pytest.mark.parametrize("piece", ["(", "[", "[:", "[[:a", "(?i", "(?i)", "(?P<a", "{1", "{", "1", "a|", "|", "\\", "\\x{", "\\Q", "\\Q\\E", "[^", "[a-", "(|", "(a*)*", "a{1000}", "(a", "*"])
     def test_time_to_compile(self, piece):
         began = time.process_time()
