@@ -8106,6 +8106,9 @@ def docker_host_config(container: Container, spec: Dict[str, Any]) -> Dict[str, 
     found["PidsLimit"] = found["PidsLimit"] and max(0, found["PidsLimit"])
     if found["CpuQuota"] > 0 and found["CpuPeriod"] and not (asked.get("CpuPeriod") or asked.get("CpuQuota")):
         found.update({"NanoCpus": found["CpuQuota"] * 10**9 // found["CpuPeriod"], "CpuPeriod": 0, "CpuQuota": 0})
+    if asked:
+        # nerdctl fills in what goes with the other one.
+        found.update({key: 0 for key in ("CpuPeriod", "CpuQuota") if not asked.get(key)})
     for key, value in asked.items():
         if (key == "RestartPolicy" or key in UPDATED_FIELDS and found.get(key)
                 or key in ("MemorySwappiness", "PidsLimit") and value < 0):
@@ -10796,7 +10799,10 @@ def container_restart(engine: Engine, request: Request, name: str) -> None:
         with engine.owning(container.id) as container:
             # Another start, or restart, may have come first.
             if not (container.running and engine.tasks.started_since(container.id, count)):
-                start_container(engine, container)
+                try:
+                    start_container(engine, container)
+                except ApiError as error:
+                    raise type(error)(f"Cannot restart container {container.id}: {error}") from None
     engine.hosts.refresh()
     engine.tell(container, "restart")
 

@@ -6604,6 +6604,12 @@ class TestContainers:
         found = nerdctld.docker_host_config(container, {"linux": {"resources": {"cpu": {"quota": 50000, "period": 100000}, "memory": {"limit": 1 << 27}}}})
         assert [found[key] for key in ("NanoCpus", "CpuQuota", "CpuPeriod", "Memory")] == [500000000, 0, 0, 1 << 27]
 
+    @pytest.mark.parametrize("asked, cpu", [({"CpuQuota": 20000}, {"quota": 20000, "period": 100000}), ({"CpuPeriod": 50000}, {"quota": -1, "period": 50000})])
+    def test_half_a_limit_of_processors(self, asked, cpu):
+        """nerdctl 2.3.5 writes both halves into the OCI spec."""
+        found = nerdctld.docker_host_config(self.of_request({"Image": "x", "HostConfig": asked}), {"linux": {"resources": {"cpu": cpu}}})
+        assert {key: found[key] for key in ("CpuQuota", "CpuPeriod", "NanoCpus")} == {"CpuQuota": 0, "CpuPeriod": 0, "NanoCpus": 0, **asked}
+
     def test_logs_that_are_not_kept(self, furnished, fake):
         fake.label(ID, **nerdctld.request_labels({"HostConfig": {"LogConfig": {"Type": "none"}}}))
         answer = ask(furnished, "GET", f"/containers/{ID}/logs?stdout=1")
@@ -8870,7 +8876,8 @@ class TestContainerLifecycle:
     def test_restart_of_one_that_cannot_be_started_again(self, willing, fake):
         real = identity(willing, "tstweb")
         fake.refuse[real] = "odd"
-        assert ask(willing, "POST", "/containers/tstweb/restart").status == 500
+        answer = ask(willing, "POST", "/containers/tstweb/restart")
+        assert answer.status == 500 and answer.message.startswith(f"Cannot restart container {real}: ")
         assert [each[0] for each in actions(willing)] == ["kill", "die", "stop"] and real not in fake.tasks
         assert not willing.owner(real).restarting and not willing.owner(real).lock.locked()
 
