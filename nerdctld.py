@@ -5754,6 +5754,10 @@ class Engine:
         """The attributes of a container in an event: its labels, image and name."""
         return {**container.visible_labels, "image": container.asked_image, "name": container.name}
 
+    def tell_image(self, action: str, group: ImageGroup, name: str) -> None:
+        """Tell of an image what is not told by an event of containerd's."""
+        self.journal.emit("image", action, group.id, {**group.labels, "name": name})
+
     def tell(self, container: Container, action: str, **more: str) -> None:
         """Tell an event of a container, after those that have happened before."""
         self.later.put(functools.partial(self.journal.emit, "container", action, container.id,
@@ -6427,7 +6431,7 @@ def remove_image(engine: Engine, group: ImageGroup, names: List[str], stays: boo
     named = [name for name in names if not IMPORTED.match(name) and not name.startswith((DANGLING + "@", WORKING_NAME))]
     told = [{"Untagged": familiar(name)} for name in named]
     for name in names:
-        engine.journal.emit("image", "untag", group.id, {"name": familiar(name)})
+        engine.tell_image("untag", group, familiar(name))
     if left is None or not left.names:
         told.append({"Deleted": group.id})
         engine.journal.emit("image", "delete", group.id, {"name": group.id})
@@ -6512,7 +6516,7 @@ def image_tag(engine: Engine, request: Request, name: str) -> Response:
         raise BadParameter(f"invalid repository name ({repository}), cannot specify 64-byte hexadecimal strings")
     with engine.changing_images([target.name]):
         engine.containerd.set_image(engine.containerd.get_image(group.name)._replace(name=target.name))
-    engine.journal.emit("image", "tag", group.id, {"name": familiar(target.name)})
+    engine.tell_image("tag", group, familiar(target.name))
     return Response(201)
 
 
@@ -6668,7 +6672,8 @@ def image_load(engine: Engine, request: Request) -> Response:
         remove_extra_names(engine, [index] if index in groups and index not in before else [])
         for name in [each for each in names if each in groups] or [each for each in loaded if each not in nameless]:
             yield message_line({"stream": f"Loaded image: {familiar(name)}\n"})
-            engine.journal.emit("image", "load", groups[name].id if name in groups else name, {"name": familiar(name)})
+            if name in groups:
+                engine.tell_image("load", groups[name], familiar(name))
         for name in nameless:
             if name != index:
                 identity = name.partition("@")[2]
@@ -6872,7 +6877,7 @@ def image_import(engine: Engine, request: Request) -> Response:
         remove_extra_names(engine, [name for name in engine.inventory.images.records()
                                     if name not in before and name.startswith(working + "@sha256:")])
         group = engine.inventory.image(working)
-        engine.journal.emit("image", "import", group.id, {"name": familiar(target.name) if target else group.id})
+        engine.tell_image("import", group, familiar(target.name) if target else group.id)
         yield message_line({"status": group.id})
 
     return Response(200, Stream(as_error_detail(chunks()), primed=True), "application/json")
@@ -6971,7 +6976,7 @@ def save_images(engine: Engine, request: Request, names: List[str]) -> Response:
     def chunks() -> Iterator[Any]:
         yield from image_archive(engine.containerd, *contents)
         for full, group in images:
-            engine.journal.emit("image", "save", group.id, {"name": familiar(full) or group.id})
+            engine.tell_image("save", group, familiar(full) or group.id)
 
     return Response(200, Stream(chunks(), primed=True), "application/x-tar")
 
@@ -7665,7 +7670,7 @@ def build_from_context(engine: Engine, request: Request) -> Response:
                 return
         group = engine.inventory.image(names[0])
         for name in names if tags else ():
-            engine.journal.emit("image", "tag", group.id, {"name": familiar(name)})
+            engine.tell_image("tag", group, familiar(name))
         if quiet:
             messages = [{"stream": group.id + "\n"}]
         elif not classic:
@@ -12237,6 +12242,8 @@ def image_commit(engine: Engine, request: Request) -> Response:
         with engine.changing_images([working]):
             write_image(containerd, snapshotter, working, image, layers, base.id if base else "")
     group = engine.inventory.image(working)
+    if target:
+        engine.tell_image("tag", group, familiar(target))
     engine.tell(container, "commit", comment=request.value("comment"), imageID=group.id, imageRef=familiar(target))
     return Response(201, {"Id": group.id})
 

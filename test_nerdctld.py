@@ -10775,6 +10775,17 @@ class TestCommit:
         assert ask(made, "GET", "/images/new:1/json").json["Parent"] == made.base
         assert until(lambda: "commit" in [each["Action"] for each in made.journal.history])
 
+    def test_events_of_an_image_have_its_labels(self, made):
+        """dockerd 20.10 and 29: so that a filter by label finds them; a commit with a name is told as a tag, too."""
+        assert ask(made, "POST", "/commit?container=tstdone&repo=new&tag=1", {"Labels": {"a": "b"}}).status == 201
+        assert ask(made, "POST", "/images/new:1/tag?repo=new&tag=2").status == 201
+        for name in ("new:1", "new:2"):
+            assert ask(made, "DELETE", f"/images/{name}").status == 200
+        made.settle()
+        told = [(each["Action"], each["Actor"]["Attributes"]["name"], each["Actor"]["Attributes"].get("a")) for each in made.journal.history if each["Type"] == "image"]
+        assert [each for each in told if each[0] in ("tag", "untag")] == [
+            ("tag", "new:1", "b"), ("tag", "new:2", "b"), ("untag", "new:1", "b"), ("untag", "new:2", "b")]
+
     def test_of_nothing_new(self, made, fake):
         fake.layer = bytes(1024)
         manifest, config, (name,) = self.committed(fake, ask(made, "POST", "/commit?container=tstdone"))
