@@ -10484,6 +10484,50 @@ def run_state(engine: Engine, container: Container) -> Tuple[bool, int]:
     return False, 0
 
 
+def end_exec(engine: Engine, identity: str, name: str) -> bool:
+    """Take a command away, killed if need be, whatever has become of it; whether there is nothing left of it."""
+    for _ in range(2):
+        try:
+            engine.containerd.delete_exec(identity, name)
+            return True
+        except NotFound:
+            return True
+        except ApiError:
+            with contextlib.suppress(ApiError):
+                engine.containerd.kill_task(identity, signal.SIGKILL, name)
+                engine.containerd.wait_process(identity, name, 5.0)
+    return False
+
+
+def exec_name(folder: str) -> str:
+    """The id of a command of the daemon's own with its FIFOs in this folder: the next daemon finds what is left."""
+    return sha256(os.path.basename(folder).encode()).hexdigest()
+
+
+def sweep_streams(engine: Engine, container: Container) -> None:
+    """Remove the FIFOs that another daemon has left of processes which nobody can reach any more, in a container that
+    the caller owns."""
+    names = []
+    with contextlib.suppress(OSError):
+        names = [name for name in os.listdir(container.folder or os.devnull) if name.startswith(FIFO_FOLDER)]
+    for folder in (os.path.join(container.folder, name) for name in names):
+        if container.running and container.task.stdout == os.path.join(folder, "stdout"):
+            continue
+        try:
+            with locked(folder, 0.0):
+                pass
+        except OSError:
+            # A daemon that lives holds the lock of those that it has made.
+            continue
+        with contextlib.suppress(ApiError):
+            # While nobody reads them containerd can neither start the command nor end it, nor tell of its container's
+            # end: for half a minute.
+            streams = ProcessStreams("", False, False, False, found=folder)
+            end_exec(engine, container.id, exec_name(folder))
+            streams.abandon()
+        remove_tree(folder)
+
+
 ###############################################################################
 # Container lifecycle
 ###############################################################################
@@ -10976,6 +11020,7 @@ def remove_container(engine: Engine, container: Container, force: bool, volumes:
     """Remove a container that the caller owns, and its anonymous volumes if asked. When it returns, it is gone."""
     words = ["rm", *(["--force"] if force else []), *(["--volumes"] if volumes else []), "--", container.id]
     engine.owner(container.id).removing = True
+    sweep_streams(engine, container)
     release_networks(engine, container)
     cut_off = was_cut_off(container) or os.path.exists(os.path.join(container.folder or os.devnull, CUT_OFF))
     if cut_off:
@@ -11573,26 +11618,6 @@ def await_exec(engine: Engine, instance: Exec, ended: Callable[[], Any]) -> None
         engine.containerd.delete_exec(identity, instance.id)
 
 
-def end_exec(engine: Engine, identity: str, name: str) -> bool:
-    """Take a command away, killed if need be, whatever has become of it; whether there is nothing left of it."""
-    for _ in range(2):
-        try:
-            engine.containerd.delete_exec(identity, name)
-            return True
-        except NotFound:
-            return True
-        except ApiError:
-            with contextlib.suppress(ApiError):
-                engine.containerd.kill_task(identity, signal.SIGKILL, name)
-                engine.containerd.wait_process(identity, name, 5.0)
-    return False
-
-
-def exec_name(folder: str) -> str:
-    """The id of a command of the daemon's own with its FIFOs in this folder: the next daemon finds what is left."""
-    return sha256(os.path.basename(folder).encode()).hexdigest()
-
-
 def run_in_container(engine: Engine, container: Container, config: Dict[str, Any], timeout: float,
                      most: int) -> Tuple[int, bytes]:
     """Run a command in a container; its exit status, -1 for one that was killed after `timeout` seconds, and its
@@ -11720,7 +11745,8 @@ class Supervisor:
             for container in self.engine.inventory.containers().values():
                 with contextlib.suppress(ApiError, OSError):
                     find_streams(self.engine, container)
-                    sweep_streams(self.engine, container)
+                    with self.engine.owning(container.id) as now:
+                        sweep_streams(self.engine, now)
                 if needs_places(container) and not container.running:
                     # After a restart of the machine containerd starts it, as soon as it can be started.
                     with contextlib.suppress(ApiError, OSError), mounted(self.engine, placed_mounts(container)):
@@ -11813,26 +11839,6 @@ class Supervisor:
                     release_networks(self.engine, now)
                     take_down_network(self.engine, now)
         return True
-
-
-def sweep_streams(engine: Engine, container: Container) -> None:
-    """Remove the FIFOs that another daemon has left of processes which nobody can reach any more."""
-    names = []
-    with contextlib.suppress(OSError):
-        names = [name for name in os.listdir(container.folder or "/dev/null") if name.startswith(FIFO_FOLDER)]
-    for name in names:
-        folder = os.path.join(container.folder, name)
-        with contextlib.suppress(ApiError, OSError), engine.owning(container.id) as now:
-            if not now.running or now.task.stdout != os.path.join(folder, "stdout"):
-                # A daemon that lives holds the lock of those that it has made.
-                with locked(folder, 0.0):
-                    pass
-                with contextlib.suppress(ApiError):
-                    # While nobody reads them containerd can neither start the command nor end it.
-                    streams = ProcessStreams("", False, False, False, found=folder)
-                    end_exec(engine, container.id, exec_name(folder))
-                    streams.abandon()
-                remove_tree(folder)
 
 
 class HealthMonitor:

@@ -8622,6 +8622,26 @@ class TestContainerLifecycle:
         assert ask(willing, "DELETE", f"/containers/{name}?force=1").status == 204
         assert seen == [calls] and identity not in fake.containers
 
+    def test_what_a_killed_daemon_has_left_is_swept_first(self, willing, scripted, fake, tmp_path):
+        """containerd waits for half a minute for a reader of the FIFOs of an exec, before which nothing of its container ends."""
+        identity, order = willing.inventory.container("tstweb").id, []
+        fake.label(identity, **{"nerdctl/state-dir": str(tmp_path)})
+        left, held = tmp_path / f"{nerdctld.FIFO_FOLDER}left", tmp_path / f"{nerdctld.FIFO_FOLDER}held"
+        for folder in (left, held):
+            folder.mkdir()
+            os.mkfifo(folder / "stdout")
+        writer = threading.Thread(target=lambda: (open(left / "stdout", "wb").close(), order.append("opened")), daemon=True)
+        writer.start()
+
+        def remove(argv):
+            order.append((left.exists(), held.exists()))
+            carry_out(fake, argv)
+        scripted.on("rm", does=remove)
+        with nerdctld.locked(str(held)):
+            assert ask(willing, "DELETE", "/containers/tstweb?force=1").status == 204
+        writer.join(10)
+        assert sorted(order, key=str) == [(False, True), "opened"]
+
     def test_a_removal_is_not_over_before_the_container_is_gone(self, willing, scripted, fake, monkeypatch):
         """nerdctl 1.7.7 ends with 0, and leaves the container, where its task goes between two looks at it."""
         monkeypatch.setattr(nerdctld.time, "sleep", lambda seconds: None)
