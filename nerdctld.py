@@ -10504,13 +10504,18 @@ def exec_name(folder: str) -> str:
     return sha256(os.path.basename(folder).encode()).hexdigest()
 
 
+def fifo_folders(container: Container) -> List[str]:
+    """The folders with FIFOs of a container's processes."""
+    with contextlib.suppress(OSError):
+        return [os.path.join(container.folder, name) for name in os.listdir(container.folder or os.devnull)
+                if name.startswith(FIFO_FOLDER)]
+    return []
+
+
 def sweep_streams(engine: Engine, container: Container) -> None:
     """Remove the FIFOs that another daemon has left of processes which nobody can reach any more, in a container that
     the caller owns."""
-    names = []
-    with contextlib.suppress(OSError):
-        names = [name for name in os.listdir(container.folder or os.devnull) if name.startswith(FIFO_FOLDER)]
-    for folder in (os.path.join(container.folder, name) for name in names):
+    for folder in fifo_folders(container):
         if container.running and container.task.stdout == os.path.join(folder, "stdout"):
             continue
         try:
@@ -11745,8 +11750,9 @@ class Supervisor:
             for container in self.engine.inventory.containers().values():
                 with contextlib.suppress(ApiError, OSError):
                     find_streams(self.engine, container)
-                    with self.engine.owning(container.id) as now:
-                        sweep_streams(self.engine, now)
+                    if fifo_folders(container):
+                        with self.engine.owning(container.id) as now:
+                            sweep_streams(self.engine, now)
                 if needs_places(container) and not container.running:
                     # After a restart of the machine containerd starts it, as soon as it can be started.
                     with contextlib.suppress(ApiError, OSError), mounted(self.engine, placed_mounts(container)):
