@@ -11015,7 +11015,7 @@ def container_wait(engine: Engine, request: Request, name: str) -> Response:
 def end_task(engine: Engine, container: Container, connection: socket.socket) -> None:
     """Kill a container's task where it runs, and have containerd take it away."""
     count = engine.tasks.count
-    with connection, contextlib.suppress(ApiError):
+    with contextlib.suppress(ApiError):
         if container.running and kill_task(engine, container, signal.SIGKILL, ends=True):
             engine.tasks.ended_since(container.id, count, engine.tasks.DYING)
         engine.containerd.delete_task(container.id, connection)
@@ -11031,21 +11031,22 @@ def remove_container(engine: Engine, container: Container, force: bool, volumes:
     if cut_off:
         take_down_network(engine, container)
     how: Dict[str, Any] = {}
-    if container.task and not cut_off and (force or not container.running):
-        # nerdctl does it, too, once it has started. It keeps the connection open should this daemon be killed.
-        connection = engine.containerd.dial()
-        how = {"keep": (connection.fileno(),), "meanwhile": lambda: end_task(engine, container, connection)}
-    for pause in (0.01, 0.5, 0.0):
-        output, how = engine.nerdctl.run(*words, **how), {}
-        # nerdctl's status is 0 too where it could not with --force, and in 1.7 where the task went away meanwhile.
-        try:
-            engine.containerd.get_container(container.id)
-        except NotFound:
-            break
-        if not pause:
-            raise nerdctl_error(output.stderr)
-        # Somebody else has just started it.
-        time.sleep(pause)
+    with contextlib.ExitStack() as held:
+        if container.task and not cut_off and (force or not container.running):
+            # nerdctl does it, too, once it has started. It keeps the connection open should this daemon be killed.
+            connection = held.enter_context(engine.containerd.dial())
+            how = {"keep": (connection.fileno(),), "meanwhile": lambda: end_task(engine, container, connection)}
+        for pause in (0.01, 0.5, 0.0):
+            output, how = engine.nerdctl.run(*words, **how), {}
+            # nerdctl's status is 0 too where it could not with --force, and in 1.7 where the task went away meanwhile.
+            try:
+                engine.containerd.get_container(container.id)
+            except NotFound:
+                break
+            if not pause:
+                raise nerdctl_error(output.stderr)
+            # Somebody else has just started it.
+            time.sleep(pause)
     if cut_off:
         end_leftovers(engine.nerdctl.namespace, container.id)
     engine.forget(container)
